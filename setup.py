@@ -1,0 +1,31 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="deitlt-hf",
+    version="0.1.0",
+    description="DeiT-LT: Vision Transformers trained from scratch on long-tailed images, for transformers",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"deitlt_hf.recipes": ["*.yaml"]},
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.4",
+        "scikit-learn>=1.4",
+        "timm>=1.0.20",
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "transformers>=5.20,<6",
+    ],
+    extras_require={
+        "dev": ["hypothesis>=6", "pytest>=8", "pytest-timeout>=2", "ruff>=0.12"],
+    },
+)

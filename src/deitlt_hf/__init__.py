@@ -1,0 +1,29 @@
+"""DeiT-LT: Vision Transformers trained from scratch on long-tailed images, as a Hugging Face package."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public names and their modules. They are imported on first use, so that `import deitlt_hf` stays instant.
+_MODULES = {
+    "DeiTLTConfig": "configuration_deitlt",
+    "DeiTLTModel": "modeling_deitlt",
+    "DeiTLTForImageClassification": "modeling_deitlt",
+    "FlatTeacherConfig": "configuration_flat_teacher",
+    "FlatTeacherForImageClassification": "modeling_flat_teacher",
+    "DeiTLTTrainer": "training",
+    "DeiTLTTrainingArguments": "training",
+    "FlatTeacherTrainer": "training",
+    "FlatTeacherTrainingArguments": "training",
+}
+__all__ = [*_MODULES, "__version__"]
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_MODULES])

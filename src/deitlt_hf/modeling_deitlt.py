@@ -1,0 +1,187 @@
+"""The DeiT-LT student: transformers' DeiT with stochastic depth, DeiT-LT's initialisation and a training loss.
+
+This file travels into every saved folder and Hub repository, so it imports transformers and torch only. Parameter
+names and shapes are exactly those of `DeiTForImageClassificationWithTeacher`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.deit.modeling_deit import (
+    DeiTEmbeddings,
+    DeiTLayer,
+    DeiTModel,
+    DeiTPreTrainedModel,
+)
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_deitlt import DeiTLTConfig
+
+
+@dataclass
+class DeiTLTImageClassifierOutput(ModelOutput):
+    """Output of [`DeiTLTForImageClassification`], with the same fields in training and evaluation.
+
+    Args:
+        loss: Scalar; mean cross entropy of the two heads, when labels are given.
+        logits: Mean of the two heads' logits, the prediction; (batch, num_labels).
+        cls_logits: Logits of the CLS head, the expert on head classes; (batch, num_labels).
+        distillation_logits: Logits of the DIST head, the expert on tail classes; (batch, num_labels).
+        token_features: Final CLS and DIST tokens, what the heads see; (batch, 2, hidden_size).
+        hidden_states: Embeddings and the output of each block, on request; (batch, 2 + patches, hidden_size) each.
+        attentions: Attention weights of each block, on request; (batch, heads, 2 + patches, 2 + patches) each.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    cls_logits: torch.FloatTensor | None = None
+    distillation_logits: torch.FloatTensor | None = None
+    token_features: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class DeiTLTDropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): drops a residual branch for whole samples and rescales the others."""
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return branch
+        keep_prob = 1.0 - self.drop_prob
+        kept = branch.new_empty(branch.shape[0], *(1,) * (branch.dim() - 1)).bernoulli_(keep_prob)
+        return branch * (kept / keep_prob)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class DeiTLTLayer(DeiTLayer):
+    """A DeiT block whose two residual branches go through stochastic depth."""
+
+    def __init__(self, config: DeiTLTConfig, drop_path_rate: float):
+        super().__init__(config)
+        self.drop_path = DeiTLTDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        attention_output, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.dropout(attention_output))
+        mlp_output = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.dropout(mlp_output))
+
+
+class DeiTLTPreTrainedModel(DeiTPreTrainedModel):
+    """Weight initialisation of the authors' model; loading and saving as in transformers."""
+
+    config_class = DeiTLTConfig
+    _no_split_modules = ["DeiTEmbeddings", "DeiTLTLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, DeiTEmbeddings):
+            init.normal_(module.cls_token, std=1e-6)
+            init.trunc_normal_(module.distillation_token, std=std)
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            # The authors leave the patch projection at torch's default, uniform in +-1/sqrt(fan_in).
+            bound = 1.0 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+
+class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
+    """The bare student: embeddings, blocks with stochastic depth, final layer norm. There is no pooler.
+
+    Differences from [`~transformers.DeiTModel`]: stochastic depth, initialisation.
+    """
+
+    def __init__(self, config: DeiTLTConfig):
+        DeiTPreTrainedModel.__init__(self, config)
+        depth = config.num_hidden_layers
+        self.embeddings = DeiTEmbeddings(config)
+        self.layers = nn.ModuleList(
+            DeiTLTLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = None
+        self.post_init()
+
+
+class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
+    """DeiT-LT (Rangwani et al., CVPR 2024): a CLS head for the labels and a DIST head for the flat teacher.
+
+    Differences from [`~transformers.DeiTForImageClassificationWithTeacher`]: a loss when labels are given, stochastic
+    depth, initialisation, and `token_features` in the output. Train it with [`DeiTLTTrainer`].
+    """
+
+    def __init__(self, config: DeiTLTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.deit = DeiTLTModel(config)
+        self.cls_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.distillation_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> DeiTLTImageClassifierOutput:
+        """Classifies images.
+
+        Args:
+            pixel_values: Normalised images; (batch, channels, height, width).
+            labels: Class indices (batch,) or class probabilities (batch, num_labels). With labels the output has a
+                loss, the mean cross entropy of both heads on the labels: training without a teacher.
+            interpolate_pos_encoding: Accept images of another size than the configuration's.
+            **kwargs: `output_attentions`, `output_hidden_states` and what the attention function takes.
+
+        Raises:
+            ValueError: If the images have another number of channels, or another size and
+                `interpolate_pos_encoding` is False.
+        """
+        outputs = self.deit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        token_features = outputs.last_hidden_state[:, :2]
+        cls_logits = self.cls_classifier(token_features[:, 0])
+        distillation_logits = self.distillation_classifier(token_features[:, 1])
+
+        loss = None
+        if labels is not None:
+            heads = (cls_logits, distillation_logits)
+            loss = sum(nn.functional.cross_entropy(logits.float(), labels) for logits in heads) / 2
+
+        return DeiTLTImageClassifierOutput(
+            loss=loss,
+            logits=(cls_logits + distillation_logits) / 2,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+            token_features=token_features,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# transformers renames DeiT's parameters between file and memory, and leaves custom classes out of it unless told. With
+# this, every DeiT checkpoint loads into ours, and ours are written under the names that all versions know.
+register_checkpoint_conversion_mapping("DeiTLTModel", get_checkpoint_conversion_mapping("DeiTModel"), overwrite=True)
+
+DeiTLTModel.register_for_auto_class("AutoModel")
+DeiTLTForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -1,0 +1,141 @@
+"""The CNN teacher of DeiT-LT: a CIFAR ResNet or any timm backbone under a linear or cosine classifier."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a parameter-free shortcut: subsampled and zero-padded (He et al., 2016, option A)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.padding = (channels - in_channels) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32 x 32 images: three stages of 16, 32 and 64 channels, (depth - 2) / 6 blocks each."""
+
+    num_features = 64
+
+    def __init__(self, depth: int, in_channels: int = 3):
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks, stride=1)
+        self.layer2 = self._stage(16, 32, blocks, stride=2)
+        self.layer3 = self._stage(32, 64, blocks, stride=2)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps images (batch, channels, height, width) to pooled features (batch, 64)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.mean(dim=(2, 3))
+
+
+class CosineClassifier(nn.Module):
+    """Cosine between features and class weights: (batch, features) to (batch, classes), in [-1, 1]."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+
+class FlatTeacherForImageClassification(PreTrainedModel):
+    """A CNN classifier, meant to be trained with SAM by [`FlatTeacherTrainer`] so that its loss surface is flat.
+
+    With a cosine classifier the logits are plain cosines; `LDAMLoss` applies its own scale.
+    """
+
+    config_class = FlatTeacherConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: FlatTeacherConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        if config.backbone in CIFAR_RESNETS:
+            self.backbone = CifarResNet(int(config.backbone.removeprefix("resnet")), config.num_channels)
+        else:
+            import timm
+
+            self.backbone = timm.create_model(
+                config.backbone.removeprefix("timm/"), num_classes=0, in_chans=config.num_channels
+            )
+        features = self.backbone.num_features
+        classifier = CosineClassifier if config.classifier == "cosine" else nn.Linear
+        self.classifier = classifier(features, config.num_labels)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | CosineClassifier):
+            init.kaiming_normal_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def stages(self) -> list[list[nn.Parameter]]:
+        """Parameters by stage, from the image to the logits: the stem joins the first stage, the classifier the last.
+
+        A backbone whose stages are not called `layer1`, `layer2`, ... is one stage.
+        """
+        names = [name for name, _ in self.backbone.named_children() if name.startswith("layer")]
+        stages = [[] for _ in names] or [[]]
+        for name, parameter in self.named_parameters():
+            parts = name.split(".")
+            if parts[0] == "classifier":
+                stages[-1].append(parameter)
+            else:
+                stages[names.index(parts[1]) if parts[1] in names else 0].append(parameter)
+        return stages
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Classifies images.
+
+        Args:
+            pixel_values: Normalised images; (batch, channels, height, width).
+            labels: Class indices (batch,) or probabilities (batch, num_labels); with them the output has the cross
+                entropy as its loss.
+        """
+        logits = self.classifier(self.backbone(pixel_values))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+
+FlatTeacherForImageClassification.register_for_auto_class("AutoModelForImageClassification")
