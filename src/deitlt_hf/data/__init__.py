@@ -1,0 +1,26 @@
+"""Where images come from and how they become long-tailed."""
+
+from importlib import import_module
+
+# Lazy, so that the pure functions of labels do not import torch.
+_MODULES = {
+    "class_counts": "long_tail",
+    "indices_hash": "long_tail",
+    "long_tailed_indices": "long_tail",
+    "shot_groups": "long_tail",
+    "find_columns": "loading",
+    "load_long_tailed": "loading",
+    "ImageCollator": "images",
+    "ImageDataset": "images",
+    "RepeatedAugmentationSampler": "sampling",
+    "image_processor": "transforms",
+    "train_transform": "transforms",
+    "weak_transform": "transforms",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

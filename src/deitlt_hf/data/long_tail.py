@@ -1,0 +1,108 @@
+"""Long-tailed subsets, class counts and shot groups. Pure functions of labels."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+GROUPS = ("head", "mid", "tail")
+IMBALANCE_TYPES = ("exp", "step")
+
+
+def long_tailed_indices(
+    labels: Sequence[int],
+    num_classes: int,
+    imbalance_ratio: float,
+    imbalance_type: str = "exp",
+    seed: int = 0,
+    max_per_class: int | None = None,
+) -> np.ndarray:
+    """Chooses a long-tailed subset of a balanced data set, the same images as the authors' code for the same seed.
+
+    Class `c` of `C` keeps `n_max * imbalance_ratio ** (-c / (C - 1))` images (`exp`), or all of them in the first half
+    of the classes and `n_max / imbalance_ratio` in the second (`step`), rounded down.
+
+    Args:
+        labels: Class index of each image.
+        num_classes: Number of classes.
+        imbalance_ratio: Images of the largest class over images of the smallest, at least 1: the paper's rho. The
+            authors' flag `imb_factor` is its inverse.
+        imbalance_type: `exp` or `step`.
+        seed: Seed of the choice within each class.
+        max_per_class: Images of the largest class; by default the mean number of images a class.
+
+    Returns:
+        Int64 indices into `labels`, class after class.
+
+    Raises:
+        ValueError: If the ratio is below 1, the type unknown, or a class would get no image.
+    """
+    if not imbalance_ratio >= 1:
+        raise ValueError(
+            f"imbalance_ratio is n_max / n_min and must be at least 1, got {imbalance_ratio}; for the inverse flag "
+            "imb_factor of the original code give 1 / imb_factor."
+        )
+    if imbalance_type not in IMBALANCE_TYPES:
+        raise ValueError(f"imbalance_type must be one of {', '.join(IMBALANCE_TYPES)}, got {imbalance_type!r}.")
+    labels = np.asarray(labels, dtype=np.int64)
+    factor = 1.0 / imbalance_ratio
+    n_max = len(labels) / num_classes if max_per_class is None else max_per_class
+    classes = np.arange(num_classes)
+    if imbalance_type == "exp":
+        exponents = classes / max(num_classes - 1, 1)
+    else:
+        exponents = (classes >= num_classes // 2).astype(float)
+
+    random = np.random.RandomState(seed)
+    chosen = []
+    for label, exponent in zip(classes, exponents, strict=True):
+        candidates = np.flatnonzero(labels == label)
+        random.shuffle(candidates)
+        wanted = int(n_max * factor**exponent)
+        if min(wanted, len(candidates)) < 1:
+            raise ValueError(
+                f"class {label} would get no image (it has {len(candidates)}, and imbalance_ratio {imbalance_ratio:g} "
+                f"leaves {wanted} of {n_max:g}); lower the imbalance ratio."
+            )
+        chosen.append(candidates[:wanted])
+    return np.concatenate(chosen)
+
+
+def class_counts(labels: Sequence[int], num_classes: int | None = None) -> np.ndarray:
+    """Counts the images of each class; int64 of shape (num_classes,), by default as many as the largest label says."""
+    return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes or 0)
+
+
+def shot_groups(
+    counts: Sequence[int], boundaries: tuple[int, int] | Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Groups classes into head, mid and tail by their number of training images.
+
+    Args:
+        counts: Training images of each class, in label order.
+        boundaries: Ends of the head and of the mid group among the classes sorted by decreasing count (ties in label
+            order), such as (3, 7) for CIFAR-10-LT. By default many / medium / few shot: more than 100 images, 20 to
+            100, fewer than 20 (Liu et al., CVPR 2019).
+
+    Returns:
+        Class indices of `head`, `mid` and `tail`, each sorted by decreasing count. A group may be empty.
+
+    Raises:
+        ValueError: If the boundaries are not two increasing positions among the classes.
+    """
+    counts = np.asarray(counts)
+    order = np.argsort(-counts, kind="stable")
+    if boundaries is None:
+        ends = np.count_nonzero(counts > 100), np.count_nonzero(counts >= 20)
+    else:
+        ends = tuple(boundaries)
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= len(counts):
+            raise ValueError(
+                f"group boundaries must be two increasing positions among {len(counts)} classes, got {list(ends)}."
+            )
+    return dict(zip(GROUPS, np.split(order, ends), strict=True))
+
+
+def indices_hash(indices: Sequence[int]) -> str:
+    """SHA-256 of the int64 indices of a subset: tells whether two runs saw the same images."""
+    return hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()

@@ -1,0 +1,157 @@
+"""The DeiT-LT loss: labels for the CLS head, a flat teacher for the DIST head."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+DISTILLATION_TYPES = ("hard", "soft", "none")
+CLS_LOSSES = ("ce", "bce")
+
+
+class DistillationLossOutput(NamedTuple):
+    """The loss and its two parts, already multiplied by `1 - alpha` and `alpha`, so that the parts add up."""
+
+    loss: torch.Tensor
+    cls_loss: torch.Tensor
+    distillation_loss: torch.Tensor
+
+
+class DistillationLoss(nn.Module):
+    """`(1 - alpha) * L_cls(CLS head, labels) + alpha * L_dist(DIST head, teacher)` (DeiT-LT, equation 2).
+
+    Each part is a (weighted) mean over images. A mean over a batch that is cut into slices, by gradient accumulation
+    or by processes, is not the mean of the slices' means when there are weights: `F.cross_entropy(weight=...)` divides
+    by the slice's own weight sum. So the denominators are the caller's to give: see `denominators`.
+
+    Args:
+        alpha: Share of the DIST head's part, in [0, 1]; 0.5 in the paper.
+        distillation: `hard`, cross entropy with the teacher's prediction (the paper); `soft`, Kullback-Leibler
+            divergence from the teacher's probabilities, times temperature squared, averaged over images and classes
+            as in the authors' code; `none`, cross entropy with the labels: two tokens, no teacher.
+        temperature: Softens both distributions of `soft`.
+        cls_loss: `ce`, cross entropy; `bce`, binary cross entropy, averaged over images and classes.
+        class_weights: Weights of the DIST head's targets, (classes,): deferred re-weighting. For `soft` they tilt the
+            teacher's distribution, `p_c * w_c` renormalised. (The authors' code multiplies log-probabilities, which
+            flattens the distribution towards rare classes only by accident of sign; their paper uses `hard`.)
+        reweight_cls: Apply the class weights to the CLS head too (an ablation; needs `cls_loss="ce"`).
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        distillation: str = "hard",
+        temperature: float = 1.0,
+        cls_loss: str = "ce",
+        class_weights: torch.Tensor | None = None,
+        reweight_cls: bool = False,
+    ):
+        super().__init__()
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}.")
+        if distillation not in DISTILLATION_TYPES:
+            raise ValueError(f"distillation must be one of {', '.join(DISTILLATION_TYPES)}, got {distillation!r}.")
+        if cls_loss not in CLS_LOSSES:
+            raise ValueError(f"cls_loss must be one of {', '.join(CLS_LOSSES)}, got {cls_loss!r}.")
+        if temperature <= 0.0:
+            raise ValueError(f"temperature must be positive, got {temperature}.")
+        if reweight_cls and cls_loss != "ce":
+            raise ValueError("reweight_cls needs cls_loss='ce'.")
+        self.alpha = alpha
+        self.distillation = distillation
+        self.temperature = temperature
+        self.cls_loss = cls_loss
+        self.reweight_cls = reweight_cls
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(
+        self,
+        cls_logits: torch.Tensor,
+        distillation_logits: torch.Tensor,
+        labels: torch.Tensor,
+        teacher_logits: torch.Tensor | None = None,
+        denominators: torch.Tensor | None = None,
+    ) -> DistillationLossOutput:
+        """Computes the loss in float32.
+
+        Args:
+            cls_logits: Logits of the CLS head; (batch, classes).
+            distillation_logits: Logits of the DIST head; (batch, classes).
+            labels: Class indices (batch,), or probabilities (batch, classes) after mixing and smoothing.
+            teacher_logits: Logits of the teacher; (batch, classes). Not needed for `none`.
+            denominators: What to divide the two sums by, (2,); by default those of this batch. For a slice of a
+                larger batch, add up [`denominators`] over all slices.
+
+        Raises:
+            ValueError: If the teacher's logits are missing or have another shape than the student's.
+        """
+        cls_logits, distillation_logits = cls_logits.float(), distillation_logits.float()
+        if denominators is None:
+            denominators = self.denominators(labels, teacher_logits)
+
+        cls_targets = _probabilities(labels, cls_logits.shape[1])
+        if self.cls_loss == "bce":
+            cls_sum = F.binary_cross_entropy_with_logits(cls_logits, cls_targets, reduction="sum")
+            cls_sum = cls_sum / cls_logits.shape[1]
+        else:
+            cls_sum = _cross_entropy_sum(cls_logits, cls_targets, self.class_weights if self.reweight_cls else None)
+
+        if self.distillation == "soft":
+            distillation_sum = self._soft_sum(distillation_logits, self._checked(teacher_logits, distillation_logits))
+        else:
+            targets = self._distillation_targets(labels, teacher_logits)
+            targets = _probabilities(targets, distillation_logits.shape[1])
+            distillation_sum = _cross_entropy_sum(distillation_logits, targets, self.class_weights)
+
+        cls_loss = (1.0 - self.alpha) * cls_sum / denominators[0]
+        distillation_loss = self.alpha * distillation_sum / denominators[1]
+        return DistillationLossOutput(cls_loss + distillation_loss, cls_loss, distillation_loss)
+
+    def denominators(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> torch.Tensor:
+        """What the sums of the CLS and DIST parts of this batch are divided by, (2,): its size or sum of weights."""
+        batch_size = torch.tensor(float(labels.shape[0]), device=labels.device)
+        cls_total = self._weight_sum(labels) if self.reweight_cls and self.class_weights is not None else batch_size
+        if self.class_weights is None or self.distillation == "soft":
+            return torch.stack([cls_total, batch_size])
+        return torch.stack([cls_total, self._weight_sum(self._distillation_targets(labels, teacher_logits))])
+
+    def _weight_sum(self, targets: torch.Tensor) -> torch.Tensor:
+        if targets.dim() == 1:
+            return self.class_weights[targets].sum()
+        return (targets * self.class_weights).sum()
+
+    def _distillation_targets(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
+        if self.distillation == "none":
+            return labels
+        return self._checked(teacher_logits).argmax(dim=1)
+
+    def _checked(
+        self, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if teacher_logits is None:
+            raise ValueError(f"distillation={self.distillation!r} needs teacher_logits; got None.")
+        if student_logits is not None and teacher_logits.shape != student_logits.shape:
+            raise ValueError(
+                f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(student_logits.shape)}."
+            )
+        return teacher_logits
+
+    def _soft_sum(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        student = F.log_softmax(logits / self.temperature, dim=1)
+        teacher = F.log_softmax(teacher_logits.float() / self.temperature, dim=1)
+        if self.class_weights is not None:
+            teacher = F.log_softmax(teacher + self.class_weights.log(), dim=1)
+        divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+        return divergence * self.temperature**2 / logits.shape[1]
+
+
+def _probabilities(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    return targets if targets.dim() == 2 else F.one_hot(targets, num_classes).float()
+
+
+def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return F.cross_entropy(logits, targets, weight=weights, reduction="sum")

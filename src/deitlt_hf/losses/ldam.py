@@ -1,0 +1,47 @@
+"""Label-distribution-aware margins."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LDAMLoss(nn.Module):
+    """Cross entropy with a margin that is larger for rarer classes (LDAM; Cao et al., NeurIPS 2019, equation 13).
+
+    Margins are proportional to `n_c ** -1/4`, the largest being `max_margin`. Made for the cosines of a normalised
+    classifier, in [-1, 1].
+
+    Args:
+        class_counts: Training images of each class.
+        max_margin: Margin of the rarest class; 0.5 for CIFAR, 0.3 for ImageNet-LT and iNaturalist.
+        scale: What the cosines are multiplied by before the softmax.
+        class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
+    """
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | torch.Tensor,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        class_weights: torch.Tensor | None = None,
+    ):
+        super().__init__()
+        margins = torch.as_tensor(class_counts, dtype=torch.float64) ** -0.25
+        self.scale = scale
+        self.register_buffer("margins", (margins * (max_margin / margins.max())).float())
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Computes the loss.
+
+        Args:
+            logits: Cosines; (batch, classes).
+            labels: Class indices; (batch,).
+            reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
+        """
+        margins = F.one_hot(labels, logits.shape[1]) * self.margins[labels].unsqueeze(1)
+        return F.cross_entropy(
+            self.scale * (logits.float() - margins), labels, weight=self.class_weights, reduction=reduction
+        )
