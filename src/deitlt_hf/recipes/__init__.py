@@ -1,0 +1,14 @@
+"""Recipes: everything a run needs, as one YAML file a benchmark with the sections data, teacher and student."""
+
+from .arguments import DataArguments, StudentArguments, TeacherArguments
+from .parsing import command_line_errors, load_recipe, parse_arguments, recipe_names
+
+__all__ = [
+    "DataArguments",
+    "StudentArguments",
+    "TeacherArguments",
+    "command_line_errors",
+    "load_recipe",
+    "parse_arguments",
+    "recipe_names",
+]

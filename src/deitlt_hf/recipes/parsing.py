@@ -1,0 +1,118 @@
+"""From a recipe and a command line to arguments."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+SECTIONS = ("data", "teacher", "student")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in files(__package__).iterdir() if path.suffix == ".yaml")
+
+
+def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
+    """Reads a recipe of the package by name, or any by its path.
+
+    Raises:
+        FileNotFoundError: If there is none; the message names the nearest.
+        ValueError: If the file is not a recipe.
+    """
+    if name_or_path in recipe_names():
+        text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise FileNotFoundError(
+            f"no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; there are {', '.join(recipe_names())}, "
+            "or give the path of a YAML file."
+        )
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {name_or_path!r} is not valid YAML: {' '.join(str(error).split())}.") from error
+    sections = {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
+    wrong = [key for key in sections if key not in SECTIONS]
+    if not sections or wrong or not all(isinstance(value, dict) for value in sections.values()):
+        raise ValueError(f"recipe {name_or_path!r} needs the sections {', '.join(SECTIONS)}; it has {list(sections)}.")
+    return {section: sections.get(section, {}) for section in SECTIONS}
+
+
+def parse_arguments(
+    section: str, classes: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple:
+    """Fills dataclasses from a recipe's `data` section and one other, overridden by the command line.
+
+    Args:
+        section: `teacher` or `student`.
+        classes: Dataclasses to fill.
+        argv: Command line without the program; by default this process's.
+        description: Text of `--help`.
+
+    Returns:
+        The recipe's name and one instance a class.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe.
+        ValueError: If recipe or command line have an unknown field; the message names the nearest.
+    """
+    parser = HfArgumentParser(
+        classes,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", required=True, help=f"One of {', '.join(recipe_names())}, or a YAML file.")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    name = first.parse_known_args(argv)[0].recipe
+    if name is not None:
+        recipe = load_recipe(name)
+        known = {field.name for cls in classes for field in fields(cls) if field.init}
+        values = recipe["data"] | recipe[section]
+        _refuse_unknown((key for key in values if key not in known), known, f"recipe {name!r}")
+        stem = Path(name).name.removesuffix(".yaml")
+        parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, section)} | values)
+    *filled, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    options = {option.removeprefix("--") for option in parser._option_string_actions}
+    _refuse_unknown((word.removeprefix("--").split("=")[0] for word in rest), options, "the command line")
+    return name, *filled
+
+
+@contextlib.contextmanager
+def command_line_errors() -> Iterator[None]:
+    """Ends the program with one sentence for an error that its user can mend.
+
+    Set DEITLT_TRACEBACK=1 to see where it came from.
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("DEITLT_TRACEBACK"):
+            raise
+        # Wrong input is wrong in every process: the first one says so. Other errors may come from any of them.
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, FloatingPointError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> None:
+    for name in names:
+        raise ValueError(f"unknown field {name!r} in {place}{_nearest(name, known)}; --help lists all.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

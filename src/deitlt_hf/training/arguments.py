@@ -1,0 +1,195 @@
+"""Training arguments: what transformers' have not. Defaults are the paper's."""
+
+import sys
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..data.transforms import TRAIN_CROPS
+from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES
+
+TEACHER_VIEWS = ("student", "weak")
+TEACHER_LOSSES = ("ce", "ldam")
+
+
+def _option(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class LongTailTrainingArguments(TrainingArguments):
+    """What the two trainers share: batch arithmetic, schedule, augmentation, deferred re-weighting, evaluation.
+
+    Only fields that [`~transformers.TrainingArguments`] lacks, or whose default differs, are here.
+
+    Raises:
+        ValueError: If a value is outside its range, or `global_batch_size` cannot be made of whole batches.
+    """
+
+    global_batch_size: int | None = _option(
+        None,
+        "Images an optimiser step, over all processes and accumulation. Sets gradient_accumulation_steps, so that a run "
+        "is the same however many processes share it. None: whatever processes x batch x accumulation give.",
+    )
+    learning_rate: float | None = _option(
+        None, "Peak learning rate. None: learning_rate_per_512 times the images of one accumulation slice / 512."
+    )
+    learning_rate_per_512: float = _option(5e-4, "Learning rate for 512 images, scaled linearly. 5e-4 in the paper.")
+    learning_rate_slices: int | None = _option(
+        None,
+        "Accumulation slices of the run that learning_rate_per_512 was chosen for: the authors scale by a slice of the "
+        "batch (processes x per-device batch), not by the whole. 4 in the paper. None: this run's own accumulation.",
+    )
+    min_learning_rate: float = _option(1e-5, "Where the cosine ends.")
+    warmup_epochs: float = _option(5, "Epochs of linear warm-up.")
+    warmup_learning_rate: float = _option(1e-6, "Where the warm-up starts.")
+    drw_start_epoch: float | None = _option(
+        None, "Deferred re-weighting: epoch (from 0) from which on classes are weighted. None: never."
+    )
+    drw_beta: float = _option(0.9999, "Beta of the effective-number class weights, in [0, 1).")
+    image_resize: int | None = _option(
+        None, "Shorter side before the centre crop in evaluation. None: 256 / 224 of the image size from 224 pixels on."
+    )
+    train_crop: str = _option("random_resized", f"Random crop in training: {' or '.join(TRAIN_CROPS)} (by an eighth).")
+    auto_augment: str | None = _option("rand-m9-mstd0.5-inc1", "Augmentation policy in timm's notation, or 'none'.")
+    hflip: float = _option(0.5, "Probability of a horizontal flip.")
+    random_erasing: float = _option(0.25, "Probability of random erasing.")
+    overwrite: bool = _option(False, "Replace the run that is in output_dir.")
+
+    dataloader_drop_last: bool = _option(True, "Leave out the last incomplete batch.")
+    remove_unused_columns: bool = _option(False, "Kept off: the data set makes the model's inputs itself.")
+    max_grad_norm: float = _option(0.0, "Gradient clipping; 0 for none, as in the paper.")
+    logging_nan_inf_filter: bool = _option(False, "Kept off: a loss that is not finite stops the run.")
+    report_to: None | str | list[str] = _option("none", "Where to report to: trackio, tensorboard, wandb, ...")
+    eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
+    save_total_limit: int | None = _option(2, "Checkpoints to keep.")
+    seed: int = _option(0, "Seed of initialisation, augmentation and order.")
+
+    def __post_init__(self):
+        if self.auto_augment in ("none", ""):
+            self.auto_augment = None
+        _require(self.train_crop in TRAIN_CROPS, "train_crop", self.train_crop, f"one of {', '.join(TRAIN_CROPS)}")
+        for name in ("hflip", "random_erasing"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability")
+        _require(0 <= self.drw_beta < 1, "drw_beta", self.drw_beta, "in [0, 1)")
+        _require(self.per_device_train_batch_size >= 1, "per_device_train_batch_size", self.per_device_train_batch_size, "1 or more")
+        given_learning_rate = self.learning_rate
+        self.learning_rate = self.learning_rate or 0.0  # the parent compares it with 0
+        super().__post_init__()
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+        # Without a terminal there is a log, where progress bars are noise.
+        self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+
+        slice_size = self.train_batch_size * self.world_size
+        if self.global_batch_size is None:
+            self.global_batch_size = slice_size * self.gradient_accumulation_steps
+        elif self.global_batch_size < slice_size or self.global_batch_size % slice_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of {self.world_size} process(es) x "
+                f"per_device_train_batch_size {self.train_batch_size}; change one of them."
+            )
+        self.gradient_accumulation_steps = self.global_batch_size // slice_size
+        if given_learning_rate is None:
+            slices = self.learning_rate_slices or self.gradient_accumulation_steps
+            self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
+        else:
+            self.learning_rate = given_learning_rate
+
+
+@dataclass
+class DeiTLTTrainingArguments(LongTailTrainingArguments):
+    """Arguments of [`DeiTLTTrainer`]: the distillation, mixing and sampling of DeiT-LT (section 4 of the paper)."""
+
+    alpha: float = _option(0.5, "Share of the DIST head's loss.")
+    distillation: str = _option("hard", f"What the DIST head learns from: {', '.join(DISTILLATION_TYPES)} (the labels).")
+    temperature: float = _option(1.0, "Temperature of soft distillation.")
+    cls_loss: str = _option("ce", f"Loss of the CLS head: {' or '.join(CLS_LOSSES)}.")
+    reweight_cls: bool = _option(False, "Re-weight the CLS head's loss too in the DRW phase.")
+    teacher_view: str = _option(
+        "student",
+        "What the teacher sees: 'student', the student's own augmented and mixed image (out of distribution, the "
+        "paper); 'weak', a weakly augmented one (the in-distribution ablation).",
+    )
+    mixup: float = _option(0.8, "Mixup alpha; 0 for none.")
+    cutmix: float = _option(1.0, "CutMix alpha; 0 for none.")
+    mixup_switch: float = _option(0.5, "Probability of CutMix instead of Mixup, a batch.")
+    mixup_probability: float = _option(1.0, "Probability of mixing, a batch.")
+    mixing_in_drw: bool = _option(
+        False, "Go on with mixing and label smoothing in the DRW phase (ImageNet-LT, iNaturalist) or stop (CIFAR)."
+    )
+    label_smoothing_factor: float = _option(0.1, "Label smoothing of the CLS head's targets.")
+    repeated_augmentation: int = _option(3, "Copies of an image in a batch; 1 for plain shuffling.")
+    weight_decay: float = _option(0.05, "Weight decay of AdamW; none on biases, norms, tokens and positions.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(0 <= self.alpha <= 1, "alpha", self.alpha, "in [0, 1]")
+        _require(
+            self.distillation in DISTILLATION_TYPES,
+            "distillation",
+            self.distillation,
+            f"one of {', '.join(DISTILLATION_TYPES)}",
+        )
+        _require(self.teacher_view in TEACHER_VIEWS, "teacher_view", self.teacher_view, f"one of {', '.join(TEACHER_VIEWS)}")
+        _require(self.repeated_augmentation >= 1, "repeated_augmentation", self.repeated_augmentation, "1 or more")
+        if self.mixes and self.train_batch_size % 2:
+            raise ValueError(
+                "Mixup and CutMix pair the images of a batch, so per_device_train_batch_size must be even, got "
+                f"{self.train_batch_size}."
+            )
+        if self.mixes and not self.dataloader_drop_last:
+            raise ValueError("Mixup and CutMix need batches of even size; leave dataloader_drop_last on.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed at all."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mixup_probability > 0
+
+
+@dataclass
+class FlatTeacherTrainingArguments(LongTailTrainingArguments):
+    """Arguments of [`FlatTeacherTrainer`]: SGD with momentum under SAM, as in the CIFAR teachers of the paper.
+
+    The learning rate falls by `lr_drops` at `lr_drop_epochs`, or follows a cosine without them.
+    """
+
+    teacher_loss: str = _option("ce", "Loss: ce, or ldam with a cosine classifier.")
+    ldam_margin: float = _option(0.5, "Margin of the rarest class.")
+    ldam_scale: float = _option(30.0, "What LDAM multiplies the cosines by.")
+    sam_rho: list[float] = _option(
+        [0.05], "Radius of SAM's perturbation: one value, or one for each stage of the backbone; 0 for plain SGD."
+    )
+    sam_adaptive: bool = _option(False, "Scale the perturbation by the weights (ASAM).")
+    momentum: float = _option(0.9, "Momentum of SGD.")
+    lr_drop_epochs: list[float] = _option([], "Epochs (from 0) at which the learning rate drops.")
+    lr_drops: list[float] = _option([], "Factors of the peak learning rate from those epochs on.")
+
+    learning_rate: float | None = _option(0.1, "Peak learning rate.")
+    min_learning_rate: float = _option(0.0, "Where the cosine ends.")
+    warmup_learning_rate: float = _option(0.0, "Where the warm-up starts.")
+    weight_decay: float = _option(2e-4, "Weight decay, on all parameters.")
+    train_crop: str = _option("padded", f"Random crop in training: {' or '.join(TRAIN_CROPS)} (by an eighth).")
+    auto_augment: str | None = _option(None, "Augmentation policy in timm's notation, or 'none'.")
+    random_erasing: float = _option(0.0, "Probability of random erasing.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(
+            self.teacher_loss in TEACHER_LOSSES, "teacher_loss", self.teacher_loss, f"one of {', '.join(TEACHER_LOSSES)}"
+        )
+        _require(
+            len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "sam_rho", self.sam_rho, "one or more values, none negative"
+        )
+        if len(self.lr_drop_epochs) != len(self.lr_drops):
+            raise ValueError(
+                f"lr_drop_epochs {self.lr_drop_epochs} and lr_drops {self.lr_drops} must have as many values."
+            )
+
+
+def _require(fits: bool, name: str, value, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.")

@@ -1,0 +1,229 @@
+"""The DeiT-LT trainer: a dual-token student learns from labels and from a frozen flat teacher."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..data.long_tail import class_counts
+from ..data.sampling import RepeatedAugmentationSampler
+from ..data.transforms import resize_and_renormalize, weak_transform
+from ..evaluation import group_accuracies
+from ..losses import DistillationLoss
+from .arguments import DeiTLTTrainingArguments
+from .trainer import LongTailTrainer
+
+
+class DeiTLTTrainer(LongTailTrainer):
+    """Trains a [`DeiTLTForImageClassification`] with labels and a frozen flat teacher (DeiT-LT, section 4).
+
+    The CLS head learns from the labels, the DIST head from the teacher's prediction on the student's own augmented and
+    mixed image, with class weights from `drw_start_epoch` on. Beside the loss it logs
+
+    - `cls_loss`, `distillation_loss`: the two parts, which add up to it;
+    - `teacher_agreement`: share of the DIST head's predictions that equal the teacher's, on training images;
+    - `token_similarity`: cosine of the final CLS and DIST tokens.
+
+    Args:
+        model: The student.
+        args: A [`DeiTLTTrainingArguments`].
+        teacher: An image classifier whose label names are the student's, in any order. Needed to train unless
+            `args.distillation` is `none`. It is frozen, and never saved with the student.
+        **kwargs: As for [`LongTailTrainer`].
+
+    Raises:
+        ValueError: If the teacher has other classes than the student, or, at the start of training, is no better than
+            chance on the test images.
+    """
+
+    experts = {"mean": "logits", "cls": "cls_logits", "distillation": "distillation_logits"}
+
+    def __init__(
+        self, model: PreTrainedModel, args: DeiTLTTrainingArguments, teacher: PreTrainedModel | None = None, **kwargs
+    ):
+        self.teacher = None
+        super().__init__(model=model, args=args, **kwargs)
+        if teacher is not None:
+            self._label_order = _label_order(model.config, teacher.config)
+            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.criterion = self._criterion(None)
+        self.drw_criterion = self._criterion(self.drw_weights() if self.class_counts else None)
+        self.mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            prob=args.mixup_probability,
+            switch_prob=args.mixup_switch,
+            label_smoothing=args.label_smoothing_factor,
+            num_classes=model.config.num_labels,
+        )
+
+    def _criterion(self, class_weights: torch.Tensor | None) -> DistillationLoss:
+        args = self.args
+        return DistillationLoss(
+            args.alpha, args.distillation, args.temperature, args.cls_loss, class_weights, args.reweight_cls
+        )
+
+    def train(self, *args, **kwargs):
+        """Trains; see [`LongTailTrainer`].
+
+        Raises:
+            ValueError: If there is no teacher but `distillation` needs one, or the teacher is no better than chance.
+        """
+        if self.teacher is None and self.args.distillation != "none":
+            raise ValueError(
+                f"distillation={self.args.distillation!r} needs a teacher; give one, or distillation='none' to train "
+                "both tokens on the labels."
+            )
+        return super().train(*args, **kwargs)
+
+    def train_views(self, args, processor):
+        views = super().train_views(args, processor)
+        if args.teacher_view == "weak" and args.distillation != "none":
+            views["teacher_pixel_values"] = weak_transform(processor, args.hflip)
+        return views
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.repeated_augmentation == 1:
+            return super()._get_train_sampler(train_dataset)
+        return RepeatedAugmentationSampler(
+            train_dataset if train_dataset is not None else self.train_dataset,
+            self.args.train_batch_size,
+            self.args.world_size,
+            self.args.repeated_augmentation,
+            self.args.seed,
+        )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Leaves tokens and position embeddings without weight decay, as DeiT does."""
+        free = ("cls_token", "distillation_token", "position_embeddings")
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(free)]
+
+    # ---- Loss ----
+
+    @property
+    def active_criterion(self) -> DistillationLoss:
+        """The loss of the current phase."""
+        return self.drw_criterion if self.in_drw else self.criterion
+
+    def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Mixes the images and their labels, then asks the teacher about what the student will see."""
+        pixel_values, labels = batch["pixel_values"], batch["labels"]
+        if not self.in_drw or self.args.mixing_in_drw:
+            if self.args.mixes:
+                pixel_values, labels = self.mixup(pixel_values, labels)
+            elif self.args.label_smoothing_factor > 0:
+                labels = mixup_target(labels, self.model.config.num_labels, 1.0, self.args.label_smoothing_factor)
+        prepared = {"pixel_values": pixel_values, "labels": labels}
+        if self.args.distillation != "none":
+            prepared["teacher_logits"] = self.teacher_logits(batch.get("teacher_pixel_values", pixel_values))
+        return prepared
+
+    def teacher_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits in the student's label order, for images normalised for the student.
+
+        The images are resized and re-normalised if the teacher's configuration has another `image_size`, `image_mean`
+        or `image_std`.
+        """
+        config, processor = self.teacher.config, self.processing_class
+        student_values = (list(processor.image_mean), list(processor.image_std))
+        teacher_values = (
+            list(getattr(config, "image_mean", student_values[0])),
+            list(getattr(config, "image_std", student_values[1])),
+        )
+        size = getattr(config, "image_size", pixel_values.shape[-1])
+        with torch.inference_mode(), self.accelerator.autocast():
+            images = resize_and_renormalize(pixel_values, size, student_values, teacher_values)
+            logits = self.teacher(images).logits[:, self._label_order.to(pixel_values.device)]
+        return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
+
+    def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.active_criterion.denominators(batch["labels"], batch.get("teacher_logits"))
+
+    def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        outputs = model(pixel_values=batch["pixel_values"])
+        teacher_logits = batch.get("teacher_logits")
+        parts = self.active_criterion(
+            outputs.cls_logits, outputs.distillation_logits, batch["labels"], teacher_logits, batch["denominators"]
+        )
+        processes, slices = self.accelerator.num_processes, len(self._window)
+        self.log_part("cls_loss", parts.cls_loss * processes)
+        self.log_part("distillation_loss", parts.distillation_loss * processes)
+        if teacher_logits is not None:
+            agreement = outputs.distillation_logits.argmax(dim=1) == teacher_logits.argmax(dim=1)
+            self.log_part("teacher_agreement", agreement.float().mean() / slices)
+        tokens = outputs.token_features.detach().float()
+        similarity = F.cosine_similarity(tokens[:, 0], tokens[:, 1]).mean()
+        self.log_part("token_similarity", similarity / slices)
+        return parts.loss
+
+    # ---- Before the first step ----
+
+    def plan(self) -> dict[str, str]:
+        """Phases, and the teacher with its accuracy.
+
+        Raises:
+            ValueError: If the teacher is no better than chance.
+        """
+        args = self.args
+        mixing = "Mixup / CutMix" if args.mixes else "no mixing"
+        if args.drw_start_epoch is None or args.drw_start_epoch == math.inf:
+            phases = f"one, {mixing}, no re-weighting"
+        else:
+            after = mixing if args.mixing_in_drw else "no mixing"
+            phases = f"to epoch {args.drw_start_epoch:g}: {mixing}; from there: re-weighted, {after}"
+        lines = {"phases": phases}
+        if args.distillation == "none":
+            return lines | {"teacher": "none: both tokens learn from the labels"}
+        text = f"{type(self.teacher).__name__}, sees the {args.teacher_view} view"
+        if self.eval_dataset is not None:
+            accuracies = self.check_teacher()
+            text += "; test accuracy in %: " + ", ".join(
+                f"{name} {100 * value:.1f}" for name, value in accuracies.items() if not math.isnan(value)
+            )
+        return lines | {"teacher": text}
+
+    @torch.no_grad()
+    def check_teacher(self) -> dict[str, float]:
+        """The teacher's accuracies on the test images, as the student's pipeline shows them to it.
+
+        Raises:
+            ValueError: If its balanced accuracy is within two standard errors of chance.
+        """
+        predictions, labels = [], []
+        for batch in self.get_eval_dataloader():
+            predicted = self.teacher_logits(batch["pixel_values"].to(self.args.device)).argmax(dim=1)
+            gathered = self.accelerator.gather_for_metrics((predicted, batch["labels"].to(self.args.device)))
+            predictions.append(gathered[0].cpu())
+            labels.append(gathered[1].cpu())
+        predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
+        accuracies = group_accuracies(predictions, labels, self.groups)
+        tested = class_counts(labels).nonzero()[0]
+        balanced = group_accuracies(predictions, labels, {"tested": tested})["tested"]
+        chance = 1 / self.model.config.num_labels
+        if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
+            raise ValueError(
+                f"the teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on {len(labels)} test "
+                f"images of {self.model.config.num_labels} classes. Is it trained, with the same class order, image "
+                "size and normalisation?"
+            )
+        return accuracies
+
+
+def _label_order(student, teacher) -> torch.Tensor:
+    """Positions of the student's labels among the teacher's, matched by name."""
+    if teacher.num_labels != student.num_labels:
+        raise ValueError(f"the teacher has {teacher.num_labels} classes but the student has {student.num_labels}.")
+    positions = {name: label for label, name in teacher.id2label.items()}
+    names = [student.id2label[label] for label in range(student.num_labels)]
+    unknown = [name for name in names if name not in positions]
+    if unknown:
+        raise ValueError(
+            f"the teacher does not know the classes {', '.join(map(repr, unknown[:5]))} ({len(unknown)} in all); its "
+            f"own begin with {', '.join(map(repr, list(positions)[:5]))}."
+        )
+    return torch.tensor([int(positions[name]) for name in names])

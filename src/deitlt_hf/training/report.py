@@ -1,0 +1,196 @@
+"""What a run tells its user: the plan before the first step, tables, and `results.json`."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from transformers import ProgressCallback
+
+RESULTS_FILE = "results.json"
+LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm")
+
+
+def show(renderable) -> None:
+    """Prints to the terminal, or as plain text of a fixed width into a log."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    console.print(renderable)
+
+
+def run_files(output_dir: str | Path) -> list[str]:
+    """Names of the files that show that a folder holds a run."""
+    folder = Path(output_dir)
+    patterns = (RESULTS_FILE, "checkpoint-*", "model*.safetensors")
+    return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+
+
+def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) -> None:
+    """Refuses a folder with another run, unless that is to be overwritten or resumed.
+
+    Raises:
+        FileExistsError: If it holds one.
+    """
+    found = run_files(output_dir)
+    if found and not overwrite and not resuming:
+        raise FileExistsError(
+            f"{output_dir} holds another run ({', '.join(found[:3])}); choose another --output_dir, go on with "
+            "--resume_from_checkpoint auto, or replace it with --overwrite."
+        )
+
+
+def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator) -> None:
+    """Checks the folder in every process; the first then removes checkpoints and results of a run to be replaced.
+
+    A finished model stays until the new one is saved over it.
+    """
+    check_output_dir(output_dir, overwrite, resuming)
+    accelerator.wait_for_everyone()
+    if overwrite and not resuming and accelerator.is_main_process:
+        for checkpoint in Path(output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        (Path(output_dir) / RESULTS_FILE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
+class Results:
+    """The record of a run in `results.json`: data, settings, and the accuracies of the last and of the best epoch.
+
+    Accuracies are fractions; a group without test images has null.
+
+    Args:
+        output_dir: Where the file is.
+    """
+
+    def __init__(self, output_dir: str | Path):
+        self.path = Path(output_dir) / RESULTS_FILE
+        self.content: dict = {}
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the last evaluation."""
+        return self.content.get("last", {}).get("step")
+
+    def start(self, trainer, resuming: bool) -> None:
+        """Begins the record; a resumed run keeps its best epoch."""
+        if resuming and self.path.is_file():
+            self.content = json.loads(self.path.read_text())
+        args, config = trainer.args, trainer.model.config
+        names = [config.id2label[label] for label in range(config.num_labels)]
+        self.content |= {
+            "model": type(trainer.model).__name__,
+            "finished": False,
+            "data": {
+                "train_images": sum(trainer.class_counts),
+                "class_counts": trainer.class_counts,
+                "subset_sha256": trainer.subset_sha256,
+                "groups": {name: [names[label] for label in group] for name, group in trainer.groups.items()},
+            },
+            "settings": {
+                "seed": args.seed,
+                "epochs": args.num_train_epochs,
+                "drw_start_epoch": args.drw_start_epoch,
+                "global_batch_size": args.global_batch_size,
+                "processes": args.world_size,
+                "per_device_train_batch_size": args.train_batch_size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+                "learning_rate": args.learning_rate,
+            },
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        self.write()
+
+    def record(self, epoch: float, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
+        """Notes an evaluation: the last one always, the best one if the first expert is ahead overall."""
+        entry = {"epoch": epoch, "step": step, "accuracies": {expert: dict(row) for expert, row in accuracies.items()}}
+        self.content["last"] = entry
+        if "best" not in self.content or _overall(entry) > _overall(self.content["best"]):
+            self.content["best"] = entry
+
+    def finish(self, seconds: float) -> None:
+        """Marks the run as complete."""
+        self.content |= {"finished": True, "train_seconds": round(seconds, 1)}
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".json.part")
+        part.write_text(json.dumps(_nan_to_null(self.content), indent=2) + "\n")
+        os.replace(part, self.path)
+
+
+def print_plan(trainer, extra: Mapping[str, str]) -> None:
+    """Shows on one screen what will run."""
+    args, model = trainer.args, trainer.model
+    batches = len(trainer.get_train_dataloader())
+    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_per_epoch
+    groups = (
+        f"{name} {len(group)} ({sum(trainer.class_counts[label] for label in group):,})"
+        for name, group in trainer.groups.items()
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    lines = {
+        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, {model.config.image_size} px",
+        "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
+        "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",
+        "test images": f"{len(trainer.eval_dataset):,}" if trainer.eval_dataset is not None else "none",
+        "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "
+        f"{args.gradient_accumulation_steps} accumulation step(s)",
+        "learning rate": f"{args.learning_rate:.3g} at its peak, {args.warmup_epochs:g} epochs of warm-up",
+        "steps": f"{math.ceil(epochs * steps_per_epoch):,} in {epochs:g} epochs of {steps_per_epoch}",
+        **extra,
+        "output": str(args.output_dir),
+    }
+    table = Table.grid(padding=(0, 2))
+    for label, text in lines.items():
+        table.add_row(f"[bold]{label}[/bold]", text)
+    show(Panel(table, title="This will run", title_align="left", expand=False))
+
+
+class RunLog(ProgressCallback):
+    """Progress bar in a terminal, and one line for each log of the training loss; tables show the evaluations."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "grad_norm"))
+        line = f"epoch {state.epoch:.2f}  step {state.global_step}/{state.max_steps}  {values}"
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def _overall(entry: Mapping) -> float:
+    return next(iter(entry["accuracies"].values()))["overall"]
+
+
+def _nan_to_null(value):
+    if isinstance(value, dict):
+        return {key: _nan_to_null(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

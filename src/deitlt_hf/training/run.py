@@ -1,0 +1,165 @@
+"""Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from datasets import DatasetDict
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, set_seed
+
+from ..configuration_deitlt import DeiTLTConfig
+from ..configuration_flat_teacher import FlatTeacherConfig
+from ..data.long_tail import class_counts, indices_hash, shot_groups
+from ..modeling_deitlt import DeiTLTForImageClassification
+from ..modeling_flat_teacher import FlatTeacherForImageClassification
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
+from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from .distillation import DeiTLTTrainer
+from .report import RESULTS_FILE, check_output_dir
+from .teacher import FlatTeacherTrainer
+from .trainer import LongTailTrainer
+
+
+def train_teacher(
+    data_args: DataArguments,
+    model_args: TeacherArguments,
+    args: FlatTeacherTrainingArguments,
+    data: DatasetDict | None = None,
+) -> FlatTeacherTrainer:
+    """Trains a recipe's teacher and saves it in `args.output_dir`."""
+    _check_output_dir(args)
+    data = data or data_args.load()
+    set_seed(args.seed)
+    config = FlatTeacherConfig(**dataclasses.asdict(model_args), num_labels=_num_labels(data))
+    return _train(FlatTeacherTrainer, FlatTeacherForImageClassification(config), args, data, data_args)
+
+
+def distill(
+    recipe: str, data_args: DataArguments, model_args: StudentArguments, args: DeiTLTTrainingArguments
+) -> DeiTLTTrainer:
+    """Trains a recipe's student and saves it in `args.output_dir`.
+
+    Without a teacher it uses the one in the folder `teacher` beside `args.output_dir` if that was trained on the same
+    images, and trains the recipe's there if there is none.
+    """
+    _check_output_dir(args)
+    for path in (model_args.teacher, model_args.init_from):
+        if path is not None:
+            _model_type(path)  # a wrong path shows before the data are loaded
+    data = data_args.load()
+    set_seed(args.seed)
+    student = _student(model_args, _num_labels(data))
+    teacher = None
+    if args.distillation != "none":
+        folder = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args)
+        teacher = load_teacher(folder)
+        set_seed(args.seed)
+    return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher)
+
+
+def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:
+    """Prints the table of a saved student or teacher on a recipe's test images; its rows are in `last_table`."""
+    is_teacher = _model_type(path) == FlatTeacherConfig.model_type
+    data = data_args.load()
+    if is_teacher:
+        trainer_class, model_class = FlatTeacherTrainer, FlatTeacherForImageClassification
+        args = FlatTeacherTrainingArguments(
+            output_dir=args.output_dir,
+            per_device_eval_batch_size=args.per_device_eval_batch_size,
+            dataloader_num_workers=args.dataloader_num_workers,
+            use_cpu=args.use_cpu,
+        )
+    else:
+        trainer_class, model_class = DeiTLTTrainer, DeiTLTForImageClassification
+    model = model_class.from_pretrained(path)
+    trainer = trainer_class(model=model, args=args, eval_dataset=data["test"], groups=_groups(data, data_args))
+    trainer.evaluate()
+    return trainer
+
+
+def load_teacher(path: str) -> PreTrainedModel:
+    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers."""
+    if _model_type(path) == FlatTeacherConfig.model_type:
+        return FlatTeacherForImageClassification.from_pretrained(path)
+    return AutoModelForImageClassification.from_pretrained(path)
+
+
+def _train(trainer_class, model: PreTrainedModel, args, data: DatasetDict, data_args: DataArguments, **kwargs):
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        groups=_groups(data, data_args),
+        **kwargs,
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "auto" else resume)
+    trainer.save_model()
+    return trainer
+
+
+def _student(model_args: StudentArguments, num_labels: int) -> DeiTLTForImageClassification:
+    values = dataclasses.asdict(model_args)
+    del values["teacher"]
+    attention = {"attn_implementation": values.pop("attn_implementation")}
+    path = values.pop("init_from")
+    if path is not None:
+        return DeiTLTForImageClassification.from_pretrained(
+            path,
+            num_labels=num_labels,
+            drop_path_rate=model_args.drop_path_rate,
+            ignore_mismatched_sizes=True,
+            **attention,
+        )
+    values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
+    return DeiTLTForImageClassification._from_config(DeiTLTConfig(**values, num_labels=num_labels), **attention)
+
+
+def _teacher_of_recipe(
+    recipe: str, data: DatasetDict, data_args: DataArguments, student_args: DeiTLTTrainingArguments
+) -> str:
+    """The folder of the recipe's teacher, which is trained if it is not there."""
+    folder = Path(student_args.output_dir).parent / "teacher"
+    results = folder / RESULTS_FILE
+    if results.is_file() and not student_args.overwrite:
+        record = json.loads(results.read_text())
+        if record["finished"] and record["data"]["subset_sha256"] != indices_hash(data["train"]["source_index"]):
+            raise ValueError(
+                f"the teacher in {folder} was trained on other images (subset {record['data']['subset_sha256'][:12]}); "
+                "give a --teacher, another --output_dir, or --overwrite to train it anew."
+            )
+        if record["finished"]:
+            _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
+            return str(folder)
+    _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
+    command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
+    _, model_args, args = parse_arguments("teacher", (TeacherArguments, FlatTeacherTrainingArguments), command_line)
+    args.overwrite = True  # what is there is not a finished run
+    train_teacher(data_args, model_args, args, data)
+    return str(folder)
+
+
+def _say(args, text: str) -> None:
+    if args.process_index == 0:
+        print(text, flush=True)
+
+
+def _check_output_dir(args) -> None:
+    check_output_dir(args.output_dir, args.overwrite, bool(args.resume_from_checkpoint))
+
+
+def _model_type(path: str) -> str | None:
+    """Model type in the configuration of a folder or Hub repository."""
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
+        raise FileNotFoundError(f"there is no model folder {path!r}.")
+    return PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+
+
+def _num_labels(data: DatasetDict) -> int:
+    return data["train"].features["label"].num_classes
+
+
+def _groups(data: DatasetDict, data_args: DataArguments):
+    counts = class_counts(data["train"]["label"], _num_labels(data))
+    return shot_groups(counts, data_args.group_boundaries)

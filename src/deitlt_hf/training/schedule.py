@@ -1,0 +1,36 @@
+"""Learning rates as functions of the (fractional) epoch."""
+
+import bisect
+import math
+from collections.abc import Sequence
+
+
+def warmup_cosine(
+    epoch: float,
+    *,
+    epochs: float,
+    peak: float,
+    minimum: float = 1e-5,
+    warmup_epochs: float = 5,
+    warmup_start: float = 1e-6,
+) -> float:
+    """Linear warm-up, then the cosine that started at epoch 0: the authors' schedule, learning rate at `epoch`."""
+    if epoch < warmup_epochs:
+        return warmup_start + (peak - warmup_start) * epoch / warmup_epochs
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
+
+
+def warmup_drops(
+    epoch: float,
+    *,
+    peak: float,
+    drop_epochs: Sequence[float],
+    factors: Sequence[float],
+    warmup_epochs: float = 5,
+    warmup_start: float = 0.0,
+) -> float:
+    """Linear warm-up, then the peak times the factor of the last drop that has passed."""
+    if epoch < warmup_epochs:
+        return warmup_start + (peak - warmup_start) * epoch / warmup_epochs
+    passed = bisect.bisect_right(drop_epochs, epoch)
+    return peak * factors[passed - 1] if passed else peak

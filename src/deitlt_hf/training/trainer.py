@@ -1,0 +1,343 @@
+"""What the trainers of student and teacher share."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+from transformers.utils import logging as hf_logging
+
+from ..data.images import ImageCollator, ImageDataset
+from ..data.loading import find_columns
+from ..data.long_tail import class_counts, indices_hash, shot_groups
+from ..data.transforms import image_processor, train_transform
+from ..evaluation import ExpertTable, group_accuracies
+from ..losses import effective_number_weights
+from .arguments import LongTailTrainingArguments
+from .report import Results, RunLog, claim_output_dir, print_plan, show
+from .schedule import warmup_cosine
+
+
+class LongTailTrainer(Trainer, ABC):
+    """A [`~transformers.Trainer`] for classifiers of long-tailed images.
+
+    Differences from its parent:
+    - data sets are `datasets.Dataset`s with an image and a `ClassLabel` column; the trainer makes the transforms;
+    - losses are normalised over the whole batch of an optimiser step, whatever accumulation and processes cut it into;
+    - a loss that is not finite stops the run before a checkpoint is written;
+    - every evaluation reports head, mid and tail classes for each expert: as metrics, as a table and in `results.json`,
+      where the last and the best epoch stand apart;
+    - a folder that holds another run is not written to.
+
+    Args:
+        model: The model to train. It takes the names of its labels from the data if it has none.
+        args: Training arguments.
+        train_dataset: Training images. Not needed for evaluation alone.
+        eval_dataset: Test images.
+        processing_class: Image processor for evaluation; by default made from the model's image size.
+        groups: Class indices of head, mid and tail; by default many / medium / few shot, see [`shot_groups`].
+        **kwargs: As for [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If data and model do not fit each other, or the training set is smaller than one batch.
+    """
+
+    # The logits of each expert in the model's output; the first expert is the model's prediction.
+    experts: Mapping[str, str] = {}
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: LongTailTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class=None,
+        groups: Mapping[str, Sequence[int]] | None = None,
+        **kwargs,
+    ):
+        if processing_class is None:
+            processing_class = image_processor(model.config.image_size, args.image_resize)
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None:
+                _match_labels(model.config, dataset)
+        self.subset_sha256 = None
+        if train_dataset is not None:
+            _, label_column = find_columns(train_dataset)
+            counts = class_counts(train_dataset[label_column], model.config.num_labels)
+            model.config.class_counts = counts.tolist()
+            if "source_index" in train_dataset.column_names:
+                self.subset_sha256 = indices_hash(train_dataset["source_index"])
+            self._check_size(len(train_dataset), args)
+        self.class_counts = getattr(model.config, "class_counts", None)
+        if groups is None:
+            if self.class_counts is None:
+                raise ValueError("without a train_dataset, and class_counts in the model's config, give groups.")
+            groups = shot_groups(self.class_counts)
+        self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ImageCollator(processing_class),
+            train_dataset=_image_dataset(train_dataset, self.train_views(args, processing_class)),
+            eval_dataset=_image_dataset(eval_dataset),
+            processing_class=processing_class,
+            compute_metrics=self._expert_metrics,
+            **kwargs,
+        )
+        self.loss_is_scaled_for_ga = True  # by `loss_denominators`, which are those of the whole accumulated batch
+        self.results = Results(self.args.output_dir)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        if self.args.disable_tqdm:
+            hf_logging.disable_progress_bar()
+        self.add_callback(RunLog())
+        self.add_callback(NonFiniteLossGuard(self))
+        self.first_nonfinite_step = torch.tensor(math.inf, device=self.args.device)
+        self._window: list[dict[str, Any]] = []
+        self._window_is_ready = True
+        self._logged: dict[str, torch.Tensor] = {}
+        self._steps_logged = 0
+
+    # ---- What subclasses give ----
+
+    @abstractmethod
+    def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Loss of one slice of a batch: sums over its images divided by `batch["denominators"]`."""
+
+    @abstractmethod
+    def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a slice adds to the denominators of the loss."""
+
+    def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Changes a batch on its device before the loss is computed, such as by mixing."""
+        return batch
+
+    def train_views(self, args: LongTailTrainingArguments, processor) -> dict[str, Callable]:
+        """Training transforms, by the name of the model input that each makes."""
+        transform = train_transform(processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing)
+        return {"pixel_values": transform}
+
+    def learning_rate_at(self, epoch: float, epochs: float) -> float:
+        """Learning rate at a (fractional) epoch of a run of `epochs`."""
+        return warmup_cosine(
+            epoch,
+            epochs=epochs,
+            peak=self.args.learning_rate,
+            minimum=self.args.min_learning_rate,
+            warmup_epochs=self.args.warmup_epochs,
+            warmup_start=self.args.warmup_learning_rate,
+        )
+
+    def plan(self) -> dict[str, str]:
+        """Lines for the screen before the first step, beside those that both trainers have."""
+        return {}
+
+    # ---- Training ----
+
+    @property
+    def in_drw(self) -> bool:
+        """Whether training is in the phase of deferred re-weighting."""
+        start = self.args.drw_start_epoch
+        return start is not None and (self.state.epoch or 0.0) >= start
+
+    def drw_weights(self) -> torch.Tensor:
+        """Class weights of the DRW phase, on the device."""
+        return effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Trains, evaluates at the end, and keeps `results.json`; otherwise as the parent's.
+
+        Raises:
+            FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten.
+            FloatingPointError: If the loss is not finite.
+        """
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset.")
+        self._check_phases()
+        claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
+        plan = self.plan()
+        if self.is_world_process_zero():
+            self.results.start(self, resuming=bool(resume_from_checkpoint))
+            print_plan(self, plan)
+        # Augmentation, mixing and dropped paths differ between processes, as images do.
+        set_seed(self.args.seed, device_specific=True)
+        started = time.perf_counter()
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if self.eval_dataset is not None and self.results.last_step != self.state.global_step:
+            self.evaluate()
+        if self.is_world_process_zero():
+            self.results.finish(seconds=time.perf_counter() - started)
+        return output
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # They are prepared in the first training step, which comes after a resumed run has its random state back.
+        self._window, self._window_is_ready = batches, False
+        return batches, None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self._window_is_ready:
+            self._prepare_window()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = torch.where(loss.isfinite(), math.inf, self.state.global_step + 1.0)
+        self.first_nonfinite_step = torch.minimum(self.first_nonfinite_step, step)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # DistributedDataParallel averages over processes what has to be a sum.
+        return self.compute_training_loss(model, inputs) * self.accelerator.num_processes
+
+    def _prepare_window(self) -> None:
+        """Prepares all slices of an optimiser step and gives each the denominators of the whole."""
+        for batch in self._window:
+            batch.update(self.prepare_batch(self._prepare_inputs(batch)))
+        total = torch.stack([self.loss_denominators(batch) for batch in self._window]).sum(dim=0)
+        total = self.accelerator.reduce(total, "sum")
+        for batch in self._window:
+            batch["denominators"] = total
+        self._window_is_ready = True
+        self._steps_logged += 1
+
+    def _check_phases(self) -> None:
+        args = self.args
+        if args.max_steps > 0:
+            return
+        for name in ("drw_start_epoch", "warmup_epochs"):
+            epoch = getattr(args, name)
+            if epoch is not None and args.num_train_epochs <= epoch < math.inf:
+                raise ValueError(
+                    f"{name} {epoch:g} is not before the end of training at epoch {args.num_train_epochs:g}; change "
+                    f"one of them ({name} inf or 0 for none)."
+                )
+
+    @staticmethod
+    def _check_size(num_images: int, args: LongTailTrainingArguments) -> None:
+        batch = args.train_batch_size * args.world_size
+        if num_images < batch and args.dataloader_drop_last:
+            raise ValueError(
+                f"the training set has {num_images} images, fewer than one batch of {batch} ({args.world_size} "
+                f"process(es) x {args.train_batch_size}); lower per_device_train_batch_size."
+            )
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The method's own schedule, as a function of the epoch; one update an optimiser step."""
+        if self.lr_scheduler is None:
+            batches = len(self.get_train_dataloader())
+            steps_per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+            epochs = num_training_steps / steps_per_epoch
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: self.learning_rate_at(step / steps_per_epoch, epochs) / self.args.learning_rate,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- Logging ----
+
+    def log_part(self, name: str, value: torch.Tensor) -> None:
+        """Adds to a quantity in the logs: summed over slices and steps, averaged over processes and steps."""
+        self._logged[name] = self._logged.get(name, 0.0) + value.detach()
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._logged:
+            means = torch.stack(list(self._logged.values())) / self._steps_logged
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs = {**logs, **dict(zip(self._logged, means, strict=True))}
+            self._logged.clear()
+            self._steps_logged = 0
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return super().get_eval_dataloader(_image_dataset(eval_dataset))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Evaluates every expert, prints the table, and during training records it in `results.json`."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.is_in_train:
+            self.results.record(self.state.epoch, self.state.global_step, self.last_table.accuracies)
+        if self.is_world_process_zero():
+            if self.is_in_train:
+                self.results.write()
+            self.last_table.title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
+            show(self.last_table)
+        return metrics
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predicted classes of each expert, (batch, experts), in place of logits: a few bytes an image."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        predictions = torch.stack([outputs[field].argmax(dim=1) for field in self.experts.values()], dim=1)
+        return outputs.loss.detach(), None if prediction_loss_only else predictions, inputs["labels"]
+
+    def _expert_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        labels = prediction.label_ids
+        accuracies = {
+            expert: group_accuracies(prediction.predictions[:, column], labels, self.groups)
+            for column, expert in enumerate(self.experts)
+        }
+        counts = class_counts(labels, self.model.config.num_labels).tolist()
+        self.last_table = ExpertTable("evaluation", accuracies, self.groups, counts)
+        metrics = {"accuracy": accuracies[next(iter(self.experts))]["overall"]}
+        for expert, values in accuracies.items():
+            metrics.update({f"{expert}_{group}": value for group, value in values.items() if not math.isnan(value)})
+        return metrics
+
+
+class NonFiniteLossGuard(TrainerCallback):
+    """Stops a run whose loss is not finite, before it logs, evaluates or saves.
+
+    On an accelerator it looks only then, so that it does not make every step wait for the device.
+    """
+
+    def __init__(self, trainer: LongTailTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        due = control.should_log or control.should_evaluate or control.should_save
+        if not due and args.device.type != "cpu":
+            return
+        step = self.trainer.first_nonfinite_step.item()
+        if math.isfinite(step):
+            raise FloatingPointError(
+                f"the loss is not finite at step {step:.0f} (epoch {state.epoch:.2f}, learning rate "
+                f"{self.trainer._get_learning_rate():.3g}); nothing was saved after it, and checkpoints in "
+                f"{args.output_dir} are from before. Lower the learning rate."
+            )
+
+
+def _image_dataset(dataset: Dataset | None, views: Mapping[str, Callable] | None = None):
+    if not isinstance(dataset, Dataset):
+        return dataset
+    return ImageDataset(dataset, *find_columns(dataset), views)
+
+
+def _match_labels(config, dataset: Dataset) -> None:
+    """Names the model's labels after the data, or checks that they agree."""
+    _, column = find_columns(dataset)
+    names = dataset.features[column].names
+    if len(names) != config.num_labels:
+        raise ValueError(f"the model has {config.num_labels} classes but the data have {len(names)}.")
+    model_names = [config.id2label[label] for label in range(len(names))]
+    if model_names == [f"LABEL_{label}" for label in range(len(names))]:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: label for label, name in enumerate(names)}
+    elif model_names != names:
+        label = next(label for label, pair in enumerate(zip(model_names, names, strict=True)) if len(set(pair)) > 1)
+        raise ValueError(
+            f"the model's label {label} is {model_names[label]!r} but the data's is {names[label]!r}; model and data "
+            "need the same classes in the same order."
+        )
