@@ -80,6 +80,8 @@ class LongTailTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
+        # New workers every epoch cost more than a small epoch itself.
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         # Without a terminal there is a log, where progress bars are noise.
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()

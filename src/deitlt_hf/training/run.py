@@ -134,7 +134,8 @@ def _teacher_of_recipe(
             return str(folder)
     _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
     command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
-    _, model_args, args = parse_arguments("teacher", (TeacherArguments, FlatTeacherTrainingArguments), command_line)
+    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    _, _, model_args, args = parse_arguments("teacher", classes, command_line)
     args.overwrite = True  # what is there is not a finished run
     train_teacher(data_args, model_args, args, data)
     return str(folder)

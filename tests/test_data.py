@@ -1,0 +1,397 @@
+"""Long-tailed subsets, groups, sources of images, transforms."""
+
+import gzip
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform
+
+from deitlt_hf.data import (
+    ImageCollator,
+    ImageDataset,
+    RepeatedAugmentationSampler,
+    class_counts,
+    find_columns,
+    image_processor,
+    load_long_tailed,
+    long_tailed_indices,
+    shot_groups,
+    train_transform,
+    weak_transform,
+)
+from deitlt_hf.data.images import decode_image
+from deitlt_hf.data.transforms import resize_and_renormalize
+
+RANDOM = np.random.RandomState(0)
+
+# ---- Subsets and groups ----
+
+
+@given(
+    num_classes=st.integers(2, 12),
+    per_class=st.integers(20, 60),
+    ratio=st.floats(1, 20),
+    kind=st.sampled_from(["exp", "step"]),
+    seed=st.integers(0, 5),
+)
+@settings(deadline=None, max_examples=60)
+def test_long_tailed_subsets_of_balanced_data(num_classes, per_class, ratio, kind, seed):
+    labels = np.random.RandomState(seed).permutation(np.repeat(np.arange(num_classes), per_class))
+    indices = long_tailed_indices(labels, num_classes, ratio, kind, seed)
+    counts = class_counts(labels[indices], num_classes)
+    assert len(set(indices.tolist())) == len(indices)
+    assert indices.dtype == np.int64
+    assert np.all(np.diff(counts) <= 0)
+    assert counts[0] == per_class
+    assert counts[-1] in (int(per_class / ratio), round(per_class / ratio))
+    assert np.array_equal(indices, long_tailed_indices(labels, num_classes, ratio, kind, seed))
+
+
+def test_subset_depends_on_the_seed_and_on_max_per_class():
+    labels = np.repeat(np.arange(4), 50)
+    first, second = (long_tailed_indices(labels, 4, 10, seed=seed) for seed in (0, 1))
+    assert not np.array_equal(first, second)
+    assert class_counts(labels[long_tailed_indices(labels, 4, 10, max_per_class=20)]).tolist() == [20, 9, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"imbalance_ratio": 0.01}, "must be at least 1, got 0.01; for the inverse flag"),
+        ({"imbalance_ratio": float("nan")}, "must be at least 1, got nan"),
+        ({"imbalance_ratio": 10, "imbalance_type": "linear"}, "imbalance_type must be one of exp, step"),
+        ({"imbalance_ratio": 1000}, r"class 2 would get no image \(it has 50, and imbalance_ratio 1000 leaves 0"),
+        ({"imbalance_ratio": 2, "num_classes": 5}, r"class 4 would get no image \(it has 0"),
+    ],
+)
+def test_long_tailed_subsets_refuse(values, message):
+    with pytest.raises(ValueError, match=message):
+        long_tailed_indices(np.repeat(np.arange(4), 50), **{"num_classes": 4, **values})
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.data())
+def test_groups_part_the_classes_by_count(counts, data):
+    ends = sorted(data.draw(st.tuples(st.integers(0, len(counts)), st.integers(0, len(counts)))))
+    for boundaries in (None, ends):
+        groups = shot_groups(counts, boundaries)
+        assert list(groups) == ["head", "mid", "tail"]
+        order = np.concatenate(list(groups.values()))
+        assert sorted(order.tolist()) == list(range(len(counts)))
+        assert np.all(np.diff(np.asarray(counts)[order]) <= 0)
+        if boundaries is None:
+            assert all(counts[label] > 100 for label in groups["head"])
+            assert all(20 <= counts[label] <= 100 for label in groups["mid"])
+            assert all(counts[label] < 20 for label in groups["tail"])
+        else:
+            assert [len(group) for group in groups.values()] == [ends[0], ends[1] - ends[0], len(counts) - ends[1]]
+
+
+@pytest.mark.parametrize("boundaries", [[7, 3], [3], [3, 11], [-1, 2]])
+def test_groups_refuse_wrong_boundaries(boundaries):
+    with pytest.raises(ValueError, match="two increasing positions among 10 classes"):
+        shot_groups(range(10), boundaries)
+
+
+# ---- Sources ----
+
+
+def write_folder(folder, splits=("train", "test"), classes=("cat", "dog", "eel"), images=4, size=(12, 10)):
+    for split in splits:
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(images):
+                pixels = RANDOM.randint(0, 60, (*size, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def write_idx(folder, compress, images=30, classes=3):
+    opener = gzip.open if compress else open
+    for stem in ("train", "t10k"):
+        pixels = RANDOM.randint(0, 256, (images, 7, 7)).astype(np.uint8)
+        labels = (np.arange(images) % classes).astype(np.uint8)
+        for name, values in ((f"{stem}-images-idx3-ubyte", pixels), (f"{stem}-labels-idx1-ubyte", labels)):
+            header = bytes([0, 0, 8, values.ndim]) + np.asarray(values.shape, ">u4").tobytes()
+            with opener(folder / (name + ".gz" * compress), "wb") as file:
+                file.write(header + values.tobytes())
+    return folder
+
+
+def test_digits_are_embedded_and_their_test_split_stays_whole(digits):
+    assert digits["train"].features["label"].names == [str(digit) for digit in range(10)]
+    assert class_counts(digits["train"]["label"]).tolist() == [60, 46, 35, 27, 21, 16, 12, 10, 7, 6]
+    assert class_counts(digits["test"]["label"]).min() >= 55
+    whole = load_long_tailed("digits")["train"]
+    row = digits["train"][5]
+    assert whole[row["source_index"]]["label"] == row["label"]
+    assert np.array_equal(np.asarray(whole[row["source_index"]]["image"]), np.asarray(row["image"]))
+
+
+def test_image_folder(tmp_path):
+    data = load_long_tailed(data_dir=str(write_folder(tmp_path)))
+    assert data["train"].features["label"].names == ["cat", "dog", "eel"]
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 12, "test": 12}
+    pixels = np.asarray(data["train"][11]["image"])
+    assert pixels.shape == (12, 10, 3)
+    assert pixels.min() >= 120
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_idx_files(tmp_path, compress):
+    data = load_long_tailed(
+        "names", str(write_idx(tmp_path, compress)), imbalance_ratio=5, class_names=["a", "b", "c"]
+    )
+    assert data["train"].features["label"].names == ["a", "b", "c"]
+    assert class_counts(data["train"]["label"]).tolist() == [10, 4, 2]
+    assert len(data["test"]) == 30
+
+
+def test_saved_data_set_and_hub_layout(tmp_path):
+    """A folder of parquet files goes the way of a Hub id; its columns have other names, as CIFAR-100's do."""
+    rows = {
+        "img": [Image.fromarray(RANDOM.randint(0, 256, (6, 6, 3)).astype(np.uint8)) for _ in range(12)],
+        "fine_label": [0, 1, 2] * 4,
+        "coarse_label": [0, 1, 1] * 4,
+    }
+    features = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "fine_label": datasets.ClassLabel(names=["a", "b", "c"]),
+            "coarse_label": datasets.ClassLabel(names=["x", "y"]),
+        }
+    )
+    data = datasets.DatasetDict({split: datasets.Dataset.from_dict(rows, features) for split in ("train", "validation")})
+    (tmp_path / "hub").mkdir()
+    for split, part in data.items():
+        part.to_parquet(tmp_path / "hub" / f"{split}-00000.parquet")
+    data.save_to_disk(tmp_path / "disk")
+    for source in ({"dataset": str(tmp_path / "hub")}, {"dataset": "any", "data_dir": str(tmp_path / "disk")}):
+        with pytest.raises(ValueError, match=r"2 columns have type ClassLabel; the columns are img \(Image\), fine_label"):
+            load_long_tailed(**source)
+        loaded = load_long_tailed(**source, label_column="fine_label")
+        assert loaded["train"].column_names == ["image", "label", "source_index"]
+        assert loaded["test"].features["label"].names == ["a", "b", "c"]
+        with pytest.raises(ValueError, match="no label column 'labels'; the columns are img"):
+            load_long_tailed(**source, label_column="labels")
+
+
+@pytest.mark.parametrize(
+    ("splits", "classes", "values", "message"),
+    [
+        (("train",), ("cat", "dog"), {}, r"no test \(test or validation .* split; the splits are train"),
+        (("train", "test"), ("cat",), {}, r"the data have 1 class \(cat\)"),
+        (("train", "test"), ("cat", "dog"), {"class_names": ["a"]}, "class_names has 1 names but the data have 2"),
+        (("train", "test"), ("cat", "dog"), {"imbalance_ratio": 99}, "class 1 would get no image"),
+        (("train", "test"), ("cat", "dog"), {"test_split": "dev"}, r"no test \(dev\) split"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, splits, classes, values, message):
+    write_folder(tmp_path, splits, classes)
+    with pytest.raises(ValueError, match=message):
+        load_long_tailed(data_dir=str(tmp_path), **values)
+
+
+def test_splits_with_other_classes(tmp_path):
+    write_folder(tmp_path, ("train",), ("cat", "dog"))
+    write_folder(tmp_path, ("test",), ("cat", "eel"))
+    with pytest.raises(ValueError, match="classes without a training image: eel"):
+        load_long_tailed(data_dir=str(tmp_path))
+
+    def split(names):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [Image.new("RGB", (4, 4))] * 2, "label": [0, 1]}
+        return datasets.Dataset.from_dict(rows, features)
+
+    data = datasets.DatasetDict({"train": split(["cat", "dog"]), "test": split(["cat", "eel"])})
+    data.save_to_disk(tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"only in train \['dog'\], only in test \['eel'\]"):
+        load_long_tailed(data_dir=str(tmp_path / "disk"))
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        load_long_tailed(data_dir=str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError, match="has no files"):
+        load_long_tailed(data_dir=str(tmp_path))
+
+
+def test_broken_idx_files(tmp_path):
+    write_idx(tmp_path, compress=False)
+    labels = tmp_path / "t10k-labels-idx1-ubyte"
+    content = labels.read_bytes()
+    labels.write_bytes(content[:-3])
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte should hold"):
+        load_long_tailed(data_dir=str(tmp_path))
+    labels.write_bytes(b"\x00\x00\x0d\x01" + content[4:])
+    with pytest.raises(ValueError, match="is not an IDX file of unsigned bytes"):
+        load_long_tailed(data_dir=str(tmp_path))
+    labels.unlink()
+    with pytest.raises(FileNotFoundError, match="neither t10k-labels-idx1-ubyte nor"):
+        load_long_tailed(data_dir=str(tmp_path))
+
+
+# ---- Images ----
+
+
+def test_unreadable_image_is_named_or_skipped_and_counted(tmp_path, caplog):
+    write_folder(tmp_path)
+    bad = tmp_path / "train" / "dog" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    data = load_long_tailed(data_dir=str(tmp_path))
+    rows = ImageDataset(data["train"], "image", "label")
+    index = data["train"]["label"].index(1) + 2
+    with pytest.raises(ValueError, match=r"cannot read the image .*dog/2\.png: .*--skip_bad_images"):
+        rows[index]
+    with caplog.at_level(logging.WARNING):
+        kept = load_long_tailed(data_dir=str(tmp_path), skip_bad_images=True)
+    assert len(kept["train"]) == 11
+    assert "train split: left out 1 unreadable images of 12" in caplog.text
+    for row in range(11):
+        ImageDataset(kept["train"], "image", "label")[row]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_images_of_any_mode_become_rgb(tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    Image.new(mode, (9, 5)).save(path)
+    assert decode_image({"bytes": None, "path": str(path)}).mode == "RGB"
+    assert decode_image({"bytes": path.read_bytes(), "path": None}).size == (9, 5)
+
+
+def test_rotated_photographs_are_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (9, 5)).save(tmp_path / "photo.jpg", exif=exif)
+    assert decode_image({"bytes": None, "path": str(tmp_path / "photo.jpg")}).size == (5, 9)
+
+
+def test_views_and_collator(digits):
+    processor = image_processor(16)
+    views = {"pixel_values": train_transform(processor, "padded"), "teacher_pixel_values": weak_transform(processor)}
+    rows = ImageDataset(digits["train"], *find_columns(digits["train"]), views)
+    batch = ImageCollator(processor)([rows[index] for index in range(4)])
+    assert batch["pixel_values"].shape == batch["teacher_pixel_values"].shape == (4, 3, 16, 16)
+    assert batch["labels"].tolist() == digits["train"]["label"][:4]
+    plain = ImageDataset(digits["train"], "image", "label")
+    batch = ImageCollator(processor)([plain[index] for index in range(4)])
+    expected = processor(digits["train"][2]["image"].convert("RGB"), return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(batch["pixel_values"][2], expected)
+
+
+# ---- Transforms ----
+
+
+def test_evaluation_resizes_and_crops_like_the_paper():
+    processor = image_processor(224)
+    assert processor.size["shortest_edge"] == 256
+    image = Image.fromarray(RANDOM.randint(0, 256, (300, 500, 3)).astype(np.uint8))
+    pixel_values = processor(image, return_tensors="pt").pixel_values
+    assert pixel_values.shape == (1, 3, 224, 224)
+    timm_transform = create_transform(224, interpolation="bicubic", crop_pct=224 / 256)
+    # Pillow rounds to whole grey levels between its two passes; torchvision does not.
+    assert (pixel_values[0] - timm_transform(image)).abs().mean() < 0.02
+
+
+def test_training_transform_is_timms_on_the_same_draw():
+    """Only posterize with 0 bits differs, which timm 1.0.31 cannot do with Pillow 13."""
+    processor = image_processor(32)
+    ours = train_transform(processor)
+    timms = create_transform(
+        32,
+        is_training=True,
+        color_jitter=None,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+    )
+    image = Image.fromarray(RANDOM.randint(0, 256, (40, 40, 3)).astype(np.uint8))
+    compared = 0
+    for seed in range(60):
+        outputs = []
+        for transform in (ours, timms):
+            seed_all(seed)
+            try:
+                outputs.append(transform(image))
+            except ValueError:
+                assert transform is timms
+        if len(outputs) == 2:
+            compared += 1
+            torch.testing.assert_close(*outputs)
+    assert compared > 40
+
+
+def seed_all(seed):
+    import random
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def test_strongest_augmentation_does_not_crash():
+    """The paper's own policy stops with `ValueError` after some hundred images when it draws 0 bits."""
+    transform = train_transform(image_processor(16), "padded", auto_augment="rand-m10-mstd0.5-inc1")
+    image = Image.fromarray(RANDOM.randint(0, 256, (16, 16, 3)).astype(np.uint8))
+    seed_all(0)
+    for _ in range(1500):
+        assert torch.isfinite(transform(image)).all()
+
+
+def test_unknown_crop_and_small_resize():
+    with pytest.raises(ValueError, match="train_crop must be one of random_resized, padded, got 'centre'"):
+        train_transform(image_processor(16), "centre")
+    with pytest.raises(ValueError, match="resize_size 10 is smaller than image_size 16"):
+        image_processor(16, 10)
+
+
+def test_renormalising_is_normalising_anew():
+    raw = torch.rand(2, 3, 16, 16)
+    old, new = ([0.5, 0.4, 0.3], [0.2, 0.2, 0.3]), ([0.1, 0.2, 0.3], [0.5, 1.0, 0.7])
+    normalised = [
+        (raw - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1) for mean, std in (old, new)
+    ]
+    torch.testing.assert_close(resize_and_renormalize(normalised[0], 16, old, new), normalised[1])
+    assert resize_and_renormalize(raw, 8, old, old).shape == (2, 3, 8, 8)
+    assert resize_and_renormalize(raw, 16, old, old) is raw
+
+
+# ---- Repeated augmentation ----
+
+
+@given(images=st.integers(256, 1200), processes=st.integers(1, 4), repeats=st.integers(2, 4), epoch=st.integers(0, 50))
+@settings(deadline=None, max_examples=30)
+def test_repeats_are_spread_over_the_processes(images, processes, repeats, epoch):
+    sampler = RepeatedAugmentationSampler(range(images), 16, processes, repeats)
+    sampler.set_epoch(epoch)
+    draws = list(sampler)
+    assert len(draws) == len(sampler)
+    assert class_counts(draws).max() <= repeats + 1
+    assert len(set(draws)) >= len(draws) // (repeats + 1)
+    # A step's images do not depend on how many processes share it.
+    alone = RepeatedAugmentationSampler(range(images), 16 * processes, 1, repeats)
+    alone.set_epoch(epoch)
+    step = 16 * processes
+    if len(draws) >= step:
+        assert sorted(draws[:step]) == sorted(list(alone)[:step])
+
+
+def test_repeated_augmentation_depends_on_epoch_and_seed():
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        sampler = RepeatedAugmentationSampler(range(300), 16, seed=seed)
+        sampler.set_epoch(epoch)
+        orders.append(tuple(sampler))
+    assert len(set(orders)) == 3
+
+
+def test_repeated_augmentation_refuses_small_data():
+    with pytest.raises(ValueError, match="rounds of 256 images, but the training set has only 255"):
+        RepeatedAugmentationSampler(range(255), 16)
