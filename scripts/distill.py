@@ -1,8 +1,8 @@
 """Trains a recipe's DeiT-LT student, and first the recipe's teacher if none is given.
 
-    python scripts/distill.py --recipe digits_lt
-    accelerate launch scripts/distill.py --recipe fashion_mnist_lt_tiny --data_dir DIR --teacher PATH
-    python scripts/distill.py --recipe digits_lt --distillation none --output_dir outputs/labels_only
+python scripts/distill.py --recipe digits_lt
+accelerate launch scripts/distill.py --recipe fashion_mnist_lt_tiny --data_dir DIR --teacher PATH
+python scripts/distill.py --recipe digits_lt --distillation none --output_dir outputs/labels_only
 """
 
 from deitlt_hf.recipes import DataArguments, StudentArguments, command_line_errors, parse_arguments

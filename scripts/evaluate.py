@@ -1,6 +1,6 @@
 """Prints the table of experts of a saved student or teacher on a recipe's test images.
 
-    python scripts/evaluate.py --recipe digits_lt --model outputs/digits_lt/student
+python scripts/evaluate.py --recipe digits_lt --model outputs/digits_lt/student
 """
 
 import json

@@ -1,7 +1,7 @@
 """Trains a recipe's flat teacher.
 
-    python scripts/train_teacher.py --recipe digits_lt
-    accelerate launch scripts/train_teacher.py --recipe fashion_mnist_lt_tiny --data_dir DIR --sam_rho 0.1
+python scripts/train_teacher.py --recipe digits_lt
+accelerate launch scripts/train_teacher.py --recipe fashion_mnist_lt_tiny --data_dir DIR --sam_rho 0.1
 """
 
 from deitlt_hf.recipes import DataArguments, TeacherArguments, command_line_errors, parse_arguments

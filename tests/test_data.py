@@ -166,13 +166,17 @@ def test_saved_data_set_and_hub_layout(tmp_path):
             "coarse_label": datasets.ClassLabel(names=["x", "y"]),
         }
     )
-    data = datasets.DatasetDict({split: datasets.Dataset.from_dict(rows, features) for split in ("train", "validation")})
+    data = datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict(rows, features) for split in ("train", "validation")}
+    )
     (tmp_path / "hub").mkdir()
     for split, part in data.items():
         part.to_parquet(tmp_path / "hub" / f"{split}-00000.parquet")
     data.save_to_disk(tmp_path / "disk")
     for source in ({"dataset": str(tmp_path / "hub")}, {"dataset": "any", "data_dir": str(tmp_path / "disk")}):
-        with pytest.raises(ValueError, match=r"2 columns have type ClassLabel; the columns are img \(Image\), fine_label"):
+        with pytest.raises(
+            ValueError, match=r"2 columns have type ClassLabel; the columns are img \(Image\), fine_label"
+        ):
             load_long_tailed(**source)
         loaded = load_long_tailed(**source, label_column="fine_label")
         assert loaded["train"].column_names == ["image", "label", "source_index"]

@@ -231,6 +231,8 @@ def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
         encoded = split.cast_column("image", datasets.Image(decode=False))
         indices = [row for row, image in enumerate(encoded["image"]) if readable(image)]
         if len(indices) < len(split):
-            logger.warning("%s split: left out %d unreadable images of %d", name, len(split) - len(indices), len(split))
+            logger.warning(
+                "%s split: left out %d unreadable images of %d", name, len(split) - len(indices), len(split)
+            )
         kept[name] = split.select(indices)
     return datasets.DatasetDict(kept)

@@ -58,7 +58,9 @@ class ExpertTable:
         for name in ("overall", *self.groups):
             table.add_column(name, justify="right")
         for expert, accuracies in self.accuracies.items():
-            table.add_row(expert, *("-" if math.isnan(value) else f"{100 * value:.1f}" for value in accuracies.values()))
+            table.add_row(
+                expert, *("-" if math.isnan(value) else f"{100 * value:.1f}" for value in accuracies.values())
+            )
         table.add_section()
         images = [sum(self.test_counts), *(sum(self.test_counts[c] for c in group) for group in self.groups.values())]
         table.add_row("test images", *map(str, images))

@@ -33,8 +33,8 @@ class DistillationLoss(nn.Module):
         temperature: Softens both distributions of `soft`.
         cls_loss: `ce`, cross entropy; `bce`, binary cross entropy, averaged over images and classes.
         class_weights: Weights of the DIST head's targets, (classes,): deferred re-weighting. For `soft` they tilt the
-            teacher's distribution, `p_c * w_c` renormalised. (The authors' code multiplies log-probabilities, which
-            flattens the distribution towards rare classes only by accident of sign; their paper uses `hard`.)
+            teacher's distribution, `p_c * w_c` renormalised. (The authors' code multiplies the log-probabilities
+            instead; their results are all with `hard`.)
         reweight_cls: Apply the class weights to the CLS head too (an ablation; needs `cls_loss="ce"`).
 
     Raises:
@@ -90,6 +90,8 @@ class DistillationLoss(nn.Module):
             ValueError: If the teacher's logits are missing or have another shape than the student's.
         """
         cls_logits, distillation_logits = cls_logits.float(), distillation_logits.float()
+        if self.distillation != "none":
+            _check_teacher(self.distillation, teacher_logits, distillation_logits)
         if denominators is None:
             denominators = self.denominators(labels, teacher_logits)
 
@@ -101,7 +103,7 @@ class DistillationLoss(nn.Module):
             cls_sum = _cross_entropy_sum(cls_logits, cls_targets, self.class_weights if self.reweight_cls else None)
 
         if self.distillation == "soft":
-            distillation_sum = self._soft_sum(distillation_logits, self._checked(teacher_logits, distillation_logits))
+            distillation_sum = self._soft_sum(distillation_logits, teacher_logits)
         else:
             targets = self._distillation_targets(labels, teacher_logits)
             targets = _probabilities(targets, distillation_logits.shape[1])
@@ -125,20 +127,7 @@ class DistillationLoss(nn.Module):
         return (targets * self.class_weights).sum()
 
     def _distillation_targets(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
-        if self.distillation == "none":
-            return labels
-        return self._checked(teacher_logits).argmax(dim=1)
-
-    def _checked(
-        self, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if teacher_logits is None:
-            raise ValueError(f"distillation={self.distillation!r} needs teacher_logits; got None.")
-        if student_logits is not None and teacher_logits.shape != student_logits.shape:
-            raise ValueError(
-                f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(student_logits.shape)}."
-            )
-        return teacher_logits
+        return labels if self.distillation == "none" else teacher_logits.argmax(dim=1)
 
     def _soft_sum(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         student = F.log_softmax(logits / self.temperature, dim=1)
@@ -147,6 +136,15 @@ class DistillationLoss(nn.Module):
             teacher = F.log_softmax(teacher + self.class_weights.log(), dim=1)
         divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
         return divergence * self.temperature**2 / logits.shape[1]
+
+
+def _check_teacher(distillation: str, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor) -> None:
+    if teacher_logits is None:
+        raise ValueError(f"distillation={distillation!r} needs teacher_logits; got None.")
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(student_logits.shape)}."
+        )
 
 
 def _probabilities(targets: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -42,7 +42,9 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {name_or_path!r} is not valid YAML: {' '.join(str(error).split())}.") from error
-    sections = {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
+    sections = (
+        {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
+    )
     wrong = [key for key in sections if key not in SECTIONS]
     if not sections or wrong or not all(isinstance(value, dict) for value in sections.values()):
         raise ValueError(f"recipe {name_or_path!r} needs the sections {', '.join(SECTIONS)}; it has {list(sections)}.")

@@ -50,7 +50,8 @@ class LongTailTrainingArguments(TrainingArguments):
     )
     drw_beta: float = _option(0.9999, "Beta of the effective-number class weights, in [0, 1).")
     image_resize: int | None = _option(
-        None, "Shorter side before the centre crop in evaluation. None: 256 / 224 of the image size from 224 pixels on."
+        None,
+        "Shorter side before the centre crop in evaluation. None: 256 / 224 of the image size from 224 pixels on.",
     )
     train_crop: str = _option("random_resized", f"Random crop in training: {' or '.join(TRAIN_CROPS)} (by an eighth).")
     auto_augment: str | None = _option("rand-m9-mstd0.5-inc1", "Augmentation policy in timm's notation, or 'none'.")
@@ -58,7 +59,6 @@ class LongTailTrainingArguments(TrainingArguments):
     random_erasing: float = _option(0.25, "Probability of random erasing.")
     overwrite: bool = _option(False, "Replace the run that is in output_dir.")
 
-    dataloader_drop_last: bool = _option(True, "Leave out the last incomplete batch.")
     remove_unused_columns: bool = _option(False, "Kept off: the data set makes the model's inputs itself.")
     max_grad_norm: float = _option(0.0, "Gradient clipping; 0 for none, as in the paper.")
     logging_nan_inf_filter: bool = _option(False, "Kept off: a loss that is not finite stops the run.")
@@ -74,7 +74,12 @@ class LongTailTrainingArguments(TrainingArguments):
         for name in ("hflip", "random_erasing"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability")
         _require(0 <= self.drw_beta < 1, "drw_beta", self.drw_beta, "in [0, 1)")
-        _require(self.per_device_train_batch_size >= 1, "per_device_train_batch_size", self.per_device_train_batch_size, "1 or more")
+        _require(
+            self.per_device_train_batch_size >= 1,
+            "per_device_train_batch_size",
+            self.per_device_train_batch_size,
+            "1 or more",
+        )
         given_learning_rate = self.learning_rate
         self.learning_rate = self.learning_rate or 0.0  # the parent compares it with 0
         super().__post_init__()
@@ -107,7 +112,9 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     """Arguments of [`DeiTLTTrainer`]: the distillation, mixing and sampling of DeiT-LT (section 4 of the paper)."""
 
     alpha: float = _option(0.5, "Share of the DIST head's loss.")
-    distillation: str = _option("hard", f"What the DIST head learns from: {', '.join(DISTILLATION_TYPES)} (the labels).")
+    distillation: str = _option(
+        "hard", f"What the DIST head learns from: {', '.join(DISTILLATION_TYPES)} (the labels)."
+    )
     temperature: float = _option(1.0, "Temperature of soft distillation.")
     cls_loss: str = _option("ce", f"Loss of the CLS head: {' or '.join(CLS_LOSSES)}.")
     reweight_cls: bool = _option(False, "Re-weight the CLS head's loss too in the DRW phase.")
@@ -136,15 +143,15 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
             self.distillation,
             f"one of {', '.join(DISTILLATION_TYPES)}",
         )
-        _require(self.teacher_view in TEACHER_VIEWS, "teacher_view", self.teacher_view, f"one of {', '.join(TEACHER_VIEWS)}")
+        _require(
+            self.teacher_view in TEACHER_VIEWS, "teacher_view", self.teacher_view, f"one of {', '.join(TEACHER_VIEWS)}"
+        )
         _require(self.repeated_augmentation >= 1, "repeated_augmentation", self.repeated_augmentation, "1 or more")
         if self.mixes and self.train_batch_size % 2:
             raise ValueError(
                 "Mixup and CutMix pair the images of a batch, so per_device_train_batch_size must be even, got "
                 f"{self.train_batch_size}."
             )
-        if self.mixes and not self.dataloader_drop_last:
-            raise ValueError("Mixup and CutMix need batches of even size; leave dataloader_drop_last on.")
 
     @property
     def mixes(self) -> bool:
@@ -181,10 +188,16 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         _require(
-            self.teacher_loss in TEACHER_LOSSES, "teacher_loss", self.teacher_loss, f"one of {', '.join(TEACHER_LOSSES)}"
+            self.teacher_loss in TEACHER_LOSSES,
+            "teacher_loss",
+            self.teacher_loss,
+            f"one of {', '.join(TEACHER_LOSSES)}",
         )
         _require(
-            len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "sam_rho", self.sam_rho, "one or more values, none negative"
+            len(self.sam_rho) > 0 and min(self.sam_rho) >= 0,
+            "sam_rho",
+            self.sam_rho,
+            "one or more values, none negative",
         )
         if len(self.lr_drop_epochs) != len(self.lr_drops):
             raise ValueError(

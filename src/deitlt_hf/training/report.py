@@ -47,11 +47,10 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) ->
 
 
 def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator) -> None:
-    """Checks the folder in every process; the first then removes checkpoints and results of a run to be replaced.
+    """Removes checkpoints and results of a run that is to be replaced, once every process has checked the folder.
 
     A finished model stays until the new one is saved over it.
     """
-    check_output_dir(output_dir, overwrite, resuming)
     accelerator.wait_for_everyone()
     if overwrite and not resuming and accelerator.is_main_process:
         for checkpoint in Path(output_dir).glob("checkpoint-*"):
@@ -127,11 +126,9 @@ class Results:
         os.replace(part, self.path)
 
 
-def print_plan(trainer, extra: Mapping[str, str]) -> None:
+def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     """Shows on one screen what will run."""
     args, model = trainer.args, trainer.model
-    batches = len(trainer.get_train_dataloader())
-    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_per_epoch
     groups = (
         f"{name} {len(group)} ({sum(trainer.class_counts[label] for label in group):,})"

@@ -23,7 +23,7 @@ from ..data.transforms import image_processor, train_transform
 from ..evaluation import ExpertTable, group_accuracies
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
-from .report import Results, RunLog, claim_output_dir, print_plan, show
+from .report import Results, RunLog, check_output_dir, claim_output_dir, print_plan, show
 from .schedule import warmup_cosine
 
 
@@ -107,6 +107,7 @@ class LongTailTrainer(Trainer, ABC):
         self._window_is_ready = True
         self._logged: dict[str, torch.Tensor] = {}
         self._steps_logged = 0
+        self._recording = False
 
     # ---- What subclasses give ----
 
@@ -163,21 +164,41 @@ class LongTailTrainer(Trainer, ABC):
         """
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset.")
+        # All that can be refused is refused before anything of another run is touched.
+        check_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint))
         self._check_phases()
-        claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
+        steps_per_epoch = self.steps_per_epoch()
         plan = self.plan()
+        claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
         if self.is_world_process_zero():
             self.results.start(self, resuming=bool(resume_from_checkpoint))
-            print_plan(self, plan)
+            print_plan(self, steps_per_epoch, plan)
         # Augmentation, mixing and dropped paths differ between processes, as images do.
         set_seed(self.args.seed, device_specific=True)
         started = time.perf_counter()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        if self.eval_dataset is not None and self.results.last_step != self.state.global_step:
-            self.evaluate()
+        self._recording = True
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            if self.eval_dataset is not None and self.results.last_step != self.state.global_step:
+                self.evaluate()
+        finally:
+            self._recording = False
         if self.is_world_process_zero():
             self.results.finish(seconds=time.perf_counter() - started)
         return output
+
+    def get_train_dataloader(self):
+        """Batches for training, all of them whole: mixing pairs their images."""
+        # transformers has one setting for training and evaluation, and evaluation must not lose an image.
+        for_evaluation, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = for_evaluation
+
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps an epoch."""
+        return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -223,7 +244,7 @@ class LongTailTrainer(Trainer, ABC):
     @staticmethod
     def _check_size(num_images: int, args: LongTailTrainingArguments) -> None:
         batch = args.train_batch_size * args.world_size
-        if num_images < batch and args.dataloader_drop_last:
+        if num_images < batch:
             raise ValueError(
                 f"the training set has {num_images} images, fewer than one batch of {batch} ({args.world_size} "
                 f"process(es) x {args.train_batch_size}); lower per_device_train_batch_size."
@@ -232,8 +253,7 @@ class LongTailTrainer(Trainer, ABC):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The method's own schedule, as a function of the epoch; one update an optimiser step."""
         if self.lr_scheduler is None:
-            batches = len(self.get_train_dataloader())
-            steps_per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+            steps_per_epoch = self.steps_per_epoch()
             epochs = num_training_steps / steps_per_epoch
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer,
@@ -260,15 +280,16 @@ class LongTailTrainer(Trainer, ABC):
     # ---- Evaluation ----
 
     def get_eval_dataloader(self, eval_dataset=None):
+        """Batches for evaluation, of a `datasets.Dataset` too."""
         return super().get_eval_dataloader(_image_dataset(eval_dataset))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert, prints the table, and during training records it in `results.json`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.is_in_train:
+        if self._recording:
             self.results.record(self.state.epoch, self.state.global_step, self.last_table.accuracies)
         if self.is_world_process_zero():
-            if self.is_in_train:
+            if self._recording:
                 self.results.write()
             self.last_table.title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
             show(self.last_table)

@@ -1,0 +1,116 @@
+"""Properties of losses and class weights beyond their reference values."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from deitlt_hf.losses import DistillationLoss, LDAMLoss, effective_number_weights
+
+BATCH, CLASSES = 12, 5
+GENERATOR = torch.Generator().manual_seed(0)
+CLS, DIST, TEACHER = (torch.randn(BATCH, CLASSES, generator=GENERATOR) for _ in range(3))
+LABELS = torch.randint(0, CLASSES, (BATCH,), generator=GENERATOR)
+SOFT_LABELS = torch.softmax(torch.randn(BATCH, CLASSES, generator=GENERATOR), dim=1)
+WEIGHTS = effective_number_weights([100, 50, 20, 5, 2])
+
+
+@given(
+    counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=50), beta=st.sampled_from([0.0, 0.9, 0.999, 0.9999])
+)
+def test_weights_fall_with_the_count_and_have_mean_one(counts, beta):
+    weights = effective_number_weights(sorted(counts), beta)
+    assert weights.dtype == torch.float32
+    assert weights.mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert torch.all(weights.diff() <= 1e-6)
+    assert torch.all(weights > 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "beta", "message"),
+    [
+        ([5, 0, 3], 0.9, r"classes without one: \[1\]"),
+        ([], 0.9, "at least one"),
+        ([5], 1.0, r"beta must be in \[0, 1\)"),
+    ],
+)
+def test_weights_refuse(counts, beta, message):
+    with pytest.raises(ValueError, match=message):
+        effective_number_weights(counts, beta)
+
+
+@pytest.mark.parametrize("distillation", ["hard", "soft", "none"])
+@pytest.mark.parametrize("cls_loss", ["ce", "bce"])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS])
+def test_parts_add_up_over_slices_of_a_batch(distillation, cls_loss, weights, labels):
+    """`F.cross_entropy(weight=...)` divides by each slice's own weight sum, which is another loss."""
+    criterion = DistillationLoss(0.3, distillation, 2.0, cls_loss, weights, reweight_cls=cls_loss == "ce")
+    whole = criterion(CLS, DIST, labels, TEACHER)
+    slices = [slice(0, 5), slice(5, 12)]
+    total = sum(criterion.denominators(labels[part], TEACHER[part]) for part in slices)
+    summed = [criterion(CLS[part], DIST[part], labels[part], TEACHER[part], total) for part in slices]
+    for name in ("loss", "cls_loss", "distillation_loss"):
+        torch.testing.assert_close(getattr(whole, name), sum(getattr(part, name) for part in summed))
+    torch.testing.assert_close(whole.loss, whole.cls_loss + whole.distillation_loss)
+
+
+def test_variants_are_what_they_are_called():
+    alone = DistillationLoss(1.0, "none")(CLS, DIST, LABELS)
+    torch.testing.assert_close(alone.loss, F.cross_entropy(DIST, LABELS))
+    assert alone.cls_loss == 0
+    weighted = DistillationLoss(1.0, "none", class_weights=WEIGHTS)(CLS, DIST, LABELS)
+    torch.testing.assert_close(weighted.loss, F.cross_entropy(DIST, LABELS, weight=WEIGHTS))
+    bce = DistillationLoss(0.0, "hard", cls_loss="bce")(CLS, DIST, SOFT_LABELS, TEACHER)
+    torch.testing.assert_close(bce.loss, F.binary_cross_entropy_with_logits(CLS, SOFT_LABELS))
+    reweighted = DistillationLoss(0.0, "hard", class_weights=WEIGHTS, reweight_cls=True)(CLS, DIST, LABELS, TEACHER)
+    torch.testing.assert_close(reweighted.loss, F.cross_entropy(CLS, LABELS, weight=WEIGHTS))
+
+
+def test_soft_distillation_has_its_minimum_at_the_weighted_teacher():
+    criterion = DistillationLoss(1.0, "soft", 3.0, class_weights=WEIGHTS)
+    target = TEACHER + 3.0 * WEIGHTS.log()
+    assert criterion(CLS, target, LABELS, TEACHER).loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert criterion(CLS, TEACHER, LABELS, TEACHER).loss > 1e-3
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher = TEACHER.clone().requires_grad_()
+    student = DIST.clone().requires_grad_()
+    for distillation in ("hard", "soft"):
+        DistillationLoss(0.5, distillation)(CLS, student, LABELS, teacher.detach()).loss.backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
+        ({"distillation": "both"}, "distillation must be one of hard, soft, none, got 'both'"),
+        ({"cls_loss": "mse"}, "cls_loss must be one of ce, bce, got 'mse'"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"reweight_cls": True, "cls_loss": "bce"}, "reweight_cls needs cls_loss='ce'"),
+    ],
+)
+def test_distillation_loss_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationLoss(**values)
+
+
+def test_teacher_logits_are_checked():
+    with pytest.raises(ValueError, match="distillation='hard' needs teacher_logits; got None"):
+        DistillationLoss()(CLS, DIST, LABELS)
+    for distillation in ("hard", "soft"):
+        with pytest.raises(ValueError, match=r"teacher_logits have shape \(12, 4\), the student's \(12, 5\)"):
+            DistillationLoss(distillation=distillation)(CLS, DIST, LABELS, TEACHER[:, :4])
+
+
+def test_ldam_margins_are_largest_for_the_rarest_class():
+    loss = LDAMLoss([100, 10, 1], max_margin=0.5)
+    assert loss.margins.argmax() == 2
+    assert loss.margins.max().item() == pytest.approx(0.5)
+    cosines = torch.zeros(3, 3)
+    losses = loss(cosines, torch.tensor([0, 1, 2]), reduction="none")
+    assert losses[0] < losses[1] < losses[2]

@@ -1,0 +1,604 @@
+"""The trainers, on models that train in seconds."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from conftest import make_student
+from deitlt_hf import (
+    DeiTLTForImageClassification,
+    DeiTLTTrainer,
+    DeiTLTTrainingArguments,
+    FlatTeacherConfig,
+    FlatTeacherForImageClassification,
+    FlatTeacherTrainer,
+    FlatTeacherTrainingArguments,
+)
+from deitlt_hf.data import class_counts
+from deitlt_hf.losses import effective_number_weights
+from deitlt_hf.training import SAM
+
+
+def student_arguments(folder, **values):
+    defaults = {
+        "output_dir": str(folder),
+        "num_train_epochs": 2,
+        "warmup_epochs": 0,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 200,
+        "learning_rate": 1e-3,
+        "train_crop": "padded",
+        "repeated_augmentation": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    return DeiTLTTrainingArguments(**{**defaults, **values})
+
+
+def student_trainer(folder, digits, teacher=None, model=None, callbacks=None, **values):
+    return DeiTLTTrainer(
+        model=model or make_student(),
+        teacher=teacher,
+        args=student_arguments(folder, **values),
+        train_dataset=digits["train"],
+        eval_dataset=digits["test"],
+        callbacks=callbacks,
+    )
+
+
+def teacher_trainer(folder, digits, model=None, **values):
+    defaults = {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,
+        "warmup_epochs": 0,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 0.05,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    if model is None:
+        torch.manual_seed(0)
+        model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10))
+    return FlatTeacherTrainer(
+        model=model,
+        args=FlatTeacherTrainingArguments(**{**defaults, **values}),
+        train_dataset=digits["train"],
+        eval_dataset=digits["test"],
+    )
+
+
+def fixed_batch(digits, size=64, image_size=8):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.tensor(digits["train"]["label"])[torch.randperm(len(digits["train"]), generator=generator)[:size]]
+    return {"pixel_values": torch.randn(size, 3, image_size, image_size, generator=generator), "labels": labels}
+
+
+def gradients(trainer, batch, slices):
+    """Gradients of one optimiser step whose batch is cut into slices of equal size."""
+    size = len(batch["labels"]) // slices
+    parts = [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(slices)]
+    batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
+    trainer.model.zero_grad()
+    loss = sum(trainer.training_step(trainer.model, part) for part in batches)
+    return loss, {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+
+
+# ---- Distillation ----
+
+
+def test_every_student_parameter_learns_and_the_teacher_stays(tmp_path, digits, teacher):
+    """A frozen DIST head, or a teacher whose batch statistics drift, costs accuracy without any error."""
+    trainer = student_trainer(tmp_path, digits, teacher, drw_start_epoch=1, save_strategy="epoch")
+    before = copy.deepcopy(trainer.model.state_dict())
+    teacher_before = copy.deepcopy(teacher.state_dict())
+    trainer.train()
+    trainer.save_model()
+    for name, tensor in trainer.model.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, teacher_before[name]), name
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    for folder in (tmp_path, *tmp_path.glob("checkpoint-*")):
+        assert not any("backbone" in name for name in load_file(folder / "model.safetensors"))
+    loaded = DeiTLTForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.class_counts == class_counts(digits["train"]["label"]).tolist()
+    assert loaded.config.id2label == {label: str(label) for label in range(10)}
+
+
+def test_logs_tell_the_parts_of_the_loss(tmp_path, digits, teacher):
+    trainer = student_trainer(tmp_path, digits, teacher, gradient_accumulation_steps=3)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == trainer.state.max_steps
+    for entry in logs:
+        assert entry["cls_loss"] + entry["distillation_loss"] == pytest.approx(entry["loss"], rel=1e-5)
+        assert 0 <= entry["teacher_agreement"] <= 1
+        assert -1 <= entry["token_similarity"] <= 1
+
+
+@pytest.mark.parametrize("distillation", ["hard", "soft", "none"])
+def test_gradient_does_not_depend_on_accumulation(tmp_path, digits, teacher, distillation):
+    """With class weights, the mean of the slices' weighted means is another loss."""
+    batch = fixed_batch(digits)
+    model = make_student(drop_path_rate=0.0)
+    trainer = student_trainer(
+        tmp_path, digits, teacher, model, drw_start_epoch=0, distillation=distillation, reweight_cls=True
+    )
+    (loss, whole), (sliced_loss, sliced) = (gradients(trainer, batch, slices) for slices in (1, 4))
+    torch.testing.assert_close(loss, sliced_loss)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sliced[name], gradient, atol=1e-6, rtol=1e-4)
+
+    weights = effective_number_weights(trainer.class_counts)
+    outputs = model(batch["pixel_values"])
+    targets = batch["labels"] if distillation == "none" else trainer.teacher_logits(batch["pixel_values"]).argmax(1)
+    expected = F.cross_entropy(outputs.cls_logits, batch["labels"], weights)
+    if distillation != "soft":
+        expected = (expected + F.cross_entropy(outputs.distillation_logits, targets, weights)) / 2
+        torch.testing.assert_close(loss, expected.detach())
+
+
+def test_phases_of_reweighting_and_mixing(tmp_path, digits, teacher):
+    trainer = student_trainer(tmp_path, digits, teacher, drw_start_epoch=1)
+    assert trainer.state.epoch is None or trainer.state.epoch == 0
+    assert trainer.active_criterion is trainer.criterion
+    assert trainer.criterion.class_weights is None
+    mixed = trainer.prepare_batch(copy.deepcopy(fixed_batch(digits)))
+    assert mixed["labels"].shape == (64, 10)
+    assert not torch.equal(mixed["pixel_values"], fixed_batch(digits)["pixel_values"])
+
+    trainer.state.epoch = 0.99
+    assert not trainer.in_drw
+    trainer.state.epoch = 1.0
+    assert trainer.active_criterion is trainer.drw_criterion
+    torch.testing.assert_close(
+        trainer.drw_criterion.class_weights, effective_number_weights(trainer.class_counts, 0.9999)
+    )
+    plain = trainer.prepare_batch(copy.deepcopy(fixed_batch(digits)))
+    assert torch.equal(plain["labels"], fixed_batch(digits)["labels"])
+    assert torch.equal(plain["pixel_values"], fixed_batch(digits)["pixel_values"])
+    trainer.args.mixing_in_drw = True
+    assert trainer.prepare_batch(fixed_batch(digits))["labels"].shape == (64, 10)
+
+
+def test_smoothing_without_mixing(tmp_path, digits, teacher):
+    trainer = student_trainer(tmp_path, digits, teacher, mixup=0.0, cutmix=0.0)
+    labels = trainer.prepare_batch(fixed_batch(digits))["labels"]
+    assert labels.max().item() == pytest.approx(0.9 + 0.01)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(64))
+
+
+class SeenImages(nn.Module):
+    """Stands before a teacher and keeps what it is shown."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher, self.config, self.images = teacher, teacher.config, []
+
+    def forward(self, images):
+        self.images.append(images.clone())
+        return self.teacher(images)
+
+
+def test_teacher_sees_the_students_own_mixed_image(tmp_path, digits, teacher):
+    """The out-of-distribution part of the method: showing it the clean image is the ablation, and 2 points worse."""
+    trainer = student_trainer(tmp_path, digits, teacher)
+    trainer.teacher = SeenImages(teacher)
+    batch = trainer.prepare_batch(fixed_batch(digits))
+    assert torch.equal(trainer.teacher.images[0], batch["pixel_values"])
+
+
+def test_teacher_sees_a_weak_view_in_the_ablation(tmp_path, digits, teacher):
+    trainer = student_trainer(tmp_path, digits, teacher, teacher_view="weak")
+    batch = next(iter(trainer.get_train_dataloader()))
+    weak = batch["teacher_pixel_values"].clone()
+    trainer.teacher = SeenImages(teacher)
+    trainer.prepare_batch(batch)
+    assert torch.equal(trainer.teacher.images[0], weak)
+    assert "teacher_pixel_values" not in student_trainer(tmp_path, digits, teacher).train_dataset[0]
+
+
+def test_teacher_gets_images_in_its_own_size_and_normalisation(tmp_path, digits, teacher):
+    trainer = student_trainer(tmp_path, digits, teacher, model=make_student(image_size=16))
+    trainer.teacher = SeenImages(teacher)
+    pixel_values = fixed_batch(digits, image_size=16)["pixel_values"]
+    trainer.teacher_logits(pixel_values)
+    assert trainer.teacher.images[0].shape == (64, 3, 8, 8)
+    teacher.config.image_mean, teacher.config.image_std = [0.5] * 3, [0.5] * 3
+    trainer.teacher_logits(pixel_values)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = (trainer.teacher.images[0] * std + mean - 0.5) / 0.5
+    torch.testing.assert_close(trainer.teacher.images[1], expected)
+
+
+def test_teachers_classes_are_matched_by_name(tmp_path, digits, teacher):
+    """Another class order between teacher and student means near-zero accuracy, and no error."""
+    pixel_values = fixed_batch(digits)["pixel_values"]
+    expected = student_trainer(tmp_path, digits, teacher).teacher_logits(pixel_values)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        teacher.classifier.weight.copy_(teacher.classifier.weight[order].clone())
+        teacher.classifier.bias.copy_(teacher.classifier.bias[order].clone())
+    teacher.config.id2label = {position: str(int(label)) for position, label in enumerate(order)}
+    shuffled = student_trainer(tmp_path, digits, teacher).teacher_logits(pixel_values)
+    torch.testing.assert_close(shuffled, expected)
+
+
+def test_teachers_that_cannot_teach(tmp_path, digits, teacher):
+    with pytest.raises(ValueError, match="distillation='hard' needs a teacher"):
+        student_trainer(tmp_path, digits).train()
+    with pytest.raises(ValueError, match="the teacher has 5 classes but the student has 10"):
+        student_trainer(
+            tmp_path, digits, FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8, num_labels=5))
+        )
+    with pytest.raises(ValueError, match=r"no better than chance: .* on 600 test images of 10 classes"):
+        untrained = FlatTeacherForImageClassification(
+            FlatTeacherConfig(image_size=8, id2label={label: str(label) for label in range(10)})
+        )
+        student_trainer(tmp_path, digits, untrained).train()
+    teacher.config.id2label = {label: f"digit {label}" for label in range(10)}
+    with pytest.raises(ValueError, match=r"does not know the classes '0', '1', .* \(10 in all\); its own begin with"):
+        student_trainer(tmp_path, digits, teacher)
+
+
+def test_tokens_positions_norms_and_biases_have_no_weight_decay(tmp_path, digits):
+    trainer = student_trainer(tmp_path, digits, distillation="none")
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    for name, parameter in trainer.model.named_parameters():
+        matrix = parameter.dim() > 1 and not name.startswith("deit.embeddings.") or "projection.weight" in name
+        assert (name in decayed) == matrix, name
+    optimizer = trainer.create_optimizer()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+# ---- Evaluation and results ----
+
+
+def test_evaluation_counts_each_expert_on_each_image_once(tmp_path, digits):
+    model = make_student().eval()
+    trainer = student_trainer(tmp_path, digits, model=model, distillation="none", per_device_eval_batch_size=77)
+    metrics = trainer.evaluate()
+    images = [image.convert("RGB") for image in digits["test"]["image"]]
+    labels = np.asarray(digits["test"]["label"])
+    with torch.no_grad():
+        outputs = model(trainer.processing_class(images, return_tensors="pt").pixel_values)
+    groups = {"head": [], "mid": [0, 1, 2, 3, 4], "tail": [5, 6, 7, 8, 9]}
+    for expert, field in (("mean", "logits"), ("cls", "cls_logits"), ("distillation", "distillation_logits")):
+        right = outputs[field].argmax(dim=1).numpy() == labels
+        assert metrics[f"eval_{expert}_overall"] == pytest.approx(right.mean())
+        for name in ("mid", "tail"):
+            expected = np.mean([right[labels == label].mean() for label in groups[name]])
+            assert metrics[f"eval_{expert}_{name}"] == pytest.approx(expected)
+        assert f"eval_{expert}_head" not in metrics
+    assert metrics["eval_accuracy"] == metrics["eval_mean_overall"]
+    torch.testing.assert_close(
+        torch.tensor(metrics["eval_loss"]), model(**eval_batch(trainer, images, labels)).loss, atol=1e-4, rtol=0
+    )
+
+
+def eval_batch(trainer, images, labels):
+    return {
+        "pixel_values": trainer.processing_class(images, return_tensors="pt").pixel_values,
+        "labels": torch.from_numpy(labels),
+    }
+
+
+def test_results_name_the_last_and_the_best_epoch(tmp_path, digits, teacher, capsys):
+    trainer = student_trainer(tmp_path, digits, teacher, num_train_epochs=3, eval_strategy="epoch")
+    trainer.train()
+    results = json.loads((tmp_path / "results.json").read_text())
+    history = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+    assert results["last"]["epoch"] == 3
+    assert results["last"]["accuracies"]["mean"]["overall"] == history[-1]["eval_accuracy"]
+    assert results["best"]["accuracies"]["mean"]["overall"] == max(entry["eval_accuracy"] for entry in history)
+    assert results["last"]["accuracies"]["cls"]["head"] is None
+    assert results["finished"] is True
+    assert results["data"]["train_images"] == len(digits["train"])
+    assert len(results["data"]["subset_sha256"]) == 64
+    output = capsys.readouterr().out
+    assert output.count("test images ") == 1 + 3
+    for text in (
+        "This will run",
+        results["data"]["subset_sha256"][:40],
+        "1 process(es) x 32 x 1",
+        "test accuracy in %",
+    ):
+        assert text in output
+
+
+def test_training_ends_with_an_evaluation(tmp_path, digits):
+    trainer = student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1)
+    trainer.train()
+    assert json.loads((tmp_path / "results.json").read_text())["last"]["epoch"] == 1
+
+
+def test_learning_rate_follows_the_schedule_by_epoch(tmp_path, digits):
+    trainer = student_trainer(
+        tmp_path, digits, distillation="none", num_train_epochs=4, warmup_epochs=2, min_learning_rate=1e-4
+    )
+    trainer.train()
+    rates = {round(e["epoch"], 3): e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e}
+    steps_per_epoch = len(trainer.get_train_dataloader())
+    assert len(rates) == 4 * steps_per_epoch
+    # What is logged at the end of a step is the rate that it used, that of its beginning.
+    assert rates[round(1 / steps_per_epoch, 3)] == pytest.approx(1e-6)
+    assert rates[round(1 + 1 / steps_per_epoch, 3)] == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rates[round(2 + 1 / steps_per_epoch, 3)] == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 2)) / 2)
+
+
+# ---- Output folder, interruption, bad numbers ----
+
+
+def test_another_run_is_not_written_over(tmp_path, digits):
+    student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1, save_strategy="epoch").train()
+    checkpoint = next(tmp_path.glob("checkpoint-*"))
+    before = (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds another run \(checkpoint-7, results.json\); choose another"):
+        student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1).train()
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+    (tmp_path / "notes.txt").write_text("mine")
+    student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1, overwrite=True).train()
+    assert not checkpoint.exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_run_goes_on(tmp_path, digits, teacher):
+    values = {"num_train_epochs": 4, "save_strategy": "epoch", "eval_strategy": "epoch", "drw_start_epoch": 3}
+    with pytest.raises(KeyboardInterrupt):
+        student_trainer(tmp_path, digits, teacher, callbacks=[StopAt(17)], **values).train()
+    interrupted = json.loads((tmp_path / "results.json").read_text())
+    assert interrupted["finished"] is False
+    assert interrupted["last"]["epoch"] == 2
+    trainer = student_trainer(tmp_path, digits, teacher, model=make_student(seed=1), **values)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == trainer.state.max_steps == 28
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["finished"] is True
+    accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert len(accuracies) == 4
+    assert results["best"]["accuracies"]["mean"]["overall"] == max(accuracies)
+
+
+class Poison(TrainerCallback):
+    """Makes a weight infinite after some steps, as a learning rate that is too high does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            model.cls_classifier.weight.data[0, 0] = math.inf
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, digits):
+    trainer = student_trainer(
+        tmp_path, digits, distillation="none", save_strategy="steps", save_steps=5, callbacks=[Poison(8)]
+    )
+    with pytest.raises(FloatingPointError, match=r"not finite at step 9 \(epoch 1\.29, learning rate .*Lower the"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    for tensor in load_file(tmp_path / "checkpoint-5" / "model.safetensors").values():
+        assert torch.isfinite(tensor).all()
+
+
+# ---- Arguments ----
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"per_device_train_batch_size": 33}, "must be even, got 33"),
+        ({"global_batch_size": 48}, r"48 is not a multiple of 1 process\(es\) x per_device_train_batch_size 32"),
+        ({"train_crop": "middle"}, "train_crop must be one of random_resized, padded, got 'middle'"),
+        ({"teacher_view": "clean"}, "teacher_view must be one of student, weak, got 'clean'"),
+        ({"distillation": "both"}, "distillation must be one of hard, soft, none, got 'both'"),
+        ({"alpha": -0.1}, r"alpha must be in \[0, 1\], got -0.1"),
+        ({"hflip": 2.0}, "hflip must be a probability, got 2.0"),
+        ({"drw_beta": 1.0}, r"drw_beta must be in \[0, 1\), got 1.0"),
+        ({"repeated_augmentation": 0}, "repeated_augmentation must be 1 or more, got 0"),
+    ],
+)
+def test_arguments_refuse(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        student_arguments(tmp_path, **values)
+
+
+def test_trainer_refuses_what_cannot_run(tmp_path, digits):
+    with pytest.raises(ValueError, match="fewer than one batch of 512"):
+        student_trainer(tmp_path, digits, distillation="none", per_device_train_batch_size=512)
+    with pytest.raises(ValueError, match="the training set has only 240; pass --repeated_augmentation 1"):
+        student_trainer(tmp_path, digits, distillation="none", repeated_augmentation=3).train()
+    with pytest.raises(ValueError, match="drw_start_epoch 9 is not before the end of training at epoch 2"):
+        student_trainer(tmp_path, digits, distillation="none", drw_start_epoch=9).train()
+    with pytest.raises(ValueError, match="the model has 4 classes but the data have 10"):
+        student_trainer(tmp_path, digits, model=make_student(num_labels=4), distillation="none")
+    names = {label: name for label, name in enumerate("abcdefghij")}
+    with pytest.raises(ValueError, match="the model's label 0 is 'a' but the data's is '0'"):
+        student_trainer(tmp_path, digits, model=make_student(id2label=names), distillation="none")
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(("per_device", "accumulation"), [(128, 8), (256, 4), (64, 16)])
+def test_one_global_batch_gives_one_learning_rate(tmp_path, per_device, accumulation):
+    """The authors' users get other numbers with another number of GPUs: batch and learning rate changed silently."""
+    args = student_arguments(
+        tmp_path,
+        global_batch_size=1024,
+        per_device_train_batch_size=per_device,
+        learning_rate=None,
+        learning_rate_slices=4,
+    )
+    assert args.gradient_accumulation_steps == accumulation
+    assert args.learning_rate == pytest.approx(2.5e-4)
+
+
+# ---- Teacher and SAM ----
+
+
+def test_teacher_learns_and_is_saved_with_its_processor(teacher_folder, teacher):
+    results = json.loads((teacher_folder / "results.json").read_text())
+    assert results["last"]["accuracies"]["teacher"]["overall"] > 0.5
+    assert (teacher_folder / "preprocessor_config.json").is_file()
+    assert teacher.config.id2label[7] == "7"
+
+
+def test_sam_gradient_does_not_depend_on_accumulation(tmp_path, digits):
+    """Climbing along the last slice's gradient alone is another, noisier method."""
+    results = []
+    for slices in (1, 4):
+        trainer = teacher_trainer(tmp_path, digits, make_student(drop_path_rate=0.0), sam_rho=[0.5], drw_start_epoch=0)
+        trainer.create_optimizer()
+        trainer.accelerator.gradient_state._set_sync_gradients(False)
+        size = 64 // slices
+        batch = fixed_batch(digits)
+        parts = [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(slices)]
+        batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
+        before = copy.deepcopy(trainer.model.state_dict())
+        for index, part in enumerate(batches):
+            trainer.accelerator.gradient_state._set_sync_gradients(index == slices - 1)
+            trainer.training_step(trainer.model, part)
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor, before[name]), "the weights are back after the second pass"
+        results.append({name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()})
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+    # The same gradient derived by hand, at the perturbed point.
+    model = make_student(drop_path_rate=0.0)
+    weights = effective_number_weights(class_counts(digits["train"]["label"]))
+
+    def loss():
+        return F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"], weights)
+
+    loss().backward()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5 * parameter.grad / norm
+    model.zero_grad()
+    loss().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(results[0][name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_batch_norm_statistics_come_from_the_unperturbed_pass(tmp_path, digits):
+    statistics = []
+    for rho in (0.0, 2.0):
+        trainer = teacher_trainer(tmp_path, digits, sam_rho=[rho], overwrite=True)
+        trainer.create_optimizer()
+        batches, _ = trainer.get_batch_samples(iter([fixed_batch(digits)]), 1, trainer.args.device)
+        trainer.training_step(trainer.model, batches[0])
+        statistics.append(trainer.model.backbone.bn1.running_mean.clone())
+        assert trainer.model.backbone.bn1.momentum == 0.1
+    assert torch.equal(*statistics)
+
+
+def test_sam_radius_by_stage():
+    """The perturbation's length in each group is its own rho times its share of the gradient."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    groups = [{"params": list(layers[0].parameters()), "rho": 0.1}, {"params": list(layers[2].parameters())}]
+    optimizer = SAM(torch.optim.SGD(groups, lr=0.1), rho=0.5)
+    F.cross_entropy(layers(torch.randn(10, 4)), torch.arange(10) % 3).backward()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in layers.parameters()))
+    expected = [
+        parameter + rho * parameter.grad / norm
+        for layer, rho in ((layers[0], 0.1), (layers[2], 0.5))
+        for parameter in layer.parameters()
+    ]
+    before = [parameter.clone() for parameter in layers.parameters()]
+    optimizer.ascend()
+    for parameter, value in zip(layers.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter, value)
+        assert parameter.grad is None
+    optimizer.restore()
+    assert all(torch.equal(*pair) for pair in zip(layers.parameters(), before, strict=True))
+
+
+def test_sam_without_ascending_is_its_base_and_its_state_resumes():
+    def make():
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 3)
+        return layer, SAM(torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9), rho=0.5, adaptive=True)
+
+    def step(layer, optimizer, ascend=True):
+        for _ in range(1 + ascend):
+            layer.zero_grad()
+            F.cross_entropy(layer(torch.eye(4)), torch.tensor([0, 1, 2, 0])).backward()
+            if ascend and not optimizer._perturbed:
+                optimizer.ascend()
+        optimizer.step()
+
+    layer, optimizer = make()
+    plain, _ = make()
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    step(layer, optimizer, ascend=False)
+    F.cross_entropy(plain(torch.eye(4)), torch.tensor([0, 1, 2, 0])).backward()
+    sgd.step()
+    assert torch.equal(layer.weight, plain.weight)
+
+    for _ in range(3):
+        step(layer, optimizer)
+    copied, resumed = make()
+    copied.load_state_dict(layer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for pair in ((layer, optimizer), (copied, resumed)):
+        step(*pair)
+    assert torch.equal(layer.weight, copied.weight)
+
+
+def test_teacher_arguments_refuse(tmp_path, digits):
+    with pytest.raises(ValueError, match=r"lr_drop_epochs \[160\] and lr_drops \[\]"):
+        teacher_trainer(tmp_path, digits, lr_drop_epochs=[160])
+    with pytest.raises(ValueError, match="sam_rho has 2 values, but the model has 3 stages"):
+        teacher_trainer(tmp_path, digits, sam_rho=[0.1, 0.2])
+    with pytest.raises(ValueError, match="sam_rho must be one or more values, none negative"):
+        teacher_trainer(tmp_path, digits, sam_rho=[-1])
+    with pytest.raises(ValueError, match="'ldam' needs a cosine classifier"):
+        teacher_trainer(tmp_path, digits, teacher_loss="ldam")
+
+
+def test_ldam_teacher_with_drops_trains(tmp_path, digits):
+    torch.manual_seed(0)
+    model = FlatTeacherForImageClassification(
+        FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=10)
+    )
+    trainer = teacher_trainer(
+        tmp_path,
+        digits,
+        model,
+        num_train_epochs=8,
+        teacher_loss="ldam",
+        drw_start_epoch=6,
+        lr_drop_epochs=[6, 7],
+        lr_drops=[0.1, 0.01],
+        sam_rho=[0.1, 0.1, 0.2],
+        hflip=0,
+        logging_steps=1,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["learning_rate"] == pytest.approx(0.05)
+    assert logs[-1]["learning_rate"] == pytest.approx(0.0005)
+    assert trainer.last_table.accuracies["teacher"]["overall"] > 0.2
