@@ -144,9 +144,7 @@ def test_image_folder(tmp_path):
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_idx_files(tmp_path, compress):
-    data = load_long_tailed(
-        "names", str(write_idx(tmp_path, compress)), imbalance_ratio=5, class_names=["a", "b", "c"]
-    )
+    data = load_long_tailed("names", str(write_idx(tmp_path, compress)), imbalance_ratio=5, class_names=["a", "b", "c"])
     assert data["train"].features["label"].names == ["a", "b", "c"]
     assert class_counts(data["train"]["label"]).tolist() == [10, 4, 2]
     assert len(data["test"]) == 30

@@ -16,9 +16,7 @@ SOFT_LABELS = torch.softmax(torch.randn(BATCH, CLASSES, generator=GENERATOR), di
 WEIGHTS = effective_number_weights([100, 50, 20, 5, 2])
 
 
-@given(
-    counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=50), beta=st.sampled_from([0.0, 0.9, 0.999, 0.9999])
-)
+@given(counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=50), beta=st.sampled_from([0.0, 0.9, 0.999, 0.9999]))
 def test_weights_fall_with_the_count_and_have_mean_one(counts, beta):
     weights = effective_number_weights(sorted(counts), beta)
     assert weights.dtype == torch.float32

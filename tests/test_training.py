@@ -241,10 +241,9 @@ def test_teachers_that_cannot_teach(tmp_path, digits, teacher):
         student_trainer(
             tmp_path, digits, FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8, num_labels=5))
         )
+    names = {label: str(label) for label in range(10)}
+    untrained = FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8, id2label=names))
     with pytest.raises(ValueError, match=r"no better than chance: .* on 600 test images of 10 classes"):
-        untrained = FlatTeacherForImageClassification(
-            FlatTeacherConfig(image_size=8, id2label={label: str(label) for label in range(10)})
-        )
         student_trainer(tmp_path, digits, untrained).train()
     teacher.config.id2label = {label: f"digit {label}" for label in range(10)}
     with pytest.raises(ValueError, match=r"does not know the classes '0', '1', .* \(10 in all\); its own begin with"):
@@ -255,7 +254,7 @@ def test_tokens_positions_norms_and_biases_have_no_weight_decay(tmp_path, digits
     trainer = student_trainer(tmp_path, digits, distillation="none")
     decayed = trainer.get_decay_parameter_names(trainer.model)
     for name, parameter in trainer.model.named_parameters():
-        matrix = parameter.dim() > 1 and not name.startswith("deit.embeddings.") or "projection.weight" in name
+        matrix = (parameter.dim() > 1 and not name.startswith("deit.embeddings.")) or "projection.weight" in name
         assert (name in decayed) == matrix, name
     optimizer = trainer.create_optimizer()
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
@@ -409,11 +408,14 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
     [
         ({"per_device_train_batch_size": 33}, "must be even, got 33"),
         ({"global_batch_size": 48}, r"48 is not a multiple of 1 process\(es\) x per_device_train_batch_size 32"),
+        ({"global_batch_size": 0}, "global_batch_size must be 1 or more, got 0"),
         ({"train_crop": "middle"}, "train_crop must be one of random_resized, padded, got 'middle'"),
         ({"teacher_view": "clean"}, "teacher_view must be one of student, weak, got 'clean'"),
         ({"distillation": "both"}, "distillation must be one of hard, soft, none, got 'both'"),
         ({"alpha": -0.1}, r"alpha must be in \[0, 1\], got -0.1"),
-        ({"hflip": 2.0}, "hflip must be a probability, got 2.0"),
+        ({"hflip": 2.0}, r"hflip must be in \[0, 1\], got 2.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"drw_start_epoch": -1}, "drw_start_epoch must be 0 or more, got -1"),
         ({"drw_beta": 1.0}, r"drw_beta must be in \[0, 1\), got 1.0"),
         ({"repeated_augmentation": 0}, "repeated_augmentation must be 1 or more, got 0"),
     ],
@@ -432,14 +434,14 @@ def test_trainer_refuses_what_cannot_run(tmp_path, digits):
         student_trainer(tmp_path, digits, distillation="none", drw_start_epoch=9).train()
     with pytest.raises(ValueError, match="the model has 4 classes but the data have 10"):
         student_trainer(tmp_path, digits, model=make_student(num_labels=4), distillation="none")
-    names = {label: name for label, name in enumerate("abcdefghij")}
+    names = dict(enumerate("abcdefghij"))
     with pytest.raises(ValueError, match="the model's label 0 is 'a' but the data's is '0'"):
         student_trainer(tmp_path, digits, model=make_student(id2label=names), distillation="none")
     assert not list(tmp_path.glob("checkpoint-*"))
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize(("per_device", "accumulation"), [(128, 8), (256, 4), (64, 16)])
+@pytest.mark.parametrize(("per_device", "accumulation"), [(128, 8), (256, 4), (64, 16), (4096, 1)])
 def test_one_global_batch_gives_one_learning_rate(tmp_path, per_device, accumulation):
     """The authors' users get other numbers with another number of GPUs: batch and learning rate changed silently."""
     args = student_arguments(

@@ -117,6 +117,8 @@ def _describe_columns(dataset: datasets.Dataset) -> str:
 
 def _load_source(dataset: str, data_dir: str | None) -> datasets.DatasetDict:
     if data_dir is None:
+        if dataset == "imagefolder":
+            raise ValueError("this data set has no public copy to load; give data_dir, the folder with its images.")
         return _digits() if dataset == "digits" else datasets.load_dataset(dataset)
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
@@ -231,8 +233,6 @@ def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
         encoded = split.cast_column("image", datasets.Image(decode=False))
         indices = [row for row, image in enumerate(encoded["image"]) if readable(image)]
         if len(indices) < len(split):
-            logger.warning(
-                "%s split: left out %d unreadable images of %d", name, len(split) - len(indices), len(split)
-            )
+            logger.warning("%s split: left out %d unreadable images of %d", name, len(split) - len(indices), len(split))
         kept[name] = split.select(indices)
     return datasets.DatasetDict(kept)

@@ -54,8 +54,8 @@ def train_transform(
 
     Args:
         processor: Gives the image size, mean and standard deviation.
-        crop: `random_resized`, or `padded`: resized to the image size, then a random crop with an eighth of it as padding
-            (4 pixels for 32, as the authors do).
+        crop: `random_resized`, or `padded`: resized to the image size, then a random crop with an eighth of it as
+            padding (4 pixels for 32, as the authors do).
         auto_augment: Policy in timm's notation; None for none.
         hflip: Probability of a horizontal flip.
         random_erasing: Probability of random erasing (pixel noise, one area).

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib.resources import files
@@ -35,16 +36,14 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
         text = Path(name_or_path).read_text(encoding="utf-8")
     else:
         raise FileNotFoundError(
-            f"no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; there are {', '.join(recipe_names())}, "
-            "or give the path of a YAML file."
+            f"no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; give the path of a YAML file, or one "
+            f"of {', '.join(recipe_names())}."
         )
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {name_or_path!r} is not valid YAML: {' '.join(str(error).split())}.") from error
-    sections = (
-        {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
-    )
+    sections = {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
     wrong = [key for key in sections if key not in SECTIONS]
     if not sections or wrong or not all(isinstance(value, dict) for value in sections.values()):
         raise ValueError(f"recipe {name_or_path!r} needs the sections {', '.join(SECTIONS)}; it has {list(sections)}.")
@@ -104,9 +103,9 @@ def command_line_errors() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DEITLT_TRACEBACK"):
             raise
-        # Wrong input is wrong in every process: the first one says so. Other errors may come from any of them.
-        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, FloatingPointError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(5)  # an error of all processes is told by the first, upon which the launcher ends the others
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -1,6 +1,7 @@
 """Training arguments: what transformers' have not. Defaults are the paper's."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -30,8 +31,9 @@ class LongTailTrainingArguments(TrainingArguments):
 
     global_batch_size: int | None = _option(
         None,
-        "Images an optimiser step, over all processes and accumulation. Sets gradient_accumulation_steps, so that a run "
-        "is the same however many processes share it. None: whatever processes x batch x accumulation give.",
+        "Images an optimiser step, over all processes. Sets gradient_accumulation_steps, and makes "
+        "per_device_train_batch_size an upper limit, so that a run is the same however many processes share it. None: "
+        "whatever processes x batch x accumulation give.",
     )
     learning_rate: float | None = _option(
         None, "Peak learning rate. None: learning_rate_per_512 times the images of one accumulation slice / 512."
@@ -70,16 +72,16 @@ class LongTailTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.auto_augment in ("none", ""):
             self.auto_augment = None
-        _require(self.train_crop in TRAIN_CROPS, "train_crop", self.train_crop, f"one of {', '.join(TRAIN_CROPS)}")
-        for name in ("hflip", "random_erasing"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability")
-        _require(0 <= self.drw_beta < 1, "drw_beta", self.drw_beta, "in [0, 1)")
-        _require(
-            self.per_device_train_batch_size >= 1,
-            "per_device_train_batch_size",
-            self.per_device_train_batch_size,
-            "1 or more",
-        )
+        _check_choice(self, "train_crop", TRAIN_CROPS)
+        for name in ("hflip", "random_erasing", "label_smoothing_factor"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _check(self, name, getattr(self, name) >= 1, "1 or more")
+        _check(self, "global_batch_size", self.global_batch_size is None or self.global_batch_size >= 1, "1 or more")
+        for name in ("warmup_epochs", "drw_start_epoch"):
+            _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
+        _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
         given_learning_rate = self.learning_rate
         self.learning_rate = self.learning_rate or 0.0  # the parent compares it with 0
         super().__post_init__()
@@ -91,20 +93,27 @@ class LongTailTrainingArguments(TrainingArguments):
         # Without a terminal there is a log, where progress bars are noise.
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
 
-        slice_size = self.train_batch_size * self.world_size
-        if self.global_batch_size is None:
-            self.global_batch_size = slice_size * self.gradient_accumulation_steps
-        elif self.global_batch_size < slice_size or self.global_batch_size % slice_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of {self.world_size} process(es) x "
-                f"per_device_train_batch_size {self.train_batch_size}; change one of them."
-            )
-        self.gradient_accumulation_steps = self.global_batch_size // slice_size
+        self._divide_global_batch()
         if given_learning_rate is None:
             slices = self.learning_rate_slices or self.gradient_accumulation_steps
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
         else:
             self.learning_rate = given_learning_rate
+
+    def _divide_global_batch(self) -> None:
+        """Makes the global batch of processes, images a process, and accumulation steps."""
+        if self.global_batch_size is None:
+            self.global_batch_size = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+            return
+        share = self.global_batch_size // self.world_size
+        self.per_device_train_batch_size = min(self.per_device_train_batch_size, max(share, 1))
+        slice_size = self.train_batch_size * self.world_size
+        if self.global_batch_size % slice_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of {self.world_size} process(es) x "
+                f"per_device_train_batch_size {self.train_batch_size}; change one of them."
+            )
+        self.gradient_accumulation_steps = self.global_batch_size // slice_size
 
 
 @dataclass
@@ -136,17 +145,11 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(0 <= self.alpha <= 1, "alpha", self.alpha, "in [0, 1]")
-        _require(
-            self.distillation in DISTILLATION_TYPES,
-            "distillation",
-            self.distillation,
-            f"one of {', '.join(DISTILLATION_TYPES)}",
-        )
-        _require(
-            self.teacher_view in TEACHER_VIEWS, "teacher_view", self.teacher_view, f"one of {', '.join(TEACHER_VIEWS)}"
-        )
-        _require(self.repeated_augmentation >= 1, "repeated_augmentation", self.repeated_augmentation, "1 or more")
+        _check(self, "alpha", 0 <= self.alpha <= 1, "in [0, 1]")
+        _check_choice(self, "distillation", DISTILLATION_TYPES)
+        _check_choice(self, "cls_loss", CLS_LOSSES)
+        _check_choice(self, "teacher_view", TEACHER_VIEWS)
+        _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
         if self.mixes and self.train_batch_size % 2:
             raise ValueError(
                 "Mixup and CutMix pair the images of a batch, so per_device_train_batch_size must be even, got "
@@ -187,24 +190,18 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(
-            self.teacher_loss in TEACHER_LOSSES,
-            "teacher_loss",
-            self.teacher_loss,
-            f"one of {', '.join(TEACHER_LOSSES)}",
-        )
-        _require(
-            len(self.sam_rho) > 0 and min(self.sam_rho) >= 0,
-            "sam_rho",
-            self.sam_rho,
-            "one or more values, none negative",
-        )
+        _check_choice(self, "teacher_loss", TEACHER_LOSSES)
+        _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
         if len(self.lr_drop_epochs) != len(self.lr_drops):
             raise ValueError(
                 f"lr_drop_epochs {self.lr_drop_epochs} and lr_drops {self.lr_drops} must have as many values."
             )
 
 
-def _require(fits: bool, name: str, value, wanted: str) -> None:
+def _check(args: TrainingArguments, name: str, fits: bool, wanted: str) -> None:
     if not fits:
-        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)!r}.")
+
+
+def _check_choice(args: TrainingArguments, name: str, choices: Sequence[str]) -> None:
+    _check(args, name, getattr(args, name) in choices, f"one of {', '.join(choices)}")

@@ -96,6 +96,7 @@ def _train(trainer_class, model: PreTrainedModel, args, data: DatasetDict, data_
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "auto" else resume)
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # what the first process saves, the others may load next
     return trainer
 
 

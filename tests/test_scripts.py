@@ -1,0 +1,309 @@
+"""The scripts as a user runs them: whole runs in processes of their own, and what they say to wrong input."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
+from deitlt_hf.recipes.parsing import parse_arguments
+from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "tests" / "fixtures" / "tiny.yaml")
+
+
+def run(*command, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of `distill.py` without a teacher, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run("scripts/distill.py", "--recipe", TINY, "--output_dir", folder / "student")
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_distill_trains_the_teacher_first_and_says_so(trained):
+    folder, output = trained
+    assert f"No --teacher given: training the recipe's first, in {folder}/teacher." in output
+    assert output.count("This will run") == 2
+    assert f'pipeline("image-classification", model="{folder}/student")' in output
+    assert len(re.findall(r"^epoch \d+\.\d+  step", output, flags=re.MULTILINE)) >= 20
+    files = {path.name for path in (folder / "student").iterdir()}
+    assert files >= {
+        "config.json",
+        "configuration_deitlt.py",
+        "modeling_deitlt.py",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "results.json",
+    }
+    for name in ("teacher", "student"):
+        assert results(folder / name)["finished"]
+
+
+def test_distill_uses_the_recipes_teacher_if_it_is_there(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    before = (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns
+    command = (
+        "scripts/distill.py",
+        "--recipe",
+        TINY,
+        "--output_dir",
+        tmp_path / "student",
+        "--num_train_epochs",
+        "2.5",
+    )
+    assert "using the recipe's, trained before" in run(*command)
+    assert (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns == before
+    assert results(tmp_path / "student")["last"]["epoch"] == pytest.approx(2.5, abs=1 / 7)
+
+
+def test_evaluate_repeats_the_results_of_the_run(trained, tmp_path):
+    folder, _ = trained
+    for name, first in (("student", "mean"), ("teacher", "teacher")):
+        command = ("scripts/evaluate.py", "--recipe", TINY, "--model", folder / name, "--json", tmp_path / "table.json")
+        output = run(*command)
+        assert "test images" in output
+        table = json.loads((tmp_path / "table.json").read_text())
+        assert table[first] == pytest.approx(results(folder / name)["last"]["accuracies"][first], abs=2e-3)
+
+
+def test_pipeline_without_the_package_agrees_with_evaluation(trained, tmp_path):
+    """Hosted inference: transformers alone, from image files to the accuracy that the run reported."""
+    from deitlt_hf.data import load_long_tailed
+
+    folder, _ = trained
+    test = load_long_tailed("digits")["test"]
+    for index, row in enumerate(test):
+        row["image"].save(tmp_path / f"{index:03d}.png")
+    (tmp_path / "labels.json").write_text(json.dumps([str(label) for label in test["label"]]))
+    code = f"""
+import json, sys
+from pathlib import Path
+sys.modules["deitlt_hf"] = None
+from transformers import pipeline
+classifier = pipeline("image-classification", model=r"{folder}/student")
+files = sorted(map(str, Path(r"{tmp_path}").glob("*.png")))
+predicted = [scores[0]["label"] for scores in classifier(files, top_k=1, batch_size=50)]
+labels = json.loads(Path(r"{tmp_path}/labels.json").read_text())
+print(sum(map(str.__eq__, predicted, labels)) / len(labels))
+"""
+    accuracy = float(run("-c", code).split()[-1])
+    assert accuracy == pytest.approx(results(folder / "student")["last"]["accuracies"]["mean"]["overall"], abs=2e-3)
+
+
+def test_two_processes_end_with_one_result(trained, tmp_path):
+    """Through Accelerate's launcher, with the teacher trained by both processes too."""
+    folder, _ = trained
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    output = run(
+        *launcher,
+        "scripts/distill.py",
+        "--recipe",
+        TINY,
+        "--output_dir",
+        tmp_path / "student",
+        ACCELERATE_USE_CPU="1",
+        OMP_NUM_THREADS="1",
+    )
+    assert output.count("This will run") == 2
+    assert output.count("The student is in") == 1
+    assert "global batch size  32 = 2 process(es) x 16 x 1 accumulation step(s)" in output
+    alone, together = results(folder / "student"), results(tmp_path / "student")
+    assert together["data"] == alone["data"]
+    assert together["last"]["step"] == alone["last"]["step"]
+    assert together["last"]["accuracies"].keys() == alone["last"]["accuracies"].keys()
+    evaluated = re.findall(r"test images\s+│\s+(\d+)", output)
+    assert evaluated
+    assert set(evaluated) == {"600"}, "every test image once, whatever the number of processes"
+
+
+# ---- Wrong input: one sentence, nothing written ----
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process and returns the sentence it ends with."""
+
+    def refuse(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        assert stop.value.code == 1
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("error: ")
+        assert not [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".safetensors")]
+        return lines[-1]
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--recipe", "digits"], r"no recipe 'digits' \(did you mean 'digits_lt'\?\)"),
+        (
+            ["--recipe", TINY, "--lerning_rate", "1"],
+            r"unknown field 'lerning_rate' .* \(did you mean 'learning_rate'\?\)",
+        ),
+        (["--recipe", TINY, "--teacher", "./nowhere"], r"there is no model folder './nowhere'"),
+        (["--recipe", TINY, "--init_from", "/nowhere"], r"there is no model folder '/nowhere'"),
+        (["--recipe", TINY, "--imbalance_ratio", "0.5"], r"imbalance_ratio .* must be at least 1, got 0.5"),
+        (["--recipe", TINY, "--imbalance_ratio", "100"], r"class 9 would get no image"),
+        (["--recipe", TINY, "--data_dir", "missing"], r"data_dir 'missing' is not a folder"),
+        (["--recipe", "inat18"], r"give data_dir, the folder with its images"),
+        (["--recipe", TINY, "--patch_size", "3"], r"patch_size 3 does not divide image_size 8"),
+        (["--recipe", TINY, "--global_batch_size", "33"], r"global_batch_size 33 is not a multiple of 1 process"),
+        (
+            [
+                "--recipe",
+                TINY,
+                "--distillation",
+                "none",
+                "--global_batch_size",
+                "15",
+                "--per_device_train_batch_size",
+                "15",
+            ],
+            r"must be even, got 15",
+        ),
+        (
+            [
+                "--recipe",
+                TINY,
+                "--distillation",
+                "none",
+                "--global_batch_size",
+                "300",
+                "--per_device_train_batch_size",
+                "300",
+            ],
+            r"fewer than one batch of 300",
+        ),
+        (["--recipe", TINY, "--distillation", "none", "--repeated_augmentation", "3"], r"rounds of 256 images"),
+        (["--recipe", TINY, "--distillation", "none", "--num_train_epochs", "2"], r"drw_start_epoch 2 is not before"),
+        (["--recipe", TINY, "--group_boundaries", "7", "3"], r"two increasing positions among 10 classes"),
+    ],
+)
+def test_distill_refuses(refused, arguments, sentence):
+    assert re.search(sentence, refused("distill.py", *arguments))
+
+
+def test_distill_refuses_another_runs_folder_before_training_a_teacher(refused, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("used") / "student"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"finished")
+    assert "holds another run (model.safetensors)" in refused("distill.py", "--recipe", TINY, "--output_dir", folder)
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    assert not (folder.parent / "teacher").exists()
+
+
+def test_distill_refuses_a_teacher_of_other_classes(refused, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    names = dict(enumerate("abcdefghij"))
+    FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8, id2label=names)).save_pretrained(folder)
+    assert "does not know the classes '0'" in refused("distill.py", "--recipe", TINY, "--teacher", folder)
+
+
+def test_distill_refuses_a_recipes_teacher_of_other_images(trained, tmp_path_factory, refused):
+    folder, _ = trained
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(folder / "teacher", copy / "teacher")
+    sentence = refused("distill.py", "--recipe", TINY, "--output_dir", copy / "student", "--subset_seed", "1")
+    assert "was trained on other images" in sentence
+    assert not (copy / "student" / "results.json").exists()
+
+
+def test_evaluate_and_teacher_refuse(refused, tmp_path):
+    assert "there is no model folder 'nowhere'" in refused("evaluate.py", "--recipe", TINY, "--model", "nowhere")
+    assert "unknown backbone 'resnet18'" in refused("train_teacher.py", "--recipe", TINY, "--backbone", "resnet18")
+    (tmp_path / "broken.yaml").write_text("student: {lerning_rate: 1}")
+    sentence = refused("train_teacher.py", "--recipe", tmp_path / "broken.yaml")
+    assert "error: " in sentence
+    (tmp_path / "broken.yaml").write_text("teacher: {backbon: resnet20}")
+    sentence = refused("train_teacher.py", "--recipe", tmp_path / "broken.yaml")
+    assert re.search(r"unknown field 'backbon' in recipe .* \(did you mean 'backbone'\?\)", sentence)
+    (tmp_path / "broken.yaml").write_text("[1, 2")
+    assert "is not valid YAML" in refused("train_teacher.py", "--recipe", tmp_path / "broken.yaml")
+
+
+def test_help_lists_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "distill.py"), run_name="__main__")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("--recipe", "--imbalance_ratio", "--patch_size", "--drw_start_epoch", "--seed", "--overwrite"):
+        assert name in text
+
+
+# ---- Recipes ----
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_fill_their_arguments(name, tmp_path):
+    folder = ["--recipe", name, "--output_dir", str(tmp_path)]
+    recipe, data, model, args = parse_arguments(
+        "student", (DataArguments, StudentArguments, DeiTLTTrainingArguments), folder
+    )
+    assert recipe == name
+    assert args.drw_start_epoch < args.num_train_epochs
+    assert model.image_size % model.patch_size == 0
+    parse_arguments("teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments), folder)
+    assert load_recipe(name)["data"]["dataset"] == data.dataset
+
+
+# From the paper and the authors' code: epochs, DRW from, peak learning rate, global batch, groups, mixing goes on.
+PAPER = {
+    "cifar10_lt_rho100": (1200, 1100, 2.5e-4, 1024, [3, 7], False),
+    "cifar10_lt_rho50": (1200, 1100, 2.5e-4, 1024, [3, 7], False),
+    "cifar100_lt_rho100": (1200, 1100, 2.5e-4, 1024, [36, 71], False),
+    "cifar100_lt_rho50": (1200, 1100, 2.5e-4, 1024, [36, 71], False),
+    "imagenet_lt": (1400, 1200, 5e-4, 2048, [390, 835], True),
+    "inat18": (1000, 900, 5e-4, 2048, [842, 4543], True),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_have_the_papers_values(name, tmp_path):
+    _, data, model, args = parse_arguments(
+        "student",
+        (DataArguments, StudentArguments, DeiTLTTrainingArguments),
+        ["--recipe", name, "--output_dir", str(tmp_path)],
+    )
+    values = (args.num_train_epochs, args.drw_start_epoch, pytest.approx(args.learning_rate), args.global_batch_size)
+    assert PAPER[name] == (*values, data.group_boundaries, args.mixing_in_drw)
+    assert (model.image_size, model.patch_size, model.hidden_size, model.num_hidden_layers) == (224, 16, 768, 12)
+    assert (args.mixup, args.cutmix, args.label_smoothing_factor, args.repeated_augmentation) == (0.8, 1.0, 0.1, 3)
+    assert (args.weight_decay, args.min_learning_rate, args.warmup_epochs, args.alpha) == (0.05, 1e-5, 5, 0.5)
+    assert (args.auto_augment, args.random_erasing, args.train_crop) == ("rand-m9-mstd0.5-inc1", 0.25, "random_resized")
+
+
+def test_tiny_recipe_is_a_recipe():
+    assert set(load_recipe(TINY)) == {"data", "teacher", "student"}
+    assert yaml.safe_load(Path(TINY).read_text())["student"]["num_train_epochs"] == 3
