@@ -67,6 +67,7 @@ class LongTailTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = _option("none", "Where to report to: trackio, tensorboard, wandb, ...")
     eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
     save_total_limit: int | None = _option(2, "Checkpoints to keep.")
+    ddp_find_unused_parameters: bool | None = _option(False, "All parameters get a gradient in every step.")
     seed: int = _option(0, "Seed of initialisation, augmentation and order.")
 
     def __post_init__(self):
@@ -87,6 +88,8 @@ class LongTailTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the processes' own streams differ, their order of images must not
         # New workers every epoch cost more than a small epoch itself.
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"

@@ -5,7 +5,13 @@ import json
 from pathlib import Path
 
 from datasets import DatasetDict
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
@@ -71,8 +77,13 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
         )
     else:
         trainer_class, model_class = DeiTLTTrainer, DeiTLTForImageClassification
-    model = model_class.from_pretrained(path)
-    trainer = trainer_class(model=model, args=args, eval_dataset=data["test"], groups=_groups(data, data_args))
+    trainer = trainer_class(
+        model=model_class.from_pretrained(path),
+        args=args,
+        eval_dataset=data["test"],
+        processing_class=AutoImageProcessor.from_pretrained(path),
+        groups=_groups(data, data_args),
+    )
     trainer.evaluate()
     return trainer
 

@@ -173,8 +173,7 @@ class LongTailTrainer(Trainer, ABC):
         if self.is_world_process_zero():
             self.results.start(self, resuming=bool(resume_from_checkpoint))
             print_plan(self, steps_per_epoch, plan)
-        # Augmentation, mixing and dropped paths differ between processes, as images do.
-        set_seed(self.args.seed, device_specific=True)
+        self.seed_random_streams()
         started = time.perf_counter()
         self._recording = True
         try:
@@ -195,6 +194,10 @@ class LongTailTrainer(Trainer, ABC):
             return super().get_train_dataloader()
         finally:
             self.args.dataloader_drop_last = for_evaluation
+
+    def seed_random_streams(self) -> None:
+        """Seeds augmentation, mixing and dropped paths: by the seed, and differently in each process."""
+        set_seed(self.args.seed, device_specific=True)
 
     def steps_per_epoch(self) -> int:
         """Optimiser steps an epoch."""

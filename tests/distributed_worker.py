@@ -1,0 +1,76 @@
+"""One of several processes: which images it gets, and its gradient of a fixed batch. Run by `test_distributed.py`."""
+
+import sys
+
+import torch
+from accelerate import PartialState
+
+from conftest import make_student
+from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainer, FlatTeacherTrainingArguments
+from deitlt_hf.data import load_long_tailed
+
+GLOBAL_BATCH = 32
+
+
+def fixed_batch():
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "pixel_values": torch.randn(GLOBAL_BATCH, 3, 8, 8, generator=generator),
+        "labels": torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator),
+    }
+
+
+def make_trainers(folder, accumulation=1):
+    data = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)
+    values = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "global_batch_size": GLOBAL_BATCH,
+        "per_device_train_batch_size": GLOBAL_BATCH // PartialState(cpu=True).num_processes // accumulation,
+        "drw_start_epoch": 0,
+        "learning_rate": 1e-3,
+    }
+    datasets = {"train_dataset": data["train"], "eval_dataset": data["test"]}
+    model = make_student(drop_path_rate=0.0)
+    student_args = DeiTLTTrainingArguments(
+        **values, distillation="none", reweight_cls=True, repeated_augmentation=1, train_crop="padded"
+    )
+    yield "student", DeiTLTTrainer(model=model, args=student_args, **datasets)
+    model = make_student(drop_path_rate=0.0)
+    sam_args = FlatTeacherTrainingArguments(**values, sam_rho=[0.5])
+    yield "sam", FlatTeacherTrainer(model=model, args=sam_args, **datasets)
+
+
+def gradients_of_a_step(trainer):
+    """Gradients after all slices of one optimiser step, as the optimiser will see them."""
+    batch, slices = fixed_batch(), trainer.args.gradient_accumulation_steps
+    size = trainer.args.per_device_train_batch_size
+    first = trainer.args.process_index * size
+    starts = [first + index * size * trainer.args.world_size for index in range(slices)]
+    parts = [{name: value[start : start + size] for name, value in batch.items()} for start in starts]
+    trainer.create_optimizer()
+    model = trainer.accelerator.prepare(trainer.model) if trainer.args.world_size > 1 else trainer.model
+    batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
+    for index, part in enumerate(batches):
+        last = index == slices - 1
+        trainer.accelerator.gradient_state._set_sync_gradients(last)
+        if last:
+            trainer.training_step(model, part)
+        else:
+            with trainer.accelerator.no_sync(model):
+                trainer.training_step(model, part)
+    return {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def main():
+    folder = sys.argv[1]
+    found = {}
+    for name, trainer in make_trainers(folder):
+        trainer.seed_random_streams()
+        sampler = trainer.get_train_dataloader().batch_sampler
+        found[name] = {"gradients": gradients_of_a_step(trainer), "indices": [list(batch) for batch in sampler]}
+    torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main()

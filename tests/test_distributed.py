@@ -1,0 +1,47 @@
+"""Several processes do what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import GLOBAL_BATCH, gradients_of_a_step, make_trainers
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    worker = Path(__file__).parent / "distributed_worker.py"
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [*launcher, str(worker), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["student", "sam"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradient_does_not_depend_on_the_arrangement(two_ranks, tmp_path, name, accumulation):
+    """With class weights, the mean of the processes' own weighted means is another loss."""
+    trainer = dict(make_trainers(str(tmp_path), accumulation))[name]
+    assert trainer.args.gradient_accumulation_steps == accumulation
+    for parameter, gradient in gradients_of_a_step(trainer).items():
+        for rank in two_ranks:
+            torch.testing.assert_close(rank[name]["gradients"][parameter], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["student", "sam"])
+def test_processes_share_an_epoch_without_overlap(two_ranks, name):
+    """Each process seeds its augmentation differently; an order of its own would show some images twice."""
+    indices = [rank[name]["indices"] for rank in two_ranks]
+    assert len(indices[0]) == len(indices[1]) == 240 // GLOBAL_BATCH
+    flat = [index for rank in indices for batch in rank for index in batch]
+    assert len(set(flat)) == len(flat)
+    assert indices[0] != sorted(indices[0])
