@@ -1,6 +1,8 @@
 """Numerical parity with the original implementations."""
 
+import argparse
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
@@ -20,16 +22,42 @@ def normal(seed, shape):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
-def test_student_logits(reference):
+def test_student_logits(reference, tmp_path):
     """A wrong layer-norm epsilon, token order or qkv split would show here only."""
     values = reference["student_base"]
-    model = load_original_student(filled_state_dict(values["keys"]))
+    file = {"model": filled_state_dict(values["keys"]), "epoch": 1199, "args": argparse.Namespace(lr=5e-4)}
+    torch.save(file, tmp_path / "checkpoint.pth")
+    model = load_original_student(tmp_path / "checkpoint.pth")
     with torch.no_grad():
         outputs = model(normal(100, (2, 3, 224, 224)))
     cls_logits, dist_logits = torch.tensor(values["cls_logits"]), torch.tensor(values["dist_logits"])
     assert (outputs.cls_logits - cls_logits).abs().max() < 2e-5
     assert (outputs.distillation_logits - dist_logits).abs().max() < 2e-5
     assert (outputs.logits - (cls_logits + dist_logits) / 2).abs().max() < 2e-5
+
+
+class Bomb:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+def test_files_that_are_no_student(tmp_path):
+    marker = tmp_path / "marker"
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"model": Bomb(str(marker))}))
+    with pytest.raises(ValueError, match=r"bomb\.pth is not a checkpoint that can be read safely"):
+        load_original_student(tmp_path / "bomb.pth")
+    assert not marker.exists()
+    for content, message in (
+        ({"weights": {}}, "has no weights under 'model'"),
+        ({"model": {"conv1.weight": torch.zeros(3)}}, "'conv1.weight' is not a parameter of a DeiT-LT student"),
+        ({"model": {"cls_token": torch.zeros(1, 1, 8)}}, "the student's weights lack 'deit.embeddings.patch"),
+    ):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=message):
+            load_original_student(tmp_path / "other.pth")
 
 
 def test_ldam_teacher_logits(reference):

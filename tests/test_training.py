@@ -280,6 +280,9 @@ def test_evaluation_counts_each_expert_on_each_image_once(tmp_path, digits):
             assert metrics[f"eval_{expert}_{name}"] == pytest.approx(expected)
         assert f"eval_{expert}_head" not in metrics
     assert metrics["eval_accuracy"] == metrics["eval_mean_overall"]
+    predicted = trainer.predict(digits["test"])
+    assert predicted.predictions.shape == (600, 3)
+    assert np.array_equal(predicted.predictions[:, 0], outputs.logits.argmax(dim=1))
     torch.testing.assert_close(
         torch.tensor(metrics["eval_loss"]), model(**eval_batch(trainer, images, labels)).loss, atol=1e-4, rtol=0
     )

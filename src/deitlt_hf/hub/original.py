@@ -1,7 +1,10 @@
-"""The authors' student: its parameter names in transformers' terms."""
+"""The authors' student: their files, and its parameter names in transformers' terms."""
 
+import argparse
+import pickle
 import re
 from collections.abc import Mapping
+from os import PathLike
 
 import torch
 
@@ -44,18 +47,28 @@ def convert_student_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[s
     return converted
 
 
-def load_original_student(state_dict: Mapping[str, torch.Tensor], **config) -> DeiTLTForImageClassification:
-    """Makes a student of the authors' weights; sizes are read from the tensors.
+def load_original_student(path: str | PathLike, **config) -> DeiTLTForImageClassification:
+    """Loads a student from the authors' `.pth` file; sizes are read from the tensors.
+
+    The file is a pickle. It is read without running any code of it: tensors and plain values, and the
+    `argparse.Namespace` that the authors keep beside them, are all that is let in.
 
     Args:
-        state_dict: What the authors' files hold under `model`.
+        path: The file, with the weights under `model`.
         **config: Further fields of [`DeiTLTConfig`], such as `num_attention_heads` (by default one for 64 of the
             width) or `id2label`.
 
     Raises:
-        ValueError: If the names are not those of a student, or tensors are missing or of another shape.
+        ValueError: If the file cannot be read safely, or holds something else than a student.
     """
-    converted = convert_student_state_dict(state_dict)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
+        raise ValueError(f"{path} has no weights under 'model', where the authors keep a student's.")
+    converted = convert_student_state_dict(content["model"])
     try:
         projection = converted["deit.embeddings.patch_embeddings.projection.weight"]
         hidden_size, num_channels, patch_size, _ = projection.shape

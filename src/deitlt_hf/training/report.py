@@ -104,7 +104,6 @@ class Results:
             },
             "versions": {name: version(name) for name in LIBRARIES},
         }
-        self.write()
 
     def record(self, epoch: float, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
         """Notes an evaluation: the last one always, the best one if the first expert is ahead overall."""

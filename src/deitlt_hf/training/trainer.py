@@ -170,8 +170,9 @@ class LongTailTrainer(Trainer, ABC):
         steps_per_epoch = self.steps_per_epoch()
         plan = self.plan()
         claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
+        self.results.start(self, resuming=bool(resume_from_checkpoint))
         if self.is_world_process_zero():
-            self.results.start(self, resuming=bool(resume_from_checkpoint))
+            self.results.write()
             print_plan(self, steps_per_epoch, plan)
         self.seed_random_streams()
         started = time.perf_counter()
@@ -285,6 +286,10 @@ class LongTailTrainer(Trainer, ABC):
     def get_eval_dataloader(self, eval_dataset=None):
         """Batches for evaluation, of a `datasets.Dataset` too."""
         return super().get_eval_dataloader(_image_dataset(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        """Batches for prediction, of a `datasets.Dataset` too."""
+        return super().get_test_dataloader(_image_dataset(test_dataset))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert, prints the table, and during training records it in `results.json`."""
