@@ -41,6 +41,21 @@ def make_trainers(folder, accumulation=1):
     yield "sam", FlatTeacherTrainer(model=model, args=sam_args, **datasets)
 
 
+def repeated_augmentation_order(folder):
+    """The images that this process gets in epochs 0 and 1 of a run with repeated augmentation."""
+    data = load_long_tailed("digits", imbalance_ratio=5)
+    args = DeiTLTTrainingArguments(
+        output_dir=folder, use_cpu=True, per_device_train_batch_size=32, distillation="none", repeated_augmentation=3
+    )
+    trainer = DeiTLTTrainer(model=make_student(), args=args, train_dataset=data["train"], eval_dataset=data["test"])
+    loader = trainer.get_train_dataloader()
+    epochs = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        epochs.append([index for batch in loader.batch_sampler for index in batch])
+    return {"images": len(data["train"]), "epochs": epochs}
+
+
 def gradients_of_a_step(trainer):
     """Gradients after all slices of one optimiser step, as the optimiser will see them."""
     batch, slices = fixed_batch(), trainer.args.gradient_accumulation_steps
@@ -69,6 +84,7 @@ def main():
         trainer.seed_random_streams()
         sampler = trainer.get_train_dataloader().batch_sampler
         found[name] = {"gradients": gradients_of_a_step(trainer), "indices": [list(batch) for batch in sampler]}
+    found["repeated"] = repeated_augmentation_order(folder)
     torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")
 
 

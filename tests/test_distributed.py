@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+
 from distributed_worker import GLOBAL_BATCH, gradients_of_a_step, make_trainers
 
 
@@ -35,6 +37,16 @@ def test_gradient_does_not_depend_on_the_arrangement(two_ranks, tmp_path, name, 
     for parameter, gradient in gradients_of_a_step(trainer).items():
         for rank in two_ranks:
             torch.testing.assert_close(rank[name]["gradients"][parameter], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_repeated_augmentation_is_timms_in_each_process(two_ranks):
+    """And another order in every epoch: a sampler that is not told the epoch repeats the first one forever."""
+    for rank, found in enumerate(two_ranks):
+        timms = RepeatAugSampler(range(found["repeated"]["images"]), num_replicas=2, rank=rank)
+        for epoch, indices in enumerate(found["repeated"]["epochs"]):
+            timms.set_epoch(epoch)
+            assert len(indices) >= 256 // 2
+            assert indices == list(timms)[: len(indices)]
 
 
 @pytest.mark.parametrize("name", ["student", "sam"])

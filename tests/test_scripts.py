@@ -235,6 +235,25 @@ def test_distill_refuses(refused, arguments, sentence):
     assert re.search(sentence, refused("distill.py", *arguments))
 
 
+def test_distill_names_an_unreadable_image(monkeypatch, capsys, tmp_path):
+    """A data loader's worker wraps the sentence into a traceback."""
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(8):
+                Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / f"{index}.png")
+    (tmp_path / "data" / "train" / "dog" / "3.png").write_bytes(b"no image")
+    command = ["distill.py", "--recipe", TINY, "--data_dir", "data", "--distillation", "none", "--imbalance_ratio", "1"]
+    command += ["--max_per_class", "8", "--group_boundaries", "1", "1", "--global_batch_size", "4"]
+    command += ["--dataloader_num_workers", "1", "--output_dir", "student"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "scripts" / "distill.py"), run_name="__main__")
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: cannot read the image .*/train/dog/3\.png: .*--skip_bad_images\.", last)
+
+
 def test_distill_refuses_another_runs_folder_before_training_a_teacher(refused, tmp_path_factory):
     folder = tmp_path_factory.mktemp("used") / "student"
     folder.mkdir()

@@ -18,6 +18,7 @@ class LDAMLoss(nn.Module):
         max_margin: Margin of the rarest class; 0.5 for CIFAR, 0.3 for ImageNet-LT and iNaturalist.
         scale: What the cosines are multiplied by before the softmax.
         class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
+        reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
     """
 
     def __init__(
@@ -26,22 +27,22 @@ class LDAMLoss(nn.Module):
         max_margin: float = 0.5,
         scale: float = 30.0,
         class_weights: torch.Tensor | None = None,
+        reduction: str = "mean",
     ):
         super().__init__()
         margins = torch.as_tensor(class_counts, dtype=torch.float64) ** -0.25
         self.scale = scale
+        self.reduction = reduction
         self.register_buffer("margins", (margins * (max_margin / margins.max())).float())
         self.register_buffer("class_weights", class_weights)
 
-    def forward(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Computes the loss.
 
         Args:
             logits: Cosines; (batch, classes).
             labels: Class indices; (batch,).
-            reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
         """
         margins = F.one_hot(labels, logits.shape[1]) * self.margins[labels].unsqueeze(1)
-        return F.cross_entropy(
-            self.scale * (logits.float() - margins), labels, weight=self.class_weights, reduction=reduction
-        )
+        scaled = self.scale * (logits.float() - margins)
+        return F.cross_entropy(scaled, labels, weight=self.class_weights, reduction=self.reduction)

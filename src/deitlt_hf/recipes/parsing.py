@@ -105,7 +105,10 @@ def command_line_errors() -> Iterator[None]:
             raise
         if int(os.environ.get("RANK", "0")) > 0:
             time.sleep(5)  # an error of all processes is told by the first, upon which the launcher ends the others
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        sentence = str(error)
+        if "Original Traceback" in sentence:  # from a data loader's worker: the error itself is on the last line
+            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

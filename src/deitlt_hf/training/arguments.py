@@ -1,5 +1,6 @@
 """Training arguments: what transformers' have not. Defaults are the paper's."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class LongTailTrainingArguments(TrainingArguments):
     warmup_epochs: float = _option(5, "Epochs of linear warm-up.")
     warmup_learning_rate: float = _option(1e-6, "Where the warm-up starts.")
     drw_start_epoch: float | None = _option(
-        None, "Deferred re-weighting: epoch (from 0) from which on classes are weighted. None: never."
+        None, "Deferred re-weighting: epoch (from 0) from which on classes are weighted. None or inf: never."
     )
     drw_beta: float = _option(0.9999, "Beta of the effective-number class weights, in [0, 1).")
     image_resize: int | None = _option(
@@ -83,6 +84,8 @@ class LongTailTrainingArguments(TrainingArguments):
         for name in ("warmup_epochs", "drw_start_epoch"):
             _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
         _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        if self.drw_start_epoch == math.inf:
+            self.drw_start_epoch = None
         given_learning_rate = self.learning_rate
         self.learning_rate = self.learning_rate or 0.0  # the parent compares it with 0
         super().__post_init__()

@@ -51,8 +51,6 @@ class DeiTLTTrainer(LongTailTrainer):
         if teacher is not None:
             self._label_order = _label_order(model.config, teacher.config)
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
-        self.criterion = self._criterion(None)
-        self.drw_criterion = self._criterion(self.drw_weights() if self.class_counts else None)
         self.mixup = Mixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
@@ -62,7 +60,7 @@ class DeiTLTTrainer(LongTailTrainer):
             num_classes=model.config.num_labels,
         )
 
-    def _criterion(self, class_weights: torch.Tensor | None) -> DistillationLoss:
+    def make_criterion(self, class_weights: torch.Tensor | None) -> DistillationLoss:
         args = self.args
         return DistillationLoss(
             args.alpha, args.distillation, args.temperature, args.cls_loss, class_weights, args.reweight_cls
@@ -104,11 +102,6 @@ class DeiTLTTrainer(LongTailTrainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(free)]
 
     # ---- Loss ----
-
-    @property
-    def active_criterion(self) -> DistillationLoss:
-        """The loss of the current phase."""
-        return self.drw_criterion if self.in_drw else self.criterion
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Mixes the images and their labels, then asks the teacher about what the student will see."""
@@ -171,7 +164,7 @@ class DeiTLTTrainer(LongTailTrainer):
         """
         args = self.args
         mixing = "Mixup / CutMix" if args.mixes else "no mixing"
-        if args.drw_start_epoch is None or args.drw_start_epoch == math.inf:
+        if args.drw_start_epoch is None:
             phases = f"one, {mixing}, no re-weighting"
         else:
             after = mixing if args.mixing_in_drw else "no mixing"

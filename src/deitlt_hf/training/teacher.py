@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..losses import LDAMLoss
 from .arguments import FlatTeacherTrainingArguments
@@ -77,21 +76,21 @@ class FlatTeacherTrainer(LongTailTrainer):
             optimizer.restore()
         return loss
 
+    def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
+        if self.args.teacher_loss == "ldam":
+            margin, scale = self.args.ldam_margin, self.args.ldam_scale
+            return LDAMLoss(self.class_counts, margin, scale, class_weights, reduction="sum").to(self.args.device)
+        return nn.CrossEntropyLoss(class_weights, reduction="sum")
+
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         labels = batch["labels"]
         if not self.in_drw:
             return torch.tensor([float(len(labels))], device=labels.device)
-        return self.drw_weights()[labels].sum().unsqueeze(0)
+        return self.drw_weights[labels].sum().unsqueeze(0)
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        logits = model(pixel_values=batch["pixel_values"]).logits.float()
-        weights = self.drw_weights() if self.in_drw else None
-        if self.args.teacher_loss == "ldam":
-            ldam = LDAMLoss(self.class_counts, self.args.ldam_margin, self.args.ldam_scale, weights)
-            total = ldam.to(logits.device)(logits, batch["labels"], reduction="sum")
-        else:
-            total = F.cross_entropy(logits, batch["labels"], weight=weights, reduction="sum")
-        return total / batch["denominators"][0]
+        logits = model(pixel_values=batch["pixel_values"]).logits
+        return self.active_criterion(logits.float(), batch["labels"]) / batch["denominators"][0]
 
     def plan(self) -> dict[str, str]:
         args = self.args

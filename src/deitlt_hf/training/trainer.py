@@ -103,6 +103,9 @@ class LongTailTrainer(Trainer, ABC):
         self.add_callback(RunLog())
         self.add_callback(NonFiniteLossGuard(self))
         self.first_nonfinite_step = torch.tensor(math.inf, device=self.args.device)
+        if train_dataset is not None:
+            self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
+            self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
         self._window: list[dict[str, Any]] = []
         self._window_is_ready = True
         self._logged: dict[str, torch.Tensor] = {}
@@ -110,6 +113,10 @@ class LongTailTrainer(Trainer, ABC):
         self._recording = False
 
     # ---- What subclasses give ----
+
+    @abstractmethod
+    def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
+        """The loss, with the class weights of the DRW phase or without any."""
 
     @abstractmethod
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -151,9 +158,10 @@ class LongTailTrainer(Trainer, ABC):
         start = self.args.drw_start_epoch
         return start is not None and (self.state.epoch or 0.0) >= start
 
-    def drw_weights(self) -> torch.Tensor:
-        """Class weights of the DRW phase, on the device."""
-        return effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
+    @property
+    def active_criterion(self) -> nn.Module:
+        """The loss of the current phase."""
+        return self.drw_criterion if self.in_drw else self.criterion
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains, evaluates at the end, and keeps `results.json`; otherwise as the parent's.
@@ -239,7 +247,7 @@ class LongTailTrainer(Trainer, ABC):
             return
         for name in ("drw_start_epoch", "warmup_epochs"):
             epoch = getattr(args, name)
-            if epoch is not None and args.num_train_epochs <= epoch < math.inf:
+            if epoch is not None and args.num_train_epochs <= epoch:
                 raise ValueError(
                     f"{name} {epoch:g} is not before the end of training at epoch {args.num_train_epochs:g}; change "
                     f"one of them ({name} inf or 0 for none)."
