@@ -28,33 +28,48 @@ STUDENTS = {
 COLUMNS = ("overall", "head", "mid", "tail")
 
 
-def run(recipe: str, name: str, seed: int, script: str, arguments: list[str], data_arguments: list[str]) -> dict:
-    """Runs a script unless its results are there, and returns them."""
-    slug = name.lower().replace(",", "").replace(" ", "_")
-    record = RESULTS / f"{recipe}-{slug}-seed{seed}.json"
-    if not record.exists():
-        output_dir = ROOT / "outputs" / "experts" / recipe / f"seed{seed}" / slug
-        print(f"{recipe}, seed {seed}: {name}", flush=True)
-        command = [sys.executable, ROOT / "scripts" / script, "--recipe", recipe, "--output_dir", output_dir]
-        command += ["--seed", seed, "--subset_seed", seed, "--overwrite", *arguments, *data_arguments]
+class Series:
+    """Runs of one recipe, each in a folder and with a record of its own."""
+
+    def __init__(self, recipe: str, data_arguments: list[str]):
+        self.recipe = recipe
+        self.data_arguments = data_arguments
+
+    def folder(self, name: str, seed: int) -> Path:
+        return ROOT / "outputs" / "experts" / self.recipe / f"seed{seed}" / _slug(name)
+
+    def record(self, name: str, seed: int) -> Path:
+        return RESULTS / f"{self.recipe}-{_slug(name)}-seed{seed}.json"
+
+    def run(self, name: str, seed: int, script: str, *arguments) -> None:
+        """Runs a script and keeps its results."""
+        print(f"{self.recipe}, seed {seed}: {name}", flush=True)
+        command = [sys.executable, ROOT / "scripts" / script, "--recipe", self.recipe]
+        command += ["--output_dir", self.folder(name, seed), "--seed", seed, "--subset_seed", seed, "--overwrite"]
+        command += [*arguments, *self.data_arguments]
         subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        results = json.loads((output_dir / "results.json").read_text())
-        part = record.with_suffix(".part")
+        results = json.loads((self.folder(name, seed) / "results.json").read_text())
+        part = self.record(name, seed).with_suffix(".part")
         part.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(part, record)
-    return json.loads(record.read_text())
+        os.replace(part, self.record(name, seed))
+
+    def results(self, seeds: list[int]) -> dict[str, list[dict]]:
+        """Results of all methods by seed, after the runs that are missing."""
+        for seed in seeds:
+            teacher = self.folder("teacher", seed)
+            wanted = not self.record("DeiT-LT", seed).exists() and not (teacher / "model.safetensors").exists()
+            if wanted or not self.record("teacher", seed).exists():
+                self.run("teacher", seed, "train_teacher.py")
+            for name, arguments in STUDENTS.items():
+                if not self.record(name, seed).exists():
+                    self.run(name, seed, "distill.py", *(arguments or ["--teacher", teacher]))
+        return {
+            name: [json.loads(self.record(name, seed).read_text()) for seed in seeds] for name in ("teacher", *STUDENTS)
+        }
 
 
-def series(recipe: str, seeds: list[int], data_arguments: list[str]) -> dict[str, list[dict]]:
-    """Results of all runs, by method and then by seed."""
-    results = {}
-    for seed in seeds:
-        results.setdefault("teacher", []).append(run(recipe, "teacher", seed, "train_teacher.py", [], data_arguments))
-        teacher = ["--teacher", ROOT / "outputs" / "experts" / recipe / f"seed{seed}" / "teacher"]
-        for name, arguments in STUDENTS.items():
-            given = arguments or teacher
-            results.setdefault(name, []).append(run(recipe, name, seed, "distill.py", given, data_arguments))
-    return results
+def _slug(name: str) -> str:
+    return name.lower().replace(",", "").replace(" ", "_")
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -81,7 +96,7 @@ def main():
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     data_arguments = ["--data_dir", args.data_dir] if args.data_dir else []
-    print(table(series(args.recipe, args.seeds, data_arguments)))
+    print(table(Series(args.recipe, data_arguments).results(args.seeds)))
 
 
 if __name__ == "__main__":

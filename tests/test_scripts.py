@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
 from deitlt_hf.recipes.parsing import parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
@@ -144,8 +144,8 @@ def test_two_processes_end_with_one_result(trained, tmp_path):
     assert set(evaluated) == {"600"}, "every test image once, whatever the number of processes"
 
 
-def test_a_folder_of_images_of_any_size(tmp_path):
-    """What the README says of one's own images; every image is used as it is."""
+def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path):
+    """What the README says of one's own images; every image is used as it is, whatever its size."""
     random = np.random.RandomState(0)
     for split, per_class in (("train", {"cat": 30, "dog": 12, "eel": 6}), ("test", {"cat": 5, "dog": 5, "eel": 5})):
         for name, images in per_class.items():
@@ -153,14 +153,23 @@ def test_a_folder_of_images_of_any_size(tmp_path):
             for index in range(images):
                 pixels = random.randint(0, 256, (random.randint(8, 30), random.randint(8, 30), 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index}.jpg")
-    sizes = "--image_size 8 --patch_size 4 --hidden_size 16 --num_attention_heads 2 --num_hidden_layers 2"
     command = "scripts/distill.py --recipe image_folder --distillation none --repeated_augmentation 1 --seed 1"
     short = "--num_train_epochs 2 --warmup_epochs 0 --drw_start_epoch 1 --global_batch_size 16 --eval_steps 0.5"
-    folders = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "student")
-    output = run(*command.split(), *sizes.split(), *short.split(), *folders, "--dataloader_num_workers", "1")
+    folders = (
+        "--data_dir",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "student",
+        "--init_from",
+        trained[0] / "student",
+    )
+    output = run(*command.split(), *short.split(), *folders, "--dataloader_num_workers", "1")
     assert "3 (48): head 0 (0), mid 1 (30), tail 2 (18)" in output
     assert results(tmp_path / "student")["data"]["class_counts"] == [30, 12, 6]
     assert results(tmp_path / "student")["data"]["groups"]["tail"] == ["dog", "eel"]
+    model = DeiTLTForImageClassification.from_pretrained(tmp_path / "student")
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    assert model.config.hidden_size == 32
 
 
 # ---- Wrong input: one sentence, nothing written ----
@@ -204,8 +213,6 @@ def refused(tmp_path, monkeypatch, capsys):
             [
                 "--recipe",
                 TINY,
-                "--distillation",
-                "none",
                 "--global_batch_size",
                 "15",
                 "--per_device_train_batch_size",
@@ -217,8 +224,6 @@ def refused(tmp_path, monkeypatch, capsys):
             [
                 "--recipe",
                 TINY,
-                "--distillation",
-                "none",
                 "--global_batch_size",
                 "300",
                 "--per_device_train_batch_size",
@@ -226,8 +231,8 @@ def refused(tmp_path, monkeypatch, capsys):
             ],
             r"fewer than one batch of 300",
         ),
-        (["--recipe", TINY, "--distillation", "none", "--repeated_augmentation", "3"], r"rounds of 256 images"),
-        (["--recipe", TINY, "--distillation", "none", "--num_train_epochs", "2"], r"drw_start_epoch 2 is not before"),
+        (["--recipe", TINY, "--repeated_augmentation", "3"], r"rounds of 256 images"),
+        (["--recipe", TINY, "--num_train_epochs", "2"], r"drw_start_epoch 2 is not before"),
         (["--recipe", TINY, "--group_boundaries", "7", "3"], r"two increasing positions among 10 classes"),
     ],
 )

@@ -126,6 +126,15 @@ def test_logs_tell_the_parts_of_the_loss(tmp_path, digits, teacher):
         assert -1 <= entry["token_similarity"] <= 1
 
 
+def test_mixed_precision_and_gradient_checkpointing_train(tmp_path, digits, teacher):
+    trainer = student_trainer(
+        tmp_path, digits, teacher, num_train_epochs=1, bf16=True, use_cpu=True, activation_checkpointing=True
+    )
+    trainer.train()
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("distillation", ["hard", "soft", "none"])
 def test_gradient_does_not_depend_on_accumulation(tmp_path, digits, teacher, distillation):
     """With class weights, the mean of the slices' weighted means is another loss."""
@@ -430,7 +439,7 @@ def test_arguments_refuse(tmp_path, values, message):
 
 def test_trainer_refuses_what_cannot_run(tmp_path, digits):
     with pytest.raises(ValueError, match="fewer than one batch of 512"):
-        student_trainer(tmp_path, digits, distillation="none", per_device_train_batch_size=512)
+        student_trainer(tmp_path, digits, distillation="none", per_device_train_batch_size=512).train()
     with pytest.raises(ValueError, match="the training set has only 240; pass --repeated_augmentation 1"):
         student_trainer(tmp_path, digits, distillation="none", repeated_augmentation=3).train()
     with pytest.raises(ValueError, match="drw_start_epoch 9 is not before the end of training at epoch 2"):

@@ -27,11 +27,7 @@ class RepeatedAugmentationSampler(Sampler[int]):
     ROUND = 256
 
     def __init__(self, dataset: Sized, batch_size: int, num_processes: int = 1, num_repeats: int = 3, seed: int = 0):
-        if len(dataset) < self.ROUND:
-            raise ValueError(
-                f"repeated augmentation draws rounds of {self.ROUND} images, but the training set has only "
-                f"{len(dataset)}; pass --repeated_augmentation 1."
-            )
+        self.check_size(len(dataset))
         self.batch_size = batch_size
         self.seed = seed
         self.ranks = [
@@ -39,6 +35,15 @@ class RepeatedAugmentationSampler(Sampler[int]):
             for rank in range(num_processes)
         ]
         self.set_epoch(0)
+
+    @classmethod
+    def check_size(cls, num_images: int) -> None:
+        """Raises `ValueError` if there are fewer images than one round."""
+        if num_images < cls.ROUND:
+            raise ValueError(
+                f"repeated augmentation draws rounds of {cls.ROUND} images, but the training set has only "
+                f"{num_images}; pass --repeated_augmentation 1."
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass that of `epoch`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..data.sampling import RepeatedAugmentationSampler
 from ..data.transforms import TRAIN_CROPS
 from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES
 
@@ -106,6 +107,28 @@ class LongTailTrainingArguments(TrainingArguments):
         else:
             self.learning_rate = given_learning_rate
 
+    def check_data(self, num_images: int) -> None:
+        """Checks that training images and epochs suffice.
+
+        Raises:
+            ValueError: If there are fewer images than one batch, or a phase would begin after the end of training.
+        """
+        batch = self.train_batch_size * self.world_size
+        if num_images < batch:
+            raise ValueError(
+                f"the training set has {num_images} images, fewer than one batch of {batch} ({self.world_size} "
+                f"process(es) x {self.train_batch_size}); lower per_device_train_batch_size."
+            )
+        if self.max_steps > 0:
+            return
+        for name in ("drw_start_epoch", "warmup_epochs"):
+            epoch = getattr(self, name)
+            if epoch is not None and self.num_train_epochs <= epoch:
+                raise ValueError(
+                    f"{name} {epoch:g} is not before the end of training at epoch {self.num_train_epochs:g}; change "
+                    f"one of them ({name} inf or 0 for none)."
+                )
+
     def _divide_global_batch(self) -> None:
         """Makes the global batch of processes, images a process, and accumulation steps."""
         if self.global_batch_size is None:
@@ -161,6 +184,16 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
                 "Mixup and CutMix pair the images of a batch, so per_device_train_batch_size must be even, got "
                 f"{self.train_batch_size}."
             )
+
+    def check_data(self, num_images: int) -> None:
+        """Checks that training images and epochs suffice; repeated augmentation needs one round of images.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        super().check_data(num_images)
+        if self.repeated_augmentation > 1:
+            RepeatedAugmentationSampler.check_size(num_images)
 
     @property
     def mixes(self) -> bool:

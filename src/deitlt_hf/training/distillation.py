@@ -49,7 +49,7 @@ class DeiTLTTrainer(LongTailTrainer):
         self.teacher = None
         super().__init__(model=model, args=args, **kwargs)
         if teacher is not None:
-            self._label_order = _label_order(model.config, teacher.config)
+            self._label_order = _label_order(model.config, teacher.config).to(self.args.device)
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.mixup = Mixup(
             mixup_alpha=args.mixup,
@@ -131,7 +131,7 @@ class DeiTLTTrainer(LongTailTrainer):
         size = getattr(config, "image_size", pixel_values.shape[-1])
         with torch.inference_mode(), self.accelerator.autocast():
             images = resize_and_renormalize(pixel_values, size, student_values, teacher_values)
-            logits = self.teacher(images).logits[:, self._label_order.to(pixel_values.device)]
+            logits = self.teacher(images).logits[:, self._label_order]
         return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -48,24 +48,27 @@ def distill(
     Without a teacher it uses the one in the folder `teacher` beside `args.output_dir` if that was trained on the same
     images, and trains the recipe's there if there is none.
     """
+    # What is wrong shows before hours of teacher training.
     _check_output_dir(args)
     for path in (model_args.teacher, model_args.init_from):
         if path is not None:
-            _model_type(path)  # a wrong path shows before the data are loaded
+            _model_type(path)
     data = data_args.load()
+    args.check_data(len(data["train"]))
+    _groups(data, data_args)
     set_seed(args.seed)
-    student = _student(model_args, _num_labels(data))
+    student = _student(model_args, data)
     teacher = None
     if args.distillation != "none":
-        folder = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args)
-        teacher = load_teacher(folder)
-        set_seed(args.seed)
+        teacher = load_teacher(model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args))
     return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher)
 
 
 def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:
     """Prints the table of a saved student or teacher on a recipe's test images; its rows are in `last_table`."""
     is_teacher = _model_type(path) == FlatTeacherConfig.model_type
+    if Path(path).is_dir():
+        args.output_dir = path  # nothing is written, but transformers makes the folder
     data = data_args.load()
     if is_teacher:
         trainer_class, model_class = FlatTeacherTrainer, FlatTeacherForImageClassification
@@ -111,21 +114,24 @@ def _train(trainer_class, model: PreTrainedModel, args, data: DatasetDict, data_
     return trainer
 
 
-def _student(model_args: StudentArguments, num_labels: int) -> DeiTLTForImageClassification:
+def _student(model_args: StudentArguments, data: DatasetDict) -> DeiTLTForImageClassification:
     values = dataclasses.asdict(model_args)
     del values["teacher"]
     attention = {"attn_implementation": values.pop("attn_implementation")}
+    names = data["train"].features["label"].names
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     path = values.pop("init_from")
     if path is not None:
         return DeiTLTForImageClassification.from_pretrained(
             path,
-            num_labels=num_labels,
+            **labels,
+            class_counts=None,
             drop_path_rate=model_args.drop_path_rate,
             ignore_mismatched_sizes=True,
             **attention,
         )
     values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
-    return DeiTLTForImageClassification._from_config(DeiTLTConfig(**values, num_labels=num_labels), **attention)
+    return DeiTLTForImageClassification._from_config(DeiTLTConfig(**values, **labels), **attention)
 
 
 def _teacher_of_recipe(

@@ -48,7 +48,7 @@ class LongTailTrainer(Trainer, ABC):
         **kwargs: As for [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If data and model do not fit each other, or the training set is smaller than one batch.
+        ValueError: If data and model do not fit each other.
     """
 
     # The logits of each expert in the model's output; the first expert is the model's prediction.
@@ -76,7 +76,6 @@ class LongTailTrainer(Trainer, ABC):
             model.config.class_counts = counts.tolist()
             if "source_index" in train_dataset.column_names:
                 self.subset_sha256 = indices_hash(train_dataset["source_index"])
-            self._check_size(len(train_dataset), args)
         self.class_counts = getattr(model.config, "class_counts", None)
         if groups is None:
             if self.class_counts is None:
@@ -167,6 +166,7 @@ class LongTailTrainer(Trainer, ABC):
         """Trains, evaluates at the end, and keeps `results.json`; otherwise as the parent's.
 
         Raises:
+            ValueError: If the training set is smaller than one batch, or a phase begins after the end.
             FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten.
             FloatingPointError: If the loss is not finite.
         """
@@ -174,7 +174,7 @@ class LongTailTrainer(Trainer, ABC):
             raise ValueError("training needs a train_dataset.")
         # All that can be refused is refused before anything of another run is touched.
         check_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint))
-        self._check_phases()
+        self.args.check_data(len(self.train_dataset))
         steps_per_epoch = self.steps_per_epoch()
         plan = self.plan()
         claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
@@ -240,27 +240,6 @@ class LongTailTrainer(Trainer, ABC):
             batch["denominators"] = total
         self._window_is_ready = True
         self._steps_logged += 1
-
-    def _check_phases(self) -> None:
-        args = self.args
-        if args.max_steps > 0:
-            return
-        for name in ("drw_start_epoch", "warmup_epochs"):
-            epoch = getattr(args, name)
-            if epoch is not None and args.num_train_epochs <= epoch:
-                raise ValueError(
-                    f"{name} {epoch:g} is not before the end of training at epoch {args.num_train_epochs:g}; change "
-                    f"one of them ({name} inf or 0 for none)."
-                )
-
-    @staticmethod
-    def _check_size(num_images: int, args: LongTailTrainingArguments) -> None:
-        batch = args.train_batch_size * args.world_size
-        if num_images < batch:
-            raise ValueError(
-                f"the training set has {num_images} images, fewer than one batch of {batch} ({args.world_size} "
-                f"process(es) x {args.train_batch_size}); lower per_device_train_batch_size."
-            )
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The method's own schedule, as a function of the epoch; one update an optimiser step."""
