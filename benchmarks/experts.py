@@ -74,9 +74,8 @@ def _slug(name: str) -> str:
 
 def table(results: dict[str, list[dict]]) -> str:
     """Mean and standard deviation over seeds, in %, as Markdown."""
-    lines = ["| trained | expert | " + " | ".join(COLUMNS) + " | minutes |", "|---|---|" + "---:|" * (len(COLUMNS) + 1)]
+    lines = [f"| trained | expert | {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * len(COLUMNS)]
     for name, runs in results.items():
-        minutes = np.mean([entry["train_seconds"] for entry in runs]) / 60
         for expert in runs[0]["last"]["accuracies"]:
             rows = [entry["last"]["accuracies"][expert] for entry in runs]
             values = 100 * np.array([[row[column] for column in COLUMNS] for row in rows])
@@ -84,7 +83,7 @@ def table(results: dict[str, list[dict]]) -> str:
             if len(runs) > 1:
                 spread = values.std(axis=0, ddof=1)
                 cells = [f"{cell} ± {deviation:.1f}" for cell, deviation in zip(cells, spread, strict=True)]
-            lines.append(f"| {name} | {expert} | {' | '.join(cells)} | {minutes:.1f} |")
+            lines.append(f"| {name} | {expert} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

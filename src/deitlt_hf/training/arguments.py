@@ -121,12 +121,12 @@ class LongTailTrainingArguments(TrainingArguments):
             )
         if self.max_steps > 0:
             return
-        for name in ("drw_start_epoch", "warmup_epochs"):
+        for name, off in (("drw_start_epoch", "inf"), ("warmup_epochs", "0")):
             epoch = getattr(self, name)
             if epoch is not None and self.num_train_epochs <= epoch:
                 raise ValueError(
                     f"{name} {epoch:g} is not before the end of training at epoch {self.num_train_epochs:g}; change "
-                    f"one of them ({name} inf or 0 for none)."
+                    f"one of them ({name} {off} for none)."
                 )
 
     def _divide_global_batch(self) -> None:

@@ -1,6 +1,7 @@
 """Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
@@ -156,6 +157,8 @@ def _teacher_of_recipe(
     _, _, model_args, args = parse_arguments("teacher", classes, command_line)
     args.overwrite = True  # what is there is not a finished run
     train_teacher(data_args, model_args, args, data)
+    # Ends the teacher's data loaders here: the student's workers would inherit them, and complain on collecting them.
+    gc.collect()
     return str(folder)
 
 
