@@ -347,6 +347,15 @@ def test_strongest_augmentation_does_not_crash():
         assert torch.isfinite(transform(image)).all()
 
 
+def test_padded_crop_keeps_the_shape_of_things():
+    """Squeezing a wide image in training, but not in evaluation, would train on other shapes than it is tested on."""
+    image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (16, 1, 3)))
+    transform = train_transform(image_processor(16), "padded", auto_augment=None, hflip=0, random_erasing=0)
+    row = transform(image)[0, 8] * 0.229 * 255
+    slopes = row.diff()
+    assert torch.isclose(slopes, torch.tensor(1.0), atol=0.05).sum() >= 12
+
+
 def test_unknown_crop_and_small_resize():
     with pytest.raises(ValueError, match="train_crop must be one of random_resized, padded, got 'centre'"):
         train_transform(image_processor(16), "centre")

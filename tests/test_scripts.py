@@ -84,6 +84,27 @@ def test_distill_uses_the_recipes_teacher_if_it_is_there(trained, tmp_path):
     assert results(tmp_path / "student")["last"]["epoch"] == pytest.approx(2.5, abs=1 / 7)
 
 
+def test_distill_goes_on_with_a_teacher_that_was_interrupted(tmp_path):
+    """Training it anew would lose its checkpoints, which on a GPU may be days."""
+    recipe = yaml.safe_load(Path(TINY).read_text())
+    recipe["teacher"] |= {"save_strategy": "epoch", "num_train_epochs": 10, "logging_steps": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    folders = ("--recipe", tmp_path / "recipe.yaml", "--output_dir")
+    run("scripts/train_teacher.py", *folders, tmp_path / "teacher")
+    # As if it had been killed in its last epoch.
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "teacher" / "checkpoint-70")
+    record = results(tmp_path / "teacher") | {"finished": False}
+    (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
+    output = run("scripts/distill.py", *folders, tmp_path / "student")
+    assert "going on with the recipe's, which was interrupted" in output
+    steps = [int(step) for step in re.findall(r"step (\d+)/70 ", output)]
+    assert steps == [64, 65, 66, 67, 68, 69, 70]
+    assert results(tmp_path / "teacher")["finished"]
+    assert (tmp_path / "teacher" / "checkpoint-70").is_dir()
+    assert results(tmp_path / "student")["finished"]
+
+
 def test_evaluate_repeats_the_results_of_the_run(trained, tmp_path):
     folder, _ = trained
     for name, first in (("student", "mean"), ("teacher", "teacher")):

@@ -3,8 +3,6 @@
 from transformers import PreTrainedConfig
 
 CIFAR_RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class FlatTeacherConfig(PreTrainedConfig):
@@ -30,8 +28,8 @@ class FlatTeacherConfig(PreTrainedConfig):
     classifier: str = "linear"
     image_size: int = 32
     num_channels: int = 3
-    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
-    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
     class_counts: list[int] | None = None
 
     def __post_init__(self, **kwargs):

@@ -1,6 +1,6 @@
 """Image transforms: timm's for training, transformers' image processor for evaluation and inference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -9,14 +9,16 @@ from timm.data.auto_augment import AugmentOp, RandAugment
 from torch.nn import functional as F
 from torchvision import transforms
 from transformers import DeiTImageProcessor
-
-from ..configuration_flat_teacher import IMAGENET_MEAN, IMAGENET_STD
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 TRAIN_CROPS = ("random_resized", "padded")
 
 
 def image_processor(
-    image_size: int, resize_size: int | None = None, mean=IMAGENET_MEAN, std=IMAGENET_STD
+    image_size: int,
+    resize_size: int | None = None,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> DeiTImageProcessor:
     """Makes the processor used in evaluation, and saved for inference.
 
@@ -54,8 +56,8 @@ def train_transform(
 
     Args:
         processor: Gives the image size, mean and standard deviation.
-        crop: `random_resized`, or `padded`: resized to the image size, then a random crop with an eighth of it as
-            padding (4 pixels for 32, as the authors do).
+        crop: `random_resized`, or `padded`: shorter side resized to the image size, then a random crop with an eighth
+            of it as padding (4 pixels for 32, as the authors do).
         auto_augment: Policy in timm's notation; None for none.
         hflip: Probability of a horizontal flip.
         random_erasing: Probability of random erasing (pixel noise, one area).
@@ -82,7 +84,7 @@ def train_transform(
     if crop == "padded":
         transform.transforms[0] = transforms.Compose(
             [
-                transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC),
+                transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
                 transforms.RandomCrop(size, padding=size // 8),
             ]
         )

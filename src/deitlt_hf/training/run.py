@@ -5,6 +5,8 @@ import gc
 import json
 from pathlib import Path
 
+import datasets
+import transformers
 from datasets import DatasetDict
 from transformers import (
     AutoImageProcessor,
@@ -22,7 +24,7 @@ from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
 from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .distillation import DeiTLTTrainer
-from .report import RESULTS_FILE, check_output_dir
+from .report import RESULTS_FILE, check_output_dir, run_files
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
 
@@ -34,7 +36,7 @@ def train_teacher(
     data: DatasetDict | None = None,
 ) -> FlatTeacherTrainer:
     """Trains a recipe's teacher and saves it in `args.output_dir`."""
-    _check_output_dir(args)
+    _begin(args)
     data = data or data_args.load()
     set_seed(args.seed)
     config = FlatTeacherConfig(**dataclasses.asdict(model_args), num_labels=_num_labels(data))
@@ -50,7 +52,7 @@ def distill(
     images, and trains the recipe's there if there is none.
     """
     # What is wrong shows before hours of teacher training.
-    _check_output_dir(args)
+    _begin(args)
     for path in (model_args.teacher, model_args.init_from):
         if path is not None:
             _model_type(path)
@@ -67,6 +69,7 @@ def distill(
 
 def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:
     """Prints the table of a saved student or teacher on a recipe's test images; its rows are in `last_table`."""
+    _quiet_log(args)
     is_teacher = _model_type(path) == FlatTeacherConfig.model_type
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
@@ -138,24 +141,29 @@ def _student(model_args: StudentArguments, data: DatasetDict) -> DeiTLTForImageC
 def _teacher_of_recipe(
     recipe: str, data: DatasetDict, data_args: DataArguments, student_args: DeiTLTTrainingArguments
 ) -> str:
-    """The folder of the recipe's teacher, which is trained if it is not there."""
+    """The folder of the recipe's teacher; what is missing of its training is done first."""
     folder = Path(student_args.output_dir).parent / "teacher"
-    results = folder / RESULTS_FILE
-    if results.is_file() and not student_args.overwrite:
-        record = json.loads(results.read_text())
-        if record["finished"] and record["data"]["subset_sha256"] != indices_hash(data["train"]["source_index"]):
+    found = [] if student_args.overwrite else run_files(folder)
+    if RESULTS_FILE in found:
+        record = json.loads((folder / RESULTS_FILE).read_text())
+        if record["data"]["subset_sha256"] != indices_hash(data["train"]["source_index"]):
             raise ValueError(
                 f"the teacher in {folder} was trained on other images (subset {record['data']['subset_sha256'][:12]}); "
                 "give a --teacher, another --output_dir, or --overwrite to train it anew."
             )
-        if record["finished"]:
+        if record["finished"] and any(name.startswith("model") for name in found):
             _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
             return str(folder)
-    _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
     command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
+    command_line += ["--use_cpu", str(student_args.use_cpu)]
+    if any(name.startswith("checkpoint-") for name in found):
+        _say(student_args, f"No --teacher given: going on with the recipe's, which was interrupted, in {folder}.")
+        command_line += ["--resume_from_checkpoint", "auto"]
+    else:
+        _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
+        command_line += ["--overwrite", "true"]
     classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
     _, _, model_args, args = parse_arguments("teacher", classes, command_line)
-    args.overwrite = True  # what is there is not a finished run
     train_teacher(data_args, model_args, args, data)
     # Ends the teacher's data loaders here: the student's workers would inherit them, and complain on collecting them.
     gc.collect()
@@ -167,8 +175,16 @@ def _say(args, text: str) -> None:
         print(text, flush=True)
 
 
-def _check_output_dir(args) -> None:
+def _begin(args) -> None:
+    _quiet_log(args)
     check_output_dir(args.output_dir, args.overwrite, bool(args.resume_from_checkpoint))
+
+
+def _quiet_log(args) -> None:
+    """Without a terminal, progress bars of loading and saving are noise too."""
+    if args.disable_tqdm:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def _model_type(path: str) -> str | None:

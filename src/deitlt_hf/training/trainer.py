@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
-from transformers.utils import logging as hf_logging
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import find_columns
@@ -97,8 +96,6 @@ class LongTailTrainer(Trainer, ABC):
         self.results = Results(self.args.output_dir)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        if self.args.disable_tqdm:
-            hf_logging.disable_progress_bar()
         self.add_callback(RunLog())
         self.add_callback(NonFiniteLossGuard(self))
         self.first_nonfinite_step = torch.tensor(math.inf, device=self.args.device)
