@@ -216,6 +216,23 @@ def test_splits_with_other_classes(tmp_path):
         load_long_tailed(data_dir=str(tmp_path / "disk"))
 
 
+def test_test_split_without_labels(tmp_path):
+    """ImageNet's test split on the Hub has label -1 throughout."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    image = Image.new("RGB", (4, 4))
+    splits = {"train": [0, 1], "test": [-1, -1], "validation": [1, 0]}
+    data = datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict({"image": [image] * 2, "label": labels}, features)
+            for name, labels in splits.items()
+        }
+    )
+    data.save_to_disk(tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"the test split has images without a label \(-1\); name another"):
+        load_long_tailed(data_dir=str(tmp_path / "disk"))
+    assert load_long_tailed(data_dir=str(tmp_path / "disk"), test_split="validation")["test"]["label"][:] == [1, 0]
+
+
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_long_tailed(data_dir=str(tmp_path / "missing"))

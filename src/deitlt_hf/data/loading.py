@@ -74,12 +74,15 @@ def load_long_tailed(
             f"{sorted(set(names) - set(splits['test'].features['label'].names))[:5]}, only in test "
             f"{sorted(set(splits['test'].features['label'].names) - set(names))[:5]}."
         )
+    for name, split in splits.items():
+        if min(split["label"][:], default=0) < 0:
+            raise ValueError(f"the {name} split has images without a label (-1); name another with test_split.")
     if imbalance_ratio is not None:
         indices = long_tailed_indices(
-            splits["train"]["label"], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
+            splits["train"]["label"][:], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
         )
         splits["train"] = splits["train"].select(indices)
-    counts = class_counts(splits["train"]["label"], len(names))
+    counts = class_counts(splits["train"]["label"][:], len(names))
     if counts.min() == 0:
         empty = [names[label] for label in np.flatnonzero(counts == 0)]
         raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")

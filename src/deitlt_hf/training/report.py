@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from transformers import ProgressCallback
@@ -148,7 +149,7 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     }
     table = Table.grid(padding=(0, 2))
     for label, text in lines.items():
-        table.add_row(f"[bold]{label}[/bold]", text)
+        table.add_row(f"[bold]{label}[/bold]", escape(text))
     show(Panel(table, title="This will run", title_align="left", expand=False))
 
 

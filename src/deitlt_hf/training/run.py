@@ -146,7 +146,7 @@ def _teacher_of_recipe(
     found = [] if student_args.overwrite else run_files(folder)
     if RESULTS_FILE in found:
         record = json.loads((folder / RESULTS_FILE).read_text())
-        if record["data"]["subset_sha256"] != indices_hash(data["train"]["source_index"]):
+        if record["data"]["subset_sha256"] != indices_hash(data["train"]["source_index"][:]):
             raise ValueError(
                 f"the teacher in {folder} was trained on other images (subset {record['data']['subset_sha256'][:12]}); "
                 "give a --teacher, another --output_dir, or --overwrite to train it anew."
@@ -199,5 +199,5 @@ def _num_labels(data: DatasetDict) -> int:
 
 
 def _groups(data: DatasetDict, data_args: DataArguments):
-    counts = class_counts(data["train"]["label"], _num_labels(data))
+    counts = class_counts(data["train"]["label"][:], _num_labels(data))
     return shot_groups(counts, data_args.group_boundaries)

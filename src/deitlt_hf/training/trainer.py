@@ -71,10 +71,10 @@ class LongTailTrainer(Trainer, ABC):
         self.subset_sha256 = None
         if train_dataset is not None:
             _, label_column = find_columns(train_dataset)
-            counts = class_counts(train_dataset[label_column], model.config.num_labels)
+            counts = class_counts(train_dataset[label_column][:], model.config.num_labels)
             model.config.class_counts = counts.tolist()
             if "source_index" in train_dataset.column_names:
-                self.subset_sha256 = indices_hash(train_dataset["source_index"])
+                self.subset_sha256 = indices_hash(train_dataset["source_index"][:])
         self.class_counts = getattr(model.config, "class_counts", None)
         if groups is None:
             if self.class_counts is None:
