@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deitlt_hf.recipes import recipe_names
+from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
+from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,6 +31,20 @@ def test_python_of_the_readme_runs(trained_folder, digits):
     digits["test"][0]["image"].save(trained_folder / "image.png")
     for block in (use_plain, use_package):
         exec(compile(block.replace("digits_lt/student", "python/student"), "README.md", "exec"), {})
+
+
+def test_flags_of_the_readme_are_understood(tmp_path):
+    section = README[README.index("The ablations are flags of") : README.index("## From Python")]
+    for_student, for_teacher = section.split("`train_teacher.py`")
+    common = ["--recipe", "digits_lt", "--output_dir", str(tmp_path)]
+    for name, text, classes in (
+        ("student", for_student, (DataArguments, StudentArguments, DeiTLTTrainingArguments)),
+        ("teacher", for_teacher, (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)),
+    ):
+        flags = [flag.split() for flag in re.findall(r"`(--[^`]*\s[^`]*)`", text)]
+        assert len(flags) >= 3
+        for words in flags:
+            parse_arguments(name, classes, common + words)
 
 
 def test_readme_names_every_recipe_and_only_scripts_that_exist():

@@ -63,24 +63,27 @@ def train_transform(
         random_erasing: Probability of random erasing (pixel noise, one area).
 
     Raises:
-        ValueError: If the crop is unknown.
+        ValueError: If the crop or the policy is unknown.
     """
     if crop not in TRAIN_CROPS:
         raise ValueError(f"train_crop must be one of {', '.join(TRAIN_CROPS)}, got {crop!r}.")
     size = processor.crop_size["height"]
-    transform = create_transform(
-        size,
-        is_training=True,
-        hflip=hflip,
-        color_jitter=None,
-        auto_augment=auto_augment,
-        interpolation="bicubic",
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        re_prob=random_erasing,
-        re_mode="pixel",
-        re_count=1,
-    )
+    try:
+        transform = create_transform(
+            size,
+            is_training=True,
+            hflip=hflip,
+            color_jitter=None,
+            auto_augment=auto_augment,
+            interpolation="bicubic",
+            mean=tuple(processor.image_mean),
+            std=tuple(processor.image_std),
+            re_prob=random_erasing,
+            re_mode="pixel",
+            re_count=1,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"timm does not know the augmentation policy {auto_augment!r}: {error}.") from error
     if crop == "padded":
         transform.transforms[0] = transforms.Compose(
             [

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..data.sampling import RepeatedAugmentationSampler
-from ..data.transforms import TRAIN_CROPS
-from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES
+from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
+from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
 
 TEACHER_VIEWS = ("student", "weak")
 TEACHER_LOSSES = ("ce", "ldam")
@@ -75,7 +75,7 @@ class LongTailTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.auto_augment in ("none", ""):
             self.auto_augment = None
-        _check_choice(self, "train_crop", TRAIN_CROPS)
+        train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
         for name in ("hflip", "random_erasing", "label_smoothing_factor"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
@@ -174,9 +174,8 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        _check(self, "alpha", 0 <= self.alpha <= 1, "in [0, 1]")
-        _check_choice(self, "distillation", DISTILLATION_TYPES)
-        _check_choice(self, "cls_loss", CLS_LOSSES)
+        # Refuses values outside their range here, before a teacher is trained for them.
+        DistillationLoss(self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
         _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
         if self.mixes and self.train_batch_size % 2:
