@@ -18,6 +18,8 @@ class DeiTLTConfig(DeiTConfig):
             0.1 in the paper.
         class_counts: Training images of each class, in label order, when known. It does not change the model; it
             tells users of a saved model which classes are head and which are tail.
+        class_map: For a model converted from the authors' checkpoint, the row of its heads there for each class, if
+            they differ: their ImageNet-LT and iNaturalist heads are ordered by decreasing training count.
 
     Raises:
         ValueError: If the patch size does not divide the image size, the number of heads does not divide the hidden
@@ -27,6 +29,7 @@ class DeiTLTConfig(DeiTConfig):
     layer_norm_eps: float = 1e-6
     drop_path_rate: float | int = 0.1
     class_counts: list[int] | None = None
+    class_map: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -48,10 +51,16 @@ class DeiTLTConfig(DeiTConfig):
             )
 
     def to_dict(self):
-        """Serializes under the native architecture name, which makes plain transformers pick the two-headed DeiT."""
+        """Serializes under the native architecture name, with which plain transformers picks the two-headed DeiT."""
         output = super().to_dict()
         if output.get("architectures") == ["DeiTLTForImageClassification"]:
             output["architectures"] = ["DeiTForImageClassificationWithTeacher"]
+        # transformers writes an entry for the saved class alone, with which `AutoModel` finds no class of this model.
+        auto_map = output.get("auto_map") or {}
+        if "AutoModelForImageClassification" in auto_map:
+            reference = auto_map["AutoModelForImageClassification"]
+            model = reference.replace("DeiTLTForImageClassification", "DeiTLTModel")
+            output["auto_map"] = {**auto_map, "AutoModel": model}
         return output
 
 

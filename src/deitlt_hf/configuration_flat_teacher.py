@@ -17,6 +17,8 @@ class FlatTeacherConfig(PreTrainedConfig):
         image_mean: Mean that its images are normalised with, one value a channel. ImageNet's by default.
         image_std: Standard deviation that its images are normalised with.
         class_counts: Training images of each class, in label order, when known.
+        class_map: For a teacher converted from the authors' checkpoint, the row of its head there for each class, if
+            they differ.
 
     Raises:
         ValueError: If the backbone or classifier is unknown, or mean and std do not have one value a channel.
@@ -31,6 +33,7 @@ class FlatTeacherConfig(PreTrainedConfig):
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
     class_counts: list[int] | None = None
+    class_map: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -5,6 +5,7 @@ from importlib import import_module
 # Lazy, so that the pure functions of labels do not import torch.
 _MODULES = {
     "class_counts": "long_tail",
+    "decreasing_count_map": "long_tail",
     "indices_hash": "long_tail",
     "long_tailed_indices": "long_tail",
     "shot_groups": "long_tail",

@@ -73,6 +73,25 @@ def class_counts(labels: Sequence[int], num_classes: int | None = None) -> np.nd
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes or 0)
 
 
+def decreasing_count_map(counts: Sequence[int]) -> np.ndarray:
+    """The authors' class map: position of each class when classes are sorted by decreasing training count.
+
+    Their ImageNet-LT and iNaturalist heads are in that order, with ties as numpy 1.24's unstable sort left them.
+
+    Args:
+        counts: Training images of each class, in label order.
+
+    Returns:
+        Int64 positions of shape (num_classes,): `class_map[label]` is the row of the authors' head.
+    """
+    # Newer numpy sorts integers with vector instructions, which leave ties in another order on each kind of processor.
+    # Time differences are still sorted by the algorithm that numpy 1.24 had for all (seen with 1.26, 2.1 and 2.4).
+    order = np.argsort((-np.asarray(counts, dtype=np.int64)).astype("timedelta64[s]"))
+    class_map = np.empty(len(order), dtype=np.int64)
+    class_map[order] = np.arange(len(order))
+    return class_map
+
+
 def shot_groups(
     counts: Sequence[int], boundaries: tuple[int, int] | Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:

@@ -1,5 +1,13 @@
-"""The authors' checkpoints."""
+"""The authors' checkpoints, in and out."""
 
-from .original import load_original_student
+from .class_lists import read_class_map, read_class_names
+from .original import convert_original, export_original_student, load_original_student, load_original_teacher
 
-__all__ = ["load_original_student"]
+__all__ = [
+    "convert_original",
+    "export_original_student",
+    "load_original_student",
+    "load_original_teacher",
+    "read_class_map",
+    "read_class_names",
+]

@@ -1,92 +1,336 @@
-"""The authors' student: their files, and its parameter names in transformers' terms."""
+"""The authors' checkpoints in and out: students, PaCo and LDAM teachers. timm's distilled DeiTs are laid out alike."""
 
 import argparse
-import pickle
-import re
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..configuration_deitlt import DeiTLTConfig
+from ..configuration_flat_teacher import FlatTeacherConfig
+from ..data.long_tail import decreasing_count_map
+from ..data.transforms import image_processor
 from ..modeling_deitlt import DeiTLTForImageClassification
+from ..modeling_flat_teacher import FlatTeacherForImageClassification
+from .checkpoint_files import read_checkpoint
+from .layouts import LDAM_LAYOUT, PACO_LAYOUT, StateDict, student_sizes, student_to_original, student_to_ours
 
-# Original name to ours, in this order. The fused qkv projection is split beforehand.
-_RENAMES = (
-    (r"^cls_token$", "deit.embeddings.cls_token"),
-    (r"^dist_token$", "deit.embeddings.distillation_token"),
-    (r"^pos_embed$", "deit.embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "deit.embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "deit.layernorm."),
-    (r"^head\.", "cls_classifier."),
-    (r"^head_dist\.", "distillation_classifier."),
-    (r"^blocks\.(\d+)\.norm1\.", r"deit.layers.\1.layernorm_before."),
-    (r"^blocks\.(\d+)\.norm2\.", r"deit.layers.\1.layernorm_after."),
-    (r"^blocks\.(\d+)\.attn\.([qkv])\.", r"deit.layers.\1.attention.\2_proj."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"deit.layers.\1.attention.o_proj."),
-    (r"^blocks\.(\d+)\.mlp\.", r"deit.layers.\1.mlp."),
-)
+logger = logging.get_logger(__name__)
+
+Source = str | PathLike | StateDict
+
+STUDENT, PACO_TEACHER, LDAM_TEACHER = "a student", "a PaCo teacher", "an LDAM teacher"
+
+# A PaCo teacher predicts with its query encoder (not the projection) and the linear layer; the rest is for training.
+_PACO_TRAINING_ONLY = ("queue", "encoder_k.", "linear_k.", "encoder_q.fc.")
+# Data sets whose classes the authors' code sorts by decreasing training count.
+_SORTED_DATA_SETS = ("IMAGENETLT", "INAT18")
 
 
-def convert_student_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the parameters of the authors' student to ours, and splits queries, keys and values.
+def load_original_student(
+    source: Source,
+    ema: bool = False,
+    class_map: Sequence[int] | None = None,
+    class_counts: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    **config,
+) -> DeiTLTForImageClassification:
+    """Loads a student from the authors' file, or a distilled DeiT of timm; sizes are read from the tensors.
 
-    Raises:
-        ValueError: If a name is not one of the student's.
-    """
-    converted = {}
-    for name, tensor in state_dict.items():
-        parts = {name: tensor}
-        if ".attn.qkv." in name:
-            parts = {name.replace("qkv", part): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
-        for part, values in parts.items():
-            ours = next((re.sub(old, new, part) for old, new in _RENAMES if re.match(old, part)), None)
-            if ours is None:
-                raise ValueError(f"{part!r} is not a parameter of a DeiT-LT student.")
-            converted[ours] = values
-    return converted
-
-
-def load_original_student(path: str | PathLike, **config) -> DeiTLTForImageClassification:
-    """Loads a student from the authors' `.pth` file; sizes are read from the tensors.
-
-    The file is a pickle. It is read without running any code of it: tensors and plain values, and the
-    `argparse.Namespace` that the authors keep beside them, are all that is let in.
+    The authors' ImageNet-LT and iNaturalist heads are ordered by decreasing training count. Here the classes come back
+    in the data set's own order: by `class_map`, else by the map in the file, else by `class_counts`. The map is kept in
+    the configuration, and [`export_original_student`] restores the authors' order.
 
     Args:
-        path: The file, with the weights under `model`.
+        source: A `.pth` or `.safetensors` file, or a state dict such as that of timm's
+            `deit_base_distilled_patch16_224`.
+        ema: Load the moving average of the weights in place of the weights. The paper reports the weights.
+        class_map: For each class its row in the file's head.
+        class_counts: Training images of each class, in label order.
+        class_names: Names of the classes, in label order.
         **config: Further fields of [`DeiTLTConfig`], such as `num_attention_heads` (by default one for 64 of the
-            width) or `id2label`.
+            width) or `drop_path_rate`. With another `num_labels` than the file's, both heads are new.
 
     Raises:
-        ValueError: If the file cannot be read safely, or holds something else than a student.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read safely, holds something else than a student, or does not fit the classes.
     """
+    checkpoint = _open(source, ema)
+    if checkpoint.kind != STUDENT:
+        raise ValueError(f"{checkpoint.name} holds {checkpoint.kind}, not {STUDENT}; use load_original_teacher.")
+    return _student(checkpoint, class_map, class_counts, class_names, **config)
+
+
+def load_original_teacher(
+    source: Source,
+    class_map: Sequence[int] | None = None,
+    class_counts: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> FlatTeacherForImageClassification:
+    """Loads a teacher from the authors' file: PaCo (ResNet-32 or ResNet-50) or LDAM (ResNet-32).
+
+    Which it is, and its sizes, are read from the tensors. For the order of the classes see [`load_original_student`]:
+    a teacher's file has no class map, but the student's map is the teacher's too.
+
+    Args:
+        source: The file, or a state dict.
+        class_map: For each class its row in the file's head.
+        class_counts: Training images of each class, in label order.
+        class_names: Names of the classes, in label order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read safely, holds something else than a teacher, or does not fit the classes.
+    """
+    checkpoint = _open(source)
+    if checkpoint.kind == STUDENT:
+        raise ValueError(f"{checkpoint.name} holds {STUDENT}, not a teacher; use load_original_student.")
+    return _teacher(checkpoint, class_map, class_counts, class_names)
+
+
+def convert_original(
+    source: Source,
+    folder: str | PathLike,
+    ema: bool = False,
+    class_map: Sequence[int] | None = None,
+    class_counts: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> PreTrainedModel:
+    """Converts a file of the authors' to a folder with a model and its image processor, for `from_pretrained`.
+
+    Args:
+        source: Any file that [`load_original_student`] or [`load_original_teacher`] takes.
+        folder: Where to write. It must not hold a model.
+        ema: See [`load_original_student`], as for the three below.
+        class_map: For each class its row in the file's head.
+        class_counts: Training images of each class, in label order.
+        class_names: Names of the classes, in label order.
+
+    Raises:
+        FileExistsError: If the folder holds a model.
+        FileNotFoundError: If there is no such file.
+        ValueError: As for both.
+    """
+    if any(Path(folder).glob("*.safetensors*")):
+        raise FileExistsError(f"{folder} holds a model; choose another folder.")
+    checkpoint = _open(source, ema)
+    load = _student if checkpoint.kind == STUDENT else _teacher
+    model = load(checkpoint, class_map, class_counts, class_names)
+    model.save_pretrained(folder)
+    image_processor(model.config.image_size).save_pretrained(folder)
+    return model
+
+
+def export_original_student(model: PreTrainedModel, path: str | PathLike) -> None:
+    """Writes a student as a file that the authors' code (`--resume`) and timm's distilled DeiTs load strictly.
+
+    The weights are below `model`; `class_map` and `cls_num_list`, when known, are beside it for
+    [`load_original_student`].
+
+    Args:
+        model: A [`DeiTLTForImageClassification`], or transformers' `DeiTForImageClassificationWithTeacher`.
+        path: The file to write.
+    """
+    config = model.config
+    class_map, counts = (getattr(config, field, None) for field in ("class_map", "class_counts"))
+    rows = list(range(config.num_labels)) if class_map is None else np.argsort(class_map).tolist()
+    weights = {
+        name: (tensor[rows] if name.startswith("head") else tensor).detach().cpu().contiguous()
+        for name, tensor in student_to_original(model.state_dict()).items()
+    }
+    content: dict[str, Any] = {"model": weights}
+    if class_map is not None:
+        content["class_map"] = list(class_map)
+    if counts is not None:
+        content["cls_num_list"] = [counts[label] for label in rows]
+    torch.save(content, path)
+
+
+# ---- What a file holds ----
+
+
+@dataclasses.dataclass
+class _Checkpoint:
+    """The weights of one network, and what the file says about its classes."""
+
+    name: str
+    kind: str
+    state_dict: StateDict
+    class_map: Sequence[int] | None = None
+    class_counts: Sequence[int] | None = None  # in the order of the head
+    is_sorted: bool = False  # the head, by decreasing training count
+
+
+def _open(source: Source, ema: bool = False) -> _Checkpoint:
+    """Reads a file and tells by its keys what it holds."""
+    if isinstance(source, Mapping):
+        name, content = "the state dict", source
+    else:
+        name, content = str(source), read_checkpoint(source)
+    keys = ("model_ema",) if ema else ("model", "state_dict")
+    weights = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+    if ema and weights is None:
+        raise ValueError(f"{name} has no moving average of the weights ('model_ema'); leave out ema.")
+    weights = content if weights is None else weights
+    wrong = [str(key) for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if wrong or not weights:
+        raise ValueError(
+            f"{name} has no weights below {' or '.join(map(repr, keys))}; what it has is {_listed(wrong) or 'empty'}."
+        )
+    state_dict = {key.removeprefix("module."): tensor for key, tensor in weights.items()}
+    kind = _kind(name, state_dict)
+    # The authors keep the classes in their command line, `export_original_student` keeps them beside the weights.
+    about = content if not isinstance(content.get("args"), argparse.Namespace) else {**vars(content["args"]), **content}
+    if kind == PACO_TEACHER:
+        state_dict = {k: tensor for k, tensor in state_dict.items() if not k.startswith(_PACO_TRAINING_ONLY)}
+    return _Checkpoint(
+        name=name,
+        kind=kind,
+        state_dict=state_dict,
+        class_map=about.get("class_map"),
+        class_counts=about.get("cls_num_list"),
+        is_sorted=about.get("data_set") in _SORTED_DATA_SETS
+        or (kind == PACO_TEACHER and any(key.startswith("encoder_q.layer4.") for key in state_dict)),
+    )
+
+
+def _kind(name: str, state_dict: StateDict) -> str:
+    modules = {key.split(".")[0] for key in state_dict}
+    for kind, typical in (
+        (STUDENT, {"cls_token", "blocks"}),
+        (PACO_TEACHER, {"encoder_q", "linear"}),
+        (LDAM_TEACHER, {"layer1", "linear"}),
+    ):
+        if typical <= modules:
+            return kind
+    raise ValueError(
+        f"{name} is neither a DeiT-LT student nor a PaCo or LDAM teacher; its tensors begin with {_listed(state_dict)}."
+    )
+
+
+# ---- From a file to a model ----
+
+
+def _student(checkpoint: _Checkpoint, class_map, class_counts, class_names, **config) -> DeiTLTForImageClassification:
+    sizes, num_labels = _sizes(checkpoint, student_sizes)
+    new = ()
+    if config.get("num_labels", num_labels) != num_labels:
+        num_labels, new = config["num_labels"], ("head.", "head_dist.")
+        kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if not name.startswith(new)}
+        checkpoint = _Checkpoint(checkpoint.name, checkpoint.kind, kept)
+    classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
+    model = DeiTLTForImageClassification(DeiTLTConfig(**sizes | classes | config))
+    return _fill(model, checkpoint, student_to_ours, student_to_original, new)
+
+
+def _teacher(checkpoint: _Checkpoint, class_map, class_counts, class_names) -> FlatTeacherForImageClassification:
+    layout = PACO_LAYOUT if checkpoint.kind == PACO_TEACHER else LDAM_LAYOUT
+    sizes, num_labels = _sizes(checkpoint, layout.sizes)
+    classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
+    model = FlatTeacherForImageClassification(FlatTeacherConfig(**sizes | classes))
+    return _fill(model, checkpoint, layout.to_ours, layout.to_original)
+
+
+def _sizes(checkpoint: _Checkpoint, sizes: Callable[[StateDict], dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """Fields of the configuration that the tensors tell, and the number of classes."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
-        raise ValueError(f"{path} has no weights under 'model', where the authors keep a student's.")
-    converted = convert_student_state_dict(content["model"])
-    try:
-        projection = converted["deit.embeddings.patch_embeddings.projection.weight"]
-        hidden_size, num_channels, patch_size, _ = projection.shape
-        patches = converted["deit.embeddings.position_embeddings"].shape[1] - 2
-        sizes = {
-            "hidden_size": hidden_size,
-            "num_channels": num_channels,
-            "patch_size": patch_size,
-            "image_size": patch_size * round(patches**0.5),
-            "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in converted if "layers" in name),
-            "num_attention_heads": max(hidden_size // 64, 1),
-            "intermediate_size": converted["deit.layers.0.mlp.fc1.bias"].shape[0],
-            "num_labels": converted["cls_classifier.bias"].shape[0],
-        }
-        model = DeiTLTForImageClassification(DeiTLTConfig(**{**sizes, **config}))
-        model.load_state_dict(converted)
+        found = sizes(checkpoint.state_dict)
     except KeyError as error:
-        raise ValueError(f"the student's weights lack {error}.") from error
-    except RuntimeError as error:
-        raise ValueError(f"these are not the weights of a student: {' '.join(str(error).split())[:300]}.") from error
+        raise ValueError(f"{checkpoint.name} is not the whole of {checkpoint.kind}: it lacks {error}.") from error
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{checkpoint.name} is not {checkpoint.kind} as the authors save it: {error}.") from error
+    return found, found.pop("num_labels")
+
+
+def _classes(
+    checkpoint: _Checkpoint,
+    num_labels: int,
+    class_map: Sequence[int] | None,
+    class_counts: Sequence[int] | None,
+    class_names: Sequence[str] | None,
+) -> dict[str, Any]:
+    """What the configuration says about the classes, in the data set's order."""
+    class_map = checkpoint.class_map if class_map is None else class_map
+    for name, values in (
+        ("class_map", class_map),
+        ("class_counts", class_counts),
+        ("class_names", class_names),
+        ("cls_num_list of the file", checkpoint.class_counts),
+    ):
+        if values is not None and len(values) != num_labels:
+            raise ValueError(f"{name} has {len(values)} entries but {checkpoint.name} has {num_labels} classes.")
+    if class_map is None and checkpoint.is_sorted:
+        if class_counts is not None:
+            class_map = decreasing_count_map(class_counts)
+        elif class_names is not None:
+            raise ValueError(
+                f"{checkpoint.name} orders its classes by decreasing training count, so these names would name other "
+                "classes; give class_counts, or the class_map of the student."
+            )
+        else:
+            logger.warning(
+                "%s orders its classes by decreasing training count, and they stay in that order; give class_counts or "
+                "class_map to have them in the data set's.",
+                checkpoint.name,
+            )
+    if class_map is not None:
+        class_map = [int(row) for row in class_map]
+        if sorted(class_map) != list(range(num_labels)):
+            raise ValueError(f"class_map must hold each of 0 to {num_labels - 1} once; it begins with {class_map[:5]}.")
+    if checkpoint.class_counts is not None:
+        of_file = [int(checkpoint.class_counts[row]) for row in class_map or range(num_labels)]
+        class_counts = of_file if class_counts is None else class_counts
+        for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
+            if count != given:
+                raise ValueError(
+                    f"class {label} had {count} training images for {checkpoint.name} but has {given} in class_counts; "
+                    "these are other data, or other classes."
+                )
+    classes: dict[str, Any] = {"num_labels": num_labels, "class_map": class_map}
+    if class_counts is not None:
+        classes["class_counts"] = [int(count) for count in class_counts]
+    if class_names is not None:
+        classes["id2label"] = dict(enumerate(class_names))
+        classes["label2id"] = {name: label for label, name in enumerate(class_names)}
+    return classes
+
+
+def _fill(
+    model: PreTrainedModel,
+    checkpoint: _Checkpoint,
+    to_ours: Callable[[StateDict], StateDict],
+    to_original: Callable[[StateDict], StateDict],
+    new: tuple[str, ...] = (),
+) -> PreTrainedModel:
+    """Loads a file's weights after comparing them with the model's, by the file's names; `new` prefixes stay."""
+    expected = to_original(model.state_dict())
+    found = {name: tensor for name, tensor in expected.items() if name.startswith(new)} | checkpoint.state_dict
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    differing = [
+        f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        for name, tensor in found.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    problems = [f"it lacks {_listed(missing)}"] if missing else []
+    problems += [f"it has {_listed(extra)} too"] if extra else []
+    problems += differing[:1]
+    if problems:
+        raise ValueError(f"{checkpoint.name} is not {checkpoint.kind} as the authors save it: {'; '.join(problems)}.")
+    weights = to_ours(found)
+    class_map = model.config.class_map
+    if class_map is not None:
+        weights |= {name: tensor[class_map] for name, tensor in weights.items() if "classifier." in name}
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (f" and others ({len(names)} in all)" if len(names) > 3 else "")

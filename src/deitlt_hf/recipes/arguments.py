@@ -49,7 +49,11 @@ class StudentArguments:
         default=None, metadata={"help": "Folder or Hub id of a trained teacher. None: train the recipe's teacher."}
     )
     init_from: str | None = field(
-        default=None, metadata={"help": "Start from this DeiT checkpoint (any number of classes) instead of scratch."}
+        default=None,
+        metadata={
+            "help": "Start from this DeiT checkpoint (any number of classes) instead of scratch: folder, Hub id, or a "
+            "file of timm's or the authors'."
+        },
     )
     image_size: int = field(default=224, metadata={"help": "Side of the images, in pixels."})
     patch_size: int = field(default=16, metadata={"help": "Side of a patch, in pixels."})

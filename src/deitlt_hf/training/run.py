@@ -19,6 +19,7 @@ from transformers import (
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.long_tail import class_counts, indices_hash, shot_groups
+from ..hub import load_original_student
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
@@ -54,7 +55,7 @@ def distill(
     # What is wrong shows before hours of teacher training.
     _begin(args)
     for path in (model_args.teacher, model_args.init_from):
-        if path is not None:
+        if path is not None and not (path == model_args.init_from and Path(path).is_file()):
             _model_type(path)
     data = data_args.load()
     args.check_data(len(data["train"]))
@@ -125,11 +126,15 @@ def _student(model_args: StudentArguments, data: DatasetDict) -> DeiTLTForImageC
     names = data["train"].features["label"].names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     path = values.pop("init_from")
+    if path is not None and Path(path).is_file():
+        values = {"drop_path_rate": model_args.drop_path_rate, "num_labels": len(names), **attention}
+        return load_original_student(path, class_names=names, **values)
     if path is not None:
         return DeiTLTForImageClassification.from_pretrained(
             path,
             **labels,
             class_counts=None,
+            class_map=None,
             drop_path_rate=model_args.drop_path_rate,
             ignore_mismatched_sizes=True,
             **attention,
@@ -189,6 +194,8 @@ def _quiet_log(args) -> None:
 
 def _model_type(path: str) -> str | None:
     """Model type in the configuration of a folder or Hub repository."""
+    if Path(path).is_file():
+        raise ValueError(f"{path} is a file; convert it to a model folder first, with scripts/convert_checkpoint.py.")
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise FileNotFoundError(f"there is no model folder {path!r}.")
     return PreTrainedConfig.get_config_dict(path)[0].get("model_type")

@@ -1,0 +1,163 @@
+"""Names and sizes in the authors' state dicts: the student's (also timm's) and the CNN teachers'.
+
+Pure functions of state dicts. A `KeyError` names a tensor that is missing, or whose name is unknown.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+StateDict = Mapping[str, torch.Tensor]
+
+# The student's modules and bare parameters: the authors' name (and timm's), then ours.
+_STUDENT_MODULES = {
+    "cls_token": "deit.embeddings.cls_token",
+    "pos_embed": "deit.embeddings.position_embeddings",
+    "dist_token": "deit.embeddings.distillation_token",
+    "patch_embed.proj": "deit.embeddings.patch_embeddings.projection",
+    "norm": "deit.layernorm",
+    "head": "cls_classifier",
+    "head_dist": "distillation_classifier",
+}
+_BLOCK_MODULES = {
+    "norm1": "layernorm_before",
+    "attn.q": "attention.q_proj",
+    "attn.k": "attention.k_proj",
+    "attn.v": "attention.v_proj",
+    "attn.proj": "attention.o_proj",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+# Blocks of each stage, and whether they are bottlenecks.
+_RESNETS = {((n, n, n), False): f"resnet{6 * n + 2}" for n in (3, 5, 7, 9)} | {
+    ((2, 2, 2, 2), False): "timm/resnet18",
+    ((3, 4, 6, 3), False): "timm/resnet34",
+    ((3, 4, 6, 3), True): "timm/resnet50",
+    ((3, 4, 23, 3), True): "timm/resnet101",
+    ((3, 8, 36, 3), True): "timm/resnet152",
+}
+
+
+def student_sizes(state_dict: StateDict) -> dict[str, Any]:
+    """Fields of [`DeiTLTConfig`] that the authors' tensors tell; heads are 64 wide, as in all DeiTs.
+
+    Raises:
+        ValueError, IndexError: If a tensor has fewer dimensions than it should.
+    """
+    width, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+    num_patches = state_dict["pos_embed"].shape[1] - 2
+    return {
+        "hidden_size": width,
+        "num_channels": num_channels,
+        "patch_size": patch_size,
+        "image_size": patch_size * round(num_patches**0.5),
+        "num_hidden_layers": _depth(state_dict, "blocks."),
+        "num_attention_heads": max(width // 64, 1),
+        "intermediate_size": state_dict["blocks.0.mlp.fc1.bias"].shape[0],
+        "num_labels": state_dict["head.bias"].shape[0],
+    }
+
+
+def student_to_ours(state_dict: StateDict) -> dict[str, torch.Tensor]:
+    """Gives the authors' parameters our names, and splits queries, keys and values."""
+    modules = _student_modules(_depth(state_dict, "blocks."))
+    converted = {}
+    for name, tensor in state_dict.items():
+        parts = {name: tensor}
+        if ".attn.qkv." in name:
+            parts = {name.replace("qkv", part): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
+        converted |= {_renamed(part, modules): values for part, values in parts.items()}
+    return converted
+
+
+def student_to_original(state_dict: StateDict) -> dict[str, torch.Tensor]:
+    """The inverse of [`student_to_ours`]."""
+    modules = {ours: original for original, ours in _student_modules(_depth(state_dict, "deit.layers.")).items()}
+    renamed = {_renamed(name, modules): tensor for name, tensor in state_dict.items()}
+    original = {}
+    for name, tensor in renamed.items():
+        if ".attn.q." in name:
+            parts = [renamed[name.replace(".attn.q.", f".attn.{part}.")] for part in "qkv"]
+            original[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+        elif ".attn.k." not in name and ".attn.v." not in name:
+            original[name] = tensor
+    return original
+
+
+@dataclass(frozen=True)
+class TeacherLayout:
+    """State dict of a CNN teacher: a ResNet behind a prefix, and `linear`.
+
+    Args:
+        prefix: Of the backbone's names.
+        may_be_cosine: Whether `linear` without a bias is a cosine classifier; its weight is (features, classes) there.
+    """
+
+    prefix: str
+    may_be_cosine: bool
+
+    def sizes(self, state_dict: StateDict) -> dict[str, Any]:
+        """Fields of [`FlatTeacherConfig`] that the authors' tensors tell.
+
+        Raises:
+            ValueError: If the stages are those of no ResNet that is known here.
+            IndexError: If a tensor has fewer dimensions than it should.
+        """
+        depths = tuple(_depth(state_dict, f"{self.prefix}layer{stage}.") for stage in range(1, 5))
+        depths = depths if depths[3] else depths[:3]
+        backbone = _RESNETS.get((depths, f"{self.prefix}layer1.0.conv3.weight" in state_dict))
+        if backbone is None:
+            raise ValueError(f"its stages have {', '.join(map(str, depths))} blocks, like no ResNet that is known here")
+        cosine = self.may_be_cosine and "linear.bias" not in state_dict
+        return {
+            "backbone": backbone,
+            "classifier": "cosine" if cosine else "linear",
+            "image_size": 224 if backbone.startswith("timm/") else 32,
+            "num_channels": state_dict[f"{self.prefix}conv1.weight"].shape[1],
+            "num_labels": state_dict["linear.weight"].shape[1 if cosine else 0],
+        }
+
+    def to_ours(self, state_dict: StateDict) -> dict[str, torch.Tensor]:
+        """Gives the authors' parameters our names."""
+        return self._swap(state_dict, ("linear.", self.prefix), ("classifier.", "backbone."))
+
+    def to_original(self, state_dict: StateDict) -> dict[str, torch.Tensor]:
+        """The inverse of [`to_ours`]."""
+        return self._swap(state_dict, ("classifier.", "backbone."), ("linear.", self.prefix))
+
+    def _swap(self, state_dict: StateDict, old: tuple[str, str], new: tuple[str, str]) -> dict[str, torch.Tensor]:
+        """Swaps the prefixes of classifier and backbone."""
+        transposed = self.may_be_cosine and f"{old[0]}bias" not in state_dict
+        swapped = {}
+        for name, tensor in state_dict.items():
+            is_classifier = name.startswith(old[0])
+            ours = 0 if is_classifier else 1
+            swapped[new[ours] + name.removeprefix(old[ours])] = tensor.T if is_classifier and transposed else tensor
+        return swapped
+
+
+PACO_LAYOUT = TeacherLayout("encoder_q.", may_be_cosine=False)
+LDAM_LAYOUT = TeacherLayout("", may_be_cosine=True)
+
+
+def _student_modules(depth: int) -> dict[str, str]:
+    """Original to our names of the modules of a student with `depth` blocks."""
+    blocks = {
+        f"blocks.{index}.{original}": f"deit.layers.{index}.{ours}"
+        for index in range(depth)
+        for original, ours in _BLOCK_MODULES.items()
+    }
+    return _STUDENT_MODULES | blocks
+
+
+def _renamed(name: str, modules: Mapping[str, str]) -> str:
+    module, dot, parameter = name.rpartition(".")
+    return modules[module] + dot + parameter if module in modules else modules[name]
+
+
+def _depth(names: Iterable[str], prefix: str) -> int:
+    """Number of blocks, whose index comes after the prefix."""
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})

@@ -1,0 +1,411 @@
+"""The authors' checkpoints in and out."""
+
+import argparse
+import contextlib
+import pathlib
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor
+
+from conftest import filled_state_dict, make_student
+from deitlt_hf import DeiTLTForImageClassification, FlatTeacherForImageClassification
+from deitlt_hf.data import decreasing_count_map
+from deitlt_hf.hub import (
+    convert_original,
+    export_original_student,
+    load_original_student,
+    load_original_teacher,
+    read_class_map,
+    read_class_names,
+)
+from deitlt_hf.hub.checkpoint_files import read_checkpoint
+from deitlt_hf.hub.layouts import student_to_original
+
+
+def normal(seed, shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def paco_state_dict(values):
+    """As in the authors' files: the names have a prefix, which did not seed the generator."""
+    names = {name.removeprefix("module."): spec for name, spec in values["keys"].items()}
+    return {f"module.{name}": tensor for name, tensor in filled_state_dict(names).items()}
+
+
+@pytest.fixture(scope="module")
+def student_file(reference, tmp_path_factory):
+    """A student's file as the authors write it: a command line, an optimiser and numpy numbers beside the weights."""
+    weights = filled_state_dict(reference["student_base"]["keys"])
+    args = argparse.Namespace(lr=5e-4, output_dir=pathlib.PosixPath("deit_out/run"), data_set="CIFAR10LT")
+    content = {
+        "model": weights,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3, "params": [0, 1]}]},
+        "lr_scheduler": {"t_initial": 1200},
+        "epoch": 1199,
+        "model_ema": {name: tensor + 1 for name, tensor in weights.items()},
+        "scaler": {"scale": 65536.0},
+        "args": args,
+        "head_acc_avg": np.float64(94.5),
+    }
+    path = tmp_path_factory.mktemp("original") / "student.pth"
+    torch.save(content, path)
+    return path
+
+
+def test_student_logits(reference, student_file):
+    """A wrong layer-norm epsilon, token order or qkv split would show here only."""
+    values = reference["student_base"]
+    model = load_original_student(student_file)
+    with torch.no_grad():
+        outputs = model(normal(100, (2, 3, 224, 224)))
+    cls_logits, dist_logits = torch.tensor(values["cls_logits"]), torch.tensor(values["dist_logits"])
+    assert (outputs.cls_logits - cls_logits).abs().max() < 2e-5
+    assert (outputs.distillation_logits - dist_logits).abs().max() < 2e-5
+    assert (outputs.logits - (cls_logits + dist_logits) / 2).abs().max() < 2e-5
+
+
+def test_student_goes_back_bit_for_bit(reference, student_file, tmp_path):
+    export_original_student(load_original_student(student_file), tmp_path / "back.pth")
+    before = torch.load(student_file, weights_only=False)["model"]
+    after = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert {name: list(tensor.shape) for name, tensor in after.items()} == reference["student_base"]["keys"]
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("name", ["teacher_paco_cifar", "teacher_ldam_cifar"])
+def test_cifar_teacher_logits(reference, tmp_path, name, key):
+    values = reference[name]
+    weights = paco_state_dict(values) if "paco" in name else filled_state_dict(values["keys"])
+    torch.save({"epoch": 400, "arch": "resnet32", key: weights, "best_acc1": torch.tensor(0.8)}, tmp_path / "t.pth.tar")
+    model = load_original_teacher(tmp_path / "t.pth.tar")
+    with torch.no_grad():
+        logits = model(normal(200, (4, 3, 32, 32))).logits
+    assert (logits - torch.tensor(values["logits"])).abs().max() < 2e-5
+
+
+def test_imagenet_teacher_logits(reference, tmp_path):
+    """These logits reach 192, where float32 has steps of 1.5e-5: the bound is 1e-6 of the largest.
+
+    The reference itself is that far from the same network in float64. On one machine there is no difference to
+    torchvision's ResNet-50, which is what the original code has.
+    """
+    values = reference["teacher_paco_imagenet"]
+    weights = paco_state_dict(values)
+    torch.save({"state_dict": weights}, tmp_path / "teacher.pth.tar")
+    model = load_original_teacher(tmp_path / "teacher.pth.tar")
+    images, expected = normal(300, (2, 3, 224, 224)), torch.tensor(values["logits"])
+    peer = torchvision.models.resnet50(num_classes=20).eval()
+    prefix = "module.encoder_q."
+    state = {
+        name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix) and ".fc." not in name
+    }
+    peer.load_state_dict(state | {f"fc.{part}": weights[f"module.linear.{part}"] for part in ("weight", "bias")})
+    with torch.no_grad():
+        logits = model(images).logits
+        assert torch.equal(logits, peer(images))
+    assert (logits - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def small_weights(**config):
+    """A small student's weights under the authors' names, apart from the class order."""
+    model = make_student(hidden_size=128, **config).eval()
+    return model, student_to_original(model.state_dict())
+
+
+def test_timm_loads_what_we_export_and_the_other_way_round(tmp_path):
+    """timm's distilled DeiT has the names of the authors' model: an independent reader, and a source to start from."""
+    model, _ = small_weights()
+    export_original_student(model, tmp_path / "student.pth")
+    settings = {"img_size": 8, "patch_size": 4, "embed_dim": 128, "depth": 3, "num_heads": 2, "mlp_ratio": 0.25}
+    peer = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, **settings).eval()
+    peer.load_state_dict(torch.load(tmp_path / "student.pth", weights_only=True)["model"], strict=True)
+    images = normal(0, (2, 3, 8, 8))
+    torch.testing.assert_close(peer(images), model(images).logits, atol=1e-6, rtol=0)
+
+    fresh = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, **settings).eval()
+    save_file(fresh.state_dict(), tmp_path / "model.safetensors")
+    for source in (fresh.state_dict(), tmp_path / "model.safetensors"):
+        torch.testing.assert_close(load_original_student(source)(images).logits, fresh(images), atol=1e-6, rtol=0)
+
+
+def test_start_from_a_student_with_other_classes():
+    model, weights = small_weights()
+    other = load_original_student({"model": weights}, num_labels=4, class_names=list("abcd"), drop_path_rate=0.3)
+    assert other(normal(0, (2, 3, 8, 8))).logits.shape == (2, 4)
+    assert other.config.id2label == dict(enumerate("abcd"))
+    assert other.config.drop_path_rate == 0.3
+    for name, tensor in model.deit.state_dict().items():
+        assert torch.equal(other.deit.state_dict()[name], tensor)
+
+
+def test_moving_average_on_request(student_file, tmp_path):
+    raw, ema = load_original_student(student_file), load_original_student(student_file, ema=True)
+    for name, tensor in raw.state_dict().items():
+        assert torch.equal(ema.state_dict()[name], tensor + 1), name
+    torch.save({"model": small_weights()[1]}, tmp_path / "raw.pth")
+    with pytest.raises(ValueError, match="has no moving average of the weights"):
+        load_original_student(tmp_path / "raw.pth", ema=True)
+
+
+# ---- Class order ----
+
+COUNTS = [5, 40, 5, 100, 40, 7, 1, 5, 60, 40]
+MAP = decreasing_count_map(COUNTS).tolist()
+NAMES = [f"class {label}" for label in range(10)]
+
+
+@pytest.fixture
+def sorted_file(tmp_path):
+    """A student as from ImageNet-LT: its head is in order of decreasing count, and the command line has the map."""
+    model, weights = small_weights()
+    rows = np.argsort(MAP)
+    in_file = {name: tensor[rows] if name.startswith("head") else tensor for name, tensor in weights.items()}
+    args = argparse.Namespace(
+        data_set="IMAGENETLT", class_map=MAP, cls_num_list=[np.int64(COUNTS[label]) for label in rows]
+    )
+    torch.save({"model": in_file, "args": args}, tmp_path / "sorted.pth")
+    return tmp_path / "sorted.pth", model
+
+
+def test_classes_come_back_in_the_order_of_the_data(sorted_file, tmp_path):
+    path, model = sorted_file
+    images = normal(0, (2, 3, 8, 8))
+    loaded = load_original_student(path, class_names=NAMES)
+    assert torch.equal(loaded(images).logits, model(images).logits)
+    assert loaded.config.class_counts == COUNTS
+    assert loaded.config.id2label[3] == "class 3"
+    assert loaded.config.class_map == MAP
+    # The map survives our own folder, and the file comes back as it was.
+    loaded.save_pretrained(tmp_path / "ours")
+    again = DeiTLTForImageClassification.from_pretrained(tmp_path / "ours")
+    export_original_student(again, tmp_path / "back.pth")
+    before, after = read_checkpoint(path)["model"], read_checkpoint(tmp_path / "back.pth")["model"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    third = load_original_student(tmp_path / "back.pth")
+    assert torch.equal(third(images).logits, model(images).logits)
+    assert third.config.class_counts == COUNTS
+
+
+def test_class_order_from_counts_or_a_given_map(sorted_file, tmp_path, caplog):
+    """The map of a file from another run of the authors may be missing; a teacher's always is."""
+    path, model = sorted_file
+    images = normal(0, (2, 3, 8, 8))
+    weights = read_checkpoint(path)["model"]
+    torch.save({"model": weights, "args": argparse.Namespace(data_set="INAT18")}, tmp_path / "no_map.pth")
+    for given in ({"class_counts": COUNTS}, {"class_map": MAP}):
+        loaded = load_original_student(tmp_path / "no_map.pth", class_names=NAMES, **given)
+        assert torch.equal(loaded(images).logits, model(images).logits)
+    with pytest.raises(ValueError, match=r"no_map\.pth orders its classes by decreasing training count, so these"):
+        load_original_student(tmp_path / "no_map.pth", class_names=NAMES)
+    in_order = load_original_student(tmp_path / "no_map.pth")
+    assert torch.equal(in_order(images).logits[:, MAP], model(images).logits)
+
+
+def test_teacher_in_the_order_of_the_data(reference):
+    counts = [20 - abs(label - 9) for label in range(20)]
+    weights = paco_state_dict(reference["teacher_paco_imagenet"])
+    ordered = load_original_teacher(weights, class_counts=counts)
+    class_map = decreasing_count_map(counts)
+    assert ordered.config.class_map == class_map.tolist()
+    assert torch.equal(ordered.classifier.weight, weights["module.linear.weight"][class_map])
+    assert torch.equal(ordered.classifier.bias, weights["module.linear.bias"][class_map])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"class_counts": [3] * 9}, "class_counts has 9 entries but .* has 10 classes"),
+        ({"class_names": ["a"]}, "class_names has 1 entries but .* has 10 classes"),
+        ({"class_map": [0] * 10}, r"class_map must hold each of 0 to 9 once; it begins with \[0, 0"),
+        ({"class_counts": [6, *COUNTS[1:]]}, "class 0 had 5 training images for .* but has 6 in class_counts"),
+    ],
+)
+def test_classes_that_do_not_fit(sorted_file, given, message):
+    with pytest.raises(ValueError, match=message):
+        load_original_student(sorted_file[0], **given)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("tench\n goldfish \n", ["tench", "goldfish"]), ('["a", "b"]', ["a", "b"]), ('{"1": "b", "0": "a"}', ["a", "b"])],
+)
+def test_class_names_from_a_file(tmp_path, text, names):
+    (tmp_path / "names").write_text(text)
+    assert read_class_names(tmp_path / "names") == names
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (read_class_names, '{"1": "b"}', "must have the keys 0 to 0"),
+        (read_class_names, "[1, 2]", "must hold names as strings"),
+        (read_class_names, '["a"', "is not valid JSON"),
+        (read_class_map, '{"model_type": "deit"}', "has no class_map"),
+        (read_class_map, '["a"]', "has no class_map"),
+    ],
+)
+def test_class_files_that_are_none(tmp_path, read, text, message):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "file")
+
+
+# ---- Hostile and broken files ----
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+def write_pickle(path, marker):
+    path.write_bytes(pickle.dumps({"model": Bomb(marker)}, protocol=2))
+
+
+def write_zip(path, marker):
+    torch.save({"model": {}, "args": argparse.Namespace(output_dir=Bomb(marker))}, path)
+
+
+def write_legacy(path, marker):
+    torch.save({"model": {"cls_token": Bomb(marker)}}, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [write_pickle, write_zip, write_legacy])
+@pytest.mark.parametrize("load", [load_original_student, load_original_teacher])
+def test_nothing_of_a_hostile_file_is_run(tmp_path, write, load):
+    path, marker = tmp_path / "hostile.pth", tmp_path / "marker"
+    write(path, marker)
+    with pytest.raises(ValueError, match=r"hostile\.pth cannot be loaded: it refers to \S*open, code that could"):
+        load(path)
+    assert not marker.exists()
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert marker.exists(), "the file must be dangerous, or this test shows nothing"
+
+
+def truncated(path):
+    torch.save({"model": small_weights()[1]}, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+def damaged(path):
+    torch.save({"model": small_weights()[1]}, path)
+    content = path.read_bytes()
+    at = content.index(b"cls_token")
+    path.write_bytes(content[:at] + b"\xff" * 9 + content[at + 9 :])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (truncated, "it is cut short; copy or download it again"),
+        (other_zip, r"it is a zip archive of something else \(readme\.txt\)"),
+        (damaged, "it is damaged, or holds other objects"),
+        (Path.touch, "it is empty"),
+        (lambda path: path.write_text("<html>404"), "it is no file of torch; it begins with b'<html>404'"),
+        (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor, not the weights of a network"),
+        (lambda path: torch.save(torch.nn.Linear(2, 2), path), "it refers to torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_broken_files(tmp_path, write, message):
+    path = tmp_path / "broken.pth"
+    write(path)
+    with pytest.raises(ValueError, match=rf"broken\.pth .*{message}"):
+        load_original_student(path)
+
+
+def test_broken_safetensors_and_missing_files(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"version https://git-lfs")
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_original_student(tmp_path / "broken.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+        load_original_teacher(tmp_path / "nowhere.pth")
+
+
+def without(*names):
+    return lambda state: {name: tensor for name, tensor in state.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("dist_token"), "it lacks 'dist_token'"),
+        (without("head_dist.weight", "head_dist.bias", "dist_token"), "it lacks 'dist_token', 'head_dist.weight', "),
+        (without("pos_embed"), "it lacks 'pos_embed'"),
+        (without("blocks.1.norm1.bias"), "it lacks 'blocks.1.norm1.bias'"),
+        (without("blocks.1.attn.qkv.weight"), "it lacks 'blocks.1.attn.qkv.weight'"),
+        (lambda state: {**state, "blocks.0.gate": torch.zeros(1)}, "it has 'blocks.0.gate' too"),
+        (lambda state: {**state, "norm.bias": torch.zeros(7)}, r"norm.bias is \(7,\) instead of \(128,\)"),
+        (lambda state: {**state, "pos_embed": torch.zeros(7)}, "is not a student as the authors save it"),
+        (lambda state: {**state, "cls_token": "x"}, "has no weights below 'model' or 'state_dict'"),
+        (lambda state: {}, "what it has is empty"),
+        (
+            lambda state: torchvision.models.resnet18().state_dict(),
+            "is neither a DeiT-LT student nor .* 'conv1.weight'",
+        ),
+    ],
+)
+def test_state_dicts_that_are_no_whole_student(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_original_student({"model": change(small_weights()[1])})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("linear.weight"), "is neither a DeiT-LT student nor a PaCo"),
+        (without("bn1.running_mean"), "it lacks 'bn1.running_mean'"),
+        (without("conv1.weight"), "is not the whole of an LDAM teacher: it lacks 'conv1.weight'"),
+        (lambda s: {**s, "layer1.9.conv1.weight": s["conv1.weight"]}, "its stages have 6, 5, 5 blocks"),
+        (lambda s: {**s, "fc.weight": s["conv1.weight"]}, "it has 'fc.weight' too"),
+    ],
+)
+def test_state_dicts_that_are_no_whole_teacher(reference, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_original_teacher(change(filled_state_dict(reference["teacher_ldam_cifar"]["keys"])))
+
+
+def test_the_wrong_loader_names_the_right_one(reference):
+    with pytest.raises(ValueError, match="holds a PaCo teacher, not a student; use load_original_teacher"):
+        load_original_student(paco_state_dict(reference["teacher_paco_cifar"]))
+    with pytest.raises(ValueError, match="holds a student, not a teacher; use load_original_student"):
+        load_original_teacher(small_weights()[1])
+
+
+# ---- Converted folders ----
+
+
+def test_converted_teacher_has_its_processor(reference, tmp_path):
+    weights = paco_state_dict(reference["teacher_paco_cifar"])
+    convert_original(weights, tmp_path / "teacher", class_names=NAMES)
+    model = FlatTeacherForImageClassification.from_pretrained(tmp_path / "teacher").eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "teacher")
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
+    pixel_values = processor(image, return_tensors="pt").pixel_values
+    assert pixel_values.shape == (1, 3, 32, 32)
+    assert torch.equal(model(pixel_values).logits, load_original_teacher(weights)(pixel_values).logits)
+    assert model.config.id2label[9] == "class 9"
+    with pytest.raises(FileExistsError, match="holds a model; choose another folder"):
+        convert_original(weights, tmp_path / "teacher")
