@@ -1,17 +1,27 @@
-"""The README's Python is run, and its commands are those that exist."""
+"""The Python of the documentation is run, and its commands are those that exist."""
 
+import argparse
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from conftest import filled_state_dict, make_student
+from deitlt_hf.data import image_processor
+from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = dict(enumerate(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)))
+
+
+def blocks(text, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -23,7 +33,7 @@ def trained_folder(tmp_path, monkeypatch, teacher_folder):
 
 def test_python_of_the_readme_runs(trained_folder, digits):
     """As it stands, but for fewer epochs; then the two ways of using the model that it has saved."""
-    use_plain, use_package, train = (BLOCKS[index] for index in range(3))
+    use_plain, use_package, train = blocks(README)
     short = train.replace("num_train_epochs=260", "num_train_epochs=7").replace("start_epoch=180", "start_epoch=6")
     assert short != train
     exec(compile(short, "README.md", "exec"), {})
@@ -31,6 +41,29 @@ def test_python_of_the_readme_runs(trained_folder, digits):
     digits["test"][0]["image"].save(trained_folder / "image.png")
     for block in (use_plain, use_package):
         exec(compile(block.replace("digits_lt/student", "python/student"), "README.md", "exec"), {})
+
+
+def test_models_page(trained_folder, digits, reference, monkeypatch):
+    """docs/hub.md from top to bottom, as one session, after the commands that it gives."""
+    student = make_student(class_counts=list(range(60, 0, -6)), hidden_size=128)
+    student.save_pretrained("outputs/digits_lt/student")
+    image_processor(8).save_pretrained("outputs/digits_lt/student")
+    digits["test"][0]["image"].save("image.png")
+    weights = student_to_original(student.state_dict())
+    torch.save({"model": weights, "model_ema": weights, "args": argparse.Namespace(lr=5e-4)}, "student.pth")
+    torch.save({"state_dict": filled_state_dict(reference["teacher_paco_cifar"]["keys"])}, "paco.pth.tar")
+    Path("names.txt").write_text("\n".join("abcdefghij"))
+    page = (ROOT / "docs" / "hub.md").read_text()
+    commands = [line.split() for block in blocks(page, "bash") for line in block.strip().splitlines()]
+    assert len(commands) == 2
+    for _, script, *arguments in commands:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert {path.parent.name for path in Path("converted").glob("*/model.safetensors")} == {"student", "teacher"}
+    session = {}
+    for block in blocks(page):
+        exec(compile(block, "docs/hub.md", "exec"), session)
+    assert Path("back.pth").is_file()
 
 
 def test_flags_of_the_readme_are_understood(tmp_path):

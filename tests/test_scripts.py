@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from conftest import filled_state_dict, make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
 from deitlt_hf.recipes.parsing import parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
@@ -193,6 +196,30 @@ def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path
     assert model.config.hidden_size == 32
 
 
+def test_the_authors_files_from_conversion_to_evaluation_and_training(tmp_path, reference):
+    """A student and a teacher in the authors' layout; both are evaluated, and both take part in a new run."""
+    student = make_student(hidden_size=32, num_hidden_layers=2)
+    torch.save({"model": student_to_original(student.state_dict())}, tmp_path / "student.pth")
+    torch.save({"state_dict": filled_state_dict(reference["teacher_ldam_cifar"]["keys"])}, tmp_path / "teacher.pth.tar")
+    for file, kind in (("student.pth", "DeiTLT"), ("teacher.pth.tar", "FlatTeacher")):
+        folder = tmp_path / kind
+        output = run("scripts/convert_checkpoint.py", tmp_path / file, folder, "--recipe", TINY)
+        assert re.search(rf"{folder}: {kind}ForImageClassification, .* 10 classes \(0, 1, ...\)", output)
+        assert "test images" in run("scripts/evaluate.py", "--recipe", TINY, "--model", folder)
+    model = DeiTLTForImageClassification.from_pretrained(tmp_path / "DeiTLT")
+    assert model.config.class_counts[:3] == [60, 46, 35]
+    output = run(
+        "scripts/distill.py",
+        *("--recipe", TINY, "--init_from", tmp_path / "student.pth", "--distillation", "none"),
+        *("--num_train_epochs", 1, "--drw_start_epoch", "inf", "--output_dir", tmp_path / "run"),
+    )
+    trained = DeiTLTForImageClassification.from_pretrained(tmp_path / "run")
+    assert trained.config.hidden_size == 32
+    # A few small steps away from the file's weights, which a new start would not be.
+    drift = (trained.deit.embeddings.position_embeddings - student.deit.embeddings.position_embeddings).abs().max()
+    assert 0 < drift < 0.05
+
+
 # ---- Wrong input: one sentence, nothing written ----
 
 
@@ -224,6 +251,8 @@ def refused(tmp_path, monkeypatch, capsys):
         ),
         (["--recipe", TINY, "--teacher", "./nowhere"], r"there is no model folder './nowhere'"),
         (["--recipe", TINY, "--init_from", "/nowhere"], r"there is no model folder '/nowhere'"),
+        (["--recipe", TINY, "--init_from", __file__], r"test_scripts.py cannot be loaded: it is no file of torch"),
+        (["--recipe", TINY, "--teacher", __file__], r"is a file; convert it .* with scripts/convert_checkpoint.py"),
         (["--recipe", TINY, "--imbalance_ratio", "0.5"], r"imbalance_ratio .* must be at least 1, got 0.5"),
         (["--recipe", TINY, "--imbalance_ratio", "100"], r"class 9 would get no image"),
         (["--recipe", TINY, "--data_dir", "missing"], r"data_dir 'missing' is not a folder"),

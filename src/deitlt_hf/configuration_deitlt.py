@@ -50,6 +50,15 @@ class DeiTLTConfig(DeiTConfig):
                 f"class_counts has {len(self.class_counts)} entries but the model has {self.num_labels} labels."
             )
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Makes a configuration; what it says of its classes is left out where `kwargs` ask for other classes."""
+        names, stored = kwargs.get("id2label"), config_dict.get("id2label") or {}
+        num_labels = kwargs.get("num_labels", len(stored)) if names is None else len(names)
+        if num_labels != len(stored) or (names is not None and list(names.values()) != list(stored.values())):
+            config_dict = {key: config_dict[key] for key in config_dict.keys() - {"class_counts", "class_map"}}
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self):
         """Serializes under the native architecture name, with which plain transformers picks the two-headed DeiT."""
         output = super().to_dict()

@@ -133,8 +133,6 @@ def _student(model_args: StudentArguments, data: DatasetDict) -> DeiTLTForImageC
         return DeiTLTForImageClassification.from_pretrained(
             path,
             **labels,
-            class_counts=None,
-            class_map=None,
             drop_path_rate=model_args.drop_path_rate,
             ignore_mismatched_sizes=True,
             **attention,
