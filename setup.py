@@ -28,6 +28,6 @@ setup(
         "transformers>=5.20,<6",
     ],
     extras_require={
-        "dev": ["hypothesis>=6", "peft>=0.15", "pytest>=8", "pytest-timeout>=2", "ruff>=0.12"],
+        "dev": ["hypothesis>=6", "peft>=0.15", "psutil>=5", "pytest>=8", "pytest-timeout>=2", "ruff>=0.12"],
     },
 )

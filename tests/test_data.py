@@ -78,24 +78,33 @@ def test_long_tailed_subsets_refuse(values, message):
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.data())
 def test_groups_part_the_classes_by_count(counts, data):
     ends = sorted(data.draw(st.tuples(st.integers(0, len(counts)), st.integers(0, len(counts)))))
-    for boundaries in (None, ends):
-        groups = shot_groups(counts, boundaries)
+    for boundaries, rule in ((None, "shots"), (None, "auto"), (None, "thirds"), (ends, "auto")):
+        groups = shot_groups(counts, boundaries, rule)
         assert list(groups) == ["head", "mid", "tail"]
         order = np.concatenate(list(groups.values()))
         assert sorted(order.tolist()) == list(range(len(counts)))
         assert np.all(np.diff(np.asarray(counts)[order]) <= 0)
-        if boundaries is None:
+        sizes = [len(group) for group in groups.values()]
+        if rule == "shots" or "training images" in groups.rule:
             assert all(counts[label] > 100 for label in groups["head"])
             assert all(20 <= counts[label] <= 100 for label in groups["mid"])
             assert all(counts[label] < 20 for label in groups["tail"])
+            assert rule == "shots" or min(sizes) > 0
+        elif boundaries is None:
+            assert max(sizes) - min(sizes) <= 1
         else:
-            assert [len(group) for group in groups.values()] == [ends[0], ends[1] - ends[0], len(counts) - ends[1]]
+            assert sizes == [ends[0], ends[1] - ends[0], len(counts) - ends[1]]
 
 
 @pytest.mark.parametrize("boundaries", [[7, 3], [3], [3, 11], [-1, 2]])
 def test_groups_refuse_wrong_boundaries(boundaries):
     with pytest.raises(ValueError, match="two increasing positions among 10 classes"):
         shot_groups(range(10), boundaries)
+
+
+def test_groups_refuse_an_unknown_rule():
+    with pytest.raises(ValueError, match="group_rule must be one of auto, shots, thirds, got 'halves'"):
+        shot_groups(range(10), rule="halves")
 
 
 # ---- Sources ----
@@ -186,7 +195,12 @@ def test_saved_data_set_and_hub_layout(tmp_path):
 @pytest.mark.parametrize(
     ("splits", "classes", "values", "message"),
     [
-        (("train",), ("cat", "dog"), {}, r"no test \(test or validation .* split; the splits are train"),
+        (
+            ("train",),
+            ("cat", "dog"),
+            {},
+            r"no test \(test or testing .* split; the splits are train.* or give test_fraction",
+        ),
         (("train", "test"), ("cat",), {}, r"the data have 1 class \(cat\)"),
         (("train", "test"), ("cat", "dog"), {"class_names": ["a"]}, "class_names has 1 names but the data have 2"),
         (("train", "test"), ("cat", "dog"), {"imbalance_ratio": 99}, "class 1 would get no image"),

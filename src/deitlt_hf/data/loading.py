@@ -1,6 +1,5 @@
 """Where images come from: every source ends as a `DatasetDict` with `image`, `label` and `source_index` columns."""
 
-import gzip
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +7,32 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from .arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
+from .class_lists import read_class_names
+from .files import (
+    LABEL_COLUMNS,
+    TEST_NAMES,
+    encode_labels,
+    find_annotations,
+    find_lists,
+    find_shards,
+    find_split,
+    find_tables,
+    has_split_folders,
+    load_annotations,
+    load_class_folders,
+    load_lists,
+    load_tables,
+)
 from .images import decode_image
-from .long_tail import class_counts, long_tailed_indices
+from .long_tail import class_counts, long_tailed_indices, stratified_split
 
 logger = logging.getLogger(__name__)
 
-TEST_SPLITS = ("test", "validation", "valid", "val", "eval")
-IDX_STEMS = {"train": "train", "test": "t10k"}
+# Names for data that come from a folder and have no public copy to load.
+FOLDER_ONLY = ("imagefolder", "imagenet_lt", "inat18", "places_lt")
+# Data sets whose classes the authors' heads have in order of decreasing training count.
+SORTED_BY_AUTHORS = ("imagenet_lt", "inat18")
 
 
 def load_long_tailed(
@@ -26,9 +44,12 @@ def load_long_tailed(
     max_per_class: int | None = None,
     subset_seed: int = 0,
     test_split: str | None = None,
+    test_fraction: float | None = None,
+    train_list: str | None = None,
+    test_list: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | str | None = None,
     skip_bad_images: bool = False,
 ) -> datasets.DatasetDict:
     """Loads a data set and, if asked, makes its training split long-tailed. The test split stays whole.
@@ -36,17 +57,21 @@ def load_long_tailed(
     Args:
         dataset: `digits` (scikit-learn's, embedded: 1,797 images of 8 x 8 pixels), or the id of a data set on the Hub.
             With `data_dir` it is only a name.
-        data_dir: Read from this folder instead: MNIST-style IDX files, `train/CLASS/*` and `test/CLASS/*` image
-            folders, or what `DatasetDict.save_to_disk` wrote.
+        data_dir: Read from this folder instead. By what it holds: MNIST-style IDX files; CIFAR's python version; what
+            `save_to_disk` wrote; list files (see [`load_lists`]); an iNaturalist competition; tables (CSV, TSV,
+            parquet) with paths or images; webdataset shards; class folders, with or without `train` and `test`.
         imbalance_ratio: Subsample a balanced training split to this ratio of its largest to its smallest class, see
             [`long_tailed_indices`]. None keeps all images, for data that are long-tailed already.
         imbalance_type: `exp` or `step`.
         max_per_class: Images of the largest class after subsampling.
-        subset_seed: Seed of the subset. The authors always use 0.
+        subset_seed: Seed of the subset, and of `test_fraction`. The authors always use 0.
         test_split: Name of the test split; by default the first of test, validation, valid, val and eval.
-        image_column: Column with the images; by default the only one of that type.
-        label_column: Column with the labels; by default the only one of type `ClassLabel`.
-        class_names: Names of the classes, for sources that have none.
+        test_fraction: Share of each class to set apart for testing, in data without a test split.
+        train_list: List file of the training images, here or in `data_dir`; by default found by its name.
+        test_list: List file of the test images.
+        image_column: Column with the images; by default the only one of that type, or one with a usual name.
+        label_column: Column with the labels; by default the only one of type `ClassLabel`, or one with a usual name.
+        class_names: Names of the classes, or a file with them (see [`read_class_names`]), in label order.
         skip_bad_images: Decode every image once and leave out those that cannot be read, with a warning that counts
             them. Otherwise an unreadable image stops the run that meets it, by name.
 
@@ -55,28 +80,27 @@ def load_long_tailed(
         source's split).
 
     Raises:
-        FileNotFoundError: If `data_dir` does not exist or holds nothing of the kinds above.
+        FileNotFoundError: If `data_dir` does not exist or holds nothing of the kinds above, or listed images are
+            missing.
         ValueError: If a split, column or class is missing, or the imbalance cannot be made.
     """
-    splits = _load_source(dataset, data_dir)
-    splits = _choose_splits(splits, test_split)
-    splits = datasets.DatasetDict(
-        {name: _standard_columns(split, image_column, label_column, class_names) for name, split in splits.items()}
-    )
+    if data_dir is None:
+        splits = _load_named(dataset)
+    else:
+        splits = load_folder(data_dir, train_list, test_list, image_column, label_column)[1]
+    splits = _choose_splits(splits, test_split, test_fraction)
+    splits = _standard_columns(splits, image_column, label_column, class_names)
+    if test_fraction is not None:
+        whole = splits["train"]
+        indices = stratified_split(whole["label"][:], test_fraction, subset_seed)
+        splits = datasets.DatasetDict(
+            {name: whole.select(rows) for name, rows in zip(("train", "test"), indices, strict=True)}
+        )
     if skip_bad_images:
         splits = _drop_unreadable(splits)
     names = splits["train"].features["label"].names
     if len(names) < 2:
         raise ValueError(f"the data have {len(names)} class ({', '.join(names)}); a classifier needs at least two.")
-    if splits["test"].features["label"].names != names:
-        raise ValueError(
-            "the train and test splits have different classes: only in train "
-            f"{sorted(set(names) - set(splits['test'].features['label'].names))[:5]}, only in test "
-            f"{sorted(set(splits['test'].features['label'].names) - set(names))[:5]}."
-        )
-    for name, split in splits.items():
-        if min(split["label"][:], default=0) < 0:
-            raise ValueError(f"the {name} split has images without a label (-1); name another with test_split.")
     if imbalance_ratio is not None:
         indices = long_tailed_indices(
             splits["train"]["label"][:], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
@@ -89,10 +113,62 @@ def load_long_tailed(
     return splits
 
 
+def load_folder(
+    data_dir: str,
+    train_list: str | None = None,
+    test_list: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[str, datasets.DatasetDict]:
+    """Loads the splits of a folder as they are; for the arguments see [`load_long_tailed`].
+
+    Returns:
+        What the folder was taken for, and its splits.
+
+    Raises:
+        FileNotFoundError: If it does not exist or holds nothing that is known.
+        ValueError: If its files are not what they seem.
+    """
+    folder = Path(data_dir).expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
+    if lists := find_lists(folder, train_list, test_list):
+        return f"list files ({_names(lists)})", load_lists(folder, lists)
+    if any(folder.glob(f"{IDX_STEMS['train']}-images-idx3-ubyte*")):
+        return "IDX files", load_idx(folder)
+    if cifar := cifar_folder(folder):
+        return "CIFAR's python version", load_cifar(cifar)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(folder))
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+        return "a saved data set", splits
+    if annotations := find_annotations(folder):
+        return f"iNaturalist annotations ({_names(annotations)})", load_annotations(folder, annotations)
+    if has_split_folders(folder) and not (image_column or label_column):
+        return "class folders", load_class_folders(folder)
+    if tables := find_tables(folder):
+        return f"tables ({_names(tables)})", load_tables(folder, tables, image_column, label_column)
+    if shards := find_shards(folder):
+        return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
+    if not any(path.is_file() for path in folder.rglob("*")):
+        raise FileNotFoundError(f"data_dir {data_dir!r} has no files.")
+    return "class folders", load_class_folders(folder)
+
+
+def _names(files: dict[str, Path]) -> str:
+    return ", ".join(path.name for path in files.values())
+
+
+def _load_named(dataset: str) -> datasets.DatasetDict:
+    if dataset in FOLDER_ONLY:
+        raise ValueError(f"{dataset} has no public copy to load; give data_dir, the folder with its images.")
+    return load_digits() if dataset == "digits" else datasets.load_dataset(dataset)
+
+
 def find_columns(
     dataset: datasets.Dataset, image_column: str | None = None, label_column: str | None = None
 ) -> tuple[str, str]:
-    """Finds the image and the label column of a data set.
+    """Finds the image and the label column of a data set: by their types, else a label column by its name.
 
     Raises:
         ValueError: If a named column is missing, or there is not exactly one of the type; it lists what there is.
@@ -104,6 +180,8 @@ def find_columns(
             raise ValueError(f"no {kind} column {name!r}; the columns are {_describe_columns(dataset)}.")
         if name is None:
             names = [key for key, feature in dataset.features.items() if isinstance(feature, feature_type)]
+            if not names and kind == "label":
+                names = [key for key in [find_split(dataset.column_names, LABEL_COLUMNS)] if key is not None]
             if len(names) != 1:
                 raise ValueError(
                     f"cannot tell the {kind} column: {len(names)} columns have type {feature_type.__name__}; the "
@@ -118,108 +196,74 @@ def _describe_columns(dataset: datasets.Dataset) -> str:
     return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items())
 
 
-def _load_source(dataset: str, data_dir: str | None) -> datasets.DatasetDict:
-    if data_dir is None:
-        if dataset == "imagefolder":
-            raise ValueError("this data set has no public copy to load; give data_dir, the folder with its images.")
-        return _digits() if dataset == "digits" else datasets.load_dataset(dataset)
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
-    if any(folder.glob("*-images-idx3-ubyte*")):
-        return datasets.DatasetDict({split: _idx(folder, stem) for split, stem in IDX_STEMS.items()})
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(folder))
-    if not any(path.is_file() for path in folder.rglob("*")):
-        raise FileNotFoundError(f"data_dir {data_dir!r} has no files.")
-    return _image_folder(folder)
-
-
-def _digits() -> datasets.DatasetDict:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    indices = train_test_split(np.arange(len(images)), test_size=600, stratify=bunch.target, random_state=0)
-    names = [str(name) for name in bunch.target_names]
-    return datasets.DatasetDict(
-        {
-            split: _from_arrays(images[chosen], bunch.target[chosen], names)
-            for split, chosen in zip(("train", "test"), indices, strict=True)
-        }
-    )
-
-
-def _idx(folder: Path, stem: str) -> datasets.Dataset:
-    images = _read_idx(folder, f"{stem}-images-idx3-ubyte", dimensions=3)
-    labels = _read_idx(folder, f"{stem}-labels-idx1-ubyte", dimensions=1)
-    if len(images) != len(labels):
-        raise ValueError(f"{folder}: {len(images)} {stem} images but {len(labels)} labels.")
-    return _from_arrays(images, labels, [str(label) for label in range(int(labels.max()) + 1)])
-
-
-def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
-    """Reads unsigned bytes in the IDX format: magic 0, 0, 8, dimensions; big-endian uint32 sizes; the values."""
-    for path, opener in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
-        if not path.is_file():
-            continue
-        try:
-            with opener(path, "rb") as file:
-                raw = file.read()
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read: {error}.") from error
-        header = 4 + 4 * dimensions
-        if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) < header:
-            raise ValueError(f"{path} is not an IDX file of unsigned bytes with {dimensions} dimension(s).")
-        shape = tuple(np.frombuffer(raw, ">u4", dimensions, offset=4))
-        if len(raw) - header != np.prod(shape, dtype=np.int64):
-            raise ValueError(f"{path} should hold {shape} bytes after its header but holds {len(raw) - header}.")
-        return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
-    raise FileNotFoundError(f"{folder} has neither {name} nor {name}.gz; all four IDX files are needed.")
-
-
-def _from_arrays(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> datasets.Dataset:
-    from PIL import Image
-
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-    rows = {"image": [Image.fromarray(image) for image in images], "label": labels.astype(np.int64).tolist()}
-    return datasets.Dataset.from_dict(rows, features=features)
-
-
-def _image_folder(folder: Path) -> datasets.DatasetDict:
-    return datasets.load_dataset("imagefolder", data_dir=str(folder.resolve()), drop_labels=False)
-
-
-def _choose_splits(splits: datasets.DatasetDict, test_split: str | None) -> datasets.DatasetDict:
-    names = [test_split] if test_split is not None else TEST_SPLITS
-    test = next((name for name in names if name in splits), None)
+def _choose_splits(
+    splits: datasets.DatasetDict, test_split: str | None, test_fraction: float | None
+) -> datasets.DatasetDict:
+    """The splits `train` and `test`; only the former if the latter is to be taken from it."""
+    test = find_split(splits, [test_split] if test_split is not None else TEST_NAMES)
+    if test_fraction is not None:
+        if test is not None or "train" not in splits:
+            raise ValueError(f"the data have the splits {', '.join(splits)}; leave out test_fraction.")
+        return splits
     if "train" not in splits or test is None:
-        missing = "train" if "train" not in splits else f"test ({' or '.join(names)})"
+        missing = "train" if "train" not in splits else f"test ({test_split or ' or '.join(TEST_NAMES)})"
         raise ValueError(
             f"the data have no {missing} split; the splits are {', '.join(splits)}. In an image folder put the images "
-            "below train/CLASS/ and test/CLASS/."
+            "below train/CLASS/ and test/CLASS/, or give test_fraction to set a share of each class apart."
         )
     return datasets.DatasetDict({"train": splits["train"], "test": splits[test]})
 
 
 def _standard_columns(
-    split: datasets.Dataset, image_column: str | None, label_column: str | None, class_names: Sequence[str] | None
-) -> datasets.Dataset:
-    image, label = find_columns(split, image_column, label_column)
-    split = split.select_columns([image, label]).rename_columns(
-        {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-    )
-    if not isinstance(split.features["label"], datasets.ClassLabel):
-        split = split.class_encode_column("label")
+    splits: datasets.DatasetDict,
+    image_column: str | None,
+    label_column: str | None,
+    class_names: Sequence[str] | str | None,
+) -> datasets.DatasetDict:
+    standard = {}
+    for name, split in splits.items():
+        columns = find_columns(split, image_column, label_column)
+        split = split.select_columns(list(columns)).rename_columns(
+            {old: new for old, new in zip(columns, ("image", "label"), strict=True) if old != new}
+        )
+        standard[name] = split.add_column("source_index", np.arange(len(split)))
+    if not all(isinstance(split.features["label"], datasets.ClassLabel) for split in standard.values()):
+        standard = _encode_classes(standard)
+    for name, split in standard.items():
+        if min(split["label"][:], default=0) < 0:
+            raise ValueError(f"the {name} split has images without a label (-1); name another with test_split.")
     if class_names is not None:
-        if len(class_names) != split.features["label"].num_classes:
-            raise ValueError(
-                f"class_names has {len(class_names)} names but the data have "
-                f"{split.features['label'].num_classes} classes."
-            )
-        split = split.cast_column("label", datasets.ClassLabel(names=list(class_names)))
-    return split.add_column("source_index", np.arange(len(split)))
+        given = read_class_names(class_names) if isinstance(class_names, str) else list(class_names)
+        standard = {name: _rename_classes(split, given) for name, split in standard.items()}
+    names = [split.features["label"].names for split in standard.values()]
+    if names[0] != names[-1]:
+        raise ValueError(
+            "the train and test splits have different classes: only in train "
+            f"{sorted(set(names[0]) - set(names[-1]))[:5]}, only in test {sorted(set(names[-1]) - set(names[0]))[:5]}."
+        )
+    return datasets.DatasetDict(standard)
+
+
+def _encode_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """Replaces labels of any type by class indices, the same in all splits."""
+    values = {name: split["label"][:] for name, split in splits.items()}
+    for name, labels in values.items():
+        missing = labels.count(None)
+        if missing:
+            raise ValueError(f"the {name} split has {missing} images without a label (empty).")
+    names, labels = encode_labels(values)
+    features = datasets.ClassLabel(names=names)
+    return {
+        name: split.remove_columns("label").add_column("label", labels[name].tolist()).cast_column("label", features)
+        for name, split in splits.items()
+    }
+
+
+def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Dataset:
+    found = split.features["label"].num_classes
+    if len(names) != found:
+        raise ValueError(f"class_names has {len(names)} names but the data have {found} classes.")
+    return split.cast_column("label", datasets.ClassLabel(names=names))
 
 
 def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -1,12 +1,14 @@
 """Long-tailed subsets, class counts and shot groups. Pure functions of labels."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 GROUPS = ("head", "mid", "tail")
 IMBALANCE_TYPES = ("exp", "step")
+GROUP_RULES = ("auto", "shots", "thirds")
+MANY_SHOTS, FEW_SHOTS = 100, 20
 
 
 def long_tailed_indices(
@@ -68,6 +70,39 @@ def long_tailed_indices(
     return np.concatenate(chosen)
 
 
+def stratified_split(labels: Sequence[int], test_fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Sets a share of each class apart for testing, and at least one image.
+
+    Args:
+        labels: Class index of each image.
+        test_fraction: Share of a class that is for testing, in (0, 1).
+        seed: Seed of the choice within each class.
+
+    Returns:
+        Sorted int64 indices for training and for testing.
+
+    Raises:
+        ValueError: If the fraction is outside its range, or a class has a single image.
+    """
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction must be in (0, 1), got {test_fraction}.")
+    labels = np.asarray(labels, dtype=np.int64)
+    counts = class_counts(labels)
+    single = np.flatnonzero(counts == 1).tolist()
+    if single:
+        raise ValueError(
+            f"{len(single)} classes have a single image, which cannot be both for training and for testing: labels "
+            f"{', '.join(map(str, single[:5]))}; add images, or remove them."
+        )
+    wanted = np.clip(np.round(test_fraction * counts).astype(np.int64), 1, np.maximum(counts - 1, 0))
+    order = np.random.RandomState(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    is_test = np.zeros(len(labels), dtype=bool)
+    is_test[order] = rank_in_class < wanted[labels[order]]
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+
+
 def class_counts(labels: Sequence[int], num_classes: int | None = None) -> np.ndarray:
     """Counts the images of each class; int64 of shape (num_classes,), by default as many as the largest label says."""
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes or 0)
@@ -92,34 +127,50 @@ def decreasing_count_map(counts: Sequence[int]) -> np.ndarray:
     return class_map
 
 
+class ShotGroups(dict[str, np.ndarray]):
+    """Class indices of `head`, `mid` and `tail`, each sorted by decreasing count. A group may be empty.
+
+    Args:
+        groups: The indices.
+        rule: How they were chosen, in words.
+    """
+
+    def __init__(self, groups: Mapping[str, np.ndarray], rule: str):
+        super().__init__(groups)
+        self.rule = rule
+
+
 def shot_groups(
-    counts: Sequence[int], boundaries: tuple[int, int] | Sequence[int] | None = None
-) -> dict[str, np.ndarray]:
+    counts: Sequence[int], boundaries: tuple[int, int] | Sequence[int] | None = None, rule: str = "auto"
+) -> ShotGroups:
     """Groups classes into head, mid and tail by their number of training images.
 
     Args:
         counts: Training images of each class, in label order.
         boundaries: Ends of the head and of the mid group among the classes sorted by decreasing count (ties in label
-            order), such as (3, 7) for CIFAR-10-LT. By default many / medium / few shot: more than 100 images, 20 to
-            100, fewer than 20 (Liu et al., CVPR 2019).
-
-    Returns:
-        Class indices of `head`, `mid` and `tail`, each sorted by decreasing count. A group may be empty.
+            order), such as (3, 7) for CIFAR-10-LT. They come before the rule.
+        rule: `shots`: many, medium and few shot: more than 100 images, 20 to 100, fewer than 20 (Liu et al., CVPR
+            2019). `thirds`: of the sorted classes. `auto`: shots if that leaves no group empty, else thirds.
 
     Raises:
-        ValueError: If the boundaries are not two increasing positions among the classes.
+        ValueError: If the boundaries are not two increasing positions among the classes, or the rule is unknown.
     """
+    if rule not in GROUP_RULES:
+        raise ValueError(f"group_rule must be one of {', '.join(GROUP_RULES)}, got {rule!r}.")
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")
-    if boundaries is None:
-        ends = np.count_nonzero(counts > 100), np.count_nonzero(counts >= 20)
-    else:
-        ends = tuple(boundaries)
+    by_shots = np.count_nonzero(counts > MANY_SHOTS), np.count_nonzero(counts >= FEW_SHOTS)
+    if boundaries is not None:
+        ends, words = tuple(boundaries), f"classes sorted by count, cut at {list(boundaries)}"
         if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= len(counts):
             raise ValueError(
                 f"group boundaries must be two increasing positions among {len(counts)} classes, got {list(ends)}."
             )
-    return dict(zip(GROUPS, np.split(order, ends), strict=True))
+    elif rule == "shots" or (rule == "auto" and 0 < by_shots[0] < by_shots[1] < len(counts)):
+        ends, words = by_shots, f"more than {MANY_SHOTS} training images, {FEW_SHOTS} to {MANY_SHOTS}, fewer"
+    else:
+        ends, words = (len(counts) // 3, 2 * len(counts) // 3), "thirds of the classes sorted by count"
+    return ShotGroups(dict(zip(GROUPS, np.split(order, ends), strict=True)), words)
 
 
 def indices_hash(indices: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """The authors' checkpoints, in and out."""
 
-from .class_lists import read_class_map, read_class_names
+from ..data.class_lists import read_class_map, read_class_names
 from .original import convert_original, export_original_student, load_original_student, load_original_teacher
 
 __all__ = [

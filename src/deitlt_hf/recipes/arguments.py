@@ -1,44 +1,72 @@
 """What recipes say about data and models; the training arguments say the rest."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from datasets import DatasetDict
 
 from ..data.loading import load_long_tailed
+from ..data.long_tail import ShotGroups, class_counts, shot_groups
 
 
 @dataclass
 class DataArguments:
     """The data of a recipe; see [`load_long_tailed`] for what the fields mean."""
 
-    dataset: str = field(default="digits", metadata={"help": "'digits' (embedded) or the id of a Hub data set."})
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "'digits' (embedded), the id of a Hub data set, or a name for what is in data_dir."},
+    )
     data_dir: str | None = field(
-        default=None, metadata={"help": "Read images from this folder: IDX files, class folders, or a saved data set."}
+        default=None,
+        metadata={
+            "help": "Read images from this folder: class folders, list files, iNaturalist's JSON, CSV or parquet "
+            "tables, webdataset shards, CIFAR's or MNIST's files, or a saved data set."
+        },
     )
     imbalance_ratio: float | None = field(
         default=None, metadata={"help": "Subsample the training images to this n_max / n_min. None: keep all."}
     )
     imbalance_type: str = field(default="exp", metadata={"help": "Shape of the long tail: exp or step."})
     max_per_class: int | None = field(default=None, metadata={"help": "Training images of the largest class."})
-    subset_seed: int = field(default=0, metadata={"help": "Seed of the long-tailed subset."})
+    subset_seed: int = field(default=0, metadata={"help": "Seed of the long-tailed subset, and of test_fraction."})
     test_split: str | None = field(default=None, metadata={"help": "Name of the test split."})
+    test_fraction: float | None = field(
+        default=None, metadata={"help": "Share of each class to set apart for testing, without a test split."}
+    )
+    train_list: str | None = field(default=None, metadata={"help": "List file of the training images."})
+    test_list: str | None = field(default=None, metadata={"help": "List file of the test images."})
     image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column with the labels."})
-    class_names: list[str] | None = field(default=None, metadata={"help": "Names of the classes."})
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes in label order, or a file with them."}
+    )
     skip_bad_images: bool = field(default=False, metadata={"help": "Leave out images that cannot be read."})
     group_boundaries: list[int] | None = field(
-        default=None,
+        default=None, metadata={"help": "Ends of head and mid group among the classes sorted by count."}
+    )
+    group_rule: str = field(
+        default="auto",
         metadata={
-            "help": "Ends of head and mid group among the classes sorted by count. None: more than 100 images, 20 to "
-            "100, fewer than 20."
+            "help": "Without boundaries: shots (more than 100 images, 20 to 100, fewer), thirds (of the sorted "
+            "classes), or auto (shots, but thirds if a group would be empty)."
         },
     )
 
     def load(self) -> DatasetDict:
         """Loads the data."""
         values = asdict(self)
-        del values["group_boundaries"]
+        del values["group_boundaries"], values["group_rule"]
+        names = self.class_names
+        if names is not None and len(names) == 1 and Path(names[0]).is_file():
+            values["class_names"] = names[0]
         return load_long_tailed(**values)
+
+    def groups(self, data: DatasetDict) -> ShotGroups:
+        """Head, mid and tail of the training images."""
+        train = data["train"]
+        counts = class_counts(train["label"][:], train.features["label"].num_classes)
+        return shot_groups(counts, self.group_boundaries, self.group_rule)
 
 
 @dataclass

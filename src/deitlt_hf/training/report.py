@@ -138,6 +138,7 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     lines = {
         "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, {model.config.image_size} px",
         "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
+        "groups": trainer.group_rule,
         "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",
         "test images": f"{len(trainer.eval_dataset):,}" if trainer.eval_dataset is not None else "none",
         "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "

@@ -18,7 +18,8 @@ from transformers import (
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
-from ..data.long_tail import class_counts, indices_hash, shot_groups
+from ..data.loading import SORTED_BY_AUTHORS
+from ..data.long_tail import class_counts, decreasing_count_map, indices_hash
 from ..hub import load_original_student
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
@@ -59,7 +60,7 @@ def distill(
             _model_type(path)
     data = data_args.load()
     args.check_data(len(data["train"]))
-    _groups(data, data_args)
+    data_args.groups(data)
     set_seed(args.seed)
     student = _student(model_args, data)
     teacher = None
@@ -90,7 +91,7 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
         args=args,
         eval_dataset=data["test"],
         processing_class=AutoImageProcessor.from_pretrained(path),
-        groups=_groups(data, data_args),
+        groups=data_args.groups(data),
     )
     trainer.evaluate()
     return trainer
@@ -104,12 +105,15 @@ def load_teacher(path: str) -> PreTrainedModel:
 
 
 def _train(trainer_class, model: PreTrainedModel, args, data: DatasetDict, data_args: DataArguments, **kwargs):
+    if data_args.dataset in SORTED_BY_AUTHORS:  # for an export to their order
+        counts = class_counts(data["train"]["label"][:], _num_labels(data))
+        model.config.class_map = decreasing_count_map(counts).tolist()
     trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["test"],
-        groups=_groups(data, data_args),
+        groups=data_args.groups(data),
         **kwargs,
     )
     resume = args.resume_from_checkpoint
@@ -201,8 +205,3 @@ def _model_type(path: str) -> str | None:
 
 def _num_labels(data: DatasetDict) -> int:
     return data["train"].features["label"].num_classes
-
-
-def _groups(data: DatasetDict, data_args: DataArguments):
-    counts = class_counts(data["train"]["label"][:], _num_labels(data))
-    return shot_groups(counts, data_args.group_boundaries)

@@ -43,7 +43,7 @@ class LongTailTrainer(Trainer, ABC):
         train_dataset: Training images. Not needed for evaluation alone.
         eval_dataset: Test images.
         processing_class: Image processor for evaluation; by default made from the model's image size.
-        groups: Class indices of head, mid and tail; by default many / medium / few shot, see [`shot_groups`].
+        groups: Class indices of head, mid and tail; by default those of [`shot_groups`].
         **kwargs: As for [`~transformers.Trainer`].
 
     Raises:
@@ -80,6 +80,7 @@ class LongTailTrainer(Trainer, ABC):
             if self.class_counts is None:
                 raise ValueError("without a train_dataset, and class_counts in the model's config, give groups.")
             groups = shot_groups(self.class_counts)
+        self.group_rule = getattr(groups, "rule", "as given")
         self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
 
         super().__init__(

@@ -1,0 +1,519 @@
+"""The layouts that users have their images in: list files, iNaturalist, CIFAR, tables, shards, single folders."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
+from deitlt_hf.data.loading import load_folder
+from deitlt_hf.recipes import DataArguments
+
+RANDOM = np.random.RandomState(0)
+
+
+def save_image(path, shade=0, size=(8, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), shade, np.uint8)).save(path)
+    return path
+
+
+def shade(row):
+    """The grey value of a row's image, which says which file it is."""
+    return int(np.asarray(row["image"])[0, 0, 0])
+
+
+# ---- Splitting ----
+
+
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=2, max_size=200),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 3),
+)
+@settings(deadline=None)
+def test_stratified_split(labels, fraction, seed):
+    labels = [label for label in labels if labels.count(label) > 1] or [0, 0]
+    train, test = stratified_split(labels, fraction, seed)
+    assert sorted([*train, *test]) == list(range(len(labels)))
+    counts, tested = class_counts(labels, 6), class_counts(np.asarray(labels)[test], 6)
+    for count, in_test in zip(counts, tested, strict=True):
+        assert count == 0 or 1 <= in_test <= count - 1
+        assert count == 0 or abs(in_test - fraction * count) <= 1
+    again = stratified_split(labels, fraction, seed)
+    assert np.array_equal(again[0], train)
+
+
+def test_stratified_split_refuses():
+    with pytest.raises(ValueError, match=r"test_fraction must be in \(0, 1\), got 1"):
+        stratified_split([0, 0], 1)
+    with pytest.raises(ValueError, match=r"2 classes have a single image, .* labels 1, 2; add images"):
+        stratified_split([0, 0, 1, 2], 0.5)
+
+
+def test_one_folder_and_a_fraction(tmp_path):
+    for name, images in (("cat", 10), ("dog", 5), ("eel", 2)):
+        for index in range(images):
+            save_image(tmp_path / name / f"{index}.png")
+    with pytest.raises(ValueError, match=r"no test .* split; the splits are train.*give test_fraction"):
+        load_long_tailed(data_dir=str(tmp_path))
+    data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.2)
+    assert class_counts(data["train"]["label"][:]).tolist() == [8, 4, 1]
+    assert class_counts(data["test"]["label"][:]).tolist() == [2, 1, 1]
+    rows = data["train"]["source_index"][:] + data["test"]["source_index"][:]
+    assert sorted(rows) == list(range(17))
+    other = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.2, subset_seed=1)
+    assert other["test"]["source_index"][:] != data["test"]["source_index"][:]
+
+
+def test_a_fraction_beside_a_test_split_is_refused(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            save_image(tmp_path / split / name / "0.png")
+    with pytest.raises(ValueError, match="the splits train, test; leave out test_fraction"):
+        load_long_tailed(data_dir=str(tmp_path), test_fraction=0.2)
+
+
+def test_class_folders_of_any_case_with_other_files_in_them(tmp_path):
+    for split in ("Train", "Val"):
+        save_image(tmp_path / split / "cat" / "deep" / "1.JPG")
+        save_image(tmp_path / split / "dog" / "1.png")
+        (tmp_path / split / "dog" / "notes.txt").write_text("cat 1.png 0")
+        (tmp_path / split / "dog" / "._1.png").write_bytes(b"")
+        (tmp_path / split / ".cache").mkdir()
+        (tmp_path / split / "empty").mkdir()
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert data["train"].features["label"].names == ["cat", "dog"]
+    assert {name: len(split) for name, split in data.items()} == {"train": 2, "test": 2}
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "notes.md").write_text("nothing")
+    with pytest.raises(FileNotFoundError, match="has no folders with images; put them below train/CLASS/"):
+        load_long_tailed(data_dir=str(tmp_path))
+
+
+# ---- List files ----
+
+
+def write_lists(folder, stem="ImageNet_LT", counts=(5, 3, 2), test="test", names=("n03", "n01", "n02")):
+    """List files whose labels are not in the order of the folders' names, and their images."""
+    lines = {"train": [], test: []}
+    for label, (count, name) in enumerate(zip(counts, names, strict=True)):
+        for index in range(count):
+            lines["train"].append(f"train/{name}/{index}.png {label}")
+            save_image(folder / f"train/{name}/{index}.png", 40 * label + index)
+        lines[test].append(f"val/{name}/{label}.png {label}")
+        save_image(folder / f"val/{name}/{label}.png", 40 * label + 20)
+    for split, rows in lines.items():
+        (folder / f"{stem}_{split}.txt").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_list_files_keep_their_labels_and_take_names_from_folders(tmp_path):
+    write_lists(tmp_path)
+    data = load_long_tailed("imagenet_lt", str(tmp_path))
+    assert data["train"].features["label"].names == ["n03", "n01", "n02"]
+    assert [shade(row) for row in data["train"]] == [0, 1, 2, 3, 4, 40, 41, 42, 80, 81]
+    assert [(shade(row), row["label"]) for row in data["test"]] == [(20, 0), (60, 1), (100, 2)]
+
+
+def test_nested_class_folders_have_their_path_as_name(tmp_path):
+    names = ("a/airfield", "a/apartment_building/outdoor", "b/bow_window/outdoor")
+    data = load_long_tailed(data_dir=str(write_lists(tmp_path, "Places_LT", names=names)))
+    assert data["train"].features["label"].names == list(names)
+
+
+def test_validation_images_without_class_folders(tmp_path):
+    """ImageNet's validation archive is flat, the list files say val/CLASS/."""
+    write_lists(tmp_path)
+    for path in list(tmp_path.glob("val/*/*.png")):
+        path.rename(tmp_path / "val" / path.name)
+    assert [shade(row) for row in load_long_tailed(data_dir=str(tmp_path))["test"]] == [20, 60, 100]
+
+
+def test_given_list_files(tmp_path):
+    write_lists(tmp_path)
+    write_lists(tmp_path, "Places_LT", counts=(2, 2, 2), test="val")
+    with pytest.raises(ValueError, match=r"several training lists .*ImageNet_LT_train.txt.*choose one with --train_l"):
+        load_long_tailed(data_dir=str(tmp_path))
+    given = {"train_list": "Places_LT_train.txt", "test_list": str(tmp_path / "Places_LT_val.txt")}
+    assert len(load_long_tailed(data_dir=str(tmp_path), **given)["train"]) == 6
+    with pytest.raises(FileNotFoundError, match=r"no list file 'other.txt'"):
+        load_long_tailed(data_dir=str(tmp_path), train_list="other.txt")
+
+
+def test_missing_images_are_counted_and_named(tmp_path):
+    write_lists(tmp_path)
+    (tmp_path / "train/n03/1.png").unlink()
+    (tmp_path / "val/n01/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2 of 13 images are not in .*: train/n03/1\.png, val/n01/1\.png are"):
+        load_long_tailed(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("line", ["train/n03/1.png", "train/n03/1.png one", "7"])
+def test_broken_list_line(tmp_path, line):
+    write_lists(tmp_path)
+    with (tmp_path / "ImageNet_LT_train.txt").open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(
+        ValueError, match=rf"line 12 of .*ImageNet_LT_train\.txt is not 'relative/path label': '{line}'"
+    ):
+        load_long_tailed(data_dir=str(tmp_path))
+
+
+def long_tail_of(classes, images, largest, smallest):
+    """Decreasing counts that add up to `images`."""
+    counts = np.maximum(largest * (smallest / largest) ** (np.arange(classes) / (classes - 1)), smallest).astype(int)
+    counts = np.maximum(counts * images // counts.sum(), smallest)
+    counts[: images - counts.sum()] += 1
+    while counts.sum() != images:
+        counts[0] += images - counts.sum()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stem", "test", "classes", "images"),
+    [("imagenet_lt", "ImageNet_LT", "test", 1000, 115_846), ("inat18", "iNaturalist18", "val", 8142, 437_513)],
+)
+def test_lists_of_the_papers_sizes(tmp_path, recipe, stem, test, classes, images):
+    """Every row has a path and a label of its own class; one real image a class is behind them."""
+    counts = RANDOM.permutation(long_tail_of(classes, images, 1280 if classes == 1000 else 1000, 2))
+    original = save_image(tmp_path / "original.png")
+    train, tests = [], []
+    for label, count in enumerate(counts.tolist()):
+        folder = tmp_path / "train_val2018" / f"{label % 14}" / f"{label}"
+        folder.mkdir(parents=True)
+        os.link(original, folder / "3b60c9486db1d2ee875f11a669fbde4a.png")
+        line = f"train_val2018/{label % 14}/{label}/3b60c9486db1d2ee875f11a669fbde4a.png {label}\n"
+        train += [line] * count
+        tests.append(line)
+    (tmp_path / f"{stem}_train.txt").write_text("".join(RANDOM.permutation(train).tolist()))
+    (tmp_path / f"{stem}_{test}.txt").write_text("".join(tests))
+
+    process, peak, done = psutil.Process(), [0], threading.Event()
+    before = process.memory_info().rss
+
+    def watch():
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    arguments = DataArguments(dataset=recipe, data_dir=str(tmp_path), group_boundaries=[classes // 10, classes // 2])
+    data = arguments.load()
+    groups = arguments.groups(data)
+    print(f"{recipe}: {time.perf_counter() - started:.1f} s, {peak[0] / 2**20:.0f} MiB more at the peak")
+    done.set()
+    watcher.join()
+    assert len(data["train"]) == images
+    assert np.array_equal(class_counts(data["train"]["label"][:]), counts)
+    assert [len(group) for group in groups.values()] == [classes // 10, classes // 2 - classes // 10, classes // 2]
+    assert data["train"][images // 2]["image"].size == (6, 8)
+    assert peak[0] < 2**30
+    class_map = decreasing_count_map(counts)
+    assert np.all(np.diff(counts[np.argsort(class_map)]) <= 0)
+
+
+# ---- iNaturalist's annotations ----
+
+
+def write_competition(folder, split_names=("train2018", "val2018"), categories=None):
+    names = ["Aves one", "Aves two", "Plantae three"]
+    kingdom = ["Aves", "Aves", "Plantae"]
+    image_id = 0
+    for split, counts in zip(split_names, ((4, 2, 1), (1, 1, 1)), strict=True):
+        images, annotations = [], []
+        for category, count in reversed(list(enumerate(counts))):
+            for _ in range(count):
+                path = f"train_val2018/{kingdom[category]}/{category}/{image_id}.png"
+                save_image(folder / path, 10 * image_id)
+                images.append({"id": image_id, "file_name": path, "width": 6, "height": 8})
+                annotations.append({"id": 100 + image_id, "image_id": image_id, "category_id": category})
+                image_id += 1
+        content = {"info": {}, "images": images, "annotations": annotations[::-1], "categories": []}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    categories = [{"id": i, "name": name, "kingdom": kingdom[i]} for i, name in enumerate(names)]
+    (folder / "categories.json").write_text(json.dumps(categories))
+    return folder
+
+
+def test_competition_files(tmp_path):
+    data = load_long_tailed("inat18", str(write_competition(tmp_path)))
+    assert data["train"].features["label"].names == ["Aves one", "Aves two", "Plantae three"]
+    assert [(shade(row), row["label"]) for row in data["train"]] == [
+        (0, 2), (10, 1), (20, 1), (30, 0), (40, 0), (50, 0), (60, 0),
+    ]  # fmt: skip
+    assert data["test"]["label"][:] == [2, 1, 0]
+
+
+def test_list_files_take_species_names(tmp_path):
+    write_competition(tmp_path)
+    for split, stem in (("train2018", "train"), ("val2018", "val")):
+        content = json.loads((tmp_path / f"{split}.json").read_text())
+        category = {row["image_id"]: row["category_id"] for row in content["annotations"]}
+        lines = [f"{row['file_name']} {category[row['id']]}" for row in content["images"]]
+        (tmp_path / f"iNaturalist18_{stem}.txt").write_text("\n".join(lines))
+    assert load_folder(str(tmp_path))[0].startswith("list files (iNaturalist18_train.txt")
+    data = load_long_tailed("inat18", str(tmp_path))
+    assert data["train"].features["label"].names == ["Aves one", "Aves two", "Plantae three"]
+    assert class_counts(data["train"]["label"][:]).tolist() == [4, 2, 1]
+
+
+def test_broken_competition_files(tmp_path):
+    write_competition(tmp_path)
+    (tmp_path / "categories.json").unlink()
+    assert load_long_tailed("inat18", str(tmp_path))["train"].features["label"].names == ["0", "1", "2"]
+    (tmp_path / "val2018.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}]}))
+    with pytest.raises(ValueError, match=r"val2018\.json is not an iNaturalist annotation file .* lacks 'annotations'"):
+        load_long_tailed("inat18", str(tmp_path))
+    (tmp_path / "val2018.json").write_text("{")
+    with pytest.raises(ValueError, match=r"val2018\.json is not valid JSON"):
+        load_long_tailed("inat18", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["imagenet_lt", "inat18", "imagefolder"])
+def test_names_without_a_folder(name):
+    with pytest.raises(ValueError, match=f"{name} has no public copy to load; give data_dir"):
+        load_long_tailed(name)
+
+
+# ---- CIFAR's python version ----
+
+
+def write_cifar(folder, kind=10):
+    """The archives' layout and pickle protocol, with four images a class."""
+    name = "cifar-10-batches-py" if kind == 10 else "cifar-100-python"
+    files = [f"data_batch_{batch}" for batch in range(1, 6)] if kind == 10 else ["train"]
+    labels = RANDOM.permutation(np.repeat(np.arange(kind), 5))
+    images = {}
+    (folder / name).mkdir()
+    for file, part in zip(
+        [*files, "test_batch" if kind == 10 else "test"], np.array_split(labels, len(files)) + [labels], strict=True
+    ):
+        pixels = RANDOM.randint(0, 256, (len(part), 3072)).astype(np.uint8)
+        content = {b"data": pixels, b"labels" if kind == 10 else b"fine_labels": part.tolist(), b"filenames": [b"x"]}
+        (folder / name / file).write_bytes(pickle.dumps(content, protocol=2))
+        images[file] = pixels
+    names = [f"class {label}".encode() for label in range(kind)]
+    meta = {b"label_names" if kind == 10 else b"fine_label_names": names}
+    (folder / name / ("batches.meta" if kind == 10 else "meta")).write_bytes(pickle.dumps(meta, protocol=2))
+    return labels, images
+
+
+@pytest.mark.parametrize("kind", [10, 100])
+@pytest.mark.parametrize("inside", [True, False])
+def test_cifar_pickles(tmp_path, kind, inside):
+    labels, images = write_cifar(tmp_path, kind)
+    folder = next(tmp_path.iterdir()) if inside else tmp_path
+    data = load_long_tailed(f"cifar{kind}", str(folder))
+    assert data["train"]["label"][:] == labels.tolist()
+    assert data["train"].features["label"].names[3] == "class 3"
+    first = next(iter(images.values()))
+    assert np.array_equal(np.asarray(data["train"][1]["image"]), first[1].reshape(3, 32, 32).transpose(1, 2, 0))
+    counts = class_counts(load_long_tailed(f"cifar{kind}", str(folder), imbalance_ratio=5)["train"]["label"][:])
+    assert (counts[0], counts[-1]) == (5, 1)
+
+
+def test_hostile_and_broken_cifar(tmp_path):
+    write_cifar(tmp_path)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    marker = tmp_path / "marker"
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    path.write_bytes(pickle.dumps({b"data": Hostile()}, protocol=2))
+    with pytest.raises(
+        ValueError, match=r"data_batch_2 cannot be loaded: it refers to \S+, code that could do anything"
+    ):
+        load_long_tailed("cifar10", str(tmp_path))
+    assert not marker.exists()
+    path.write_bytes(pickle.dumps({b"labels": [1]}, protocol=2))
+    with pytest.raises(ValueError, match="data_batch_2 has no 'data'; it is not a file of CIFAR's python version"):
+        load_long_tailed("cifar10", str(tmp_path))
+    path.write_bytes(b"not a pickle")
+    with pytest.raises(ValueError, match="data_batch_2 cannot be loaded"):
+        load_long_tailed("cifar10", str(tmp_path))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_2"):
+        load_long_tailed("cifar10", str(tmp_path))
+
+
+# ---- Tables and shards ----
+
+
+def write_table_images(folder):
+    for label, name in enumerate(("cat", "dog", "eel")):
+        for index in range(3):
+            save_image(folder / "images" / f"{name}_{index}.png", 40 * label + index)
+
+
+def test_csv_with_a_split_column(tmp_path):
+    write_table_images(tmp_path)
+    lines = ["file_name,Species,split"]
+    for name in ("eel", "cat", "dog"):
+        lines += [f"images/{name}_{index}.png,{name},{'val' if index == 2 else 'train'}" for index in range(3)]
+    (tmp_path / "metadata.csv").write_text("\ufeff" + "\n".join(lines))
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert data["train"].features["label"].names == ["cat", "dog", "eel"]
+    assert [(shade(row), row["label"]) for row in data["train"]] == [
+        (80, 2), (81, 2), (0, 0), (1, 0), (40, 1), (41, 1),
+    ]  # fmt: skip
+    assert data["test"]["label"][:] == [2, 0, 1]
+
+
+def test_numbers_in_a_table_keep_their_value(tmp_path):
+    """Sorted as text, class 10 would come before class 2."""
+    for label in range(12):
+        save_image(tmp_path / f"{label}.png", label)
+    for split in ("train", "test"):
+        rows = [f"{label}.png,{label}" for label in range(12) if split == "train" or label != 3]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *rows]))
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert data["train"].features["label"].names == [str(label) for label in range(12)]
+    for split in data.values():
+        assert all(shade(row) == row["label"] for row in split)
+
+
+@pytest.mark.parametrize(
+    ("content", "values", "message"),
+    [
+        ("where,label\na.png,1", {}, r"cannot tell the image column of .*; the columns are where, label"),
+        ("path,what\na.png,1", {}, "cannot tell the label column"),
+        ("path,label\na.png,1", {"label_column": "kind"}, "no label column 'kind'; the columns of .* are path, label"),
+        ("path,label\na.png,1,2", {}, r"line 2 of .*train\.csv has 3 fields, but the header has 2"),
+        ("path,label\na.png,1", {}, "1 of 1 images are not in"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path, content, values, message):
+    (tmp_path / "train.csv").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_long_tailed(data_dir=str(tmp_path), **values)
+
+
+def test_parquet_with_paths(tmp_path):
+    write_table_images(tmp_path)
+    rows = {
+        "image_path": [f"images/{name}_{index}.png" for name in ("cat", "dog") for index in range(3)],
+        "label": ["cat"] * 3 + ["dog"] * 3,
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "all.parquet")
+    data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.3)
+    assert {name: len(split) for name, split in data.items()} == {"train": 4, "test": 2}
+    assert all(shade(row) // 40 == row["label"] for row in data["train"])
+
+
+def test_parquet_shards_with_images(tmp_path):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    for shard in range(2):
+        rows = {"img": [Image.new("RGB", (4, 4), (label,) * 3) for label in (2, 10, 0)], "label": [2, 10, 0]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"train-{shard:05d}-of-00002.parquet")
+    rows = {"img": [Image.new("RGB", (4, 4), (10,) * 3)], "label": [10]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert data["train"].features["label"].names == ["0", "2", "10"]
+    assert [(shade(row), row["label"]) for row in data["train"]] == [(2, 1), (10, 2), (0, 0)] * 2
+    assert data["test"]["label"][:] == [2]
+
+
+def write_shards(folder, shards=2, per_class=3, classes=("train", "test")):
+    for split in classes:
+        for shard in range(shards if split == "train" else 1):
+            with tarfile.open(folder / f"data-{split}-{shard:06d}.tar", "w") as tar:
+                for index in range(3 * per_class):
+                    label = index % 3
+                    stream = io.BytesIO()
+                    Image.new("RGB", (5, 4), (40 * label + index,) * 3).save(stream, "PNG")
+                    for suffix, content in (("png", stream.getvalue()), ("cls", str(label).encode())):
+                        info = tarfile.TarInfo(f"{split}{shard}{index:05d}.{suffix}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def test_webdataset_shards(tmp_path):
+    data = load_long_tailed(data_dir=str(write_shards(tmp_path)))
+    assert {name: len(split) for name, split in data.items()} == {"train": 18, "test": 9}
+    assert data["train"].features["label"].names == ["0", "1", "2"]
+    assert all(shade(row) // 40 == row["label"] for row in data["train"])
+
+
+def test_single_saved_data_set(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": [Image.new("RGB", (4, 4))] * 6, "label": ["b", "a", "b", "a", "b", "a"]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "disk")
+    data = load_long_tailed(data_dir=str(tmp_path / "disk"), test_fraction=0.34)
+    assert data["train"].features["label"].names == ["a", "b"]
+    assert len(data["test"]) == 2
+
+
+def test_labels_that_are_missing(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": [Image.new("RGB", (4, 4))] * 3, "label": ["b", None, "a"]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"the train split has 1 images without a label \(empty\)"):
+        load_long_tailed(data_dir=str(tmp_path / "disk"), test_fraction=0.34)
+
+
+def test_class_names_from_a_file(tmp_path):
+    for split in ("train", "test"):
+        for name in ("0", "1"):
+            save_image(tmp_path / split / name / "0.png")
+    (tmp_path / "names.json").write_text('["cat", "dog"]')
+    arguments = DataArguments(data_dir=str(tmp_path), class_names=[str(tmp_path / "names.json")])
+    assert arguments.load()["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_rule_of_the_groups_is_told():
+    assert shot_groups([200, 50, 3]).rule == "more than 100 training images, 20 to 100, fewer"
+    assert shot_groups([90, 50, 3]).rule == "thirds of the classes sorted by count"
+    assert shot_groups([90, 50, 3], rule="shots")["head"].tolist() == []
+    assert shot_groups([90, 50, 3], (1, 1)).rule == "classes sorted by count, cut at [1, 1]"
+
+
+def test_a_student_trained_from_list_files_exports_in_the_authors_order(tmp_path):
+    """Their ImageNet-LT heads are sorted by decreasing training count."""
+    from deitlt_hf.hub import export_original_student
+    from deitlt_hf.recipes import StudentArguments
+    from deitlt_hf.training import DeiTLTTrainingArguments
+    from deitlt_hf.training.run import distill
+
+    write_lists(tmp_path / "data", counts=(2, 5, 3))
+    trainer = distill(
+        "imagenet_lt",
+        DataArguments(dataset="imagenet_lt", data_dir=str(tmp_path / "data")),
+        StudentArguments(
+            image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        ),
+        DeiTLTTrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            distillation="none",
+            num_train_epochs=1,
+            warmup_epochs=0,
+            per_device_train_batch_size=4,
+            repeated_augmentation=1,
+            save_strategy="no",
+            use_cpu=True,
+        ),
+    )
+    assert trainer.model.config.class_map == [2, 0, 1]
+    export_original_student(trainer.model, tmp_path / "student.pth")
+    content = torch.load(tmp_path / "student.pth", weights_only=True)
+    assert content["cls_num_list"] == [5, 3, 2]
+    assert torch.equal(content["model"]["head.bias"], trainer.model.cls_classifier.bias[[1, 2, 0]])
