@@ -26,6 +26,7 @@ def main():
         "--class_map", help="for each class its row in the file's head: a JSON list, or a folder converted before"
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of a student's weights")
+    parser.add_argument("--num_attention_heads", type=int, help="of a student whose heads are not 64 wide")
     args, rest = parser.parse_known_args()
     classes = {}
     if args.recipe is not None:
@@ -39,10 +40,13 @@ def main():
         classes["class_names"] = read_class_names(args.class_names)
     if args.class_map is not None:
         classes["class_map"] = read_class_map(args.class_map)
+    if args.num_attention_heads is not None:
+        classes["num_attention_heads"] = args.num_attention_heads
     model = convert_original(args.file, args.folder, args.ema, **classes)
+    names = list(model.config.id2label.values())
     print(
         f"{args.folder}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, "
-        f"{model.config.num_labels} classes ({model.config.id2label[0]}, {model.config.id2label[1]}, ...)"
+        f"{model.config.num_labels} classes ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
     )
 
 

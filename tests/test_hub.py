@@ -409,3 +409,131 @@ def test_converted_teacher_has_its_processor(reference, tmp_path):
     assert model.config.id2label[9] == "class 9"
     with pytest.raises(FileExistsError, match="holds a model; choose another folder"):
         convert_original(weights, tmp_path / "teacher")
+
+
+# ---- What a review found ----
+
+
+def test_a_compressed_zip_is_not_read_as_noise(tmp_path):
+    """Mapped into memory, the compressed bytes would be taken for weights."""
+    model = make_student(hidden_size=64, num_attention_heads=1)
+    export_original_student(model, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "small.pth", "w") as small:
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
+    loaded = load_original_student(tmp_path / "small.pth").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_what_tensors_do_not_tell_survives_an_export(tmp_path):
+    """The digits' student has three heads for a width of 96; with one, it would be another function."""
+    model = make_student(hidden_size=96, num_attention_heads=3, layer_norm_eps=1e-5).eval()
+    export_original_student(model, tmp_path / "new" / "student.pth")
+    loaded = load_original_student(tmp_path / "new" / "student.pth")
+    assert (loaded.config.num_attention_heads, loaded.config.layer_norm_eps) == (3, 1e-5)
+    images = normal(0, (2, 3, 8, 8))
+    torch.testing.assert_close(loaded(images).logits, model(images).logits)
+    converted = convert_original(
+        {"model": torch.load(tmp_path / "new" / "student.pth")["model"]}, tmp_path / "out", num_attention_heads=3
+    )
+    assert converted.config.num_attention_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_student(qkv_bias=False), "the authors' students have qkv_bias True, this one False"),
+        (lambda: make_student(hidden_act="relu"), "the authors' students have hidden_act 'gelu', this one 'relu'"),
+        (lambda: make_student().deit, "a DeiTLTModel is not a student with two heads"),
+        (lambda: torch.compile(make_student()), "is not a student with two heads: what is '_orig_mod"),
+    ],
+)
+def test_models_that_the_authors_code_does_not_have(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        export_original_student(make(), tmp_path / "student.pth")
+    assert not (tmp_path / "student.pth").exists()
+
+
+def test_export_under_another_formats_name(tmp_path):
+    with pytest.raises(ValueError, match=r"give a name ending in \.pth"):
+        export_original_student(make_student(), tmp_path / "student.safetensors")
+
+
+def original_student(**config):
+    return student_to_original(make_student(hidden_size=64, num_attention_heads=1, num_labels=3, **config).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"head.bias": torch.ones(1).expand(10**11)}, "has no weights below .*'head.bias'"),
+        (lambda s: s | {"norm.weight": s["norm.weight"].to_sparse()}, "has no weights below .*'norm.weight'"),
+        (lambda s: s | {"norm.weight": s["norm.weight"].int()}, r"no floating-point .*: 'norm.weight' \(torch.int32"),
+        (lambda s: s | {7: s["norm.weight"]}, "has no weights below .*'7'"),
+        (lambda s: s | {"pos_embed": s["pos_embed"][:, :1]}, r"pos_embed is \(1, 1, 64\), without a patch"),
+        (lambda s: s | {"patch_embed.proj.weight": torch.ones(64, 1, 4, 4)}, "images of 1 channels; only RGB"),
+    ],
+)  # fmt: skip
+def test_odd_tensors(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_original_student(change(original_student()))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"class_map": {0: 2, 1: 1, 2: 0}}, "class_map must be a list of whole numbers, got {0: 2"),
+        ({"class_map": [0.9, 1.5, 2]}, r"class_map must be a list of whole numbers, got \[0.9"),
+        ({"class_map": [2, 2, 0]}, "class_map must hold each of 0 to 2 once"),
+        ({"class_counts": ["a", 1, 2]}, "class_counts must be a list of whole numbers"),
+        ({"class_names": ["a", "b", "a"]}, "class_names has the name 'a' 2 times"),
+        ({"class_names": ["a", "", "b"]}, "class_names has an empty name for class 1"),
+    ],
+)
+def test_odd_classes(given, message):
+    with pytest.raises(ValueError, match=message):
+        load_original_student(original_student(), **given)
+    in_file = {"class_counts": "cls_num_list"}
+    name = next(iter(given))
+    if name != "class_names":
+        with pytest.raises(
+            ValueError, match=message.replace(name, in_file.get(name, name)).replace(" must", ".* must")
+        ):
+            load_original_student({"model": original_student(), in_file.get(name, name): given[name]})
+
+
+def test_id2label_asks_for_its_number_of_classes():
+    model = load_original_student(original_student(), id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    assert model.config.num_labels == 2
+    assert model.config.label2id == {"cat": 0, "dog": 1}
+
+
+def test_conversion_leaves_what_is_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file; give a folder"):
+        convert_original(original_student(), tmp_path / "file")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds a model"):
+        convert_original(original_student(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("\ufeffcat\ndog\n", ["cat", "dog"]),
+        ('\ufeff["cat", "dog"]', ["cat", "dog"]),
+        ("cat\u2028fish\r\ndog\r\n\n", ["cat\u2028fish", "dog"]),
+        ("cat\n\ndog", "has an empty name for class 1"),
+        ("cat\ndog\ncat", "has the name 'cat' 2 times"),
+        (b"caf\xe9", "is not text in UTF-8"),
+    ],
+)
+def test_odd_class_name_files(tmp_path, content, expected):
+    path = tmp_path / "names.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(expected, list):
+        assert read_class_names(path) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            read_class_names(path)

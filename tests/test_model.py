@@ -282,3 +282,58 @@ def test_import_is_lazy():
     """`import deitlt_hf` must not wait for torch."""
     code = "import sys, deitlt_hf; assert 'torch' not in sys.modules; deitlt_hf.DeiTLTConfig; print(dir(deitlt_hf))"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ---- What a configuration says of its classes ----
+
+
+@pytest.fixture(params=["student", "teacher"])
+def counted_folder(request, tmp_path):
+    """A saved model that knows the counts and the class map of its four classes, and its class."""
+    classes = {"num_labels": 4, "class_counts": [4, 3, 2, 1], "class_map": [0, 1, 2, 3]}
+    classes["id2label"] = dict(enumerate("abcd"))
+    if request.param == "student":
+        model = make_student(**classes)
+    else:
+        model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", **classes))
+    model.save_pretrained(tmp_path)
+    return tmp_path, type(model)
+
+
+def test_stale_classes_are_left_out(counted_folder):
+    folder, model_class = counted_folder
+    for other in (
+        {"num_labels": 3},
+        {"id2label": dict(enumerate("xyz"))},
+        {"id2label": {3: "a", 2: "b", 1: "c", 0: "d"}},
+    ):
+        config = model_class.from_pretrained(folder, ignore_mismatched_sizes=True, **other).config
+        assert (config.class_counts, config.class_map) == (None, None)
+    for same in ({}, {"num_labels": 4}, {"id2label": dict(enumerate("abcd"))}):
+        assert model_class.from_pretrained(folder, **same).config.class_counts == [4, 3, 2, 1]
+
+
+def test_a_folder_that_plain_transformers_changed_loads(counted_folder, tmp_path):
+    """Plain transformers keeps our fields, also for other classes: such a folder must not be lost."""
+    folder, model_class = counted_folder
+    content = json.loads((folder / "config.json").read_text())
+    content["id2label"] = {"0": "x", "1": "y", "2": "z"}
+    content["label2id"] = {"x": 0, "y": 1, "z": 2}
+    (folder / "config.json").write_text(json.dumps(content))
+    config = model_class.config_class.from_pretrained(folder)
+    assert (config.num_labels, config.class_counts, config.class_map) == (3, None, None)
+
+
+def test_counts_of_two_unnamed_classes_stay(tmp_path):
+    """transformers does not store the names of two unnamed labels."""
+    make_student(num_labels=2, class_counts=[5, 2]).save_pretrained(tmp_path)
+    assert DeiTLTForImageClassification.from_pretrained(tmp_path, num_labels=2).config.class_counts == [5, 2]
+
+
+@pytest.mark.parametrize("values", [{"class_counts": [1, 2]}, {"class_map": [0, 1]}, {"class_map": [0, 1, 1, 3]}])
+def test_classes_that_do_not_fit_the_labels(counted_folder, values):
+    folder, model_class = counted_folder
+    with pytest.raises(ValueError, match=r"class_counts has 2 entries|class_map must hold each of 0 to 3 once"):
+        model_class.config_class(num_labels=4, **values)
+    with pytest.raises(ValueError, match=r"class_counts has 2 entries|class_map must hold each of 0 to 3 once"):
+        model_class.from_pretrained(folder, **values)

@@ -4,6 +4,9 @@ This file travels into every saved folder and Hub repository, so it imports tran
 """
 
 from transformers import DeiTConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class DeiTLTConfig(DeiTConfig):
@@ -23,7 +26,7 @@ class DeiTLTConfig(DeiTConfig):
 
     Raises:
         ValueError: If the patch size does not divide the image size, the number of heads does not divide the hidden
-            size, `drop_path_rate` is outside [0, 1), or `class_counts` has another length than the labels.
+            size, `drop_path_rate` is outside [0, 1), or `class_counts` or `class_map` do not fit the labels.
     """
 
     layer_norm_eps: float = 1e-6
@@ -45,19 +48,14 @@ class DeiTLTConfig(DeiTConfig):
             )
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
-        if self.class_counts is not None and len(self.class_counts) != self.num_labels:
-            raise ValueError(
-                f"class_counts has {len(self.class_counts)} entries but the model has {self.num_labels} labels."
-            )
+        _check_classes(self)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Makes a configuration; what it says of its classes is left out where `kwargs` ask for other classes."""
-        names, stored = kwargs.get("id2label"), config_dict.get("id2label") or {}
-        num_labels = kwargs.get("num_labels", len(stored)) if names is None else len(names)
-        if num_labels != len(stored) or (names is not None and list(names.values()) != list(stored.values())):
-            config_dict = {key: config_dict[key] for key in config_dict.keys() - {"class_counts", "class_map"}}
-        return super().from_dict(config_dict, **kwargs)
+        """Makes a configuration; what it says of its classes is left out where they are others now."""
+        result = super().from_dict(_of_its_classes(config_dict, kwargs), **kwargs)
+        _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` were set after the first check
+        return result
 
     def to_dict(self):
         """Serializes under the native architecture name, with which plain transformers picks the two-headed DeiT."""
@@ -75,6 +73,37 @@ class DeiTLTConfig(DeiTConfig):
 
 def _pair(size):
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+# ---- The same in configuration_flat_teacher.py: each of the two files travels alone. ----
+
+
+def _of_its_classes(config_dict, kwargs):
+    """Leaves out `class_counts` and `class_map` if `kwargs` ask for other classes, or they are of other classes."""
+    stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
+    num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
+    names = kwargs.get("id2label")
+    wanted = kwargs.get("num_labels", num_labels) if names is None else len(names)
+    stale = wanted != num_labels or (names is not None and {int(key): name for key, name in names.items()} != stored)
+    dropped = []
+    for field in ("class_counts", "class_map"):
+        values = config_dict.get(field)
+        if values is not None and (stale or len(values) != num_labels):
+            dropped.append(field)
+    if dropped and not stale:
+        logger.warning("%s: of other classes than the %d of the model; left out.", " and ".join(dropped), num_labels)
+    return {key: value for key, value in config_dict.items() if key not in dropped}
+
+
+def _check_classes(config):
+    if config.class_counts is not None and len(config.class_counts) != config.num_labels:
+        raise ValueError(
+            f"class_counts has {len(config.class_counts)} entries but the model has {config.num_labels} labels."
+        )
+    if config.class_map is not None and sorted(config.class_map) != list(range(config.num_labels)):
+        raise ValueError(
+            f"class_map must hold each of 0 to {config.num_labels - 1} once; it begins with {config.class_map[:5]}."
+        )
 
 
 DeiTLTConfig.register_for_auto_class()

@@ -1,6 +1,9 @@
 """Configuration of the flat CNN teacher."""
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 CIFAR_RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56")
 
@@ -21,7 +24,8 @@ class FlatTeacherConfig(PreTrainedConfig):
             they differ.
 
     Raises:
-        ValueError: If the backbone or classifier is unknown, or mean and std do not have one value a channel.
+        ValueError: If the backbone or classifier is unknown, mean and std do not have one value a channel, or
+            `class_counts` or `class_map` do not fit the labels.
     """
 
     model_type = "flat_teacher"
@@ -49,6 +53,45 @@ class FlatTeacherConfig(PreTrainedConfig):
                 f"image_mean {self.image_mean} and image_std {self.image_std} need one value for each of the "
                 f"{self.num_channels} channels."
             )
+        _check_classes(self)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Makes a configuration; what it says of its classes is left out where they are others now."""
+        result = super().from_dict(_of_its_classes(config_dict, kwargs), **kwargs)
+        _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` were set after the first check
+        return result
+
+
+# ---- The same in configuration_deitlt.py: each of the two files travels alone. ----
+
+
+def _of_its_classes(config_dict, kwargs):
+    """Leaves out `class_counts` and `class_map` if `kwargs` ask for other classes, or they are of other classes."""
+    stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
+    num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
+    names = kwargs.get("id2label")
+    wanted = kwargs.get("num_labels", num_labels) if names is None else len(names)
+    stale = wanted != num_labels or (names is not None and {int(key): name for key, name in names.items()} != stored)
+    dropped = []
+    for field in ("class_counts", "class_map"):
+        values = config_dict.get(field)
+        if values is not None and (stale or len(values) != num_labels):
+            dropped.append(field)
+    if dropped and not stale:
+        logger.warning("%s: of other classes than the %d of the model; left out.", " and ".join(dropped), num_labels)
+    return {key: value for key, value in config_dict.items() if key not in dropped}
+
+
+def _check_classes(config):
+    if config.class_counts is not None and len(config.class_counts) != config.num_labels:
+        raise ValueError(
+            f"class_counts has {len(config.class_counts)} entries but the model has {config.num_labels} labels."
+        )
+    if config.class_map is not None and sorted(config.class_map) != list(range(config.num_labels)):
+        raise ValueError(
+            f"class_map must hold each of 0 to {config.num_labels - 1} once; it begins with {config.class_map[:5]}."
+        )
 
 
 FlatTeacherConfig.register_for_auto_class()

@@ -43,7 +43,7 @@ def read_checkpoint(path: str | PathLike) -> Mapping[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals(_ALLOWED):
             # Mapping the file into memory leaves the optimiser's state, two thirds of a student's file, on the disk.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
     except OSError:
         raise
     except Exception as error:  # a pickle of garbage can raise anything
@@ -51,6 +51,14 @@ def read_checkpoint(path: str | PathLike) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the weights of a network.")
     return content
+
+
+def _is_plain_zip(path: str | PathLike) -> bool:
+    """Whether a file is a zip archive without compression; mapped into memory, another would be read as noise."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _what_is_wrong(path: Path, error: Exception) -> str:

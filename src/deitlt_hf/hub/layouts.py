@@ -49,6 +49,10 @@ def student_sizes(state_dict: StateDict) -> dict[str, Any]:
     """
     width, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     num_patches = state_dict["pos_embed"].shape[1] - 2
+    if num_patches < 1:
+        raise ValueError(f"pos_embed is {tuple(state_dict['pos_embed'].shape)}, without a patch")
+    if num_channels != 3:
+        raise ValueError(f"it takes images of {num_channels} channels; only RGB is known here")
     return {
         "hidden_size": width,
         "num_channels": num_channels,
@@ -111,12 +115,15 @@ class TeacherLayout:
         backbone = _RESNETS.get((depths, f"{self.prefix}layer1.0.conv3.weight" in state_dict))
         if backbone is None:
             raise ValueError(f"its stages have {', '.join(map(str, depths))} blocks, like no ResNet that is known here")
+        num_channels = state_dict[f"{self.prefix}conv1.weight"].shape[1]
+        if num_channels != 3:
+            raise ValueError(f"it takes images of {num_channels} channels; only RGB is known here")
         cosine = self.may_be_cosine and "linear.bias" not in state_dict
         return {
             "backbone": backbone,
             "classifier": "cosine" if cosine else "linear",
             "image_size": 224 if backbone.startswith("timm/") else 32,
-            "num_channels": state_dict[f"{self.prefix}conv1.weight"].shape[1],
+            "num_channels": num_channels,
             "num_labels": state_dict["linear.weight"].shape[1 if cosine else 0],
         }
 

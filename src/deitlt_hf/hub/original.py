@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
+from ..data.class_lists import check_class_names
 from ..data.long_tail import decreasing_count_map
 from ..data.transforms import image_processor
 from ..modeling_deitlt import DeiTLTForImageClassification
@@ -29,6 +31,8 @@ STUDENT, PACO_TEACHER, LDAM_TEACHER = "a student", "a PaCo teacher", "an LDAM te
 
 # A PaCo teacher predicts with its query encoder (not the projection) and the linear layer; the rest is for training.
 _PACO_TRAINING_ONLY = ("queue", "encoder_k.", "linear_k.", "encoder_q.fc.")
+# What a student's tensors do not tell of its configuration.
+_NOT_IN_TENSORS = ("num_attention_heads", "layer_norm_eps")
 # Data sets whose classes the authors' code sorts by decreasing training count.
 _SORTED_DATA_SETS = ("IMAGENETLT", "INAT18")
 
@@ -101,6 +105,7 @@ def convert_original(
     class_map: Sequence[int] | None = None,
     class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
+    **config,
 ) -> PreTrainedModel:
     """Converts a file of the authors' to a folder with a model and its image processor, for `from_pretrained`.
 
@@ -111,17 +116,25 @@ def convert_original(
         class_map: For each class its row in the file's head.
         class_counts: Training images of each class, in label order.
         class_names: Names of the classes, in label order.
+        **config: Further fields of a student's configuration.
 
     Raises:
-        FileExistsError: If the folder holds a model.
+        FileExistsError: If the folder holds a model, or is a file.
         FileNotFoundError: If there is no such file.
         ValueError: As for both.
     """
-    if any(Path(folder).glob("*.safetensors*")):
+    folder = Path(folder).expanduser()
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; give a folder to write to.")
+    if any(folder.glob("*.safetensors*")) or (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} holds a model; choose another folder.")
     checkpoint = _open(source, ema)
-    load = _student if checkpoint.kind == STUDENT else _teacher
-    model = load(checkpoint, class_map, class_counts, class_names)
+    if checkpoint.kind == STUDENT:
+        model = _student(checkpoint, class_map, class_counts, class_names, **config)
+    elif config:
+        raise ValueError(f"{checkpoint.name} holds {checkpoint.kind}, which has no {', '.join(config)} to set.")
+    else:
+        model = _teacher(checkpoint, class_map, class_counts, class_names)
     model.save_pretrained(folder)
     image_processor(model.config.image_size).save_pretrained(folder)
     return model
@@ -130,25 +143,42 @@ def convert_original(
 def export_original_student(model: PreTrainedModel, path: str | PathLike) -> None:
     """Writes a student as a file that the authors' code (`--resume`) and timm's distilled DeiTs load strictly.
 
-    The weights are below `model`; `class_map` and `cls_num_list`, when known, are beside it for
-    [`load_original_student`].
+    The weights are below `model`. Beside them, for [`load_original_student`], are `class_map` and `cls_num_list` if
+    known, and `config`: what tensors do not tell, the number of heads and the epsilon of the layer norms. The authors'
+    code has heads of 64 and 1e-6.
 
     Args:
         model: A [`DeiTLTForImageClassification`], or transformers' `DeiTForImageClassificationWithTeacher`.
-        path: The file to write.
+        path: The file to write. Missing folders are made.
+
+    Raises:
+        ValueError: If the model is no such student, or of a kind that the authors' code does not have.
     """
-    config = model.config
+    path, config = Path(path).expanduser(), model.config
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} would not be a safetensors file; give a name ending in .pth.")
+    try:
+        state_dict = student_to_original(model.state_dict())
+    except KeyError as error:
+        raise ValueError(f"a {type(model).__name__} is not a student with two heads: what is {error}?") from error
+    for field, value in (("hidden_act", "gelu"), ("qkv_bias", True)):
+        if getattr(config, field) != value:
+            raise ValueError(f"the authors' students have {field} {value!r}, this one {getattr(config, field)!r}.")
     class_map, counts = (getattr(config, field, None) for field in ("class_map", "class_counts"))
+    for name, values in (("class_map", class_map), ("class_counts", counts)):
+        if values is not None and len(values) != config.num_labels:
+            raise ValueError(f"{name} of the model has {len(values)} entries for {config.num_labels} classes; mend it.")
     rows = list(range(config.num_labels)) if class_map is None else np.argsort(class_map).tolist()
     weights = {
         name: (tensor[rows] if name.startswith("head") else tensor).detach().cpu().contiguous()
-        for name, tensor in student_to_original(model.state_dict()).items()
+        for name, tensor in state_dict.items()
     }
-    content: dict[str, Any] = {"model": weights}
+    content: dict[str, Any] = {"model": weights, "config": {field: getattr(config, field) for field in _NOT_IN_TENSORS}}
     if class_map is not None:
         content["class_map"] = list(class_map)
     if counts is not None:
         content["cls_num_list"] = [counts[label] for label in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
 
 
@@ -164,6 +194,7 @@ class _Checkpoint:
     state_dict: StateDict
     class_map: Sequence[int] | None = None
     class_counts: Sequence[int] | None = None  # in the order of the head
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # what tensors do not tell
     is_sorted: bool = False  # the head, by decreasing training count
 
 
@@ -178,7 +209,7 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
     if ema and weights is None:
         raise ValueError(f"{name} has no moving average of the weights ('model_ema'); leave out ema.")
     weights = content if weights is None else weights
-    wrong = [str(key) for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    wrong = [str(key) for key, value in weights.items() if not isinstance(key, str) or not _is_whole(value)]
     if wrong or not weights:
         raise ValueError(
             f"{name} has no weights below {' or '.join(map(repr, keys))}; what it has is {_listed(wrong) or 'empty'}."
@@ -186,18 +217,43 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
     state_dict = {key.removeprefix("module."): tensor for key, tensor in weights.items()}
     kind = _kind(name, state_dict)
     # The authors keep the classes in their command line, `export_original_student` keeps them beside the weights.
-    about = content if not isinstance(content.get("args"), argparse.Namespace) else {**vars(content["args"]), **content}
+    args = content.get("args")
+    about = {**(vars(args) if isinstance(args, argparse.Namespace) else {}), **content}
     if kind == PACO_TEACHER:
         state_dict = {k: tensor for k, tensor in state_dict.items() if not k.startswith(_PACO_TRAINING_ONLY)}
+    wrong = [key for key, tensor in state_dict.items() if not tensor.is_floating_point() and tensor.dim() > 0]
+    if wrong:
+        dtype = state_dict[wrong[0]].dtype
+        raise ValueError(f"{name} has weights that are no floating-point numbers: {_listed(wrong)} ({dtype}).")
     return _Checkpoint(
         name=name,
         kind=kind,
         state_dict=state_dict,
-        class_map=about.get("class_map"),
-        class_counts=about.get("cls_num_list"),
+        class_map=_integers(about.get("class_map"), f"class_map of {name}"),
+        class_counts=_integers(about.get("cls_num_list"), f"cls_num_list of {name}"),
+        config=content["config"] if isinstance(content.get("config"), dict) else {},
         is_sorted=about.get("data_set") in _SORTED_DATA_SETS
         or (kind == PACO_TEACHER and any(key.startswith("encoder_q.layer4.") for key in state_dict)),
     )
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether this is a tensor with all its elements in memory: dense, and not one element repeated."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return value.is_meta or value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def _integers(values: Any, name: str) -> list[int] | None:
+    """Whole numbers of a file or a user, as a list."""
+    if values is None:
+        return None
+    try:
+        if not isinstance(values, Mapping):
+            return [operator.index(value) for value in values]
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a list of whole numbers, got {str(values)[:60]}.")
 
 
 def _kind(name: str, state_dict: StateDict) -> str:
@@ -219,13 +275,18 @@ def _kind(name: str, state_dict: StateDict) -> str:
 
 def _student(checkpoint: _Checkpoint, class_map, class_counts, class_names, **config) -> DeiTLTForImageClassification:
     sizes, num_labels = _sizes(checkpoint, student_sizes)
+    config.pop("label2id", None)
+    if class_names is None and "id2label" in config:
+        id2label = config.pop("id2label")
+        class_names = [id2label[label] for label in range(len(id2label))]
+        config["num_labels"] = len(class_names)
     new = ()
     if config.get("num_labels", num_labels) != num_labels:
         num_labels, new = config["num_labels"], ("head.", "head_dist.")
         kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if not name.startswith(new)}
-        checkpoint = _Checkpoint(checkpoint.name, checkpoint.kind, kept)
+        checkpoint = _Checkpoint(checkpoint.name, checkpoint.kind, kept, config=checkpoint.config)
     classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
-    model = DeiTLTForImageClassification(DeiTLTConfig(**sizes | classes | config))
+    model = DeiTLTForImageClassification(DeiTLTConfig(**sizes | checkpoint.config | classes | config))
     return _fill(model, checkpoint, student_to_ours, student_to_original, new)
 
 
@@ -256,7 +317,11 @@ def _classes(
     class_names: Sequence[str] | None,
 ) -> dict[str, Any]:
     """What the configuration says about the classes, in the data set's order."""
-    class_map = checkpoint.class_map if class_map is None else class_map
+    class_map = checkpoint.class_map if class_map is None else _integers(class_map, "class_map")
+    class_counts = _integers(class_counts, "class_counts")
+    if class_names is not None:
+        class_names = list(class_names)
+        check_class_names(class_names, "class_names")
     for name, values in (
         ("class_map", class_map),
         ("class_counts", class_counts),
@@ -267,7 +332,7 @@ def _classes(
             raise ValueError(f"{name} has {len(values)} entries but {checkpoint.name} has {num_labels} classes.")
     if class_map is None and checkpoint.is_sorted:
         if class_counts is not None:
-            class_map = decreasing_count_map(class_counts)
+            class_map = decreasing_count_map(class_counts).tolist()
         elif class_names is not None:
             raise ValueError(
                 f"{checkpoint.name} orders its classes by decreasing training count, so these names would name other "
@@ -279,12 +344,10 @@ def _classes(
                 "class_map to have them in the data set's.",
                 checkpoint.name,
             )
-    if class_map is not None:
-        class_map = [int(row) for row in class_map]
-        if sorted(class_map) != list(range(num_labels)):
-            raise ValueError(f"class_map must hold each of 0 to {num_labels - 1} once; it begins with {class_map[:5]}.")
+    if class_map is not None and sorted(class_map) != list(range(num_labels)):
+        raise ValueError(f"class_map must hold each of 0 to {num_labels - 1} once; it begins with {class_map[:5]}.")
     if checkpoint.class_counts is not None:
-        of_file = [int(checkpoint.class_counts[row]) for row in class_map or range(num_labels)]
+        of_file = [checkpoint.class_counts[row] for row in class_map or range(num_labels)]
         class_counts = of_file if class_counts is None else class_counts
         for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
             if count != given:
@@ -294,7 +357,7 @@ def _classes(
                 )
     classes: dict[str, Any] = {"num_labels": num_labels, "class_map": class_map}
     if class_counts is not None:
-        classes["class_counts"] = [int(count) for count in class_counts]
+        classes["class_counts"] = class_counts
     if class_names is not None:
         classes["id2label"] = dict(enumerate(class_names))
         classes["label2id"] = {name: label for label, name in enumerate(class_names)}
