@@ -28,6 +28,15 @@ setup(
         "transformers>=5.20,<6",
     ],
     extras_require={
-        "dev": ["hypothesis>=6", "peft>=0.15", "psutil>=5", "pytest>=8", "pytest-timeout>=2", "ruff>=0.12"],
+        "plots": ["matplotlib>=3.8"],
+        "dev": [
+            "hypothesis>=6",
+            "matplotlib>=3.8",
+            "peft>=0.15",
+            "psutil>=5",
+            "pytest>=8",
+            "pytest-timeout>=2",
+            "ruff>=0.12",
+        ],
     },
 )

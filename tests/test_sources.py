@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
-from deitlt_hf.data.loading import load_folder
+from deitlt_hf.data.loading import load_source
 from deitlt_hf.recipes import DataArguments
 
 RANDOM = np.random.RandomState(0)
@@ -268,7 +268,7 @@ def test_list_files_take_species_names(tmp_path):
         category = {row["image_id"]: row["category_id"] for row in content["annotations"]}
         lines = [f"{row['file_name']} {category[row['id']]}" for row in content["images"]]
         (tmp_path / f"iNaturalist18_{stem}.txt").write_text("\n".join(lines))
-    assert load_folder(str(tmp_path))[0].startswith("list files (iNaturalist18_train.txt")
+    assert load_source(data_dir=str(tmp_path))[0].startswith("list files (iNaturalist18_train.txt")
     data = load_long_tailed("inat18", str(tmp_path))
     assert data["train"].features["label"].names == ["Aves one", "Aves two", "Plantae three"]
     assert class_counts(data["train"]["label"][:]).tolist() == [4, 2, 1]
@@ -376,6 +376,16 @@ def test_csv_with_a_split_column(tmp_path):
         (80, 2), (81, 2), (0, 0), (1, 0), (40, 1), (41, 1),
     ]  # fmt: skip
     assert data["test"]["label"][:] == [2, 0, 1]
+
+
+def test_columns_with_unusual_names(tmp_path):
+    write_table_images(tmp_path)
+    rows = [f"{name},images/{name}_0.png,x" for name in ("cat", "dog")] + ["cat,images/cat_1.png,x"]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.tsv").write_text("\n".join(["kind,where,label", *rows]).replace(",", "\t"))
+    data = load_long_tailed(data_dir=str(tmp_path), image_column="where", label_column="kind")
+    assert data["train"].features["label"].names == ["cat", "dog"]
+    assert [shade(row) for row in data["test"]] == [0, 40, 1]
 
 
 def test_numbers_in_a_table_keep_their_value(tmp_path):

@@ -296,7 +296,9 @@ def load_tables(
             paths = [str(columns[image][row]) for row in rows]
             splits[_split_of(part) or part] = Split(paths, np.asarray([columns[label][row] for row in rows]))
     names, labels = encode_labels({name: split.labels for name, split in splits.items()})
-    return _located(folder, {name: Split(split.paths, labels[name]) for name, split in splits.items()}, names)
+    encoded = {name: Split(split.paths, labels[name]) for name, split in splits.items()}
+    columns = {"image": image_column or "image", "label": label_column or "label"}
+    return _located(folder, encoded, names).rename_columns(columns)
 
 
 def encode_labels(labels: Mapping[str, Sequence]) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -35,100 +35,61 @@ FOLDER_ONLY = ("imagefolder", "imagenet_lt", "inat18", "places_lt")
 SORTED_BY_AUTHORS = ("imagenet_lt", "inat18")
 
 
-def load_long_tailed(
-    dataset: str = "digits",
-    data_dir: str | None = None,
-    *,
-    imbalance_ratio: float | None = None,
-    imbalance_type: str = "exp",
-    max_per_class: int | None = None,
-    subset_seed: int = 0,
-    test_split: str | None = None,
-    test_fraction: float | None = None,
-    train_list: str | None = None,
-    test_list: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    class_names: Sequence[str] | str | None = None,
-    skip_bad_images: bool = False,
-) -> datasets.DatasetDict:
+def load_long_tailed(dataset: str = "digits", data_dir: str | None = None, **options) -> datasets.DatasetDict:
     """Loads a data set and, if asked, makes its training split long-tailed. The test split stays whole.
 
     Args:
-        dataset: `digits` (scikit-learn's, embedded: 1,797 images of 8 x 8 pixels), or the id of a data set on the Hub.
-            With `data_dir` it is only a name.
-        data_dir: Read from this folder instead. By what it holds: MNIST-style IDX files; CIFAR's python version; what
-            `save_to_disk` wrote; list files (see [`load_lists`]); an iNaturalist competition; tables (CSV, TSV,
-            parquet) with paths or images; webdataset shards; class folders, with or without `train` and `test`.
-        imbalance_ratio: Subsample a balanced training split to this ratio of its largest to its smallest class, see
-            [`long_tailed_indices`]. None keeps all images, for data that are long-tailed already.
-        imbalance_type: `exp` or `step`.
-        max_per_class: Images of the largest class after subsampling.
-        subset_seed: Seed of the subset, and of `test_fraction`. The authors always use 0.
-        test_split: Name of the test split; by default the first of test, validation, valid, val and eval.
-        test_fraction: Share of each class to set apart for testing, in data without a test split.
-        train_list: List file of the training images, here or in `data_dir`; by default found by its name.
-        test_list: List file of the test images.
-        image_column: Column with the images; by default the only one of that type, or one with a usual name.
-        label_column: Column with the labels; by default the only one of type `ClassLabel`, or one with a usual name.
-        class_names: Names of the classes, or a file with them (see [`read_class_names`]), in label order.
-        skip_bad_images: Decode every image once and leave out those that cannot be read, with a warning that counts
-            them. Otherwise an unreadable image stops the run that meets it, by name.
+        dataset: See [`load_source`].
+        data_dir: See [`load_source`].
+        **options: `train_list`, `test_list`, `image_column`, `label_column` as for [`load_source`], and all of
+            [`long_tailed_splits`].
 
     Returns:
-        `train` and `test`, each with the columns `image`, `label` (`ClassLabel`) and `source_index` (row in the
-        source's split).
+        `train` and `test`, see [`long_tailed_splits`].
 
     Raises:
-        FileNotFoundError: If `data_dir` does not exist or holds nothing of the kinds above, or listed images are
-            missing.
+        FileNotFoundError: If `data_dir` does not exist or holds nothing that is known, or listed images are missing.
         ValueError: If a split, column or class is missing, or the imbalance cannot be made.
     """
-    if data_dir is None:
-        splits = _load_named(dataset)
-    else:
-        splits = load_folder(data_dir, train_list, test_list, image_column, label_column)[1]
-    splits = _choose_splits(splits, test_split, test_fraction)
-    splits = _standard_columns(splits, image_column, label_column, class_names)
-    if test_fraction is not None:
-        whole = splits["train"]
-        indices = stratified_split(whole["label"][:], test_fraction, subset_seed)
-        splits = datasets.DatasetDict(
-            {name: whole.select(rows) for name, rows in zip(("train", "test"), indices, strict=True)}
-        )
-    if skip_bad_images:
-        splits = _drop_unreadable(splits)
-    names = splits["train"].features["label"].names
-    if len(names) < 2:
-        raise ValueError(f"the data have {len(names)} class ({', '.join(names)}); a classifier needs at least two.")
-    if imbalance_ratio is not None:
-        indices = long_tailed_indices(
-            splits["train"]["label"][:], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
-        )
-        splits["train"] = splits["train"].select(indices)
-    counts = class_counts(splits["train"]["label"][:], len(names))
-    if counts.min() == 0:
-        empty = [names[label] for label in np.flatnonzero(counts == 0)]
-        raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")
-    return splits
+    lists = {name: options.pop(name, None) for name in ("train_list", "test_list")}
+    columns = {name: options.get(name) for name in ("image_column", "label_column")}
+    return long_tailed_splits(load_source(dataset, data_dir, **lists, **columns)[1], **options)
 
 
-def load_folder(
-    data_dir: str,
+def load_source(
+    dataset: str = "digits",
+    data_dir: str | None = None,
     train_list: str | None = None,
     test_list: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> tuple[str, datasets.DatasetDict]:
-    """Loads the splits of a folder as they are; for the arguments see [`load_long_tailed`].
+    """Loads the splits of a data set as they are.
+
+    Args:
+        dataset: `digits` (scikit-learn's, embedded: 1,797 images of 8 x 8 pixels), or the id of a data set on the Hub.
+            With `data_dir` it is only a name.
+        data_dir: Read from this folder instead. By what it holds: list files (see [`load_lists`]); MNIST-style IDX
+            files; CIFAR's python version; what `save_to_disk` wrote; an iNaturalist competition; class folders below
+            `train` and `test`; tables (CSV, TSV, parquet) with paths or images; webdataset shards; class folders.
+        train_list: List file of the training images, here or in `data_dir`; by default found by its name.
+        test_list: List file of the test images.
+        image_column: Column with the images, in tables; by default one with a usual name.
+        label_column: Column with the labels, in tables; by default one with a usual name.
 
     Returns:
-        What the folder was taken for, and its splits.
+        What was loaded, in words, and its splits.
 
     Raises:
-        FileNotFoundError: If it does not exist or holds nothing that is known.
+        FileNotFoundError: If the folder does not exist or holds nothing that is known.
         ValueError: If its files are not what they seem.
     """
+    if data_dir is None:
+        if dataset in FOLDER_ONLY:
+            raise ValueError(f"{dataset} has no public copy to load; give data_dir, the folder with its images.")
+        if dataset == "digits":
+            return "scikit-learn's digits", load_digits()
+        return f"{dataset} from the Hub", datasets.load_dataset(dataset)
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
@@ -159,10 +120,67 @@ def _names(files: dict[str, Path]) -> str:
     return ", ".join(path.name for path in files.values())
 
 
-def _load_named(dataset: str) -> datasets.DatasetDict:
-    if dataset in FOLDER_ONLY:
-        raise ValueError(f"{dataset} has no public copy to load; give data_dir, the folder with its images.")
-    return load_digits() if dataset == "digits" else datasets.load_dataset(dataset)
+def long_tailed_splits(
+    splits: datasets.DatasetDict,
+    *,
+    imbalance_ratio: float | None = None,
+    imbalance_type: str = "exp",
+    max_per_class: int | None = None,
+    subset_seed: int = 0,
+    test_split: str | None = None,
+    test_fraction: float | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | str | None = None,
+    skip_bad_images: bool = False,
+) -> datasets.DatasetDict:
+    """Makes splits what the trainers take, and the training split long-tailed if asked. The test split stays whole.
+
+    Args:
+        splits: As loaded.
+        imbalance_ratio: Subsample a balanced training split to this ratio of its largest to its smallest class, see
+            [`long_tailed_indices`]. None keeps all images, for data that are long-tailed already.
+        imbalance_type: `exp` or `step`.
+        max_per_class: Images of the largest class after subsampling.
+        subset_seed: Seed of the subset, and of `test_fraction`. The authors always use 0.
+        test_split: Name of the test split; by default the first of test, validation, valid, val and eval.
+        test_fraction: Share of each class to set apart for testing, in data without a test split.
+        image_column: Column with the images; by default the only one of that type.
+        label_column: Column with the labels; by default the only one of type `ClassLabel`, or one with a usual name.
+        class_names: Names of the classes, or a file with them (see [`read_class_names`]), in label order.
+        skip_bad_images: Decode every image once and leave out those that cannot be read, with a warning that counts
+            them. Otherwise an unreadable image stops the run that meets it, by name.
+
+    Returns:
+        `train` and `test`, each with the columns `image`, `label` (`ClassLabel`) and `source_index` (row in the
+        source's split).
+
+    Raises:
+        ValueError: If a split, column or class is missing, or the imbalance cannot be made.
+    """
+    splits = _choose_splits(splits, test_split, test_fraction)
+    splits = _standard_columns(splits, image_column, label_column, class_names)
+    if test_fraction is not None:
+        whole = splits["train"]
+        indices = stratified_split(whole["label"][:], test_fraction, subset_seed)
+        splits = datasets.DatasetDict(
+            {name: whole.select(rows) for name, rows in zip(("train", "test"), indices, strict=True)}
+        )
+    if skip_bad_images:
+        splits = _drop_unreadable(splits)
+    names = splits["train"].features["label"].names
+    if len(names) < 2:
+        raise ValueError(f"the data have {len(names)} class ({', '.join(names)}); a classifier needs at least two.")
+    if imbalance_ratio is not None:
+        indices = long_tailed_indices(
+            splits["train"]["label"][:], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
+        )
+        splits["train"] = splits["train"].select(indices)
+    counts = class_counts(splits["train"]["label"][:], len(names))
+    if counts.min() == 0:
+        empty = [names[label] for label in np.flatnonzero(counts == 0)]
+        raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")
+    return splits
 
 
 def find_columns(

@@ -1,17 +1,17 @@
 """What recipes say about data and models; the training arguments say the rest."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import DatasetDict
 
-from ..data.loading import load_long_tailed
+from ..data.loading import load_source, long_tailed_splits
 from ..data.long_tail import ShotGroups, class_counts, shot_groups
 
 
 @dataclass
 class DataArguments:
-    """The data of a recipe; see [`load_long_tailed`] for what the fields mean."""
+    """The data of a recipe; see [`load_source`] and [`long_tailed_splits`] for what the fields mean."""
 
     dataset: str = field(
         default="digits",
@@ -53,14 +53,30 @@ class DataArguments:
         },
     )
 
-    def load(self) -> DatasetDict:
-        """Loads the data."""
-        values = asdict(self)
-        del values["group_boundaries"], values["group_rule"]
+    def source(self) -> tuple[str, DatasetDict]:
+        """Loads the splits as they are, and says what they were loaded as."""
+        return load_source(
+            self.dataset, self.data_dir, self.train_list, self.test_list, self.image_column, self.label_column
+        )
+
+    def load(self, source: DatasetDict | None = None) -> DatasetDict:
+        """Makes the training and test images, of splits that were loaded before or of what the fields name."""
         names = self.class_names
         if names is not None and len(names) == 1 and Path(names[0]).is_file():
-            values["class_names"] = names[0]
-        return load_long_tailed(**values)
+            names = names[0]
+        return long_tailed_splits(
+            source if source is not None else self.source()[1],
+            imbalance_ratio=self.imbalance_ratio,
+            imbalance_type=self.imbalance_type,
+            max_per_class=self.max_per_class,
+            subset_seed=self.subset_seed,
+            test_split=self.test_split,
+            test_fraction=self.test_fraction,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            class_names=names,
+            skip_bad_images=self.skip_bad_images,
+        )
 
     def groups(self, data: DatasetDict) -> ShotGroups:
         """Head, mid and tail of the training images."""

@@ -3,7 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalPrediction
 from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import find_columns
 from ..data.long_tail import class_counts, indices_hash, shot_groups
-from ..data.transforms import image_processor, train_transform
+from ..data.transforms import TrainTransform, image_processor, train_transform
 from ..evaluation import ExpertTable, group_accuracies
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
@@ -83,11 +83,12 @@ class LongTailTrainer(Trainer, ABC):
         self.group_rule = getattr(groups, "rule", "as given")
         self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
 
+        self.views = self.train_views(args, processing_class)
         super().__init__(
             model=model,
             args=args,
             data_collator=ImageCollator(processing_class),
-            train_dataset=_image_dataset(train_dataset, self.train_views(args, processing_class)),
+            train_dataset=_image_dataset(train_dataset, self.views),
             eval_dataset=_image_dataset(eval_dataset),
             processing_class=processing_class,
             compute_metrics=self._expert_metrics,
@@ -127,7 +128,7 @@ class LongTailTrainer(Trainer, ABC):
         """Changes a batch on its device before the loss is computed, such as by mixing."""
         return batch
 
-    def train_views(self, args: LongTailTrainingArguments, processor) -> dict[str, Callable]:
+    def train_views(self, args: LongTailTrainingArguments, processor) -> dict[str, TrainTransform]:
         """Training transforms, by the name of the model input that each makes."""
         transform = train_transform(processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing)
         return {"pixel_values": transform}
@@ -228,10 +229,18 @@ class LongTailTrainer(Trainer, ABC):
         # DistributedDataParallel averages over processes what has to be a sum.
         return self.compute_training_loss(model, inputs) * self.accelerator.num_processes
 
+    def training_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the loss is computed from: a batch of the data loader on the device, normalised and prepared."""
+        inputs = self._prepare_inputs(dict(batch))
+        for name, view in self.views.items():
+            if inputs[name].dtype == torch.uint8:  # a data set of the user's own may give normalised images
+                inputs[name] = view.finish(inputs[name])
+        return self.prepare_batch(inputs)
+
     def _prepare_window(self) -> None:
         """Prepares all slices of an optimiser step and gives each the denominators of the whole."""
         for batch in self._window:
-            batch.update(self.prepare_batch(self._prepare_inputs(batch)))
+            batch.update(self.training_batch(batch))
         total = torch.stack([self.loss_denominators(batch) for batch in self._window]).sum(dim=0)
         total = self.accelerator.reduce(total, "sum")
         for batch in self._window:
@@ -333,7 +342,7 @@ class NonFiniteLossGuard(TrainerCallback):
             )
 
 
-def _image_dataset(dataset: Dataset | None, views: Mapping[str, Callable] | None = None):
+def _image_dataset(dataset: Dataset | None, views: Mapping[str, TrainTransform] | None = None):
     if not isinstance(dataset, Dataset):
         return dataset
     return ImageDataset(dataset, *find_columns(dataset), views)

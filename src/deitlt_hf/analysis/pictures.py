@@ -1,0 +1,179 @@
+"""Pictures of a recipe's data: the classes, and what student and teacher see in training."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..configuration_deitlt import DeiTLTConfig
+from ..configuration_flat_teacher import FlatTeacherConfig
+from ..data.long_tail import class_counts
+from ..modeling_deitlt import DeiTLTForImageClassification
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
+from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
+
+GROUP_COLORS = {"head": "#1b6ca8", "mid": "#5aa469", "tail": "#d35d6e"}
+COLUMNS = 8
+
+
+def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
+    """Draws the class histogram, `classes.png`, and training images before and after the DRW epoch, `images.png`.
+
+    Args:
+        argv: A command line of `scripts/distill.py`.
+        folder: Where to write. It is made if it is not there.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError, FileNotFoundError: As for the script.
+    """
+    pyplot = _pyplot()
+    with tempfile.TemporaryDirectory() as scratch:
+        classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+        recipe, data_args, model_args, args = parse_arguments(
+            "student", classes, [*argv, "--output_dir", scratch, "--dataloader_num_workers", "0"]
+        )
+        data = data_args.load()
+        groups = data_args.groups(data)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / "classes.png", folder / "images.png"]
+        _draw_classes(pyplot, data["train"], groups, recipe, files[0])
+        _draw_images(pyplot, _training_images(recipe, data, groups, model_args, args), recipe, files[1])
+    return files
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib: pip install 'deitlt-hf[plots]'.") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _draw_classes(pyplot, train, groups, title: str, file: Path) -> None:
+    names = train.features["label"].names
+    counts = class_counts(train["label"][:], len(names))
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    position = 0
+    for group, members in groups.items():
+        if len(members) == 0:
+            continue
+        places = np.arange(position, position + len(members))
+        label = f"{group}: {len(members):,} classes, {counts[members].sum():,} images"
+        # Bars of thousands of classes would be thinner than a pixel; an area is not.
+        step = np.append(counts[members], counts[members][-1])
+        axes.fill_between(
+            np.append(places, places[-1] + 1) - 0.5, step, step="post", color=GROUP_COLORS[group], label=label
+        )
+        position += len(members)
+    order = np.concatenate(list(groups.values()))
+    if len(names) <= 20:
+        axes.set_xticks(range(len(names)), [names[label] for label in order], rotation=45, ha="right")
+    axes.set(xlabel="classes, sorted by count", ylabel="training images", title=f"{title} ({groups.rule})")
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    if counts.max() > 10 * counts.min():
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(0.8 * counts.min(), 0.5))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+class _Onlooker(nn.Module):
+    """In the teacher's place: keeps what it is shown."""
+
+    def __init__(self, config: FlatTeacherConfig):
+        super().__init__()
+        self.config = config
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        self.seen.append(pixel_values)
+        return SimpleNamespace(logits=torch.zeros(len(pixel_values), self.config.num_labels))
+
+
+def _training_images(recipe: str, data, groups, model_args: StudentArguments, args) -> dict[str, tuple]:
+    """Rows of images in [0, 1] and of captions, made by the trainer itself."""
+    names = data["train"].features["label"].names
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    size, patch = model_args.image_size, model_args.patch_size
+    student = DeiTLTForImageClassification(
+        DeiTLTConfig(
+            image_size=size, patch_size=patch, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, **labels
+        )
+    )
+    known = {field.name for field in fields(TeacherArguments)}
+    values = {key: value for key, value in load_recipe(recipe)["teacher"].items() if key in known}
+    teacher = _Onlooker(FlatTeacherConfig(**values, **labels))
+    trainer = DeiTLTTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=data["train"], eval_dataset=data["test"], groups=groups
+    )
+    trainer.seed_random_streams()
+    rows = {}
+    drw = args.drw_start_epoch
+    phases = {"all epochs": 0} if drw is None else {f"before epoch {drw:g}": 0, f"from epoch {drw:g}, re-weighted": drw}
+    for phase, epoch in phases.items():
+        trainer.state.epoch = epoch
+        batch = next(iter(trainer.get_train_dataloader()))
+        prepared = trainer.training_batch(batch)
+        targets = prepared["labels"]
+        captions = [_caption(target, names) for target in targets[:COLUMNS]]
+        processor = trainer.processing_class
+        rows[f"student, {phase}"] = (
+            _visible(prepared["pixel_values"], processor.image_mean, processor.image_std),
+            captions,
+        )
+        if teacher.seen:
+            seen = teacher.seen.pop()
+            rows[f"teacher, {phase}"] = (_visible(seen, teacher.config.image_mean, teacher.config.image_std), captions)
+    return rows
+
+
+def _visible(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return (pixel_values[:COLUMNS].cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
+    """The label, or the labels of a mixed image with their shares."""
+    if target.dim() == 0:
+        return _short(names[int(target)])
+    # Label smoothing gives every class the same small share.
+    shares = (target - target.min()).double()
+    shares = shares / shares.sum()
+    top = [label for label in shares.topk(min(2, len(names))).indices.tolist() if shares[label] > 0.005]
+    return "\n".join(f"{_short(names[label])} {100 * shares[label]:.0f} %" for label in top)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
+def _draw_images(pyplot, rows: dict[str, tuple], title: str, file: Path) -> None:
+    figure, grid = pyplot.subplots(
+        len(rows), COLUMNS, figsize=(1.35 * COLUMNS, 1.95 * len(rows)), layout="constrained", squeeze=False
+    )
+    for axes, (name, (images, captions)) in zip(grid, rows.items(), strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, image, caption in zip(axes, images, captions, strict=False):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_title(caption, fontsize=7)
+        side = images.shape[1]
+        axes[0].text(-0.12, 0.5, f"{name}\n{side} x {side}", rotation=90, ha="center", va="center", fontsize=7,
+                     transform=axes[0].transAxes)  # fmt: skip
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,59 @@
+"""Looks at the data of a recipe before a run.
+
+python -m deitlt_hf.data check --recipe imagenet_lt --data_dir DIR [--deep]
+python -m deitlt_hf.data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
+
+`check` prints what is there, what is missing and what is wrong; `--deep` decodes every image. It ends with 1 if
+something is wrong. `show` draws the classes and what student and teacher see. Both take every field of a recipe's data.
+"""
+
+import argparse
+import sys
+
+# A program, not a part of the layer: it may use what is built upon the data.
+from ..recipes import DataArguments, command_line_errors, parse_arguments
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m deitlt_hf.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=["check", "show"])
+    parser.add_argument("--deep", action="store_true", help="check: decode every image")
+    parser.add_argument("--out", default="pictures", help="show: folder for the pictures")
+    args, rest = parser.parse_known_args()
+    if args.command == "check":
+        sys.exit(check(rest, args.deep))
+    from ..analysis.pictures import draw_data
+
+    for path in draw_data(rest, args.out):
+        print(path)
+
+
+def check(argv: list[str], deep: bool) -> int:
+    """Prints a report; 1 if there are problems."""
+    from rich.console import Console
+
+    from .check import check_data
+
+    name, arguments = parse_arguments("data", (DataArguments,), argv)
+    kind, source = arguments.source()
+    data = arguments.load(source)
+    report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    for label, text in report.lines.items():
+        console.print(f"[bold]{label:16}[/bold] ", end="")
+        console.print(text, markup=False)
+    for problem in report.problems:
+        console.print("[red]wrong[/red]            ", end="")
+        console.print(problem, markup=False)
+    console.print(f"{name}: {len(report.problems)} problem(s)" if report.problems else f"{name}: ready to train on")
+    return int(bool(report.problems))
+
+
+if __name__ == "__main__":
+    with command_line_errors():
+        main()

@@ -1,0 +1,170 @@
+"""Tells in seconds what a data set holds, what is missing and, on request, which images cannot be decoded."""
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+
+from .images import open_image
+from .long_tail import ShotGroups, class_counts, indices_hash
+
+NAMED = 5
+ROWS_A_TASK = 256
+
+
+class Benchmark(NamedTuple):
+    """What a public benchmark should have before any subsampling."""
+
+    classes: int
+    train_images: int
+    test_images: int
+
+
+BENCHMARKS = {
+    "uoft-cs/cifar10": Benchmark(10, 50_000, 10_000),
+    "uoft-cs/cifar100": Benchmark(100, 50_000, 10_000),
+    "imagenet_lt": Benchmark(1000, 115_846, 50_000),
+    "inat18": Benchmark(8142, 437_513, 24_426),
+    "places_lt": Benchmark(365, 62_500, 36_500),
+}
+
+
+@dataclass
+class Report:
+    """Lines to show, and what is wrong."""
+
+    lines: dict[str, str]
+    problems: list[str]
+
+
+def check_data(
+    name: str,
+    kind: str,
+    source: Mapping[str, datasets.Dataset],
+    data: datasets.DatasetDict,
+    groups: ShotGroups,
+    deep: bool = False,
+) -> Report:
+    """Looks at a data set.
+
+    Args:
+        name: Its name, to compare it with what a public benchmark should have.
+        kind: What it was loaded as, in words.
+        source: The splits as they were loaded.
+        data: `train` and `test` as they are trained on.
+        groups: Head, mid and tail.
+        deep: Decode every image, on all cores, and look for images that are for training and for testing.
+
+    Returns:
+        What it is; without problems it can be trained on.
+    """
+    names = data["train"].features["label"].names
+    counts = class_counts(data["train"]["label"][:], len(names))
+    largest, smallest = int(counts.argmax()), int(counts.argmin())
+    in_groups = ", ".join(
+        f"{group} {len(members):,} ({counts[members].sum():,} images)" for group, members in groups.items()
+    )
+    lines = {
+        "source": kind,
+        "splits": ", ".join(f"{split} {len(rows):,}" for split, rows in source.items()),
+        "training images": f"{counts.sum():,} of {len(names):,} classes",
+        "test images": f"{len(data['test']):,}",
+        "largest class": f"{names[largest]}: {counts[largest]:,}",
+        "smallest class": f"{names[smallest]}: {counts[smallest]:,} (imbalance ratio "
+        f"{counts[largest] / counts[smallest]:.4g})",
+        "groups": f"{in_groups}: {groups.rule}",
+        "subset": f"sha256 {indices_hash(data['train']['source_index'][:])}",
+    }
+    problems = [*_against_benchmark(name, source, len(names)), *_tests_of_classes(data["test"], names)]
+    problems += _paths(data)
+    if deep:
+        text, found = _decode_all(data)
+        lines["decoded"] = text
+        problems += found
+    return Report(lines, problems)
+
+
+def _against_benchmark(name: str, source: Mapping[str, datasets.Dataset], num_classes: int) -> Iterator[str]:
+    wanted = BENCHMARKS.get(name)
+    if wanted is None:
+        return
+    sizes = {split: len(rows) for split, rows in source.items()}
+    test = sum(size for split, size in sizes.items() if split != "train")
+    for what, found, expected in (
+        ("classes", num_classes, wanted.classes),
+        ("training images", sizes["train"], wanted.train_images),
+        ("test images", test, wanted.test_images),
+    ):
+        if found != expected:
+            yield f"{name} has {expected:,} {what}, but here are {found:,}"
+
+
+def _tests_of_classes(test: datasets.Dataset, names: list[str]) -> Iterator[str]:
+    untested = [names[label] for label in np.flatnonzero(class_counts(test["label"][:], len(names)) == 0)]
+    if untested:
+        yield f"{len(untested):,} classes have no test image: {_some(untested)}"
+
+
+def _paths(data: datasets.DatasetDict) -> Iterator[str]:
+    """Files that are empty, or there twice."""
+    paths = {split: _stored_paths(rows) for split, rows in data.items()}
+    empty = [path for split in paths.values() for path in split if os.path.getsize(path) == 0]
+    if empty:
+        yield f"{len(empty):,} files are empty: {_some(empty)}"
+    both = sorted(set(paths["train"]) & set(paths["test"]))
+    if both:
+        yield f"{len(both):,} images are for training and for testing: {_some(both)}"
+    twice = [path for path, times in Counter(paths["train"]).items() if times > 1]
+    if twice:
+        yield f"{len(twice):,} training images are listed more than once: {_some(twice)}"
+
+
+def _stored_paths(rows: datasets.Dataset) -> list[str]:
+    """Paths of the images that are files of their own."""
+    images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False)).with_format("arrow")
+    column = images[:].column("image").combine_chunks()
+    stored = column.field("bytes").is_valid().to_pylist()
+    return [path for path, inside in zip(column.field("path").to_pylist(), stored, strict=True) if not inside]
+
+
+def _decode_all(data: datasets.DatasetDict) -> tuple[str, list[str]]:
+    started, problems, seen = time.perf_counter(), [], {}
+    with ProcessPoolExecutor() as pool:
+        for split, rows in data.items():
+            images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+            tasks = [(images, start) for start in range(0, len(images), ROWS_A_TASK)]
+            results = [result for task in pool.map(_decode_some, tasks) for result in task]
+            bad = [error for error, _ in results if error is not None]
+            if bad:
+                problems.append(f"{len(bad):,} of {len(rows):,} {split} images: {'; '.join(bad[:NAMED])}")
+            seen[split] = [digest for error, digest in results if error is None]
+    both = len(set(seen["train"]) & set(seen["test"]))
+    if both:
+        problems.append(f"{both:,} images have the same bytes in training and testing")
+    total = sum(map(len, data.values()))
+    return f"{total:,} images, {total / (time.perf_counter() - started):,.0f} a second", problems
+
+
+def _decode_some(task: tuple[datasets.Dataset, int]) -> list[tuple[str | None, bytes | None]]:
+    """For each image what is wrong with it, if anything, and a digest of its bytes."""
+    images, start = task
+    results: list[tuple[str | None, Any]] = []
+    for row in range(start, min(start + ROWS_A_TASK, len(images))):
+        try:
+            image = open_image(images[row]["image"])
+            image.decode()
+            results.append((None, hashlib.blake2b(image.data, digest_size=16).digest()))
+        except ValueError as error:
+            results.append((str(error).removesuffix(" Repair or remove it, or pass --skip_bad_images."), None))
+    return results
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
