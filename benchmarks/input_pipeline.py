@@ -2,10 +2,10 @@
 
 python benchmarks/input_pipeline.py [--seconds 6] [--rounds 5]
 
-Each row is one pipeline of the paper: CIFAR enlarged to 224 pixels, CIFAR at 32, and JPEG photographs of 500 x 375 to 224.
-Both sides end with batches of 64 normalised and randomly erased float images, stacked. timm's PIL images are decoded for
-the first two rows (it is given them for free); ours come from the data set, with labels. The rounds alternate, and the
-ratio is that of the medians. Posterizing with 0 bits, where timm crashes with Pillow 13, is skipped on its side.
+Each row is one pipeline of the paper: CIFAR enlarged to 224 pixels, CIFAR at 32, and JPEG photographs of 500 x 375 to
+224. Both sides end with batches of 64 normalised and randomly erased float images, stacked. In the first two rows timm
+is given decoded Pillow images; ours come from the data set, with labels. The rounds alternate, and the ratio is that of
+the medians. Posterizing with 0 bits, where timm crashes with Pillow 13, keeps 1 bit on its side.
 """
 
 import argparse

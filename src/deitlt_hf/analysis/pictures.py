@@ -12,7 +12,7 @@ from torch import nn
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
-from ..data.long_tail import class_counts
+from ..data.loading import training_counts
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
@@ -63,7 +63,7 @@ def _pyplot():
 
 def _draw_classes(pyplot, train, groups, title: str, file: Path) -> None:
     names = train.features["label"].names
-    counts = class_counts(train["label"][:], len(names))
+    counts = training_counts(train)
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
     position = 0
     for group, members in groups.items():

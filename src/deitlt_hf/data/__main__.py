@@ -8,7 +8,9 @@ something is wrong. `show` draws the classes and what student and teacher see. B
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 # A program, not a part of the layer: it may use what is built upon the data.
 from ..recipes import DataArguments, command_line_errors, parse_arguments
@@ -23,26 +25,32 @@ def main() -> None:
     )
     parser.add_argument("command", choices=["check", "show"])
     parser.add_argument("--deep", action="store_true", help="check: decode every image")
+    parser.add_argument("--counts", help="check: write the images of each class to this JSON file")
     parser.add_argument("--out", default="pictures", help="show: folder for the pictures")
     args, rest = parser.parse_known_args()
     if args.command == "check":
-        sys.exit(check(rest, args.deep))
+        sys.exit(check(rest, args.deep, args.counts))
     from ..analysis.pictures import draw_data
 
     for path in draw_data(rest, args.out):
         print(path)
 
 
-def check(argv: list[str], deep: bool) -> int:
-    """Prints a report; 1 if there are problems."""
+def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
+    """Prints a report, and writes the counts; 1 if there are problems."""
     from rich.console import Console
 
     from .check import check_data
+    from .loading import training_counts
 
     name, arguments = parse_arguments("data", (DataArguments,), argv)
     kind, source = arguments.source()
     data = arguments.load(source)
     report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep)
+    if counts_file is not None:
+        train = data["train"]
+        counts = dict(zip(train.features["label"].names, training_counts(train).tolist(), strict=True))
+        Path(counts_file).expanduser().write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for label, text in report.lines.items():
         console.print(f"[bold]{label:16}[/bold] ", end="")

@@ -13,7 +13,8 @@ import datasets
 import numpy as np
 
 from .images import open_image
-from .long_tail import ShotGroups, class_counts, indices_hash
+from .loading import subset_hash, training_counts
+from .long_tail import ShotGroups, class_counts
 
 NAMED = 5
 ROWS_A_TASK = 256
@@ -48,7 +49,7 @@ def check_data(
     name: str,
     kind: str,
     source: Mapping[str, datasets.Dataset],
-    data: datasets.DatasetDict,
+    data: Mapping[str, datasets.Dataset],
     groups: ShotGroups,
     deep: bool = False,
 ) -> Report:
@@ -64,9 +65,12 @@ def check_data(
 
     Returns:
         What it is; without problems it can be trained on.
+
+    Raises:
+        ValueError: If a stream is to be decoded.
     """
     names = data["train"].features["label"].names
-    counts = class_counts(data["train"]["label"][:], len(names))
+    counts = training_counts(data["train"])
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     in_groups = ", ".join(
         f"{group} {len(members):,} ({counts[members].sum():,} images)" for group, members in groups.items()
@@ -80,9 +84,13 @@ def check_data(
         "smallest class": f"{names[smallest]}: {counts[smallest]:,} (imbalance ratio "
         f"{counts[largest] / counts[smallest]:.4g})",
         "groups": f"{in_groups}: {groups.rule}",
-        "subset": f"sha256 {indices_hash(data['train']['source_index'][:])}",
+        "subset": f"sha256 {subset_hash(data['train'])}",
     }
     problems = [*_against_benchmark(name, source, len(names)), *_tests_of_classes(data["test"], names)]
+    if not isinstance(data["train"], datasets.Dataset):
+        if deep:
+            raise ValueError("a stream cannot be decoded beforehand; leave out --deep, and see --skip_bad_images.")
+        return Report(lines, problems)
     problems += _paths(data)
     if deep:
         text, found = _decode_all(data)

@@ -284,7 +284,9 @@ def load_tables(
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
     if _embeds_images(tables["train"]):
-        return datasets.load_dataset("parquet", data_files={split: _siblings(path) for split, path in tables.items()})
+        return datasets.load_dataset(
+            "parquet", data_files={split: sibling_tables(path) for split, path in tables.items()}
+        )
     splits: dict[str, Split] = {}
     for name, path in tables.items():
         columns = _read_table(path)
@@ -353,7 +355,7 @@ def _embeds_images(path: Path) -> bool:
     return any(str(field.type).startswith("struct<bytes") for field in schema)
 
 
-def _siblings(path: Path) -> list[str]:
+def sibling_tables(path: Path) -> list[str]:
     """All parquet files of the split that one of them belongs to."""
     split = _split_of(path.name)
     return [str(other) for other in sorted(path.parent.glob("*.parquet")) if _split_of(other.name) == split]

@@ -25,7 +25,7 @@ from .files import (
     load_tables,
 )
 from .images import decode_image
-from .long_tail import class_counts, long_tailed_indices, stratified_split
+from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def long_tailed_splits(
         ValueError: If a split, column or class is missing, or the imbalance cannot be made.
     """
     splits = _choose_splits(splits, test_split, test_fraction)
-    splits = _standard_columns(splits, image_column, label_column, class_names)
+    splits = standard_columns(splits, image_column, label_column, class_names)
     if test_fraction is not None:
         whole = splits["train"]
         indices = stratified_split(whole["label"][:], test_fraction, subset_seed)
@@ -176,11 +176,29 @@ def long_tailed_splits(
             splits["train"]["label"][:], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
         )
         splits["train"] = splits["train"].select(indices)
-    counts = class_counts(splits["train"]["label"][:], len(names))
-    if counts.min() == 0:
-        empty = [names[label] for label in np.flatnonzero(counts == 0)]
+    empty = [names[label] for label in np.flatnonzero(training_counts(splits["train"]) == 0)]
+    if empty:
         raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")
     return splits
+
+
+def training_counts(split) -> np.ndarray:
+    """Training images of each class, in label order; int64 of shape (num_classes,).
+
+    Args:
+        split: A `datasets.Dataset` with one `ClassLabel` column, or a [`StreamedSplit`], which knows.
+    """
+    if not isinstance(split, datasets.Dataset):
+        return split.class_counts
+    column = find_columns(split)[1]
+    return class_counts(split[column][:], split.features[column].num_classes)
+
+
+def subset_hash(split) -> str | None:
+    """Tells whether two runs train on the same images: of the chosen rows, or of a stream's counts; None if unknown."""
+    if not isinstance(split, datasets.Dataset):
+        return indices_hash(split.class_counts)
+    return indices_hash(split["source_index"][:]) if "source_index" in split.column_names else None
 
 
 def find_columns(
@@ -232,12 +250,13 @@ def _choose_splits(
     return datasets.DatasetDict({"train": splits["train"], "test": splits[test]})
 
 
-def _standard_columns(
+def standard_columns(
     splits: datasets.DatasetDict,
     image_column: str | None,
     label_column: str | None,
-    class_names: Sequence[str] | str | None,
+    class_names: Sequence[str] | str | None = None,
 ) -> datasets.DatasetDict:
+    """Gives all splits the columns `image`, `label` (of the same classes) and `source_index`."""
     standard = {}
     for name, split in splits.items():
         columns = find_columns(split, image_column, label_column)

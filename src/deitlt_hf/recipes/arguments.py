@@ -1,12 +1,12 @@
 """What recipes say about data and models; the training arguments say the rest."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict
-
-from ..data.loading import load_source, long_tailed_splits
-from ..data.long_tail import ShotGroups, class_counts, shot_groups
+from ..data.loading import load_source, long_tailed_splits, training_counts
+from ..data.long_tail import ShotGroups, shot_groups
+from ..data.streaming import load_streamed
 
 
 @dataclass
@@ -42,6 +42,14 @@ class DataArguments:
         default=None, metadata={"help": "Names of the classes in label order, or a file with them."}
     )
     skip_bad_images: bool = field(default=False, metadata={"help": "Leave out images that cannot be read."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training images from shards (webdataset, parquet, a Hub data set) as they come."},
+    )
+    class_counts: str | None = field(
+        default=None, metadata={"help": "JSON file with a stream's images a class, from data check --counts FILE."}
+    )
+    shuffle_buffer: int = field(default=2048, metadata={"help": "Images of a stream that are shuffled together."})
     group_boundaries: list[int] | None = field(
         default=None, metadata={"help": "Ends of head and mid group among the classes sorted by count."}
     )
@@ -53,19 +61,36 @@ class DataArguments:
         },
     )
 
-    def source(self) -> tuple[str, DatasetDict]:
+    def source(self) -> tuple[str, Mapping]:
         """Loads the splits as they are, and says what they were loaded as."""
+        if self.streaming:
+            for name in ("imbalance_ratio", "max_per_class", "test_fraction", "train_list", "test_list", "class_names"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs all images at hand; leave it or --streaming out.")
+            return load_streamed(
+                self.dataset,
+                self.data_dir,
+                test_split=self.test_split,
+                image_column=self.image_column,
+                label_column=self.label_column,
+                class_counts=self.class_counts,
+                shuffle_buffer=self.shuffle_buffer,
+                skip_bad_images=self.skip_bad_images,
+            )
         return load_source(
             self.dataset, self.data_dir, self.train_list, self.test_list, self.image_column, self.label_column
         )
 
-    def load(self, source: DatasetDict | None = None) -> DatasetDict:
+    def load(self, source: Mapping | None = None) -> Mapping:
         """Makes the training and test images, of splits that were loaded before or of what the fields name."""
+        source = source if source is not None else self.source()[1]
+        if self.streaming:
+            return source
         names = self.class_names
         if names is not None and len(names) == 1 and Path(names[0]).is_file():
             names = names[0]
         return long_tailed_splits(
-            source if source is not None else self.source()[1],
+            source,
             imbalance_ratio=self.imbalance_ratio,
             imbalance_type=self.imbalance_type,
             max_per_class=self.max_per_class,
@@ -78,11 +103,9 @@ class DataArguments:
             skip_bad_images=self.skip_bad_images,
         )
 
-    def groups(self, data: DatasetDict) -> ShotGroups:
+    def groups(self, data: Mapping) -> ShotGroups:
         """Head, mid and tail of the training images."""
-        train = data["train"]
-        counts = class_counts(train["label"][:], train.features["label"].num_classes)
-        return shot_groups(counts, self.group_boundaries, self.group_rule)
+        return shot_groups(training_counts(data["train"]), self.group_boundaries, self.group_rule)
 
 
 @dataclass

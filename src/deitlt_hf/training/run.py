@@ -3,11 +3,11 @@
 import dataclasses
 import gc
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
 import transformers
-from datasets import DatasetDict
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -18,8 +18,8 @@ from transformers import (
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
-from ..data.loading import SORTED_BY_AUTHORS
-from ..data.long_tail import class_counts, decreasing_count_map, indices_hash
+from ..data.loading import SORTED_BY_AUTHORS, subset_hash, training_counts
+from ..data.long_tail import decreasing_count_map
 from ..hub import load_original_student
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
@@ -35,7 +35,7 @@ def train_teacher(
     data_args: DataArguments,
     model_args: TeacherArguments,
     args: FlatTeacherTrainingArguments,
-    data: DatasetDict | None = None,
+    data: Mapping | None = None,
 ) -> FlatTeacherTrainer:
     """Trains a recipe's teacher and saves it in `args.output_dir`."""
     _begin(args)
@@ -104,10 +104,9 @@ def load_teacher(path: str) -> PreTrainedModel:
     return AutoModelForImageClassification.from_pretrained(path)
 
 
-def _train(trainer_class, model: PreTrainedModel, args, data: DatasetDict, data_args: DataArguments, **kwargs):
+def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
     if data_args.dataset in SORTED_BY_AUTHORS:  # for an export to their order
-        counts = class_counts(data["train"]["label"][:], _num_labels(data))
-        model.config.class_map = decreasing_count_map(counts).tolist()
+        model.config.class_map = decreasing_count_map(training_counts(data["train"])).tolist()
     trainer = trainer_class(
         model=model,
         args=args,
@@ -123,7 +122,7 @@ def _train(trainer_class, model: PreTrainedModel, args, data: DatasetDict, data_
     return trainer
 
 
-def _student(model_args: StudentArguments, data: DatasetDict) -> DeiTLTForImageClassification:
+def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClassification:
     values = dataclasses.asdict(model_args)
     del values["teacher"]
     attention = {"attn_implementation": values.pop("attn_implementation")}
@@ -146,14 +145,14 @@ def _student(model_args: StudentArguments, data: DatasetDict) -> DeiTLTForImageC
 
 
 def _teacher_of_recipe(
-    recipe: str, data: DatasetDict, data_args: DataArguments, student_args: DeiTLTTrainingArguments
+    recipe: str, data: Mapping, data_args: DataArguments, student_args: DeiTLTTrainingArguments
 ) -> str:
     """The folder of the recipe's teacher; what is missing of its training is done first."""
     folder = Path(student_args.output_dir).parent / "teacher"
     found = [] if student_args.overwrite else run_files(folder)
     if RESULTS_FILE in found:
         record = json.loads((folder / RESULTS_FILE).read_text())
-        if record["data"]["subset_sha256"] != indices_hash(data["train"]["source_index"][:]):
+        if record["data"]["subset_sha256"] != subset_hash(data["train"]):
             raise ValueError(
                 f"the teacher in {folder} was trained on other images (subset {record['data']['subset_sha256'][:12]}); "
                 "give a --teacher, another --output_dir, or --overwrite to train it anew."
@@ -203,5 +202,5 @@ def _model_type(path: str) -> str | None:
     return PreTrainedConfig.get_config_dict(path)[0].get("model_type")
 
 
-def _num_labels(data: DatasetDict) -> int:
+def _num_labels(data: Mapping) -> int:
     return data["train"].features["label"].num_classes

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import EvalPrediction
 
 from ..data.images import ImageCollator, ImageDataset
-from ..data.loading import find_columns
-from ..data.long_tail import class_counts, indices_hash, shot_groups
+from ..data.loading import find_columns, subset_hash, training_counts
+from ..data.long_tail import class_counts, shot_groups
+from ..data.streaming import StreamedImages, StreamedSplit, StreamLoader
 from ..data.transforms import TrainTransform, image_processor, train_transform
 from ..evaluation import ExpertTable, group_accuracies
 from ..losses import effective_number_weights
@@ -40,7 +41,7 @@ class LongTailTrainer(Trainer, ABC):
     Args:
         model: The model to train. It takes the names of its labels from the data if it has none.
         args: Training arguments.
-        train_dataset: Training images. Not needed for evaluation alone.
+        train_dataset: Training images or a [`StreamedSplit`] of them. Not needed for evaluation alone.
         eval_dataset: Test images.
         processing_class: Image processor for evaluation; by default made from the model's image size.
         groups: Class indices of head, mid and tail; by default those of [`shot_groups`].
@@ -70,11 +71,8 @@ class LongTailTrainer(Trainer, ABC):
                 _match_labels(model.config, dataset)
         self.subset_sha256 = None
         if train_dataset is not None:
-            _, label_column = find_columns(train_dataset)
-            counts = class_counts(train_dataset[label_column][:], model.config.num_labels)
-            model.config.class_counts = counts.tolist()
-            if "source_index" in train_dataset.column_names:
-                self.subset_sha256 = indices_hash(train_dataset["source_index"][:])
+            model.config.class_counts = training_counts(train_dataset).tolist()
+            self.subset_sha256 = subset_hash(train_dataset)
         self.class_counts = getattr(model.config, "class_counts", None)
         if groups is None:
             if self.class_counts is None:
@@ -88,7 +86,7 @@ class LongTailTrainer(Trainer, ABC):
             model=model,
             args=args,
             data_collator=ImageCollator(processing_class),
-            train_dataset=_image_dataset(train_dataset, self.views),
+            train_dataset=_image_dataset(train_dataset, self.views, args),
             eval_dataset=_image_dataset(eval_dataset),
             processing_class=processing_class,
             compute_metrics=self._expert_metrics,
@@ -173,7 +171,8 @@ class LongTailTrainer(Trainer, ABC):
             raise ValueError("training needs a train_dataset.")
         # All that can be refused is refused before anything of another run is touched.
         check_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint))
-        self.args.check_data(len(self.train_dataset))
+        streamed = isinstance(self.train_dataset, StreamedImages)  # this process's share
+        self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
         steps_per_epoch = self.steps_per_epoch()
         plan = self.plan()
         claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
@@ -196,6 +195,17 @@ class LongTailTrainer(Trainer, ABC):
 
     def get_train_dataloader(self):
         """Batches for training, all of them whole: mixing pairs their images."""
+        if isinstance(self.train_dataset, StreamedImages):
+            args = self.args  # the stream is shared out already, which Accelerate would do once more
+            return StreamLoader(
+                self.train_dataset,
+                batch_size=args.train_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=args.dataloader_num_workers,
+                persistent_workers=args.dataloader_persistent_workers,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                pin_memory=args.dataloader_pin_memory,
+            )
         # transformers has one setting for training and evaluation, and evaluation must not lose an image.
         for_evaluation, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
         try:
@@ -342,7 +352,13 @@ class NonFiniteLossGuard(TrainerCallback):
             )
 
 
-def _image_dataset(dataset: Dataset | None, views: Mapping[str, TrainTransform] | None = None):
+def _image_dataset(dataset, views: Mapping[str, TrainTransform] | None = None, args=None):
+    """Rows of model inputs, of what the data loaders give; other data sets are taken as they are."""
+    if isinstance(dataset, StreamedSplit):
+        repeats = getattr(args, "repeated_augmentation", 1)
+        return StreamedImages(
+            dataset, views, args.train_batch_size, args.process_index, args.world_size, repeats, args.data_seed
+        )
     if not isinstance(dataset, Dataset):
         return dataset
     return ImageDataset(dataset, *find_columns(dataset), views)

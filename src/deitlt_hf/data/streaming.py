@@ -1,0 +1,266 @@
+"""Training images from shards that do not fit the disk: read in order, shuffled in a window, shared by processes."""
+
+import itertools
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from .files import TEST_NAMES, encode_labels, find_shards, find_split, find_tables, sibling_tables
+from .images import EncodedImage, open_image
+from .loading import find_columns, standard_columns
+from .sampling import RepeatedAugmentationSampler
+
+logger = logging.getLogger(__name__)
+
+
+class StreamedSplit:
+    """A training split that is read from shards, and what has to be known of it beforehand.
+
+    Args:
+        stream: Rows with an image and a label.
+        image_column: Its image column.
+        label_column: Its label column.
+        counts: Images of each class by its label: a class index or whatever the column holds.
+        shuffle_buffer: Images in the window that the order is shuffled in. The order of the shards is shuffled too.
+        skip_bad_images: Leave out images that cannot be read, with a warning each.
+
+    Raises:
+        ValueError: If classes have no image.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        image_column: str,
+        label_column: str,
+        counts: Mapping,
+        shuffle_buffer: int = 2048,
+        skip_bad_images: bool = False,
+    ):
+        feature = (stream.features or {}).get(label_column)
+        if isinstance(feature, datasets.ClassLabel):
+            names = feature.names
+            self.label_of = {label: label for label in range(len(names))}
+            self.class_counts = np.array([counts.get(label, counts.get(name, 0)) for label, name in enumerate(names)])
+        else:
+            names, labels = encode_labels({"train": list(counts)})
+            self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
+            self.class_counts = np.zeros(len(names), np.int64)
+            self.class_counts[labels["train"]] = list(counts.values())
+        empty = [names[label] for label in np.flatnonzero(self.class_counts == 0)]
+        if empty:
+            raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")
+        self.stream = stream.select_columns([image_column, label_column]).cast_column(
+            image_column, datasets.Image(decode=False)
+        )
+        self.image_column, self.label_column = image_column, label_column
+        self.features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        self.column_names = ["image", "label"]
+        self.shuffle_buffer = shuffle_buffer
+        self.skip_bad_images = skip_bad_images
+
+    def __len__(self) -> int:
+        return int(self.class_counts.sum())
+
+
+class StreamedImages(IterableDataset):
+    """One process's share of a [`StreamedSplit`], as rows of model inputs, in whole batches.
+
+    An epoch has as many images as the split, rounded down to whole batches of all processes. A process reads shards of
+    its own if their number is a multiple of the processes', else it passes over the images of the others.
+
+    Args:
+        split: What to read.
+        views: Transforms by the name of the model input that they make.
+        batch_size: Images of this process in a batch.
+        rank: Index of this process.
+        world_size: Number of processes.
+        num_repeats: Copies of each image, one after the other (repeated augmentation); an epoch then sees one in
+            `num_repeats` images. Copies are in one process, while [`RepeatedAugmentationSampler`] spreads them.
+        seed: Seed of the order, which differs by epoch.
+
+    Raises:
+        ValueError: If there are fewer images than a batch of all processes.
+    """
+
+    def __init__(
+        self,
+        split: StreamedSplit,
+        views: Mapping[str, Callable[[EncodedImage], torch.Tensor]],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_repeats: int = 1,
+        seed: int = 0,
+    ):
+        self.split, self.views, self.batch_size, self.num_repeats = split, views, batch_size, num_repeats
+        images = len(split)
+        if num_repeats > 1:
+            images = images // RepeatedAugmentationSampler.ROUND * RepeatedAugmentationSampler.ROUND
+        self.num_batches = images // (batch_size * world_size)
+        if self.num_batches == 0:
+            raise ValueError(f"{images} images are fewer than one batch of {world_size} x {batch_size}.")
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        # In shared memory: workers that live for several epochs see it change.
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass that of `epoch`."""
+        self.epoch[0] = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # Workers deliver whole batches in turn.
+        wanted = (self.num_batches // workers + (index < self.num_batches % workers)) * self.batch_size
+        return itertools.islice(self._rows(), wanted)
+
+    def _rows(self) -> Iterator[dict]:
+        """Rows without end: shards differ in size, and whoever is through with its own begins anew."""
+        for turn in itertools.count():
+            # Not the stream's own `set_epoch`: workers share its state, and would write it at the same time.
+            seed = np.random.SeedSequence([self.seed, int(self.epoch), turn]).generate_state(1)[0]
+            stream = self.split.stream.shuffle(seed=int(seed), buffer_size=self.split.shuffle_buffer)
+            found = False
+            for row in split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size):
+                found = True
+                image = self._open(row[self.split.image_column])
+                label = self.split.label_of.get(row[self.split.label_column])
+                if label is None:
+                    raise ValueError(f"the stream has a label that was not counted: {row[self.split.label_column]!r}.")
+                if image is None:
+                    continue
+                for _ in range(self.num_repeats):
+                    yield {"labels": label, **{name: view(image) for name, view in self.views.items()}}
+            if not found:
+                raise ValueError(
+                    f"a worker has no shard of its own: there are {self.split.stream.num_shards} shards; lower "
+                    "--dataloader_num_workers, or make more shards."
+                )
+
+    def _open(self, image: Mapping) -> np.ndarray | EncodedImage | None:
+        try:
+            opened = open_image(image)
+            # An image that several transforms look at is decoded once.
+            return (
+                opened
+                if self.num_repeats * len(self.views) == 1 and not self.split.skip_bad_images
+                else opened.decode()
+            )
+        except ValueError as error:
+            if not self.split.skip_bad_images:
+                raise
+            logger.warning("left out: %s", error)
+            return None
+
+
+class StreamLoader(DataLoader):
+    """A data loader whose epoch reaches the data set."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass that of `epoch`."""
+        self.dataset.set_epoch(epoch)
+
+
+def load_streamed(
+    dataset: str,
+    data_dir: str | None,
+    *,
+    test_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_counts: str | None = None,
+    shuffle_buffer: int = 2048,
+    skip_bad_images: bool = False,
+) -> tuple[str, dict]:
+    """Opens a training split as a stream, and loads the test split.
+
+    Args:
+        dataset: Id of a data set on the Hub; with `data_dir` only a name.
+        data_dir: A folder with webdataset shards, or parquet files with images in them.
+        test_split: Name of the test split; by default the first of test, validation and the like.
+        image_column: Column with the images; by default the only one of that type.
+        label_column: Column with the labels; by default the only `ClassLabel`, or one with a usual name.
+        class_counts: JSON file with the training images of each class, as [`count_classes`] gives them. Without it the
+            labels of all shards are read first.
+        shuffle_buffer: See [`StreamedSplit`].
+        skip_bad_images: See [`StreamedSplit`].
+
+    Returns:
+        What was opened, in words, and `train`, a [`StreamedSplit`], and `test`, a `datasets.Dataset`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it has no shards, or no test split; if a column is missing, or the test split has other classes.
+    """
+    kind, arguments = _shards(dataset, data_dir)
+    streams = datasets.load_dataset(**arguments, streaming=True)
+    test = find_split(streams, [test_split] if test_split is not None else TEST_NAMES)
+    if "train" not in streams or test is None:
+        raise ValueError(f"streaming needs a train and a test split; the splits are {', '.join(streams)}.")
+    stream = streams["train"]
+    if stream.features is None:
+        stream = stream._resolve_features()
+    columns = find_columns(stream, image_column, label_column)
+    counts = _read_counts(class_counts) if class_counts is not None else count_classes(stream, columns[1])
+    train = StreamedSplit(stream, *columns, counts, shuffle_buffer, skip_bad_images)
+    tested = datasets.load_dataset(**arguments, split=test)
+    tested = standard_columns(datasets.DatasetDict(test=tested), *columns)["test"]
+    return kind, {"train": train, "test": _with_classes(tested, train.features["label"])}
+
+
+def _with_classes(split: datasets.Dataset, classes: datasets.ClassLabel) -> datasets.Dataset:
+    """The same rows, with the labels that other classes give to their names."""
+    names = split.features["label"].names
+    unknown = sorted(set(names) - set(classes.names))
+    if unknown:
+        raise ValueError(f"the test split has classes that the training split has not: {unknown[:5]}.")
+    labels = [classes.str2int(names[label]) for label in split["label"]]
+    return split.remove_columns("label").add_column("label", labels).cast_column("label", classes)
+
+
+def count_classes(stream: datasets.IterableDataset, label_column: str) -> Counter:
+    """Reads all labels of a stream: images of each class by its label."""
+    return Counter(row[label_column] for row in stream.select_columns([label_column]))
+
+
+def _read_counts(path: str) -> dict:
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    counts = dict(enumerate(content)) if isinstance(content, list) else content
+    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+        raise ValueError(f"{path} must hold a list of counts, or an object from class to count.")
+    # JSON has no numbers as keys.
+    return {int(key) if isinstance(key, str) and key.isdecimal() else key: count for key, count in counts.items()}
+
+
+def _shards(dataset: str, data_dir: str | None) -> tuple[str, dict]:
+    if data_dir is None:
+        if dataset == "digits":
+            raise ValueError("the embedded digits need no streaming; give data_dir, or the id of a Hub data set.")
+        return f"{dataset} from the Hub, streamed", {"path": dataset}
+    folder = Path(data_dir).expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
+    if shards := find_shards(folder):
+        return "webdataset shards, streamed", {"path": "webdataset", "data_files": shards}
+    if tables := find_tables(folder):
+        files = {split: sibling_tables(path) for split, path in tables.items()}
+        return "parquet files, streamed", {"path": "parquet", "data_files": files}
+    raise ValueError(
+        f"{data_dir} has no webdataset shards or parquet files to stream; images that are files of their own need no "
+        "--streaming: only their names are read before training."
+    )
