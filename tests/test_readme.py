@@ -1,6 +1,7 @@
 """The Python of the documentation is run, and its commands are those that exist."""
 
 import argparse
+import dataclasses
 import re
 import runpy
 import shutil
@@ -89,3 +90,20 @@ def test_readme_names_every_recipe_and_only_scripts_that_exist():
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / link).is_file(), link
+
+
+def test_flags_of_the_data_page_are_understood():
+    page = (ROOT / "docs" / "data.md").read_text()
+    commands = re.findall(r"^python -m deitlt_hf.data (?:check|show) (.*?)(?:#.*)?$", page, flags=re.MULTILINE)
+    flags = re.findall(r"`(--[a-z_]+(?: [^`]+)?)`", page)
+    assert len(commands) >= 5
+    assert len(flags) >= 10
+    for command in commands:
+        words = re.sub(r"--deep|--(out|counts) \S+", "", command).split()
+        parse_arguments("data", (DataArguments,), words)
+    known = {field.name for field in dataclasses.fields(DataArguments)}
+    for flag in flags:
+        name = flag.split()[0].removeprefix("--")
+        assert name in known | {"recipe", "deep", "out", "counts"}, flag
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
+        assert (ROOT / "docs" / link).is_file(), link

@@ -442,6 +442,26 @@ def test_parquet_shards_with_images(tmp_path):
     assert data["test"]["label"][:] == [2]
 
 
+def test_the_hubs_folder_of_parquet_files(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("a card")
+    for split in ("train", "validation"):
+        rows = {"image": [Image.new("RGB", (4, 4), (label,) * 3) for label in (1, 0)], "label": [1, 0]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert [(shade(row), row["label"]) for row in data["test"]] == [(1, 1), (0, 0)]
+
+
+def test_texts_and_json_files_beside_class_folders_are_left_alone(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            save_image(tmp_path / split / name / "0.png")
+    (tmp_path / "train_log.txt").write_text("epoch 1: loss 0.5 7")
+    (tmp_path / "train_config.json").write_text("{}")
+    assert load_source(data_dir=str(tmp_path))[0] == "class folders"
+
+
 def write_shards(folder, shards=2, per_class=3, classes=("train", "test")):
     for split in classes:
         for shard in range(shards if split == "train" else 1):

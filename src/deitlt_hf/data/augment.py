@@ -17,6 +17,8 @@ Operation = Callable[..., np.ndarray]
 
 # Below so many pixels Pillow's general functions are faster than ours, which have more steps, and its tables slower.
 SMALL = 8_192
+LEVELS = np.arange(256)
+CHANNELS = np.array([0, 256, 512], np.uint16)
 
 
 def on_arrays(augmentation: Callable) -> Callable[[np.ndarray], np.ndarray]:
@@ -37,7 +39,16 @@ def on_arrays(augmentation: Callable) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _with_pillow(operation: Callable, pixels: np.ndarray, *args, **kwargs) -> np.ndarray:
-    return np.asarray(operation(Image.fromarray(pixels), *args, **kwargs))
+    return _array(operation(_image(pixels), *args, **kwargs))
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    """As `Image.fromarray`, which copies twice and asks more."""
+    return Image.frombuffer("RGB", pixels.shape[1::-1], np.ascontiguousarray(pixels), "raw", "RGB", 0, 1)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
 
 
 def invert(pixels: np.ndarray, **_) -> np.ndarray:
@@ -66,49 +77,40 @@ def auto_contrast(pixels: np.ndarray, **_) -> np.ndarray:
     """Stretches each channel to the whole range."""
     if pixels.size >= 3 * SMALL:
         return _with_pillow(ImageOps.autocontrast, pixels)
-    tables = []
-    for low, high in Image.fromarray(pixels).getextrema():
-        if high <= low:
-            tables.append(np.arange(256))
-        else:
-            scale = 255.0 / (high - low)
-            tables.append(np.clip((np.arange(256) * scale + -low * scale).astype(np.int64), 0, 255))
-    return _look_up(pixels, tables)
+    low, high = np.array(_image(pixels).getextrema()).T[:, :, None]
+    scale = 255.0 / np.maximum(high - low, 1)
+    stretched = (LEVELS * scale + -low * scale).clip(0, 255).astype(np.uint8)
+    return _look_up(pixels, np.where(high > low, stretched, LEVELS))
 
 
 def equalize(pixels: np.ndarray, **_) -> np.ndarray:
     """Makes each channel's histogram flat."""
     if pixels.size >= 3 * SMALL:
         return _with_pillow(ImageOps.equalize, pixels)
-    tables = []
-    for counts in np.asarray(Image.fromarray(pixels).histogram()).reshape(3, 256):
-        present = counts[counts > 0]
-        step = (int(present.sum()) - int(present[-1])) // 255
-        if len(present) <= 1 or step == 0:
-            tables.append(np.arange(256))
-        else:
-            below = np.cumsum(counts) - counts
-            tables.append(np.minimum((step // 2 + below) // step, 255))
-    return _look_up(pixels, tables)
+    image = _image(pixels)
+    counts = np.array(image.histogram()).reshape(3, 256)
+    last = counts[range(3), [high for _, high in image.getextrema()]][:, None]
+    step = (pixels.size // 3 - last) // 255
+    flat = (step // 2 + counts.cumsum(axis=1) - counts) // np.maximum(step, 1)
+    return _look_up(pixels, np.where(step > 0, np.minimum(flat, 255), LEVELS))
 
 
-def _look_up(pixels: np.ndarray, tables: Sequence[np.ndarray]) -> np.ndarray:
-    """Each value's entry in its channel's table."""
-    table = np.concatenate(tables).astype(np.uint8)
-    return table.take(pixels + np.array([0, 256, 512], np.uint16))
+def _look_up(pixels: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Each value's entry in its channel's table; tables are of shape (3, 256)."""
+    return tables.astype(np.uint8).take(pixels + CHANNELS)
 
 
 def sharpness(pixels: np.ndarray, factor: float, **_) -> np.ndarray:
     """Between the smoothed image (0), the image (1) and beyond."""
-    image = Image.fromarray(pixels)
+    image = _image(pixels)
     if image.width * image.height < SMALL:
-        return np.asarray(ImageEnhance.Sharpness(image).enhance(factor))
+        return _array(ImageEnhance.Sharpness(image).enhance(factor))
     values = pixels.astype(np.int16)
     rows = values[:-2] + values[1:-1] + values[2:]
     inner = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * values[1:-1, 1:-1]
     smooth = pixels.copy()  # its border stays, as in Pillow
     smooth[1:-1, 1:-1] = (2 * inner + 13) // 26  # thirteenths, rounded
-    return np.asarray(Image.blend(Image.fromarray(smooth), image, factor))
+    return _array(Image.blend(_image(smooth), image, factor))
 
 
 def shear_x(pixels: np.ndarray, factor: float, **kwargs) -> np.ndarray:
@@ -160,9 +162,9 @@ def _move(
     height, width, _ = pixels.shape
     if resample == Image.Resampling.BICUBIC and height * width >= SMALL:
         return _cubic_shift(pixels, axis, distances, fillcolor)
-    image = Image.fromarray(pixels)
+    image = _image(pixels)
     transform = Image.Transform.AFFINE
-    return np.asarray(image.transform(image.size, transform, matrix, fillcolor=fillcolor, resample=resample))
+    return _array(image.transform(image.size, transform, matrix, fillcolor=fillcolor, resample=resample))
 
 
 def _cubic_shift(pixels: np.ndarray, axis: int, distances: np.ndarray, fillcolor: Sequence[int]) -> np.ndarray:

@@ -1,23 +1,20 @@
 """Tells in seconds what a data set holds, what is missing and, on request, which images cannot be decoded."""
 
-import hashlib
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 
-from .images import open_image
+from .images import decode_all
 from .loading import subset_hash, training_counts
 from .long_tail import ShotGroups, class_counts
 
 NAMED = 5
-ROWS_A_TASK = 256
 
 
 class Benchmark(NamedTuple):
@@ -144,34 +141,17 @@ def _stored_paths(rows: datasets.Dataset) -> list[str]:
 
 def _decode_all(data: datasets.DatasetDict) -> tuple[str, list[str]]:
     started, problems, seen = time.perf_counter(), [], {}
-    with ProcessPoolExecutor() as pool:
-        for split, rows in data.items():
-            images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
-            tasks = [(images, start) for start in range(0, len(images), ROWS_A_TASK)]
-            results = [result for task in pool.map(_decode_some, tasks) for result in task]
-            bad = [error for error, _ in results if error is not None]
-            if bad:
-                problems.append(f"{len(bad):,} of {len(rows):,} {split} images: {'; '.join(bad[:NAMED])}")
-            seen[split] = [digest for error, digest in results if error is None]
+    for split, rows in data.items():
+        results = decode_all(rows)
+        bad = [error for error, _ in results if error is not None]
+        if bad:
+            problems.append(f"{len(bad):,} of {len(rows):,} {split} images: {'; '.join(bad[:NAMED])}")
+        seen[split] = [digest for error, digest in results if error is None]
     both = len(set(seen["train"]) & set(seen["test"]))
     if both:
         problems.append(f"{both:,} images have the same bytes in training and testing")
     total = sum(map(len, data.values()))
     return f"{total:,} images, {total / (time.perf_counter() - started):,.0f} a second", problems
-
-
-def _decode_some(task: tuple[datasets.Dataset, int]) -> list[tuple[str | None, bytes | None]]:
-    """For each image what is wrong with it, if anything, and a digest of its bytes."""
-    images, start = task
-    results: list[tuple[str | None, Any]] = []
-    for row in range(start, min(start + ROWS_A_TASK, len(images))):
-        try:
-            image = open_image(images[row]["image"])
-            image.decode()
-            results.append((None, hashlib.blake2b(image.data, digest_size=16).digest()))
-        except ValueError as error:
-            results.append((str(error).removesuffix(" Repair or remove it, or pass --skip_bad_images."), None))
-    return results
 
 
 def _some(names: list[str]) -> str:

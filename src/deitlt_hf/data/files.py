@@ -1,9 +1,8 @@
-"""Sources whose images are files: class folders, list files, iNaturalist's annotations, tables and shards.
+"""Sources whose images are files: class folders, list files, iNaturalist's annotations.
 
-Each becomes splits with the columns `image` (paths, or bytes in shards) and `label`; no image is opened here.
+Each becomes splits with the columns `image` (paths) and `label`; no image is opened here.
 """
 
-import csv
 import json
 import os
 import re
@@ -17,9 +16,6 @@ from PIL import Image
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "validation", "valid", "val", "eval", "dev")
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
-PATH_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img", "jpg", "png", "webp")
-LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name", "cls")
 MISSING_NAMED = 3
 
 
@@ -116,11 +112,12 @@ def find_lists(folder: Path, train_list: str | None = None, test_list: str | Non
     """
     given = {"train": train_list, "test": test_list}
     lists = {split: _existing(folder, name) for split, name in given.items() if name is not None}
-    candidates = [path for pattern in ("*.txt", "*/*.txt") for path in sorted(folder.glob(pattern)) if _is_list(path)]
+    texts = [path for pattern in ("*.txt", "*/*.txt") for path in sorted(folder.glob(pattern))]
+    candidates = [path for path in texts if re.search("train|test|val", path.stem, re.IGNORECASE) and _is_list(path)]
     if "train" not in lists:
         trains = [path for path in candidates if re.search("train", path.stem, re.IGNORECASE)]
         if len(trains) > 1:
-            raise ValueError(f"{folder} has several training lists ({_named(trains)}); choose one with --train_list.")
+            raise ValueError(f"{folder} has several training lists ({named(trains)}); choose one with --train_list.")
         if not trains:
             return {}
         lists["train"] = trains[0]
@@ -144,7 +141,7 @@ def load_lists(folder: Path, lists: Mapping[str, Path]) -> datasets.DatasetDict:
     relative = {split: _read_list(path) for split, path in lists.items()}
     num_classes = 1 + max(int(split.labels.max()) for split in relative.values())
     names = _category_names(folder, range(num_classes)) or _folder_names(relative["train"], num_classes)
-    return _located(folder, relative, names)
+    return located(folder, relative, names)
 
 
 def _existing(folder: Path, name: str) -> Path:
@@ -157,7 +154,7 @@ def _existing(folder: Path, name: str) -> Path:
 
 def _is_list(path: Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as file:
-        return re.fullmatch(r"\S.*\.\w+\s+\d+\s*", file.readline()) is not None
+        return re.fullmatch(r"\S.*\.[A-Za-z]\w*\s+\d+\s*", file.readline()) is not None
 
 
 def _read_list(path: Path) -> Split:
@@ -193,12 +190,12 @@ def _folder_names(split: Split, num_classes: int) -> list[str]:
 
 
 def find_annotations(folder: Path) -> dict[str, Path]:
-    """Finds `train*.json` and `val*.json` (or `test*.json` with labels) of an iNaturalist competition."""
+    """Finds the annotations of an iNaturalist competition, such as `train2018.json` and `val2018.json`."""
     found = {}
-    for split in ("train", "val"):
-        files = sorted(folder.glob(f"{split}*.json"))
+    for split, start in (("train", "train"), ("test", "val")):
+        files = [path for path in folder.glob(f"{start}*.json") if re.fullmatch(rf"{start}\d*", path.stem)]
         if len(files) == 1:
-            found["train" if split == "train" else "test"] = files[0]
+            found[split] = files[0]
     return found if "train" in found else {}
 
 
@@ -219,7 +216,7 @@ def load_annotations(folder: Path, files: Mapping[str, Path]) -> datasets.Datase
         for split, (paths, categories) in contents.items()
     }
     names = _category_names(folder, ids) or _category_names(files["train"], ids) or [str(category) for category in ids]
-    return _located(folder, relative, names)
+    return located(folder, relative, names)
 
 
 def _annotations(path: Path) -> tuple[list[str], list[int]]:
@@ -257,126 +254,10 @@ def _read_json(path: Path):
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
 
 
-# ---- Tables ----
-
-
-def find_tables(folder: Path) -> dict[str, Path]:
-    """Finds tables (CSV, TSV, parquet): of `train` and a test split by name, or a single one for both."""
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
-    found: dict[str, list[Path]] = {}
-    for path in tables:
-        found.setdefault(_split_of(path.name) or "train", []).append(path)
-    if any(len(paths) > 1 for paths in found.values()) and not _embeds_images(tables[0]):
-        doubled = next(paths for paths in found.values() if len(paths) > 1)
-        raise ValueError(f"{folder} has several tables for one split ({_named(doubled)}); keep one a split.")
-    return {split: paths[0] for split, paths in found.items()}
-
-
-def load_tables(
-    folder: Path, tables: Mapping[str, Path], image_column: str | None, label_column: str | None
-) -> datasets.DatasetDict:
-    """Loads tables with a column of paths, relative to the folder, and one of labels; or parquet with images in it.
-
-    A column `split` parts a single table into `train` and a test split. Label columns of any type become classes.
-
-    Raises:
-        ValueError: If a column is missing.
-        FileNotFoundError: If images are missing; the message counts them and names the first.
-    """
-    if _embeds_images(tables["train"]):
-        return datasets.load_dataset(
-            "parquet", data_files={split: sibling_tables(path) for split, path in tables.items()}
-        )
-    splits: dict[str, Split] = {}
-    for name, path in tables.items():
-        columns = _read_table(path)
-        image = _column(path, columns, image_column, PATH_COLUMNS, "image")
-        label = _column(path, columns, label_column, LABEL_COLUMNS, "label")
-        parts = columns.get("split") or [name] * len(columns[image])
-        for part in dict.fromkeys(parts):
-            rows = [row for row, value in enumerate(parts) if value == part]
-            paths = [str(columns[image][row]) for row in rows]
-            splits[_split_of(part) or part] = Split(paths, np.asarray([columns[label][row] for row in rows]))
-    names, labels = encode_labels({name: split.labels for name, split in splits.items()})
-    encoded = {name: Split(split.paths, labels[name]) for name, split in splits.items()}
-    columns = {"image": image_column or "image", "label": label_column or "label"}
-    return _located(folder, encoded, names).rename_columns(columns)
-
-
-def encode_labels(labels: Mapping[str, Sequence]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Makes class indices of labels of any type, the same in all splits.
-
-    Numbers are in numerical order, also when they are text, and names in alphabetical order.
-    """
-    values = np.unique(np.concatenate([np.asarray(split) for split in labels.values()]))
-    if values.dtype.kind in "US" and all(re.fullmatch(r"-?\d+", str(value)) for value in values):
-        values = np.sort(values.astype(np.int64))
-        labels = {name: np.asarray(split).astype(np.int64) for name, split in labels.items()}
-    return [str(value) for value in values], {name: np.searchsorted(values, split) for name, split in labels.items()}
-
-
-def _read_table(path: Path) -> dict[str, list]:
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pydict()
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        header = next(reader, [])
-        columns: dict[str, list] = {name.strip(): [] for name in header}
-        for number, row in enumerate(reader, start=2):
-            if len(row) != len(header):
-                raise ValueError(f"line {number} of {path} has {len(row)} fields, but the header has {len(header)}.")
-            for name, value in zip(columns, row, strict=True):
-                columns[name].append(value.strip())
-    return columns
-
-
-def _column(path: Path, columns: Mapping[str, list], given: str | None, known: Sequence[str], kind: str) -> str:
-    if given is not None:
-        if given not in columns:
-            raise ValueError(f"no {kind} column {given!r}; the columns of {path} are {', '.join(columns)}.")
-        return given
-    name = find_split(columns, known)
-    if name is None:
-        raise ValueError(
-            f"cannot tell the {kind} column of {path}; the columns are {', '.join(columns)}. Name it with "
-            f"{kind}_column."
-        )
-    return name
-
-
-def _embeds_images(path: Path) -> bool:
-    if path.suffix.lower() != ".parquet":
-        return False
-    import pyarrow.parquet
-
-    schema = pyarrow.parquet.read_schema(path)
-    return any(str(field.type).startswith("struct<bytes") for field in schema)
-
-
-def sibling_tables(path: Path) -> list[str]:
-    """All parquet files of the split that one of them belongs to."""
-    split = _split_of(path.name)
-    return [str(other) for other in sorted(path.parent.glob("*.parquet")) if _split_of(other.name) == split]
-
-
-# ---- Webdataset shards ----
-
-
-def find_shards(folder: Path) -> dict[str, list[str]]:
-    """Finds webdataset shards (tar files) by split, in the folder and directly below."""
-    shards: dict[str, list[str]] = {}
-    for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
-        split = _split_of(path.name) or _split_of(path.parent.name) or "train"
-        shards.setdefault(split, []).append(str(path))
-    return shards
-
-
 # ---- Shared ----
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
     """`train`, or the name of a test split, from a name that contains it as a word."""
     words = re.split(r"[^a-z]+", name.lower())
     if any(word in TRAIN_NAMES for word in words):
@@ -384,15 +265,19 @@ def _split_of(name: str) -> str | None:
     return next((word for word in words if word in TEST_NAMES), None)
 
 
-def _located(folder: Path, relative: Mapping[str, Split], names: Sequence[str]) -> datasets.DatasetDict:
-    """Splits with whole paths; all files are there."""
-    located = {name: Split(list(_locate(folder, split.paths)), split.labels) for name, split in relative.items()}
-    missing = [path for split in located.values() for path in split.paths if path.startswith(_MISSING)]
+def located(folder: Path, relative: Mapping[str, Split], names: Sequence[str]) -> datasets.DatasetDict:
+    """Data sets of splits whose paths are relative to a folder; all files are there.
+
+    Raises:
+        FileNotFoundError: If images are missing; the message counts them and names the first.
+    """
+    splits = {name: Split(list(_locate(folder, split.paths)), split.labels) for name, split in relative.items()}
+    missing = [path for split in splits.values() for path in split.paths if path.startswith(_MISSING)]
     if missing:
-        listed = _named(path.removeprefix(_MISSING) for path in missing[:MISSING_NAMED])
-        total = sum(len(split.paths) for split in located.values())
+        listed = named(path.removeprefix(_MISSING) for path in missing[:MISSING_NAMED])
+        total = sum(len(split.paths) for split in splits.values())
         raise FileNotFoundError(f"{len(missing):,} of {total:,} images are not in {folder}: {listed} are the first.")
-    return datasets.DatasetDict({name: split.dataset(list(names)) for name, split in located.items()})
+    return datasets.DatasetDict({name: split.dataset(list(names)) for name, split in splits.items()})
 
 
 _MISSING = "\0"
@@ -423,5 +308,6 @@ def _locate(folder: Path, paths: Iterable[str]) -> Iterator[str]:
             yield _MISSING + path
 
 
-def _named(paths: Iterable[Path | str]) -> str:
+def named(paths: Iterable[Path | str]) -> str:
+    """Paths in a sentence."""
     return ", ".join(str(path) for path in paths)

@@ -1,10 +1,12 @@
 """From rows of a data set to tensors: decoding, the torch data set and the collator."""
 
 import contextlib
+import hashlib
 import io
 import mmap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB o
 REDUCING_GAP = 2.0  # a region of a JPEG is decoded no smaller than this many times its result
 CACHED_SIDE = 64  # images of at most this side are kept decoded
 CACHE_BYTES = 2**30
+ROWS_A_TASK = 256
+ADVICE = " Repair or remove it, or pass --skip_bad_images."
 
 
 class EncodedImage:
@@ -110,9 +114,7 @@ class EncodedImage:
                 what = f"it has more than {2 * MAX_PIXELS} pixels"
             elif "decode_jpeg" in what:
                 what = what.split(", ")[-1]
-            raise ValueError(
-                f"cannot read the image {self.name}: {what}. Repair or remove it, or pass --skip_bad_images."
-            ) from error
+            raise ValueError(f"cannot read the image {self.name}: {what}.{ADVICE}") from error
 
 
 def open_image(image: Mapping[str, Any]) -> EncodedImage:
@@ -134,6 +136,41 @@ def decode_image(image: Mapping[str, Any]) -> np.ndarray:
         ValueError: If it cannot be read; the message names the file.
     """
     return open_image(image).decode()
+
+
+def decode_all(rows: datasets.Dataset) -> list[tuple[str | None, bytes | None]]:
+    """Decodes every image of a data set, on all cores.
+
+    Args:
+        rows: Has the column `image`.
+
+    Returns:
+        For each row what is wrong with its image, or None, and a digest of its bytes.
+    """
+    images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    with ProcessPoolExecutor(initializer=_keep, initargs=(images,)) as pool:
+        tasks = pool.map(_decode_some, range(0, len(images), ROWS_A_TASK))
+        return [result for task in tasks for result in task]
+
+
+_images: datasets.Dataset  # of a process of `decode_all`, which gets them once
+
+
+def _keep(images: datasets.Dataset) -> None:
+    global _images
+    _images = images
+
+
+def _decode_some(start: int) -> list[tuple[str | None, bytes | None]]:
+    results: list[tuple[str | None, bytes | None]] = []
+    for row in range(start, min(start + ROWS_A_TASK, len(_images))):
+        try:
+            image = open_image(_images[row]["image"])
+            image.decode()
+            results.append((None, hashlib.blake2b(image.data, digest_size=16).digest()))
+        except ValueError as error:
+            results.append((str(error).removesuffix(ADVICE), None))
+    return results
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

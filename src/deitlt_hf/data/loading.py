@@ -10,22 +10,18 @@ import numpy as np
 from .arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
 from .class_lists import read_class_names
 from .files import (
-    LABEL_COLUMNS,
     TEST_NAMES,
-    encode_labels,
     find_annotations,
     find_lists,
-    find_shards,
     find_split,
-    find_tables,
     has_split_folders,
     load_annotations,
     load_class_folders,
     load_lists,
-    load_tables,
 )
-from .images import decode_image
+from .images import decode_all
 from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
+from .tables import LABEL_COLUMNS, encode_labels, find_shards, find_tables, load_tables
 
 logger = logging.getLogger(__name__)
 
@@ -304,19 +300,14 @@ def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Datas
 
 
 def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    def readable(image: dict) -> bool:
-        try:
-            decode_image(image)
-        except ValueError as error:
-            logger.warning("left out: %s", error)
-            return False
-        return True
-
     kept = {}
     for name, split in splits.items():
-        encoded = split.cast_column("image", datasets.Image(decode=False))
-        indices = [row for row, image in enumerate(encoded["image"]) if readable(image)]
-        if len(indices) < len(split):
-            logger.warning("%s split: left out %d unreadable images of %d", name, len(split) - len(indices), len(split))
-        kept[name] = split.select(indices)
+        errors = [error for error, _ in decode_all(split)]
+        for error in filter(None, errors):
+            logger.warning("left out: %s", error)
+        kept[name] = split.select([row for row, error in enumerate(errors) if error is None])
+        if len(kept[name]) < len(split):
+            logger.warning(
+                "%s split: left out %d unreadable images of %d", name, len(split) - len(kept[name]), len(split)
+            )
     return datasets.DatasetDict(kept)

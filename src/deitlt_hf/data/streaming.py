@@ -13,10 +13,11 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .files import TEST_NAMES, encode_labels, find_shards, find_split, find_tables, sibling_tables
+from .files import TEST_NAMES, find_split
 from .images import EncodedImage, open_image
 from .loading import find_columns, standard_columns
 from .sampling import RepeatedAugmentationSampler
+from .tables import encode_labels, find_shards, find_tables, sibling_tables
 
 logger = logging.getLogger(__name__)
 

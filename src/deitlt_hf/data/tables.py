@@ -1,0 +1,123 @@
+"""Sources that are tables (CSV, TSV, parquet) or webdataset shards; and labels of any type as class indices."""
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+
+from .files import Split, find_split, located, named, split_of
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+PATH_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img", "jpg", "png", "webp")
+LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name", "cls")
+
+
+def find_tables(folder: Path) -> dict[str, Path]:
+    """Finds tables (CSV, TSV, parquet): of `train` and a test split by name, or a single one for both."""
+    places = [*folder.iterdir(), *folder.glob("data/*.parquet")]  # the latter as on the Hub
+    tables = [path for path in sorted(places) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
+    found: dict[str, list[Path]] = {}
+    for path in tables:
+        found.setdefault(split_of(path.name) or "train", []).append(path)
+    if any(len(paths) > 1 for paths in found.values()) and not _embeds_images(tables[0]):
+        doubled = next(paths for paths in found.values() if len(paths) > 1)
+        raise ValueError(f"{folder} has several tables for one split ({named(doubled)}); keep one a split.")
+    return {split: paths[0] for split, paths in found.items()} if "train" in found else {}
+
+
+def load_tables(
+    folder: Path, tables: Mapping[str, Path], image_column: str | None, label_column: str | None
+) -> datasets.DatasetDict:
+    """Loads tables with a column of paths, relative to the folder, and one of labels; or parquet with images in it.
+
+    A column `split` parts a single table into `train` and a test split. Label columns of any type become classes.
+
+    Raises:
+        ValueError: If a column is missing.
+        FileNotFoundError: If images are missing; the message counts them and names the first.
+    """
+    if _embeds_images(tables["train"]):
+        return datasets.load_dataset(
+            "parquet", data_files={split: sibling_tables(path) for split, path in tables.items()}
+        )
+    splits: dict[str, Split] = {}
+    for name, path in tables.items():
+        columns = _read_table(path)
+        image = _column(path, columns, image_column, PATH_COLUMNS, "image")
+        label = _column(path, columns, label_column, LABEL_COLUMNS, "label")
+        parts = columns.get("split") or [name] * len(columns[image])
+        for part in dict.fromkeys(parts):
+            rows = [row for row, value in enumerate(parts) if value == part]
+            paths = [str(columns[image][row]) for row in rows]
+            splits[split_of(part) or part] = Split(paths, np.asarray([columns[label][row] for row in rows]))
+    names, labels = encode_labels({name: split.labels for name, split in splits.items()})
+    encoded = {name: Split(split.paths, labels[name]) for name, split in splits.items()}
+    columns = {"image": image_column or "image", "label": label_column or "label"}
+    return located(folder, encoded, names).rename_columns(columns)
+
+
+def encode_labels(labels: Mapping[str, Sequence]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Makes class indices of labels of any type, the same in all splits.
+
+    Numbers are in numerical order, also when they are text, and names in alphabetical order.
+    """
+    values = np.unique(np.concatenate([np.asarray(split) for split in labels.values()]))
+    if values.dtype.kind in "US" and all(re.fullmatch(r"-?\d+", str(value)) for value in values):
+        values = np.sort(values.astype(np.int64))
+        labels = {name: np.asarray(split).astype(np.int64) for name, split in labels.items()}
+    return [str(value) for value in values], {name: np.searchsorted(values, split) for name, split in labels.items()}
+
+
+def _read_table(path: Path) -> dict[str, list]:
+    if path.suffix.lower() == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pydict()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        header = next(reader, [])
+        columns: dict[str, list] = {name.strip(): [] for name in header}
+        for number, row in enumerate(reader, start=2):
+            if len(row) != len(header):
+                raise ValueError(f"line {number} of {path} has {len(row)} fields, but the header has {len(header)}.")
+            for name, value in zip(columns, row, strict=True):
+                columns[name].append(value.strip())
+    return columns
+
+
+def _column(path: Path, columns: Mapping[str, list], given: str | None, known: Sequence[str], kind: str) -> str:
+    if given is not None:
+        if given not in columns:
+            raise ValueError(f"no {kind} column {given!r}; the columns of {path} are {', '.join(columns)}.")
+        return given
+    name = find_split(columns, known)
+    if name is None:
+        raise ValueError(
+            f"cannot tell the {kind} column of {path}; the columns are {', '.join(columns)}. Name it with "
+            f"{kind}_column."
+        )
+    return name
+
+
+def _embeds_images(path: Path) -> bool:
+    if path.suffix.lower() != ".parquet":
+        return False
+    schema = pyarrow.parquet.read_schema(path)
+    return any(str(field.type).startswith("struct<bytes") for field in schema)
+
+
+def sibling_tables(path: Path) -> list[str]:
+    """All parquet files of the split that one of them belongs to."""
+    split = split_of(path.name)
+    return [str(other) for other in sorted(path.parent.glob("*.parquet")) if split_of(other.name) == split]
+
+
+def find_shards(folder: Path) -> dict[str, list[str]]:
+    """Finds webdataset shards (tar files) by split, in the folder and directly below."""
+    shards: dict[str, list[str]] = {}
+    for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
+        split = split_of(path.name) or split_of(path.parent.name) or "train"
+        shards.setdefault(split, []).append(str(path))
+    return shards

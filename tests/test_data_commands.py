@@ -1,0 +1,159 @@
+"""`python -m deitlt_hf.data check` and `show`, as a user runs them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_images import bomb, cut
+from test_sources import save_image, write_cifar, write_lists
+
+from deitlt_hf.data.check import BENCHMARKS, Benchmark
+
+
+def run(*command, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "deitlt_hf.data", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_check_tells_what_is_there():
+    output = run("check", "--recipe", "digits_lt", "--deep")
+    for text in (
+        "scikit-learn's digits",
+        "train 1,197, test 600",
+        "402 of 10 classes",
+        "imbalance ratio 23.8",
+        "head 3 (265 images), mid 4 (113 images), tail 3 (24 images): classes sorted by count, cut at [3, 7]",
+        "1,002 images",
+        "digits_lt: ready to train on",
+    ):
+        assert text in output
+    assert re.search(r"sha256 [0-9a-f]{64}", output)
+
+
+def test_check_names_what_is_wrong(tmp_path):
+    """One of each: a class without a test image, an empty file, a cut one, a bomb, a leak by path and one by bytes."""
+    write_lists(tmp_path, counts=(4, 3, 2))
+    lines = (tmp_path / "ImageNet_LT_test.txt").read_text().splitlines()
+    lines = [*lines[:2], "train/n03/1.png 0"]
+    (tmp_path / "ImageNet_LT_test.txt").write_text("\n".join(lines))
+    (tmp_path / "train/n03/0.png").write_bytes(b"")
+    (tmp_path / "train/n01/0.png").write_bytes(cut("PNG"))
+    (tmp_path / "train/n01/1.png").write_bytes(bomb())
+    (tmp_path / "train/n02/0.png").write_bytes((tmp_path / "val/n01/1.png").read_bytes())
+    with (tmp_path / "ImageNet_LT_train.txt").open("a") as file:
+        file.write("train/n02/1.png 2\n")
+    command = ("check", "--recipe", "imagenet_lt", "--data_dir", tmp_path, "--group_boundaries", "1", "2")
+    output = " ".join(run(*command, "--deep", code=1).split())
+    for text in (
+        "imagenet_lt has 1,000 classes, but here are 3",
+        "imagenet_lt has 115,846 training images, but here are 10",
+        "imagenet_lt has 50,000 test images, but here are 3",
+        "1 classes have no test image: n02",
+        "1 files are empty: ",
+        "1 images are for training and for testing: ",
+        "1 training images are listed more than once: ",
+        "3 of 10 train images: cannot read the image",
+        "it has no bytes",
+        "truncated",
+        "it has more than 178956970 pixels",
+        "2 images have the same bytes in training and testing",
+        "9 problem(s)",
+    ):
+        assert text in output, text
+    assert "decoded" not in run(*command, code=1)
+
+
+def test_check_without_problems_and_with_missing_images(tmp_path):
+    write_lists(tmp_path, "lists")
+    command = ("check", "--recipe", "image_folder", "--data_dir", tmp_path)
+    output = run(*command, "--counts", tmp_path / "counts.json")
+    assert "list files (lists_train.txt, lists_test.txt)" in output
+    assert "thirds of the classes sorted by count" in output
+    assert json.loads((tmp_path / "counts.json").read_text()) == {"n03": 5, "n01": 3, "n02": 2}
+    (tmp_path / "train/n03/0.png").unlink()
+    output = run(*command, code=1)
+    assert output.startswith("error: 1 of 13 images are not in ")
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "inat18"), "error: inat18 has no public copy to load; give data_dir"),
+        (("--recipe", "inat"), "error: no recipe 'inat' (did you mean 'inat18'?)"),
+        (("--recipe", "digits_lt", "--data_dri", "x"), "error: unknown field 'data_dri' in the command line (did"),
+        (("--recipe", "digits_lt", "--group_rule", "halves"), "error: group_rule must be one of auto, shots, thirds"),
+    ],
+)  # fmt: skip
+def test_check_refuses_in_one_sentence(arguments, message):
+    output = run("check", *arguments, code=1)
+    assert output.startswith(message)
+    assert output.count("\n") == 1
+
+
+def test_the_papers_cifar_counts(tmp_path, monkeypatch, capsys):
+    """Balanced data of the pickles' layout, made long-tailed by the paper's recipe."""
+    from deitlt_hf.data.__main__ import check
+
+    write_cifar(tmp_path)
+    monkeypatch.setitem(BENCHMARKS, "uoft-cs/cifar10", Benchmark(10, 50, 50))
+    argv = ["--recipe", "cifar10_lt_rho50", "--data_dir", str(tmp_path), "--imbalance_ratio", "5"]
+    assert check(argv, deep=False, counts_file=None) == 0
+    assert "CIFAR's python version" in capsys.readouterr().out
+
+
+def test_show_draws_the_classes_and_what_is_seen(tmp_path):
+    output = run("show", "--recipe", "digits_lt", "--out", tmp_path / "new" / "pictures")
+    assert output.splitlines() == [str(tmp_path / "new" / "pictures" / name) for name in ("classes.png", "images.png")]
+    for path in output.splitlines():
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert pixels.shape[1] > 900
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    assert {path.name for path in tmp_path.iterdir()} == {"new"}
+
+
+@pytest.mark.parametrize(
+    "options", [("--teacher_view", "weak"), ("--drw_start_epoch", "inf", "--distillation", "none")]
+)
+def test_show_follows_the_options(tmp_path, options):
+    from deitlt_hf.analysis import pictures
+
+    drawn = {}
+
+    def keep(pyplot, rows, title, file):
+        drawn.update(rows)
+
+    original, pictures._draw_images = pictures._draw_images, keep
+    try:
+        pictures.draw_data(["--recipe", "digits_lt", *options], tmp_path)
+    finally:
+        pictures._draw_images = original
+    if "weak" in options:
+        assert list(drawn)[0::2] == ["student, before epoch 180", "student, from epoch 180, re-weighted"]
+        student, teacher = (drawn[f"{who}, before epoch 180"][0] for who in ("student", "teacher"))
+        assert np.abs(student - teacher).mean() > 0.05
+    else:
+        assert list(drawn) == ["student, all epochs"]
+
+
+def test_a_deep_check_of_files_with_many_names(tmp_path):
+    """Names with spaces and letters of any script come through lists and messages."""
+    for split in ("train", "test"):
+        for name in ("été chaud", "冬"):
+            save_image(tmp_path / split / name / "ein Bild.png", len(name + split))
+    (tmp_path / "train" / "冬" / "schlecht.png").write_bytes(b"x")
+    output = run("check", "--recipe", "image_folder", "--data_dir", tmp_path, "--deep", code=1)
+    assert "schlecht.png: it is of no known format" in " ".join(output.split())
+    assert "largest class    冬: 2" in output
