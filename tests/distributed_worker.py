@@ -6,7 +6,14 @@ import torch
 from accelerate import PartialState
 
 from conftest import make_student
-from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainer, FlatTeacherTrainingArguments
+from deitlt_hf import (
+    DeiTLTTrainer,
+    DeiTLTTrainingArguments,
+    FlatTeacherConfig,
+    FlatTeacherForImageClassification,
+    FlatTeacherTrainer,
+    FlatTeacherTrainingArguments,
+)
 from deitlt_hf.data import load_long_tailed
 
 GLOBAL_BATCH = 32
@@ -77,6 +84,29 @@ def gradients_of_a_step(trainer):
     return {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
 
 
+def paco_queue(folder):
+    """The queue after three steps of a PaCo teacher, and the model."""
+    data = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)
+    config = FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10, projection_size=4)
+    torch.manual_seed(0)
+    args = FlatTeacherTrainingArguments(
+        output_dir=f"{folder}/paco",
+        use_cpu=True,
+        teacher_loss="paco",
+        paco_queue=70,
+        global_batch_size=GLOBAL_BATCH,
+        max_steps=3,
+        eval_strategy="no",
+        save_strategy="no",
+        overwrite=True,
+    )
+    model = FlatTeacherForImageClassification(config)
+    trainer = FlatTeacherTrainer(model=model, args=args, train_dataset=data["train"], eval_dataset=data["test"])
+    trainer.train()
+    keys, labels = trainer.contrast.queue()
+    return {"keys": keys, "labels": labels, "weight": model.classifier.weight.detach().clone()}
+
+
 def main():
     folder = sys.argv[1]
     found = {}
@@ -85,6 +115,7 @@ def main():
         sampler = trainer.get_train_dataloader().batch_sampler
         found[name] = {"gradients": gradients_of_a_step(trainer), "indices": [list(batch) for batch in sampler]}
     found["repeated"] = repeated_augmentation_order(folder)
+    found["paco"] = paco_queue(folder)
     torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")
 
 

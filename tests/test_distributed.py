@@ -57,3 +57,12 @@ def test_processes_share_an_epoch_without_overlap(two_ranks, name):
     flat = [index for rank in indices for batch in rank for index in batch]
     assert len(set(flat)) == len(flat)
     assert indices[0] != sorted(indices[0])
+
+
+def test_processes_have_the_same_queue(two_ranks):
+    """Keys of all processes are in it; queues of their own would be two different losses."""
+    first, second = (rank["paco"] for rank in two_ranks)
+    assert len(first["keys"]) == 70
+    for name in ("keys", "labels", "weight"):
+        assert torch.equal(first[name], second[name])
+    assert len(torch.unique(first["keys"], dim=0)) == 70

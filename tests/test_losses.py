@@ -1,12 +1,14 @@
 """Properties of losses and class weights beyond their reference values."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from deitlt_hf.losses import DistillationLoss, LDAMLoss, effective_number_weights
+from deitlt_hf.losses import DistillationLoss, LDAMLoss, LogitAdjustedLoss, PaCoLoss, effective_number_weights
 
 BATCH, CLASSES = 12, 5
 GENERATOR = torch.Generator().manual_seed(0)
@@ -112,3 +114,68 @@ def test_ldam_margins_are_largest_for_the_rarest_class():
     cosines = torch.zeros(3, 3)
     losses = loss(cosines, torch.tensor([0, 1, 2]))
     assert losses[0] < losses[1] < losses[2]
+
+
+# ---- PaCo and logit adjustment ----
+
+
+def paco_by_hand(logits, queries, labels, keys, key_labels, counts, alpha, beta, gamma, temperature):
+    """Equations 4 to 6 of the paper, one image and one term at a time."""
+    others, other_labels = torch.cat([queries, keys]), torch.cat([labels, key_labels])
+    losses = []
+    for image, label in enumerate(labels.tolist()):
+        centres = [math.exp(logits[image, c] + math.log(counts[c] / sum(counts))) for c in range(len(counts))]
+        similar = {
+            other: math.exp(queries[image] @ others[other] / temperature)
+            for other in range(len(others))
+            if other != image
+        }
+        total = gamma * sum(centres) + sum(similar.values())
+        terms = [(beta, math.log(centres[label] / total))]
+        terms += [(alpha, math.log(similar[other] / total)) for other in similar if other_labels[other] == label]
+        losses.append(-sum(weight * term for weight, term in terms) / sum(weight for weight, _ in terms))
+    return torch.tensor(losses)
+
+
+@given(seed=st.integers(0, 1000), alpha=st.floats(0, 1), gamma=st.floats(0.1, 2), num_keys=st.integers(0, 9))
+@settings(deadline=None, max_examples=25)
+def test_paco_is_its_definition(seed, alpha, gamma, num_keys):
+    random = torch.Generator().manual_seed(seed)
+    counts = [40, 9, 3]
+    logits = torch.randn(5, 3, generator=random, dtype=torch.float64)
+    queries, keys = (
+        F.normalize(torch.randn(n, 4, generator=random, dtype=torch.float64), dim=1) for n in (5, num_keys)
+    )
+    labels, key_labels = (torch.randint(0, 3, (n,), generator=random) for n in (5, num_keys))
+    expected = paco_by_hand(logits, queries, labels, keys, key_labels, counts, alpha, 1.0, gamma, 0.2)
+    given = (logits, queries, labels, keys, key_labels)
+    options = {"alpha": alpha, "gamma": gamma, "temperature": 0.2}
+    losses = PaCoLoss(counts, **options, reduction="none")(*given)
+    torch.testing.assert_close(losses.double(), expected.double(), atol=1e-4, rtol=1e-4)
+    weights = torch.tensor([0.5, 1.0, 1.5])
+    weighted = PaCoLoss(counts, **options, class_weights=weights)(*given)
+    torch.testing.assert_close(weighted, (losses * weights[labels]).sum() / weights[labels].sum())
+    total = PaCoLoss(counts, **options, class_weights=weights, reduction="sum")(*given)
+    torch.testing.assert_close(total, (losses * weights[labels]).sum())
+
+
+def test_paco_gives_a_finite_gradient_without_keys():
+    logits, queries = torch.randn(2, 3, requires_grad=True), torch.eye(2, requires_grad=True)
+    nothing = torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)
+    PaCoLoss([5, 2, 1], temperature=0.05)(logits, queries, torch.tensor([0, 0]), *nothing).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert torch.isfinite(queries.grad).all()
+
+
+def test_logit_adjustment():
+    """tau 1 is balanced softmax, whose shares are n_c exp(logit_c); tau 0 is the cross entropy."""
+    counts, logits, labels = torch.tensor([90.0, 9.0, 1.0]), torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
+    shares = counts * logits.exp()
+    expected = -(shares / shares.sum(dim=1, keepdim=True)).gather(1, labels[:, None]).log().mean()
+    torch.testing.assert_close(LogitAdjustedLoss(counts)(logits, labels), expected)
+    torch.testing.assert_close(LogitAdjustedLoss(counts, tau=0)(logits, labels), F.cross_entropy(logits, labels))
+    weights = torch.tensor([0.1, 1.0, 1.9])
+    torch.testing.assert_close(
+        LogitAdjustedLoss(counts, class_weights=weights)(logits, labels),
+        F.cross_entropy(logits + counts.log(), labels, weights),
+    )

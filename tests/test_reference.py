@@ -14,7 +14,7 @@ from deitlt_hf.data import (
     indices_hash,
     long_tailed_indices,
 )
-from deitlt_hf.losses import DistillationLoss, LDAMLoss, effective_number_weights
+from deitlt_hf.losses import DistillationLoss, LDAMLoss, PaCoLoss, effective_number_weights
 from deitlt_hf.training import SAM
 from deitlt_hf.training.schedule import warmup_cosine
 
@@ -44,6 +44,16 @@ def test_ldam_loss(reference):
     for name, weights in (("loss", None), ("loss_drw", effective_number_weights(values["counts"]))):
         loss = LDAMLoss(values["counts"], values["max_m"], values["s"], weights)(logits, labels)
         assert loss.item() == pytest.approx(values[name], abs=1e-5)
+
+
+def test_paco_loss(reference):
+    values = reference["paco_loss"]
+    labels, features = torch.tensor(values["labels"]), torch.tensor(values["features"])
+    options = {name: values[name] for name in ("alpha", "beta", "gamma", "temperature")}
+    queries, keys = features.split([len(labels), len(features) - len(labels)])
+    key_labels = torch.cat([labels, torch.tensor(values["queue_labels"])])
+    loss = PaCoLoss(values["counts"], **options)(torch.tensor(values["logits"]), queries, labels, keys, key_labels)
+    assert loss.item() == pytest.approx(values["loss"], abs=1e-5)
 
 
 def test_long_tailed_subsets(reference):

@@ -98,6 +98,7 @@ def test_class_folders_of_any_case_with_other_files_in_them(tmp_path):
     data = load_long_tailed(data_dir=str(tmp_path))
     assert data["train"].features["label"].names == ["cat", "dog"]
     assert {name: len(split) for name, split in data.items()} == {"train": 2, "test": 2}
+    assert len(load_long_tailed(data_dir=str(tmp_path), test_split="Val")["test"]) == 2
 
 
 def test_folder_without_images(tmp_path):

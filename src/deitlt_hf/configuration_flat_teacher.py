@@ -19,6 +19,8 @@ class FlatTeacherConfig(PreTrainedConfig):
         num_channels: Channels of the images.
         image_mean: Mean that its images are normalised with, one value a channel. ImageNet's by default.
         image_std: Standard deviation that its images are normalised with.
+        projection_size: Size of the features that PaCo compares in training, behind a two-layer MLP; 0 for no such
+            head. It does not change the logits.
         class_counts: Training images of each class, in label order, when known.
         class_map: For a teacher converted from the authors' checkpoint, the row of its head there for each class, if
             they differ.
@@ -36,6 +38,7 @@ class FlatTeacherConfig(PreTrainedConfig):
     num_channels: int = 3
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    projection_size: int = 0
     class_counts: list[int] | None = None
     class_map: list[int] | None = None
 

@@ -1,5 +1,7 @@
 """The CNN teacher of DeiT-LT: a CIFAR ResNet or any timm backbone under a linear or cosine classifier."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -68,6 +70,17 @@ class CosineClassifier(nn.Module):
         return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
 
+@dataclass
+class FlatTeacherOutput(ImageClassifierOutputWithNoAttention):
+    """Output of [`FlatTeacherForImageClassification`].
+
+    Args:
+        projections: What PaCo compares, not of length 1; (batch, projection_size). None without such a head.
+    """
+
+    projections: torch.FloatTensor | None = None
+
+
 class FlatTeacherForImageClassification(PreTrainedModel):
     """A CNN classifier, meant to be trained with SAM by [`FlatTeacherTrainer`] so that its loss surface is flat.
 
@@ -92,6 +105,14 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         features = self.backbone.num_features
         classifier = CosineClassifier if config.classifier == "cosine" else nn.Linear
         self.classifier = classifier(features, config.num_labels)
+        self.projection = None
+        if config.projection_size > 0:
+            self.projection = nn.Sequential(
+                nn.Linear(features, features),
+                nn.BatchNorm1d(features),
+                nn.ReLU(),
+                nn.Linear(features, config.projection_size),
+            )
         self.post_init()
 
     @torch.no_grad()
@@ -108,7 +129,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             super()._init_weights(module)
 
     def stages(self) -> list[list[nn.Parameter]]:
-        """Parameters by stage, from the image to the logits: the stem joins the first stage, the classifier the last.
+        """Parameters by stage, from the image to the logits: the stem joins the first stage, the heads the last.
 
         A backbone whose stages are not called `layer1`, `layer2`, ... is one stage.
         """
@@ -116,16 +137,14 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         stages = [[] for _ in names] or [[]]
         for name, parameter in self.named_parameters():
             parts = name.split(".")
-            if parts[0] == "classifier":
+            if parts[0] != "backbone":
                 stages[-1].append(parameter)
             else:
                 stages[names.index(parts[1]) if parts[1] in names else 0].append(parameter)
         return stages
 
     @can_return_tuple
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
-    ) -> ImageClassifierOutputWithNoAttention:
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> FlatTeacherOutput:
         """Classifies images.
 
         Args:
@@ -133,9 +152,11 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             labels: Class indices (batch,) or probabilities (batch, num_labels); with them the output has the cross
                 entropy as its loss.
         """
-        logits = self.classifier(self.backbone(pixel_values))
+        features = self.backbone(pixel_values)
+        logits = self.classifier(features)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+        projections = None if self.projection is None else self.projection(features)
+        return FlatTeacherOutput(loss=loss, logits=logits, projections=projections)
 
 
 FlatTeacherForImageClassification.register_for_auto_class("AutoModelForImageClassification")

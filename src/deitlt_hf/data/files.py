@@ -35,7 +35,7 @@ class Split(NamedTuple):
 def find_split(names: Iterable[str], wanted: Sequence[str]) -> str | None:
     """The first of `names` that is one of `wanted`, in the order of `wanted`, whatever its case."""
     by_lower = {name.lower(): name for name in sorted(names, reverse=True)}
-    return next((by_lower[name] for name in wanted if name in by_lower), None)
+    return next((by_lower[name.lower()] for name in wanted if name.lower() in by_lower), None)
 
 
 # ---- Class folders ----

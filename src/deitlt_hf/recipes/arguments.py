@@ -140,4 +140,7 @@ class TeacherArguments:
 
     backbone: str = field(default="resnet32", metadata={"help": "resnet20/32/44/56 (CIFAR) or timm/NAME."})
     classifier: str = field(default="linear", metadata={"help": "linear or cosine."})
+    projection_size: int = field(
+        default=0, metadata={"help": "Features that PaCo compares: 32 for CIFAR, else 128. 0 for other losses."}
+    )
     image_size: int = field(default=32, metadata={"help": "Side of the images, in pixels."})

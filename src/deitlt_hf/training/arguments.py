@@ -12,7 +12,7 @@ from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
 
 TEACHER_VIEWS = ("student", "weak")
-TEACHER_LOSSES = ("ce", "ldam")
+TEACHER_LOSSES = ("ce", "ldam", "logit_adjusted", "paco")
 
 
 def _option(default, help: str):
@@ -207,9 +207,16 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     The learning rate falls by `lr_drops` at `lr_drop_epochs`, or follows a cosine without them.
     """
 
-    teacher_loss: str = _option("ce", "Loss: ce, or ldam with a cosine classifier.")
+    teacher_loss: str = _option(
+        "ce",
+        "Loss: ce, ldam (with a cosine classifier), logit_adjusted (balanced softmax), or paco (with projection_size).",
+    )
     ldam_margin: float = _option(0.5, "Margin of the rarest class.")
     ldam_scale: float = _option(30.0, "What LDAM multiplies the cosines by.")
+    paco_alpha: float = _option(0.01, "Weight of an image of the same class as a positive of PaCo.")
+    paco_temperature: float = _option(0.05, "What PaCo's similarities are divided by. 0.05 for CIFAR, else 0.2.")
+    paco_queue: int = _option(1024, "Keys of earlier batches that PaCo compares with. 1024 for CIFAR, else 8192.")
+    paco_momentum: float = _option(0.999, "Share of the old weights in PaCo's momentum encoder.")
     sam_rho: list[float] = _option(
         [0.05], "Radius of SAM's perturbation: one value, or one for each stage of the backbone; 0 for plain SGD."
     )
@@ -229,6 +236,10 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         _check_choice(self, "teacher_loss", TEACHER_LOSSES)
+        _check(self, "paco_alpha", self.paco_alpha >= 0, "0 or more")
+        _check(self, "paco_temperature", self.paco_temperature > 0, "above 0")
+        _check(self, "paco_queue", self.paco_queue >= 1, "1 or more")
+        _check(self, "paco_momentum", 0 <= self.paco_momentum <= 1, "in [0, 1]")
         _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
         if len(self.lr_drop_epochs) != len(self.lr_drops):
             raise ValueError(

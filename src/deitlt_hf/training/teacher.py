@@ -2,22 +2,32 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
-from ..losses import LDAMLoss
+from ..losses import LDAMLoss, LogitAdjustedLoss, PaCoLoss
 from .arguments import FlatTeacherTrainingArguments
+from .contrast import MomentumContrast
 from .sam import SAM
 from .schedule import warmup_drops
 from .trainer import LongTailTrainer
 
+CONTRAST_FILE = "momentum_contrast.safetensors"
+
 
 class FlatTeacherTrainer(LongTailTrainer):
-    """Trains a flat teacher: cross entropy or LDAM, deferred re-weighting, SGD with momentum under SAM.
+    """Trains a flat teacher: cross entropy, LDAM, logit adjustment or PaCo, with deferred re-weighting, under SAM.
 
     The perturbation follows the gradient of the whole batch, over accumulation slices and processes. Batch-norm
     statistics are those of the unperturbed pass.
+
+    PaCo sees two augmented views of an image. An image is compared with those of its slice of the batch, with their
+    keys, and with a queue of the keys of earlier batches, of all processes; the same keys serve both passes of SAM.
 
     Args:
         model: A [`FlatTeacherForImageClassification`], or any image classifier if `sam_rho` is one value.
@@ -25,7 +35,8 @@ class FlatTeacherTrainer(LongTailTrainer):
         **kwargs: As for [`LongTailTrainer`].
 
     Raises:
-        ValueError: If `sam_rho` has neither one value nor one for each stage of the model.
+        ValueError: If `sam_rho` has neither one value nor one for each stage of the model, or the loss needs another
+            classifier or projection.
     """
 
     experts = {"teacher": "logits"}
@@ -40,6 +51,21 @@ class FlatTeacherTrainer(LongTailTrainer):
             )
         if args.teacher_loss == "ldam" and getattr(model.config, "classifier", "cosine") != "cosine":
             raise ValueError("teacher_loss 'ldam' needs a cosine classifier; pass --classifier cosine.")
+        projection_size = getattr(model.config, "projection_size", 0)
+        if (args.teacher_loss == "paco") != (projection_size > 0) and self.train_dataset is not None:
+            raise ValueError(
+                f"teacher_loss {args.teacher_loss!r} with projection_size {projection_size}: 'paco' needs a projection "
+                "(32 for CIFAR, 128 for larger images), other losses must have none."
+            )
+        self.contrast = None
+        if args.teacher_loss == "paco" and self.train_dataset is not None:
+            self.contrast = MomentumContrast(model, args.paco_queue, args.paco_momentum)
+
+    def train_views(self, args, processor):
+        views = super().train_views(args, processor)
+        if args.teacher_loss == "paco":
+            views["key_pixel_values"] = views["pixel_values"]
+        return views
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -77,10 +103,47 @@ class FlatTeacherTrainer(LongTailTrainer):
         return loss
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
-        if self.args.teacher_loss == "ldam":
-            margin, scale = self.args.ldam_margin, self.args.ldam_scale
-            return LDAMLoss(self.class_counts, margin, scale, class_weights, reduction="sum").to(self.args.device)
-        return nn.CrossEntropyLoss(class_weights, reduction="sum")
+        args, kwargs = self.args, {"class_weights": class_weights, "reduction": "sum"}
+        if args.teacher_loss == "ce":
+            return nn.CrossEntropyLoss(class_weights, reduction="sum")
+        if args.teacher_loss == "ldam":
+            criterion = LDAMLoss(self.class_counts, args.ldam_margin, args.ldam_scale, **kwargs)
+        elif args.teacher_loss == "logit_adjusted":
+            criterion = LogitAdjustedLoss(self.class_counts, **kwargs)
+        else:
+            criterion = PaCoLoss(self.class_counts, args.paco_alpha, temperature=args.paco_temperature, **kwargs)
+        return criterion.to(args.device)
+
+    def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Adds what PaCo compares the images with: the keys of their second views, and the queue."""
+        if self.contrast is None:
+            return batch
+        with self.accelerator.autocast():
+            keys = self.contrast.encode(batch.pop("key_pixel_values"))
+        queued, queued_labels = self.contrast.queue()
+        batch["keys"] = torch.cat([keys, queued])
+        batch["key_labels"] = torch.cat([batch["labels"], queued_labels])
+        return batch
+
+    def _prepare_window(self) -> None:
+        if self.contrast is None:
+            return super()._prepare_window()
+        self.contrast.follow(self.accelerator.unwrap_model(self.model))
+        super()._prepare_window()
+        sizes = [len(batch["labels"]) for batch in self._window]
+        keys = torch.cat([batch["keys"][:size] for batch, size in zip(self._window, sizes, strict=True)])
+        labels = torch.cat([batch["labels"] for batch in self._window])
+        self.contrast.enqueue(*self.accelerator.gather((keys, labels)))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.contrast is not None and self.args.should_save:
+            save_file(self.contrast.state_dict(), Path(output_dir) / CONTRAST_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.contrast is not None and checkpoint is not None:
+            self.contrast.load_state_dict(load_file(Path(checkpoint) / CONTRAST_FILE, str(self.args.device)))
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         labels = batch["labels"]
@@ -89,8 +152,13 @@ class FlatTeacherTrainer(LongTailTrainer):
         return self.drw_weights[labels].sum().unsqueeze(0)
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        logits = model(pixel_values=batch["pixel_values"]).logits
-        return self.active_criterion(logits.float(), batch["labels"]) / batch["denominators"][0]
+        outputs = model(pixel_values=batch["pixel_values"])
+        if self.contrast is None:
+            loss = self.active_criterion(outputs.logits.float(), batch["labels"])
+        else:
+            queries = F.normalize(outputs.projections.float(), dim=1)
+            loss = self.active_criterion(outputs.logits, queries, batch["labels"], batch["keys"], batch["key_labels"])
+        return loss / batch["denominators"][0]
 
     def plan(self) -> dict[str, str]:
         args = self.args

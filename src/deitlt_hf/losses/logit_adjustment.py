@@ -1,0 +1,45 @@
+"""Cross entropy with logits adjusted by the classes' shares."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LogitAdjustedLoss(nn.Module):
+    """Cross entropy of `logits + tau * log(n_c / n)` (Menon et al., ICLR 2021, equation 10).
+
+    The logits themselves then are those of balanced classes. With `tau` 1 it is balanced softmax (Ren et al., NeurIPS
+    2020, equation 4).
+
+    Args:
+        class_counts: Training images of each class.
+        tau: Strength of the adjustment.
+        class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
+        reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
+    """
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | torch.Tensor,
+        tau: float = 1.0,
+        class_weights: torch.Tensor | None = None,
+        reduction: str = "mean",
+    ):
+        super().__init__()
+        counts = torch.as_tensor(class_counts, dtype=torch.float64)
+        self.reduction = reduction
+        self.register_buffer("adjustment", (tau * (counts / counts.sum()).log()).float())
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Computes the loss.
+
+        Args:
+            logits: (batch, classes).
+            labels: Class indices; (batch,).
+        """
+        return F.cross_entropy(
+            logits.float() + self.adjustment, labels, weight=self.class_weights, reduction=self.reduction
+        )

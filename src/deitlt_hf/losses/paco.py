@@ -1,0 +1,83 @@
+"""Parametric contrastive learning."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+class PaCoLoss(nn.Module):
+    """Parametric contrastive loss (PaCo; Cui et al., ICCV 2021, equations 4 to 6).
+
+    An image is pulled to the learnt centre of its class and to other images of the class, among all centres and images.
+    Centres are compared by the classifier's logits, to which the logarithm of the class's share of the training images
+    is added. Without images of the same class it is the cross entropy of those logits and the similarities.
+
+    Args:
+        class_counts: Training images of each class.
+        alpha: Weight of an image of the same class as a positive; 0.01 for the CIFAR teachers of DeiT-LT.
+        beta: Weight of the class's centre as a positive.
+        gamma: Weight of the centres in the denominator.
+        temperature: What similarities of images are divided by; 0.05 for CIFAR, 0.2 for ImageNet-LT and iNaturalist.
+        class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
+        reduction: `mean` (divided by the weights' sum), `sum` or `none`.
+    """
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | torch.Tensor,
+        alpha: float = 0.01,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 0.05,
+        class_weights: torch.Tensor | None = None,
+        reduction: str = "mean",
+    ):
+        super().__init__()
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.temperature = temperature
+        self.reduction = reduction
+        counts = torch.as_tensor(class_counts, dtype=torch.float64)
+        self.register_buffer("log_prior", (counts / counts.sum()).log().float())
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        queries: torch.Tensor,
+        labels: torch.Tensor,
+        keys: torch.Tensor,
+        key_labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """Computes the loss.
+
+        Args:
+            logits: The classifier's, of the queries' images; (batch, classes).
+            queries: Projected features of length 1; (batch, features). They are compared with each other too.
+            labels: Class indices; (batch,).
+            keys: Projected features of length 1 to compare with: the momentum encoder's of this batch and of the
+                queue; (keys, features).
+            key_labels: Their class indices; (keys,).
+        """
+        batch = len(queries)
+        similarities = queries.float() @ torch.cat([queries, keys]).float().T / self.temperature
+        itself = torch.zeros_like(similarities, dtype=torch.bool)
+        itself[:, :batch].fill_diagonal_(True)
+        similarities = similarities.masked_fill(itself, -torch.inf)
+        centres = logits.float() + self.log_prior
+        # A weight of terms in a denominator is an addend to what is exponentiated.
+        terms = torch.cat([centres + math.log(self.gamma), similarities], dim=1)
+        log_denominator = terms.logsumexp(dim=1, keepdim=True)
+
+        same_class = (labels[:, None] == torch.cat([labels, key_labels])) & ~itself
+        of_centre = centres.gather(1, labels[:, None]) - log_denominator
+        of_images = (similarities - log_denominator).masked_fill(~same_class, 0.0).sum(dim=1)
+        positives = self.beta + self.alpha * same_class.sum(dim=1)
+        losses = -(self.beta * of_centre.squeeze(1) + self.alpha * of_images) / positives
+        if self.class_weights is not None:
+            weights = self.class_weights[labels]
+            losses = losses * weights
+            if self.reduction == "mean":
+                return losses.sum() / weights.sum()
+        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[self.reduction]()

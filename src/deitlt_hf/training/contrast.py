@@ -1,0 +1,59 @@
+"""Momentum contrast: what PaCo compares an image with."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class MomentumContrast(nn.Module):
+    """A slowly moving copy of a model, and a queue of its latest features (He et al., CVPR 2020; PaCo, ICCV 2021).
+
+    The queue starts empty, and any number of keys can be added at a time.
+
+    Args:
+        model: Gives `projections`, of `config.projection_size`. It is copied.
+        queue_size: Keys that are kept; 1,024 for CIFAR, 8,192 for ImageNet-LT and iNaturalist.
+        momentum: Share of the old weights in an update; 0.999 in both.
+
+    Raises:
+        ValueError: If the queue has no place, or the momentum is outside [0, 1].
+    """
+
+    def __init__(self, model: nn.Module, queue_size: int = 1024, momentum: float = 0.999):
+        super().__init__()
+        if queue_size < 1:
+            raise ValueError(f"the queue must have a place at least, got a size of {queue_size}.")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"the momentum must be in [0, 1], got {momentum}.")
+        self.momentum = momentum
+        self.encoder = copy.deepcopy(model).requires_grad_(False).train()
+        device = next(model.parameters()).device
+        self.register_buffer("keys", torch.zeros(queue_size, model.config.projection_size, device=device))
+        self.register_buffer("labels", torch.full((queue_size,), -1, device=device))
+        self.register_buffer("added", torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """Moves the copy's parameters towards the model's. Batch-norm statistics are its own."""
+        for own, other in zip(self.encoder.parameters(), model.parameters(), strict=True):
+            own.lerp_(other, 1 - self.momentum)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of length 1 of the copy; (batch, projection_size)."""
+        return F.normalize(self.encoder(pixel_values=pixel_values).projections.float(), dim=1)
+
+    def queue(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys that are in the queue and their labels: (keys, projection_size) and (keys,)."""
+        filled = min(int(self.added), len(self.keys))
+        return self.keys[:filled].clone(), self.labels[:filled].clone()
+
+    def enqueue(self, keys: torch.Tensor, labels: torch.Tensor) -> None:
+        """Adds keys in the place of the oldest; of more than fit, the last."""
+        size = len(self.keys)
+        places = (int(self.added) + torch.arange(len(keys), device=keys.device))[-size:] % size
+        self.keys[places] = keys[-size:]
+        self.labels[places] = labels[-size:]
+        self.added += len(keys)
