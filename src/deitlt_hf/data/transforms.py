@@ -100,12 +100,12 @@ class TrainTransform:
         """
         pixels = self.crop(np.asarray(image) if isinstance(image, Image.Image) else image, self.size)
         if self.hflip > 0 and torch.rand(1).item() < self.hflip:
-            pixels = torch.from_numpy(np.require(pixels, requirements="W")).flip(1).numpy()
+            pixels = _tensor(pixels).flip(1).numpy()
         if self.augmentations:
             pixels = np.ascontiguousarray(pixels)
             for augmentation in self.augmentations:
                 pixels = augmentation(pixels)
-        return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+        return _tensor(pixels).contiguous()
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalises and randomly erases a batch on its device.
@@ -214,6 +214,11 @@ def resize_and_renormalize(
     return pixel_values
 
 
+def _tensor(pixels: np.ndarray) -> torch.Tensor:
+    """A tensor in the memory of an array, or of its copy if it may not be written to, about which torch would warn."""
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+
+
 def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(images, size, mode="bicubic", antialias=True)
 
@@ -261,5 +266,5 @@ def _resized_region(
     if pixels.shape[:2] == size:
         return pixels
     # Permuted last, so that torch sees channels-last memory, works in it and gives it back.
-    batch = torch.from_numpy(np.require(pixels, requirements="W")).unsqueeze(0).permute(0, 3, 1, 2)
+    batch = _tensor(pixels).unsqueeze(0).permute(0, 3, 1, 2)
     return _resize(batch, size)[0].permute(1, 2, 0).numpy()
