@@ -28,8 +28,9 @@ setup(
         "transformers>=5.20,<6",
     ],
     extras_require={
-        "plots": ["matplotlib>=3.8"],
+        "analysis": ["curvlinops-for-pytorch>=3", "matplotlib>=3.8"],
         "dev": [
+            "curvlinops-for-pytorch>=3",
             "hypothesis>=6",
             "matplotlib>=3.8",
             "peft>=0.15",

@@ -54,7 +54,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install 'deitlt-hf[plots]'.") from error
+        raise ValueError("pictures need matplotlib: pip install 'deitlt-hf[analysis]'.") from error
     matplotlib.use("agg")
     from matplotlib import pyplot
 

@@ -65,7 +65,7 @@ def distill(
     student = _student(model_args, data)
     teacher = None
     if args.distillation != "none":
-        teacher = load_teacher(model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args))
+        teacher = load_classifier(model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args))
     return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher)
 
 
@@ -97,8 +97,8 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     return trainer
 
 
-def load_teacher(path: str) -> PreTrainedModel:
-    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers."""
+def load_classifier(path: str) -> PreTrainedModel:
+    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers, such as a student."""
     if _model_type(path) == FlatTeacherConfig.model_type:
         return FlatTeacherForImageClassification.from_pretrained(path)
     return AutoModelForImageClassification.from_pretrained(path)

@@ -1,0 +1,126 @@
+"""Flatness against Hessians that are computed whole."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.analysis.sharpness import sharpness, sharpness_of_groups
+from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
+
+
+class Tiny(nn.Module):
+    """A classifier with few weights, one of which the logits do not depend on."""
+
+    def __init__(self, classifier="linear"):
+        super().__init__()
+        self.config = SimpleNamespace(classifier=classifier)
+        self.hidden = nn.Linear(12, 4)
+        self.head = nn.Linear(4, 3)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=self.head(torch.tanh(self.hidden(pixel_values.flatten(1)))))
+
+
+def batches(images=24, size=8):
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(images, 3, 2, 2, generator=generator)
+    labels = torch.randint(0, 3, (images,), generator=generator)
+    return list(zip(pixels.split(size), labels.split(size), strict=True))
+
+
+def whole_hessian(model, data, scale=1.0):
+    pixels, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    names = [name for name, _ in model.named_parameters() if name != "unused"]
+    shapes = [model.get_parameter(name).shape for name in names]
+
+    def loss(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        weights = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        logits = torch.func.functional_call(model, weights, (pixels,)).logits
+        return F.cross_entropy(scale * logits, labels)
+
+    flat = torch.cat([model.get_parameter(name).detach().flatten() for name in names])
+    return loss, flat, torch.func.hessian(loss)(flat)
+
+
+@pytest.mark.parametrize(("classifier", "scale"), [("linear", 1.0), ("cosine", 30.0)])
+def test_against_the_whole_hessian(classifier, scale):
+    torch.manual_seed(0)
+    model, data = Tiny(classifier), batches()
+    loss, flat, hessian = whole_hessian(model, data, scale)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = sharpness(model, data, rho=0.1)
+    traces = [sharpness(model, data, num_vectors=66, seed=seed).trace for seed in range(10)]
+    assert found.num_images == 24
+    assert found.loss == pytest.approx(loss(flat).item(), rel=1e-5)
+    assert found.eigenvalue == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-2)
+    assert sum(traces) / 10 == pytest.approx(hessian.trace().item(), rel=0.1)
+    gradient = torch.func.grad(loss)(flat)
+    rise = loss(flat + 0.1 * gradient / gradient.norm()) - loss(flat)
+    assert found.loss_rise == pytest.approx(rise.item(), rel=1e-3, abs=1e-6)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_same_seed_same_figures_and_batches_do_not_matter():
+    torch.manual_seed(0)
+    model = Tiny()
+    first, second = (sharpness(model, batches(), seed=3) for _ in range(2))
+    assert first == second
+    other = sharpness(model, batches(size=5), seed=3)
+    for field in ("loss", "loss_rise", "eigenvalue", "trace"):
+        assert getattr(other, field) == pytest.approx(getattr(first, field), rel=1e-3)
+    assert sharpness(model, batches(), seed=4).trace != first.trace
+
+
+def test_groups_are_measured_on_their_own_images(digits):
+    torch.manual_seed(0)
+    model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10))
+    dataset, collate = ImageDataset(digits["train"], "image", "label"), ImageCollator(image_processor(8))
+    groups = {"head": [0], "mid": [], "tail": [8, 9]}
+    found = sharpness_of_groups(model, dataset, collate, groups, 50, num_vectors=1)
+    assert {name: value.num_images for name, value in found.items()} == {"overall": 50, "head": 50, "tail": 13}
+    rows = [dataset[row] for row in range(len(dataset)) if dataset.labels[row] >= 8]
+    batch = collate(rows)
+    expected = F.cross_entropy(model.eval()(batch["pixel_values"]).logits, batch["labels"])
+    assert found["tail"].loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_command_line(teacher_folder, tmp_path, monkeypatch, capsys):
+    from deitlt_hf.analysis.__main__ import main
+
+    options = ["--num_images", "20", "--num_vectors", "1", "--json", str(tmp_path / "figures.json")]
+    recipe = ["--recipe", str(Path(__file__).parent / "fixtures" / "tiny.yaml")]
+    monkeypatch.setattr("sys.argv", ["analysis", "sharpness", "--model", str(teacher_folder), *options, *recipe])
+    main()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["overall", "head", "mid", "tail"]
+    output = capsys.readouterr().out
+    for group, values in figures.items():
+        assert group in output
+        assert f"{values['eigenvalue']:.4g}" in output
+        assert values["num_images"] <= 20
+
+
+def test_a_teacher_is_left_as_it_was():
+    model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=3))
+    model.requires_grad_(False)
+    statistics = model.backbone.bn1.running_mean.clone()
+    data = [(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))]
+    found = sharpness(model.train(), data, num_vectors=1)
+    assert found.eigenvalue > 0
+    assert model.training
+    assert torch.equal(model.backbone.bn1.running_mean, statistics)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_without_images():
+    with pytest.raises(ValueError, match="no images to measure"):
+        sharpness(Tiny(), [])
