@@ -157,3 +157,12 @@ def test_a_deep_check_of_files_with_many_names(tmp_path):
     output = run("check", "--recipe", "image_folder", "--data_dir", tmp_path, "--deep", code=1)
     assert "schlecht.png: it is of no known format" in " ".join(output.split())
     assert "largest class    冬: 2" in output
+
+
+def test_check_names_broken_links(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            save_image(tmp_path / split / name / "0.png", len(split + name))
+    (tmp_path / "train" / "cat" / "1.png").symlink_to(tmp_path / "nowhere.png")
+    output = run("check", "--recipe", "image_folder", "--data_dir", tmp_path, code=1)
+    assert "1 files cannot be opened (broken links?)" in output

@@ -271,3 +271,11 @@ def test_workers_fill_the_cache_together(context):
 def test_large_images_are_not_kept():
     assert ImageDataset(rows_of([picture(200, 150)] * 2), "image", "label")._cache is None
     assert ImageDataset(rows_of([]), "image", "label")._cache is None
+
+
+def test_orientation_that_is_text():
+    entry = struct.pack("<HHI4s", 0x0112, 2, 4, b"top")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    data = encoded(picture(), "JPEG", exif=exif)
+    assert Image.open(io.BytesIO(data)).getexif()[0x0112] == "top"
+    assert decode(data).shape == (48, 64, 3)

@@ -548,3 +548,151 @@ def test_a_student_trained_from_list_files_exports_in_the_authors_order(tmp_path
     content = torch.load(tmp_path / "student.pth", weights_only=True)
     assert content["cls_num_list"] == [5, 3, 2]
     assert torch.equal(content["model"]["head.bias"], trainer.model.cls_classifier.bias[[1, 2, 0]])
+
+
+# ---- What a review found ----
+
+
+def test_the_test_list_is_never_the_training_list(tmp_path):
+    write_lists(tmp_path)
+    (tmp_path / "ImageNet_LT_train.txt").rename(tmp_path / "trainval.txt")
+    (tmp_path / "ImageNet_LT_test.txt").rename(tmp_path / "val.txt")
+    assert len(load_long_tailed(data_dir=str(tmp_path))["test"]) == 3
+    (tmp_path / "val.txt").unlink()
+    assert len(load_long_tailed(data_dir=str(tmp_path), test_fraction=0.4)["test"]) == 4
+
+
+def test_values_of_a_split_column_that_mean_the_same(tmp_path):
+    write_table_images(tmp_path)
+    rows = ["path,label,Split"]
+    for name in ("cat", "dog"):
+        rows += [
+            f"images/{name}_{index}.png,{name},{split}" for index, split in enumerate(("train_a", "Train b", "test"))
+        ]
+    (tmp_path / "all.csv").write_text("\n".join(rows))
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert {name: len(split) for name, split in data.items()} == {"train": 4, "test": 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["images/cat_0.png,1", "images/cat_1.png,"], r"all\.csv: 1 of 2 train images have no label"),
+        (["images/cat_0.png,1", "", "images/cat_1.png,2"], None),
+        (["images/cat_0.png,1.0", "images/cat_1.png,10.0", "images/cat_2.png,2.0"], None),
+    ],
+)
+def test_empty_cells_blank_lines_and_decimal_labels(tmp_path, rows, message):
+    write_table_images(tmp_path)
+    (tmp_path / "all.csv").write_text("\n".join(["path,label", *rows]))
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            load_source(data_dir=str(tmp_path))
+    else:
+        names = load_source(data_dir=str(tmp_path))[1]["train"].features["label"].names
+        assert names == sorted(names, key=int)
+
+
+def test_columns_of_the_same_name(tmp_path):
+    (tmp_path / "train.csv").write_text("path,label,label\na.png,1,2")
+    with pytest.raises(ValueError, match=r"has two columns of the same name: path, label, label"):
+        load_long_tailed(data_dir=str(tmp_path))
+
+
+def test_tables_that_are_something_else_are_left_out(tmp_path):
+    for split in ("cat", "dog"):
+        for index in range(3):
+            save_image(tmp_path / split / f"{index}.png")
+    (tmp_path / "sample_submission.csv").write_text("id,guess\n1,2")
+    (tmp_path / "train.json").write_text("{}")
+    (tmp_path / "train.json").unlink()
+    kind, splits = load_source(data_dir=str(tmp_path))
+    assert kind == "class folders"
+    assert len(splits["train"]) == 6
+
+
+def test_missing_training_images_are_not_taken_from_the_folder_above(tmp_path):
+    """Only test images may lie without their class folder: one image would get three labels."""
+    write_lists(tmp_path)
+    for name in ("n01", "n02", "n03"):
+        (tmp_path / "train" / name / "0.png").unlink()
+    save_image(tmp_path / "train" / "0.png")
+    with pytest.raises(FileNotFoundError, match="3 of 13 images are not in"):
+        load_long_tailed(data_dir=str(tmp_path))
+
+
+def test_paths_are_compared_as_files(tmp_path):
+    write_lists(tmp_path)
+    text = (tmp_path / "ImageNet_LT_train.txt").read_text()
+    (tmp_path / "ImageNet_LT_train.txt").write_text(text.replace("train/", "./train/"))
+    rows = load_long_tailed(data_dir=str(tmp_path))["train"].cast_column("image", datasets.Image(decode=False))
+    assert not any("/./" in row["image"]["path"] for row in rows)
+
+
+def test_split_folders_by_a_word_in_their_name_and_all_test_splits(tmp_path):
+    for place in ("train_images/cat", "train_images/dog", "val_images/cat", "val_images/dog", "test/cat", "test/dog"):
+        save_image(tmp_path / place / "0.png", len(place))
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert data["train"].features["label"].names == ["cat", "dog"]
+    assert shade(data["test"][0]) == len("test/cat")
+    assert shade(load_long_tailed(data_dir=str(tmp_path), test_split="val")["test"][0]) == len("val_images/cat")
+
+
+def test_a_flat_test_folder_is_no_split_and_a_class_may_be_called_train(tmp_path):
+    for place in ("train/cat", "train/dog"):
+        for index in range(4):
+            save_image(tmp_path / "flat" / place / f"{index}.png")
+    save_image(tmp_path / "flat" / "test" / "0.png")
+    data = load_long_tailed(data_dir=str(tmp_path / "flat"), test_fraction=0.25)
+    assert {name: len(split) for name, split in data.items()} == {"train": 6, "test": 2}
+    for name in ("car", "plane", "train"):
+        for index in range(2):
+            save_image(tmp_path / "traffic" / name / f"{index}.png")
+    data = load_long_tailed(data_dir=str(tmp_path / "traffic"), test_fraction=0.5)
+    assert data["train"].features["label"].names == ["car", "plane", "train"]
+
+
+def test_folders_without_images_are_told(tmp_path, caplog):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            save_image(tmp_path / split / name / "0.png")
+        (tmp_path / split / "bat").mkdir()
+        (tmp_path / split / "bat" / "0.heic").write_bytes(b"x")
+    load_long_tailed(data_dir=str(tmp_path))
+    assert "1 folders of" in caplog.text
+    assert "have files but no images, left out: bat" in caplog.text
+
+
+def test_splits_whose_classes_are_named_or_ordered_differently(tmp_path):
+    def split(feature, labels):
+        features = datasets.Features({"image": datasets.Image(), "label": feature})
+        rows = {"image": [Image.new("RGB", (4, 4))] * len(labels), "label": labels}
+        return datasets.Dataset.from_dict(rows, features)
+
+    train = split(datasets.ClassLabel(names=["b", "a"]), [0, 1, 1])
+    for kind, test in (
+        ("text", split(datasets.Value("string"), ["a", "b"])),
+        ("order", split(datasets.ClassLabel(names=["a", "b"]), [0, 1])),
+    ):
+        datasets.DatasetDict({"Train": train, "Test": test}).save_to_disk(tmp_path / kind)
+        data = load_long_tailed(data_dir=str(tmp_path / kind))
+        names = data["train"].features["label"].names
+        assert data["test"].features["label"].names == names
+        assert [names[label] for label in data["train"]["label"]] == ["b", "a", "a"]
+        assert [names[label] for label in data["test"]["label"]] == ["a", "b"]
+
+
+def test_max_per_class_alone_is_refused():
+    with pytest.raises(ValueError, match="max_per_class needs an imbalance_ratio"):
+        load_long_tailed("digits", max_per_class=20)
+
+
+def test_shards_named_after_a_word_that_begins_like_a_split(tmp_path):
+    folder = write_shards(tmp_path, shards=1)
+    (folder / "data-test-000000.tar").rename(folder / "testset-0.tar")
+    dev = tmp_path / "dev"
+    dev.mkdir()
+    for path in folder.glob("*.tar"):
+        path.rename(dev / path.name)
+    data = load_long_tailed(data_dir=str(dev))
+    assert {name: len(split) for name, split in data.items()} == {"train": 9, "test": 9}

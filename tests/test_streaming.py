@@ -236,3 +236,49 @@ def test_a_student_trains_on_a_stream_and_goes_on_after_an_interruption(tmp_path
     resumed = run("--resume_from_checkpoint", str(tmp_path / "student" / "checkpoint-20"))
     assert "step 25/32" in resumed
     assert "step 20/32" not in resumed
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_counts_by_name_whatever_the_order_of_the_labels(tmp_path, named):
+    """Sorted as text, class "10" has label 2: a file of names must not be read as one of labels."""
+    import datasets
+    from PIL import Image
+
+    names = sorted(str(label) for label in range(12))
+    feature = datasets.ClassLabel(names=names) if named else datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    values = [value for label, name in enumerate(names) for value in [label if named else name] * (label + 1)]
+    for split in ("train", "test"):
+        rows = {"image": [Image.new("RGB", (4, 4))] * len(values), "label": values}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{split}-0.parquet")
+    counted = load_streamed("any", str(tmp_path))[1]["train"]
+    file = tmp_path / "counts.json"
+    by_name = dict(zip(counted.features["label"].names, counted.class_counts.tolist(), strict=True))
+    file.write_text(json.dumps(by_name))
+    read = load_streamed("any", str(tmp_path), class_counts=str(file))[1]["train"]
+    assert read.class_counts.tolist() == counted.class_counts.tolist()
+    assert by_name["2"] == names.index("2") + 1
+    assert len(list(rows_of(read))) == len(read) // 2 * 2
+
+
+def rows_of(split):
+    return StreamedImages(split, {"shade": shades}, batch_size=2)
+
+
+def test_nothing_but_bad_images_ends(tmp_path, monkeypatch):
+    """Leaving out all images of a shard must not go on for ever."""
+    from deitlt_hf.data import streaming
+
+    def refuse(image):
+        raise ValueError("cannot read the image")
+
+    split = load_streamed("any", str(write_shards(tmp_path, shards=1)), skip_bad_images=True)[1]["train"]
+    monkeypatch.setattr(streaming, "open_image", refuse)
+    with pytest.raises(ValueError, match="none of the images that a worker has read can be decoded"):
+        list(rows_of(split))
+
+
+def test_tables_of_paths_are_not_streamed(tmp_path):
+    (tmp_path / "train.csv").write_text("path,label\na.png,1")
+    with pytest.raises(ValueError, match="has no webdataset shards or parquet files to stream"):
+        load_streamed("any", str(tmp_path))

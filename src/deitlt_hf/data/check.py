@@ -120,7 +120,11 @@ def _tests_of_classes(test: datasets.Dataset, names: list[str]) -> Iterator[str]
 def _paths(data: datasets.DatasetDict) -> Iterator[str]:
     """Files that are empty, or there twice."""
     paths = {split: _stored_paths(rows) for split, rows in data.items()}
-    empty = [path for split in paths.values() for path in split if os.path.getsize(path) == 0]
+    sizes = {path: _size(path) for split in paths.values() for path in split}
+    broken = [path for path, size in sizes.items() if size is None]
+    if broken:
+        yield f"{len(broken):,} files cannot be opened (broken links?): {_some(broken)}"
+    empty = [path for path, size in sizes.items() if size == 0]
     if empty:
         yield f"{len(empty):,} files are empty: {_some(empty)}"
     both = sorted(set(paths["train"]) & set(paths["test"]))
@@ -129,6 +133,13 @@ def _paths(data: datasets.DatasetDict) -> Iterator[str]:
     twice = [path for path, times in Counter(paths["train"]).items() if times > 1]
     if twice:
         yield f"{len(twice):,} training images are listed more than once: {_some(twice)}"
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return None
 
 
 def _stored_paths(rows: datasets.Dataset) -> list[str]:

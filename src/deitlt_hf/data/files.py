@@ -4,6 +4,7 @@ Each becomes splits with the columns `image` (paths) and `label`; no image is op
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "validation", "valid", "val", "eval", "dev")
@@ -41,11 +44,15 @@ def find_split(names: Iterable[str], wanted: Sequence[str]) -> str | None:
 # ---- Class folders ----
 
 
-def has_split_folders(folder: Path) -> bool:
-    """Whether there are a training and a test folder, each with folders in it."""
-    folders = _folders(folder)
-    splits = [find_split(folders, names) for names in (TRAIN_NAMES, TEST_NAMES)]
-    return all(split is not None and _folders(folder / split) for split in splits)
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Folders of splits: named as one, or with such a word in their name, and with folders in them."""
+    places: dict[str, Path] = {}
+    folders = [name for name in _folders(folder) if _folders(folder / name)]
+    for name in sorted(folders, key=lambda name: name.lower() not in (*TRAIN_NAMES, *TEST_NAMES)):
+        split = split_of(name)
+        if split is not None:
+            places.setdefault(split, folder / name)
+    return dict(sorted(places.items(), key=lambda item: item[0] != "train"))
 
 
 def load_class_folders(folder: Path) -> datasets.DatasetDict:
@@ -56,11 +63,9 @@ def load_class_folders(folder: Path) -> datasets.DatasetDict:
     Raises:
         FileNotFoundError: If there is no image in a class folder.
     """
-    folders = _folders(folder)
-    train, test = find_split(folders, TRAIN_NAMES), find_split(folders, TEST_NAMES)
-    places = {"train": folder / train if train else folder}
-    if train and test:
-        places[test.lower()] = folder / test
+    places = split_folders(folder)
+    if "train" not in places:
+        places = {"train": folder}
     found = {split: _scan(place) for split, place in places.items()}
     if not found["train"]:
         raise FileNotFoundError(
@@ -81,16 +86,22 @@ def _scan(folder: Path) -> dict[str, list[str]]:
     """Image files of each class folder, sorted."""
     Image.init()
     suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
-    classes = {}
+    classes, without = {}, []
     for name in _folders(folder):
         paths = [
             os.path.join(root, file)
-            for root, _, files in os.walk(folder / name)
+            for root, _, files in os.walk(folder / name, followlinks=True)
             for file in files
             if file.lower().endswith(suffixes) and not file.startswith(".")
         ]
         if paths:
             classes[name] = sorted(paths)
+        elif any(files for _, _, files in os.walk(folder / name)):
+            without.append(name)
+    if without:
+        logger.warning(
+            "%d folders of %s have files but no images, left out: %s", len(without), folder, named(without[:5])
+        )
     return classes
 
 
@@ -122,7 +133,8 @@ def find_lists(folder: Path, train_list: str | None = None, test_list: str | Non
             return {}
         lists["train"] = trains[0]
     if "test" not in lists:
-        tests = [path for kind in ("test", "val") for path in candidates if re.search(kind, path.stem, re.IGNORECASE)]
+        others = [path for path in candidates if not re.search("train", path.stem, re.IGNORECASE)]
+        tests = [path for kind in ("test", "val") for path in others if re.search(kind, path.stem, re.IGNORECASE)]
         if tests:
             lists["test"] = tests[0]
     return lists
@@ -260,9 +272,10 @@ def _read_json(path: Path):
 def split_of(name: str) -> str | None:
     """`train`, or the name of a test split, from a name that contains it as a word."""
     words = re.split(r"[^a-z]+", name.lower())
-    if any(word in TRAIN_NAMES for word in words):
+    if any(word.startswith("train") for word in words):
         return "train"
-    return next((word for word in words if word in TEST_NAMES), None)
+    exact = next((word for word in words if word in TEST_NAMES), None)
+    return exact or next((start for word in words for start in ("test", "valid") if word.startswith(start)), None)
 
 
 def located(folder: Path, relative: Mapping[str, Split], names: Sequence[str]) -> datasets.DatasetDict:
@@ -271,7 +284,10 @@ def located(folder: Path, relative: Mapping[str, Split], names: Sequence[str]) -
     Raises:
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
-    splits = {name: Split(list(_locate(folder, split.paths)), split.labels) for name, split in relative.items()}
+    splits = {
+        name: Split(list(_locate(folder, split.paths, may_be_flat=name != "train")), split.labels)
+        for name, split in relative.items()
+    }
     missing = [path for split in splits.values() for path in split.paths if path.startswith(_MISSING)]
     if missing:
         listed = named(path.removeprefix(_MISSING) for path in missing[:MISSING_NAMED])
@@ -283,10 +299,10 @@ def located(folder: Path, relative: Mapping[str, Split], names: Sequence[str]) -
 _MISSING = "\0"
 
 
-def _locate(folder: Path, paths: Iterable[str]) -> Iterator[str]:
+def _locate(folder: Path, paths: Iterable[str], may_be_flat: bool) -> Iterator[str]:
     """Whole paths, or a marked path if there is no file; each folder is listed once.
 
-    A validation image may also lie without its class folder, as ImageNet's are distributed.
+    A test image may also lie without its class folder, as ImageNet's are distributed.
     """
     listings: dict[str, set[str]] = {}
 
@@ -298,11 +314,11 @@ def _locate(folder: Path, paths: Iterable[str]) -> Iterator[str]:
                 listings[directory] = set()
         return name in listings[directory]
 
-    for path in paths:
+    for path in map(os.path.normpath, paths):
         directory, name = os.path.split(path)
         if exists(directory, name):
             yield os.path.join(folder, path)
-        elif exists(os.path.dirname(directory), name):
+        elif may_be_flat and exists(os.path.dirname(directory), name):
             yield os.path.join(folder, os.path.dirname(directory), name)
         else:
             yield _MISSING + path

@@ -57,7 +57,8 @@ class EncodedImage:
             width, height = self._opened.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS}")
-            self._orientation = self._opened.getexif().get(0x0112, 1)
+            orientation = self._opened.getexif().get(0x0112, 1)
+            self._orientation = orientation if isinstance(orientation, int) else 1  # some cameras write text
         self._is_jpeg = self._opened.format in ("JPEG", "MPO") and self._orientation == 1
         self.size = (height, width) if 5 <= self._orientation <= 8 else (width, height)
 

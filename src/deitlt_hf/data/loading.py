@@ -11,13 +11,14 @@ from .arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
 from .class_lists import read_class_names
 from .files import (
     TEST_NAMES,
+    TRAIN_NAMES,
     find_annotations,
     find_lists,
     find_split,
-    has_split_folders,
     load_annotations,
     load_class_folders,
     load_lists,
+    split_folders,
 )
 from .images import decode_all
 from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
@@ -66,8 +67,8 @@ def load_source(
         dataset: `digits` (scikit-learn's, embedded: 1,797 images of 8 x 8 pixels), or the id of a data set on the Hub.
             With `data_dir` it is only a name.
         data_dir: Read from this folder instead. By what it holds: list files (see [`load_lists`]); MNIST-style IDX
-            files; CIFAR's python version; what `save_to_disk` wrote; an iNaturalist competition; class folders below
-            `train` and `test`; tables (CSV, TSV, parquet) with paths or images; webdataset shards; class folders.
+            files; CIFAR's python version; what `save_to_disk` wrote; class folders below `train` and `test`; an
+            iNaturalist competition; tables (CSV, TSV, parquet) with paths or images; webdataset shards; class folders.
         train_list: List file of the training images, here or in `data_dir`; by default found by its name.
         test_list: List file of the test images.
         image_column: Column with the images, in tables; by default one with a usual name.
@@ -99,11 +100,11 @@ def load_source(
         loaded = datasets.load_from_disk(str(folder))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
         return "a saved data set", splits
+    if not (image_column or label_column) and {"train"} < set(split_folders(folder)):
+        return "class folders", load_class_folders(folder)
     if annotations := find_annotations(folder):
         return f"iNaturalist annotations ({_names(annotations)})", load_annotations(folder, annotations)
-    if has_split_folders(folder) and not (image_column or label_column):
-        return "class folders", load_class_folders(folder)
-    if tables := find_tables(folder):
+    if tables := find_tables(folder, image_column, label_column):
         return f"tables ({_names(tables)})", load_tables(folder, tables, image_column, label_column)
     if shards := find_shards(folder):
         return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
@@ -167,6 +168,8 @@ def long_tailed_splits(
     names = splits["train"].features["label"].names
     if len(names) < 2:
         raise ValueError(f"the data have {len(names)} class ({', '.join(names)}); a classifier needs at least two.")
+    if max_per_class is not None and imbalance_ratio is None:
+        raise ValueError("max_per_class needs an imbalance_ratio (1 for classes of the same size).")
     if imbalance_ratio is not None:
         indices = long_tailed_indices(
             splits["train"]["label"][:], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
@@ -233,17 +236,18 @@ def _choose_splits(
 ) -> datasets.DatasetDict:
     """The splits `train` and `test`; only the former if the latter is to be taken from it."""
     test = find_split(splits, [test_split] if test_split is not None else TEST_NAMES)
+    train = find_split(splits, TRAIN_NAMES)
     if test_fraction is not None:
-        if test is not None or "train" not in splits:
+        if test is not None or train is None:
             raise ValueError(f"the data have the splits {', '.join(splits)}; leave out test_fraction.")
-        return splits
-    if "train" not in splits or test is None:
-        missing = "train" if "train" not in splits else f"test ({test_split or ' or '.join(TEST_NAMES)})"
+        return datasets.DatasetDict(train=splits[train])
+    if train is None or test is None:
+        missing = "train" if train is None else f"test ({test_split or ' or '.join(TEST_NAMES)})"
         raise ValueError(
             f"the data have no {missing} split; the splits are {', '.join(splits)}. In an image folder put the images "
             "below train/CLASS/ and test/CLASS/, or give test_fraction to set a share of each class apart."
         )
-    return datasets.DatasetDict({"train": splits["train"], "test": splits[test]})
+    return datasets.DatasetDict({"train": splits[train], "test": splits[test]})
 
 
 def standard_columns(
@@ -263,12 +267,18 @@ def standard_columns(
     if not all(isinstance(split.features["label"], datasets.ClassLabel) for split in standard.values()):
         standard = _encode_classes(standard)
     for name, split in standard.items():
+        missing = split["label"][:].count(None)
+        if missing:
+            raise ValueError(f"the {name} split has {missing} images without a label (empty).")
         if min(split["label"][:], default=0) < 0:
             raise ValueError(f"the {name} split has images without a label (-1); name another with test_split.")
     if class_names is not None:
         given = read_class_names(class_names) if isinstance(class_names, str) else list(class_names)
         standard = {name: _rename_classes(split, given) for name, split in standard.items()}
     names = [split.features["label"].names for split in standard.values()]
+    if sorted(names[0]) == sorted(names[-1]):
+        classes = next(iter(standard.values())).features["label"]
+        return datasets.DatasetDict({name: with_classes(split, classes) for name, split in standard.items()})
     if names[0] != names[-1]:
         raise ValueError(
             "the train and test splits have different classes: only in train "
@@ -279,7 +289,11 @@ def standard_columns(
 
 def _encode_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
     """Replaces labels of any type by class indices, the same in all splits."""
-    values = {name: split["label"][:] for name, split in splits.items()}
+    values = {}
+    for name, split in splits.items():
+        labels, feature = split["label"][:], split.features["label"]
+        is_named = isinstance(feature, datasets.ClassLabel)
+        values[name] = [feature.names[label] for label in labels] if is_named else labels
     for name, labels in values.items():
         missing = labels.count(None)
         if missing:
@@ -290,6 +304,22 @@ def _encode_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.D
         name: split.remove_columns("label").add_column("label", labels[name].tolist()).cast_column("label", features)
         for name, split in splits.items()
     }
+
+
+def with_classes(split: datasets.Dataset, classes: datasets.ClassLabel) -> datasets.Dataset:
+    """The same rows, with the labels that other classes give to their names.
+
+    Raises:
+        ValueError: If they have not all names.
+    """
+    names = split.features["label"].names
+    if names == classes.names:
+        return split
+    unknown = sorted(set(names) - set(classes.names))
+    if unknown:
+        raise ValueError(f"the test split has classes that the training split has not: {unknown[:5]}.")
+    labels = [classes.str2int(names[label]) for label in split["label"]]
+    return split.remove_columns("label").add_column("label", labels).cast_column("label", classes)
 
 
 def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Dataset:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .files import TEST_NAMES, find_split
 from .images import EncodedImage, open_image
-from .loading import find_columns, standard_columns
+from .loading import find_columns, standard_columns, with_classes
 from .sampling import RepeatedAugmentationSampler
-from .tables import encode_labels, find_shards, find_tables, sibling_tables
+from .tables import embeds_images, encode_labels, find_shards, find_tables, sibling_tables
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,13 @@ class StreamedSplit:
         if isinstance(feature, datasets.ClassLabel):
             names = feature.names
             self.label_of = {label: label for label in range(len(names))}
-            self.class_counts = np.array([counts.get(label, counts.get(name, 0)) for label, name in enumerate(names)])
+            # A file that goes by names may have numbers as names, in another order than the labels.
+            by_name = any(isinstance(key, str) for key in counts)
+            keys = names if by_name else range(len(names))
+            self.class_counts = np.array([counts.get(key, 0) for key in keys])
         else:
+            if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+                counts = {int(key): count for key, count in counts.items()}
             names, labels = encode_labels({"train": list(counts)})
             self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
             self.class_counts = np.zeros(len(names), np.int64)
@@ -133,17 +138,20 @@ class StreamedImages(IterableDataset):
             # Not the stream's own `set_epoch`: workers share its state, and would write it at the same time.
             seed = np.random.SeedSequence([self.seed, int(self.epoch), turn]).generate_state(1)[0]
             stream = self.split.stream.shuffle(seed=int(seed), buffer_size=self.split.shuffle_buffer)
-            found = False
+            seen = found = False
             for row in split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size):
-                found = True
+                seen = True
                 image = self._open(row[self.split.image_column])
                 label = self.split.label_of.get(row[self.split.label_column])
                 if label is None:
                     raise ValueError(f"the stream has a label that was not counted: {row[self.split.label_column]!r}.")
                 if image is None:
                     continue
+                found = True
                 for _ in range(self.num_repeats):
                     yield {"labels": label, **{name: view(image) for name, view in self.views.items()}}
+            if seen and not found:
+                raise ValueError("none of the images that a worker has read can be decoded.")
             if not found:
                 raise ValueError(
                     f"a worker has no shard of its own: there are {self.split.stream.num_shards} shards; lower "
@@ -218,17 +226,7 @@ def load_streamed(
     train = StreamedSplit(stream, *columns, counts, shuffle_buffer, skip_bad_images)
     tested = datasets.load_dataset(**arguments, split=test)
     tested = standard_columns(datasets.DatasetDict(test=tested), *columns)["test"]
-    return kind, {"train": train, "test": _with_classes(tested, train.features["label"])}
-
-
-def _with_classes(split: datasets.Dataset, classes: datasets.ClassLabel) -> datasets.Dataset:
-    """The same rows, with the labels that other classes give to their names."""
-    names = split.features["label"].names
-    unknown = sorted(set(names) - set(classes.names))
-    if unknown:
-        raise ValueError(f"the test split has classes that the training split has not: {unknown[:5]}.")
-    labels = [classes.str2int(names[label]) for label in split["label"]]
-    return split.remove_columns("label").add_column("label", labels).cast_column("label", classes)
+    return kind, {"train": train, "test": with_classes(tested, train.features["label"])}
 
 
 def count_classes(stream: datasets.IterableDataset, label_column: str) -> Counter:
@@ -244,8 +242,7 @@ def _read_counts(path: str) -> dict:
     counts = dict(enumerate(content)) if isinstance(content, list) else content
     if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
         raise ValueError(f"{path} must hold a list of counts, or an object from class to count.")
-    # JSON has no numbers as keys.
-    return {int(key) if isinstance(key, str) and key.isdecimal() else key: count for key, count in counts.items()}
+    return counts
 
 
 def _shards(dataset: str, data_dir: str | None) -> tuple[str, dict]:
@@ -258,7 +255,8 @@ def _shards(dataset: str, data_dir: str | None) -> tuple[str, dict]:
         raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
     if shards := find_shards(folder):
         return "webdataset shards, streamed", {"path": "webdataset", "data_files": shards}
-    if tables := find_tables(folder):
+    tables = find_tables(folder)
+    if tables and embeds_images(tables["train"]):
         files = {split: sibling_tables(path) for split, path in tables.items()}
         return "parquet files, streamed", {"path": "parquet", "data_files": files}
     raise ValueError(

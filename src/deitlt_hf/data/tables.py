@@ -16,14 +16,21 @@ PATH_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "i
 LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name", "cls")
 
 
-def find_tables(folder: Path) -> dict[str, Path]:
-    """Finds tables (CSV, TSV, parquet): of `train` and a test split by name, or a single one for both."""
+def find_tables(folder: Path, image_column: str | None = None, label_column: str | None = None) -> dict[str, Path]:
+    """Finds tables (CSV, TSV, parquet): of `train` and a test split by name, or a single one for both.
+
+    Tables without the columns are left out beside others, and beside folders.
+    """
     places = [*folder.iterdir(), *folder.glob("data/*.parquet")]  # the latter as on the Hub
     tables = [path for path in sorted(places) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
+    wanted = (image_column, PATH_COLUMNS), (label_column, LABEL_COLUMNS)
+    usable = [path for path in tables if embeds_images(path) or _has_columns(path, wanted)]
+    if usable or any(path.is_dir() for path in folder.iterdir()):
+        tables = usable
     found: dict[str, list[Path]] = {}
     for path in tables:
         found.setdefault(split_of(path.name) or "train", []).append(path)
-    if any(len(paths) > 1 for paths in found.values()) and not _embeds_images(tables[0]):
+    if any(len(paths) > 1 for paths in found.values()) and not embeds_images(tables[0]):
         doubled = next(paths for paths in found.values() if len(paths) > 1)
         raise ValueError(f"{folder} has several tables for one split ({named(doubled)}); keep one a split.")
     return {split: paths[0] for split, paths in found.items()} if "train" in found else {}
@@ -40,7 +47,7 @@ def load_tables(
         ValueError: If a column is missing.
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
-    if _embeds_images(tables["train"]):
+    if embeds_images(tables["train"]):
         return datasets.load_dataset(
             "parquet", data_files={split: sibling_tables(path) for split, path in tables.items()}
         )
@@ -49,11 +56,17 @@ def load_tables(
         columns = _read_table(path)
         image = _column(path, columns, image_column, PATH_COLUMNS, "image")
         label = _column(path, columns, label_column, LABEL_COLUMNS, "label")
-        parts = columns.get("split") or [name] * len(columns[image])
+        column = find_split(columns, ["split"])
+        parts = [name] * len(columns[image]) if column is None else [str(value) for value in columns[column]]
+        parts = [split_of(part) or part for part in parts]
         for part in dict.fromkeys(parts):
             rows = [row for row, value in enumerate(parts) if value == part]
             paths = [str(columns[image][row]) for row in rows]
-            splits[split_of(part) or part] = Split(paths, np.asarray([columns[label][row] for row in rows]))
+            labels = [columns[label][row] for row in rows]
+            missing = sum(value is None or value == "" or value != value for value in labels)
+            if missing:
+                raise ValueError(f"{path}: {missing} of {len(rows)} {part} images have no {label}.")
+            splits[part] = Split(paths, np.asarray(labels))
     names, labels = encode_labels({name: split.labels for name, split in splits.items()})
     encoded = {name: Split(split.paths, labels[name]) for name, split in splits.items()}
     columns = {"image": image_column or "image", "label": label_column or "label"}
@@ -66,9 +79,10 @@ def encode_labels(labels: Mapping[str, Sequence]) -> tuple[list[str], dict[str, 
     Numbers are in numerical order, also when they are text, and names in alphabetical order.
     """
     values = np.unique(np.concatenate([np.asarray(split) for split in labels.values()]))
-    if values.dtype.kind in "US" and all(re.fullmatch(r"-?\d+", str(value)) for value in values):
-        values = np.sort(values.astype(np.int64))
-        labels = {name: np.asarray(split).astype(np.int64) for name, split in labels.items()}
+    if values.dtype.kind in "USf" and all(re.fullmatch(r"-?\d+(\.0*)?", str(value)) for value in values):
+        # Whole numbers, as text or as pandas writes them beside empty cells.
+        labels = {name: np.asarray(split).astype(np.float64).astype(np.int64) for name, split in labels.items()}
+        values = np.unique(np.concatenate(list(labels.values())))
     return [str(value) for value in values], {name: np.searchsorted(values, split) for name, split in labels.items()}
 
 
@@ -76,10 +90,14 @@ def _read_table(path: Path) -> dict[str, list]:
     if path.suffix.lower() == ".parquet":
         return pyarrow.parquet.read_table(path).to_pydict()
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        reader = csv.reader(file, delimiter=_delimiter(path))
         header = next(reader, [])
         columns: dict[str, list] = {name.strip(): [] for name in header}
+        if len(columns) < len(header):
+            raise ValueError(f"{path} has two columns of the same name: {', '.join(header)}.")
         for number, row in enumerate(reader, start=2):
+            if not row:
+                continue
             if len(row) != len(header):
                 raise ValueError(f"line {number} of {path} has {len(row)} fields, but the header has {len(header)}.")
             for name, value in zip(columns, row, strict=True):
@@ -101,7 +119,24 @@ def _column(path: Path, columns: Mapping[str, list], given: str | None, known: S
     return name
 
 
-def _embeds_images(path: Path) -> bool:
+def _has_columns(path: Path, wanted: Sequence[tuple[str | None, Sequence[str]]]) -> bool:
+    names = _column_names(path)
+    return all(given in names if given else find_split(names, known) is not None for given, known in wanted)
+
+
+def _column_names(path: Path) -> list[str]:
+    if path.suffix.lower() == ".parquet":
+        return pyarrow.parquet.read_schema(path).names
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return [name.strip() for name in next(csv.reader(file, delimiter=_delimiter(path)), [])]
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def embeds_images(path: Path) -> bool:
+    """Whether a table is a parquet file with the images in it."""
     if path.suffix.lower() != ".parquet":
         return False
     schema = pyarrow.parquet.read_schema(path)
@@ -118,6 +153,6 @@ def find_shards(folder: Path) -> dict[str, list[str]]:
     """Finds webdataset shards (tar files) by split, in the folder and directly below."""
     shards: dict[str, list[str]] = {}
     for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
-        split = split_of(path.name) or split_of(path.parent.name) or "train"
+        split = split_of(path.name) or (split_of(path.parent.name) if path.parent != folder else None) or "train"
         shards.setdefault(split, []).append(str(path))
     return shards
