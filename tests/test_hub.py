@@ -435,7 +435,9 @@ def test_what_tensors_do_not_tell_survives_an_export(tmp_path):
     images = normal(0, (2, 3, 8, 8))
     torch.testing.assert_close(loaded(images).logits, model(images).logits)
     converted = convert_original(
-        {"model": torch.load(tmp_path / "new" / "student.pth")["model"]}, tmp_path / "out", num_attention_heads=3
+        {"model": torch.load(tmp_path / "new" / "student.pth", weights_only=True)["model"]},
+        tmp_path / "out",
+        num_attention_heads=3,
     )
     assert converted.config.num_attention_heads == 3
 
