@@ -20,6 +20,7 @@ from PIL import Image
 
 from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
 from deitlt_hf.data.loading import load_source
+from deitlt_hf.data.tables import encode_labels
 from deitlt_hf.recipes import DataArguments
 
 RANDOM = np.random.RandomState(0)
@@ -696,3 +697,22 @@ def test_shards_named_after_a_word_that_begins_like_a_split(tmp_path):
         path.rename(dev / path.name)
     data = load_long_tailed(data_dir=str(dev))
     assert {name: len(split) for name, split in data.items()} == {"train": 9, "test": 9}
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["10", "2", "2"], ["2", "10"]),
+        ([10.0, 2.0], ["2", "10"]),
+        (["010", "002", "02"], ["002", "010", "02"]),
+        (["9007199254740993", "9007199254740992"], ["9007199254740992", "9007199254740993"]),
+        (["b", "a", "10"], ["10", "a", "b"]),
+    ],
+    ids=["text", "floats", "codes", "long", "names"],
+)
+def test_labels_stay_apart(labels, names):
+    """Codes with leading zeros and numbers beyond 2 ** 53 must not become the same class."""
+    found, indices = encode_labels({"train": labels})
+    assert found == names
+    texts = [str(int(label)) if isinstance(label, float) else label for label in labels]
+    assert [found[index] for index in indices["train"]] == texts

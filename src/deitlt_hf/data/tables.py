@@ -79,10 +79,12 @@ def encode_labels(labels: Mapping[str, Sequence]) -> tuple[list[str], dict[str, 
     Numbers are in numerical order, also when they are text, and names in alphabetical order.
     """
     values = np.unique(np.concatenate([np.asarray(split) for split in labels.values()]))
-    if values.dtype.kind in "USf" and all(re.fullmatch(r"-?\d+(\.0*)?", str(value)) for value in values):
-        # Whole numbers, as text or as pandas writes them beside empty cells.
-        labels = {name: np.asarray(split).astype(np.float64).astype(np.int64) for name, split in labels.items()}
-        values = np.unique(np.concatenate(list(labels.values())))
+    # Whole numbers, also as text, or with ".0" as pandas writes them beside empty cells; not codes such as 007.
+    if values.dtype.kind in "USf" and all(re.fullmatch(r"-?(0|[1-9]\d*)(\.0*)?", str(value)) for value in values):
+        whole = {name: np.asarray(split).astype(np.float64).astype(np.int64) for name, split in labels.items()}
+        numbers = np.unique(np.concatenate(list(whole.values())))
+        if len(numbers) == len(values):  # long numbers could become the same
+            values, labels = numbers, whole
     return [str(value) for value in values], {name: np.searchsorted(values, split) for name, split in labels.items()}
 
 
