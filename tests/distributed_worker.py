@@ -43,9 +43,10 @@ def make_trainers(folder, accumulation=1):
         **values, distillation="none", reweight_cls=True, repeated_augmentation=1, train_crop="padded"
     )
     yield "student", DeiTLTTrainer(model=model, args=student_args, **datasets)
-    model = make_student(drop_path_rate=0.0)
-    sam_args = FlatTeacherTrainingArguments(**values, sam_rho=[0.5])
-    yield "sam", FlatTeacherTrainer(model=model, args=sam_args, **datasets)
+    for name, per_process in (("sam", False), ("sam_per_process", True)):
+        model = make_student(drop_path_rate=0.0)
+        sam_args = FlatTeacherTrainingArguments(**values, sam_rho=[0.5], sam_per_process=per_process)
+        yield name, FlatTeacherTrainer(model=model, args=sam_args, **datasets)
 
 
 def repeated_augmentation_order(folder):

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch.nn import functional as F
 
-from distributed_worker import GLOBAL_BATCH, gradients_of_a_step, make_trainers
+from conftest import make_student
+from deitlt_hf.data import class_counts, load_long_tailed
+from deitlt_hf.losses import effective_number_weights
+from distributed_worker import GLOBAL_BATCH, fixed_batch, gradients_of_a_step, make_trainers
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,33 @@ def test_gradient_does_not_depend_on_the_arrangement(two_ranks, tmp_path, name, 
     for parameter, gradient in gradients_of_a_step(trainer).items():
         for rank in two_ranks:
             torch.testing.assert_close(rank[name]["gradients"][parameter], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_processes_can_perturb_each_on_its_own(two_ranks):
+    """The gradient, derived by hand: each half of the batch has its gradient taken where that half's loss is worst."""
+    batch, halves = fixed_batch(), (slice(0, GLOBAL_BATCH // 2), slice(GLOBAL_BATCH // 2, GLOBAL_BATCH))
+    labels = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)["train"]["label"]
+    weights = effective_number_weights(class_counts(labels))
+    total = {}
+    for half in halves:
+        model = make_student(drop_path_rate=0.0)
+        for is_second_pass in (False, True):
+            model.zero_grad()
+            logits = model(batch["pixel_values"][half]).logits
+            loss = F.cross_entropy(logits, batch["labels"][half], weights, reduction="sum")
+            (loss / weights[batch["labels"]].sum()).backward()
+            if not is_second_pass:
+                norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter += 0.5 * parameter.grad / norm
+        for name, parameter in model.named_parameters():
+            total[name] = total.get(name, 0) + parameter.grad
+    for name, gradient in total.items():
+        for rank in two_ranks:
+            torch.testing.assert_close(rank["sam_per_process"]["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+    shared = two_ranks[0]["sam"]["gradients"]
+    assert max((shared[name] - gradient).abs().max() for name, gradient in total.items()) > 1e-4
 
 
 def test_repeated_augmentation_is_timms_in_each_process(two_ranks):

@@ -527,9 +527,76 @@ def test_batch_norm_statistics_come_from_the_unperturbed_pass(tmp_path, digits):
         trainer.create_optimizer()
         batches, _ = trainer.get_batch_samples(iter([fixed_batch(digits)]), 1, trainer.args.device)
         trainer.training_step(trainer.model, batches[0])
-        statistics.append(trainer.model.backbone.bn1.running_mean.clone())
-        assert trainer.model.backbone.bn1.momentum == 0.1
+        layer = trainer.model.backbone.bn1
+        statistics.append(layer.running_mean.clone())
+        assert layer.num_batches_tracked == 1
+        assert layer.track_running_stats
     assert torch.equal(*statistics)
+
+
+def sam_steps(steps, scaler=None, poisoned=()):
+    """Weights after each step of SAM on a linear layer, with losses scaled as for half precision."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    optimizer = SAM(torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9), rho=0.5)
+    weights = []
+    for step in range(steps):
+        for is_second_pass in (False, True):
+            loss = F.cross_entropy(layer(torch.eye(4)), torch.tensor([0, 1, 2, 0]))
+            if step in poisoned:
+                loss = loss * math.inf
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if not is_second_pass:
+                optimizer.ascend()
+        optimizer.restore()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+        weights.append(layer.weight.detach().clone())
+    return weights
+
+
+def test_sam_does_not_depend_on_the_scale_of_the_loss():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for scaled, plain in zip(sam_steps(3, scaler), sam_steps(3), strict=True):
+        torch.testing.assert_close(scaled, plain)
+
+
+def test_sam_leaves_out_a_step_that_overflows():
+    """Weights that were perturbed along an infinite gradient would be lost, and the state with them."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    weights = sam_steps(3, scaler, poisoned=[1])
+    assert torch.equal(weights[1], weights[0])
+    assert scaler.get_scale() == 2.0**15
+    torch.testing.assert_close(weights[2], sam_steps(2)[1])
+
+
+def test_sam_refuses_to_climb_twice():
+    layer = nn.Linear(4, 3)
+    optimizer = SAM(torch.optim.SGD(layer.parameters(), lr=0.1))
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.ascend()
+    with pytest.raises(RuntimeError, match="perturbed already"):
+        optimizer.ascend()
+
+
+def test_sam_trains_in_mixed_precision(tmp_path, digits):
+    """Both passes compute in bfloat16: with one of them in float32 they would be gradients of two functions."""
+    seen = []
+    trainer = teacher_trainer(tmp_path, digits, sam_rho=[0.1], bf16=True, use_cpu=True, max_steps=2)
+    handle = trainer.model.backbone.layer1.register_forward_hook(
+        lambda module, args, output: seen.append((module.training, output.dtype))
+    )
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    handle.remove()
+    assert [dtype for training, dtype in seen if training] == [torch.bfloat16] * 4
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert not torch.equal(parameter, before[name]), name
 
 
 def test_sam_radius_by_stage():

@@ -221,6 +221,11 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         [0.05], "Radius of SAM's perturbation: one value, or one for each stage of the backbone; 0 for plain SGD."
     )
     sam_adaptive: bool = _option(False, "Scale the perturbation by the weights (ASAM).")
+    sam_per_process: bool = _option(
+        False,
+        "Each process perturbs along the gradient of its own share of the batch, as Foret et al. do, instead of all "
+        "along the whole batch's. Saves a reduction a step, but the run then depends on the number of processes.",
+    )
     momentum: float = _option(0.9, "Momentum of SGD.")
     lr_drop_epochs: list[float] = _option([], "Epochs (from 0) at which the learning rate drops.")
     lr_drops: list[float] = _option([], "Factors of the peak learning rate from those epochs on.")

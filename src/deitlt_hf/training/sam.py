@@ -1,6 +1,7 @@
 """Sharpness-aware minimisation."""
 
 import torch
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 
@@ -16,9 +17,12 @@ class SAM(Optimizer):
         loss(batch).backward()
         optimizer.step()
 
-    The perturbation is `rho * g / ||g||`, with the norm over all parameters and `rho` that of the parameter's group.
-    Without [`ascend`], [`step`] is the wrapped optimiser's. The state that is saved is the wrapped optimiser's: between
-    steps the weights are never perturbed.
+    The perturbation is `rho * g / ||g||`, with the norm over all parameters and `rho` that of the parameter's group. It
+    does not depend on the scale of the gradient, so that a `GradScaler` needs to unscale nothing before. Without
+    [`ascend`], [`step`] is the wrapped optimiser's. The state that is saved is the wrapped optimiser's: between steps
+    the weights are never perturbed.
+
+    With a `GradScaler`, which leaves out the step after an overflow, call [`restore`] before its `step`.
 
     Args:
         base_optimizer: Does the step. Its parameter groups are shared; a group's own `rho` goes before the argument.
@@ -44,15 +48,26 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def ascend(self) -> None:
-        """Moves the weights to the approximate worst point within `rho`, remembers them, and clears the gradients."""
-        scale = 1.0 / (self._gradient_norm() + 1e-12)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                self._perturbed[parameter] = parameter.detach().clone()
-                step = parameter.grad * parameter.square() if self.adaptive else parameter.grad
-                parameter.add_(step * (group["rho"] * scale))
+        """Moves the weights to the approximate worst point within `rho`, remembers them, and clears the gradients.
+
+        A gradient that is not finite, as after an overflow in half precision, moves nothing: the second pass finds the
+        overflow again.
+
+        Raises:
+            RuntimeError: If the weights are perturbed already.
+        """
+        if self._perturbed:
+            raise RuntimeError("the weights are perturbed already; call step or restore before the next ascend.")
+        norm = self._gradient_norm()
+        if norm.isfinite():
+            scale = 1.0 / (norm + 1e-12)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    self._perturbed[parameter] = parameter.detach().clone()
+                    step = parameter.grad * parameter.square() if self.adaptive else parameter.grad
+                    parameter.add_(step * (group["rho"] * scale).to(parameter))
         self.zero_grad()
 
     @torch.no_grad()
@@ -78,10 +93,11 @@ class SAM(Optimizer):
         self.state = self.base_optimizer.state
 
     def _gradient_norm(self) -> torch.Tensor:
-        norms = [
-            ((parameter.abs() if self.adaptive else 1.0) * parameter.grad).norm()
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        return torch.stack(norms).norm()
+        return get_total_norm(
+            [
+                parameter.grad * parameter.abs() if self.adaptive else parameter.grad
+                for group in self.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None
+            ]
+        )

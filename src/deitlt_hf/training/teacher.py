@@ -23,8 +23,9 @@ CONTRAST_FILE = "momentum_contrast.safetensors"
 class FlatTeacherTrainer(LongTailTrainer):
     """Trains a flat teacher: cross entropy, LDAM, logit adjustment or PaCo, with deferred re-weighting, under SAM.
 
-    The perturbation follows the gradient of the whole batch, over accumulation slices and processes. Batch-norm
-    statistics are those of the unperturbed pass.
+    The perturbation follows the gradient of the whole batch, over accumulation slices and processes; with
+    `sam_per_process` each process has one of its own, that of its share of the batch. Batch-norm statistics are those
+    of the unperturbed pass.
 
     PaCo sees two augmented views of an image. An image is compared with those of its slice of the batch, with their
     keys, and with a queue of the keys of earlier batches, of all processes; the same keys serve both passes of SAM.
@@ -90,17 +91,27 @@ class FlatTeacherTrainer(LongTailTrainer):
         )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # out of Accelerate's wrapper
-        if isinstance(optimizer, SAM) and self.accelerator.sync_gradients:
+        if not isinstance(optimizer, SAM):
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self._gradients_stay(model, self.args.sam_per_process):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
             optimizer.ascend()
             with _frozen_batch_norm_statistics(model):
                 for index, batch in enumerate(self._window):
-                    last = index == len(self._window) - 1
-                    with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                        self.accelerator.backward(self.compute_loss(model, batch))
+                    with (
+                        self._gradients_stay(model, index < len(self._window) - 1),
+                        self.compute_loss_context_manager(),
+                    ):
+                        batch_loss = self.compute_loss(model, batch)
+                        self.accelerator.backward(batch_loss)
             optimizer.restore()
         return loss
+
+    def _gradients_stay(self, model: nn.Module, stay: bool) -> contextlib.AbstractContextManager:
+        """Whether a backward pass leaves the gradients of the processes apart."""
+        return self.accelerator.no_sync(model) if stay else contextlib.nullcontext()
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
         args, kwargs = self.args, {"class_weights": class_weights, "reduction": "sum"}
@@ -172,11 +183,11 @@ class FlatTeacherTrainer(LongTailTrainer):
 @contextlib.contextmanager
 def _frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
+    tracking = [layer.track_running_stats for layer in layers]
     for layer in layers:
-        layer.momentum = 0.0
+        layer.track_running_stats = False  # neither the statistics nor the number of batches that they are of
     try:
         yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for layer, tracked in zip(layers, tracking, strict=True):
+            layer.track_running_stats = tracked
