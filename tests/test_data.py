@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
+from transformers import ConvNextImageProcessor, ViTImageProcessor
 
 from deitlt_hf.data import (
     ImageCollator,
@@ -25,7 +26,7 @@ from deitlt_hf.data import (
     train_transform,
     weak_transform,
 )
-from deitlt_hf.data.transforms import resize_and_renormalize
+from deitlt_hf.data.transforms import ImageFormat, resize_and_renormalize
 
 RANDOM = np.random.RandomState(0)
 
@@ -354,9 +355,38 @@ def test_renormalising_is_normalising_anew():
     normalised = [
         (raw - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1) for mean, std in (old, new)
     ]
-    torch.testing.assert_close(resize_and_renormalize(normalised[0], 16, old, new), normalised[1])
-    assert resize_and_renormalize(raw, 8, old, old).shape == (2, 3, 8, 8)
-    assert resize_and_renormalize(raw, 16, old, old) is raw
+    source, target = (ImageFormat((16, 16), *pair) for pair in (old, new))
+    torch.testing.assert_close(resize_and_renormalize(normalised[0], source, target), normalised[1])
+    assert resize_and_renormalize(raw, source, ImageFormat((8, 6), *old)).shape == (2, 3, 8, 6)
+    assert resize_and_renormalize(raw, source, source) is raw
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        image_processor(16, 20, [0.5, 0.4, 0.3], [0.2, 0.2, 0.3]),
+        ViTImageProcessor(size={"height": 12, "width": 16}, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.3]),
+        ConvNextImageProcessor(size={"shortest_edge": 16}, crop_pct=1.0),
+        ViTImageProcessor(size={"height": 16, "width": 16}, do_normalize=False),
+        ViTImageProcessor(size={"height": 16, "width": 16}, rescale_factor=1 / 127.5, image_mean=[1.0] * 3),
+        ViTImageProcessor(size={"height": 16, "width": 16}, do_rescale=False, image_mean=[100.0] * 3),
+    ],
+    ids=["deit", "rectangle", "convnext", "not normalised", "to 2", "not rescaled"],
+)
+def test_format_of_a_processor(processor):
+    """The images that it makes, whatever its own way to say so."""
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = processor(images, return_tensors="pt").pixel_values
+    form = ImageFormat.of(processor)
+    assert form.size == expected.shape[-2:]
+    if form.size == (16, 16) and not getattr(processor, "do_center_crop", False):
+        plain = ImageFormat((16, 16), (0.0,) * 3, (1.0,) * 3)
+        torch.testing.assert_close(resize_and_renormalize(images / 255, plain, form), expected)
+
+
+def test_format_of_a_processor_without_a_size():
+    with pytest.raises(ValueError, match="tells no height and width of its images"):
+        ImageFormat.of(ViTImageProcessor(size={"longest_edge": 16}))
 
 
 # ---- Repeated augmentation ----

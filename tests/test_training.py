@@ -225,6 +225,7 @@ def test_teacher_gets_images_in_its_own_size_and_normalisation(tmp_path, digits,
     trainer.teacher_logits(pixel_values)
     assert trainer.teacher.images[0].shape == (64, 3, 8, 8)
     teacher.config.image_mean, teacher.config.image_std = [0.5] * 3, [0.5] * 3
+    trainer.teacher_format = student_trainer(tmp_path, digits, teacher).teacher_format
     trainer.teacher_logits(pixel_values)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     expected = (trainer.teacher.images[0] * std + mean - 0.5) / 0.5
@@ -247,7 +248,7 @@ def test_teachers_classes_are_matched_by_name(tmp_path, digits, teacher):
 def test_teachers_that_cannot_teach(tmp_path, digits, teacher):
     with pytest.raises(ValueError, match="distillation='hard' needs a teacher"):
         student_trainer(tmp_path, digits).train()
-    with pytest.raises(ValueError, match="the teacher has 5 classes but the student has 10"):
+    with pytest.raises(ValueError, match="the teacher has 5 classes, which have no names, but the student has 10"):
         student_trainer(
             tmp_path, digits, FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8, num_labels=5))
         )
@@ -256,7 +257,7 @@ def test_teachers_that_cannot_teach(tmp_path, digits, teacher):
     with pytest.raises(ValueError, match=r"no better than chance: .* on 600 test images of 10 classes"):
         student_trainer(tmp_path, digits, untrained).train()
     teacher.config.id2label = {label: f"digit {label}" for label in range(10)}
-    with pytest.raises(ValueError, match=r"does not know the classes '0', '1', .* \(10 in all\); its own begin with"):
+    with pytest.raises(ValueError, match=r"does not know the classes '0', '1', .* \(10 of 10\); its own 10 begin with"):
         student_trainer(tmp_path, digits, teacher)
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torch.nn import functional as F
 from torchvision.transforms import Normalize, RandomHorizontalFlip
-from transformers import DeiTImageProcessor
+from transformers import BaseImageProcessor, DeiTImageProcessor, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .augment import on_arrays
@@ -50,6 +51,25 @@ def image_processor(
         image_std=list(std),
         do_convert_rgb=True,
     )
+
+
+def model_processor(config: PreTrainedConfig, resize_size: int | None = None) -> DeiTImageProcessor:
+    """Makes the processor for a model of this package, which tells its image size and perhaps mean and std.
+
+    Args:
+        config: The model's configuration.
+        resize_size: As for [`image_processor`].
+
+    Raises:
+        ValueError: If the resized image would be smaller than the model's, or the configuration tells no size.
+    """
+    if not isinstance(getattr(config, "image_size", None), int):
+        raise ValueError(
+            f"{type(config).__name__} does not tell the side of the model's images; give an image processor "
+            "(processing_class=image_processor(SIZE))."
+        )
+    mean, std = getattr(config, "image_mean", IMAGENET_DEFAULT_MEAN), getattr(config, "image_std", IMAGENET_DEFAULT_STD)
+    return image_processor(config.image_size, resize_size, mean, std)
 
 
 class TrainTransform:
@@ -190,25 +210,63 @@ def weak_transform(processor: DeiTImageProcessor, hflip: float = 0.5) -> TrainTr
     return train_transform(processor, crop="padded", auto_augment=None, hflip=hflip, random_erasing=0.0)
 
 
-def resize_and_renormalize(
-    pixel_values: torch.Tensor,
-    size: int,
-    from_mean_std: tuple[list[float], list[float]],
-    to_mean_std: tuple[list[float], list[float]],
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a model's images look like.
+
+    Args:
+        size: Height and width in pixels.
+        mean: Mean that images in [0, 1] are normalised with, one value a channel.
+        std: Standard deviation, likewise.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, processor: BaseImageProcessor) -> "ImageFormat":
+        """The format that an image processor makes: one of transformers', or of its wrapper of timm.
+
+        Raises:
+            ValueError: If the processor does not tell a size.
+        """
+        if hasattr(processor, "data_config"):  # of transformers' wrapper of timm
+            config = processor.data_config
+            return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
+        crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+        size = dict(crop or processor.size)
+        shortest = size.get("shortest_edge")
+        height, width = size.get("height") or shortest, size.get("width") or shortest
+        if not height or not width:
+            raise ValueError(f"{type(processor).__name__} tells no height and width of its images: {size}.")
+        channels = len(processor.image_mean) if processor.image_mean else 3
+        mean, std = (0.0,) * channels, (1.0,) * channels
+        if processor.do_normalize:
+            mean, std = processor.image_mean, processor.image_std
+        # Rescaling is to [0, 1] by default; a processor that does otherwise normalises other values.
+        scale = 255 * processor.rescale_factor if processor.do_rescale else 255
+        return cls((height, width), tuple(value / scale for value in mean), tuple(value / scale for value in std))
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return f"{width} px" if height == width else f"{width} x {height} px"
+
+
+def resize_and_renormalize(pixel_values: torch.Tensor, source: ImageFormat, target: ImageFormat) -> torch.Tensor:
     """Makes one model's normalised batch another's: bicubic resizing, then the other mean and standard deviation.
 
     Args:
-        pixel_values: Normalised images; (batch, channels, height, width).
-        size: Side of the result, in pixels.
-        from_mean_std: Mean and standard deviation of the batch.
-        to_mean_std: Those of the result.
+        pixel_values: Normalised images; (batch, channels, height, width), of any height and width.
+        source: The model that they were made for.
+        target: The model that they are made for now.
     """
-    if pixel_values.shape[-1] != size or pixel_values.shape[-2] != size:
-        pixel_values = _resize(pixel_values, (size, size))
-    if from_mean_std != to_mean_std:
+    if pixel_values.shape[-2:] != target.size:
+        pixel_values = _resize(pixel_values, target.size)
+    if (source.mean, source.std) != (target.mean, target.std):
         old_mean, old_std, new_mean, new_std = (
-            pixel_values.new_tensor(values).view(-1, 1, 1) for pair in (from_mean_std, to_mean_std) for values in pair
+            pixel_values.new_tensor(values).view(-1, 1, 1)
+            for values in (source.mean, source.std, target.mean, target.std)
         )
         pixel_values = (pixel_values * old_std + old_mean - new_mean) / new_std
     return pixel_values

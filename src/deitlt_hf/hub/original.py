@@ -17,7 +17,7 @@ from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.class_lists import check_class_names
 from ..data.long_tail import decreasing_count_map
-from ..data.transforms import image_processor
+from ..data.transforms import model_processor
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from .checkpoint_files import read_checkpoint
@@ -136,7 +136,7 @@ def convert_original(
     else:
         model = _teacher(checkpoint, class_map, class_counts, class_names)
     model.save_pretrained(folder)
-    image_processor(model.config.image_size).save_pretrained(folder)
+    model_processor(model.config).save_pretrained(folder)
     return model
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.long_tail import class_counts
 from ..data.sampling import RepeatedAugmentationSampler
-from ..data.transforms import resize_and_renormalize, weak_transform
+from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize, weak_transform
 from ..evaluation import group_accuracies
 from ..losses import DistillationLoss
 from .arguments import DeiTLTTrainingArguments
@@ -32,8 +33,11 @@ class DeiTLTTrainer(LongTailTrainer):
     Args:
         model: The student.
         args: A [`DeiTLTTrainingArguments`].
-        teacher: An image classifier whose label names are the student's, in any order. Needed to train unless
+        teacher: An image classifier that knows the student's classes by name, in any order and perhaps among others;
+            one whose classes have no names must have as many, in the same order. Needed to train unless
             `args.distillation` is `none`. It is frozen, and never saved with the student.
+        teacher_processor: Image processor that says in which size and normalisation the teacher takes images. None: a
+            [`FlatTeacherForImageClassification`] tells it itself; another teacher takes what the student does.
         **kwargs: As for [`LongTailTrainer`].
 
     Raises:
@@ -44,11 +48,19 @@ class DeiTLTTrainer(LongTailTrainer):
     experts = {"mean": "logits", "cls": "cls_logits", "distillation": "distillation_logits"}
 
     def __init__(
-        self, model: PreTrainedModel, args: DeiTLTTrainingArguments, teacher: PreTrainedModel | None = None, **kwargs
+        self,
+        model: PreTrainedModel,
+        args: DeiTLTTrainingArguments,
+        teacher: PreTrainedModel | None = None,
+        teacher_processor=None,
+        **kwargs,
     ):
         self.teacher = None
         super().__init__(model=model, args=args, **kwargs)
         if teacher is not None:
+            if teacher_processor is None and isinstance(teacher.config, FlatTeacherConfig):
+                teacher_processor = model_processor(teacher.config)
+            self.teacher_format = ImageFormat.of(teacher_processor or self.processing_class)
             self._label_order = _label_order(model.config, teacher.config).to(self.args.device)
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.mixup = Mixup(
@@ -119,18 +131,11 @@ class DeiTLTTrainer(LongTailTrainer):
     def teacher_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The teacher's logits in the student's label order, for images normalised for the student.
 
-        The images are resized and re-normalised if the teacher's configuration has another `image_size`, `image_mean`
-        or `image_std`.
+        The images are resized and re-normalised if the teacher takes them otherwise.
         """
-        config, processor = self.teacher.config, self.processing_class
-        student_values = (list(processor.image_mean), list(processor.image_std))
-        teacher_values = (
-            list(getattr(config, "image_mean", student_values[0])),
-            list(getattr(config, "image_std", student_values[1])),
-        )
-        size = getattr(config, "image_size", pixel_values.shape[-1])
+        source = ImageFormat.of(self.processing_class)
         with torch.inference_mode(), self.accelerator.autocast():
-            images = resize_and_renormalize(pixel_values, size, student_values, teacher_values)
+            images = resize_and_renormalize(pixel_values, source, self.teacher_format)
             logits = self.teacher(images).logits[:, self._label_order]
         return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
 
@@ -172,7 +177,7 @@ class DeiTLTTrainer(LongTailTrainer):
         lines = {"phases": phases}
         if args.distillation == "none":
             return lines | {"teacher": "none: both tokens learn from the labels"}
-        text = f"{type(self.teacher).__name__}, sees the {args.teacher_view} view"
+        text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
         if self.eval_dataset is not None:
             accuracies = self.check_teacher()
             text += "; test accuracy in %: " + ", ".join(
@@ -208,15 +213,26 @@ class DeiTLTTrainer(LongTailTrainer):
 
 
 def _label_order(student, teacher) -> torch.Tensor:
-    """Positions of the student's labels among the teacher's, matched by name."""
-    if teacher.num_labels != student.num_labels:
-        raise ValueError(f"the teacher has {teacher.num_labels} classes but the student has {student.num_labels}.")
-    positions = {name: label for label, name in teacher.id2label.items()}
-    names = [student.id2label[label] for label in range(student.num_labels)]
-    unknown = [name for name in names if name not in positions]
+    """Positions of the student's labels among the teacher's, matched by name if the teacher's have names."""
+    teacher_names = [teacher.id2label[label] for label in range(teacher.num_labels)]
+    if teacher_names == [f"LABEL_{label}" for label in range(teacher.num_labels)]:
+        if teacher.num_labels == student.num_labels:
+            return torch.arange(student.num_labels)
+        raise ValueError(
+            f"the teacher has {teacher.num_labels} classes, which have no names, but the student has "
+            f"{student.num_labels}."
+        )
+    positions = {}
+    for label, name in enumerate(teacher_names):
+        positions.setdefault(name, []).append(label)
+    order, unknown = [], []
+    for label in range(student.num_labels):
+        name = student.id2label[label]
+        # Classes that share a name, as ImageNet's two cranes do, are taken in their order.
+        (order if positions.get(name) else unknown).append(positions[name].pop(0) if positions.get(name) else name)
     if unknown:
         raise ValueError(
-            f"the teacher does not know the classes {', '.join(map(repr, unknown[:5]))} ({len(unknown)} in all); its "
-            f"own begin with {', '.join(map(repr, list(positions)[:5]))}."
+            f"the teacher does not know the classes {', '.join(map(repr, unknown[:5]))} ({len(unknown)} of "
+            f"{student.num_labels}); its own {teacher.num_labels} begin with {', '.join(map(repr, teacher_names[:5]))}."
         )
-    return torch.tensor([int(positions[name]) for name in names])
+    return torch.tensor(order)

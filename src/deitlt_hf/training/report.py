@@ -14,6 +14,8 @@ from rich.panel import Panel
 from rich.table import Table
 from transformers import ProgressCallback
 
+from ..data.transforms import ImageFormat
+
 RESULTS_FILE = "results.json"
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm")
 
@@ -135,8 +137,9 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
         for name, group in trainer.groups.items()
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    image_format = ImageFormat.of(trainer.processing_class)
     lines = {
-        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, {model.config.image_size} px",
+        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, {image_format}",
         "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
         "groups": trainer.group_rule,
         "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",

@@ -63,10 +63,13 @@ def distill(
     data_args.groups(data)
     set_seed(args.seed)
     student = _student(model_args, data)
-    teacher = None
+    teacher = processor = None
     if args.distillation != "none":
-        teacher = load_classifier(model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args))
-    return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher)
+        path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args)
+        teacher = load_classifier(path)
+        if not isinstance(teacher, FlatTeacherForImageClassification):  # which tells by itself what it takes
+            processor = AutoImageProcessor.from_pretrained(path)
+    return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher, teacher_processor=processor)
 
 
 def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:

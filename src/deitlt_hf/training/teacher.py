@@ -100,12 +100,10 @@ class FlatTeacherTrainer(LongTailTrainer):
             optimizer.ascend()
             with _frozen_batch_norm_statistics(model):
                 for index, batch in enumerate(self._window):
-                    with (
-                        self._gradients_stay(model, index < len(self._window) - 1),
-                        self.compute_loss_context_manager(),
-                    ):
-                        batch_loss = self.compute_loss(model, batch)
-                        self.accelerator.backward(batch_loss)
+                    with self._gradients_stay(model, index < len(self._window) - 1):
+                        with self.compute_loss_context_manager():
+                            perturbed_loss = self.compute_loss(model, batch)
+                        self.accelerator.backward(perturbed_loss)
             optimizer.restore()
         return loss
 

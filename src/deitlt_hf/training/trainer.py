@@ -19,7 +19,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import find_columns, subset_hash, training_counts
 from ..data.long_tail import class_counts, shot_groups
 from ..data.streaming import StreamedImages, StreamedSplit, StreamLoader
-from ..data.transforms import TrainTransform, image_processor, train_transform
+from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..evaluation import ExpertTable, group_accuracies
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
@@ -65,7 +65,7 @@ class LongTailTrainer(Trainer, ABC):
         **kwargs,
     ):
         if processing_class is None:
-            processing_class = image_processor(model.config.image_size, args.image_resize)
+            processing_class = model_processor(model.config, args.image_resize)
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:
                 _match_labels(model.config, dataset)

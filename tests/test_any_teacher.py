@@ -1,0 +1,175 @@
+"""Teachers that are not this package's own: any image classifier of transformers or timm."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ConvNextImageProcessor,
+    RegNetConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTImageProcessor,
+)
+
+from conftest import make_student
+from deitlt_hf import (
+    DeiTLTTrainer,
+    DeiTLTTrainingArguments,
+    FlatTeacherTrainer,
+    FlatTeacherTrainingArguments,
+)
+from deitlt_hf.data import image_processor
+
+ROOT = Path(__file__).parent.parent
+SHUFFLED = [str(label) for label in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+LABELS = {"id2label": dict(enumerate(SHUFFLED)), "label2id": {name: label for label, name in enumerate(SHUFFLED)}}
+OTHER_NORM = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+
+
+def transformers_teacher(kind):
+    torch.manual_seed(0)
+    if kind == "convnext":
+        config = ConvNextConfig(patch_size=2, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], **LABELS)
+        processor = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0, **OTHER_NORM)
+    elif kind == "regnet":
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "groups_width": 4}
+        config = RegNetConfig(**sizes, **LABELS)
+        processor = ViTImageProcessor(size={"height": 24, "width": 32}, **OTHER_NORM)
+    else:
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", **LABELS)
+        processor = image_processor(16, 20, OTHER_NORM["image_mean"], OTHER_NORM["image_std"])
+    return AutoModelForImageClassification.from_config(config).eval(), processor
+
+
+def timm_teacher(label_names=None):
+    torch.manual_seed(0)
+    names = {} if label_names is None else {"label_names": label_names}
+    config = TimmWrapperConfig.from_dict(
+        {
+            "architecture": "resnet10t",
+            "num_classes": 10,
+            "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0},
+            **names,
+        }
+    )
+    return TimmWrapperForImageClassification(config).eval()
+
+
+def student_trainer(folder, digits, **kwargs):
+    args = DeiTLTTrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=32, repeated_augmentation=1, train_crop="padded"
+    )
+    return DeiTLTTrainer(
+        model=make_student(), args=args, train_dataset=digits["train"], eval_dataset=digits["test"], **kwargs
+    )
+
+
+@pytest.mark.parametrize("kind", ["resnet", "convnext", "regnet", "timm"])
+def test_a_teacher_sees_what_its_own_pipeline_would_show_it(tmp_path, digits, kind):
+    """Loaded from a folder, with its size, normalisation and order of classes. The images have the teacher's size
+    already, so that both ways compute the same."""
+    if kind == "timm":
+        teacher = timm_teacher(SHUFFLED)
+        teacher.save_pretrained(tmp_path / "teacher")
+    else:
+        teacher, processor = transformers_teacher(kind)
+        teacher.save_pretrained(tmp_path / "teacher")
+        processor.save_pretrained(tmp_path / "teacher")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "teacher")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "teacher")
+    trainer = student_trainer(tmp_path / "student", digits, teacher=loaded, teacher_processor=processor)
+    pixels = torch.randint(0, 256, (2, 3, *trainer.teacher_format.size), generator=torch.Generator().manual_seed(0))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (trainer.processing_class.image_mean, trainer.processing_class.image_std)
+    )
+    got = trainer.teacher_logits((pixels / 255 - mean) / std)
+    images = [image.permute(1, 2, 0).byte().numpy() for image in pixels]
+    if kind == "resnet":
+        processor.do_resize = False  # to 20 pixels, of which it would take the middle 16
+    with torch.no_grad():
+        own = teacher(processor(images, return_tensors="pt").pixel_values).logits
+    expected = own[:, [SHUFFLED.index(str(label)) for label in range(10)]]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_classes_without_names_are_taken_in_their_order(tmp_path, digits):
+    """As timm's own training script leaves them."""
+    model = timm.create_model("resnet10t", num_classes=10)
+    teacher = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet10t", num_labels=10))
+    teacher.timm_model.load_state_dict(model.state_dict())
+    trainer = student_trainer(
+        tmp_path, digits, teacher=teacher, teacher_processor=image_processor(32, 32, [0.5] * 3, [0.25] * 3)
+    )
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = model.eval()((images - 0.5) / 0.25)
+    torch.testing.assert_close(trainer.teacher_logits((images - mean) / std), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_teacher_may_know_more_classes_and_two_of_one_name(tmp_path, digits):
+    teacher, processor = transformers_teacher("resnet")
+    names = ["crane", "5", "x", *map(str, (9, 8, 7, 6)), "crane", *map(str, (4, 3, 2, 1, 0))]
+    torch.manual_seed(0)
+    teacher.classifier[1] = torch.nn.Linear(8, len(names))
+    teacher.config.id2label = dict(enumerate(names))
+    trainer = student_trainer(tmp_path, digits, teacher=teacher, teacher_processor=processor)
+    assert trainer._label_order.tolist() == [names.index(str(label)) for label in range(10)]
+
+    student = make_student()
+    student_names = ["crane", "0", "1", "2", "3", "4", "crane", "5", "6", "7"]
+    student.config.id2label = dict(enumerate(student_names))
+    order = sys.modules[DeiTLTTrainer.__module__]._label_order(student.config, teacher.config).tolist()
+    assert order == [0, 12, 11, 10, 9, 8, 7, 1, 6, 5]
+
+
+def test_a_model_that_does_not_tell_its_size_needs_a_processor(tmp_path, digits):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=10)
+    with pytest.raises(ValueError, match="ResNetConfig does not tell the side of the model's images; give an image"):
+        FlatTeacherTrainer(
+            model=ResNetForImageClassification(config),
+            args=FlatTeacherTrainingArguments(output_dir=str(tmp_path)),
+            train_dataset=digits["train"],
+        )
+
+
+def test_a_resnet_of_transformers_is_trained_flat_and_teaches(tmp_path, digits, monkeypatch, capsys):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10)
+    trainer = FlatTeacherTrainer(
+        model=ResNetForImageClassification(config),
+        args=FlatTeacherTrainingArguments(
+            output_dir=str(tmp_path / "teacher"),
+            num_train_epochs=12,
+            warmup_epochs=0,
+            hflip=0,
+            per_device_train_batch_size=32,
+        ),
+        train_dataset=digits["train"],
+        eval_dataset=digits["test"],
+        processing_class=image_processor(32),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert trainer.last_table.accuracies["teacher"]["overall"] > 0.5
+
+    command = ["distill.py", "--recipe", "digits_lt", "--imbalance_ratio", "10", "--max_per_class", "60"]
+    command += ["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "student"), "--num_train_epochs"]
+    command += ["1", "--drw_start_epoch", "inf", "--warmup_epochs", "0", "--hidden_size", "12", "--num_hidden_layers"]
+    command += ["1", "--dataloader_num_workers", "0"]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / "scripts" / "distill.py"), run_name="__main__")
+    plan = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "ResNetForImageClassification, 32 px, sees the student view; test accuracy" in plan
+    assert json.loads((tmp_path / "student" / "results.json").read_text())["finished"]
