@@ -10,22 +10,17 @@ augmentation and the order. All numbers are of the last epoch.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from series import GROUPS, RESULTS, ROOT, mean_and_deviation, run, slug, write_record
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 # What a student learns from, with the same epochs and the same end of mixing. With beta 0 all class weights are 1.
 STUDENTS = {
     "DeiT-LT": [],
     "labels alone": ["--distillation", "none", "--drw_beta", "0"],
     "labels alone, second token re-weighted": ["--distillation", "none"],
 }
-COLUMNS = ("overall", "head", "mid", "tail")
 
 
 class Series:
@@ -36,22 +31,18 @@ class Series:
         self.data_arguments = data_arguments
 
     def folder(self, name: str, seed: int) -> Path:
-        return ROOT / "outputs" / "experts" / self.recipe / f"seed{seed}" / _slug(name)
+        return ROOT / "outputs" / "experts" / self.recipe / f"seed{seed}" / slug(name)
 
     def record(self, name: str, seed: int) -> Path:
-        return RESULTS / f"{self.recipe}-{_slug(name)}-seed{seed}.json"
+        return RESULTS / f"{self.recipe}-{slug(name)}-seed{seed}.json"
 
     def run(self, name: str, seed: int, script: str, *arguments) -> None:
         """Runs a script and keeps its results."""
         print(f"{self.recipe}, seed {seed}: {name}", flush=True)
-        command = [sys.executable, ROOT / "scripts" / script, "--recipe", self.recipe]
-        command += ["--output_dir", self.folder(name, seed), "--seed", seed, "--subset_seed", seed, "--overwrite"]
-        command += [*arguments, *self.data_arguments]
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        results = json.loads((self.folder(name, seed) / "results.json").read_text())
-        part = self.record(name, seed).with_suffix(".part")
-        part.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(part, self.record(name, seed))
+        command = [ROOT / "scripts" / script, "--recipe", self.recipe, "--output_dir", self.folder(name, seed)]
+        command += ["--seed", seed, "--subset_seed", seed, "--overwrite", *arguments, *self.data_arguments]
+        run(*command)
+        write_record(self.record(name, seed), json.loads((self.folder(name, seed) / "results.json").read_text()))
 
     def results(self, seeds: list[int]) -> dict[str, list[dict]]:
         """Results of all methods by seed, after the runs that are missing."""
@@ -68,21 +59,13 @@ class Series:
         }
 
 
-def _slug(name: str) -> str:
-    return name.lower().replace(",", "").replace(" ", "_")
-
-
 def table(results: dict[str, list[dict]]) -> str:
     """Mean and standard deviation over seeds, in %, as Markdown."""
-    lines = [f"| trained | expert | {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * len(COLUMNS)]
+    lines = [f"| trained | expert | {' | '.join(GROUPS)} |", "|---|---|" + "---:|" * len(GROUPS)]
     for name, runs in results.items():
         for expert in runs[0]["last"]["accuracies"]:
             rows = [entry["last"]["accuracies"][expert] for entry in runs]
-            values = 100 * np.array([[row[column] for column in COLUMNS] for row in rows])
-            cells = [f"{mean:.1f}" for mean in values.mean(axis=0)]
-            if len(runs) > 1:
-                spread = values.std(axis=0, ddof=1)
-                cells = [f"{cell} ± {deviation:.1f}" for cell, deviation in zip(cells, spread, strict=True)]
+            cells = mean_and_deviation(100 * np.array([[row[group] for group in GROUPS] for row in rows]))
             lines.append(f"| {name} | {expert} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -93,7 +76,6 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data_dir")
     args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
     data_arguments = ["--data_dir", args.data_dir] if args.data_dir else []
     print(table(Series(args.recipe, data_arguments).results(args.seeds)))
 

@@ -21,6 +21,8 @@ from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
 from deitlt_hf.recipes.parsing import parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from deitlt_hf.training.arguments import TEACHER_LOSSES
+from deitlt_hf.training.teacher import _check_heads
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "fixtures" / "tiny.yaml")
@@ -283,6 +285,7 @@ def refused(tmp_path, monkeypatch, capsys):
             r"fewer than one batch of 300",
         ),
         (["--recipe", TINY, "--repeated_augmentation", "3"], r"rounds of 256 images"),
+        (["--recipe", TINY, "--teacher", ".", "--teacher_loss", "ce"], r"leave it or --teacher out"),
         (["--recipe", TINY, "--num_train_epochs", "2"], r"drw_start_epoch 2 is not before"),
         (["--recipe", TINY, "--group_boundaries", "7", "3"], r"two increasing positions among 10 classes"),
     ],
@@ -370,8 +373,64 @@ def test_recipes_fill_their_arguments(name, tmp_path):
     assert recipe == name
     assert args.drw_start_epoch < args.num_train_epochs
     assert model.image_size % model.patch_size == 0
-    parse_arguments("teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments), folder)
     assert load_recipe(name)["data"]["dataset"] == data.dataset
+
+
+def teacher_arguments(name, folder, *arguments):
+    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    return parse_arguments("teacher", classes, ["--recipe", name, "--output_dir", str(folder), *arguments])[2:]
+
+
+@pytest.mark.parametrize("loss", [None, *TEACHER_LOSSES])
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_have_teachers_of_every_loss(name, loss, tmp_path):
+    """Each with the classifier and projection that it needs, and with its classes weighted once."""
+    model, args = teacher_arguments(name, tmp_path, *([] if loss is None else ["--teacher_loss", loss]))
+    own = load_recipe(name)["teacher"].get("teacher_loss", "ce")
+    assert args.teacher_loss == (loss or own)
+    config = model.config(args.teacher_loss, num_labels=10)
+    _check_heads(args.teacher_loss, config)
+    assert (args.drw_start_epoch is None) == (args.teacher_loss in ("paco", "logit_adjusted"))
+    assert max(args.sam_rho) > 0
+    assert len(args.sam_rho) in (1, 4)
+    assert set(load_recipe(name)["teacher_losses"]) <= set(TEACHER_LOSSES)
+
+
+def test_the_command_line_goes_before_what_a_loss_changes(tmp_path):
+    model, args = teacher_arguments(
+        "cifar10_lt_rho100", tmp_path, "--teacher_loss", "paco", "--num_train_epochs", "9", "--projection_size", "16"
+    )
+    assert (args.num_train_epochs, args.learning_rate, args.lr_drop_epochs) == (9, 0.05, [320, 360])
+    assert model.config("paco", num_labels=10).projection_size == 16
+
+
+# From the papers of the teachers and their authors' code: epochs, peak learning rate, batch, weight decay, rho.
+TEACHERS = {
+    ("cifar10_lt_rho100", "ldam"): (200, 0.1, 128, 2e-4, [0.8]),
+    ("cifar10_lt_rho100", "ce"): (200, 0.1, 128, 2e-4, [0.5]),
+    ("cifar100_lt_rho50", "ce"): (200, 0.1, 128, 2e-4, [0.8]),
+    ("cifar100_lt_rho50", "paco"): (400, 0.05, 128, 5e-4, None),
+    ("imagenet_lt", "ldam"): (90, 0.2, 256, 2e-4, [0.05, 0.1, 0.5, 0.5]),
+    ("imagenet_lt", "paco"): (400, 0.02, 128, 5e-4, None),
+    ("inat18", "ldam"): (90, 0.1, 256, 1e-4, [0.05, 0.1, 0.5, 0.5]),
+    ("inat18", "ce"): (90, 0.1, 256, 1e-4, [0.05, 0.1, 0.1, 0.2]),
+    ("inat18", "paco"): (400, 0.02, 128, 1e-4, None),
+}
+
+
+@pytest.mark.parametrize(("name", "loss"), TEACHERS)
+def test_recipes_have_the_teachers_values(name, loss, tmp_path):
+    model, args = teacher_arguments(name, tmp_path, "--teacher_loss", loss)
+    epochs, learning_rate, batch, weight_decay, rho = TEACHERS[name, loss]
+    values = (args.num_train_epochs, args.learning_rate, args.global_batch_size, args.weight_decay)
+    assert values == (epochs, learning_rate, batch, weight_decay)
+    assert rho is None or args.sam_rho == rho
+    if loss == "paco":
+        small = model.image_size == 32
+        expected = (1024, 0.05, 0.01, 32) if small else (8192, 0.2, 0.05, 128)
+        projection = model.config("paco", num_labels=10).projection_size
+        assert (args.paco_queue, args.paco_temperature, args.paco_alpha, projection) == expected
+        assert args.paco_momentum == 0.999
 
 
 # From the paper and the authors' code: epochs, DRW from, peak learning rate, global batch, groups, mixing goes on.
@@ -401,5 +460,5 @@ def test_recipes_have_the_papers_values(name, tmp_path):
 
 
 def test_tiny_recipe_is_a_recipe():
-    assert set(load_recipe(TINY)) == {"data", "teacher", "student"}
+    assert set(load_recipe(TINY)) == {"data", "teacher", "teacher_losses", "student"}
     assert yaml.safe_load(Path(TINY).read_text())["student"]["num_train_epochs"] == 3

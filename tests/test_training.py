@@ -661,8 +661,11 @@ def test_teacher_arguments_refuse(tmp_path, digits):
         teacher_trainer(tmp_path, digits, sam_rho=[0.1, 0.2])
     with pytest.raises(ValueError, match="sam_rho must be one or more values, none negative"):
         teacher_trainer(tmp_path, digits, sam_rho=[-1])
-    with pytest.raises(ValueError, match="'ldam' needs a cosine classifier"):
+    with pytest.raises(ValueError, match="'ldam' needs a cosine classifier, the model's is linear"):
         teacher_trainer(tmp_path, digits, teacher_loss="ldam")
+    cosine = FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=10)
+    with pytest.raises(ValueError, match="'ce' needs a linear classifier, the model's is cosine"):
+        teacher_trainer(tmp_path, digits, FlatTeacherForImageClassification(cosine), teacher_loss="ce")
 
 
 def test_ldam_teacher_with_drops_trains(tmp_path, digits):

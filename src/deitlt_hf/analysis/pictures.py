@@ -116,7 +116,7 @@ def _training_images(recipe: str, data, groups, model_args: StudentArguments, ar
     )
     known = {field.name for field in fields(TeacherArguments)}
     values = {key: value for key, value in load_recipe(recipe)["teacher"].items() if key in known}
-    teacher = _Onlooker(FlatTeacherConfig(**values, **labels))
+    teacher = _Onlooker(TeacherArguments(**values).config("ce", **labels))
     trainer = DeiTLTTrainer(
         model=student, teacher=teacher, args=args, train_dataset=data["train"], eval_dataset=data["test"], groups=groups
     )

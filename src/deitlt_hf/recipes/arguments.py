@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import load_source, long_tailed_splits, training_counts
 from ..data.long_tail import ShotGroups, shot_groups
 from ..data.streaming import load_streamed
@@ -115,6 +116,10 @@ class StudentArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a trained teacher. None: train the recipe's teacher."}
     )
+    teacher_loss: str | None = field(
+        default=None,
+        metadata={"help": "Without a teacher: train the recipe's with this loss, in a folder of its own."},
+    )
     init_from: str | None = field(
         default=None,
         metadata={
@@ -139,8 +144,26 @@ class TeacherArguments:
     """The teacher of a recipe."""
 
     backbone: str = field(default="resnet32", metadata={"help": "resnet20/32/44/56 (CIFAR) or timm/NAME."})
-    classifier: str = field(default="linear", metadata={"help": "linear or cosine."})
-    projection_size: int = field(
-        default=0, metadata={"help": "Features that PaCo compares: 32 for CIFAR, else 128. 0 for other losses."}
+    classifier: str | None = field(
+        default=None, metadata={"help": "linear or cosine. None: what the loss needs, cosine for LDAM."}
+    )
+    projection_size: int | None = field(
+        default=None,
+        metadata={"help": "Features that PaCo compares. None: 32 up to 64 pixels, else 128; with other losses none."},
     )
     image_size: int = field(default=32, metadata={"help": "Side of the images, in pixels."})
+
+    def config(self, teacher_loss: str, **labels) -> FlatTeacherConfig:
+        """Configuration of a teacher that is trained with a loss, for the given labels or their number."""
+        classifier, projection_size = self.classifier, self.projection_size
+        if classifier is None:
+            classifier = "cosine" if teacher_loss == "ldam" else "linear"
+        if projection_size is None:
+            projection_size = (32 if self.image_size <= 64 else 128) if teacher_loss == "paco" else 0
+        return FlatTeacherConfig(
+            backbone=self.backbone,
+            classifier=classifier,
+            projection_size=projection_size,
+            image_size=self.image_size,
+            **labels,
+        )

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-SECTIONS = ("data", "teacher", "student")
+SECTIONS = ("data", "teacher", "teacher_losses", "student")
 
 
 def recipe_names() -> list[str]:
@@ -46,7 +46,9 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     sections = {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
     wrong = [key for key in sections if key not in SECTIONS]
     if not sections or wrong or not all(isinstance(value, dict) for value in sections.values()):
-        raise ValueError(f"recipe {name_or_path!r} needs the sections {', '.join(SECTIONS)}; it has {list(sections)}.")
+        raise ValueError(
+            f"recipe {name_or_path!r} has the sections {list(sections)}; they can be {', '.join(SECTIONS)}."
+        )
     return {section: sections.get(section, {}) for section in SECTIONS}
 
 
@@ -54,6 +56,9 @@ def parse_arguments(
     section: str, classes: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
 ) -> tuple:
     """Fills dataclasses from a recipe's `data` section and one other, overridden by the command line.
+
+    A teacher's values can depend on its loss: what `teacher_losses` has for the recipe's or the command line's
+    `teacher_loss` goes before the section `teacher`.
 
     Args:
         section: `teacher` or `student`.
@@ -78,11 +83,16 @@ def parse_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
-    name = first.parse_known_args(argv)[0].recipe
+    first.add_argument("--teacher_loss")
+    given = first.parse_known_args(argv)[0]
+    name = given.recipe
     if name is not None:
         recipe = load_recipe(name)
         known = {field.name for cls in classes for field in fields(cls) if field.init}
         values = recipe["data"] | recipe[section]
+        if section == "teacher":
+            loss = given.teacher_loss or values.get("teacher_loss")
+            values |= recipe["teacher_losses"].get(loss, {})
         _refuse_unknown((key for key in values if key not in known), known, f"recipe {name!r}")
         stem = Path(name).name.removesuffix(".yaml")
         parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, section)} | values)

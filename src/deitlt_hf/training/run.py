@@ -41,7 +41,7 @@ def train_teacher(
     _begin(args)
     data = data or data_args.load()
     set_seed(args.seed)
-    config = FlatTeacherConfig(**dataclasses.asdict(model_args), num_labels=_num_labels(data))
+    config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
     return _train(FlatTeacherTrainer, FlatTeacherForImageClassification(config), args, data, data_args)
 
 
@@ -50,10 +50,12 @@ def distill(
 ) -> DeiTLTTrainer:
     """Trains a recipe's student and saves it in `args.output_dir`.
 
-    Without a teacher it uses the one in the folder `teacher` beside `args.output_dir` if that was trained on the same
-    images, and trains the recipe's there if there is none.
+    Without a teacher it uses the one in the folder `teacher` (or `teacher_LOSS`, for a loss that is asked for) beside
+    `args.output_dir` if that was trained on the same images, and trains the recipe's there if there is none.
     """
     # What is wrong shows before hours of teacher training.
+    if model_args.teacher is not None and model_args.teacher_loss is not None:
+        raise ValueError("teacher_loss is for training the recipe's teacher; leave it or --teacher out.")
     _begin(args)
     for path in (model_args.teacher, model_args.init_from):
         if path is not None and not (path == model_args.init_from and Path(path).is_file()):
@@ -65,7 +67,7 @@ def distill(
     student = _student(model_args, data)
     teacher = processor = None
     if args.distillation != "none":
-        path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args)
+        path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
         teacher = load_classifier(path)
         if not isinstance(teacher, FlatTeacherForImageClassification):  # which tells by itself what it takes
             processor = AutoImageProcessor.from_pretrained(path)
@@ -127,7 +129,7 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
 
 def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClassification:
     values = dataclasses.asdict(model_args)
-    del values["teacher"]
+    del values["teacher"], values["teacher_loss"]
     attention = {"attn_implementation": values.pop("attn_implementation")}
     names = data["train"].features["label"].names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
@@ -148,10 +150,10 @@ def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClass
 
 
 def _teacher_of_recipe(
-    recipe: str, data: Mapping, data_args: DataArguments, student_args: DeiTLTTrainingArguments
+    recipe: str, data: Mapping, data_args: DataArguments, student_args: DeiTLTTrainingArguments, loss: str | None
 ) -> str:
     """The folder of the recipe's teacher; what is missing of its training is done first."""
-    folder = Path(student_args.output_dir).parent / "teacher"
+    folder = Path(student_args.output_dir).parent / ("teacher" if loss is None else f"teacher_{loss}")
     found = [] if student_args.overwrite else run_files(folder)
     if RESULTS_FILE in found:
         record = json.loads((folder / RESULTS_FILE).read_text())
@@ -165,6 +167,7 @@ def _teacher_of_recipe(
             return str(folder)
     command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
     command_line += ["--use_cpu", str(student_args.use_cpu)]
+    command_line += [] if loss is None else ["--teacher_loss", loss]
     if any(name.startswith("checkpoint-") for name in found):
         _say(student_args, f"No --teacher given: going on with the recipe's, which was interrupted, in {folder}.")
         command_line += ["--resume_from_checkpoint", "auto"]

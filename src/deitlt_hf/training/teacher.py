@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from ..losses import LDAMLoss, LogitAdjustedLoss, PaCoLoss
 from .arguments import FlatTeacherTrainingArguments
@@ -50,17 +51,11 @@ class FlatTeacherTrainer(LongTailTrainer):
                 f"sam_rho has {len(args.sam_rho)} values, but the model has {len(self._stages)} stages; give one value "
                 "or one a stage."
             )
-        if args.teacher_loss == "ldam" and getattr(model.config, "classifier", "cosine") != "cosine":
-            raise ValueError("teacher_loss 'ldam' needs a cosine classifier; pass --classifier cosine.")
-        projection_size = getattr(model.config, "projection_size", 0)
-        if (args.teacher_loss == "paco") != (projection_size > 0) and self.train_dataset is not None:
-            raise ValueError(
-                f"teacher_loss {args.teacher_loss!r} with projection_size {projection_size}: 'paco' needs a projection "
-                "(32 for CIFAR, 128 for larger images), other losses must have none."
-            )
         self.contrast = None
-        if args.teacher_loss == "paco" and self.train_dataset is not None:
-            self.contrast = MomentumContrast(model, args.paco_queue, args.paco_momentum)
+        if self.train_dataset is not None:
+            _check_heads(args.teacher_loss, model.config)
+            if args.teacher_loss == "paco":
+                self.contrast = MomentumContrast(model, args.paco_queue, args.paco_momentum)
 
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
@@ -176,6 +171,19 @@ class FlatTeacherTrainer(LongTailTrainer):
         if args.drw_start_epoch is not None:
             lines["phases"] = f"re-weighted from epoch {args.drw_start_epoch:g}"
         return lines
+
+
+def _check_heads(loss: str, config: PreTrainedConfig) -> None:
+    """Checks that a model has the classifier and the projection that a loss is made for."""
+    classifier, projection_size = getattr(config, "classifier", "linear"), getattr(config, "projection_size", 0)
+    wanted = "cosine" if loss == "ldam" else "linear"
+    if classifier != wanted:
+        raise ValueError(f"teacher_loss {loss!r} needs a {wanted} classifier, the model's is {classifier}.")
+    if (loss == "paco") != (projection_size > 0):
+        raise ValueError(
+            f"teacher_loss {loss!r} with projection_size {projection_size}: 'paco' needs a projection (32 for CIFAR, "
+            "128 for larger images), other losses must have none."
+        )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,67 @@
+"""Series of runs over seeds, each a process with a record of its own: what is recorded is not run again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+GROUPS = ("overall", "head", "mid", "tail")
+
+
+def slug(name: str) -> str:
+    """A name of methods as a part of a file's name."""
+    return name.lower().replace(",", "").replace(" ", "_")
+
+
+def run(*command, threads: int | None = None) -> tuple[float, float]:
+    """Runs a Python program of the repository.
+
+    Args:
+        *command: The program and its arguments.
+        threads: Threads that torch computes with; by default as many as it likes.
+
+    Returns:
+        Seconds, and the memory of its largest process in MiB.
+
+    Raises:
+        RuntimeError: If it fails; with the end of what it printed.
+    """
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{errors[-2000:]}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
+
+
+def write_record(path: Path, content: dict) -> None:
+    """Writes a record whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def mean_and_deviation(values: np.ndarray, decimals: int = 1) -> list[str]:
+    """Table cells of values (seeds, columns)."""
+    cells = [f"{mean:.{decimals}f}" for mean in values.mean(axis=0)]
+    if len(values) == 1:
+        return cells
+    spread = values.std(axis=0, ddof=1)
+    return [f"{cell} ± {deviation:.{decimals}f}" for cell, deviation in zip(cells, spread, strict=True)]
