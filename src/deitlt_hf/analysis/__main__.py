@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor
 
 from ..data.images import ImageCollator, ImageDataset
 from ..recipes import DataArguments, command_line_errors, parse_arguments
-from ..training.report import show
+from ..training.report import quiet_log, show
 from ..training.run import load_classifier
 from .sharpness import sharpness_of_groups
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of images and vectors")
     parser.add_argument("--json", help="write the figures to this file too")
     args, rest = parser.parse_known_args()
+    quiet_log()
     _, data_args = parse_arguments("data", (DataArguments,), rest)
     model = load_classifier(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
     collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))

@@ -1,6 +1,7 @@
 """How flat the loss is around a classifier's weights."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,9 @@ def sharpness(
         ValueError: If curvlinops is not installed, or there are no images.
     """
     try:
-        from curvlinops import HessianLinearOperator, hutchinson_trace
+        with warnings.catch_warnings():  # curvlinops 3.0.1 asks torch to script functions on import
+            warnings.simplefilter("ignore", FutureWarning)
+            from curvlinops import HessianLinearOperator, hutchinson_trace
     except ImportError as error:
         raise ValueError("sharpness needs curvlinops: pip install 'deitlt-hf[analysis]'.") from error
     from scipy.sparse.linalg import eigsh

@@ -14,6 +14,7 @@ from pathlib import Path
 
 # A program, not a part of the layer: it may use what is built upon the data.
 from ..recipes import DataArguments, command_line_errors, parse_arguments
+from ..training.report import quiet_log
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--counts", help="check: write the images of each class to this JSON file")
     parser.add_argument("--out", default="pictures", help="show: folder for the pictures")
     args, rest = parser.parse_known_args()
+    quiet_log()
     if args.command == "check":
         sys.exit(check(rest, args.deep, args.counts))
     from ..analysis.pictures import draw_data

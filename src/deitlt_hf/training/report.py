@@ -4,10 +4,13 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
+import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -18,6 +21,13 @@ from ..data.transforms import ImageFormat
 
 RESULTS_FILE = "results.json"
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm")
+
+
+def quiet_log(quiet: bool | None = None) -> None:
+    """Keeps progress bars of loading and saving out of a log; by default if there is no terminal."""
+    if quiet or (quiet is None and not sys.stderr.isatty()):
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def show(renderable) -> None:

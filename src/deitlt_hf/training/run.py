@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import datasets
-import transformers
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -26,7 +24,7 @@ from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
 from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .distillation import DeiTLTTrainer
-from .report import RESULTS_FILE, check_output_dir, run_files
+from .report import RESULTS_FILE, check_output_dir, quiet_log, run_files
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
 
@@ -76,7 +74,7 @@ def distill(
 
 def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:
     """Prints the table of a saved student or teacher on a recipe's test images; its rows are in `last_table`."""
-    _quiet_log(args)
+    quiet_log(args.disable_tqdm)
     is_teacher = _model_type(path) == FlatTeacherConfig.model_type
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
@@ -188,15 +186,8 @@ def _say(args, text: str) -> None:
 
 
 def _begin(args) -> None:
-    _quiet_log(args)
+    quiet_log(args.disable_tqdm)
     check_output_dir(args.output_dir, args.overwrite, bool(args.resume_from_checkpoint))
-
-
-def _quiet_log(args) -> None:
-    """Without a terminal, progress bars of loading and saving are noise too."""
-    if args.disable_tqdm:
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
 
 
 def _model_type(path: str) -> str | None:
