@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    TimmWrapperConfig,
     set_seed,
 )
 
@@ -101,10 +103,14 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
 
 
 def load_classifier(path: str) -> PreTrainedModel:
-    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers, such as a student."""
+    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm."""
     if _model_type(path) == FlatTeacherConfig.model_type:
         return FlatTeacherForImageClassification.from_pretrained(path)
-    return AutoModelForImageClassification.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path)
+    if isinstance(config, TimmWrapperConfig) and config.model_args:
+        # timm 1.0.31 writes their number here too, and transformers 5.23 then gives it to the model twice.
+        config.model_args.pop("num_classes", None)
+    return AutoModelForImageClassification.from_pretrained(path, config=config)
 
 
 def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
