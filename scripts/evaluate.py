@@ -16,7 +16,7 @@ from deitlt_hf.training.run import evaluate
 class EvaluationArguments:
     """What to evaluate."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a student or teacher."})
+    model: str = field(metadata={"help": "Folder or Hub id of a student, a teacher, or any classifier."})
     json: str | None = field(default=None, metadata={"help": "Write the accuracies to this file too."})
 
 

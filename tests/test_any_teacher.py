@@ -98,6 +98,14 @@ def test_a_teacher_sees_what_its_own_pipeline_would_show_it(tmp_path, digits, ki
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_any_classifier_is_evaluated(tmp_path, monkeypatch, capsys):
+    names = [str(label) for label in range(10)]
+    save_for_hf(timm_teacher(), tmp_path / "model", model_config={"label_names": names})
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--recipe", "digits_lt", "--model", str(tmp_path / "model")])
+    runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+    assert "│ teacher     │" in capsys.readouterr().out
+
+
 def test_classes_without_names_are_taken_in_their_order(tmp_path, digits):
     """As timm's own training script leaves them."""
     model = timm.create_model("resnet10t", num_classes=10)

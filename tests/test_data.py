@@ -345,6 +345,8 @@ def test_padded_crop_keeps_the_shape_of_things():
 def test_unknown_crop_and_small_resize():
     with pytest.raises(ValueError, match="train_crop must be one of random_resized, padded, got 'centre'"):
         train_transform(image_processor(16), "centre")
+    with pytest.raises(ValueError, match="training images are square, but the image processor makes 16 x 12 px"):
+        train_transform(ViTImageProcessor(size={"height": 12, "width": 16}))
     with pytest.raises(ValueError, match="resize_size 10 is smaller than image_size 16"):
         image_processor(16, 10)
 

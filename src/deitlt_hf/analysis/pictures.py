@@ -13,6 +13,7 @@ from torch import nn
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import training_counts
+from ..data.transforms import ImageFormat
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
@@ -130,19 +131,15 @@ def _training_images(recipe: str, data, groups, model_args: StudentArguments, ar
         prepared = trainer.training_batch(batch)
         targets = prepared["labels"]
         captions = [_caption(target, names) for target in targets[:COLUMNS]]
-        processor = trainer.processing_class
-        rows[f"student, {phase}"] = (
-            _visible(prepared["pixel_values"], processor.image_mean, processor.image_std),
-            captions,
-        )
+        student_format = ImageFormat.of(trainer.processing_class)
+        rows[f"student, {phase}"] = (_visible(prepared["pixel_values"], student_format), captions)
         if teacher.seen:
-            seen = teacher.seen.pop()
-            rows[f"teacher, {phase}"] = (_visible(seen, teacher.config.image_mean, teacher.config.image_std), captions)
+            rows[f"teacher, {phase}"] = (_visible(teacher.seen.pop(), trainer.teacher_format), captions)
     return rows
 
 
-def _visible(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+def _visible(pixel_values: torch.Tensor, images: ImageFormat) -> np.ndarray:
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (images.mean, images.std))
     return (pixel_values[:COLUMNS].cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 

@@ -60,9 +60,7 @@ def sharpness(
         ValueError: If curvlinops is not installed, or there are no images.
     """
     try:
-        with warnings.catch_warnings():  # curvlinops 3.0.1 asks torch to script functions on import
-            warnings.simplefilter("ignore", FutureWarning)
-            from curvlinops import HessianLinearOperator, hutchinson_trace
+        from curvlinops import HessianLinearOperator, hutchinson_trace
     except ImportError as error:
         raise ValueError("sharpness needs curvlinops: pip install 'deitlt-hf[analysis]'.") from error
     from scipy.sparse.linalg import eigsh
@@ -78,7 +76,9 @@ def sharpness(
     try:
         loss, loss_rise, used = _loss_rise(classifier, batches, num_images, rho)
         hessian = HessianLinearOperator(classifier, nn.CrossEntropyLoss(), used, batches, check_deterministic=False)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # Of torch 2.14 itself, when it loads forward-mode derivatives.
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
             torch.manual_seed(seed)
             first = torch.randn(hessian.shape[1]).numpy()
             trace = float(hutchinson_trace(hessian, min(num_vectors, hessian.shape[1] - 1)))

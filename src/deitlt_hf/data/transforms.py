@@ -72,6 +72,49 @@ def model_processor(config: PreTrainedConfig, resize_size: int | None = None) ->
     return image_processor(config.image_size, resize_size, mean, std)
 
 
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a model's images look like.
+
+    Args:
+        size: Height and width in pixels.
+        mean: Mean that images in [0, 1] are normalised with, one value a channel.
+        std: Standard deviation, likewise.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, processor: BaseImageProcessor) -> "ImageFormat":
+        """The format that an image processor makes: one of transformers', or of its wrapper of timm.
+
+        Raises:
+            ValueError: If the processor does not tell a size.
+        """
+        if hasattr(processor, "data_config"):  # of transformers' wrapper of timm
+            config = processor.data_config
+            return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
+        crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+        size = dict(crop or processor.size)
+        shortest = size.get("shortest_edge")
+        height, width = size.get("height") or shortest, size.get("width") or shortest
+        if not height or not width:
+            raise ValueError(f"{type(processor).__name__} tells no height and width of its images: {size}.")
+        channels = len(processor.image_mean) if processor.image_mean else 3
+        mean, std = (0.0,) * channels, (1.0,) * channels
+        if processor.do_normalize:
+            mean, std = processor.image_mean, processor.image_std
+        # Rescaling is to [0, 1] by default; a processor that does otherwise normalises other values.
+        scale = 255 * processor.rescale_factor if processor.do_rescale else 255
+        return cls((height, width), tuple(value / scale for value in mean), tuple(value / scale for value in std))
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return f"{width} px" if height == width else f"{width} x {height} px"
+
+
 class TrainTransform:
     """timm's training transform, in two steps: one an image, in the workers, and one a batch, on the device.
 
@@ -178,11 +221,14 @@ def train_transform(
         random_erasing: Probability of random erasing (pixel noise, one area).
 
     Raises:
-        ValueError: If the crop or the policy is unknown.
+        ValueError: If the crop or the policy is unknown, or the processor's images are not square.
     """
     if crop not in TRAIN_CROPS:
         raise ValueError(f"train_crop must be one of {', '.join(TRAIN_CROPS)}, got {crop!r}.")
-    size = processor.crop_size["height"]
+    images = ImageFormat.of(processor)
+    size = images.size[0]
+    if images.size != (size, size):
+        raise ValueError(f"training images are square, but the image processor makes {images}.")
     try:
         stages = create_transform(
             size,
@@ -191,8 +237,8 @@ def train_transform(
             color_jitter=None,
             auto_augment=auto_augment,
             interpolation="bicubic",
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
+            mean=images.mean,
+            std=images.std,
             re_prob=random_erasing,
             re_mode="pixel",
             re_count=1,
@@ -202,55 +248,12 @@ def train_transform(
     ours = (RandomResizedCropAndInterpolation, RandomHorizontalFlip, MaybeToTensor, Normalize, RandomErasing)
     augmentations = [on_arrays(stage) for stage in stages if not isinstance(stage, ours)]
     erasing = next((stage for stage in stages if isinstance(stage, RandomErasing)), None)
-    return TrainTransform(size, crop, hflip, augmentations, processor.image_mean, processor.image_std, erasing)
+    return TrainTransform(size, crop, hflip, augmentations, images.mean, images.std, erasing)
 
 
 def weak_transform(processor: DeiTImageProcessor, hflip: float = 0.5) -> TrainTransform:
     """Makes the in-distribution view of the ablation: a padded random crop and a flip, no strong augmentation."""
     return train_transform(processor, crop="padded", auto_augment=None, hflip=hflip, random_erasing=0.0)
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """What a model's images look like.
-
-    Args:
-        size: Height and width in pixels.
-        mean: Mean that images in [0, 1] are normalised with, one value a channel.
-        std: Standard deviation, likewise.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, processor: BaseImageProcessor) -> "ImageFormat":
-        """The format that an image processor makes: one of transformers', or of its wrapper of timm.
-
-        Raises:
-            ValueError: If the processor does not tell a size.
-        """
-        if hasattr(processor, "data_config"):  # of transformers' wrapper of timm
-            config = processor.data_config
-            return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
-        crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
-        size = dict(crop or processor.size)
-        shortest = size.get("shortest_edge")
-        height, width = size.get("height") or shortest, size.get("width") or shortest
-        if not height or not width:
-            raise ValueError(f"{type(processor).__name__} tells no height and width of its images: {size}.")
-        channels = len(processor.image_mean) if processor.image_mean else 3
-        mean, std = (0.0,) * channels, (1.0,) * channels
-        if processor.do_normalize:
-            mean, std = processor.image_mean, processor.image_std
-        # Rescaling is to [0, 1] by default; a processor that does otherwise normalises other values.
-        scale = 255 * processor.rescale_factor if processor.do_rescale else 255
-        return cls((height, width), tuple(value / scale for value in mean), tuple(value / scale for value in std))
-
-    def __str__(self) -> str:
-        height, width = self.size
-        return f"{width} px" if height == width else f"{width} x {height} px"
 
 
 def resize_and_renormalize(pixel_values: torch.Tensor, source: ImageFormat, target: ImageFormat) -> torch.Tensor:

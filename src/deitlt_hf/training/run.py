@@ -75,24 +75,27 @@ def distill(
 
 
 def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:
-    """Prints the table of a saved student or teacher on a recipe's test images; its rows are in `last_table`."""
+    """Prints the table of a saved student, or of any classifier, on a recipe's test images.
+
+    The rows are in the trainer's `last_table`.
+    """
     quiet_log(args.disable_tqdm)
-    is_teacher = _model_type(path) == FlatTeacherConfig.model_type
+    is_student = _model_type(path) == DeiTLTConfig.model_type
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
     data = data_args.load()
-    if is_teacher:
-        trainer_class, model_class = FlatTeacherTrainer, FlatTeacherForImageClassification
+    if is_student:
+        trainer_class, model = DeiTLTTrainer, DeiTLTForImageClassification.from_pretrained(path)
+    else:
+        trainer_class, model = FlatTeacherTrainer, load_classifier(path)
         args = FlatTeacherTrainingArguments(
             output_dir=args.output_dir,
             per_device_eval_batch_size=args.per_device_eval_batch_size,
             dataloader_num_workers=args.dataloader_num_workers,
             use_cpu=args.use_cpu,
         )
-    else:
-        trainer_class, model_class = DeiTLTTrainer, DeiTLTForImageClassification
     trainer = trainer_class(
-        model=model_class.from_pretrained(path),
+        model=model,
         args=args,
         eval_dataset=data["test"],
         processing_class=AutoImageProcessor.from_pretrained(path),

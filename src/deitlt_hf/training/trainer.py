@@ -81,7 +81,7 @@ class LongTailTrainer(Trainer, ABC):
         self.group_rule = getattr(groups, "rule", "as given")
         self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
 
-        self.views = self.train_views(args, processing_class)
+        self.views = {} if train_dataset is None else self.train_views(args, processing_class)
         super().__init__(
             model=model,
             args=args,
