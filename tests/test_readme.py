@@ -67,6 +67,27 @@ def test_models_page(trained_folder, digits, reference, monkeypatch):
     assert Path("back.pth").is_file()
 
 
+def test_teachers_page(tmp_path, monkeypatch):
+    """docs/teachers.md: its Python as one session, and its commands."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    session = {}
+    for block in blocks(page):
+        exec(compile(block, "docs/teachers.md", "exec"), session)
+    with pytest.raises(ValueError, match="no better than chance"):
+        session["trainer"].train()
+    commands = re.findall(r"scripts/(train_teacher|distill)\.py (.*)$", page, flags=re.MULTILINE)
+    assert len(commands) >= 4
+    for script, arguments in commands:
+        section, classes = "student", (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+        if script == "train_teacher":
+            section, classes = "teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+        parse_arguments(section, classes, [*arguments.split(), "--output_dir", str(tmp_path)])
+    known = {field.name for field in dataclasses.fields(FlatTeacherTrainingArguments)} | {"seed"}
+    for flag in re.findall(r"`--([a-z_]+)(?: [^`]+)?`", page):
+        assert flag in known, flag
+
+
 def test_flags_of_the_readme_are_understood(tmp_path):
     section = README[README.index("The ablations are flags of") : README.index("## From Python")]
     for_student, for_teacher = section.split("`train_teacher.py`")
