@@ -127,8 +127,7 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
         groups=data_args.groups(data),
         **kwargs,
     )
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "auto" else resume)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # what the first process saves, the others may load next
     return trainer

@@ -1,0 +1,127 @@
+"""Checkpoints that are whole or not there."""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+
+MANIFEST = "manifest.json"
+STAGING = ".saving"
+
+
+def begin_checkpoint(output_dir: str | Path) -> Path:
+    """Makes an empty folder beside the checkpoints, in which one is written."""
+    staging = Path(output_dir) / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
+    """Brings all files of a checkpoint to the disk, with a manifest of their sizes and hashes, and then into its place.
+
+    Another checkpoint of the same name is replaced.
+
+    Args:
+        staged: The folder that it was written to, in that of [`begin_checkpoint`].
+        output_dir: The folder of the checkpoints.
+
+    Returns:
+        Where it is now.
+    """
+    manifest = {}
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+        manifest[path.relative_to(staged).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        _to_disk(path)
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _to_disk(staged / MANIFEST)
+    for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
+        _to_disk(folder)
+    place = Path(output_dir) / staged.name
+    replaced = place.with_name(f"{place.name}.replaced")  # a name that is still a checkpoint's
+    if place.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        place.rename(replaced)
+    staged.rename(place)
+    _to_disk(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(staged.parent)
+    return place
+
+
+def remove_old_checkpoints(output_dir: str | Path, limit: int | None, best: str | None) -> None:
+    """Keeps as many checkpoints as wanted, by the time of writing: always the last one and the best one."""
+    rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """What is wrong with a checkpoint; None if its files are those of its manifest."""
+    checkpoint = Path(checkpoint)
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except ValueError:
+        return f"its {MANIFEST} is not valid JSON"
+    for name, entry in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def newest_checkpoint(output_dir: str | Path) -> str | None:
+    """The whole checkpoint with the most steps, or None if a run has not come to its first one.
+
+    Later ones that are damaged are left out, with a warning.
+
+    Raises:
+        ValueError: If all are damaged, or there are none beside a finished model, which a new run would write over.
+    """
+    folder = Path(output_dir)
+    found = list(reversed(sort_checkpoints(str(folder)))) if folder.is_dir() else []
+    for path in found:
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        warnings.warn(f"the checkpoint {path} is left out: {wrong}.", stacklevel=2)
+    if found or any(folder.glob("model*.safetensors")):
+        raise ValueError(
+            f"{output_dir} has no whole checkpoint to go on from; choose another --output_dir, or pass --overwrite."
+        )
+    return None
+
+
+def whole_checkpoint(path: str) -> str:
+    """The path of a checkpoint to go on from; one without a manifest, as transformers writes them, is taken as it is.
+
+    Raises:
+        ValueError: If it is damaged, or no folder.
+    """
+    wrong = damage(path) if (Path(path) / MANIFEST).is_file() else None
+    if not Path(path).is_dir():
+        wrong = "there is no such folder"
+    if wrong is not None:
+        raise ValueError(f"cannot go on from the checkpoint {path}: {wrong}.")
+    return str(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
