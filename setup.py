@@ -16,6 +16,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",
+        "filelock>=3.13",
         "numpy>=1.26",
         "pillow>=10",
         "pyyaml>=6",

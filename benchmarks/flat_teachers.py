@@ -23,7 +23,7 @@ SETTINGS += ["--eval_strategy", "no", "--save_strategy", "no"]
 LOSSES = {
     "ce": (["--learning_rate", 0.05, "--drw_start_epoch", 48], 0.1),
     "ldam": (["--learning_rate", 0.05, "--drw_start_epoch", 48], 0.1),
-    "paco": (["--learning_rate", 0.025, "--drw_start_epoch", "inf"], 0.1),
+    "paco": (["--learning_rate", 0.025, "--drw_start_epoch", "inf"], 0.05),
 }
 TITLES = {"ce": "CE-DRW", "ldam": "LDAM-DRW", "paco": "PaCo"}
 FLATNESS = ["--num_images", 256, "--num_vectors", 16, "--rho", 0.05]

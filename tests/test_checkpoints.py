@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -144,6 +146,28 @@ def test_a_run_that_dies_while_saving_goes_on_from_the_checkpoint_before(tmp_pat
     trainer.train(resume_from_checkpoint="auto")
     assert counter.steps == [5, 6, 7]
     assert checkpoints(tmp_path) == ["checkpoint-6", "checkpoint-7"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, digits):
+    """The other one is a process of its own; when it is gone, however it ended, the folder is free again."""
+    code = f"""
+import time
+from deitlt_hf.training.report import only_run
+with only_run({str(tmp_path)!r}):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(FileExistsError, match="another run is writing to"):
+            make_trainer(tmp_path, digits).train()
+        assert checkpoints(tmp_path) == []
+    finally:
+        other.kill()
+        other.wait()
+    make_trainer(tmp_path, digits, max_steps=1).train()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_the_checkpoint_before(tmp_path, digits, monkeypatch):

@@ -1,16 +1,18 @@
 """What a run tells its user: the plan before the first step, tables, and `results.json`."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 import transformers
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -20,6 +22,7 @@ from transformers import ProgressCallback
 from ..data.transforms import ImageFormat
 
 RESULTS_FILE = "results.json"
+LOCK_FILE = ".lock"
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm")
 
 
@@ -57,6 +60,30 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) ->
             f"{output_dir} holds another run ({', '.join(found[:3])}); choose another --output_dir, go on with "
             "--resume_from_checkpoint auto, or replace it with --overwrite."
         )
+
+
+@contextlib.contextmanager
+def only_run(output_dir: str | Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; the lock ends with the process, however that ends.
+
+    Raises:
+        FileExistsError: If another run is writing there.
+    """
+    path = Path(output_dir) / LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"another run is writing to {output_dir} at this moment; wait for it, or choose another --output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not possible on Windows, and no harm
+            path.unlink()
+        lock.release()
 
 
 def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator) -> None:

@@ -1,5 +1,6 @@
 """What the trainers of student and teacher share."""
 
+import contextlib
 import math
 import os
 import time
@@ -35,7 +36,7 @@ from .checkpoints import (
     remove_old_checkpoints,
     whole_checkpoint,
 )
-from .report import Results, RunLog, check_output_dir, claim_output_dir, print_plan, show
+from .report import Results, RunLog, check_output_dir, claim_output_dir, only_run, print_plan, show
 from .schedule import warmup_cosine
 
 
@@ -177,7 +178,8 @@ class LongTailTrainer(Trainer, ABC):
 
         Raises:
             ValueError: If the training set is smaller than one batch, or a phase begins after the end.
-            FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten.
+            FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten, or
+                another run is writing there.
             FloatingPointError: If the loss is not finite.
         """
         if self.train_dataset is None:
@@ -189,11 +191,15 @@ class LongTailTrainer(Trainer, ABC):
         self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
         steps_per_epoch = self.steps_per_epoch()
         plan = self.plan()
-        claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
-        self.results.start(self, resuming=checkpoint is not None)
-        if self.is_world_process_zero():
-            self.results.write()
-            print_plan(self, steps_per_epoch, plan)
+        with only_run(self.args.output_dir) if self.args.should_save else contextlib.nullcontext():
+            claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
+            self.results.start(self, resuming=checkpoint is not None)
+            if self.is_world_process_zero():
+                self.results.write()
+                print_plan(self, steps_per_epoch, plan)
+            return self._train_and_evaluate(checkpoint, **kwargs)
+
+    def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
         self.seed_random_streams()
         started = time.perf_counter()
         self._recording = True
