@@ -1,5 +1,6 @@
 """Teachers that are not this package's own: any image classifier of transformers or timm."""
 
+import copy
 import json
 import runpy
 import sys
@@ -14,6 +15,10 @@ from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextImageProcessor,
+    DeiTConfig,
+    DeiTForImageClassification,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
     RegNetConfig,
     ResNetConfig,
     ResNetForImageClassification,
@@ -29,7 +34,10 @@ from deitlt_hf import (
     FlatTeacherTrainer,
     FlatTeacherTrainingArguments,
 )
+from deitlt_hf.analysis.__main__ import main as analysis_main
 from deitlt_hf.data import image_processor
+from deitlt_hf.data.transforms import ImageFormat
+from deitlt_hf.training.distillation import label_order
 from deitlt_hf.training.run import load_classifier
 
 ROOT = Path(__file__).parent.parent
@@ -98,12 +106,68 @@ def test_a_teacher_sees_what_its_own_pipeline_would_show_it(tmp_path, digits, ki
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_teachers_sharpness_is_of_its_own_classes(tmp_path, digits, monkeypatch):
+    """With another order, the loss would be that of wrong labels."""
+    teacher, processor = transformers_teacher("resnet")
+    figures = []
+    for name, order in (("own", SHUFFLED), ("sorted", sorted(SHUFFLED))):
+        with torch.no_grad():
+            rows = [SHUFFLED.index(label) for label in order]
+            layer = copy.deepcopy(teacher)
+            layer.classifier[1].weight.copy_(teacher.classifier[1].weight[rows])
+            layer.classifier[1].bias.copy_(teacher.classifier[1].bias[rows])
+        layer.config.id2label = dict(enumerate(order))
+        layer.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        command = [
+            "analysis",
+            "--recipe",
+            "digits_lt",
+            "sharpness",
+            "--model",
+            str(tmp_path / name),
+            "--num_images",
+            "9",
+        ]
+        monkeypatch.setattr(sys, "argv", [*command, "--num_vectors", "1", "--json", str(tmp_path / "figures.json")])
+        analysis_main()
+        figures.append(json.loads((tmp_path / "figures.json").read_text())["tail"]["loss"])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+
+
 def test_any_classifier_is_evaluated(tmp_path, monkeypatch, capsys):
     names = [str(label) for label in range(10)]
     save_for_hf(timm_teacher(), tmp_path / "model", model_config={"label_names": names})
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--recipe", "digits_lt", "--model", str(tmp_path / "model")])
     runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
     assert "│ teacher     │" in capsys.readouterr().out
+
+
+def test_a_deit_with_one_head_is_no_student(tmp_path, monkeypatch, capsys):
+    """Its second head would be made up."""
+    labels = {"id2label": {label: str(label) for label in range(10)}, "label2id": {str(n): n for n in range(10)}}
+    config = DeiTConfig(image_size=16, hidden_size=12, num_hidden_layers=1, intermediate_size=12, **labels)
+    DeiTForImageClassification(config).save_pretrained(tmp_path)
+    image_processor(16).save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--recipe", "digits_lt", "--model", str(tmp_path)])
+    runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "│ teacher     │" in output
+    assert "distillation" not in output
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        EfficientNetImageProcessor(size={"height": 16, "width": 16}),
+        MobileViTImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    ],
+    ids=["twice", "bgr"],
+)
+def test_processors_that_do_more_than_to_normalise_are_refused(processor):
+    """EfficientNet's normalises twice, MobileViT's swaps the channels."""
+    with pytest.raises(ValueError, match="changes images in other ways than by size, mean and standard deviation"):
+        ImageFormat.of(processor)
 
 
 def test_classes_without_names_are_taken_in_their_order(tmp_path, digits):
@@ -130,10 +194,8 @@ def test_a_teacher_may_know_more_classes_and_two_of_one_name(tmp_path, digits):
     trainer = student_trainer(tmp_path, digits, teacher=teacher, teacher_processor=processor)
     assert trainer._label_order.tolist() == [names.index(str(label)) for label in range(10)]
 
-    student = make_student()
     student_names = ["crane", "0", "1", "2", "3", "4", "crane", "5", "6", "7"]
-    student.config.id2label = dict(enumerate(student_names))
-    order = sys.modules[DeiTLTTrainer.__module__]._label_order(student.config, teacher.config).tolist()
+    order = label_order(student_names, teacher.config).tolist()
     assert order == [0, 12, 11, 10, 9, 8, 7, 1, 6, 5]
 
 

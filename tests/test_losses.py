@@ -40,6 +40,19 @@ def test_weights_refuse(counts, beta, message):
         effective_number_weights(counts, beta)
 
 
+@pytest.mark.parametrize("loss", [LDAMLoss, LogitAdjustedLoss, PaCoLoss])
+def test_losses_refuse_a_class_without_images(loss):
+    """Its margin or logarithm would be infinite, and take the others along."""
+    with pytest.raises(ValueError, match=r"classes without one: \[1\]"):
+        loss([10, 0])
+
+
+@pytest.mark.parametrize("values", [{"beta": 0.0}, {"gamma": 0.0}])
+def test_paco_refuses(values):
+    with pytest.raises(ValueError, match="beta and gamma must be above 0"):
+        PaCoLoss([10, 5], **values)
+
+
 @pytest.mark.parametrize("distillation", ["hard", "soft", "none"])
 @pytest.mark.parametrize("cls_loss", ["ce", "bce"])
 @pytest.mark.parametrize("weights", [None, WEIGHTS])

@@ -1,11 +1,15 @@
 """PaCo teachers: the momentum encoder, its queue, and whole runs."""
 
+import copy
 from collections import deque
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from deitlt_hf import (
     FlatTeacherConfig,
@@ -112,15 +116,26 @@ def test_a_paco_teacher_trains_and_is_saved_whole(tmp_path, digits, rho, accumul
 
 
 def test_a_step_compares_with_own_keys_and_those_of_earlier_batches(tmp_path, digits):
-    trainer = paco_trainer(tmp_path, digits, sam_rho=[0.0], paco_queue=40)
+    trainer = paco_trainer(tmp_path, digits, sam_rho=[0.0], paco_queue=40, paco_alpha=0.07, paco_temperature=0.3)
+    own = {name: value.clone() for name, value in trainer.contrast.encoder.named_parameters()}
+    with torch.no_grad():
+        for value in trainer.model.parameters():
+            value.add_(1.0)
     loader = iter(trainer.get_train_dataloader())
     batches = [next(loader), next(loader)]
     assert not torch.equal(batches[0]["pixel_values"], batches[0]["key_pixel_values"])
     seen = []
     for batch in batches:
+        views = trainer.views["key_pixel_values"].finish(batch["key_pixel_values"].clone())
         trainer._window = [batch]
         trainer._prepare_window()
+        assert "key_pixel_values" not in batch
         seen.append((batch["keys"], batch["key_labels"]))
+        encoder = copy.deepcopy(trainer.contrast.encoder).train()  # as a batch of its own, with its own statistics
+        keys = F.normalize(encoder(pixel_values=views).projections, dim=1)
+        torch.testing.assert_close(batch["keys"][:32], keys, atol=1e-4, rtol=1e-3)
+    for name, value in trainer.contrast.encoder.named_parameters():
+        torch.testing.assert_close(value, own[name] + 1 - 0.999**2, atol=1e-5, rtol=1e-5)
     assert [len(keys) for keys, _ in seen] == [32, 32 + 32]
     assert torch.equal(seen[1][0][32:], seen[0][0])
     assert torch.equal(seen[1][1][:32], batches[1]["labels"])
@@ -128,7 +143,9 @@ def test_a_step_compares_with_own_keys_and_those_of_earlier_batches(tmp_path, di
     loss = trainer.compute_training_loss(model, {**batches[1], "denominators": torch.tensor([32.0])})
     outputs = model(pixel_values=batches[1]["pixel_values"])
     queries = torch.nn.functional.normalize(outputs.projections, dim=1)
-    expected = PaCoLoss(trainer.class_counts)(outputs.logits, queries, batches[1]["labels"], *seen[1])
+    expected = PaCoLoss(trainer.class_counts, 0.07, temperature=0.3)(
+        outputs.logits, queries, batches[1]["labels"], *seen[1]
+    )
     torch.testing.assert_close(loss, expected)
 
 
@@ -138,8 +155,18 @@ def test_an_interrupted_run_has_its_queue_back(tmp_path, digits):
     whole.train()
     checkpoint = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert (checkpoint / CONTRAST_FILE).is_file()
-    resumed = paco_trainer(tmp_path, digits, **run)
+    resumed = paco_trainer(tmp_path, digits, paco_model(seed=5), **run)
+    at_first = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if not at_first:
+                at_first.update({name: value.clone() for name, value in resumed.contrast.state_dict().items()})
+
+    resumed.add_callback(Look())
     resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in load_file(checkpoint / CONTRAST_FILE).items():
+        assert torch.equal(at_first[name], value), name
     # One epoch was run here; the rest of what was added is the first epoch's.
     assert int(resumed.contrast.added) == int(whole.contrast.added)
 

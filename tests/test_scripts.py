@@ -19,7 +19,7 @@ from conftest import filled_state_dict, make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
-from deitlt_hf.recipes.parsing import parse_arguments
+from deitlt_hf.recipes.parsing import parse_arguments, teacher_folder
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from deitlt_hf.training.arguments import TEACHER_LOSSES
 from deitlt_hf.training.teacher import _check_heads
@@ -402,6 +402,16 @@ def test_the_command_line_goes_before_what_a_loss_changes(tmp_path):
     )
     assert (args.num_train_epochs, args.learning_rate, args.lr_drop_epochs) == (9, 0.05, [320, 360])
     assert model.config("paco", num_labels=10).projection_size == 16
+
+
+def test_teachers_of_other_losses_have_folders_of_their_own():
+    """The one that `train_teacher.py` makes is the one that `distill.py` looks for."""
+    for loss, folder in ((None, "teacher"), ("ldam", "teacher"), ("paco", "teacher_paco")):
+        assert teacher_folder("cifar10_lt_rho100", loss) == folder
+        command = ["--recipe", "cifar10_lt_rho100", *([] if loss is None else ["--teacher_loss", loss])]
+        classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+        args = parse_arguments("teacher", classes, command)[-1]
+        assert Path(args.output_dir) == Path("outputs", "cifar10_lt_rho100", folder)
 
 
 # From the papers of the teachers and their authors' code: epochs, peak learning rate, batch, weight decay, rho.

@@ -19,7 +19,7 @@ class Tiny(nn.Module):
 
     def __init__(self, classifier="linear"):
         super().__init__()
-        self.config = SimpleNamespace(classifier=classifier)
+        self.config = SimpleNamespace(loss_scale=30.0 if classifier == "cosine" else 1.0)
         self.hidden = nn.Linear(12, 4)
         self.head = nn.Linear(4, 3)
         self.unused = nn.Parameter(torch.ones(2))
@@ -121,6 +121,14 @@ def test_a_teacher_is_left_as_it_was():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_without_images():
+def test_sharpness_refuses(digits):
     with pytest.raises(ValueError, match="no images to measure"):
         sharpness(Tiny(), [])
+    with pytest.raises(ValueError, match="num_vectors must be 1 or more, got 0"):
+        sharpness(Tiny(), batches(), num_vectors=0)
+    with pytest.raises(ValueError, match="num_images must be 1 or more, got 0"):
+        sharpness_of_groups(Tiny(), None, None, {}, 0)
+    broken = Tiny()
+    broken.head.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="the loss of the model is nan"):
+        sharpness(broken, batches())

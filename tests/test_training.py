@@ -248,7 +248,7 @@ def test_teachers_classes_are_matched_by_name(tmp_path, digits, teacher):
 def test_teachers_that_cannot_teach(tmp_path, digits, teacher):
     with pytest.raises(ValueError, match="distillation='hard' needs a teacher"):
         student_trainer(tmp_path, digits).train()
-    with pytest.raises(ValueError, match="the teacher has 5 classes, which have no names, but the student has 10"):
+    with pytest.raises(ValueError, match="the teacher has 5 classes without names, but the student has 10"):
         student_trainer(
             tmp_path, digits, FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8, num_labels=5))
         )
@@ -575,6 +575,78 @@ def test_sam_leaves_out_a_step_that_overflows():
     torch.testing.assert_close(weights[2], sam_steps(2)[1])
 
 
+def test_sam_takes_new_groups_states_of_plain_sgd_and_copies():
+    """Each once ended in a KeyError or AttributeError at the next step."""
+    first, second = nn.Linear(4, 3), nn.Linear(3, 3)
+    sgd = torch.optim.SGD([{"params": first.parameters()}, {"params": second.parameters()}], lr=0.1, momentum=0.9)
+    state = sgd.state_dict()
+    optimizer = SAM(torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9), rho=0.3)
+    optimizer.add_param_group({"params": list(second.parameters())})
+    optimizer.load_state_dict(state)
+    assert [group["rho"] for group in optimizer.param_groups] == [0.3, 0.3]
+    first_copy, second_copy, copied = copy.deepcopy((first, second, optimizer))
+    weights = []
+    for one, two, sam in ((first, second, optimizer), (first_copy, second_copy, copied)):
+        for _ in range(2):
+            two(one(torch.eye(4))).square().sum().backward()
+            sam.ascend() if not sam._perturbed else sam.step()
+        weights.append(one.weight.detach().clone())
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], torch.zeros(3, 4))
+
+
+def test_sam_climbs_in_half_precision_and_leaves_out_groups_of_radius_0():
+    """The squares of these gradients are infinite in float16."""
+    layers = [nn.Linear(4, 3, bias=False).half() for _ in range(2)]
+    groups = [{"params": list(layer.parameters()), "rho": rho} for layer, rho in zip(layers, (0.5, 0.0), strict=True)]
+    optimizer = SAM(torch.optim.SGD(groups, lr=0.1))
+    before = [layer.weight.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.weight.grad = torch.full_like(layer.weight, 4e4)
+    optimizer.ascend()
+    moved = (layers[0].weight - before[0]).float().norm().item()
+    assert moved == pytest.approx(0.5 / math.sqrt(2), rel=2e-2)
+    assert torch.equal(layers[1].weight, before[1])
+    assert len(optimizer._perturbed) == 1
+
+
+def test_a_run_that_is_stopped_in_the_second_pass_has_its_own_weights(tmp_path, digits, monkeypatch):
+    trainer = teacher_trainer(tmp_path, digits, sam_rho=[0.5], max_steps=1)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    passes = []
+    compute = trainer.compute_training_loss
+
+    def stopping(model, batch):
+        passes.append(1)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return compute(model, batch)
+
+    monkeypatch.setattr(trainer, "compute_training_loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_a_second_pass_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, digits):
+    trainer = teacher_trainer(tmp_path, digits, sam_rho=[1e38], max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(FloatingPointError, match="not finite at step 1"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert json.loads((tmp_path / "results.json").read_text())["finished"] is False
+
+
+def test_a_resumed_run_has_the_radius_that_is_asked_for(tmp_path, digits):
+    """Not that of its checkpoint, which the plan does not show."""
+    values = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    teacher_trainer(tmp_path, digits, sam_rho=[0.0], **values).train()
+    trainer = teacher_trainer(tmp_path, digits, sam_rho=[0.5], **values)
+    with pytest.warns(UserWarning, match=r"goes on with sam_rho \[0.5\]; it began with \[0.0\]"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [group["rho"] for group in trainer.optimizer.param_groups] == [0.5] * 3
+
+
 def test_sam_refuses_to_climb_twice():
     layer = nn.Linear(4, 3)
     optimizer = SAM(torch.optim.SGD(layer.parameters(), lr=0.1))
@@ -661,11 +733,37 @@ def test_teacher_arguments_refuse(tmp_path, digits):
         teacher_trainer(tmp_path, digits, sam_rho=[0.1, 0.2])
     with pytest.raises(ValueError, match="sam_rho must be one or more values, none negative"):
         teacher_trainer(tmp_path, digits, sam_rho=[-1])
+    for values, message in (
+        ({"lr_drop_epochs": [30, 10], "lr_drops": [0.1, 0.01]}, r"lr_drop_epochs must be increasing, got \[30, 10\]"),
+        ({"optim": "adamw_torch"}, r"optim must be left as it is \(teachers are trained with SGD\)"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type must be left as it is"),
+        ({"warmup_steps": 5}, "warmup_steps must be left as it is"),
+        ({"ldam_scale": -1}, "ldam_scale must be above 0, got -1"),
+        ({"ldam_margin": 0}, "ldam_margin must be above 0, got 0"),
+        ({"momentum": 5}, r"momentum must be in \[0, 1\), got 5"),
+        ({"teacher_loss": "paco", "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 with teacher_loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            teacher_trainer(tmp_path, digits, **values)
+    late = teacher_trainer(tmp_path, digits, num_train_epochs=5, lr_drop_epochs=[3, 5], lr_drops=[0.1, 0.01])
+    with pytest.raises(ValueError, match=r"lr_drop_epochs \[3, 5\] are not all before the end of training at epoch 5"):
+        late.train()
     with pytest.raises(ValueError, match="'ldam' needs a cosine classifier, the model's is linear"):
         teacher_trainer(tmp_path, digits, teacher_loss="ldam")
     cosine = FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=10)
     with pytest.raises(ValueError, match="'ce' needs a linear classifier, the model's is cosine"):
         teacher_trainer(tmp_path, digits, FlatTeacherForImageClassification(cosine), teacher_loss="ce")
+
+
+def test_arguments_reach_the_loss(tmp_path, digits):
+    model = FlatTeacherForImageClassification(
+        FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=10)
+    )
+    trainer = teacher_trainer(tmp_path, digits, model, teacher_loss="ldam", ldam_margin=0.2, ldam_scale=7.0)
+    assert trainer.criterion.margins.max() == pytest.approx(0.2)
+    assert trainer.criterion.scale == trainer.model.config.loss_scale == 7.0
+    trainer = teacher_trainer(tmp_path, digits, label_smoothing_factor=0.3)
+    assert trainer.criterion.label_smoothing == 0.3
 
 
 def test_ldam_teacher_with_drops_trains(tmp_path, digits):

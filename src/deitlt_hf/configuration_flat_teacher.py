@@ -21,6 +21,8 @@ class FlatTeacherConfig(PreTrainedConfig):
         image_std: Standard deviation that its images are normalised with.
         projection_size: Size of the features that PaCo compares in training, behind a two-layer MLP; 0 for no such
             head. It does not change the logits.
+        logit_scale: What the loss multiplied the logits by in training. None: 30 for a cosine classifier, as for LDAM,
+            else 1. It does not change the logits.
         class_counts: Training images of each class, in label order, when known.
         class_map: For a teacher converted from the authors' checkpoint, the row of its head there for each class, if
             they differ.
@@ -39,6 +41,7 @@ class FlatTeacherConfig(PreTrainedConfig):
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
     projection_size: int = 0
+    logit_scale: float | None = None
     class_counts: list[int] | None = None
     class_map: list[int] | None = None
 
@@ -57,6 +60,11 @@ class FlatTeacherConfig(PreTrainedConfig):
                 f"{self.num_channels} channels."
             )
         _check_classes(self)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss multiplies the logits by."""
+        return self.logit_scale or (30.0 if self.classifier == "cosine" else 1.0)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

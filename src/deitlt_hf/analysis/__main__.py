@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor
 
 from ..data.images import ImageCollator, ImageDataset
 from ..recipes import DataArguments, command_line_errors, parse_arguments
+from ..training.distillation import label_order
 from ..training.report import quiet_log, show
 from ..training.run import load_classifier
 from .sharpness import sharpness_of_groups
@@ -36,12 +37,16 @@ def main() -> None:
     parser.add_argument("--num_vectors", type=int, default=32, help="random vectors for the trace")
     parser.add_argument("--seed", type=int, default=0, help="of images and vectors")
     parser.add_argument("--json", help="write the figures to this file too")
+    parser.add_argument("--recipe", required=True, help="recipe of the data")
     args, rest = parser.parse_known_args()
     quiet_log()
-    _, data_args = parse_arguments("data", (DataArguments,), rest)
+    _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
+    if data_args.streaming:
+        raise ValueError("the sharpness needs images at hand; leave --streaming out.")
     model = load_classifier(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
     collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))
     data = data_args.load()
+    names = data["train"].features["label"].names
     dataset = ImageDataset(data["train"], "image", "label")
     measured = sharpness_of_groups(
         model,
@@ -49,6 +54,7 @@ def main() -> None:
         collate,
         data_args.groups(data),
         args.num_images,
+        label_order(names, model.config),
         rho=args.rho,
         num_vectors=args.num_vectors,
         seed=args.seed,

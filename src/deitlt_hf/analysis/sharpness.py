@@ -54,11 +54,13 @@ def sharpness(
         rho: Radius of the loss rise, in weight space; 0.05 in the paper of SAM.
         num_vectors: Random vectors for the trace.
         seed: Of those vectors and of Lanczos' first.
-        logit_scale: What logits are multiplied by; by default 30 for a cosine classifier, as LDAM trains it, else 1.
+        logit_scale: What logits are multiplied by; by default as the loss did in training, such as by 30 for LDAM.
 
     Raises:
-        ValueError: If curvlinops is not installed, or there are no images.
+        ValueError: If curvlinops is not installed, there are no images or no vectors, or the loss is not finite.
     """
+    if num_vectors < 1:
+        raise ValueError(f"num_vectors must be 1 or more, got {num_vectors}.")
     try:
         from curvlinops import HessianLinearOperator, hutchinson_trace
     except ImportError as error:
@@ -69,12 +71,14 @@ def sharpness(
     if num_images == 0:
         raise ValueError("there are no images to measure the sharpness on.")
     if logit_scale is None:
-        logit_scale = 30.0 if getattr(model.config, "classifier", None) == "cosine" else 1.0
+        logit_scale = getattr(model.config, "loss_scale", 1.0)
     classifier = _Logits(model, logit_scale)
     was_training, flags = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.eval().requires_grad_(True)
     try:
         loss, loss_rise, used = _loss_rise(classifier, batches, num_images, rho)
+        if not math.isfinite(loss + loss_rise):
+            raise ValueError(f"the loss of the model is {loss:g}, and {loss_rise:g} more at rho {rho:g}: not finite.")
         hessian = HessianLinearOperator(classifier, nn.CrossEntropyLoss(), used, batches, check_deterministic=False)
         with torch.random.fork_rng(), warnings.catch_warnings():
             # Of torch 2.14 itself, when it loads forward-mode derivatives.
@@ -91,7 +95,13 @@ def sharpness(
 
 
 def sharpness_of_groups(
-    model: nn.Module, dataset: ImageDataset, collate, groups: Mapping[str, Sequence[int]], num_images: int, **options
+    model: nn.Module,
+    dataset: ImageDataset,
+    collate,
+    groups: Mapping[str, Sequence[int]],
+    num_images: int,
+    label_order: torch.Tensor | None = None,
+    **options,
 ) -> dict[str, Sharpness]:
     """Measures the flatness over random images of a data set, and over images of each group of classes.
 
@@ -101,8 +111,14 @@ def sharpness_of_groups(
         collate: Makes a batch of rows.
         groups: Class indices of each group; one without images is left out.
         num_images: Images overall, and of each group, at most.
+        label_order: Positions of the data set's classes among the model's, (classes,); by default the same.
         **options: As for [`sharpness`]. The seed chooses the images too.
+
+    Raises:
+        ValueError: If no image is asked for, or as [`sharpness`] does.
     """
+    if num_images < 1:
+        raise ValueError(f"num_images must be 1 or more, got {num_images}.")
     order = np.random.RandomState(options.get("seed", 0)).permutation(len(dataset))
     device = next(model.parameters()).device
     measured = {}
@@ -111,7 +127,8 @@ def sharpness_of_groups(
         batches = []
         for start in range(0, min(len(inside), num_images), BATCH):
             batch = collate([dataset[row] for row in inside[start : min(start + BATCH, num_images)]])
-            batches.append((batch["pixel_values"].to(device), batch["labels"].to(device)))
+            labels = batch["labels"] if label_order is None else label_order[batch["labels"]]
+            batches.append((batch["pixel_values"].to(device), labels.to(device)))
         if batches:
             measured[name] = sharpness(model, batches, **options)
     return measured

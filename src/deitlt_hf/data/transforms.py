@@ -91,13 +91,13 @@ class ImageFormat:
         """The format that an image processor makes: one of transformers', or of its wrapper of timm.
 
         Raises:
-            ValueError: If the processor does not tell a size.
+            ValueError: If the processor does not tell a size, or does more than to normalise.
         """
         if hasattr(processor, "data_config"):  # of transformers' wrapper of timm
             config = processor.data_config
             return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
         crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
-        size = dict(crop or processor.size)
+        size = dict(crop or processor.size or {})
         shortest = size.get("shortest_edge")
         height, width = size.get("height") or shortest, size.get("width") or shortest
         if not height or not width:
@@ -108,7 +108,22 @@ class ImageFormat:
             mean, std = processor.image_mean, processor.image_std
         # Rescaling is to [0, 1] by default; a processor that does otherwise normalises other values.
         scale = 255 * processor.rescale_factor if processor.do_rescale else 255
-        return cls((height, width), tuple(value / scale for value in mean), tuple(value / scale for value in std))
+        found = cls((height, width), tuple(value / scale for value in mean), tuple(value / scale for value in std))
+        found._check(processor)
+        return found
+
+    def _check(self, processor: BaseImageProcessor) -> None:
+        """Compares with what a processor makes, as some also reorder channels or rescale twice."""
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (len(self.mean), *self.size), generator=generator, dtype=torch.uint8)
+        made = processor(pixels, do_resize=False, return_tensors="pt").pixel_values[0]
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        expected = (pixels / 255 - mean) / std
+        if made.shape != expected.shape or not torch.allclose(made, expected, atol=1e-3):
+            raise ValueError(
+                f"{type(processor).__name__} changes images in other ways than by size, mean and standard deviation; "
+                "give one that does not."
+            )
 
     def __str__(self) -> str:
         height, width = self.size

@@ -6,7 +6,11 @@ from .ldam import LDAMLoss
 from .logit_adjustment import LogitAdjustedLoss
 from .paco import PaCoLoss
 
+# What a teacher can be trained with.
+TEACHER_LOSSES = ("ce", "ldam", "logit_adjusted", "paco")
+
 __all__ = [
+    "TEACHER_LOSSES",
     "DistillationLoss",
     "DistillationLossOutput",
     "LDAMLoss",

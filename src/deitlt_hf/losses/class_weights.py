@@ -5,6 +5,19 @@ from collections.abc import Sequence
 import torch
 
 
+def positive_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """Training images of each class as float64, (classes,).
+
+    Raises:
+        ValueError: If a class has none.
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.numel() == 0 or counts.min() < 1:
+        empty = torch.nonzero(counts < 1).flatten().tolist()
+        raise ValueError(f"every class needs at least one training image; classes without one: {empty}.")
+    return counts
+
+
 def effective_number_weights(class_counts: Sequence[int] | torch.Tensor, beta: float = 0.9999) -> torch.Tensor:
     """Weights classes by the inverse of their effective number of images (Cui et al., CVPR 2019, equation 2).
 
@@ -20,10 +33,7 @@ def effective_number_weights(class_counts: Sequence[int] | torch.Tensor, beta: f
     Raises:
         ValueError: If a class has no image or beta is outside [0, 1).
     """
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.numel() == 0 or counts.min() < 1:
-        empty = torch.nonzero(counts < 1).flatten().tolist()
-        raise ValueError(f"every class needs at least one training image; classes without one: {empty}.")
+    counts = positive_counts(class_counts)
     if not 0.0 <= beta < 1.0:
         raise ValueError(f"beta must be in [0, 1), got {beta}.")
     weights = (1.0 - beta) / (1.0 - beta**counts)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .class_weights import positive_counts
+
 
 class LDAMLoss(nn.Module):
     """Cross entropy with a margin that is larger for rarer classes (LDAM; Cao et al., NeurIPS 2019, equation 13).
@@ -19,6 +21,9 @@ class LDAMLoss(nn.Module):
         scale: What the cosines are multiplied by before the softmax.
         class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
         reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
+
+    Raises:
+        ValueError: If a class has no image.
     """
 
     def __init__(
@@ -30,7 +35,7 @@ class LDAMLoss(nn.Module):
         reduction: str = "mean",
     ):
         super().__init__()
-        margins = torch.as_tensor(class_counts, dtype=torch.float64) ** -0.25
+        margins = positive_counts(class_counts) ** -0.25
         self.scale = scale
         self.reduction = reduction
         self.register_buffer("margins", (margins * (max_margin / margins.max())).float())

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .class_weights import positive_counts
+
 
 class LogitAdjustedLoss(nn.Module):
     """Cross entropy of `logits + tau * log(n_c / n)` (Menon et al., ICLR 2021, equation 10).
@@ -18,6 +20,9 @@ class LogitAdjustedLoss(nn.Module):
         tau: Strength of the adjustment.
         class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
         reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
+
+    Raises:
+        ValueError: If a class has no image.
     """
 
     def __init__(
@@ -28,7 +33,7 @@ class LogitAdjustedLoss(nn.Module):
         reduction: str = "mean",
     ):
         super().__init__()
-        counts = torch.as_tensor(class_counts, dtype=torch.float64)
+        counts = positive_counts(class_counts)
         self.reduction = reduction
         self.register_buffer("adjustment", (tau * (counts / counts.sum()).log()).float())
         self.register_buffer("class_weights", class_weights)

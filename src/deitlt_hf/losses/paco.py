@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .class_weights import positive_counts
+
 
 class PaCoLoss(nn.Module):
     """Parametric contrastive loss (PaCo; Cui et al., ICCV 2021, equations 4 to 6).
@@ -22,6 +24,9 @@ class PaCoLoss(nn.Module):
         temperature: What similarities of images are divided by; 0.05 for CIFAR, 0.2 for ImageNet-LT and iNaturalist.
         class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
         reduction: `mean` (divided by the weights' sum), `sum` or `none`.
+
+    Raises:
+        ValueError: If a class has no image, or beta or gamma is not above 0.
     """
 
     def __init__(
@@ -35,10 +40,12 @@ class PaCoLoss(nn.Module):
         reduction: str = "mean",
     ):
         super().__init__()
+        if beta <= 0 or gamma <= 0:
+            raise ValueError(f"beta and gamma must be above 0, got {beta} and {gamma}.")
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.temperature = temperature
         self.reduction = reduction
-        counts = torch.as_tensor(class_counts, dtype=torch.float64)
+        counts = positive_counts(class_counts)
         self.register_buffer("log_prior", (counts / counts.sum()).log().float())
         self.register_buffer("class_weights", class_weights)
 

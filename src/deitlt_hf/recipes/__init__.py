@@ -1,7 +1,7 @@
 """Recipes: everything a run needs, as one YAML file a benchmark with the sections data, teacher and student."""
 
 from .arguments import DataArguments, StudentArguments, TeacherArguments
-from .parsing import command_line_errors, load_recipe, parse_arguments, recipe_names
+from .parsing import command_line_errors, load_recipe, own_loss, parse_arguments, recipe_names, teacher_folder
 
 __all__ = [
     "DataArguments",
@@ -9,6 +9,8 @@ __all__ = [
     "TeacherArguments",
     "command_line_errors",
     "load_recipe",
+    "own_loss",
     "parse_arguments",
     "recipe_names",
+    "teacher_folder",
 ]

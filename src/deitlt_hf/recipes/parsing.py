@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+from ..losses import TEACHER_LOSSES
 
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
 
@@ -44,12 +46,23 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {name_or_path!r} is not valid YAML: {' '.join(str(error).split())}.") from error
     sections = {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
+    sections = {key: {} if value is None else value for key, value in sections.items()}
     wrong = [key for key in sections if key not in SECTIONS]
     if not sections or wrong or not all(isinstance(value, dict) for value in sections.values()):
         raise ValueError(
             f"recipe {name_or_path!r} has the sections {list(sections)}; they can be {', '.join(SECTIONS)}."
         )
     return {section: sections.get(section, {}) for section in SECTIONS}
+
+
+def own_loss(recipe: str) -> str:
+    """The loss of a recipe's teacher, if none is asked for."""
+    return load_recipe(recipe)["teacher"].get("teacher_loss", TEACHER_LOSSES[0])
+
+
+def teacher_folder(recipe: str, loss: str | None) -> str:
+    """Name of the folder of a recipe's teacher: `teacher`, or one of its own for another loss than the recipe's."""
+    return "teacher" if loss in (None, own_loss(recipe)) else f"teacher_{loss}"
 
 
 def parse_arguments(
@@ -91,11 +104,14 @@ def parse_arguments(
         known = {field.name for cls in classes for field in fields(cls) if field.init}
         values = recipe["data"] | recipe[section]
         if section == "teacher":
-            loss = given.teacher_loss or values.get("teacher_loss")
-            values |= recipe["teacher_losses"].get(loss, {})
-        _refuse_unknown((key for key in values if key not in known), known, f"recipe {name!r}")
+            for loss, overlay in recipe["teacher_losses"].items():
+                _refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss")
+                _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}")
+            values |= recipe["teacher_losses"].get(given.teacher_loss or own_loss(name)) or {}
+        _refuse_unknown(values, known, f"recipe {name!r}")
+        folder = teacher_folder(name, given.teacher_loss) if section == "teacher" else section
         stem = Path(name).name.removesuffix(".yaml")
-        parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, section)} | values)
+        parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, folder)} | values)
     *filled, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     options = {option.removeprefix("--") for option in parser._option_string_actions}
     _refuse_unknown((word.removeprefix("--").split("=")[0] for word in rest), options, "the command line")
@@ -122,9 +138,10 @@ def command_line_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> None:
+def _refuse_unknown(names: Iterable[str], known: Collection[str], place: str, kind: str = "field") -> None:
     for name in names:
-        raise ValueError(f"unknown field {name!r} in {place}{_nearest(name, known)}; --help lists all.")
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r} in {place}{_nearest(name, known)}; --help lists all.")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

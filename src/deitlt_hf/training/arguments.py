@@ -1,18 +1,31 @@
 """Training arguments: what transformers' have not. Defaults are the paper's."""
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
 from ..data.sampling import RepeatedAugmentationSampler
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
+from ..losses import TEACHER_LOSSES
 from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
 
 TEACHER_VIEWS = ("student", "weak")
-TEACHER_LOSSES = ("ce", "ldam", "logit_adjusted", "paco")
+# Fields that decide how a run goes, but not what it ends with.
+_RUNNING = {
+    "overwrite",
+    "image_resize",
+    "remove_unused_columns",
+    "logging_nan_inf_filter",
+    "report_to",
+    "eval_strategy",
+    "save_total_limit",
+    "ddp_find_unused_parameters",
+}
 
 
 def _option(default, help: str):
@@ -82,6 +95,9 @@ class LongTailTrainingArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check(self, name, getattr(self, name) >= 1, "1 or more")
         _check(self, "global_batch_size", self.global_batch_size is None or self.global_batch_size >= 1, "1 or more")
+        for name in ("lr_scheduler_type", "warmup_steps"):
+            fits = getattr(self, name) == _default(name)
+            _check(self, name, fits, "left as it is (the schedule is the method's own, with warmup_epochs)")
         for name in ("warmup_epochs", "drw_start_epoch"):
             _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
         _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
@@ -106,6 +122,12 @@ class LongTailTrainingArguments(TrainingArguments):
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
         else:
             self.learning_rate = given_learning_rate
+
+    def method_settings(self) -> dict[str, Any]:
+        """What decides the result of a run, by field; what only decides how it goes is left out."""
+        classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__]
+        names = {name for cls in classes for name in cls.__annotations__} - _RUNNING
+        return {name: getattr(self, name) for name in sorted(names | {"num_train_epochs", "max_steps"})}
 
     def check_data(self, num_images: int) -> None:
         """Checks that training images and epochs suffice.
@@ -245,11 +267,37 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         _check(self, "paco_temperature", self.paco_temperature > 0, "above 0")
         _check(self, "paco_queue", self.paco_queue >= 1, "1 or more")
         _check(self, "paco_momentum", 0 <= self.paco_momentum <= 1, "in [0, 1]")
+        for name in ("ldam_margin", "ldam_scale"):
+            _check(self, name, getattr(self, name) > 0, "above 0")
+        _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _check(self, "optim", self.optim == _default("optim"), "left as it is (teachers are trained with SGD)")
+        smooths = self.teacher_loss == "ce" or self.label_smoothing_factor == 0
+        _check(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
         _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
         if len(self.lr_drop_epochs) != len(self.lr_drops):
             raise ValueError(
                 f"lr_drop_epochs {self.lr_drop_epochs} and lr_drops {self.lr_drops} must have as many values."
             )
+        increasing = all(first < second for first, second in itertools.pairwise(self.lr_drop_epochs))
+        _check(self, "lr_drop_epochs", increasing, "increasing")
+
+    def check_data(self, num_images: int) -> None:
+        """Checks that training images and epochs suffice, and that the learning rate drops within them.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        super().check_data(num_images)
+        if self.max_steps <= 0 and self.lr_drop_epochs and self.lr_drop_epochs[-1] >= self.num_train_epochs:
+            raise ValueError(
+                f"lr_drop_epochs {self.lr_drop_epochs} are not all before the end of training at epoch "
+                f"{self.num_train_epochs:g}; change one of them."
+            )
+
+
+def _default(name: str):
+    """What one of transformers' fields is if it is not given."""
+    return next(field.default for field in fields(TrainingArguments) if field.name == name)
 
 
 def _check(args: TrainingArguments, name: str, fits: bool, wanted: str) -> None:

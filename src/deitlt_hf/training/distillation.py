@@ -1,14 +1,15 @@
 """The DeiT-LT trainer: a dual-token student learns from labels and from a frozen flat teacher."""
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.long_tail import class_counts
@@ -61,7 +62,8 @@ class DeiTLTTrainer(LongTailTrainer):
             if teacher_processor is None and isinstance(teacher.config, FlatTeacherConfig):
                 teacher_processor = model_processor(teacher.config)
             self.teacher_format = ImageFormat.of(teacher_processor or self.processing_class)
-            self._label_order = _label_order(model.config, teacher.config).to(self.args.device)
+            names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+            self._label_order = label_order(names, teacher.config).to(self.args.device)
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.mixup = Mixup(
             mixup_alpha=args.mixup,
@@ -136,7 +138,7 @@ class DeiTLTTrainer(LongTailTrainer):
         source = ImageFormat.of(self.processing_class)
         with torch.inference_mode(), self.accelerator.autocast():
             images = resize_and_renormalize(pixel_values, source, self.teacher_format)
-            logits = self.teacher(images).logits[:, self._label_order]
+            logits = self.teacher(images).logits[:, self._label_order] * getattr(self.teacher.config, "loss_scale", 1.0)
         return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -212,27 +214,32 @@ class DeiTLTTrainer(LongTailTrainer):
         return accuracies
 
 
-def _label_order(student, teacher) -> torch.Tensor:
-    """Positions of the student's labels among the teacher's, matched by name if the teacher's have names."""
-    teacher_names = [teacher.id2label[label] for label in range(teacher.num_labels)]
-    if teacher_names == [f"LABEL_{label}" for label in range(teacher.num_labels)]:
-        if teacher.num_labels == student.num_labels:
-            return torch.arange(student.num_labels)
-        raise ValueError(
-            f"the teacher has {teacher.num_labels} classes, which have no names, but the student has "
-            f"{student.num_labels}."
-        )
+def label_order(names: Sequence[str], teacher: PreTrainedConfig) -> torch.Tensor:
+    """Finds classes among a model's, by name if the model's have names.
+
+    Args:
+        names: The classes to find.
+        teacher: Configuration of the model that should know them.
+
+    Returns:
+        Their positions among the model's, (classes,).
+
+    Raises:
+        ValueError: If the model does not know one, or has no names and another number of classes.
+    """
+    known = [teacher.id2label[label] for label in range(teacher.num_labels)]
+    if known == [f"LABEL_{label}" for label in range(len(known))]:
+        if len(known) == len(names):
+            return torch.arange(len(names))
+        raise ValueError(f"the teacher has {len(known)} classes without names, but the student has {len(names)}.")
     positions = {}
-    for label, name in enumerate(teacher_names):
+    for label, name in enumerate(known):
         positions.setdefault(name, []).append(label)
-    order, unknown = [], []
-    for label in range(student.num_labels):
-        name = student.id2label[label]
-        # Classes that share a name, as ImageNet's two cranes do, are taken in their order.
-        (order if positions.get(name) else unknown).append(positions[name].pop(0) if positions.get(name) else name)
+    unknown = [name for name, count in Counter(names).items() if len(positions.get(name, [])) < count]
     if unknown:
         raise ValueError(
             f"the teacher does not know the classes {', '.join(map(repr, unknown[:5]))} ({len(unknown)} of "
-            f"{student.num_labels}); its own {teacher.num_labels} begin with {', '.join(map(repr, teacher_names[:5]))}."
+            f"{len(names)}); its own {len(known)} begin with {', '.join(map(repr, known[:5]))}."
         )
-    return torch.tensor(order)
+    # Classes that share a name, as ImageNet's two cranes do, are taken in their order.
+    return torch.tensor([positions[name].pop(0) for name in names])

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
-from transformers import ProgressCallback
+from transformers import PreTrainedConfig, ProgressCallback
 
 from ..data.transforms import ImageFormat
 
@@ -99,6 +100,12 @@ def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, ac
     accelerator.wait_for_everyone()
 
 
+def architecture(config: PreTrainedConfig) -> dict:
+    """What a configuration says of the model, without its labels and what training adds."""
+    added = ("id2label", "label2id", "class_counts", "class_map", "architectures", "transformers_version", "dtype")
+    return {name: value for name, value in config.to_diff_dict().items() if name not in (*added, "logit_scale")}
+
+
 class Results:
     """The record of a run in `results.json`: data, settings, and the accuracies of the last and of the best epoch.
 
@@ -119,9 +126,13 @@ class Results:
 
     def start(self, trainer, resuming: bool) -> None:
         """Begins the record; a resumed run keeps its best epoch."""
+        args, config = trainer.args, trainer.model.config
         if resuming and self.path.is_file():
             self.content = json.loads(self.path.read_text())
-        args, config = trainer.args, trainer.model.config
+            for name, value in args.method_settings().items():
+                before = self.content.get("settings", {}).get(name, value)
+                if before != value:
+                    warnings.warn(f"the run goes on with {name} {value}; it began with {before}.", stacklevel=2)
         names = [config.id2label[label] for label in range(config.num_labels)]
         self.content |= {
             "model": type(trainer.model).__name__,
@@ -132,15 +143,12 @@ class Results:
                 "subset_sha256": trainer.subset_sha256,
                 "groups": {name: [names[label] for label in group] for name, group in trainer.groups.items()},
             },
-            "settings": {
-                "seed": args.seed,
-                "epochs": args.num_train_epochs,
-                "drw_start_epoch": args.drw_start_epoch,
-                "global_batch_size": args.global_batch_size,
+            "settings": args.method_settings(),
+            "architecture": architecture(config),
+            "processes": {
                 "processes": args.world_size,
                 "per_device_train_batch_size": args.train_batch_size,
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
-                "learning_rate": args.learning_rate,
             },
             "versions": {name: version(name) for name in LIBRARIES},
         }

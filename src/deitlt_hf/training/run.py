@@ -23,12 +23,25 @@ from ..data.long_tail import decreasing_count_map
 from ..hub import load_original_student
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments, teacher_folder
 from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .distillation import DeiTLTTrainer
-from .report import RESULTS_FILE, check_output_dir, quiet_log, run_files
+from .report import RESULTS_FILE, architecture, check_output_dir, quiet_log, run_files
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
+
+# A student as it is saved, and as the package's own class is.
+STUDENTS = ("DeiTForImageClassificationWithTeacher", "DeiTLTForImageClassification")
+EVALUATION_FIELDS = (
+    "output_dir",
+    "per_device_eval_batch_size",
+    "dataloader_num_workers",
+    "use_cpu",
+    "bf16",
+    "bf16_full_eval",
+    "fp16",
+    "fp16_full_eval",
+)
 
 
 def train_teacher(
@@ -50,7 +63,7 @@ def distill(
 ) -> DeiTLTTrainer:
     """Trains a recipe's student and saves it in `args.output_dir`.
 
-    Without a teacher it uses the one in the folder `teacher` (or `teacher_LOSS`, for a loss that is asked for) beside
+    Without a teacher it uses the one in the folder `teacher` (`teacher_LOSS` for another loss than the recipe's) beside
     `args.output_dir` if that was trained on the same images, and trains the recipe's there if there is none.
     """
     # What is wrong shows before hours of teacher training.
@@ -80,7 +93,8 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     The rows are in the trainer's `last_table`.
     """
     quiet_log(args.disable_tqdm)
-    is_student = _model_type(path) == DeiTLTConfig.model_type
+    architectures = PreTrainedConfig.get_config_dict(path)[0].get("architectures") if _model_type(path) else None
+    is_student = any(name in STUDENTS for name in architectures or [])
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
     data = data_args.load()
@@ -88,12 +102,7 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
         trainer_class, model = DeiTLTTrainer, DeiTLTForImageClassification.from_pretrained(path)
     else:
         trainer_class, model = FlatTeacherTrainer, load_classifier(path)
-        args = FlatTeacherTrainingArguments(
-            output_dir=args.output_dir,
-            per_device_eval_batch_size=args.per_device_eval_batch_size,
-            dataloader_num_workers=args.dataloader_num_workers,
-            use_cpu=args.use_cpu,
-        )
+        args = FlatTeacherTrainingArguments(**{name: getattr(args, name) for name in EVALUATION_FIELDS})
     trainer = trainer_class(
         model=model,
         args=args,
@@ -159,29 +168,36 @@ def _teacher_of_recipe(
     recipe: str, data: Mapping, data_args: DataArguments, student_args: DeiTLTTrainingArguments, loss: str | None
 ) -> str:
     """The folder of the recipe's teacher; what is missing of its training is done first."""
-    folder = Path(student_args.output_dir).parent / ("teacher" if loss is None else f"teacher_{loss}")
-    found = [] if student_args.overwrite else run_files(folder)
+    folder = Path(student_args.output_dir).parent / teacher_folder(recipe, loss)
+    command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
+    command_line += ["--use_cpu", str(student_args.use_cpu), "--teacher_loss", loss or own_loss(recipe)]
+    found = run_files(folder)
+    if RESULTS_FILE in found:
+        command_line += ["--resume_from_checkpoint", "auto"]
+    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    _, _, model_args, args = parse_arguments("teacher", classes, command_line)
     if RESULTS_FILE in found:
         record = json.loads((folder / RESULTS_FILE).read_text())
-        if record["data"]["subset_sha256"] != subset_hash(data["train"]):
-            raise ValueError(
-                f"the teacher in {folder} was trained on other images (subset {record['data']['subset_sha256'][:12]}); "
-                "give a --teacher, another --output_dir, or --overwrite to train it anew."
-            )
+        config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
+        wanted = {"images (subset)": subset_hash(data["train"])} | args.method_settings() | architecture(config)
+        had = {"images (subset)": record["data"]["subset_sha256"]} | record["settings"] | record["architecture"]
+        for name, value in wanted.items():
+            if had.get(name, value) != value:
+                raise ValueError(
+                    f"the teacher in {folder} was trained with {name} {had[name]}, not the recipe's {value}; pass it "
+                    "as --teacher if it is the one to learn from, or move it away to have the recipe's trained."
+                )
         if record["finished"] and any(name.startswith("model") for name in found):
             _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
             return str(folder)
-    command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
-    command_line += ["--use_cpu", str(student_args.use_cpu)]
-    command_line += [] if loss is None else ["--teacher_loss", loss]
-    if any(name.startswith("checkpoint-") for name in found):
         _say(student_args, f"No --teacher given: going on with the recipe's, which was interrupted, in {folder}.")
-        command_line += ["--resume_from_checkpoint", "auto"]
+    elif found:
+        raise ValueError(
+            f"{folder} holds a model ({found[0]}) without a record of its training; pass it as --teacher, or move it "
+            "away to have the recipe's trained."
+        )
     else:
         _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
-        command_line += ["--overwrite", "true"]
-    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-    _, _, model_args, args = parse_arguments("teacher", classes, command_line)
     train_teacher(data_args, model_args, args, data)
     # Ends the teacher's data loaders here: the student's workers would inherit them, and complain on collecting them.
     gc.collect()

@@ -1,7 +1,6 @@
 """Sharpness-aware minimisation."""
 
 import torch
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 
@@ -41,10 +40,14 @@ class SAM(Optimizer):
         self.base_optimizer = base_optimizer
         self.adaptive = adaptive
         self._perturbed: dict[torch.nn.Parameter, torch.Tensor] = {}
-        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, "rho": rho})
         # One set of groups and states for both, so that schedulers, checkpoints and `add_param_group` reach them.
         self.param_groups = base_optimizer.param_groups
         self.state = base_optimizer.state
+
+    def __getstate__(self) -> dict:
+        own = ("base_optimizer", "adaptive", "_perturbed")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     @torch.no_grad()
     def ascend(self) -> None:
@@ -58,17 +61,27 @@ class SAM(Optimizer):
         """
         if self._perturbed:
             raise RuntimeError("the weights are perturbed already; call step or restore before the next ascend.")
-        norm = self._gradient_norm()
-        if norm.isfinite():
-            scale = 1.0 / (norm + 1e-12)
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is None:
-                        continue
-                    self._perturbed[parameter] = parameter.detach().clone()
-                    step = parameter.grad * parameter.square() if self.adaptive else parameter.grad
-                    parameter.add_(step * (group["rho"] * scale).to(parameter))
+        perturbed = [(group["rho"], parameter) for group in self.param_groups for parameter in group["params"]]
+        perturbed = [(rho, parameter) for rho, parameter in perturbed if parameter.grad is not None]
+        directions = (self._direction(parameter, scaled=True) for _, parameter in perturbed)
+        # At least in float32: squares of gradients leave the range of half precision.
+        norms = [torch.linalg.vector_norm(d, dtype=torch.promote_types(d.dtype, torch.float32)) for d in directions]
+        norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms])) if norms else 0.0
+        for rho, parameter in perturbed:
+            if rho == 0:
+                continue
+            self._perturbed[parameter] = parameter.detach().clone()
+            length = norm.to(parameter.device)
+            step = self._direction(parameter) * (rho / (length + 1e-12)).to(parameter.dtype)
+            # A choice on the device: asking for its result would make every step wait.
+            parameter.add_(torch.where(length.isfinite(), step, 0.0))
         self.zero_grad()
+
+    def _direction(self, parameter: torch.nn.Parameter, scaled: bool = False) -> torch.Tensor:
+        """Where a parameter is moved; scaled as in the norm that its length is divided by."""
+        if not self.adaptive:
+            return parameter.grad
+        return parameter.grad * (parameter.abs() if scaled else parameter.square())
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -87,17 +100,10 @@ class SAM(Optimizer):
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Loads the wrapped optimiser's state."""
+        """Loads the wrapped optimiser's state, that of a run without SAM too."""
+        rhos = [group["rho"] for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
-
-    def _gradient_norm(self) -> torch.Tensor:
-        return get_total_norm(
-            [
-                parameter.grad * parameter.abs() if self.adaptive else parameter.grad
-                for group in self.param_groups
-                for parameter in group["params"]
-                if parameter.grad is not None
-            ]
-        )
+        for group, rho in zip(self.param_groups, rhos, strict=True):
+            group.setdefault("rho", rho)

@@ -45,6 +45,8 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def __init__(self, model, args: FlatTeacherTrainingArguments, **kwargs):
         super().__init__(model=model, args=args, **kwargs)
+        if max(args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("SAM needs whole gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
         self._stages = model.stages() if hasattr(model, "stages") else [list(model.parameters())]
         if len(args.sam_rho) not in (1, len(self._stages)):
             raise ValueError(
@@ -54,6 +56,8 @@ class FlatTeacherTrainer(LongTailTrainer):
         self.contrast = None
         if self.train_dataset is not None:
             _check_heads(args.teacher_loss, model.config)
+            if args.teacher_loss == "ldam":
+                model.config.logit_scale = args.ldam_scale
             if args.teacher_loss == "paco":
                 self.contrast = MomentumContrast(model, args.paco_queue, args.paco_momentum)
 
@@ -65,12 +69,15 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            args = self.args
-            rhos = args.sam_rho * len(self._stages) if len(args.sam_rho) == 1 else args.sam_rho
+            args, rhos = self.args, self._rhos()
             groups = [{"params": stage, "rho": rho} for stage, rho in zip(self._stages, rhos, strict=True)]
             sgd = torch.optim.SGD(groups, args.learning_rate, args.momentum, weight_decay=args.weight_decay)
             self.optimizer = SAM(sgd, adaptive=args.sam_adaptive) if max(rhos) > 0 else sgd
         return self.optimizer
+
+    def _rhos(self) -> list[float]:
+        """The radius of each stage."""
+        return self.args.sam_rho * len(self._stages) if len(self.args.sam_rho) == 1 else self.args.sam_rho
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
         args = self.args
@@ -93,13 +100,16 @@ class FlatTeacherTrainer(LongTailTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             optimizer.ascend()
-            with _frozen_batch_norm_statistics(model):
-                for index, batch in enumerate(self._window):
-                    with self._gradients_stay(model, index < len(self._window) - 1):
-                        with self.compute_loss_context_manager():
-                            perturbed_loss = self.compute_loss(model, batch)
-                        self.accelerator.backward(perturbed_loss)
-            optimizer.restore()
+            try:
+                with _frozen_batch_norm_statistics(model):
+                    for index, batch in enumerate(self._window):
+                        with self._gradients_stay(model, index < len(self._window) - 1):
+                            with self.compute_loss_context_manager():
+                                perturbed_loss = self.compute_loss(model, batch)
+                            self.accelerator.backward(perturbed_loss)
+                        self.note_nonfinite(perturbed_loss)
+            finally:  # whoever stops the run here finds its weights, not the perturbed ones
+                optimizer.restore()
         return loss
 
     def _gradients_stay(self, model: nn.Module, stay: bool) -> contextlib.AbstractContextManager:
@@ -109,7 +119,7 @@ class FlatTeacherTrainer(LongTailTrainer):
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
         args, kwargs = self.args, {"class_weights": class_weights, "reduction": "sum"}
         if args.teacher_loss == "ce":
-            return nn.CrossEntropyLoss(class_weights, reduction="sum")
+            return nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing_factor)
         if args.teacher_loss == "ldam":
             criterion = LDAMLoss(self.class_counts, args.ldam_margin, args.ldam_scale, **kwargs)
         elif args.teacher_loss == "logit_adjusted":
@@ -123,7 +133,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         if self.contrast is None:
             return batch
         with self.accelerator.autocast():
-            keys = self.contrast.encode(batch.pop("key_pixel_values"))
+            keys = self.contrast.encode(batch["key_pixel_values"])
         queued, queued_labels = self.contrast.queue()
         batch["keys"] = torch.cat([keys, queued])
         batch["key_labels"] = torch.cat([batch["labels"], queued_labels])
@@ -134,6 +144,8 @@ class FlatTeacherTrainer(LongTailTrainer):
             return super()._prepare_window()
         self.contrast.follow(self.accelerator.unwrap_model(self.model))
         super()._prepare_window()
+        for batch in self._window:
+            del batch["key_pixel_values"]
         sizes = [len(batch["labels"]) for batch in self._window]
         keys = torch.cat([batch["keys"][:size] for batch, size in zip(self._window, sizes, strict=True)])
         labels = torch.cat([batch["labels"] for batch in self._window])
@@ -146,6 +158,10 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, SAM):  # radii are what the arguments say, not what they were
+            for group, rho in zip(optimizer.param_groups, self._rhos(), strict=True):
+                group["rho"] = rho
         if self.contrast is not None and checkpoint is not None:
             self.contrast.load_state_dict(load_file(Path(checkpoint) / CONTRAST_FILE, str(self.args.device)))
 

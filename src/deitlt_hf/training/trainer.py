@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -297,9 +298,13 @@ class LongTailTrainer(Trainer, ABC):
         if not self._window_is_ready:
             self._prepare_window()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        step = torch.where(loss.isfinite(), math.inf, self.state.global_step + 1.0)
-        self.first_nonfinite_step = torch.minimum(self.first_nonfinite_step, step)
+        self.note_nonfinite(loss)
         return loss
+
+    def note_nonfinite(self, value: torch.Tensor) -> None:
+        """Remembers the step if a value is not finite, without waiting for the device."""
+        step = torch.where(value.detach().isfinite(), math.inf, self.state.global_step + 1.0)
+        self.first_nonfinite_step = torch.minimum(self.first_nonfinite_step, step)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # DistributedDataParallel averages over processes what has to be a sum.
@@ -407,7 +412,9 @@ class NonFiniteLossGuard(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         due = control.should_log or control.should_evaluate or control.should_save
-        if not due and args.device.type != "cpu":
+        if due:  # a gradient can be infinite where the loss is not
+            self.trainer.note_nonfinite(get_total_norm(self.trainer.model.parameters()))
+        elif args.device.type != "cpu":
             return
         step = self.trainer.first_nonfinite_step.item()
         if math.isfinite(step):
