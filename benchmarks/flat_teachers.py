@@ -52,12 +52,12 @@ def measure(loss: str, rho: float, seed: int, data_dir: str, threads: int) -> No
     write_record(record, results)
 
 
-def table(seeds: list[int]) -> str:
-    """Mean and standard deviation over seeds, as Markdown."""
+def table(seeds: list[int], rhos: list[float] | None = None) -> str:
+    """Mean and standard deviation over seeds, as Markdown; by default of SGD and of the chosen rho."""
     columns = [*GROUPS, "eigenvalue", "eigenvalue, tail", "trace", "loss rise", "loss rise, tail", "minutes", "MiB"]
     lines = [f"| loss | optimiser | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
     for loss, (_, chosen) in LOSSES.items():
-        for rho in (0.0, chosen):
+        for rho in rhos or (0.0, chosen):
             records = [record_of(loss, rho, seed) for seed in seeds]
             if not all(record.exists() for record in records):
                 continue
@@ -92,7 +92,7 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(lambda values: measure(*values), runs):
             pass
-    print(table(args.seeds))
+    print(table(args.seeds, args.rho))
 
 
 if __name__ == "__main__":

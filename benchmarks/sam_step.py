@@ -52,7 +52,7 @@ def trainer_step(config: FlatTeacherConfig, batch: dict, rho: float, folder: str
 
 def plain_step(config: FlatTeacherConfig, batch: dict, optimizer_class=None):
     """One forward-backward pass; with a SAM of pytorch-optimizer, its whole step."""
-    model = FlatTeacherForImageClassification(config).train()
+    model = FlatTeacherForImageClassification(config).train().to(batch["labels"].device)
 
     def loss():
         return F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])
@@ -92,7 +92,7 @@ def live_bytes() -> int:
 
 def extra_copies(config: FlatTeacherConfig, batch: dict) -> float:
     """Memory that SAM holds after the second pass beyond that after the first, in copies of the parameters."""
-    model = FlatTeacherForImageClassification(config).train()
+    model = FlatTeacherForImageClassification(config).train().to(batch["labels"].device)
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     used = []

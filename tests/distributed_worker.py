@@ -115,6 +115,9 @@ def main():
         trainer.seed_random_streams()
         sampler = trainer.get_train_dataloader().batch_sampler
         found[name] = {"gradients": gradients_of_a_step(trainer), "indices": [list(batch) for batch in sampler]}
+    accumulated = dict(make_trainers(folder, accumulation=2))["sam"]
+    assert accumulated.args.gradient_accumulation_steps == 2
+    found["sam, accumulated"] = {"gradients": gradients_of_a_step(accumulated)}
     found["repeated"] = repeated_augmentation_order(folder)
     found["paco"] = paco_queue(folder)
     torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")

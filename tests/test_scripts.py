@@ -334,8 +334,50 @@ def test_distill_refuses_a_recipes_teacher_of_other_images(trained, tmp_path_fac
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(folder / "teacher", copy / "teacher")
     sentence = refused("distill.py", "--recipe", TINY, "--output_dir", copy / "student", "--subset_seed", "1")
-    assert "was trained on other images" in sentence
+    assert re.search(r"was trained with images \(subset\) [0-9a-f]+, not the recipe's [0-9a-f]+; pass it as", sentence)
     assert not (copy / "student" / "results.json").exists()
+
+
+def test_distill_refuses_a_recipes_teacher_of_other_settings(tmp_path_factory, refused):
+    """Made by the README's first step with other flags; its folder is where the recipe's would be."""
+    tmp_path = tmp_path_factory.mktemp("other")
+    folder = ("--output_dir", tmp_path / "teacher")
+    run("scripts/train_teacher.py", "--recipe", TINY, *folder, "--sam_rho", "0", "--num_train_epochs", "3")
+    weights = (tmp_path / "teacher" / "model.safetensors").read_bytes()
+    command = ("distill.py", "--recipe", TINY, "--output_dir", tmp_path / "student")
+    assert re.search(r"was trained with num_train_epochs 3\.0, not the recipe's 12", refused(*command))
+    record = results(tmp_path / "teacher")
+    record["settings"]["num_train_epochs"] = 12
+    (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
+    assert re.search(r"was trained with sam_rho \[0\.0\], not the recipe's \[0\.05\]", refused(*command))
+    record["settings"]["sam_rho"] = [0.05]
+    record["architecture"]["backbone"] = "resnet44"
+    (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
+    assert "was trained with backbone resnet44, not the recipe's resnet20" in refused(*command)
+    (tmp_path / "teacher" / "results.json").unlink()
+    assert "holds a model (model.safetensors) without a record of its training" in refused(*command, "--overwrite")
+    assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == weights
+
+
+def test_overwriting_a_student_keeps_its_teacher(trained, tmp_path):
+    """Which took longer than it on any real data."""
+    folder, _ = trained
+    shutil.copytree(folder, tmp_path / "run")
+    before = (tmp_path / "run" / "teacher" / "model.safetensors").stat().st_mtime_ns
+    command = ("--recipe", TINY, "--output_dir", tmp_path / "run" / "student", "--num_train_epochs", "2.5")
+    assert "using the recipe's, trained before" in run("scripts/distill.py", *command, "--overwrite")
+    assert (tmp_path / "run" / "teacher" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_distill_trains_a_teacher_of_another_loss_beside_the_recipes(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--teacher_loss", "paco")
+    output = run("scripts/distill.py", *command, "--num_train_epochs", "2.5")
+    assert f"training the recipe's first, in {tmp_path}/teacher_paco" in output
+    config = json.loads((tmp_path / "teacher_paco" / "config.json").read_text())
+    assert config["projection_size"] == 32
+    assert results(tmp_path / "student")["finished"]
 
 
 def test_evaluate_and_teacher_refuse(refused, tmp_path):
@@ -396,11 +438,35 @@ def test_recipes_have_teachers_of_every_loss(name, loss, tmp_path):
     assert set(load_recipe(name)["teacher_losses"]) <= set(TEACHER_LOSSES)
 
 
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ({"lda": {}}, r"unknown loss 'lda' in teacher_losses of recipe .* \(did you mean 'ldam'\?\)"),
+        ({"ldam": {"ldam_margn": 3}}, r"unknown field 'ldam_margn' in teacher_losses of recipe .* 'ldam_margin'\?\)"),
+    ],
+)
+def test_what_a_recipe_says_of_losses_is_checked(losses, sentence, tmp_path):
+    """Also of losses that are not asked for."""
+    recipe = yaml.safe_load(Path(TINY).read_text()) | {"teacher_losses": losses}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=sentence):
+        teacher_arguments(str(tmp_path / "recipe.yaml"), tmp_path)
+
+
+def test_empty_parts_of_a_recipe_are_left_out(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(Path(TINY).read_text() + "\nteacher_losses:\n  paco:\n")
+    assert (
+        teacher_arguments(str(tmp_path / "recipe.yaml"), tmp_path, "--teacher_loss", "paco")[1].teacher_loss == "paco"
+    )
+    (tmp_path / "recipe.yaml").write_text(Path(TINY).read_text() + "\nteacher_losses:\n")
+    assert teacher_arguments(str(tmp_path / "recipe.yaml"), tmp_path)[1].teacher_loss == "ce"
+
+
 def test_the_command_line_goes_before_what_a_loss_changes(tmp_path):
     model, args = teacher_arguments(
-        "cifar10_lt_rho100", tmp_path, "--teacher_loss", "paco", "--num_train_epochs", "9", "--projection_size", "16"
+        "cifar10_lt_rho100", tmp_path, "--teacher_loss", "paco", "--num_train_epochs", "390", "--projection_size", "16"
     )
-    assert (args.num_train_epochs, args.learning_rate, args.lr_drop_epochs) == (9, 0.05, [320, 360])
+    assert (args.num_train_epochs, args.learning_rate, args.lr_drop_epochs) == (390, 0.05, [320, 360])
     assert model.config("paco", num_labels=10).projection_size == 16
 
 
