@@ -7,11 +7,10 @@ import sys
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from conftest import make_student
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
-from deitlt_hf.training import trainer as trainer_module
 from deitlt_hf.training.checkpoints import (
     MANIFEST,
     STAGING,
@@ -125,14 +124,14 @@ class Steps(TrainerCallback):
 
 def fail_at(monkeypatch, step, error):
     """Makes the last but one file of a step's checkpoint fail, when the weights are written already."""
-    save = trainer_module.Trainer._save_rng_state
+    save = Trainer._save_rng_state
 
     def failing(self, output_dir):
         if self.state.global_step == step:
             raise error
         return save(self, output_dir)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_save_rng_state", failing)
+    monkeypatch.setattr(Trainer, "_save_rng_state", failing)
 
 
 def test_a_run_that_dies_while_saving_goes_on_from_the_checkpoint_before(tmp_path, digits, monkeypatch):

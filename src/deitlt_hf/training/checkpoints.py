@@ -7,7 +7,11 @@ import shutil
 import warnings
 from pathlib import Path
 
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
@@ -112,6 +116,64 @@ def whole_checkpoint(path: str) -> str:
     if wrong is not None:
         raise ValueError(f"cannot go on from the checkpoint {path}: {wrong}.")
     return str(path)
+
+
+class WholeCheckpointTrainer(Trainer):
+    """A [`~transformers.Trainer`] whose checkpoints are written beside the others, and moved among them once whole.
+
+    Raises:
+        OSError: In training, if a checkpoint cannot be written; those before are as they were.
+    """
+
+    _staging: Path | None = None  # where a checkpoint is being written
+
+    def _save_checkpoint(self, model, trial):
+        """Writes a checkpoint beside the others, and moves it among them once it is whole on the disk."""
+        output_dir = super()._get_output_dir(trial)
+        try:
+            if self.args.should_save:
+                begin_checkpoint(output_dir)
+            self.accelerator.wait_for_everyone()
+            self._staging = Path(output_dir) / STAGING
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            self._staging = None
+            self._finish_checkpoint(output_dir)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
+                f"{' '.join(str(error).split())}; those before are as they were."
+            ) from error
+        finally:
+            self._staging = None
+
+    def _finish_checkpoint(self, output_dir: str) -> None:
+        staged = Path(output_dir) / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.state.best_model_checkpoint == str(staged):  # in every process, which all load it at the end
+            self.state.best_model_checkpoint = os.path.join(output_dir, staged.name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        if not self.args.should_save:
+            return
+        place = finish_checkpoint(staged, output_dir)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(place))
+        remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Left for when the checkpoint is in its place."""
+
+    def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint at a path, or for True and `auto` the newest; None to begin with the first step."""
+        found = [None]
+        if wanted and self.args.should_save:
+            newest = wanted is True or wanted == "auto"
+            found = [newest_checkpoint(self.args.output_dir) if newest else whole_checkpoint(wanted)]
+        return broadcast_object_list(found)[0]
 
 
 def _sha256(path: Path) -> str:

@@ -2,24 +2,20 @@
 
 import contextlib
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import find_columns, subset_hash, training_counts
@@ -29,19 +25,12 @@ from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..evaluation import ExpertTable, group_accuracies
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
-from .checkpoints import (
-    STAGING,
-    begin_checkpoint,
-    finish_checkpoint,
-    newest_checkpoint,
-    remove_old_checkpoints,
-    whole_checkpoint,
-)
+from .checkpoints import WholeCheckpointTrainer
 from .report import Results, RunLog, check_output_dir, claim_output_dir, only_run, print_plan, show
 from .schedule import warmup_cosine
 
 
-class LongTailTrainer(Trainer, ABC):
+class LongTailTrainer(WholeCheckpointTrainer, ABC):
     """A [`~transformers.Trainer`] for classifiers of long-tailed images.
 
     Differences from its parent:
@@ -116,7 +105,6 @@ class LongTailTrainer(Trainer, ABC):
         if train_dataset is not None:
             self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
             self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
-        self._staging: Path | None = None  # where a checkpoint is being written
         self._window: list[dict[str, Any]] = []
         self._window_is_ready = True
         self._logged: dict[str, torch.Tensor] = {}
@@ -187,7 +175,7 @@ class LongTailTrainer(Trainer, ABC):
             raise ValueError("training needs a train_dataset.")
         # All that can be refused is refused before anything of another run is touched.
         check_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint))
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         streamed = isinstance(self.train_dataset, StreamedImages)  # this process's share
         self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
         steps_per_epoch = self.steps_per_epoch()
@@ -213,52 +201,6 @@ class LongTailTrainer(Trainer, ABC):
         if self.is_world_process_zero():
             self.results.finish(seconds=time.perf_counter() - started)
         return output
-
-    def _save_checkpoint(self, model, trial):
-        """Writes a checkpoint beside the others, and moves it among them once it is whole on the disk."""
-        output_dir = super()._get_output_dir(trial)
-        try:
-            if self.args.should_save:
-                begin_checkpoint(output_dir)
-            self.accelerator.wait_for_everyone()
-            self._staging = Path(output_dir) / STAGING
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            self._staging = None
-            if self.args.should_save:
-                self._finish_checkpoint(output_dir)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
-                f"{' '.join(str(error).split())}; those before are as they were."
-            ) from error
-        finally:
-            self._staging = None
-
-    def _finish_checkpoint(self, output_dir: str) -> None:
-        staged = Path(output_dir) / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = os.path.join(output_dir, staged.name)
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        place = finish_checkpoint(staged, output_dir)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(place))
-        remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _get_output_dir(self, trial):
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Left for when the checkpoint is in its place."""
-
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint at a path, or for True and `auto` the newest; None to begin with the first step."""
-        found = [None]
-        if wanted and self.args.should_save:
-            newest = wanted is True or wanted == "auto"
-            found = [newest_checkpoint(self.args.output_dir) if newest else whole_checkpoint(wanted)]
-        return broadcast_object_list(found)[0]
 
     def get_train_dataloader(self):
         """Batches for training, all of them whole: mixing pairs their images."""
