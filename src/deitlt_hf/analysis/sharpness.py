@@ -1,8 +1,9 @@
 """How flat the loss is around a classifier's weights."""
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,8 @@ def sharpness(
     if num_vectors < 1:
         raise ValueError(f"num_vectors must be 1 or more, got {num_vectors}.")
     try:
-        from curvlinops import HessianLinearOperator, hutchinson_trace
+        with _without_warning():
+            from curvlinops import HessianLinearOperator, hutchinson_trace
     except ImportError as error:
         raise ValueError("sharpness needs curvlinops: pip install 'deitlt-hf[analysis]'.") from error
     from scipy.sparse.linalg import eigsh
@@ -80,9 +82,7 @@ def sharpness(
         if not math.isfinite(loss + loss_rise):
             raise ValueError(f"the loss of the model is {loss:g}, and {loss_rise:g} more at rho {rho:g}: not finite.")
         hessian = HessianLinearOperator(classifier, nn.CrossEntropyLoss(), used, batches, check_deterministic=False)
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # Of torch 2.14 itself, when it loads forward-mode derivatives.
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        with torch.random.fork_rng(), _without_warning():
             torch.manual_seed(seed)
             first = torch.randn(hessian.shape[1]).numpy()
             trace = float(hutchinson_trace(hessian, min(num_vectors, hessian.shape[1] - 1)))
@@ -132,6 +132,14 @@ def sharpness_of_groups(
         if batches:
             measured[name] = sharpness(model, batches, **options)
     return measured
+
+
+@contextlib.contextmanager
+def _without_warning() -> Iterator[None]:
+    """Keeps quiet what curvlinops 3.0 sets off on import, and torch 2.14 itself with forward-mode derivatives."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        yield
 
 
 class _Logits(nn.Module):

@@ -169,7 +169,7 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
             ValueError: If the training set is smaller than one batch, or a phase begins after the end.
             FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten, or
                 another run is writing there.
-            FloatingPointError: If the loss is not finite.
+            FloatingPointError: If the loss or a weight is not finite.
         """
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset.")
@@ -240,13 +240,13 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
         if not self._window_is_ready:
             self._prepare_window()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.note_nonfinite(loss)
+        self.note_nonfinite(loss, self.state.global_step + 1)
         return loss
 
-    def note_nonfinite(self, value: torch.Tensor) -> None:
-        """Remembers the step if a value is not finite, without waiting for the device."""
-        step = torch.where(value.detach().isfinite(), math.inf, self.state.global_step + 1.0)
-        self.first_nonfinite_step = torch.minimum(self.first_nonfinite_step, step)
+    def note_nonfinite(self, value: torch.Tensor, step: int) -> None:
+        """Remembers the step if a value of it is not finite, without waiting for the device."""
+        first = torch.where(value.detach().isfinite(), math.inf, float(step))
+        self.first_nonfinite_step = torch.minimum(self.first_nonfinite_step, first)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # DistributedDataParallel averages over processes what has to be a sum.
@@ -344,7 +344,7 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
 
 
 class NonFiniteLossGuard(TrainerCallback):
-    """Stops a run whose loss is not finite, before it logs, evaluates or saves.
+    """Stops a run whose loss or weights are not finite, before it logs, evaluates or saves.
 
     On an accelerator it looks only then, so that it does not make every step wait for the device.
     """
@@ -355,13 +355,13 @@ class NonFiniteLossGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         due = control.should_log or control.should_evaluate or control.should_save
         if due:  # a gradient can be infinite where the loss is not
-            self.trainer.note_nonfinite(get_total_norm(self.trainer.model.parameters()))
+            self.trainer.note_nonfinite(get_total_norm(self.trainer.model.parameters()), state.global_step)
         elif args.device.type != "cpu":
             return
         step = self.trainer.first_nonfinite_step.item()
         if math.isfinite(step):
             raise FloatingPointError(
-                f"the loss is not finite at step {step:.0f} (epoch {state.epoch:.2f}, learning rate "
+                f"loss or weights are not finite at step {step:.0f} (epoch {state.epoch:.2f}, learning rate "
                 f"{self.trainer._get_learning_rate():.3g}); nothing was saved after it, and checkpoints in "
                 f"{args.output_dir} are from before. Lower the learning rate."
             )
