@@ -43,7 +43,7 @@ def measure(loss: str, rho: float, seed: int, data_dir: str, threads: int) -> No
     folder = ROOT / "outputs" / "flat_teachers" / record.stem
     data = ["--recipe", RECIPE, "--data_dir", data_dir, "--subset_seed", seed]
     command = [ROOT / "scripts" / "train_teacher.py", *data, "--teacher_loss", loss, "--seed", seed, "--sam_rho", rho]
-    _, memory = run(*command, "--output_dir", folder, "--overwrite", *SETTINGS, *LOSSES[loss][0], threads=threads)
+    memory = run(*command, "--output_dir", folder, "--overwrite", *SETTINGS, *LOSSES[loss][0], threads=threads)
     flatness = folder / "sharpness.json"
     command = ["-m", "deitlt_hf.analysis", "sharpness", *data, "--model", folder, "--json", flatness, *FLATNESS]
     run(*command, threads=threads)

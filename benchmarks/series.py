@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ def slug(name: str) -> str:
     return name.lower().replace(",", "").replace(" ", "_")
 
 
-def run(*command, threads: int | None = None) -> tuple[float, float]:
+def run(*command, threads: int | None = None) -> float:
     """Runs a Python program of the repository.
 
     Args:
@@ -27,13 +26,12 @@ def run(*command, threads: int | None = None) -> tuple[float, float]:
         threads: Threads that torch computes with; by default as many as it likes.
 
     Returns:
-        Seconds, and the memory of its largest process in MiB.
+        The memory of its largest process, in MiB.
 
     Raises:
         RuntimeError: If it fails; with the end of what it printed.
     """
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -47,7 +45,7 @@ def run(*command, threads: int | None = None) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{errors[-2000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    return usage.ru_maxrss / 1024
 
 
 def write_record(path: Path, content: dict) -> None:

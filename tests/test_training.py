@@ -232,6 +232,13 @@ def test_teacher_gets_images_in_its_own_size_and_normalisation(tmp_path, digits,
     torch.testing.assert_close(trainer.teacher.images[1], expected)
 
 
+def test_a_batch_does_not_go_through_the_image_processor(tmp_path, digits, teacher, monkeypatch):
+    """It is made for images one by one; what is to know of it is known before the first step."""
+    trainer = student_trainer(tmp_path, digits, teacher)
+    monkeypatch.setattr(type(trainer.processing_class), "__call__", None)
+    assert trainer.teacher_logits(fixed_batch(digits)["pixel_values"]).shape == (64, 10)
+
+
 def test_teachers_classes_are_matched_by_name(tmp_path, digits, teacher):
     """Another class order between teacher and student means near-zero accuracy, and no error."""
     pixel_values = fixed_batch(digits)["pixel_values"]

@@ -61,7 +61,8 @@ class DeiTLTTrainer(LongTailTrainer):
         if teacher is not None:
             if teacher_processor is None and isinstance(teacher.config, FlatTeacherConfig):
                 teacher_processor = model_processor(teacher.config)
-            self.teacher_format = ImageFormat.of(teacher_processor or self.processing_class)
+            self.student_format = ImageFormat.of(self.processing_class)
+            self.teacher_format = ImageFormat.of(teacher_processor) if teacher_processor else self.student_format
             names = [model.config.id2label[label] for label in range(model.config.num_labels)]
             self._label_order = label_order(names, teacher.config).to(self.args.device)
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
@@ -135,9 +136,8 @@ class DeiTLTTrainer(LongTailTrainer):
 
         The images are resized and re-normalised if the teacher takes them otherwise.
         """
-        source = ImageFormat.of(self.processing_class)
         with torch.inference_mode(), self.accelerator.autocast():
-            images = resize_and_renormalize(pixel_values, source, self.teacher_format)
+            images = resize_and_renormalize(pixel_values, self.student_format, self.teacher_format)
             logits = self.teacher(images).logits[:, self._label_order] * getattr(self.teacher.config, "loss_scale", 1.0)
         return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
 
