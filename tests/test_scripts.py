@@ -334,7 +334,9 @@ def test_distill_refuses_a_recipes_teacher_of_other_images(trained, tmp_path_fac
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(folder / "teacher", copy / "teacher")
     sentence = refused("distill.py", "--recipe", TINY, "--output_dir", copy / "student", "--subset_seed", "1")
-    assert re.search(r"was trained with images \(subset\) [0-9a-f]+, not the recipe's [0-9a-f]+; pass it as", sentence)
+    assert re.search(
+        r"was trained with images \(subset\) [0-9a-f]+, but the recipe has [0-9a-f]+; pass it as", sentence
+    )
     assert not (copy / "student" / "results.json").exists()
 
 
@@ -345,18 +347,32 @@ def test_distill_refuses_a_recipes_teacher_of_other_settings(tmp_path_factory, r
     run("scripts/train_teacher.py", "--recipe", TINY, *folder, "--sam_rho", "0", "--num_train_epochs", "3")
     weights = (tmp_path / "teacher" / "model.safetensors").read_bytes()
     command = ("distill.py", "--recipe", TINY, "--output_dir", tmp_path / "student")
-    assert re.search(r"was trained with num_train_epochs 3\.0, not the recipe's 12", refused(*command))
+    assert re.search(r"was trained with num_train_epochs 3\.0, but the recipe has 12", refused(*command))
     record = results(tmp_path / "teacher")
     record["settings"]["num_train_epochs"] = 12
     (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
-    assert re.search(r"was trained with sam_rho \[0\.0\], not the recipe's \[0\.05\]", refused(*command))
+    assert re.search(r"was trained with sam_rho \[0\.0\], but the recipe has \[0\.05\]", refused(*command))
     record["settings"]["sam_rho"] = [0.05]
     record["architecture"]["backbone"] = "resnet44"
     (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
-    assert "was trained with backbone resnet44, not the recipe's resnet20" in refused(*command)
+    assert "was trained with backbone resnet44, but the recipe has resnet20" in refused(*command)
+    record["architecture"] |= {"backbone": "resnet20", "classifier": "cosine"}
+    (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
+    assert "was trained with classifier cosine, but the recipe has linear" in refused(*command)
     (tmp_path / "teacher" / "results.json").unlink()
     assert "holds a model (model.safetensors) without a record of its training" in refused(*command, "--overwrite")
     assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_record_of_before_architectures_were_kept_is_taken(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    record = results(tmp_path / "teacher")
+    del record["architecture"]
+    record["settings"] = {"epochs": 12}
+    (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
+    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--num_train_epochs", "2.5")
+    assert "using the recipe's, trained before" in run("scripts/distill.py", *command)
 
 
 def test_overwriting_a_student_keeps_its_teacher(trained, tmp_path):

@@ -72,7 +72,7 @@ def distill(
     _begin(args)
     for path in (model_args.teacher, model_args.init_from):
         if path is not None and not (path == model_args.init_from and Path(path).is_file()):
-            _model_type(path)
+            _config_of(path)
     data = data_args.load()
     args.check_data(len(data["train"]))
     data_args.groups(data)
@@ -93,8 +93,7 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     The rows are in the trainer's `last_table`.
     """
     quiet_log(args.disable_tqdm)
-    architectures = PreTrainedConfig.get_config_dict(path)[0].get("architectures") if _model_type(path) else None
-    is_student = any(name in STUDENTS for name in architectures or [])
+    is_student = any(name in STUDENTS for name in _config_of(path).get("architectures") or [])
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
     data = data_args.load()
@@ -116,7 +115,7 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
 
 def load_classifier(path: str) -> PreTrainedModel:
     """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm."""
-    if _model_type(path) == FlatTeacherConfig.model_type:
+    if _config_of(path).get("model_type") == FlatTeacherConfig.model_type:
         return FlatTeacherForImageClassification.from_pretrained(path)
     config = AutoConfig.from_pretrained(path)
     if isinstance(config, TimmWrapperConfig) and config.model_args:
@@ -180,11 +179,12 @@ def _teacher_of_recipe(
         record = json.loads((folder / RESULTS_FILE).read_text())
         config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
         wanted = {"images (subset)": subset_hash(data["train"])} | args.method_settings() | architecture(config)
-        had = {"images (subset)": record["data"]["subset_sha256"]} | record["settings"] | record["architecture"]
+        # Records that were written before architectures were have none.
+        had = {"images (subset)": record["data"]["subset_sha256"]} | record["settings"] | record.get("architecture", {})
         for name, value in wanted.items():
             if had.get(name, value) != value:
                 raise ValueError(
-                    f"the teacher in {folder} was trained with {name} {had[name]}, not the recipe's {value}; pass it "
+                    f"the teacher in {folder} was trained with {name} {had[name]}, but the recipe has {value}; pass it "
                     "as --teacher if it is the one to learn from, or move it away to have the recipe's trained."
                 )
         if record["finished"] and any(name.startswith("model") for name in found):
@@ -214,13 +214,13 @@ def _begin(args) -> None:
     check_output_dir(args.output_dir, args.overwrite, bool(args.resume_from_checkpoint))
 
 
-def _model_type(path: str) -> str | None:
-    """Model type in the configuration of a folder or Hub repository."""
+def _config_of(path: str) -> dict:
+    """What the configuration of a folder or Hub repository says."""
     if Path(path).is_file():
         raise ValueError(f"{path} is a file; convert it to a model folder first, with scripts/convert_checkpoint.py.")
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise FileNotFoundError(f"there is no model folder {path!r}.")
-    return PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    return PreTrainedConfig.get_config_dict(path)[0]
 
 
 def _num_labels(data: Mapping) -> int:
