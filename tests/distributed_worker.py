@@ -59,8 +59,8 @@ def repeated_augmentation_order(folder):
     loader = trainer.get_train_dataloader()
     epochs = []
     for epoch in range(2):
-        loader.set_epoch(epoch)
-        epochs.append([index for batch in loader.batch_sampler for index in batch])
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append([index for batch in loader.batch_sampler for index, _ in batch])
     return {"images": len(data["train"]), "epochs": epochs}
 
 
@@ -112,9 +112,8 @@ def main():
     folder = sys.argv[1]
     found = {}
     for name, trainer in make_trainers(folder):
-        trainer.seed_random_streams()
-        sampler = trainer.get_train_dataloader().batch_sampler
-        found[name] = {"gradients": gradients_of_a_step(trainer), "indices": [list(batch) for batch in sampler]}
+        batches = list(trainer.get_train_dataloader().batch_sampler)
+        found[name] = {"gradients": gradients_of_a_step(trainer), "batches": batches}
     accumulated = dict(make_trainers(folder, accumulation=2))["sam"]
     assert accumulated.args.gradient_accumulation_steps == 2
     found["sam, accumulated"] = {"gradients": gradients_of_a_step(accumulated)}

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import random
 
 import datasets
 import numpy as np
@@ -16,7 +17,6 @@ from transformers import ConvNextImageProcessor, ViTImageProcessor
 from deitlt_hf.data import (
     ImageCollator,
     ImageDataset,
-    RepeatedAugmentationSampler,
     class_counts,
     find_columns,
     image_processor,
@@ -26,6 +26,7 @@ from deitlt_hf.data import (
     train_transform,
     weak_transform,
 )
+from deitlt_hf.data.sampling import TrainBatches, seed_streams
 from deitlt_hf.data.transforms import ImageFormat, resize_and_renormalize
 
 RANDOM = np.random.RandomState(0)
@@ -391,35 +392,80 @@ def test_format_of_a_processor_without_a_size():
         ImageFormat.of(ViTImageProcessor(size={"longest_edge": 16}))
 
 
-# ---- Repeated augmentation ----
+# ---- Order ----
 
 
-@given(images=st.integers(256, 1200), processes=st.integers(1, 4), repeats=st.integers(2, 4), epoch=st.integers(0, 50))
+def steps_of(arrangement, images, repeats, epoch, seed=0):
+    """The draws of each optimiser step, of all processes and slices."""
+    processes, batch_size, slices = arrangement
+    ranks = [
+        TrainBatches(images, batch_size, rank, processes, slices, num_repeats=repeats, seed=seed)
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.set_epoch(epoch)
+    batches = [[draw for batch in batches for draw in batch] for batches in zip(*ranks, strict=True)]
+    assert len(batches) == len(ranks[0])
+    return [
+        [draw for batch in batches[start : start + slices] for draw in batch]
+        for start in range(0, len(batches), slices)
+    ]
+
+
+@given(images=st.integers(256, 1200), repeats=st.integers(1, 4), epoch=st.integers(0, 50))
 @settings(deadline=None, max_examples=30)
-def test_repeats_are_spread_over_the_processes(images, processes, repeats, epoch):
-    sampler = RepeatedAugmentationSampler(range(images), 16, processes, repeats)
-    sampler.set_epoch(epoch)
-    draws = list(sampler)
-    assert len(draws) == len(sampler)
-    assert class_counts(draws).max() <= repeats + 1
-    assert len(set(draws)) >= len(draws) // (repeats + 1)
-    # A step's images do not depend on how many processes share it.
-    alone = RepeatedAugmentationSampler(range(images), 16 * processes, 1, repeats)
-    alone.set_epoch(epoch)
-    step = 16 * processes
-    if len(draws) >= step:
-        assert sorted(draws[:step]) == sorted(list(alone)[:step])
+def test_a_step_is_the_same_however_many_processes_and_slices_share_it(images, repeats, epoch):
+    """Images and the seeds of their augmentation; and an epoch has as many steps."""
+    alone = steps_of((1, 24, 1), images, repeats, epoch)
+    for arrangement in ((2, 12, 1), (1, 8, 3), (3, 8, 1), (2, 3, 4)):
+        spread = steps_of(arrangement, images, repeats, epoch)
+        assert [sorted(step) for step in spread] == [sorted(step) for step in alone]
+    draws = [draw for step in alone for draw in step]
+    counts = class_counts([index for index, _ in draws])
+    assert counts.max() <= repeats
+    assert len({seed for _, seed in draws}) == len(draws)  # copies of an image are augmented differently
+    kept = images if repeats == 1 else images // 256 * 256
+    assert kept - 24 < len(draws) <= kept
 
 
-def test_repeated_augmentation_depends_on_epoch_and_seed():
-    orders = []
-    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        sampler = RepeatedAugmentationSampler(range(300), 16, seed=seed)
-        sampler.set_epoch(epoch)
-        orders.append(tuple(sampler))
-    assert len(set(orders)) == 3
+def test_copies_of_an_image_are_spread_over_the_processes():
+    first, second = (
+        {index for batch in TrainBatches(300, 16, rank, 2, num_repeats=2) for index, _ in batch} for rank in range(2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_order_and_augmentation_depend_on_epoch_and_seed(repeats):
+    draws = [
+        tuple(draw for step in steps_of((1, 16, 1), 300, repeats, epoch, seed) for draw in step)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
+    assert draws[0] == draws[3]
+    for other in draws[1:3]:
+        assert [index for index, _ in other] != [index for index, _ in draws[0]]
+        assert {seed for _, seed in other}.isdisjoint(seed for _, seed in draws[0])
+
+
+def test_fewer_images_than_a_step_are_one():
+    """An epoch without a step would never end."""
+    assert len(steps_of((1, 16, 8), 100, 1, 0)) == 1
+    assert len(TrainBatches(100, 16, slices=8)) == 6
+    assert len(TrainBatches(100, 16, slices=4)) == 4
 
 
 def test_repeated_augmentation_refuses_small_data():
     with pytest.raises(ValueError, match="rounds of 256 images, but the training set has only 255"):
-        RepeatedAugmentationSampler(range(255), 16)
+        TrainBatches(255, 16, num_repeats=3)
+
+
+def test_all_random_streams_are_seeded():
+    def numbers():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    found = []
+    for key in ((1, 2), (1, 2), (2, 1), (7,)):
+        seed_streams(*key)
+        found.append(numbers())
+    assert found[0] == found[1]
+    assert len({value for values in found[1:] for value in values}) == 9

@@ -132,11 +132,41 @@ def test_initialisation_is_that_of_the_authors():
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean(student):
     drop_path = student.deit.layers[2].drop_path.train()
     drop_path.drop_prob = 0.25
-    dropped = drop_path(torch.ones(20_000, 2, 2))
-    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    seen = []
+
+    def branch(states):
+        seen.append(len(states))
+        return 2 * states
+
+    dropped = drop_path(torch.ones(20_000, 2, 2), branch)
+    assert dropped.unique().tolist() == pytest.approx([1.0, 1 + 2 * 4 / 3])
     assert torch.all(dropped == dropped[:, :1, :1])
-    assert dropped.mean() == pytest.approx(1.0, abs=0.03)
-    assert torch.equal(drop_path.eval()(torch.ones(4, 2)), torch.ones(4, 2))
+    assert dropped.mean() == pytest.approx(3.0, abs=0.06)
+    assert seen == [(dropped[:, 0, 0] > 1).sum()]  # the others cost nothing
+    assert torch.equal(drop_path.eval()(torch.ones(4, 2), branch), torch.full((4, 2), 3.0))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_stochastic_depth_scales_each_sample_and_its_gradient(student, monkeypatch, compiling):
+    """In both ways of computing it; a step that keeps no sample gives zero gradients, which processes wait for."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    drop_path = student.deit.layers[2].drop_path.train()
+    drop_path.drop_prob = 0.5
+    states, weight = torch.randn(6, 2, 3), torch.ones((), requires_grad=True)
+    torch.manual_seed(1)
+    kept = torch.rand(6) < 0.5
+    assert 0 < kept.sum() < 6
+    torch.manual_seed(1)
+    added = drop_path(states, lambda values: values * weight) - states
+    torch.testing.assert_close(added, torch.where(kept.view(-1, 1, 1), 2 * states, 0.0))
+    added.sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * states[kept].sum())
+    monkeypatch.setattr(torch, "rand", lambda size: torch.ones(size))
+    weight.grad = None
+    nothing = drop_path(states, lambda values: values * weight)
+    assert torch.equal(nothing, states)
+    nothing.sum().backward()
+    assert weight.grad == 0
 
 
 def test_stochastic_depth_is_used_in_training_only():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from test_sources import shade, write_shards
+from torch.utils.data import DataLoader
 
 from deitlt_hf.data import image_processor, train_transform
 from deitlt_hf.data.__main__ import check
-from deitlt_hf.data.streaming import StreamedImages, StreamedSplit, StreamLoader, load_streamed
+from deitlt_hf.data.streaming import StreamedImages, StreamedSplit, load_streamed
 from deitlt_hf.recipes import DataArguments
 
 ROOT = Path(__file__).parent.parent
@@ -67,8 +68,8 @@ def test_processes_and_workers_share_the_shards(streamed, workers, world_size):
     seen, sizes = Counter(), set()
     for rank in range(world_size):
         images = rows(streamed["train"], rank=rank, world_size=world_size)
-        batches = list(StreamLoader(images, batch_size=3, num_workers=workers))
-        assert len(batches) == len(StreamLoader(images, batch_size=3)) == images.num_batches
+        batches = list(DataLoader(images, batch_size=3, num_workers=workers))
+        assert len(batches) == len(DataLoader(images, batch_size=3)) == images.num_batches
         assert {len(batch["labels"]) for batch in batches} == {3}
         sizes.add(len(batches))
         seen.update(int(value) for batch in batches for value in batch["shade"])
@@ -79,10 +80,10 @@ def test_processes_and_workers_share_the_shards(streamed, workers, world_size):
 
 
 def test_workers_that_stay_see_the_epoch(streamed):
-    loader = StreamLoader(rows(streamed["train"]), batch_size=3, num_workers=2, persistent_workers=True)
+    loader = DataLoader(rows(streamed["train"]), batch_size=3, num_workers=2, persistent_workers=True)
     orders = []
     for epoch in (0, 1, 0):
-        loader.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)
         orders.append([int(value) for batch in loader for value in batch["shade"]])
     assert orders[0] == orders[2] != orders[1]
 
@@ -99,7 +100,7 @@ def test_repeats_are_augmented_one_by_one(tmp_path):
 
 
 def test_a_worker_without_a_shard(streamed):
-    loader = StreamLoader(rows(streamed["train"]), batch_size=3, num_workers=5)
+    loader = DataLoader(rows(streamed["train"]), batch_size=3, num_workers=5)
     with pytest.raises(ValueError, match="a worker has no shard of its own: there are 4 shards; lower --dataloader"):
         list(loader)
 
@@ -186,7 +187,7 @@ def test_parquet_is_streamed_with_its_class_names(tmp_path):
 
 def test_batches_are_those_of_the_trainers_transform(streamed):
     transform = train_transform(image_processor(8), "padded")
-    loader = StreamLoader(StreamedImages(streamed["train"], {"pixel_values": transform}, 4), batch_size=4)
+    loader = DataLoader(StreamedImages(streamed["train"], {"pixel_values": transform}, 4), batch_size=4)
     batch = next(iter(loader))
     assert transform.finish(batch["pixel_values"]).shape == (4, 3, 8, 8)
 

@@ -5,6 +5,7 @@ names and shapes are exactly those of `DeiTForImageClassificationWithTeacher`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,18 +48,28 @@ class DeiTLTImageClassifierOutput(ModelOutput):
 
 
 class DeiTLTDropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): drops a residual branch for whole samples and rescales the others."""
+    """Stochastic depth (Huang et al., 2016): leaves a residual branch out for whole samples and scales up the others.
+
+    The branch is computed for the samples that keep it only.
+    """
 
     def __init__(self, drop_prob: float = 0.0):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         if self.drop_prob == 0.0 or not self.training:
-            return branch
+            return hidden_states + branch(hidden_states)
         keep_prob = 1.0 - self.drop_prob
-        kept = branch.new_empty(branch.shape[0], *(1,) * (branch.dim() - 1)).bernoulli_(keep_prob)
-        return branch * (kept / keep_prob)
+        # Drawn on the CPU: how many are kept is then known without waiting for the device.
+        is_kept = torch.rand(hidden_states.shape[0]) < keep_prob
+        # A compiled model needs one shape; and a step that leaves out all samples must still give gradients.
+        if torch.compiler.is_compiling() or not is_kept.any():
+            scale = (is_kept / keep_prob).to(hidden_states, non_blocking=True)
+            return hidden_states + branch(hidden_states) * scale.view(-1, *(1,) * (hidden_states.dim() - 1))
+        kept = is_kept.nonzero().squeeze(1).to(hidden_states.device, non_blocking=True)
+        added = branch(hidden_states.index_select(0, kept)).to(hidden_states.dtype)
+        return hidden_states.index_add(0, kept, added, alpha=1.0 / keep_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
@@ -72,10 +83,13 @@ class DeiTLTLayer(DeiTLayer):
         self.drop_path = DeiTLTDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        attention_output, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.dropout(attention_output))
-        mlp_output = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(self.dropout(mlp_output))
+        def attend(states: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.attention(self.layernorm_before(states), attention_mask, **kwargs)[0])
+
+        def transform(states: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.mlp(self.layernorm_after(states)))
+
+        return self.drop_path(self.drop_path(hidden_states, attend), transform)
 
 
 class DeiTLTPreTrainedModel(DeiTPreTrainedModel):

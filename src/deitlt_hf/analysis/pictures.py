@@ -121,13 +121,13 @@ def _training_images(recipe: str, data, groups, model_args: StudentArguments, ar
     trainer = DeiTLTTrainer(
         model=student, teacher=teacher, args=args, train_dataset=data["train"], eval_dataset=data["test"], groups=groups
     )
-    trainer.seed_random_streams()
     rows = {}
     drw = args.drw_start_epoch
     phases = {"all epochs": 0} if drw is None else {f"before epoch {drw:g}": 0, f"from epoch {drw:g}, re-weighted": drw}
     for phase, epoch in phases.items():
         trainer.state.epoch = epoch
         batch = next(iter(trainer.get_train_dataloader()))
+        trainer.seed_slice(0)
         prepared = trainer.training_batch(batch)
         targets = prepared["labels"]
         captions = [_caption(target, names) for target in targets[:COLUMNS]]

@@ -16,7 +16,7 @@ _MODULES = {
     "load_long_tailed": "loading",
     "ImageCollator": "images",
     "ImageDataset": "images",
-    "RepeatedAugmentationSampler": "sampling",
+    "repeated_augmentation_order": "sampling",
     "image_processor": "transforms",
     "train_transform": "transforms",
     "weak_transform": "transforms",

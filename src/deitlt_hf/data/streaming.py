@@ -4,19 +4,19 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from .files import TEST_NAMES, find_split
 from .images import EncodedImage, open_image
 from .loading import find_columns, standard_columns, with_classes
-from .sampling import RepeatedAugmentationSampler
+from .sampling import ROUND, check_repeats, image_seeds, seed_streams, whole_steps
 from .tables import embeds_images, encode_labels, find_shards, find_tables, sibling_tables
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class StreamedSplit:
 class StreamedImages(IterableDataset):
     """One process's share of a [`StreamedSplit`], as rows of model inputs, in whole batches.
 
-    An epoch has as many images as the split, rounded down to whole batches of all processes. A process reads shards of
+    An epoch has as many images as the split, rounded down to whole optimiser steps. A process reads shards of
     its own if their number is a multiple of the processes', else it passes over the images of the others.
 
     Args:
@@ -90,8 +90,10 @@ class StreamedImages(IterableDataset):
         rank: Index of this process.
         world_size: Number of processes.
         num_repeats: Copies of each image, one after the other (repeated augmentation); an epoch then sees one in
-            `num_repeats` images. Copies are in one process, while [`RepeatedAugmentationSampler`] spreads them.
-        seed: Seed of the order, which differs by epoch.
+            `num_repeats` images. Copies are in one process, while [`TrainBatches`] spreads them.
+        seed: Of order and augmentation, which differ by epoch. Both depend on the number of workers, which share the
+            shards.
+        slices: Batches of an optimiser step.
 
     Raises:
         ValueError: If there are fewer images than a batch of all processes.
@@ -106,12 +108,14 @@ class StreamedImages(IterableDataset):
         world_size: int = 1,
         num_repeats: int = 1,
         seed: int = 0,
+        slices: int = 1,
     ):
         self.split, self.views, self.batch_size, self.num_repeats = split, views, batch_size, num_repeats
         images = len(split)
         if num_repeats > 1:
-            images = images // RepeatedAugmentationSampler.ROUND * RepeatedAugmentationSampler.ROUND
-        self.num_batches = images // (batch_size * world_size)
+            check_repeats(images)
+            images = images // ROUND * ROUND
+        self.num_batches = whole_steps(images, batch_size, world_size, slices)
         if self.num_batches == 0:
             raise ValueError(f"{images} images are fewer than one batch of {world_size} x {batch_size}.")
         self.rank, self.world_size, self.seed = rank, world_size, seed
@@ -130,9 +134,15 @@ class StreamedImages(IterableDataset):
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Workers deliver whole batches in turn.
         wanted = (self.num_batches // workers + (index < self.num_batches % workers)) * self.batch_size
-        return itertools.islice(self._rows(), wanted)
+        seeds = image_seeds(wanted, self.seed, int(self.epoch), self.rank, index)
+        return self._views(self._rows(), seeds.tolist())
 
-    def _rows(self) -> Iterator[dict]:
+    def _views(self, rows: Iterator[tuple], seeds: Sequence[int]) -> Iterator[dict]:
+        for seed, (image, label) in zip(seeds, rows, strict=False):  # the rows have no end
+            seed_streams(seed)
+            yield {"labels": label, **{name: view(image) for name, view in self.views.items()}}
+
+    def _rows(self) -> Iterator[tuple[np.ndarray | EncodedImage, int]]:
         """Rows without end: shards differ in size, and whoever is through with its own begins anew."""
         for turn in itertools.count():
             # Not the stream's own `set_epoch`: workers share its state, and would write it at the same time.
@@ -148,8 +158,7 @@ class StreamedImages(IterableDataset):
                 if image is None:
                     continue
                 found = True
-                for _ in range(self.num_repeats):
-                    yield {"labels": label, **{name: view(image) for name, view in self.views.items()}}
+                yield from itertools.repeat((image, label), self.num_repeats)
             if seen and not found:
                 raise ValueError("none of the images that a worker has read can be decoded.")
             if not found:
@@ -172,14 +181,6 @@ class StreamedImages(IterableDataset):
                 raise
             logger.warning("left out: %s", error)
             return None
-
-
-class StreamLoader(DataLoader):
-    """A data loader whose epoch reaches the data set."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass that of `epoch`."""
-        self.dataset.set_epoch(epoch)
 
 
 def load_streamed(

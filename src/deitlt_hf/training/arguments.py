@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..data.sampling import RepeatedAugmentationSampler
+from ..data.sampling import check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import TEACHER_LOSSES
 from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
@@ -109,7 +109,7 @@ class LongTailTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
         if self.data_seed is None:
-            self.data_seed = self.seed  # the processes' own streams differ, their order of images must not
+            self.data_seed = self.seed
         # New workers every epoch cost more than a small epoch itself.
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
@@ -122,6 +122,11 @@ class LongTailTrainingArguments(TrainingArguments):
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
         else:
             self.learning_rate = given_learning_rate
+
+    @property
+    def repeats(self) -> int:
+        """Copies of an image in a batch."""
+        return 1
 
     def method_settings(self) -> dict[str, Any]:
         """What decides the result of a run, by field; what only decides how it goes is left out."""
@@ -214,7 +219,12 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         """
         super().check_data(num_images)
         if self.repeated_augmentation > 1:
-            RepeatedAugmentationSampler.check_size(num_images)
+            check_repeats(num_images)
+
+    @property
+    def repeats(self) -> int:
+        """Copies of an image in a batch."""
+        return self.repeated_augmentation
 
     @property
     def mixes(self) -> bool:

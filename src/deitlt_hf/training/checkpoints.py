@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there."""
 
+import copy
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
@@ -166,6 +167,33 @@ class WholeCheckpointTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Left for when the checkpoint is in its place."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Loads weights under the names that they have in files.
+
+        transformers 5.23 does not translate them here, as `from_pretrained` does, and goes on without them.
+
+        Raises:
+            ValueError: If weights are missing.
+        """
+        model = self.model if model is None else model
+        has_adapter = getattr(model, "_hf_peft_config_loaded", False)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or has_adapter or not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        loaded, info = type(model).from_pretrained(
+            resume_from_checkpoint, config=copy.deepcopy(model.config), output_loading_info=True
+        )
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"the checkpoint {resume_from_checkpoint} is not of this model: it has no {missing[0]} (and "
+                f"{len(missing) - 1} other weights)."
+            )
+        model.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         """The checkpoint at a path, or for True and `auto` the newest; None to begin with the first step."""

@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.long_tail import class_counts
-from ..data.sampling import RepeatedAugmentationSampler
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize, weak_transform
 from ..evaluation import group_accuracies
 from ..losses import DistillationLoss
@@ -99,17 +98,6 @@ class DeiTLTTrainer(LongTailTrainer):
         if args.teacher_view == "weak" and args.distillation != "none":
             views["teacher_pixel_values"] = weak_transform(processor, args.hflip)
         return views
-
-    def _get_train_sampler(self, train_dataset=None):
-        if self.args.repeated_augmentation == 1:
-            return super()._get_train_sampler(train_dataset)
-        return RepeatedAugmentationSampler(
-            train_dataset if train_dataset is not None else self.train_dataset,
-            self.args.train_batch_size,
-            self.args.world_size,
-            self.args.repeated_augmentation,
-            self.args.seed,
-        )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Leaves tokens and position embeddings without weight decay, as DeiT does."""

@@ -1,7 +1,6 @@
 """Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
 
 import dataclasses
-import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -199,8 +198,6 @@ def _teacher_of_recipe(
     else:
         _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
     train_teacher(data_args, model_args, args, data)
-    # Ends the teacher's data loaders here: the student's workers would inherit them, and complain on collecting them.
-    gc.collect()
     return str(folder)
 
 

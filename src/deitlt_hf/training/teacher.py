@@ -103,6 +103,7 @@ class FlatTeacherTrainer(LongTailTrainer):
             try:
                 with _frozen_batch_norm_statistics(model):
                     for index, batch in enumerate(self._window):
+                        self.seed_slice(index)  # both passes leave out the same
                         with self._gradients_stay(model, index < len(self._window) - 1):
                             with self.compute_loss_context_manager():
                                 perturbed_loss = self.compute_loss(model, batch)

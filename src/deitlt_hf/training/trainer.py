@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import find_columns, subset_hash, training_counts
 from ..data.long_tail import class_counts, shot_groups
-from ..data.streaming import StreamedImages, StreamedSplit, StreamLoader
+from ..data.sampling import SeededImages, TrainBatches, seed_streams
+from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..evaluation import ExpertTable, group_accuracies
 from ..losses import effective_number_weights
@@ -100,13 +102,14 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(RunLog())
+        self.add_callback(EpochOrder())
         self.add_callback(NonFiniteLossGuard(self))
         self.first_nonfinite_step = torch.tensor(math.inf, device=self.args.device)
         if train_dataset is not None:
             self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
             self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
         self._window: list[dict[str, Any]] = []
-        self._window_is_ready = True
+        self._slice = 0
         self._logged: dict[str, torch.Tensor] = {}
         self._steps_logged = 0
         self._recording = False
@@ -189,7 +192,6 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
             return self._train_and_evaluate(checkpoint, **kwargs)
 
     def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
-        self.seed_random_streams()
         started = time.perf_counter()
         self._recording = True
         try:
@@ -198,33 +200,51 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
                 self.evaluate()
         finally:
             self._recording = False
+            self._end_workers()
         if self.is_world_process_zero():
             self.results.finish(seconds=time.perf_counter() - started)
         return output
 
-    def get_train_dataloader(self):
-        """Batches for training, all of them whole: mixing pairs their images."""
-        if isinstance(self.train_dataset, StreamedImages):
-            args = self.args  # the stream is shared out already, which Accelerate would do once more
-            return StreamLoader(
-                self.train_dataset,
-                batch_size=args.train_batch_size,
-                collate_fn=self.data_collator,
-                num_workers=args.dataloader_num_workers,
-                persistent_workers=args.dataloader_persistent_workers,
-                prefetch_factor=args.dataloader_prefetch_factor,
-                pin_memory=args.dataloader_pin_memory,
-            )
-        # transformers has one setting for training and evaluation, and evaluation must not lose an image.
-        for_evaluation, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last = for_evaluation
+    def _end_workers(self) -> None:
+        """Ends the data loaders' processes. Collected as garbage, in any order, each would be waited for 5 seconds."""
+        self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
+        self.__dict__.get("_eval_dataloaders", {}).clear()
+        self.accelerator._dataloaders.clear()
 
-    def seed_random_streams(self) -> None:
-        """Seeds augmentation, mixing and dropped paths: by the seed, and differently in each process."""
-        set_seed(self.args.seed, device_specific=True)
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's batches, all of them whole: mixing pairs their images."""
+        args, dataset = self.args, self.train_dataset
+        if isinstance(dataset, StreamedImages):
+            batches = {"batch_size": args.train_batch_size}
+        else:
+            sampler = TrainBatches(
+                len(dataset),
+                args.train_batch_size,
+                args.process_index,
+                args.world_size,
+                args.gradient_accumulation_steps,
+                args.repeats,
+                args.data_seed,
+            )
+            dataset, batches = SeededImages(dataset), {"batch_sampler": sampler}
+        # Accelerate would share it out among the processes once more.
+        return DataLoader(
+            dataset,
+            **batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def seed_slice(self, index: int, purpose: int = 0) -> None:
+        """Seeds the random streams for a slice of the next optimiser step: dropped paths (0), or mixing (1).
+
+        They follow from seed, step, slice and process, so that a resumed run draws what it would have drawn.
+        """
+        key = (self.args.seed, self.state.global_step, index, self.args.process_index, purpose)
+        seed_streams(*key, device=self.args.device)
 
     def steps_per_epoch(self) -> int:
         """Optimiser steps an epoch."""
@@ -232,15 +252,15 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # They are prepared in the first training step, which comes after a resumed run has its random state back.
-        self._window, self._window_is_ready = batches, False
+        self._window, self._slice = batches, 0
+        self._prepare_window()
         return batches, None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self._window_is_ready:
-            self._prepare_window()
+        self.seed_slice(self._slice)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.note_nonfinite(loss, self.state.global_step + 1)
+        self._slice += 1
         return loss
 
     def note_nonfinite(self, value: torch.Tensor, step: int) -> None:
@@ -254,7 +274,8 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
 
     def training_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the loss is computed from: a batch of the data loader on the device, normalised and prepared."""
-        inputs = self._prepare_inputs(dict(batch))
+        # Without waiting for the device, as transformers would.
+        inputs = send_to_device(dict(batch), self.args.device, non_blocking=True)
         for name, view in self.views.items():
             if inputs[name].dtype == torch.uint8:  # a data set of the user's own may give normalised images
                 inputs[name] = view.finish(inputs[name])
@@ -262,13 +283,13 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
 
     def _prepare_window(self) -> None:
         """Prepares all slices of an optimiser step and gives each the denominators of the whole."""
-        for batch in self._window:
+        for index, batch in enumerate(self._window):
+            self.seed_slice(index, purpose=1)
             batch.update(self.training_batch(batch))
         total = torch.stack([self.loss_denominators(batch) for batch in self._window]).sum(dim=0)
         total = self.accelerator.reduce(total, "sum")
         for batch in self._window:
             batch["denominators"] = total
-        self._window_is_ready = True
         self._steps_logged += 1
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -343,6 +364,15 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
         return metrics
 
 
+class EpochOrder(TrainerCallback):
+    """Tells the training data which epoch begins. transformers 5.23 does not reach those of a resumed run."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = train_dataloader.dataset
+        order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
+        order.set_epoch(int(state.epoch or 0))
+
+
 class NonFiniteLossGuard(TrainerCallback):
     """Stops a run whose loss or weights are not finite, before it logs, evaluates or saves.
 
@@ -370,9 +400,15 @@ class NonFiniteLossGuard(TrainerCallback):
 def _image_dataset(dataset, views: Mapping[str, TrainTransform] | None = None, args=None):
     """Rows of model inputs, of what the data loaders give; other data sets are taken as they are."""
     if isinstance(dataset, StreamedSplit):
-        repeats = getattr(args, "repeated_augmentation", 1)
         return StreamedImages(
-            dataset, views, args.train_batch_size, args.process_index, args.world_size, repeats, args.data_seed
+            dataset,
+            views,
+            args.train_batch_size,
+            args.process_index,
+            args.world_size,
+            args.repeats,
+            args.data_seed,
+            args.gradient_accumulation_steps,
         )
     if not isinstance(dataset, Dataset):
         return dataset
