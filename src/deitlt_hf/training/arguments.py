@@ -1,5 +1,6 @@
 """Training arguments: what transformers' have not. Defaults are the paper's."""
 
+import importlib.util
 import itertools
 import math
 import sys
@@ -23,6 +24,9 @@ _RUNNING = {
     "logging_nan_inf_filter",
     "report_to",
     "eval_strategy",
+    "ema_decay",
+    "on_nonfinite",
+    "nonfinite_limit",
     "save_total_limit",
     "ddp_find_unused_parameters",
 }
@@ -74,12 +78,29 @@ class LongTailTrainingArguments(TrainingArguments):
     auto_augment: str | None = _option("rand-m9-mstd0.5-inc1", "Augmentation policy in timm's notation, or 'none'.")
     hflip: float = _option(0.5, "Probability of a horizontal flip.")
     random_erasing: float = _option(0.25, "Probability of random erasing.")
+    ema_decay: float | None = _option(
+        None,
+        "Keep an exponential moving average of the weights with this decay, evaluate it too and save it in the folder "
+        "'ema'. 0.99996 in the authors' code, whose reported numbers are those of the weights themselves.",
+    )
+    loss_normalization: str = _option(
+        "global",
+        "What a weighted mean divides by: 'global', the weights of the whole batch of an optimiser step, so that "
+        "processes and accumulation do not change it; 'per_process', those of each slice, as in the authors' code.",
+    )
+    on_nonfinite: str = _option(
+        "stop",
+        "If loss or gradient are not finite: 'stop', or 'skip' the update (each step then waits for the device).",
+    )
+    nonfinite_limit: int = _option(20, "Updates in a row that may be skipped.")
     overwrite: bool = _option(False, "Replace the run that is in output_dir.")
 
     remove_unused_columns: bool = _option(False, "Kept off: the data set makes the model's inputs itself.")
     max_grad_norm: float = _option(0.0, "Gradient clipping; 0 for none, as in the paper.")
     logging_nan_inf_filter: bool = _option(False, "Kept off: a loss that is not finite stops the run.")
-    report_to: None | str | list[str] = _option("none", "Where to report to: trackio, tensorboard, wandb, ...")
+    report_to: None | str | list[str] = _option(
+        None, "Where to report to: trackio, tensorboard, wandb, none, ... By default trackio, if that is installed."
+    )
     eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
     save_total_limit: int | None = _option(2, "Checkpoints to keep.")
     ddp_find_unused_parameters: bool | None = _option(False, "All parameters get a gradient in every step.")
@@ -91,6 +112,12 @@ class LongTailTrainingArguments(TrainingArguments):
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
         for name in ("hflip", "random_erasing", "label_smoothing_factor"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        _check(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
+        _check_choice(self, "loss_normalization", ("global", "per_process"))
+        _check_choice(self, "on_nonfinite", ("stop", "skip"))
+        _check(self, "nonfinite_limit", self.nonfinite_limit >= 0, "0 or more")
+        if self.report_to is None:
+            self.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
         _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check(self, name, getattr(self, name) >= 1, "1 or more")

@@ -58,6 +58,15 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
     return place
 
 
+def replace_files(staged: Path, output_dir: str | Path) -> None:
+    """Brings the files of a model to the disk and then into their place, each whole, the weights last."""
+    for path in sorted(staged.iterdir(), key=lambda path: (path.name.startswith("model"), path.name)):
+        _to_disk(path)
+        os.replace(path, Path(output_dir) / path.name)
+    _to_disk(Path(output_dir))
+    shutil.rmtree(staged.parent)
+
+
 def remove_old_checkpoints(output_dir: str | Path, limit: int | None, best: str | None) -> None:
     """Keeps as many checkpoints as wanted, by the time of writing: always the last one and the best one."""
     rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
@@ -164,6 +173,22 @@ class WholeCheckpointTrainer(Trainer):
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Writes the model; one that is in the folder already stays whole until the new one is."""
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if self._staging is not None or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        try:
+            staged = begin_checkpoint(output_dir) / "model"
+            super()._save(str(staged), state_dict)
+            replace_files(staged, output_dir)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(
+                f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and go "
+                "on with --resume_from_checkpoint auto."
+            ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Left for when the checkpoint is in its place."""

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
-from transformers import PreTrainedConfig, ProgressCallback
+from transformers import PreTrainedConfig
 
 from ..data.transforms import ImageFormat
 
@@ -200,36 +200,6 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     for label, text in lines.items():
         table.add_row(f"[bold]{label}[/bold]", escape(text))
     show(Panel(table, title="This will run", title_align="left", expand=False))
-
-
-class RunLog(ProgressCallback):
-    """Progress bar in a terminal, and one line for each log of the training loss; tables show the evaluations."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not args.disable_tqdm:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, **kwargs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
-        values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "grad_norm"))
-        line = f"epoch {state.epoch:.2f}  step {state.global_step}/{state.max_steps}  {values}"
-        if self.training_bar is not None:
-            self.training_bar.write(line)
-        else:
-            print(line, flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
 
 
 def _overall(entry: Mapping) -> float:

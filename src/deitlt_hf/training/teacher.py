@@ -108,7 +108,7 @@ class FlatTeacherTrainer(LongTailTrainer):
                             with self.compute_loss_context_manager():
                                 perturbed_loss = self.compute_loss(model, batch)
                             self.accelerator.backward(perturbed_loss)
-                        self.note_nonfinite(perturbed_loss, self.state.global_step + 1)
+                        self.nonfinite_guard.note(perturbed_loss, self.state.global_step + 1)
             finally:  # whoever stops the run here finds its weights, not the perturbed ones
                 optimizer.restore()
         return loss

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,6 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import nn
-from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
@@ -28,8 +29,11 @@ from ..evaluation import ExpertTable, group_accuracies
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
 from .checkpoints import WholeCheckpointTrainer
-from .report import Results, RunLog, check_output_dir, claim_output_dir, only_run, print_plan, show
+from .ema import MovingAverage
+from .guards import NonFiniteGuard, StopOnSignal, outlive_first_signal
+from .report import Results, check_output_dir, claim_output_dir, only_run, print_plan, show
 from .schedule import warmup_cosine
+from .watch import RunFile, RunLog
 
 
 class LongTailTrainer(WholeCheckpointTrainer, ABC):
@@ -38,9 +42,12 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
     Differences from its parent:
     - data sets are `datasets.Dataset`s with an image and a `ClassLabel` column; the trainer makes the transforms;
     - losses are normalised over the whole batch of an optimiser step, whatever accumulation and processes cut it into;
-    - a loss that is not finite stops the run before a checkpoint is written;
+    - order, augmentation, mixing and dropped paths follow from seed, epoch and step: an interrupted run that goes on
+      ends as it would have ended;
+    - a loss that is not finite stops the run before a checkpoint is written; SIGTERM stops it after one;
     - every evaluation reports head, mid and tail classes for each expert: as metrics, as a table and in `results.json`,
-      where the last and the best epoch stand apart;
+      where the last and the best epoch stand apart; every log is a line of `log.jsonl` too;
+    - a moving average of the weights can be kept (`ema_decay`), which is evaluated beside them and saved in `ema`;
     - a folder that holds another run is not written to.
 
     Args:
@@ -97,14 +104,20 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
             compute_metrics=self._expert_metrics,
             **kwargs,
         )
+        if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("a moving average needs whole weights; leave out DeepSpeed and FSDP, or ema_decay.")
         self.loss_is_scaled_for_ga = True  # by `loss_denominators`, which are those of the whole accumulated batch
         self.results = Results(self.args.output_dir)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(RunLog())
         self.add_callback(EpochOrder())
-        self.add_callback(NonFiniteLossGuard(self))
-        self.first_nonfinite_step = torch.tensor(math.inf, device=self.args.device)
+        self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
+        self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
+        self.ema = None if self.args.ema_decay is None else MovingAverage(self.args.ema_decay)
+        for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema):
+            if callback is not None:
+                self.add_callback(callback)
         if train_dataset is not None:
             self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
             self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
@@ -173,6 +186,7 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
             FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten, or
                 another run is writing there.
             FloatingPointError: If the loss or a weight is not finite.
+            SystemExit: With code 143, after a checkpoint, if the process was sent SIGTERM.
         """
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset.")
@@ -194,16 +208,33 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
     def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
         started = time.perf_counter()
         self._recording = True
+        if self.ema is not None:
+            self.ema.checkpoint = checkpoint
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-            if self.eval_dataset is not None and self.results.last_step != self.state.global_step:
+            evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
+            if evaluates and self.results.last_step != self.state.global_step:
                 self.evaluate()
         finally:
             self._recording = False
+            self.run_file.is_open = False
+            self.stop_signal.restore()
             self._end_workers()
+        if self.stop_signal.stopped:
+            sys.exit(self._stopped_by_signal())
         if self.is_world_process_zero():
             self.results.finish(seconds=time.perf_counter() - started)
         return output
+
+    def _stopped_by_signal(self) -> int:
+        """Tells how to go on; gives the exit code of a process that was ended by SIGTERM."""
+        if self.is_world_process_zero():
+            print(
+                f"Stopped by SIGTERM after step {self.state.global_step}, with a checkpoint in {self.args.output_dir}; "
+                "go on with --resume_from_checkpoint auto.",
+                flush=True,
+            )
+        return 128 + signal.SIGTERM
 
     def _end_workers(self) -> None:
         """Ends the data loaders' processes. Collected as garbage, in any order, each would be waited for 5 seconds."""
@@ -236,6 +267,7 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
+            worker_init_fn=outlive_first_signal,
         )
 
     def seed_slice(self, index: int, purpose: int = 0) -> None:
@@ -259,14 +291,9 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.seed_slice(self._slice)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.note_nonfinite(loss, self.state.global_step + 1)
+        self.nonfinite_guard.note(loss, self.state.global_step + 1)
         self._slice += 1
         return loss
-
-    def note_nonfinite(self, value: torch.Tensor, step: int) -> None:
-        """Remembers the step if a value of it is not finite, without waiting for the device."""
-        first = torch.where(value.detach().isfinite(), math.inf, float(step))
-        self.first_nonfinite_step = torch.minimum(self.first_nonfinite_step, first)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # DistributedDataParallel averages over processes what has to be a sum.
@@ -286,10 +313,16 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
         for index, batch in enumerate(self._window):
             self.seed_slice(index, purpose=1)
             batch.update(self.training_batch(batch))
-        total = torch.stack([self.loss_denominators(batch) for batch in self._window]).sum(dim=0)
+        own = torch.stack([self.loss_denominators(batch) for batch in self._window])
+        # One sum over the processes for both.
+        total = torch.cat([own.sum(dim=0), self.stop_signal.vote(own.device)])
         total = self.accelerator.reduce(total, "sum")
-        for batch in self._window:
-            batch["denominators"] = total
+        if self.accelerator.num_processes > 1:
+            self.stop_signal.count(total[-1])
+        slices = len(self._window) * self.accelerator.num_processes
+        for batch, denominators in zip(self._window, own, strict=True):
+            is_global = self.args.loss_normalization == "global"
+            batch["denominators"] = total[:-1] if is_global else denominators * slices
         self._steps_logged += 1
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -312,12 +345,39 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._logged:
-            means = torch.stack(list(self._logged.values())) / self._steps_logged
-            means = self.accelerator.reduce(means, "mean").tolist()
-            logs = {**logs, **dict(zip(self._logged, means, strict=True))}
+            logs = {**logs, **self.logged_means(over_processes=True)}
             self._logged.clear()
             self._steps_logged = 0
+        if "loss" in logs and self.nonfinite_guard.skipped:
+            logs["skipped_steps"] = self.nonfinite_guard.skipped
         super().log(logs, start_time)
+
+    def logged_means(self, over_processes: bool = False) -> dict[str, float]:
+        """Means since the last log of what was given to `log_part`."""
+        if not self._logged:
+            return {}
+        means = torch.stack(list(self._logged.values())) / self._steps_logged
+        if over_processes:
+            means = self.accelerator.reduce(means, "mean")
+        return dict(zip(self._logged, means.tolist(), strict=True))
+
+    # ---- Moving average ----
+
+    @property
+    def averaged_model(self) -> PreTrainedModel | None:
+        """The moving average of the weights, if one is kept and training has begun."""
+        return None if self.ema is None else self.ema.model
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.ema is not None and self.args.should_save:
+            self.ema.save_checkpoint(output_dir)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Saves the model with its image processor, and in `ema` below it the moving average, if there is one."""
+        super().save_model(output_dir, _internal_call)
+        if self.averaged_model is not None and self.args.should_save and not _internal_call:
+            self.ema.save_pretrained(output_dir or self.args.output_dir, self.processing_class)
 
     # ---- Evaluation ----
 
@@ -347,14 +407,19 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             outputs = model(**inputs)
-        predictions = torch.stack([outputs[field].argmax(dim=1) for field in self.experts.values()], dim=1)
+            all_outputs = [outputs]
+            if self.averaged_model is not None:
+                all_outputs.append(self.averaged_model(pixel_values=inputs["pixel_values"]))
+        columns = [output[field].argmax(dim=1) for output in all_outputs for field in self.experts.values()]
+        predictions = torch.stack(columns, dim=1)
         return outputs.loss.detach(), None if prediction_loss_only else predictions, inputs["labels"]
 
     def _expert_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         labels = prediction.label_ids
+        experts = [*self.experts, *(f"ema_{expert}" for expert in self.experts if self.averaged_model is not None)]
         accuracies = {
             expert: group_accuracies(prediction.predictions[:, column], labels, self.groups)
-            for column, expert in enumerate(self.experts)
+            for column, expert in enumerate(experts)
         }
         counts = class_counts(labels, self.model.config.num_labels).tolist()
         self.last_table = ExpertTable("evaluation", accuracies, self.groups, counts)
@@ -371,30 +436,6 @@ class EpochOrder(TrainerCallback):
         dataset = train_dataloader.dataset
         order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
         order.set_epoch(int(state.epoch or 0))
-
-
-class NonFiniteLossGuard(TrainerCallback):
-    """Stops a run whose loss or weights are not finite, before it logs, evaluates or saves.
-
-    On an accelerator it looks only then, so that it does not make every step wait for the device.
-    """
-
-    def __init__(self, trainer: LongTailTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        due = control.should_log or control.should_evaluate or control.should_save
-        if due:  # a gradient can be infinite where the loss is not
-            self.trainer.note_nonfinite(get_total_norm(self.trainer.model.parameters()), state.global_step)
-        elif args.device.type != "cpu":
-            return
-        step = self.trainer.first_nonfinite_step.item()
-        if math.isfinite(step):
-            raise FloatingPointError(
-                f"loss or weights are not finite at step {step:.0f} (epoch {state.epoch:.2f}, learning rate "
-                f"{self.trainer._get_learning_rate():.3g}); nothing was saved after it, and checkpoints in "
-                f"{args.output_dir} are from before. Lower the learning rate."
-            )
 
 
 def _image_dataset(dataset, views: Mapping[str, TrainTransform] | None = None, args=None):

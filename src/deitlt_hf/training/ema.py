@@ -1,0 +1,46 @@
+"""Exponential moving average of the weights, beside a training run."""
+
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from timm.utils import ModelEmaV3
+from transformers import PreTrainedModel, TrainerCallback
+
+EMA_FILE = "ema.safetensors"
+EMA_FOLDER = "ema"
+
+
+class MovingAverage(TrainerCallback):
+    """timm's average of a trainer's model, which follows the weights after every step and goes into checkpoints.
+
+    Args:
+        decay: Share of the old average in an update.
+
+    Attributes:
+        model: The averaged model; None before training.
+        checkpoint: What training will go on from; without an average in it, one starts from its weights.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.model: PreTrainedModel | None = None
+        self.checkpoint: str | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._average = ModelEmaV3(model, decay=self.decay)
+        self.model = self._average.module
+        if self.checkpoint is not None and (Path(self.checkpoint) / EMA_FILE).is_file():
+            load_model(self.model, Path(self.checkpoint) / EMA_FILE, device=str(model.device))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._average.update(model)
+
+    def save_checkpoint(self, folder: str | Path) -> None:
+        """Writes the average beside the other files of a checkpoint."""
+        save_model(self.model, str(Path(folder) / EMA_FILE))
+
+    def save_pretrained(self, output_dir: str | Path, processor) -> None:
+        """Saves the averaged model, to be loaded like any other, in `ema` below a model's folder."""
+        folder = Path(output_dir) / EMA_FOLDER
+        self.model.save_pretrained(folder)
+        processor.save_pretrained(folder)

@@ -1,0 +1,155 @@
+"""What ends a run in good order: numbers that are not finite, and a request to stop."""
+
+import math
+import signal
+import threading
+
+import torch
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Stops a run whose loss or weights are not finite, before it logs, evaluates or saves.
+
+    On an accelerator it looks only then, so that it does not make every step wait for the device. With
+    `on_nonfinite="skip"` it looks at the gradient of every step, and leaves out the update if that is not finite.
+
+    Args:
+        trainer: The trainer that it guards.
+
+    Attributes:
+        skipped: Updates that were left out.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.first_step = torch.tensor(math.inf, device=trainer.args.device)
+        self.in_a_row = self.skipped = 0
+
+    def note(self, value: torch.Tensor, step: int) -> None:
+        """Remembers the step if a value of it is not finite, without waiting for the device."""
+        self.first_step = torch.minimum(self.first_step, torch.where(value.detach().isfinite(), math.inf, float(step)))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        # A scaler of half precision looks itself, and finds overflows that are no fault.
+        if args.on_nonfinite == "stop" or self.trainer.accelerator.scaler is not None:
+            return
+        parameters = [parameter for parameter in self.trainer.model.parameters() if parameter.grad is not None]
+        # Of the whole gradient: the same in every process.
+        if _norm([parameter.grad for parameter in parameters]).isfinite():
+            self.in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None  # optimisers leave those alone
+        self._count(args, state)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if args.on_nonfinite == "skip" and self.trainer.accelerator.scaler is not None:
+            if self.trainer.accelerator.optimizer_step_was_skipped:
+                self._count(args, state)
+            else:
+                self.in_a_row = 0
+
+    def _count(self, args, state) -> None:
+        self.in_a_row += 1
+        self.skipped += 1
+        if self.in_a_row > args.nonfinite_limit:
+            self._stop(state.global_step + 1, f"the gradient, {self.in_a_row} steps in a row (nonfinite_limit),")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        due = control.should_log or control.should_evaluate or control.should_save
+        if not due and (args.device.type != "cpu" or args.on_nonfinite == "skip"):
+            return
+        if args.on_nonfinite == "skip":  # a loss that was not finite is no matter: its update was left out
+            self.first_step.fill_(math.inf)
+        if due:  # a gradient can be infinite where the loss is not
+            model = self.trainer.model
+            statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # one batch spoils them
+            self.note(_norm([*model.parameters()]) + _norm(statistics), state.global_step)
+        step = self.first_step.item()
+        if math.isfinite(step):
+            self._stop(int(step), "loss or weights")
+
+    def _stop(self, step: int, what: str) -> None:
+        trainer = self.trainer
+        parts = "".join(f", {name} {value:.4g}" for name, value in trainer.logged_means().items())
+        raise FloatingPointError(
+            f"{what} not finite at step {step} (epoch {trainer.state.epoch or 0:.2f}, learning rate "
+            f"{trainer._get_learning_rate():.3g}{parts}); nothing was saved after it, and checkpoints in "
+            f"{trainer.args.output_dir} are from before. Lower the learning rate."
+        )
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends a run on SIGTERM with a checkpoint at the end of the step, as a scheduler or a preempted machine asks.
+
+    All processes stop after the same step, whenever the signal reaches each: with every step they add up who was asked
+    to, and look at the sum of the step before, for which none has to wait.
+
+    Attributes:
+        stopped: Whether the run was ended.
+    """
+
+    def __init__(self):
+        self.requested = self.stopped = False
+        self._votes: list[tuple[torch.Tensor, torch.Event | None]] = []
+        self._former = None
+
+    def vote(self, device: torch.device) -> torch.Tensor:
+        """1 if this process was asked to stop, else 0; to be added up over the processes."""
+        return torch.tensor([float(self.requested)], device=device)
+
+    def count(self, votes: torch.Tensor) -> None:
+        """Takes the sum of the votes of a step, without waiting for it."""
+        event = None
+        if votes.device.type != "cpu":
+            pinned = torch.empty_like(votes, device="cpu", pin_memory=True)
+            votes, event = pinned.copy_(votes, non_blocking=True), torch.Event(votes.device)
+            event.record()
+        self._votes.append((votes, event))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.requested = self.stopped = False
+        self._votes.clear()
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            self._former = signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, signum, frame) -> None:
+        self.requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size == 1:
+            self.stopped = self.requested
+        elif len(self._votes) > 1:
+            votes, event = self._votes.pop(0)
+            if event is not None:
+                event.synchronize()
+            self.stopped = votes.item() > 0
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may be seconds only
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:
+            control.should_evaluate = control.should_save = False
+
+    def restore(self) -> None:
+        """Gives the signal back to whoever had it."""
+        if self._former is not None:
+            signal.signal(signal.SIGTERM, self._former)
+            self._former = None
+
+
+def outlive_first_signal(worker: int) -> None:
+    """Makes a data loader's process ignore the first SIGTERM, as one that is sent to all of a run's processes.
+
+    Its batches are needed to the end of the step. Who ends it for good sends more than one.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+@torch.no_grad()
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    norm = get_total_norm(tensors)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a model that is spread over processes

@@ -1,0 +1,177 @@
+"""What can be watched while a run goes on: lines or a progress bar, `log.jsonl`, and a picture of the curves."""
+
+import importlib.util
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from transformers import ProgressCallback, TrainerCallback
+
+LOG_FILE = "log.jsonl"
+CURVES_FILE = "training_curves.png"
+ESTIMATE_AFTER = 5  # steps, of which the first is left out: it starts workers and fills caches
+ESTIMATE_SECONDS = 2.0
+
+
+class RunLog(ProgressCallback):
+    """Progress bar in a terminal, or one line for each log of the training loss with the time left.
+
+    A first line after a few steps says how long the run will take. Tables show the evaluations.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begun: tuple[float, int] | None = None
+        self._estimated = False
+        if not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._begun is None:
+            self._begun = time.perf_counter(), state.global_step
+        elif not self._estimated and state.is_world_process_zero:
+            seconds, steps = time.perf_counter() - self._begun[0], state.global_step - self._begun[1]
+            if steps >= ESTIMATE_AFTER and seconds > ESTIMATE_SECONDS:
+                self._estimated = True
+                self._write(f"{seconds / steps:.3g} s a step: {self._left(state)} to go, and the time of evaluations")
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "grad_norm"))
+        left = f"  {self._left(state)} left" if self._estimated else ""
+        self._write(f"epoch {state.epoch:.2f}  step {state.global_step}/{state.max_steps}  {values}{left}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def _left(self, state) -> str:
+        """Time to the end, if it goes on as fast as it did."""
+        begun, first = self._begun
+        per_step = (time.perf_counter() - begun) / (state.global_step - first)
+        return str(timedelta(seconds=round(per_step * (state.max_steps - state.global_step))))
+
+    def _write(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+class RunFile(TrainerCallback):
+    """Every log as a line of `log.jsonl`, and `training_curves.png` at each evaluation if matplotlib is installed.
+
+    A resumed run goes on with the lines up to its checkpoint.
+
+    Args:
+        output_dir: Folder of both.
+        drw_start_epoch: Where the picture shows the beginning of re-weighting; None for nowhere.
+
+    Attributes:
+        is_open: Whether logs are written: from the beginning of training on, in the first process.
+    """
+
+    def __init__(self, output_dir: str | Path, drw_start_epoch: float | None = None):
+        self.folder = Path(output_dir)
+        self.drw_start_epoch = drw_start_epoch
+        self.is_open = False
+        self.draws = importlib.util.find_spec("matplotlib") is not None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = self.folder / LOG_FILE
+        kept = [entry for entry in read_log(path) if entry["step"] <= state.global_step] if state.global_step else []
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        os.replace(part, path)
+        self.is_open = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self.is_open:
+            return
+        entry = {"step": state.global_step, **(logs or {})}
+        with (self.folder / LOG_FILE).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if not self.is_open or not self.draws:
+            return
+        try:
+            draw_curves(read_log(self.folder / LOG_FILE), self.folder / CURVES_FILE, self.drw_start_epoch)
+        except OSError as error:  # a full disk: the run can go on without
+            warnings.warn(f"{CURVES_FILE} cannot be written: {error}.", stacklevel=2)
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The entries of a `log.jsonl`, up to a line that was cut off."""
+    entries = []
+    if Path(path).is_file():
+        for line in Path(path).read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+    return entries
+
+
+def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: float | None = None) -> None:
+    """Draws loss, learning rate, and the accuracies of each expert over the epochs.
+
+    Args:
+        entries: Lines of a `log.jsonl`.
+        file: The picture, PNG.
+        drw_start_epoch: Is marked, if given.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which keeps what it draws
+
+    trained = [entry for entry in entries if "loss" in entry]
+    evaluated = [entry for entry in entries if "eval_accuracy" in entry]
+    groups: dict[str, list[str]] = {}
+    for name in evaluated[0] if evaluated else ():
+        expert, _, group = name.removeprefix("eval_").rpartition("_")
+        if name.startswith("eval_") and f"eval_{expert}_overall" in evaluated[0]:
+            groups.setdefault(group, []).append(expert)
+    panels = 2 + len(groups)
+    figure = Figure(figsize=(4.2 * math.ceil(panels / 2), 6.4), layout="constrained")
+    axes = figure.subplots(2, math.ceil(panels / 2), squeeze=False).T.ravel()
+    losses = [name for name in (trained[0] if trained else ()) if name.endswith("loss")]
+    _draw_lines(axes[0], "training loss", trained, {name: name.removesuffix("_loss") for name in losses})
+    _draw_lines(axes[1], "learning rate", trained, {"learning_rate": ""})
+    for axis, (group, experts) in zip(axes[2:], groups.items(), strict=False):
+        names = {f"eval_{expert}_{group}": expert for expert in experts}
+        _draw_lines(axis, f"{group}: test accuracy in %", evaluated, names, 100)
+    for axis in axes[:panels]:
+        if drw_start_epoch is not None and axis.get_xlim()[1] >= drw_start_epoch:
+            axis.axvline(drw_start_epoch, color="grey", linestyle=":", linewidth=1)
+            axis.annotate("DRW", (drw_start_epoch, 1), xycoords=("data", "axes fraction"), fontsize=7, color="grey",
+                          xytext=(2, -8), textcoords="offset points")  # fmt: skip
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    part = Path(file).with_suffix(".part")
+    figure.savefig(part, dpi=110, format="png")
+    os.replace(part, file)
+
+
+def _draw_lines(axis, title: str, entries: Sequence[Mapping], names: Mapping[str, str], scale: float = 1) -> None:
+    for name, label in names.items():
+        points = [(entry["epoch"], scale * entry[name]) for entry in entries if name in entry and "epoch" in entry]
+        marker = "." if len(points) < 40 else None
+        axis.plot(*zip(*points, strict=True) if points else ((), ()), label=label, marker=marker, linewidth=1.2)
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("epoch", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+    if any(names.values()) and entries:
+        axis.legend(fontsize=7, loc="upper left")

@@ -1,0 +1,249 @@
+"""What a run does while it goes on: averages, guards, its log, and how it ends when it is asked to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_resume import assert_same, weights
+from test_training import StopAt, fixed_batch, gradients, student_trainer, teacher_trainer
+from transformers import TrainerCallback
+
+from conftest import make_student
+from deitlt_hf import DeiTLTForImageClassification
+from deitlt_hf.training.checkpoints import damage
+from deitlt_hf.training.watch import read_log
+
+ROOT = Path(__file__).parent.parent
+
+# ---- Moving average ----
+
+
+class Weights(TrainerCallback):
+    """Keeps the weights after every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append({name: value.clone() for name, value in model.state_dict().items()})
+
+
+def test_moving_average_is_its_definition_and_is_evaluated_and_saved(tmp_path, digits, capsys):
+    kept = Weights()
+    trainer = student_trainer(
+        tmp_path, digits, distillation="none", num_train_epochs=1, ema_decay=0.9, callbacks=[kept]
+    )
+    expected = weights(trainer)
+    trainer.train()
+    for step in kept.seen:
+        expected = {name: 0.9 * value + 0.1 * step[name] for name, value in expected.items()}
+    trainer.save_model()
+    averaged = DeiTLTForImageClassification.from_pretrained(tmp_path / "ema")
+    for name, value in averaged.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert_same(DeiTLTForImageClassification.from_pretrained(tmp_path).state_dict(), kept.seen[-1])
+    accuracies = trainer.results.content["last"]["accuracies"]
+    assert list(accuracies) == ["mean", "cls", "distillation", "ema_mean", "ema_cls", "ema_distillation"]
+    alone = student_trainer(tmp_path / "alone", digits, model=averaged, distillation="none")
+    assert alone.evaluate()["eval_accuracy"] == accuracies["ema_mean"]["overall"]
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_moving_average_goes_on_after_an_interruption(tmp_path, digits, kind):
+    make = student_trainer if kind == "student" else teacher_trainer
+    values = {"save_strategy": "steps", "save_steps": 4, "ema_decay": 0.9, "num_train_epochs": 2}
+    values |= {"distillation": "none"} if kind == "student" else {"bf16": True, "use_cpu": True}
+    undisturbed = make(tmp_path / "undisturbed", digits, **values)
+    undisturbed.train()
+    cut = make(tmp_path / "cut", digits, **values)
+    cut.add_callback(StopAt(7))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    again = make(tmp_path / "cut", digits, **values)
+    again.train(resume_from_checkpoint=True)
+    assert_same(again.averaged_model.state_dict(), undisturbed.averaged_model.state_dict())
+    assert not torch.equal(
+        *(model.state_dict()[next(iter(weights(again)))] for model in (again.model, again.ema.model))
+    )
+
+
+# ---- Loss normalisation ----
+
+
+def test_normalisation_of_the_authors(tmp_path, digits):
+    """The mean of the slices' own weighted means, each divided by the weights in that slice alone."""
+    batch, model = fixed_batch(digits), make_student(drop_path_rate=0.0)
+    values = {"distillation": "none", "drw_start_epoch": 0, "mixing_in_drw": False, "per_device_train_batch_size": 16}
+    trainer = student_trainer(tmp_path, digits, model=model, loss_normalization="per_process", **values)
+    loss, found = gradients(trainer, batch, 4)
+    model.zero_grad()
+    expected = 0
+    for part in range(4):
+        images, labels = (value[16 * part : 16 * (part + 1)] for value in batch.values())
+        outputs = model(images)
+        cls_loss = torch.nn.functional.cross_entropy(outputs.cls_logits, labels)
+        distillation_loss = torch.nn.functional.cross_entropy(outputs.distillation_logits, labels, trainer.drw_weights)
+        expected = expected + (cls_loss + distillation_loss) / 2 / 4
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-7, rtol=1e-4)
+    whole, _ = gradients(student_trainer(tmp_path, digits, model=model, **values), batch, 4)
+    assert abs(whole - loss) > 1e-4
+
+
+# ---- Numbers that are not finite ----
+
+
+class PoisonGradient(TrainerCallback):
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            next(model.parameters()).grad.view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("make", [student_trainer, teacher_trainer])
+def test_an_update_that_is_not_finite_can_be_left_out(tmp_path, digits, make):
+    values = {"distillation": "none"} if make is student_trainer else {"sam_rho": [0.1]}
+    trainer = make(tmp_path, digits, on_nonfinite="skip", num_train_epochs=1, logging_steps=1, **values)
+    kept = Weights()
+    for callback in (PoisonGradient(2, 4), kept):
+        trainer.callback_handler.callbacks.insert(0, callback)
+    trainer.train()
+    learned = {name for name, _ in trainer.model.named_parameters()}
+    for step in (2, 4):
+        assert_same(*({name: kept.seen[at][name] for name in learned} for at in (step, step - 1)))
+    assert not torch.equal(*(kept.seen[at][next(iter(learned))] for at in (3, 2)))
+    counted = [entry.get("skipped_steps") for entry in trainer.state.log_history if "loss" in entry]
+    assert counted[:5] == [None, None, 1, 1, 2]
+
+
+def test_a_limit_ends_a_run_that_skips_all_its_updates(tmp_path, digits):
+    trainer = student_trainer(
+        tmp_path, digits, distillation="none", on_nonfinite="skip", nonfinite_limit=2, logging_steps=100,
+        callbacks=[PoisonGradient(*range(3, 100))],
+    )  # fmt: skip
+    sentence = r"the gradient, 3 steps in a row \(nonfinite_limit\), not finite at step 6 .*cls_loss 1\.\d+"
+    with pytest.raises(FloatingPointError, match=sentence):
+        trainer.train()
+
+
+# ---- The log ----
+
+
+def without_times(entry):
+    return {name: value for name, value in entry.items() if not name.endswith(("runtime", "_per_second"))}
+
+
+def test_every_log_is_a_line_and_a_resumed_run_goes_on_with_them(tmp_path, digits):
+    values = {"distillation": "none", "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 4}
+    values |= {"num_train_epochs": 3, "drw_start_epoch": 2}
+    undisturbed = student_trainer(tmp_path / "undisturbed", digits, **values)
+    undisturbed.train()
+    cut = student_trainer(tmp_path / "cut", digits, **values, callbacks=[StopAt(14)])
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    with (tmp_path / "cut" / "log.jsonl").open("a") as file:
+        file.write('{"step": 15, "lo')  # cut off
+    student_trainer(tmp_path / "cut", digits, **values).train(resume_from_checkpoint=True)
+    expected, found = (
+        [without_times(entry) for entry in read_log(tmp_path / name / "log.jsonl")] for name in ("undisturbed", "cut")
+    )
+    assert [entry["step"] for entry in expected if "loss" in entry] == list(range(1, 22))
+    assert [entry["step"] for entry in expected if "eval_cls_head" in entry] == [7, 14, 21]
+    assert found[:-1] == expected[:-1]  # the last has means over the process's own steps
+    picture = Image.open(tmp_path / "cut" / "training_curves.png").convert("L")
+    assert picture.size[0] > 600
+    assert len(picture.getcolors(256)) > 50
+
+
+def test_evaluation_alone_writes_no_log(tmp_path, digits):
+    student_trainer(tmp_path, digits, distillation="none").evaluate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_tell_the_time_that_is_left(tmp_path, digits, capsys, monkeypatch):
+    from deitlt_hf.training import watch
+
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: next(clock))
+    student_trainer(tmp_path, digits, distillation="none", num_train_epochs=2).train()
+    lines = capsys.readouterr().out.splitlines()
+    estimate = next(line for line in lines if "s a step" in line)
+    assert estimate.endswith("to go, and the time of evaluations")
+    assert any(line.startswith("epoch 2.00  step 14/14") and line.endswith("  0:00:00 left") for line in lines)
+    assert any(line.startswith("epoch 1.00  step 7/14") and "0:01:" in line for line in lines)
+
+
+# ---- Asked to stop ----
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.stderr.read()[-3000:])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(tmp_path, processes):
+    """Real processes, of which only one is told; all stop after the same step, within seconds."""
+    command = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+    ]  # fmt: skip
+    command += ["scripts/train_teacher.py", "--recipe", "digits_lt", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    command += ["--logging_steps", "1", "--save_strategy", "no", "--num_train_epochs", "2000"]
+    command += ["--eval_strategy", "no", "--dataloader_num_workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    ) as process:
+        wait_for(process, "step 3/")
+        if processes == 1:
+            process.send_signal(signal.SIGTERM)
+        else:
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+            os.kill(int(children.stdout.split()[0]), signal.SIGTERM)
+        asked = time.monotonic()
+        wait_for(process, "Stopped by SIGTERM after step")
+        assert time.monotonic() - asked < 20
+        process.communicate(timeout=60)
+    assert process.returncode == (143 if processes == 1 else 1)  # torchrun's own
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert damage(checkpoint) is None
+    assert json.loads((tmp_path / "results.json").read_text())["finished"] is False
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_sigterm_is_given_back(tmp_path, digits):
+    before = signal.getsignal(signal.SIGTERM)
+    student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+class AskToStop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_end(tmp_path, digits):
+    values = {"distillation": "none", "eval_strategy": "epoch"}
+    undisturbed = student_trainer(tmp_path / "undisturbed", digits, **values)
+    undisturbed.train()
+    with pytest.raises(SystemExit) as stopped:
+        student_trainer(tmp_path / "cut", digits, **values, callbacks=[AskToStop()]).train()
+    assert stopped.value.code == 143
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-9"]
+    trainer = student_trainer(tmp_path / "cut", digits, **values)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(weights(trainer), weights(undisturbed))
