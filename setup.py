@@ -26,7 +26,7 @@ setup(
         "timm>=1.0.20",
         "torch>=2.6",
         "torchvision>=0.21",
-        "transformers>=5.20,<6",
+        "transformers>=5.23,<6",
     ],
     extras_require={
         "analysis": ["curvlinops-for-pytorch>=3", "matplotlib>=3.8"],

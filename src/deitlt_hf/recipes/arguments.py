@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import load_source, long_tailed_splits, training_counts
 from ..data.long_tail import ShotGroups, shot_groups
@@ -137,6 +138,19 @@ class StudentArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2, ... None: transformers' choice."}
     )
+
+    def config(self, **labels) -> DeiTLTConfig:
+        """Configuration of a student that starts from scratch, for the given labels or their number."""
+        return DeiTLTConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
+            drop_path_rate=self.drop_path_rate,
+            **labels,
+        )
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from transformers import (
     set_seed,
 )
 
-from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import SORTED_BY_AUTHORS, subset_hash, training_counts
 from ..data.long_tail import decreasing_count_map
@@ -141,25 +139,16 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
 
 
 def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClassification:
-    values = dataclasses.asdict(model_args)
-    del values["teacher"], values["teacher_loss"]
-    attention = {"attn_implementation": values.pop("attn_implementation")}
     names = data["train"].features["label"].names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
-    path = values.pop("init_from")
-    if path is not None and Path(path).is_file():
-        values = {"drop_path_rate": model_args.drop_path_rate, "num_labels": len(names), **attention}
-        return load_original_student(path, class_names=names, **values)
-    if path is not None:
-        return DeiTLTForImageClassification.from_pretrained(
-            path,
-            **labels,
-            drop_path_rate=model_args.drop_path_rate,
-            ignore_mismatched_sizes=True,
-            **attention,
-        )
-    values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
-    return DeiTLTForImageClassification._from_config(DeiTLTConfig(**values, **labels), **attention)
+    attention = {"attn_implementation": model_args.attn_implementation}
+    path = model_args.init_from
+    if path is None:
+        return DeiTLTForImageClassification._from_config(model_args.config(**labels), **attention)
+    options = {"drop_path_rate": model_args.drop_path_rate, **attention}
+    if Path(path).is_file():
+        return load_original_student(path, class_names=names, num_labels=len(names), **options)
+    return DeiTLTForImageClassification.from_pretrained(path, **labels, **options, ignore_mismatched_sizes=True)
 
 
 def _teacher_of_recipe(

@@ -1,0 +1,384 @@
+"""What a run will take, before it is begun: arithmetic, memory, hours and communication."""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
+
+from ..configuration_flat_teacher import FlatTeacherConfig
+from ..data.check import BENCHMARKS
+from ..data.loading import training_counts
+from ..data.long_tail import long_tailed_indices
+from ..data.sampling import ROUND, whole_steps
+from ..modeling_deitlt import DeiTLTForImageClassification
+from ..modeling_flat_teacher import FlatTeacherForImageClassification
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments
+from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from ..training.report import show
+
+# A parameter: weight, gradient, and AdamW's two moments, or momentum and what SAM puts back; in float32.
+STATE_BYTES = 16
+OVERHEAD_BYTES = 2**30  # of a GPU's context and libraries, about
+REDUCE_LATENCY = 20e-6  # seconds a doubling of the processes adds to a reduction, about
+GPUS_A_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device by its vendor's figures.
+
+    Args:
+        flops: Dense peak in half precision, operations a second.
+        memory: Bytes.
+        link: Bytes a second to another in the machine, one way.
+        network: Bytes a second of one GPU to other machines, as they are usually built.
+    """
+
+    flops: float
+    memory: float
+    link: float
+    network: float
+
+
+GPUS = {
+    "h100": Gpu(989e12, 80e9, 450e9, 50e9),
+    "h200": Gpu(989e12, 141e9, 450e9, 50e9),
+    "a100": Gpu(312e12, 80e9, 300e9, 25e9),
+    "v100": Gpu(125e12, 32e9, 150e9, 12.5e9),
+    "l4": Gpu(121e12, 24e9, 32e9, 12.5e9),
+    "t4": Gpu(65e12, 16e9, 16e9, 6.25e9),
+    "rtx4090": Gpu(165e12, 24e9, 32e9, 12.5e9),
+    "rtx3090": Gpu(71e12, 24e9, 32e9, 12.5e9),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What one model takes in training.
+
+    Args:
+        parameters: Their number.
+        flops: Operations of a forward pass, an image; a multiplication and an addition are two.
+        training_flops: Operations of a training step, an image.
+        state_bytes: Weights, gradients, optimiser and what else is kept between steps.
+        activation_bytes: What the forward pass keeps for the backward pass, an image.
+    """
+
+    parameters: int
+    flops: int
+    training_flops: float
+    state_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run takes on a number of GPUs.
+
+    Args:
+        gpus: Their number.
+        batch_size: Images a GPU takes at once.
+        accumulation: Slices of an optimiser step.
+        images_per_epoch: Images that an epoch sees.
+        steps: Optimiser steps of the run.
+        operations: Of the whole run.
+        memory: Bytes a GPU.
+        step_seconds: Time of an optimiser step.
+        exposed_seconds: The part of it in which GPUs wait for each other.
+        hours: Of the run, without evaluations.
+        fits: Whether the memory suffices.
+    """
+
+    gpus: int
+    batch_size: int
+    accumulation: int
+    images_per_epoch: int
+    steps: int
+    operations: float
+    memory: float
+    step_seconds: float
+    exposed_seconds: float
+    hours: float
+    fits: bool
+
+
+def student_flops(config: PreTrainedConfig) -> int:
+    """Operations of a student's forward pass, an image: those of its products of matrices."""
+    width, mlp = config.hidden_size, config.intermediate_size
+    patches = (config.image_size // config.patch_size) ** 2
+    tokens = patches + 2
+    embedding = patches * config.num_channels * config.patch_size**2 * width
+    projections = 4 * tokens * width**2 + 2 * tokens * width * mlp
+    attention = 2 * tokens**2 * width
+    heads = 2 * width * config.num_labels
+    return 2 * (embedding + config.num_hidden_layers * (projections + attention) + heads)
+
+
+def counted_flops(model: nn.Module, image_size: int) -> int:
+    """Operations of a forward pass, an image, as torch counts them; the model may be on the meta device."""
+    images = torch.empty(1, 3, image_size, image_size, device=next(model.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(pixel_values=images)
+    return counter.get_total_flops()
+
+
+def activation_bytes(model: nn.Module, image_size: int, half: bool) -> int:
+    """Bytes that a forward pass keeps for the backward pass, an image; measured on the CPU.
+
+    Args:
+        model: It is set to training.
+        image_size: Side of the images.
+        half: In mixed precision (bfloat16).
+    """
+    # What does not grow with the batch, such as weights in half precision, falls out of the difference.
+    few, more = (_kept_bytes(model.train(), torch.zeros(size, 3, image_size, image_size), half) for size in (2, 4))
+    return (more - few) // 2
+
+
+def _kept_bytes(model: nn.Module, images: torch.Tensor, half: bool) -> int:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(0)  # both batches keep the same share of their paths
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        outputs = model(pixel_values=images)  # as long as it is there, no memory is used again
+    del outputs
+    return sum(kept.values())
+
+
+def student_model(
+    student_args: StudentArguments, num_labels: int, teacher: PreTrainedConfig | None, args: DeiTLTTrainingArguments
+) -> Model:
+    """What a student takes with AdamW, and the forward pass of its teacher."""
+    config = student_args.config(num_labels=num_labels)
+    # On average half of the last block's rate is left out.
+    blocks = student_flops(config) - student_flops(_without_blocks(config))
+    trained = student_flops(config) - blocks * config.drop_path_rate / 2
+    teacher_flops = frozen_bytes = 0
+    if teacher is not None:
+        with torch.device("meta"):
+            frozen = FlatTeacherForImageClassification(teacher)
+        teacher_flops, frozen_bytes = counted_flops(frozen, teacher.image_size), 4 * frozen.num_parameters()
+    config.drop_path_rate = 0.0  # the most that a step keeps
+    model = DeiTLTForImageClassification(config)
+    if args.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    parameters = model.num_parameters()
+    return Model(
+        parameters=parameters,
+        flops=student_flops(config),
+        training_flops=3 * trained + teacher_flops,
+        state_bytes=(STATE_BYTES + 4 * (args.ema_decay is not None)) * parameters + frozen_bytes,
+        activation_bytes=activation_bytes(model, config.image_size, half=True),
+    )
+
+
+def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments) -> Model:
+    """What a teacher takes with SGD, SAM's second pass and PaCo's second view."""
+    model = FlatTeacherForImageClassification(config)
+    parameters, flops = model.num_parameters(), counted_flops(model, config.image_size)
+    passes = 6 if max(args.sam_rho) > 0 else 3
+    is_paco = args.teacher_loss == "paco"
+    return Model(
+        parameters=parameters,
+        flops=flops,
+        training_flops=(passes + is_paco) * flops,
+        state_bytes=(STATE_BYTES + 4 * is_paco) * parameters,
+        activation_bytes=activation_bytes(model, config.image_size, half=True),
+    )
+
+
+def _without_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 0
+    return config
+
+
+def training_images(data_args: DataArguments) -> tuple[int, int]:
+    """Classes and training images of a recipe; known for the paper's benchmarks, else counted in the data.
+
+    Raises:
+        FileNotFoundError: If the data are not at hand.
+    """
+    known = BENCHMARKS.get(data_args.dataset)
+    if known is None:
+        counts = training_counts(data_args.load()["train"])
+        return len(counts), int(counts.sum())
+    images = known.train_images
+    if data_args.imbalance_ratio is not None:
+        labels = np.repeat(np.arange(known.classes), images // known.classes)
+        images = len(long_tailed_indices(labels, known.classes, data_args.imbalance_ratio, data_args.imbalance_type))
+    return known.classes, images
+
+
+def reduce_seconds(num_bytes: float, gpus: int, gpu: Gpu) -> float:
+    """Time of a sum over all GPUs, by a ring: each sends 2 (n - 1) / n of the bytes."""
+    if gpus == 1:
+        return 0.0
+    bandwidth = gpu.link if gpus <= GPUS_A_MACHINE else gpu.network
+    return 2 * (gpus - 1) / gpus * num_bytes / bandwidth + REDUCE_LATENCY * math.ceil(math.log2(gpus))
+
+
+def budget(
+    model: Model,
+    gpu: Gpu,
+    gpus: int,
+    images: int,
+    epochs: float,
+    global_batch_size: int,
+    batch_size: int,
+    utilisation: float,
+    num_repeats: int = 1,
+    reductions: int = 1,
+) -> Budget:
+    """Works out what a run takes with data-parallel training.
+
+    A GPU computes at a stated share of its peak. The sum of the gradients overlaps with the backward pass of the last
+    slice, two thirds of its time; what is longer is waited for.
+
+    Args:
+        model: What is trained.
+        gpu: On what.
+        gpus: How many.
+        images: Training images.
+        epochs: Of the run.
+        global_batch_size: Images of an optimiser step.
+        batch_size: Images a GPU takes at once, at most.
+        utilisation: Share of the peak that is reached.
+        num_repeats: Copies of an image in repeated augmentation.
+        reductions: Sums of the gradients in a step; 2 with SAM.
+
+    Raises:
+        ValueError: If the batch cannot be shared out, or the images are fewer than one.
+    """
+    if global_batch_size % gpus:
+        raise ValueError(f"a global batch of {global_batch_size} images cannot be shared out to {gpus} GPUs.")
+    share = global_batch_size // gpus
+    batch_size = max(size for size in range(1, min(batch_size, share) + 1) if share % size == 0)
+    accumulation = share // batch_size
+    drawn = images // ROUND * ROUND if num_repeats > 1 else images
+    batches = whole_steps(drawn, batch_size, gpus, accumulation)
+    if batches == 0:
+        raise ValueError(f"{images} training images are fewer than one batch of {gpus} x {batch_size}.")
+    per_epoch = batches * batch_size * gpus
+    steps = math.ceil(epochs * math.ceil(batches / accumulation))
+    slice_seconds = model.training_flops * batch_size / (gpu.flops * utilisation)
+    compute = slice_seconds * min(accumulation, batches)
+    reduction = reductions * reduce_seconds(4 * model.parameters, gpus, gpu)
+    exposed = max(0.0, reduction - slice_seconds * 2 / 3)
+    memory = model.state_bytes + model.activation_bytes * batch_size + OVERHEAD_BYTES
+    return Budget(
+        gpus=gpus,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        images_per_epoch=per_epoch,
+        steps=steps,
+        operations=model.training_flops * per_epoch * epochs,
+        memory=memory,
+        step_seconds=compute + exposed,
+        exposed_seconds=exposed,
+        hours=steps * (compute + exposed) / 3600,
+        fits=memory <= gpu.memory,
+    )
+
+
+@dataclass
+class PlanArguments:
+    """On what a run is planned."""
+
+    gpu: str = field(default="h100", metadata={"help": f"One of {', '.join(GPUS)}."})
+    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "How many; one row each."})
+    utilisation: float = field(
+        default=0.35, metadata={"help": "Share of the vendor's peak that a student reaches; measure yours."}
+    )
+    teacher_utilisation: float = field(
+        default=0.08, metadata={"help": "The same of a teacher: a ResNet waits for memory most of the time."}
+    )
+
+    def __post_init__(self):
+        if self.gpu not in GPUS:
+            raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {self.gpu!r}.")
+        for name in ("utilisation", "teacher_utilisation"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
+        if min(self.gpus) < 1:
+            raise ValueError(f"gpus must be 1 or more, got {min(self.gpus)}.")
+
+
+def print_budgets(
+    recipe: str,
+    plan: PlanArguments,
+    data_args: DataArguments,
+    student_args: StudentArguments,
+    args: DeiTLTTrainingArguments,
+) -> None:
+    """Shows what a recipe's teacher and student take, with a row for each number of GPUs.
+
+    Raises:
+        ValueError: If a batch cannot be shared out.
+    """
+    classes, images = training_images(data_args)
+    loss = student_args.teacher_loss or own_loss(recipe)
+    command_line = ["--recipe", recipe, "--teacher_loss", loss, "--output_dir", args.output_dir]
+    sections = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    _, _, teacher_args, taught = parse_arguments("teacher", sections, command_line)
+    teacher = teacher_args.config(loss, num_labels=classes)
+    show(f"{recipe}: {images:,} training images of {classes:,} classes")
+    if args.distillation != "none" and student_args.teacher is None:
+        _show_budgets(f"teacher, {teacher.backbone}, {loss}", teacher_model(teacher, taught), plan, images, taught)
+    teaches = None if args.distillation == "none" else teacher
+    student = student_model(student_args, classes, teaches, args)
+    _show_budgets(f"student, {student_args.image_size} px", student, plan, images, args)
+
+
+def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, args) -> None:
+    is_teacher = isinstance(args, FlatTeacherTrainingArguments)
+    utilisation = plan.teacher_utilisation if is_teacher else plan.utilisation
+    columns = ("GPUs", "batch x slices", "updates", "memory", "images / s", "a step", "waiting", "hours", "GPU hours")
+    table = Table(*columns, title=title, title_justify="left", caption_justify="left")
+    for column in table.columns:
+        column.justify = "right"
+    for gpus in plan.gpus:
+        if args.global_batch_size % gpus:
+            table.add_row(f"{gpus:,}", "uneven shares")
+            continue
+        found = budget(
+            model,
+            GPUS[plan.gpu],
+            gpus,
+            images,
+            args.num_train_epochs,
+            args.global_batch_size,
+            args.per_device_train_batch_size,
+            utilisation,
+            args.repeats,
+            reductions=2 if is_teacher and max(args.sam_rho) > 0 else 1,
+        )
+        table.add_row(
+            f"{gpus:,}",
+            f"{found.batch_size} x {found.accumulation}",
+            f"{found.steps:,}",
+            f"{found.memory / 1e9:.1f} GB" + ("" if found.fits else " (too much)"),
+            f"{args.global_batch_size / found.step_seconds:,.0f}",
+            f"{1000 * found.step_seconds:.0f} ms",
+            f"{100 * found.exposed_seconds / found.step_seconds:.0f} %",
+            f"{found.hours:.1f}",
+            f"{gpus * found.hours:,.1f}",
+        )
+    table.caption = (
+        f"{model.parameters / 1e6:.1f} M parameters; {model.flops / 1e9:.3g} GFLOP forward and "
+        f"{model.training_flops / 1e9:.3g} to train, an image; {found.images_per_epoch:,} images an epoch, "
+        f"{args.num_train_epochs:g} epochs, {found.operations / 1e18:.3g} EFLOP in all. {plan.gpu}: "
+        f"{GPUS[plan.gpu].flops / 1e12:.0f} TFLOP/s, of which {100 * utilisation:.0f} % are reached."
+    )
+    show(table)

@@ -1,0 +1,151 @@
+"""What a run will take, checked against what torch counts and keeps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_student
+from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.analysis.budget import (
+    GPUS,
+    Model,
+    PlanArguments,
+    activation_bytes,
+    budget,
+    counted_flops,
+    reduce_seconds,
+    student_flops,
+    student_model,
+    training_images,
+)
+from deitlt_hf.recipes import DataArguments, StudentArguments
+from deitlt_hf.training import DeiTLTTrainingArguments
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"image_size": 32, "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 9, "num_attention_heads": 3},
+        {"num_labels": 8142, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1000},
+    ],
+)
+def test_flops_are_those_that_torch_counts(values):
+    config = DeiTLTConfig(**values)
+    with torch.device("meta"):
+        model = DeiTLTForImageClassification(config)
+    assert student_flops(config) == counted_flops(model, config.image_size)
+
+
+def test_known_figures():
+    """ViT-B/16: 17.6 billion products at 224 pixels, 86 million parameters; ResNet-50: 4.1 billion."""
+    model = student_model(StudentArguments(), 1000, None, DeiTLTTrainingArguments("nowhere", num_train_epochs=1))
+    assert model.flops / 2 == pytest.approx(17.6e9, rel=0.01)
+    assert model.parameters == pytest.approx(87.3e6, rel=0.001)
+    assert model.training_flops == pytest.approx(3 * 0.95 * model.flops, rel=0.01)
+    with torch.device("meta"):
+        teacher = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="timm/resnet50", image_size=224))
+    assert counted_flops(teacher, 224) / 2 == pytest.approx(4.1e9, rel=0.02)
+
+
+def test_activations_are_what_the_backward_pass_needs():
+    """Known for one layer: its input, whatever the weights."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3 * 64, 1000)
+
+        def forward(self, pixel_values):
+            return self.layer(pixel_values.flatten(1) * 2).tanh()
+
+    assert activation_bytes(Layer(), 8, half=False) == 4 * (3 * 64 + 1000)
+    student = make_student(image_size=32, hidden_size=96, intermediate_size=384, drop_path_rate=0.0)
+    full, half = (activation_bytes(student, 32, half) for half in (False, True))
+    student.activation_checkpointing_enable()
+    assert activation_bytes(student, 32, half=False) < full / 5
+    assert full / 2 < half < full
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"dataset": "inat18"}, (8142, 437_513)),
+        ({"dataset": "uoft-cs/cifar10", "imbalance_ratio": 100}, (10, 12_406)),
+        ({"dataset": "uoft-cs/cifar100", "imbalance_ratio": 100}, (100, 10_847)),
+        ({"dataset": "digits", "imbalance_ratio": 20}, (10, 402)),
+    ],
+)
+def test_images_of_the_benchmarks(values, expected):
+    assert training_images(DataArguments(**values)) == expected
+
+
+def plan(gpus, model=None, **values):
+    model = model or Model(
+        parameters=10**8, flops=10**10, training_flops=10**11, state_bytes=16 * 10**8, activation_bytes=10**8
+    )
+    defaults = {"images": 115_846, "epochs": 10, "global_batch_size": 2048, "batch_size": 128, "utilisation": 0.5}
+    return budget(model, GPUS["a100"], gpus, **{**defaults, **values})
+
+
+def test_a_run_is_the_same_on_more_gpus_and_faster_until_they_wait():
+    plans = [plan(gpus) for gpus in (1, 4, 16, 128, 1024)]
+    assert len({found.steps for found in plans}) == 1
+    assert len({found.images_per_epoch for found in plans}) == 1
+    assert [found.batch_size * found.accumulation * found.gpus for found in plans] == [2048] * 5
+    assert [found.batch_size for found in plans] == [128, 128, 128, 16, 2]
+    assert plans[0].step_seconds == pytest.approx(2048 * 1e11 / (312e12 * 0.5))
+    assert plans[1].hours == pytest.approx(plans[0].hours / 4)
+    assert plans[0].exposed_seconds == 0
+    shares = [found.exposed_seconds / found.step_seconds for found in plans]
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.5
+    # A ring sends twice the gradient, however many share it: time has a floor.
+    assert plans[-1].step_seconds > 2 * 4 * 10**8 * 0.99 / GPUS["a100"].network
+
+
+def test_memory_says_whether_it_fits():
+    assert plan(4).memory == pytest.approx(16e8 + 128 * 1e8 + 2**30)
+    assert plan(4).fits
+    assert not plan(1, batch_size=1024).fits
+    assert reduce_seconds(10**9, 1, GPUS["h100"]) == 0
+
+
+def test_repeats_and_whole_steps_are_those_of_the_sampler():
+    from deitlt_hf.data.sampling import TrainBatches
+
+    found = plan(4, images=12_406, num_repeats=3, global_batch_size=1024, epochs=1)
+    batches = TrainBatches(12_406, 128, 0, 4, 2, num_repeats=3)
+    assert found.images_per_epoch == len(batches) * 128 * 4
+    assert found.steps == len(batches) // 2 == 12
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gpu": "tpu"}, "gpu must be one of h100, .*, got 'tpu'"),
+        ({"utilisation": 0.0}, r"utilisation must be in \(0, 1\], got 0.0"),
+        ({"gpus": [0]}, "gpus must be 1 or more, got 0"),
+    ],
+)
+def test_plans_that_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        PlanArguments(**values)
+    with pytest.raises(ValueError, match="2048 images cannot be shared out to 3 GPUs"):
+        plan(3)
+
+
+def test_the_script_plans_a_recipe_without_its_data():
+    done = subprocess.run(
+        [sys.executable, "scripts/plan.py", "--recipe", "cifar100_lt_rho100", "--gpus", "2", "3"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "10,847 training images of 100 classes" in done.stdout
+    assert "128 x 4" in done.stdout
+    assert "uneven shares" in done.stdout
+    assert "12,000" in done.stdout  # updates: 10 in each of 1,200 epochs
