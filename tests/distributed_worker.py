@@ -4,6 +4,7 @@ import sys
 
 import torch
 from accelerate import PartialState
+from torch.distributed.fsdp import fully_shard
 
 from conftest import make_student
 from deitlt_hf import (
@@ -64,7 +65,7 @@ def repeated_augmentation_order(folder):
     return {"images": len(data["train"]), "epochs": epochs}
 
 
-def gradients_of_a_step(trainer):
+def gradients_of_a_step(trainer, wrap=True):
     """Gradients after all slices of one optimiser step, as the optimiser will see them."""
     batch, slices = fixed_batch(), trainer.args.gradient_accumulation_steps
     size = trainer.args.per_device_train_batch_size
@@ -72,7 +73,7 @@ def gradients_of_a_step(trainer):
     starts = [first + index * size * trainer.args.world_size for index in range(slices)]
     parts = [{name: value[start : start + size] for name, value in batch.items()} for start in starts]
     trainer.create_optimizer()
-    model = trainer.accelerator.prepare(trainer.model) if trainer.args.world_size > 1 else trainer.model
+    model = trainer.accelerator.prepare(trainer.model) if trainer.args.world_size > 1 and wrap else trainer.model
     batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
     for index, part in enumerate(batches):
         last = index == slices - 1
@@ -108,6 +109,28 @@ def paco_queue(folder):
     return {"keys": keys, "labels": labels, "weight": model.classifier.weight.detach().clone()}
 
 
+def sharded_gradients(folder):
+    """Gradients of a student whose weights are shared out (FSDP2), whole again."""
+    _, trainer = next(make_trainers(f"{folder}/sharded"))
+    for layer in trainer.model.deit.layers:
+        fully_shard(layer)
+    fully_shard(trainer.model)
+    return {name: gradient.full_tensor() for name, gradient in gradients_of_a_step(trainer, wrap=False).items()}
+
+
+def uneven_evaluation(folder):
+    """Figures of 101 test images, of which no process has as many as the other."""
+    _, trainer = next(make_trainers(f"{folder}/evaluation"))
+    trainer.args.per_device_eval_batch_size = 8
+    figures = trainer.evaluate(uneven_test_images())
+    figures = {name: value for name, value in figures.items() if not name.endswith(("runtime", "second", "time"))}
+    return {"figures": figures, "images": sum(trainer.last_table.test_counts)}
+
+
+def uneven_test_images():
+    return load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)["test"].select(range(101))
+
+
 def main():
     folder = sys.argv[1]
     found = {}
@@ -117,6 +140,8 @@ def main():
     accumulated = dict(make_trainers(folder, accumulation=2))["sam"]
     assert accumulated.args.gradient_accumulation_steps == 2
     found["sam, accumulated"] = {"gradients": gradients_of_a_step(accumulated)}
+    found["sharded"] = {"gradients": sharded_gradients(folder)}
+    found["evaluation"] = uneven_evaluation(folder)
     found["repeated"] = repeated_augmentation_order(folder)
     found["paco"] = paco_queue(folder)
     torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")

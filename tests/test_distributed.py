@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from conftest import make_student
 from deitlt_hf.data import class_counts, load_long_tailed
 from deitlt_hf.losses import effective_number_weights
-from distributed_worker import GLOBAL_BATCH, fixed_batch, gradients_of_a_step, make_trainers
+from distributed_worker import GLOBAL_BATCH, fixed_batch, gradients_of_a_step, make_trainers, uneven_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,13 @@ def two_ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["student", "sam", "sam, accumulated"])
+@pytest.mark.parametrize("name", ["student", "sharded", "sam", "sam, accumulated"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_gradient_does_not_depend_on_the_arrangement(two_ranks, tmp_path, name, accumulation):
     """With class weights, the mean of the processes' own weighted means is another loss."""
-    trainer = dict(make_trainers(str(tmp_path), accumulation))[name.removesuffix(", accumulated")]
+    trainer = dict(make_trainers(str(tmp_path), accumulation))[
+        name.removesuffix(", accumulated").replace("sharded", "student")
+    ]
     assert trainer.args.gradient_accumulation_steps == accumulation
     for parameter, gradient in gradients_of_a_step(trainer).items():
         for rank in two_ranks:
@@ -88,6 +90,15 @@ def test_processes_share_an_epoch_without_overlap(two_ranks, name):
     flat = [index for rank in indices for batch in rank for index in batch]
     assert len(set(flat)) == len(flat)
     assert indices[0] != sorted(indices[0])
+
+
+def test_evaluation_counts_every_image_once(two_ranks, tmp_path):
+    """101 images: the sampler fills up the last batches with images that were there before."""
+    alone = uneven_evaluation(str(tmp_path))
+    assert alone["images"] == 101
+    for rank in two_ranks:
+        assert rank["evaluation"]["images"] == 101
+        assert rank["evaluation"]["figures"] == pytest.approx(alone["figures"])
 
 
 def test_processes_have_the_same_queue(two_ranks):

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
@@ -403,27 +404,40 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predicted classes of each expert, (batch, experts), in place of logits: a few bytes an image."""
+        """Predicted classes of each expert in place of logits, a few bytes an image, and the prediction's loss.
+
+        The loss is a last column: as a mean of batches, as transformers takes it, it would count the images twice that
+        fill up the last batches of several processes.
+        """
         inputs = self._prepare_inputs(inputs)
+        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
         with self.compute_loss_context_manager():
-            outputs = model(**inputs)
-            all_outputs = [outputs]
+            all_outputs = [model(pixel_values=pixel_values)]
             if self.averaged_model is not None:
-                all_outputs.append(self.averaged_model(pixel_values=inputs["pixel_values"]))
-        columns = [output[field].argmax(dim=1) for output in all_outputs for field in self.experts.values()]
-        predictions = torch.stack(columns, dim=1)
-        return outputs.loss.detach(), None if prediction_loss_only else predictions, inputs["labels"]
+                all_outputs.append(self.averaged_model(pixel_values=pixel_values))
+        loss = F.cross_entropy(all_outputs[0].logits.float(), labels, reduction="none")
+        if prediction_loss_only:
+            return loss.mean(), None, None
+        columns = [outputs[field].argmax(dim=1) for outputs in all_outputs for field in self.experts.values()]
+        return None, torch.stack([*columns, loss], dim=1), labels
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the parent's; the predictions are classes, (images, experts)."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if output.predictions is None:
+            return output
+        return output._replace(predictions=output.predictions[:, :-1].astype(np.int64))
 
     def _expert_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        classes, losses = prediction.predictions[:, :-1].astype(np.int64), prediction.predictions[:, -1]
         labels = prediction.label_ids
         experts = [*self.experts, *(f"ema_{expert}" for expert in self.experts if self.averaged_model is not None)]
         accuracies = {
-            expert: group_accuracies(prediction.predictions[:, column], labels, self.groups)
-            for column, expert in enumerate(experts)
+            expert: group_accuracies(classes[:, column], labels, self.groups) for column, expert in enumerate(experts)
         }
         counts = class_counts(labels, self.model.config.num_labels).tolist()
         self.last_table = ExpertTable("evaluation", accuracies, self.groups, counts)
-        metrics = {"accuracy": accuracies[next(iter(self.experts))]["overall"]}
+        metrics = {"loss": float(losses.mean()), "accuracy": accuracies[next(iter(self.experts))]["overall"]}
         for expert, values in accuracies.items():
             metrics.update({f"{expert}_{group}": value for group, value in values.items() if not math.isnan(value)})
         return metrics
