@@ -3,7 +3,7 @@
     python benchmarks/gradients.py
 
 A student in its DRW phase, both heads re-weighted, and a teacher under SAM, on 64 fixed images. Each arrangement is
-real processes (gloo, on the CPU) that go through the trainer's own `training_step`; FSDP2 is torch's `fully_shard` around
+real processes (gloo, on the CPU) that go through the trainer's `training_step`; FSDP2 is torch's `fully_shard` around
 every block. The table says by how much any entry of any parameter's gradient differs from that of one process with the
 whole batch, beside the largest entry; and what the mean of the slices' own weighted means (`per_process`) would give.
 """
