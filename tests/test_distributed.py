@@ -1,19 +1,25 @@
 """Several processes do what one does."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.nn import functional as F
 
 from conftest import make_student
+from deitlt_hf import DeiTLTForImageClassification
 from deitlt_hf.data import class_counts, load_long_tailed
 from deitlt_hf.losses import effective_number_weights
 from distributed_worker import GLOBAL_BATCH, fixed_batch, gradients_of_a_step, make_trainers, uneven_evaluation
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +114,58 @@ def test_processes_have_the_same_queue(two_ranks):
     for name in ("keys", "labels", "weight"):
         assert torch.equal(first[name], second[name])
     assert len(torch.unique(first["keys"], dim=0)) == 70
+
+
+# ---- Accelerate's configuration files ----
+
+CONFIGURATIONS = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_configuration_files_are_accelerates(path):
+    """Which refuses keys that it does not know."""
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision in ("bf16", "no")
+    assert path.name in (ROOT / "docs" / "scale.md").read_text()
+    if path.stem == "fsdp2":
+        assert (
+            config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in DeiTLTForImageClassification._no_split_modules
+        )
+
+
+def launch(configuration, output_dir, *arguments):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "scripts" / "accelerate" / configuration), *arguments, "scripts/train_teacher.py"]
+    command += ["--recipe", "digits_lt", "--output_dir", str(output_dir), "--max_steps", "3", "--eval_strategy", "no"]
+    return subprocess.Popen(
+        [*command, "--save_strategy", "no"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+    )
+
+
+def check(process, output_dir):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+    results = json.loads((output_dir / "results.json").read_text())
+    assert results["finished"]
+    assert results["processes"]["processes"] == 2
+    assert results["processes"]["per_device_train_batch_size"] == 32
+
+
+def test_processes_on_a_cpu(tmp_path):
+    check(launch("cpu.yaml", tmp_path), tmp_path)
+
+
+def test_several_machines(tmp_path):
+    """Two launchers that find each other by an address, as on two machines; the folder is shared."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = ("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    machines = [launch("nodes.yaml", tmp_path, *place, "--machine_rank", str(rank)) for rank in range(2)]
+    for machine in machines:
+        check(machine, tmp_path)

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from test_resume import assert_same, weights
+from test_resume import assert_same, make_trainer, weights
 from test_training import StopAt, fixed_batch, gradients, student_trainer, teacher_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from conftest import make_student
@@ -135,6 +138,39 @@ def test_a_limit_ends_a_run_that_skips_all_its_updates(tmp_path, digits):
     sentence = r"the gradient, 3 steps in a row \(nonfinite_limit\), not finite at step 6 .*cls_loss 1\.\d+"
     with pytest.raises(FloatingPointError, match=sentence):
         trainer.train()
+
+
+# ---- Waiting for the device ----
+
+
+class Readings(TorchDispatchMode):
+    """Counts where values are read from a device, or shapes depend on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
+            frames = [Path(frame.filename).name for frame in traceback.extract_stack() if "src" in frame.filename]
+            self.places[frames[-1] if frames else "elsewhere"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    # On a CPU, one_hot looks at the labels, which it does not on a GPU; the others read what is always on the CPU.
+    ("kind", "allowed"),
+    [("student", {"modeling_deitlt.py", "distillation.py"}), ("paco", {"contrast.py"}), ("ldam", {"ldam.py"})],
+)
+def test_a_step_waits_for_nothing(tmp_path, digits, teacher, kind, allowed):
+    trainer = make_trainer(kind, tmp_path, digits, teacher, drw_start_epoch=0, save_strategy="no", eval_strategy="no")
+    trainer.create_optimizer()
+    batches = [next(iter(trainer.get_train_dataloader()))]
+    with Readings() as readings:
+        trainer.training_step(trainer.model, trainer.get_batch_samples(iter(batches), 1, trainer.args.device)[0][0])
+    assert set(readings.places) == allowed
+    if kind == "paco":
+        assert trainer.contrast.added.device.type == "cpu"
 
 
 # ---- The log ----

@@ -163,7 +163,7 @@ class TrainTransform:
         self.crop = _random_resized_crop if crop == "random_resized" else _padded_crop
         self.hflip = hflip
         self.augmentations = list(augmentations)
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.erasing = erasing
         self._memory = np.empty(0, np.float32)
 
@@ -195,8 +195,8 @@ class TrainTransform:
             float32 of shape (batch, 3, size, size), in memory as channels last.
         """
         rows = pixels.flatten(2)
-        scale = (1 / (255 * self.std)).repeat(self.size).to(pixels.device)
-        shift = (-self.mean / self.std).repeat(self.size).to(pixels.device)
+        mean, std = _channels(self.mean, pixels.device), _channels(self.std, pixels.device)
+        scale, shift = (1 / (255 * std)).repeat(self.size), (-mean / std).repeat(self.size)
         # A few images at a time on a CPU: a batch does not fit the cache, and took twice as long.
         chunk = max(CACHED_VALUES // rows[0].numel(), 1) if pixels.device.type == "cpu" else len(pixels)
         batch = self._empty(rows) if pixels.device.type == "cpu" else torch.empty_like(rows, dtype=torch.float32)
@@ -283,11 +283,16 @@ def resize_and_renormalize(pixel_values: torch.Tensor, source: ImageFormat, targ
         pixel_values = _resize(pixel_values, target.size)
     if (source.mean, source.std) != (target.mean, target.std):
         old_mean, old_std, new_mean, new_std = (
-            pixel_values.new_tensor(values).view(-1, 1, 1)
+            _channels(values, pixel_values.device).to(pixel_values.dtype).view(-1, 1, 1)
             for values in (source.mean, source.std, target.mean, target.std)
         )
         pixel_values = (pixel_values * old_std + old_mean - new_mean) / new_std
     return pixel_values
+
+
+def _channels(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """A value a channel, made on the device: copying them there would make every step wait for it."""
+    return torch.cat([torch.full((1,), float(value), device=device) for value in values])
 
 
 def _tensor(pixels: np.ndarray) -> torch.Tensor:

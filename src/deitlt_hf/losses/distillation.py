@@ -115,7 +115,7 @@ class DistillationLoss(nn.Module):
 
     def denominators(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> torch.Tensor:
         """What the sums of the CLS and DIST parts of this batch are divided by, (2,): its size or sum of weights."""
-        batch_size = torch.tensor(float(labels.shape[0]), device=labels.device)
+        batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
         cls_total = self._weight_sum(labels) if self.reweight_cls and self.class_weights is not None else batch_size
         if self.class_weights is None or self.distillation == "soft":
             return torch.stack([cls_total, batch_size])

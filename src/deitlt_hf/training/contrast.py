@@ -32,7 +32,8 @@ class MomentumContrast(nn.Module):
         device = next(model.parameters()).device
         self.register_buffer("keys", torch.zeros(queue_size, model.config.projection_size, device=device))
         self.register_buffer("labels", torch.full((queue_size,), -1, device=device))
-        self.register_buffer("added", torch.zeros((), dtype=torch.int64, device=device))
+        # On the CPU: what is computed from it would make every step wait for a device.
+        self.register_buffer("added", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:

@@ -98,7 +98,7 @@ class StopOnSignal(TrainerCallback):
 
     def vote(self, device: torch.device) -> torch.Tensor:
         """1 if this process was asked to stop, else 0; to be added up over the processes."""
-        return torch.tensor([float(self.requested)], device=device)
+        return torch.full((1,), float(self.requested), device=device)
 
     def count(self, votes: torch.Tensor) -> None:
         """Takes the sum of the votes of a step, without waiting for it."""

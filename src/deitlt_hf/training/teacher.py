@@ -169,7 +169,7 @@ class FlatTeacherTrainer(LongTailTrainer):
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         labels = batch["labels"]
         if not self.in_drw:
-            return torch.tensor([float(len(labels))], device=labels.device)
+            return torch.full((1,), float(len(labels)), device=labels.device)
         return self.drw_weights[labels].sum().unsqueeze(0)
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
