@@ -2,7 +2,7 @@
 
     python benchmarks/stochastic_depth.py
 
-Both in one process, turn by turn, on the same model; medians. Compiled models multiply, so the model is told that it is.
+Both in one process, turn by turn, on one model; medians. A compiled model multiplies, so it is told that it is one.
 """
 
 import time

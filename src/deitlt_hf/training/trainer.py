@@ -14,30 +14,28 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import EvalPrediction
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import find_columns, subset_hash, training_counts
-from ..data.long_tail import class_counts, shot_groups
+from ..data.long_tail import shot_groups
 from ..data.sampling import SeededImages, TrainBatches, seed_streams
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform, model_processor, train_transform
-from ..evaluation import ExpertTable, group_accuracies
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
 from .checkpoints import WholeCheckpointTrainer
 from .ema import MovingAverage
+from .experts import ExpertEvaluation
 from .guards import NonFiniteGuard, StopOnSignal, outlive_first_signal
 from .report import Results, check_output_dir, claim_output_dir, only_run, print_plan, show
 from .schedule import warmup_cosine
 from .watch import RunFile, RunLog
 
 
-class LongTailTrainer(WholeCheckpointTrainer, ABC):
+class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
     """A [`~transformers.Trainer`] for classifiers of long-tailed images.
 
     Differences from its parent:
@@ -63,9 +61,6 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
     Raises:
         ValueError: If data and model do not fit each other.
     """
-
-    # The logits of each expert in the model's output; the first expert is the model's prediction.
-    experts: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -102,7 +97,7 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
             train_dataset=_image_dataset(train_dataset, self.views, args),
             eval_dataset=_image_dataset(eval_dataset),
             processing_class=processing_class,
-            compute_metrics=self._expert_metrics,
+            compute_metrics=self.expert_metrics,
             **kwargs,
         )
         if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -400,46 +395,6 @@ class LongTailTrainer(WholeCheckpointTrainer, ABC):
                 self.results.write()
             self.last_table.title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
             show(self.last_table)
-        return metrics
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predicted classes of each expert in place of logits, a few bytes an image, and the prediction's loss.
-
-        The loss is a last column: as a mean of batches, as transformers takes it, it would count the images twice that
-        fill up the last batches of several processes.
-        """
-        inputs = self._prepare_inputs(inputs)
-        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
-        with self.compute_loss_context_manager():
-            all_outputs = [model(pixel_values=pixel_values)]
-            if self.averaged_model is not None:
-                all_outputs.append(self.averaged_model(pixel_values=pixel_values))
-        loss = F.cross_entropy(all_outputs[0].logits.float(), labels, reduction="none")
-        if prediction_loss_only:
-            return loss.mean(), None, None
-        columns = [outputs[field].argmax(dim=1) for outputs in all_outputs for field in self.experts.values()]
-        return None, torch.stack([*columns, loss], dim=1), labels
-
-    def evaluation_loop(self, *args, **kwargs):
-        """As the parent's; the predictions are classes, (images, experts)."""
-        output = super().evaluation_loop(*args, **kwargs)
-        if output.predictions is None:
-            return output
-        return output._replace(predictions=output.predictions[:, :-1].astype(np.int64))
-
-    def _expert_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        classes, losses = prediction.predictions[:, :-1].astype(np.int64), prediction.predictions[:, -1]
-        labels = prediction.label_ids
-        experts = [*self.experts, *(f"ema_{expert}" for expert in self.experts if self.averaged_model is not None)]
-        accuracies = {
-            expert: group_accuracies(classes[:, column], labels, self.groups) for column, expert in enumerate(experts)
-        }
-        counts = class_counts(labels, self.model.config.num_labels).tolist()
-        self.last_table = ExpertTable("evaluation", accuracies, self.groups, counts)
-        metrics = {"loss": float(losses.mean()), "accuracy": accuracies[next(iter(self.experts))]["overall"]}
-        for expert, values in accuracies.items():
-            metrics.update({f"{expert}_{group}": value for group, value in values.items() if not math.isnan(value)})
         return metrics
 
 
