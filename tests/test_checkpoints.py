@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +203,20 @@ def test_the_best_checkpoint_is_found_where_it_is(tmp_path, digits):
     assert state["best_model_checkpoint"] == best
     saved = torch.load(tmp_path / checkpoints(tmp_path)[-1] / "scheduler.pt", weights_only=True)
     assert saved["last_epoch"] > 0
+
+
+def test_a_model_that_cannot_be_written_leaves_the_one_before(tmp_path, digits, monkeypatch):
+    trainer = make_trainer(tmp_path, digits, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def fail(self, folder, **kwargs):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(trainer.model), "save_pretrained", fail)
+    with pytest.raises(OSError, match=r"the model cannot be written to .*No space left on device; make room there"):
+        trainer.save_model()
+    assert (tmp_path / "model.safetensors").read_bytes() == before

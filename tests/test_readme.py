@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import filled_state_dict, make_student
+from deitlt_hf.analysis.budget import PlanArguments
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
@@ -126,5 +127,24 @@ def test_flags_of_the_data_page_are_understood():
     for flag in flags:
         name = flag.split()[0].removeprefix("--")
         assert name in known | {"recipe", "deep", "out", "counts"}, flag
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
+        assert (ROOT / "docs" / link).is_file(), link
+
+
+def test_commands_of_the_scale_page_are_understood():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    known = {field.name for field in dataclasses.fields(DeiTLTTrainingArguments)}
+    flags = [*re.findall(r"^\| `--([a-z0-9_]+)", page, flags=re.MULTILINE), *re.findall(r"`--([a-z0-9_]+)[ `]", page)]
+    assert len(flags) >= 10
+    for flag in flags:
+        assert flag in known | {"utilisation", "streaming"}, flag
+    commands = re.findall(r"scripts/(distill|plan)\.py (--[^#\n]*)$", page, flags=re.MULTILINE)
+    assert len(commands) >= 6
+    for script, arguments in commands:
+        classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+        classes = (*classes, PlanArguments) if script == "plan" else classes
+        parse_arguments("student", classes, arguments.split())
+    for file in re.findall(r"(?:scripts|benchmarks)/[a-z_0-9/]+\.(?:py|yaml)", page):
+        assert (ROOT / file).is_file(), file
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
         assert (ROOT / "docs" / link).is_file(), link

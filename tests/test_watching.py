@@ -52,6 +52,9 @@ def test_moving_average_is_its_definition_and_is_evaluated_and_saved(tmp_path, d
     for name, value in averaged.state_dict().items():
         torch.testing.assert_close(value, expected[name])
     assert_same(DeiTLTForImageClassification.from_pretrained(tmp_path).state_dict(), kept.seen[-1])
+    student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1, overwrite=True).train()
+    assert not (tmp_path / "ema").exists()
+    assert len(read_log(tmp_path / "log.jsonl")) == 9  # 7 steps, the end, and its evaluation
     accuracies = trainer.results.content["last"]["accuracies"]
     assert list(accuracies) == ["mean", "cls", "distillation", "ema_mean", "ema_cls", "ema_distillation"]
     alone = student_trainer(tmp_path / "alone", digits, model=averaged, distillation="none")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -58,8 +59,28 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
     return place
 
 
-def replace_files(staged: Path, output_dir: str | Path) -> None:
-    """Brings the files of a model to the disk and then into their place, each whole, the weights last."""
+def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
+    """Writes a model beside another, and then each of its files over the other's, the weights last.
+
+    Args:
+        output_dir: The folder of the model.
+        save: Writes all files into the folder that it is given.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        staged = begin_checkpoint(output_dir) / "model"
+        save(str(staged))
+        _replace_files(staged, output_dir)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and go on "
+            "with --resume_from_checkpoint auto."
+        ) from error
+
+
+def _replace_files(staged: Path, output_dir: str | Path) -> None:
     for path in sorted(staged.iterdir(), key=lambda path: (path.name.startswith("model"), path.name)):
         _to_disk(path)
         os.replace(path, Path(output_dir) / path.name)
@@ -180,15 +201,8 @@ class WholeCheckpointTrainer(Trainer):
         if self._staging is not None or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
-        try:
-            staged = begin_checkpoint(output_dir) / "model"
-            super()._save(str(staged), state_dict)
-            replace_files(staged, output_dir)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(
-                f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and go "
-                "on with --resume_from_checkpoint auto."
-            ) from error
+        save = super()._save
+        replace_model(output_dir, lambda folder: save(folder, state_dict))
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Left for when the checkpoint is in its place."""

@@ -6,6 +6,8 @@ from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from transformers import PreTrainedModel, TrainerCallback
 
+from .checkpoints import replace_model
+
 EMA_FILE = "ema.safetensors"
 EMA_FOLDER = "ema"
 
@@ -41,6 +43,9 @@ class MovingAverage(TrainerCallback):
 
     def save_pretrained(self, output_dir: str | Path, processor) -> None:
         """Saves the averaged model, to be loaded like any other, in `ema` below a model's folder."""
-        folder = Path(output_dir) / EMA_FOLDER
-        self.model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+
+        def save(folder: str) -> None:
+            self.model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+        replace_model(Path(output_dir) / EMA_FOLDER, save)

@@ -21,6 +21,8 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from ..data.transforms import ImageFormat
+from .ema import EMA_FOLDER
+from .watch import CURVES_FILE, LOG_FILE
 
 RESULTS_FILE = "results.json"
 LOCK_FILE = ".lock"
@@ -88,7 +90,7 @@ def only_run(output_dir: str | Path) -> Iterator[None]:
 
 
 def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator) -> None:
-    """Removes checkpoints and results of a run that is to be replaced, once every process has checked the folder.
+    """Removes checkpoints, results and log of a run that is to be replaced, once every process has checked the folder.
 
     A finished model stays until the new one is saved over it.
     """
@@ -96,7 +98,9 @@ def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, ac
     if overwrite and not resuming and accelerator.is_main_process:
         for checkpoint in Path(output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        (Path(output_dir) / RESULTS_FILE).unlink(missing_ok=True)
+        shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
+        for name in (RESULTS_FILE, LOG_FILE, CURVES_FILE):
+            (Path(output_dir) / name).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
 
