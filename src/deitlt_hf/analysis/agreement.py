@@ -1,0 +1,57 @@
+"""Who is right where: predictions of two experts in, shares out."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..evaluation.metrics import class_accuracies
+
+OUTCOMES = ("both", "only_cls", "only_distillation", "neither")
+
+
+def expert_outcomes(
+    cls_predictions: Sequence[int],
+    distillation_predictions: Sequence[int],
+    labels: Sequence[int],
+    groups: Mapping[str, Sequence[int]],
+) -> dict[str, dict[str, float]]:
+    """Share of the images for which both experts are right, only one, or neither; overall and by group of classes.
+
+    Args:
+        cls_predictions: Of the CLS head.
+        distillation_predictions: Of the DIST head.
+        labels: True class of each image.
+        groups: Class indices of each group.
+
+    Returns:
+        For `overall` and each group: `both`, `only_cls`, `only_distillation` and `neither`, which add up to 1;
+        `oracle`, what a choice that always takes the right expert would give; `agreement`, for how many both say the
+        same. NaN for a group without images.
+    """
+    labels = np.asarray(labels)
+    cls_predictions, distillation_predictions = np.asarray(cls_predictions), np.asarray(distillation_predictions)
+    cls, distillation = cls_predictions == labels, distillation_predictions == labels
+    masks = (cls & distillation, cls & ~distillation, ~cls & distillation, ~cls & ~distillation)
+    members = {"overall": np.ones(len(labels), dtype=bool)}
+    members |= {name: np.isin(labels, np.asarray(group)) for name, group in groups.items()}
+    found = {}
+    for name, member in members.items():
+        number = member.sum()
+        shares = {
+            outcome: float(mask[member].mean()) if number else float("nan")
+            for outcome, mask in zip(OUTCOMES, masks, strict=True)
+        }
+        same = float((cls_predictions == distillation_predictions)[member].mean()) if number else float("nan")
+        found[name] = {**shares, "oracle": 1.0 - shares["neither"], "agreement": same}
+    return found
+
+
+def gain_by_class(
+    cls_predictions: Sequence[int], distillation_predictions: Sequence[int], labels: Sequence[int], num_classes: int
+) -> np.ndarray:
+    """Accuracy of the DIST head less that of the CLS head, for each class; (num_classes,), NaN without test images."""
+    cls, distillation = (
+        class_accuracies(predictions, labels, num_classes)
+        for predictions in (cls_predictions, distillation_predictions)
+    )
+    return distillation - cls

@@ -1,0 +1,140 @@
+"""Better than the mean of two experts that know different classes.
+
+Every rule is a weight for each head's logit of a class, and a bias: fused = a_c * cls_c + b_c * dist_c + d_c. So it can
+be folded into the two classifiers, whose mean then is the fused prediction. Rules are fitted on labelled logits that
+are not those of the test images, with all classes counting alike: the mean over classes of the cross entropy.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+class Fusion(NamedTuple):
+    """Weights of both heads' logits and a bias, by class: (classes,) each."""
+
+    cls_weights: torch.Tensor
+    distillation_weights: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
+        """Fused logits of (images, classes)."""
+        return self.cls_weights * cls_logits + self.distillation_weights * distillation_logits + self.bias
+
+
+class Rule(NamedTuple):
+    """A family of fusions.
+
+    Args:
+        start: What its parameters are for the mean of the heads.
+        fusion: The fusion of parameters; it is given the parameters, the logarithms of the training counts (centred),
+            and the index of each class's group.
+    """
+
+    start: Callable[[int], torch.Tensor]
+    fusion: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Fusion]
+
+
+def _constant(size: int) -> Callable[[int], torch.Tensor]:
+    return lambda groups: torch.zeros(size)
+
+
+def _mean(parameters, log_counts, group_of):
+    half = torch.full_like(log_counts, 0.5)
+    return Fusion(half, half, torch.zeros_like(log_counts))
+
+
+def _weighted(share_of_cls: torch.Tensor) -> Fusion:
+    return Fusion(share_of_cls, 1 - share_of_cls, torch.zeros_like(share_of_cls))
+
+
+def _temperatures(parameters, log_counts, group_of):
+    cls, distillation = 0.5 * parameters.exp()
+    return Fusion(cls.expand_as(log_counts), distillation.expand_as(log_counts), torch.zeros_like(log_counts))
+
+
+def _adjusted(parameters, log_counts, group_of):
+    half = torch.full_like(log_counts, 0.5)
+    return Fusion(half, half, -parameters[0] * log_counts)
+
+
+RULES: dict[str, Rule] = {
+    "mean": Rule(_constant(0), _mean),
+    # Each head's logits divided by a temperature of its own.
+    "temperatures": Rule(_constant(2), _temperatures),
+    "one weight": Rule(_constant(1), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0]).expand_as(counts))),
+    "a weight per group": Rule(torch.zeros, lambda p, counts, group_of: _weighted(torch.sigmoid(p[group_of]))),
+    "a weight by count": Rule(_constant(2), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0] + p[1] * counts))),
+    # Post-hoc logit adjustment (Menon et al., ICLR 2021): the training prior is taken off.
+    "logit adjustment": Rule(_constant(1), _adjusted),
+}
+
+
+def fit_fusion(
+    rule: str,
+    cls_logits: torch.Tensor,
+    distillation_logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_counts: Sequence[int],
+    groups: Mapping[str, Sequence[int]],
+) -> Fusion:
+    """Fits a rule to labelled logits.
+
+    Args:
+        rule: One of `RULES`.
+        cls_logits: Of the CLS head; (images, classes).
+        distillation_logits: Of the DIST head; (images, classes).
+        labels: True class of each image; (images,).
+        class_counts: Training images of each class.
+        groups: Class indices of each group; together all classes.
+
+    Raises:
+        ValueError: If the rule is unknown, or a class is in no group.
+    """
+    if rule not in RULES:
+        raise ValueError(f"fusion must be one of {', '.join(RULES)}, got {rule!r}.")
+    cls_logits, distillation_logits = cls_logits.double(), distillation_logits.double()
+    log_counts = torch.as_tensor(class_counts, dtype=torch.float64).clamp(min=1).log()
+    log_counts = log_counts - log_counts.mean()
+    group_of = torch.full((len(log_counts),), -1)
+    for index, group in enumerate(groups.values()):
+        group_of[torch.as_tensor(group, dtype=torch.long)] = index
+    if (group_of < 0).any():
+        raise ValueError(f"class {int((group_of < 0).nonzero()[0])} is in none of the groups {', '.join(groups)}.")
+    weights = 1.0 / torch.bincount(labels, minlength=len(log_counts)).clamp(min=1).double()
+    family = RULES[rule]
+    parameters = family.start(len(groups)).double().requires_grad_()
+    if len(parameters) == 0:
+        return family.fusion(parameters, log_counts, group_of)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = family.fusion(parameters, log_counts, group_of)(cls_logits, distillation_logits)
+        value = F.cross_entropy(logits, labels, weights)
+        # Heads that are right on every image would have their scale grow for ever.
+        value = value + 1e-4 * parameters.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return Fusion(*(value.detach() for value in family.fusion(parameters, log_counts, group_of)))
+
+
+def fold(model: PreTrainedModel, fusion: Fusion) -> PreTrainedModel:
+    """A copy of a student whose heads have the mean that a fusion gives: to save, and for plain transformers.
+
+    The heads themselves change, so that they are the experts no more.
+    """
+    folded = copy.deepcopy(model)
+    heads = (folded.cls_classifier, folded.distillation_classifier)
+    with torch.no_grad():
+        for head, weights in zip(heads, (fusion.cls_weights, fusion.distillation_weights), strict=True):
+            weights = 2 * weights.to(head.weight)  # the mean halves
+            head.weight.mul_(weights[:, None])
+            head.bias.mul_(weights).add_(fusion.bias.to(head.bias))
+    return folded

@@ -1,0 +1,111 @@
+"""Figures of a classifier on long-tailed classes, from its predictions."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from sklearn.metrics import f1_score, recall_score
+
+from .accuracy import group_accuracies
+
+BINS = 15  # of the calibration error, as in Guo et al. (ICML 2017)
+
+
+def class_accuracies(predictions: Sequence[int], labels: Sequence[int], num_classes: int) -> np.ndarray:
+    """Accuracy of each class; float64 of shape (num_classes,), NaN for a class without test images."""
+    return recall_score(labels, predictions, labels=np.arange(num_classes), average=None, zero_division=np.nan)
+
+
+def calibration_error(correct: Sequence[bool], confidences: Sequence[float], bins: int = BINS) -> float:
+    """Expected calibration error (Guo et al., ICML 2017): how far accuracy is from confidence, in the mean over images.
+
+    Args:
+        correct: Whether each prediction is right.
+        confidences: Probability of each predicted class, in [0, 1].
+        bins: Of equal width; images in a bin are compared together.
+
+    Raises:
+        ValueError: If a confidence is outside [0, 1].
+    """
+    correct, confidences = np.asarray(correct, dtype=float), np.asarray(confidences, dtype=float)
+    if len(confidences) and not (confidences.min() >= 0 and confidences.max() <= 1 + 1e-6):
+        raise ValueError(f"confidences must be in [0, 1], got {confidences.min():g} to {confidences.max():g}.")
+    # A bin has its upper edge, as the first definition has it.
+    places = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(places, weights=correct - confidences, minlength=bins)
+    return float(np.abs(gaps).sum() / len(correct))
+
+
+def long_tail_figures(
+    predictions: Sequence[int],
+    labels: Sequence[int],
+    groups: Mapping[str, Sequence[int]],
+    confidences: Sequence[float] | None = None,
+) -> dict[str, float]:
+    """All figures of one expert.
+
+    Args:
+        predictions: Predicted class of each image.
+        labels: True class of each image.
+        groups: Class indices of each group, such as head, mid and tail.
+        confidences: Probability of each predicted class; without it there is no calibration error.
+
+    Returns:
+        Fractions: `overall` and one a group (see [`group_accuracies`]); `balanced_accuracy`, the mean over classes;
+        `geometric_mean` of the classes' accuracies, 0 if a class is never right; `macro_f1`; `calibration_error`. Only
+        classes with test images count.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    num_classes = 1 + max(max(group, default=-1) for group in groups.values())
+    accuracies = class_accuracies(predictions, labels, num_classes)
+    tested = np.flatnonzero(~np.isnan(accuracies))
+    with np.errstate(divide="ignore"):
+        geometric_mean = float(np.exp(np.log(accuracies[tested]).mean()))
+    figures = {
+        **group_accuracies(predictions, labels, groups),
+        "balanced_accuracy": float(accuracies[tested].mean()),
+        "geometric_mean": geometric_mean,
+        "macro_f1": float(f1_score(labels, predictions, labels=tested, average="macro", zero_division=0)),
+    }
+    if confidences is not None:
+        figures["calibration_error"] = calibration_error(predictions == labels, confidences)
+    return figures
+
+
+def bootstrap_intervals(
+    figures: Callable[[np.ndarray], Mapping[str, float]],
+    labels: Sequence[int],
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Confidence intervals by the bootstrap's percentiles (Efron, 1979), for test images drawn anew.
+
+    Images are drawn within their class, so that every sample has the classes of the test set.
+
+    Args:
+        figures: Computes figures for images, given by their indices (with repetitions).
+        labels: True class of each image.
+        level: Share of the samples that an interval covers.
+        resamples: Number of samples.
+        seed: Of the samples.
+
+    Returns:
+        Lower and upper end for each figure; NaN where a figure is.
+
+    Raises:
+        ValueError: If the level is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}.")
+    random, labels = np.random.default_rng(seed), np.asarray(labels)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    samples = [
+        figures(np.concatenate([random.choice(member, len(member)) for member in members])) for _ in range(resamples)
+    ]
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    intervals = {}
+    for name in samples[0]:
+        values = np.array([sample[name] for sample in samples])
+        intervals[name] = (math.nan, math.nan) if np.isnan(values).any() else tuple(np.quantile(values, tails).tolist())
+    return intervals

@@ -1,0 +1,247 @@
+"""Analyses against independent computations and the limits that must hold."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score
+
+from conftest import make_student
+from deitlt_hf.analysis.agreement import expert_outcomes, gain_by_class
+from deitlt_hf.analysis.attention import (
+    attention_distances,
+    attention_rollout,
+    patch_distances,
+    token_spreads,
+)
+from deitlt_hf.analysis.features import effective_rank, singular_values, token_similarity
+from deitlt_hf.analysis.fusion import RULES, fit_fusion, fold
+from deitlt_hf.evaluation.metrics import bootstrap_intervals, calibration_error, long_tail_figures
+
+RANDOM = np.random.RandomState(0)
+GROUPS = {"head": [0, 1], "mid": [2, 3], "tail": [4, 5]}
+
+# ---- Attention ----
+
+
+def random_attention(*shape):
+    weights = RANDOM.rand(*shape) ** 3
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def test_attention_distance_is_its_definition():
+    """A loop over images, heads, queries and keys."""
+    grid, size, tokens = (2, 3), 16, 2
+    attentions = random_attention(3, 2, 8, 8)
+    expected = np.zeros(2)
+    for image in range(3):
+        for head in range(2):
+            for query in range(6):
+                weights = attentions[image, head, tokens + query, tokens:]
+                for key in range(6):
+                    distance = size * math.dist(divmod(query, 3), divmod(key, 3))
+                    expected[head] += weights[key] / weights.sum() * distance / (3 * 6)
+    assert attention_distances(attentions, grid, size) == pytest.approx(expected)
+
+
+def test_limits_of_attention_distance():
+    everywhere, itself = np.full((1, 1, 11, 11), 1 / 11), np.eye(11)[None, None]
+    pairs = patch_distances((3, 3), 4).mean()
+    assert attention_distances(everywhere, (3, 3), 4) == pytest.approx([pairs])
+    assert token_spreads(everywhere, (3, 3), 4) == pytest.approx(np.full((2, 1), pairs))
+    assert attention_distances(itself, (3, 3), 4) == pytest.approx([0.0])
+    one = np.zeros((1, 1, 11, 11))
+    one[..., 5] = 1
+    assert token_spreads(one, (3, 3)) == pytest.approx(np.zeros((2, 1)))
+    with pytest.raises(ValueError, match="does not fit 2 tokens and 4 x 4 patches"):
+        attention_distances(everywhere, (4, 4))
+
+
+def test_spread_of_a_token_is_its_definition():
+    attentions = random_attention(2, 3, 8, 8)
+    expected = np.zeros((2, 3))
+    for image in range(2):
+        for token in range(2):
+            for head in range(3):
+                weights = attentions[image, head, token, 2:] / attentions[image, head, token, 2:].sum()
+                for first in range(6):
+                    for second in range(6):
+                        distance = math.dist(divmod(first, 3), divmod(second, 3))
+                        expected[token, head] += weights[first] * weights[second] * distance / 2
+    assert token_spreads(attentions, (2, 3)) == pytest.approx(expected)
+
+
+def test_rollout_is_its_definition():
+    layers = [random_attention(2, 3, 5, 5) for _ in range(3)]
+    for image in range(2):
+        expected = np.eye(5)
+        for layer in layers:
+            expected = (0.5 * layer[image].mean(axis=0) + 0.5 * np.eye(5)) @ expected
+        assert attention_rollout(layers)[image] == pytest.approx(expected)
+    assert attention_rollout(layers).sum(axis=-1) == pytest.approx(np.ones((2, 5)))
+    assert attention_rollout([np.eye(5)[None, None]] * 4)[0] == pytest.approx(np.eye(5))
+
+
+# ---- Features ----
+
+
+def test_effective_rank_of_known_matrices():
+    assert effective_rank(np.outer(RANDOM.randn(40), RANDOM.randn(8))) == pytest.approx(1.0)
+    directions = np.linalg.qr(RANDOM.randn(12, 5))[0].T
+    signs = np.linalg.qr(RANDOM.randn(40, 6))[0]
+    signs = np.linalg.qr(np.c_[np.ones(40), signs])[0][:, 1:6]  # centred, orthogonal: five equal singular values
+    assert effective_rank(signs @ directions) == pytest.approx(5.0)
+    assert effective_rank(np.ones((10, 4))) == 0.0
+    features = RANDOM.randn(30, 7) + 5
+    expected = np.sqrt(np.linalg.eigvalsh(np.cov(features.T, bias=True) * 30))[::-1]
+    assert singular_values(features) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="two images or more, got 1"):
+        effective_rank(np.ones((1, 4)))
+
+
+def test_token_similarity():
+    first, second = RANDOM.randn(6, 9), RANDOM.randn(6, 9)
+    expected = torch.nn.functional.cosine_similarity(torch.tensor(first), torch.tensor(second)).numpy()
+    assert token_similarity(first, second) == pytest.approx(expected)
+    assert token_similarity(first, 3 * first) == pytest.approx(np.ones(6))
+    assert token_similarity(np.zeros((1, 3)), np.ones((1, 3))) == [0.0]
+
+
+# ---- Experts ----
+
+
+def test_outcomes_of_two_experts():
+    labels = [0, 0, 1, 1, 4, 4]
+    cls = [0, 0, 1, 2, 0, 1]
+    distillation = [0, 1, 1, 1, 4, 0]
+    found = expert_outcomes(cls, distillation, labels, GROUPS)
+    assert found["overall"] == pytest.approx(
+        {
+            "both": 2 / 6,
+            "only_cls": 1 / 6,
+            "only_distillation": 2 / 6,
+            "neither": 1 / 6,
+            "oracle": 5 / 6,
+            "agreement": 2 / 6,
+        }
+    )
+    assert found["tail"]["only_distillation"] == 0.5
+    assert math.isnan(found["mid"]["oracle"])
+    gains = gain_by_class(cls, distillation, labels, 6)
+    assert gains[[0, 1, 4]] == pytest.approx([-0.5, 0.5, 0.5])
+    assert np.isnan(gains[[2, 3, 5]]).all()
+
+
+# ---- Figures ----
+
+
+@given(seed=st.integers(0, 100), images=st.integers(12, 60))
+@settings(deadline=None, max_examples=30)
+def test_figures_are_scikit_learns_and_their_definitions(seed, images):
+    random = np.random.RandomState(seed)
+    labels = np.r_[np.arange(6), random.randint(0, 6, images - 6)]
+    predictions = np.where(random.rand(images) < 0.6, labels, random.randint(0, 6, images))
+    confidences = random.rand(images)
+    found = long_tail_figures(predictions, labels, GROUPS, confidences)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predictions))
+    recalls = [np.mean(predictions[labels == label] == label) for label in range(6)]
+    assert found["geometric_mean"] == pytest.approx(np.prod(recalls) ** (1 / 6))
+    assert found["tail"] == pytest.approx(np.mean(recalls[4:]))
+    expected = 0.0
+    for low in range(15):
+        inside = (confidences > low / 15) & (confidences <= (low + 1) / 15)
+        if inside.any():
+            right = np.mean((predictions == labels)[inside])
+            expected += inside.sum() / images * abs(right - confidences[inside].mean())
+    assert found["calibration_error"] == pytest.approx(expected)
+
+
+def test_calibration_of_the_certain():
+    assert calibration_error([True, True], [1.0, 1.0]) == 0.0
+    assert calibration_error([False, False], [1.0, 1.0]) == 1.0
+    assert calibration_error([True, False], [0.5, 0.5]) == 0.0
+    with pytest.raises(ValueError, match=r"confidences must be in \[0, 1\], got 0.5 to 1.5"):
+        calibration_error([True, False], [0.5, 1.5])
+
+
+def test_intervals_cover_what_they_say():
+    """Accuracy of 0.8 over 40 images: the interval covers the truth in about 19 of 20 experiments."""
+    covered = 0
+    for seed in range(200):
+        right = np.random.RandomState(seed).rand(40) < 0.8
+        share = partial(lambda right, rows: {"accuracy": right[rows].mean()}, right)
+        low, high = bootstrap_intervals(share, np.zeros(40), resamples=200)["accuracy"]
+        covered += low <= 0.8 <= high
+    assert 0.85 <= covered / 200 <= 0.99
+    assert np.isnan(bootstrap_intervals(lambda rows: {"a": math.nan}, [0, 1], resamples=3)["a"]).all()
+    with pytest.raises(ValueError, match=r"level must be between 0 and 1, got 1\.0"):
+        bootstrap_intervals(lambda rows: {}, [0], level=1.0)
+
+
+# ---- Fusion ----
+
+COUNTS = [100, 80, 30, 20, 6, 5]
+
+
+def two_experts(images_a_class=80):
+    """CLS is sure of head classes, DIST of tail classes; each calls what it does not know head or tail."""
+    labels = torch.arange(6).repeat_interleave(images_a_class)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, len(labels), 6, generator=generator)
+    truth = torch.nn.functional.one_hot(labels, 6).float()
+    knows = torch.tensor([[3.0, 3, 2, 1, 0.3, 0.3], [0.3, 0.3, 1, 2, 3, 3]])
+    prior = torch.tensor(COUNTS).log()
+    return noise[0] + knows[0] * truth + 0.6 * prior, noise[1] + knows[1] * truth - 0.2 * prior, labels
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_no_worse_than_the_mean_where_it_was_fitted(rule):
+    cls, distillation, labels = two_experts()
+    fused = fit_fusion(rule, cls, distillation, labels, COUNTS, GROUPS)(cls, distillation)
+    mean = (cls + distillation) / 2
+    weights = 1.0 / torch.bincount(labels)
+    found, start = (torch.nn.functional.cross_entropy(logits.float(), labels, weights) for logits in (fused, mean))
+    assert found <= start + 1e-6
+    if rule == "mean":
+        torch.testing.assert_close(fused.float(), mean)
+    else:
+        assert found < start - 1e-3
+
+
+def test_weights_by_group_and_count_find_who_knows_what():
+    cls, distillation, labels = two_experts()
+    for rule in ("a weight per group", "a weight by count"):
+        fusion = fit_fusion(rule, cls, distillation, labels, COUNTS, GROUPS)
+        assert fusion.cls_weights[0] > fusion.cls_weights[5]
+        torch.testing.assert_close(fusion.cls_weights + fusion.distillation_weights, torch.ones(6).double())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_folded_model_gives_the_fusion_as_its_mean(rule, tmp_path):
+    """Loaded by plain transformers too."""
+    from transformers import AutoModelForImageClassification
+
+    student = make_student(num_labels=6).eval()
+    images = torch.randn(12, 3, 8, 8)
+    with torch.no_grad():
+        outputs = student(images)
+        fusion = fit_fusion(rule, outputs.cls_logits, outputs.distillation_logits, torch.arange(12) % 6, COUNTS, GROUPS)
+        folded = fold(student, fusion)
+        expected = fusion(outputs.cls_logits, outputs.distillation_logits).float()
+        torch.testing.assert_close(folded(images).logits, expected, atol=1e-5, rtol=1e-4)
+        folded.save_pretrained(tmp_path)
+        plain = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(plain(images).logits, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(student(images).logits, outputs.logits)  # a copy was folded
+
+
+def test_fusions_that_are_refused():
+    cls, distillation, labels = two_experts(2)
+    with pytest.raises(ValueError, match=r"fusion must be one of mean, temperatures, .*, got 'vote'"):
+        fit_fusion("vote", cls, distillation, labels, COUNTS, GROUPS)
+    with pytest.raises(ValueError, match="class 4 is in none of the groups head, mid"):
+        fit_fusion("mean", cls, distillation, labels, COUNTS, {"head": [0, 1], "mid": [2, 3]})
