@@ -12,10 +12,11 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"deitlt_hf.recipes": ["*.yaml"]},
+    package_data={"deitlt_hf.recipes": ["*.yaml"], "deitlt_hf.analysis": ["*.html"]},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",
+        "evaluate>=0.4.3",
         "filelock>=3.13",
         "numpy>=1.26",
         "pillow>=10",
@@ -29,10 +30,11 @@ setup(
         "transformers>=5.23,<6",
     ],
     extras_require={
-        "analysis": ["curvlinops-for-pytorch>=3", "matplotlib>=3.8"],
+        "analysis": ["curvlinops-for-pytorch>=3", "jinja2>=3", "matplotlib>=3.8"],
         "dev": [
             "curvlinops-for-pytorch>=3",
             "hypothesis>=6",
+            "jinja2>=3",
             "matplotlib>=3.8",
             "peft>=0.15",
             "psutil>=5",

@@ -1,5 +1,9 @@
 """Accuracy on head, mid and tail classes, for each expert."""
 
+from pathlib import Path
+
 from .accuracy import ExpertTable, group_accuracies
 
-__all__ = ["ExpertTable", "group_accuracies"]
+METRIC_PATH = str(Path(__file__).parent / "long_tail_metric.py")
+
+__all__ = ["METRIC_PATH", "ExpertTable", "group_accuracies"]

@@ -90,14 +90,12 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     The rows are in the trainer's `last_table`.
     """
     quiet_log(args.disable_tqdm)
-    is_student = any(name in STUDENTS for name in _config_of(path).get("architectures") or [])
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
     data = data_args.load()
-    if is_student:
-        trainer_class, model = DeiTLTTrainer, DeiTLTForImageClassification.from_pretrained(path)
-    else:
-        trainer_class, model = FlatTeacherTrainer, load_classifier(path)
+    model = load_model(path)
+    trainer_class = DeiTLTTrainer if isinstance(model, DeiTLTForImageClassification) else FlatTeacherTrainer
+    if trainer_class is FlatTeacherTrainer:
         args = FlatTeacherTrainingArguments(**{name: getattr(args, name) for name in EVALUATION_FIELDS})
     trainer = trainer_class(
         model=model,
@@ -108,6 +106,13 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     )
     trainer.evaluate()
     return trainer
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does."""
+    if any(name in STUDENTS for name in _config_of(path).get("architectures") or []):
+        return DeiTLTForImageClassification.from_pretrained(path)
+    return load_classifier(path)
 
 
 def load_classifier(path: str) -> PreTrainedModel:

@@ -1,0 +1,116 @@
+"""Pictures of what the analyses find. Each function draws on axes that it is given."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+COLOURS = {"mean": "#4c72b0", "cls": "#dd8452", "distillation": "#55a868"}
+GROUP_COLOURS = ("#4c72b0", "#8172b3", "#c44e52", "#937860", "#64b5cd")
+OUTCOME_COLOURS = {"both": "#8c8c8c", "only_cls": "#dd8452", "only_distillation": "#55a868", "neither": "#e5e5e5"}
+
+
+def draw_counts(axis, counts: Sequence[int], groups: Mapping[str, Sequence[int]]) -> None:
+    """Training images of each class, the most frequent first, coloured by group."""
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    rank = np.empty(len(order), dtype=int)
+    rank[order] = np.arange(len(order))
+    for colour, (name, group) in zip(GROUP_COLOURS, groups.items(), strict=False):
+        axis.bar(rank[list(group)], np.asarray(counts)[list(group)], width=1.0, color=colour, label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("class, by training images")
+    axis.set_ylabel("training images")
+    axis.legend()
+
+
+def draw_accuracies(
+    axis, figures: Mapping[str, Mapping], intervals: Mapping[str, Mapping], groups: Sequence[str]
+) -> None:
+    """Accuracy of each expert overall and by group, with intervals."""
+    names = ["overall", *groups]
+    width = 0.8 / len(figures)
+    for index, (expert, values) in enumerate(figures.items()):
+        heights = np.array([100 * values[name] for name in names])
+        ends = 100 * np.array([intervals[expert][name] for name in names]).T
+        places = np.arange(len(names)) + (index - (len(figures) - 1) / 2) * width
+        errors = np.abs(ends - heights)
+        axis.bar(
+            places, heights, width, yerr=errors, capsize=2, label=expert, color=COLOURS.get(expert), ecolor="#444444"
+        )
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("accuracy in %")
+    axis.set_ylim(0, 105)
+    axis.legend()
+
+
+def draw_gains(axis, gains: np.ndarray, counts: Sequence[int]) -> None:
+    """Accuracy of DIST less that of CLS, for each class, against its training images."""
+    counts = np.asarray(counts)
+    axis.axhline(0, color="grey", linewidth=1)
+    axis.scatter(counts, 100 * gains, s=18, alpha=0.7, color=COLOURS["distillation"])
+    axis.set_xscale("log")
+    axis.set_xlabel("training images of the class")
+    axis.set_ylabel("DIST less CLS, points")
+
+
+def draw_outcomes(axis, outcomes: Mapping[str, Mapping[str, float]]) -> None:
+    """Shares of images that both experts know, only one, or neither."""
+    below = np.zeros(len(outcomes))
+    for outcome, colour in OUTCOME_COLOURS.items():
+        shares = np.array([100 * found[outcome] for found in outcomes.values()])
+        axis.bar(list(outcomes), shares, bottom=below, color=colour, label=outcome.replace("_", " "))
+        below = below + shares
+    axis.set_ylabel("test images in %")
+    axis.legend(loc="lower left", fontsize=8)
+
+
+def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Sequence[str]) -> None:
+    """Mean attention distance of each head, and how spread out the tokens look, by block."""
+    blocks = np.arange(1, len(distances) + 1)
+    axis.plot(blocks, distances, ".", color="grey", alpha=0.5)
+    axis.plot(blocks, distances.mean(axis=1), color="black", label="patches (heads as dots)")
+    for index, token in enumerate(tokens):
+        axis.plot(blocks, spreads[:, index].mean(axis=1), marker=".", label=f"{token} token", color=COLOURS[token])
+    axis.set_xlabel("block")
+    axis.set_ylabel("pixels")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+
+
+def draw_by_block(axis, values: Mapping[str, Sequence[float]], label: str) -> None:
+    """Lines over the blocks."""
+    for name, points in values.items():
+        axis.plot(np.arange(1, len(points) + 1), points, marker=".", label=name, color=COLOURS.get(name))
+    axis.set_xlabel("block")
+    axis.set_ylabel(label)
+    axis.legend()
+
+
+def draw_spectra(axis, spectra: Mapping[str, np.ndarray]) -> None:
+    """Singular values of the last block's features, as shares of the largest."""
+    for name, values in spectra.items():
+        axis.plot(np.arange(1, len(values) + 1), values / max(values[0], 1e-12), label=name, color=COLOURS.get(name))
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=1e-4)
+    axis.set_xlabel("singular value")
+    axis.set_ylabel("share of the largest")
+    axis.legend()
+
+
+def draw_images(axes, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    """A row of images with captions; axes without an image are left empty."""
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes, images, captions, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(caption, fontsize=7)
+
+
+def draw_attention(axes, image: np.ndarray, maps: Mapping[str, np.ndarray], caption: str) -> None:
+    """An image, and over it how much each token holds of its patches."""
+    draw_images(axes[:1], [image], [caption])
+    height, width = image.shape[:2]
+    for axis, (name, weights) in zip(axes[1:], maps.items(), strict=False):
+        axis.set_axis_off()
+        axis.imshow(image, interpolation="nearest")
+        axis.imshow(weights, cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        axis.set_title(name, fontsize=7)

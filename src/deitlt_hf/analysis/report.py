@@ -1,0 +1,300 @@
+"""A report that people look at: one page with the experts' table and every figure, for one model or two side by
+side."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from jinja2 import Environment
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from ..data.images import ImageCollator, ImageDataset
+from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
+from . import figures
+from .agreement import expert_outcomes, gain_by_class
+from .attention import attention_rollout
+from .features import effective_rank, singular_values, token_similarity
+from .observe import Observed, observe
+
+SHOWN = 10  # images in a row
+
+
+@dataclass
+class Picture:
+    """One figure of the report.
+
+    Args:
+        name: Of its file.
+        title: Above it.
+        how_to_read: One sentence.
+        png: Its bytes.
+    """
+
+    name: str
+    title: str
+    how_to_read: str
+    png: bytes
+
+    @property
+    def data(self) -> str:
+        """The picture as it is put into the page."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+@dataclass
+class Section:
+    """What the report has of one model.
+
+    Args:
+        title: Its folder or id.
+        figures: Of each expert, see [`long_tail_figures`].
+        intervals: 95 % intervals of these.
+        pictures: In their order.
+        findings: Further numbers, for `report.json`.
+    """
+
+    title: str
+    figures: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    pictures: list[Picture]
+    findings: dict
+
+
+def analyze(
+    path: str,
+    model: PreTrainedModel,
+    data: Mapping,
+    counts: Sequence[int],
+    groups: Mapping[str, Sequence[int]],
+    num_images: int = 512,
+    resamples: int = 200,
+) -> Section:
+    """Looks at one model on test images.
+
+    Args:
+        path: Its folder or Hub id, which has its image processor.
+        model: A DeiT-LT, or a DeiT or ViT of transformers, with the data's classes in their order.
+        data: Its split `test` is looked at.
+        counts: Training images of each class.
+        groups: Class indices of each group.
+        num_images: Images whose attention and features are looked at.
+        resamples: Samples of the bootstrap.
+
+    Raises:
+        ValueError: If the model has no attention over patches.
+    """
+    dataset = ImageDataset(data["test"], "image", "label")
+    collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
+    observed = observe(model, dataset, collate, num_images)
+    names = data["test"].features["label"].names
+    found, intervals = {}, {}
+    for expert in observed.logits:
+        predictions, confidences = observed.predictions(expert), observed.confidences(expert)
+
+        def of(rows, predictions=predictions, confidences=confidences):
+            return long_tail_figures(predictions[rows], observed.labels[rows], groups, confidences[rows])
+
+        found[expert] = of(np.arange(len(observed.labels)))
+        intervals[expert] = bootstrap_intervals(of, observed.labels, resamples=resamples)
+    pictures = [
+        _picture("classes", "Training images", "Each bar is a class; colours are the groups that the tables speak of.",
+                 lambda axis: figures.draw_counts(axis, counts, groups)),
+        _picture("accuracy", "Accuracy by group", "Compare the colours within a group: an expert stands out where its "
+                 "bar is highest; lines are 95 % intervals of the bootstrap.",
+                 lambda axis: figures.draw_accuracies(axis, found, intervals, list(groups))),
+    ]  # fmt: skip
+    findings = {}
+    if "distillation" in observed.logits:
+        more, findings = _of_experts(observed, counts, groups)
+        pictures += more
+    pictures += _of_tokens(observed, groups, findings)
+    pictures += _of_images(model, observed, dataset, collate, names, groups)
+    return Section(path, found, intervals, pictures, findings)
+
+
+def write_report(
+    sections: Sequence[Section], recipe: str, groups: Mapping[str, Sequence[int]], output: str | Path
+) -> Path:
+    """Writes `index.html`, which needs no other file, the pictures as PNGs, and `report.json`.
+
+    Returns:
+        The page.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    for index, section in enumerate(sections):
+        for picture in section.pictures:
+            prefix = "" if len(sections) == 1 else f"{index + 1}_"
+            (output / f"{prefix}{picture.name}.png").write_bytes(picture.png)
+    columns = ["overall", *groups, "balanced_accuracy", "geometric_mean", "macro_f1", "calibration_error"]
+    template = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html").read_text())
+    page = template.render(
+        sections=sections, recipe=recipe, columns=columns, percent=_percent, names=_pictures_of(sections)
+    )
+    (output / "index.html").write_text(page, encoding="utf-8")
+    record = [
+        {"model": part.title, "figures": part.figures, "intervals": part.intervals, **part.findings}
+        for part in sections
+    ]
+    text = json.dumps(_plain({"recipe": recipe, "models": record}), indent=1)
+    (output / "report.json").write_text(text + "\n", encoding="utf-8")
+    return output / "index.html"
+
+
+def _of_experts(observed: Observed, counts, groups) -> tuple[list[Picture], dict]:
+    cls, distillation = observed.predictions("cls"), observed.predictions("distillation")
+    outcomes = expert_outcomes(cls, distillation, observed.labels, groups)
+    gains = gain_by_class(cls, distillation, observed.labels, len(counts))
+    pictures = [
+        _picture("outcomes", "Who is right", "Green and orange are what one expert knows and the other does not; an "
+                 "oracle that always chose the right one would lose the light part only.",
+                 lambda axis: figures.draw_outcomes(axis, outcomes)),
+        _picture("gains", "What DIST adds, by class", "Dots above the line are classes that the DIST expert knows "
+                 "better; they should be on the left, where training images are few.",
+                 lambda axis: figures.draw_gains(axis, gains, counts)),
+    ]  # fmt: skip
+    return pictures, {"outcomes": outcomes, "gain_by_class": gains.tolist()}
+
+
+def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
+    ranks = {
+        token: [effective_rank(block[:, index]) for block in observed.features]
+        for index, token in enumerate(observed.tokens)
+    }
+    labels = observed.labels[observed.chosen]
+    by_group = {
+        token: {
+            name: effective_rank(observed.features[-1][members, index])
+            for name, group in groups.items()
+            if (members := np.isin(labels, np.asarray(group))).sum() > 1
+        }
+        for index, token in enumerate(observed.tokens)
+    }
+    spectra = {token: singular_values(observed.features[-1][:, index]) for index, token in enumerate(observed.tokens)}
+    findings |= {
+        "attention_distance": observed.distances.tolist(),
+        "token_spread": observed.spreads.tolist(),
+        "effective_rank": ranks,
+        "effective_rank_of_groups": by_group,
+    }
+    pictures = [
+        _picture("attention_distance", "How far attention reaches", "Low is local: a patch looks at its neighbours, a "
+                 "token at one spot; high is global. Local early blocks are what a CNN teacher hands on.",
+                 lambda axis: figures.draw_distances(axis, observed.distances, observed.spreads, observed.tokens)),
+        _picture("rank", "Effective rank of the tokens", "How many directions the features of the test images use; a "
+                 "flat teacher's DIST token should need fewer.",
+                 lambda axis: figures.draw_by_block(axis, ranks, "effective rank")),
+        _picture("spectrum", "Singular values after the last block", "The faster a line falls, the fewer directions "
+                 "hold what the token knows.", lambda axis: figures.draw_spectra(axis, spectra)),
+    ]  # fmt: skip
+    if len(observed.tokens) == 2:
+        cosines = [float(token_similarity(block[:, 0], block[:, 1]).mean()) for block in observed.features]
+        findings["token_similarity"] = cosines
+        how = "1 is the same direction: experts that learn different things part in the later blocks."
+        draw = lambda axis: figures.draw_by_block(axis, {"cosine": cosines}, "cosine of CLS and DIST")  # noqa: E731
+        pictures.append(_picture("similarity", "Do the tokens part?", how, draw))
+    return pictures
+
+
+def _of_images(model, observed: Observed, dataset, collate, names, groups) -> list[Picture]:
+    predictions, labels = observed.predictions("mean"), observed.labels
+    pairs, number = np.unique(
+        np.stack([labels, predictions], axis=1)[labels != predictions], axis=0, return_counts=True
+    )
+    worst = np.argsort(-number, kind="stable")[:SHOWN]
+    chosen = [int(np.flatnonzero((labels == pairs[at][0]) & (predictions == pairs[at][1]))[0]) for at in worst]
+    captions = [f"{names[pairs[at][0]]}\ntaken for {names[pairs[at][1]]}\n{number[at]} times" for at in worst]
+    pictures = []
+    if chosen:
+        how = "The pairs of classes that the prediction mixes up most often, with one image of each."
+        pictures.append(_row("confusions", "Worst confusions", how, dataset, chosen, captions))
+    if "distillation" in observed.logits:
+        tail = np.asarray(list(groups.values())[-1])
+        only = (observed.predictions("distillation") == labels) & (observed.predictions("cls") != labels)
+        rows = np.flatnonzero(only & np.isin(labels, tail))[:SHOWN].tolist()
+        if rows:
+            cls = observed.predictions("cls")
+            captions = [f"{names[labels[row]]}\nCLS: {names[cls[row]]}" for row in rows]
+            how = "Test images of the rarest classes that the DIST expert gets right and the CLS expert does not."
+            pictures.append(_row("only_distillation", "What only DIST knows", how, dataset, rows, captions))
+    first = [int(np.flatnonzero(np.isin(labels, np.asarray(group)))[0]) for group in groups.values()
+             if np.isin(labels, np.asarray(group)).any()]  # fmt: skip
+    pictures.append(_attention_maps(model, observed, dataset, collate, names, first))
+    return pictures
+
+
+@torch.no_grad()
+def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Sequence[int]) -> Picture:
+    from matplotlib.figure import Figure
+
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        batch = collate([dataset[row] for row in rows])
+        outputs = model.eval()(pixel_values=batch["pixel_values"].to(model.device), output_attentions=True)
+    finally:
+        model.set_attn_implementation(attention)
+    tokens, side = len(observed.tokens), model.config.image_size // model.config.patch_size
+    rollout = attention_rollout([layer.float().cpu().numpy() for layer in outputs.attentions])
+    figure = Figure(figsize=(2.0 * (1 + tokens), 2.2 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 1 + tokens, squeeze=False)
+    for axes, row, weights in zip(grid, rows, rollout, strict=True):
+        maps = {
+            f"{token} token": weights[index, tokens:].reshape(side, side) for index, token in enumerate(observed.tokens)
+        }
+        figures.draw_attention(axes, dataset[row]["image"], maps, names[observed.labels[row]])
+    how = "Bright patches are what each token's final feature holds most of, by attention rollout through all blocks."
+    return Picture("attention", "Where the tokens look", how, _png(figure))
+
+
+def _row(name: str, title: str, how: str, dataset, rows: Sequence[int], captions: Sequence[str]) -> Picture:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.3 * SHOWN, 2.1), layout="constrained")
+    axes = figure.subplots(1, SHOWN, squeeze=False)[0]
+    figures.draw_images(axes, [dataset[row]["image"] for row in rows], captions)
+    return Picture(name, title, how, _png(figure))
+
+
+def _picture(name: str, title: str, how_to_read: str, draw: Callable) -> Picture:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    draw(figure.subplots())
+    return Picture(name, title, how_to_read, _png(figure))
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def _pictures_of(sections: Sequence[Section]) -> list[tuple[str, str, str, list[Picture | None]]]:
+    """Name, title and sentence of each figure, and the figures of all models, None where one has none."""
+    rows = {}
+    for section in sections:
+        for picture in section.pictures:
+            rows.setdefault(picture.name, (picture.name, picture.title, picture.how_to_read))
+    by_name = [{picture.name: picture for picture in section.pictures} for section in sections]
+    return [(*row, [pictures.get(name) for pictures in by_name]) for name, row in rows.items()]
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _plain(value):
+    """Values as JSON has them; NaN is null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
