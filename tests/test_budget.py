@@ -136,8 +136,17 @@ def test_repeats_and_whole_steps_are_those_of_the_sampler():
 def test_plans_that_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         PlanArguments(**values)
-    with pytest.raises(ValueError, match="2048 images cannot be shared out to 3 GPUs"):
+    with pytest.raises(ValueError, match=r"2048 is not a multiple of 3 process\(es\)"):
         plan(3)
+
+
+def test_what_a_run_refuses_is_not_planned():
+    with pytest.raises(ValueError, match="mixing pairs the images of a batch, of which 2048 GPUs have 1 each"):
+        plan(2048, pairs_images=True)
+    with pytest.raises(ValueError, match="96 is not a multiple of"):
+        plan(2, global_batch_size=96, batch_size=32)
+    assert plan(4, max_steps=7).steps == 7
+    assert training_images(DataArguments("uoft-cs/cifar10", imbalance_ratio=10, max_per_class=100))[1] == 403
 
 
 def test_the_script_plans_a_recipe_without_its_data():

@@ -131,11 +131,35 @@ def test_the_best_model_has_the_weights_of_its_checkpoint(tmp_path, digits):
     assert_same(weights(trainer), best.state_dict())
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, digits):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"it has no .* \(and 15 other weights\)"),
+        ({"num_hidden_layers": 2}, r"it also has .* \(and 15 other weights\)"),
+        ({"hidden_size": 32}, r"it has another size of .* \(and \d+ other weights\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, digits, config, message):
     student_trainer(tmp_path, digits, distillation="none", save_strategy="epoch", num_train_epochs=1).train()
-    trainer = student_trainer(tmp_path, digits, model=make_student(num_hidden_layers=4), distillation="none")
-    with pytest.raises(ValueError, match=r"checkpoint-7 is not of this model: it has no .* \(and 15 other weights\)"):
+    trainer = student_trainer(tmp_path, digits, model=make_student(**config), distillation="none")
+    with pytest.raises(ValueError, match=rf"checkpoint-7 is not of this model: {message}"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_epochs_follow_from_the_step_with_another_batch_too(tmp_path, digits):
+    """Else a run that goes on with half the batch sees an order twice."""
+    values = {"distillation": "none", "save_strategy": "steps", "save_steps": 5, "num_train_epochs": 2}
+    student_trainer(tmp_path, digits, max_steps=5, **values).train()
+    trainer = student_trainer(tmp_path, digits, per_device_train_batch_size=8, **values)  # 30 steps an epoch
+    epochs = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
+            epochs.append(train_dataloader.batch_sampler.epoch)
+
+    trainer.add_callback(Look())
+    trainer.train(resume_from_checkpoint=True)
+    assert epochs == [0] * 25 + [1] * 30
 
 
 def test_workers_end_with_training(tmp_path, digits):

@@ -10,17 +10,21 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_resume import assert_same, make_trainer, weights
-from test_training import StopAt, fixed_batch, gradients, student_trainer, teacher_trainer
+from test_training import StopAt, fixed_batch, gradients, student_arguments, student_trainer, teacher_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from conftest import make_student
-from deitlt_hf import DeiTLTForImageClassification
+from deitlt_hf import DeiTLTForImageClassification, FlatTeacherTrainer, FlatTeacherTrainingArguments
+from deitlt_hf.recipes import DataArguments, TeacherArguments, parse_arguments
 from deitlt_hf.training.checkpoints import damage
+from deitlt_hf.training.run import train_teacher
 from deitlt_hf.training.watch import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +147,54 @@ def test_a_limit_ends_a_run_that_skips_all_its_updates(tmp_path, digits):
         trainer.train()
 
 
+class PoisonWeight(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            next(model.parameters()).data.view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("step", [7, 14])
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_what_is_not_finite_is_neither_saved_nor_evaluated(tmp_path, digits, step, strategy):
+    """In an epoch's last step, and in the run's."""
+    values = {"distillation": "none", "save_strategy": strategy, "eval_strategy": strategy, "logging_steps": 100}
+    trainer = student_trainer(tmp_path, digits, **values, callbacks=[PoisonWeight(step)])
+    with pytest.raises(FloatingPointError, match="loss or weights not finite at step"):
+        trainer.train()
+    saved = ["checkpoint-7"] if step == 14 and strategy == "epoch" else []
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == saved
+    assert json.loads((tmp_path / "results.json").read_text())["finished"] is False
+    trainer.model.load_state_dict(make_student().state_dict())
+    trainer.optimizer = None
+    trainer.remove_callback(PoisonWeight)
+    trainer.args.overwrite = True
+    trainer.train()  # with other values, as in a notebook
+    assert trainer.state.global_step == 14
+
+
+def test_one_loss_that_is_not_finite_does_not_spoil_the_log(tmp_path, digits):
+    class Bad(type(student_trainer(tmp_path, digits, distillation="none"))):
+        def compute_training_loss(self, model, batch):
+            loss = super().compute_training_loss(model, batch)
+            return loss * float("nan") if self.state.global_step == 3 else loss
+
+    args = student_arguments(tmp_path, distillation="none", num_train_epochs=1, on_nonfinite="skip")
+    trainer = Bad(model=make_student(), args=args, train_dataset=digits["train"], eval_dataset=digits["test"])
+    trainer.train()
+    losses = [entry["loss"] for entry in read_log(tmp_path / "log.jsonl") if "loss" in entry]
+    assert len(losses) == 7
+    assert losses[3] == 0.0
+    assert min(losses[4:]) > 1
+    trainer.run_file.is_open = True
+    trainer.log({"odd": np.float32(0.5), "bad": float("inf")})
+    entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["odd"] == 0.5
+    assert entry["bad"] is None
+
+
 # ---- Waiting for the device ----
 
 
@@ -235,20 +287,27 @@ def wait_for(process, text):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(tmp_path, processes):
-    """Real processes, of which only one is told; all stop after the same step, within seconds."""
+    """Real processes. All of a group are told, twice, the loaders' too; or only one rank is."""
     command = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
     ]  # fmt: skip
     command += ["scripts/train_teacher.py", "--recipe", "digits_lt", "--output_dir", str(tmp_path), "--use_cpu", "true"]
     command += ["--logging_steps", "1", "--save_strategy", "no", "--num_train_epochs", "2000"]
-    command += ["--eval_strategy", "no", "--dataloader_num_workers", "1"]
+    command += ["--eval_strategy", "steps", "--eval_steps", "2", "--dataloader_num_workers", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
     ) as process:
-        wait_for(process, "step 3/")
+        wait_for(process, "step 5/")
         if processes == 1:
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
         else:
             children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
             os.kill(int(children.stdout.split()[0]), signal.SIGTERM)
@@ -270,19 +329,63 @@ def test_sigterm_is_given_back(tmp_path, digits):
 
 
 class AskToStop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 9:
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_end(tmp_path, digits):
+@pytest.mark.parametrize("step", [7, 9])
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_end(tmp_path, digits, step):
+    """With an evaluation that was due at step 7 too, which may be the best."""
     values = {"distillation": "none", "eval_strategy": "epoch"}
     undisturbed = student_trainer(tmp_path / "undisturbed", digits, **values)
     undisturbed.train()
     with pytest.raises(SystemExit) as stopped:
-        student_trainer(tmp_path / "cut", digits, **values, callbacks=[AskToStop()]).train()
+        student_trainer(tmp_path / "cut", digits, **values, callbacks=[AskToStop(step)]).train()
     assert stopped.value.code == 143
-    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-9"]
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     trainer = student_trainer(tmp_path / "cut", digits, **values)
     trainer.train(resume_from_checkpoint=True)
     assert_same(weights(trainer), weights(undisturbed))
+    found, expected = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("cut", "undisturbed"))
+    assert (found["last"], found["best"]) == (expected["last"], expected["best"])
+    evaluated = [entry["step"] for entry in read_log(tmp_path / "cut" / "log.jsonl") if "eval_accuracy" in entry]
+    assert evaluated == [7, 14]
+
+
+def test_the_best_checkpoint_can_be_one_whose_evaluation_was_left_out(tmp_path, digits):
+    values = {"distillation": "none", "eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 3}
+    values |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "ema_decay": 0.5}
+    undisturbed = student_trainer(tmp_path / "undisturbed", digits, **values)
+    undisturbed.train()
+    with pytest.raises(SystemExit):
+        student_trainer(tmp_path / "cut", digits, **values, callbacks=[AskToStop(7)]).train()
+    trainer = student_trainer(tmp_path / "cut", digits, **values)
+    trainer.train(resume_from_checkpoint=True)
+    for run in (trainer, undisturbed):
+        assert Path(run.state.best_model_checkpoint).name == "checkpoint-7"
+        best = load_file(Path(run.state.best_model_checkpoint) / "ema.safetensors")
+        assert_same(run.averaged_model.state_dict(), best)
+    assert_same(weights(trainer), weights(undisturbed))
+
+
+def test_a_run_that_is_asked_too_late_is_finished_and_nothing_else_begun(tmp_path, monkeypatch):
+    """distill.py trains a teacher first: a signal in its last moments must not start the student."""
+    evaluate = FlatTeacherTrainer.evaluate
+
+    def slow(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(FlatTeacherTrainer, "evaluate", slow)
+    command_line = ["--recipe", "digits_lt", "--output_dir", str(tmp_path), "--max_steps", "2", "--eval_strategy", "no"]
+    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    _, *arguments = parse_arguments("teacher", classes, [*command_line, "--save_strategy", "no"])
+    with pytest.raises(SystemExit) as stopped:
+        train_teacher(*arguments)
+    assert stopped.value.code == 143
+    assert (tmp_path / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "results.json").read_text())["finished"]

@@ -35,7 +35,8 @@ class DeiTLTImageClassifierOutput(ModelOutput):
         distillation_logits: Logits of the DIST head, the expert on tail classes; (batch, num_labels).
         token_features: Final CLS and DIST tokens, what the heads see; (batch, 2, hidden_size).
         hidden_states: Embeddings and the output of each block, on request; (batch, 2 + patches, hidden_size) each.
-        attentions: Attention weights of each block, on request; (batch, heads, 2 + patches, 2 + patches) each.
+        attentions: Attention weights of each block, on request; (batch, heads, 2 + patches, 2 + patches) each. In
+            training stochastic depth leaves images out of them; ask for them in evaluation mode.
     """
 
     loss: torch.FloatTensor | None = None

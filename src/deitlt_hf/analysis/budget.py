@@ -10,18 +10,21 @@ from rich.table import Table
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedConfig
+from transformers import AutoImageProcessor, PreTrainedConfig
 
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, whole_steps
+from ..data.transforms import ImageFormat
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from ..training.arguments import divide_batch
 from ..training.report import show
+from ..training.run import load_classifier
 
 # A parameter: weight, gradient, and AdamW's two moments, or momentum and what SAM puts back; in float32.
 STATE_BYTES = 16
@@ -157,18 +160,14 @@ def _kept_bytes(model: nn.Module, images: torch.Tensor, half: bool) -> int:
 
 
 def student_model(
-    student_args: StudentArguments, num_labels: int, teacher: PreTrainedConfig | None, args: DeiTLTTrainingArguments
+    student_args: StudentArguments, num_labels: int, teacher: Model | None, args: DeiTLTTrainingArguments
 ) -> Model:
     """What a student takes with AdamW, and the forward pass of its teacher."""
     config = student_args.config(num_labels=num_labels)
     # On average half of the last block's rate is left out.
     blocks = student_flops(config) - student_flops(_without_blocks(config))
     trained = student_flops(config) - blocks * config.drop_path_rate / 2
-    teacher_flops = frozen_bytes = 0
-    if teacher is not None:
-        with torch.device("meta"):
-            frozen = FlatTeacherForImageClassification(teacher)
-        teacher_flops, frozen_bytes = counted_flops(frozen, teacher.image_size), 4 * frozen.num_parameters()
+    teacher_flops, frozen_bytes = (0, 0) if teacher is None else (teacher.flops, 4 * teacher.parameters)
     config.drop_path_rate = 0.0  # the most that a step keeps
     model = DeiTLTForImageClassification(config)
     if args.activation_checkpointing:
@@ -216,7 +215,8 @@ def training_images(data_args: DataArguments) -> tuple[int, int]:
         return len(counts), int(counts.sum())
     images = known.train_images
     if data_args.imbalance_ratio is not None:
-        labels = np.repeat(np.arange(known.classes), images // known.classes)
+        per_class = min(images // known.classes, data_args.max_per_class or images)
+        labels = np.repeat(np.arange(known.classes), per_class)
         images = len(long_tailed_indices(labels, known.classes, data_args.imbalance_ratio, data_args.imbalance_type))
     return known.classes, images
 
@@ -240,6 +240,8 @@ def budget(
     utilisation: float,
     num_repeats: int = 1,
     reductions: int = 1,
+    max_steps: int = -1,
+    pairs_images: bool = False,
 ) -> Budget:
     """Works out what a run takes with data-parallel training.
 
@@ -257,21 +259,22 @@ def budget(
         utilisation: Share of the peak that is reached.
         num_repeats: Copies of an image in repeated augmentation.
         reductions: Sums of the gradients in a step; 2 with SAM.
+        max_steps: Optimiser steps of the run instead of `epochs`, if above 0.
+        pairs_images: Whether a GPU's batch is mixed, and so must be even.
 
     Raises:
         ValueError: If the batch cannot be shared out, or the images are fewer than one.
     """
-    if global_batch_size % gpus:
-        raise ValueError(f"a global batch of {global_batch_size} images cannot be shared out to {gpus} GPUs.")
-    share = global_batch_size // gpus
-    batch_size = max(size for size in range(1, min(batch_size, share) + 1) if share % size == 0)
-    accumulation = share // batch_size
+    batch_size, accumulation = divide_batch(global_batch_size, gpus, batch_size)
+    if pairs_images and batch_size % 2:
+        raise ValueError(f"mixing pairs the images of a batch, of which {gpus} GPUs have {batch_size} each.")
     drawn = images // ROUND * ROUND if num_repeats > 1 else images
     batches = whole_steps(drawn, batch_size, gpus, accumulation)
     if batches == 0:
         raise ValueError(f"{images} training images are fewer than one batch of {gpus} x {batch_size}.")
     per_epoch = batches * batch_size * gpus
-    steps = math.ceil(epochs * math.ceil(batches / accumulation))
+    per_epoch_steps = math.ceil(batches / accumulation)
+    steps = max_steps if max_steps > 0 else math.ceil(epochs * per_epoch_steps)
     slice_seconds = model.training_flops * batch_size / (gpu.flops * utilisation)
     compute = slice_seconds * min(accumulation, batches)
     reduction = reductions * reduce_seconds(4 * model.parameters, gpus, gpu)
@@ -283,7 +286,7 @@ def budget(
         accumulation=accumulation,
         images_per_epoch=per_epoch,
         steps=steps,
-        operations=model.training_flops * per_epoch * epochs,
+        operations=model.training_flops * per_epoch * steps / per_epoch_steps,
         memory=memory,
         step_seconds=compute + exposed,
         exposed_seconds=exposed,
@@ -328,16 +331,20 @@ def print_budgets(
         ValueError: If a batch cannot be shared out.
     """
     classes, images = training_images(data_args)
-    loss = student_args.teacher_loss or own_loss(recipe)
-    command_line = ["--recipe", recipe, "--teacher_loss", loss, "--output_dir", args.output_dir]
-    sections = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-    _, _, teacher_args, taught = parse_arguments("teacher", sections, command_line)
-    teacher = teacher_args.config(loss, num_labels=classes)
     show(f"{recipe}: {images:,} training images of {classes:,} classes")
-    if args.distillation != "none" and student_args.teacher is None:
-        _show_budgets(f"teacher, {teacher.backbone}, {loss}", teacher_model(teacher, taught), plan, images, taught)
-    teaches = None if args.distillation == "none" else teacher
-    student = student_model(student_args, classes, teaches, args)
+    teacher = None
+    if args.distillation != "none" and student_args.teacher is not None:
+        model = load_classifier(student_args.teacher)
+        size = ImageFormat.of(AutoImageProcessor.from_pretrained(student_args.teacher)).size[0]
+        teacher = Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0)
+    elif args.distillation != "none":
+        loss = student_args.teacher_loss or own_loss(recipe)
+        command_line = ["--recipe", recipe, "--teacher_loss", loss, "--output_dir", args.output_dir]
+        sections = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+        _, _, teacher_args, taught = parse_arguments("teacher", sections, command_line)
+        teacher = teacher_model(teacher_args.config(loss, num_labels=classes), taught)
+        _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, taught)
+    student = student_model(student_args, classes, teacher, args)
     _show_budgets(f"student, {student_args.image_size} px", student, plan, images, args)
 
 
@@ -348,22 +355,28 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
     table = Table(*columns, title=title, title_justify="left", caption_justify="left")
     for column in table.columns:
         column.justify = "right"
+    reasons: list[str] = []
+    found = None
     for gpus in plan.gpus:
-        if args.global_batch_size % gpus:
+        try:
+            found = budget(
+                model,
+                GPUS[plan.gpu],
+                gpus,
+                images,
+                args.num_train_epochs,
+                args.global_batch_size,
+                args.per_device_train_batch_size,
+                utilisation,
+                args.repeats,
+                reductions=2 if is_teacher and max(args.sam_rho) > 0 else 1,
+                max_steps=args.max_steps,
+                pairs_images=not is_teacher and args.mixes,
+            )
+        except ValueError as error:
+            reasons.append(str(error))
             table.add_row(f"{gpus:,}", "uneven shares")
             continue
-        found = budget(
-            model,
-            GPUS[plan.gpu],
-            gpus,
-            images,
-            args.num_train_epochs,
-            args.global_batch_size,
-            args.per_device_train_batch_size,
-            utilisation,
-            args.repeats,
-            reductions=2 if is_teacher and max(args.sam_rho) > 0 else 1,
-        )
         table.add_row(
             f"{gpus:,}",
             f"{found.batch_size} x {found.accumulation}",
@@ -375,10 +388,12 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
             f"{found.hours:.1f}",
             f"{gpus * found.hours:,.1f}",
         )
+    if found is None:
+        raise ValueError(f"{title}: {reasons[0]}")
     table.caption = (
         f"{model.parameters / 1e6:.1f} M parameters; {model.flops / 1e9:.3g} GFLOP forward and "
         f"{model.training_flops / 1e9:.3g} to train, an image; {found.images_per_epoch:,} images an epoch, "
-        f"{args.num_train_epochs:g} epochs, {found.operations / 1e18:.3g} EFLOP in all. {plan.gpu}: "
+        f"{found.operations / 1e18:.3g} EFLOP in all. {plan.gpu}: "
         f"{GPUS[plan.gpu].flops / 1e12:.0f} TFLOP/s, of which {100 * utilisation:.0f} % are reached."
     )
     show(table)

@@ -24,7 +24,6 @@ _RUNNING = {
     "logging_nan_inf_filter",
     "report_to",
     "eval_strategy",
-    "ema_decay",
     "on_nonfinite",
     "nonfinite_limit",
     "save_total_limit",
@@ -113,6 +112,8 @@ class LongTailTrainingArguments(TrainingArguments):
         for name in ("hflip", "random_erasing", "label_smoothing_factor"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         _check(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
+        _check(self, "seed", self.seed >= 0, "0 or more")
+        _check(self, "data_seed", (self.data_seed or 0) >= 0, "0 or more")
         _check_choice(self, "loss_normalization", ("global", "per_process"))
         _check_choice(self, "on_nonfinite", ("stop", "skip"))
         _check(self, "nonfinite_limit", self.nonfinite_limit >= 0, "0 or more")
@@ -188,15 +189,9 @@ class LongTailTrainingArguments(TrainingArguments):
         if self.global_batch_size is None:
             self.global_batch_size = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
             return
-        share = self.global_batch_size // self.world_size
-        self.per_device_train_batch_size = min(self.per_device_train_batch_size, max(share, 1))
-        slice_size = self.train_batch_size * self.world_size
-        if self.global_batch_size % slice_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of {self.world_size} process(es) x "
-                f"per_device_train_batch_size {self.train_batch_size}; change one of them."
-            )
-        self.gradient_accumulation_steps = self.global_batch_size // slice_size
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = divide_batch(
+            self.global_batch_size, self.world_size * max(self.n_gpu, 1), self.per_device_train_batch_size
+        )
 
 
 @dataclass
@@ -330,6 +325,29 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
                 f"lr_drop_epochs {self.lr_drop_epochs} are not all before the end of training at epoch "
                 f"{self.num_train_epochs:g}; change one of them."
             )
+
+
+def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:
+    """Makes the batch of an optimiser step of processes, images a process takes at once, and accumulation steps.
+
+    Args:
+        global_batch_size: Images of an optimiser step.
+        processes: Their number.
+        batch_size: Images a process takes at once, at most.
+
+    Returns:
+        Images that a process takes at once, and how often in a step.
+
+    Raises:
+        ValueError: If they do not make it.
+    """
+    batch_size = min(batch_size, max(global_batch_size // processes, 1))
+    if global_batch_size % (batch_size * processes):
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is not a multiple of {processes} process(es) x "
+            f"per_device_train_batch_size {batch_size}; change one of them."
+        )
+    return batch_size, global_batch_size // (batch_size * processes)
 
 
 def _default(name: str):

@@ -221,14 +221,18 @@ class WholeCheckpointTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         loaded, info = type(model).from_pretrained(
-            resume_from_checkpoint, config=copy.deepcopy(model.config), output_loading_info=True
+            resume_from_checkpoint,
+            config=copy.deepcopy(model.config),
+            ignore_mismatched_sizes=True,  # is refused below
+            output_loading_info=True,
         )
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"the checkpoint {resume_from_checkpoint} is not of this model: it has no {missing[0]} (and "
-                f"{len(missing) - 1} other weights)."
-            )
+        for kind, what in (("missing", "has no"), ("unexpected", "also has"), ("mismatched", "has another size of")):
+            names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
+            if names:
+                raise ValueError(
+                    f"the checkpoint {resume_from_checkpoint} is not of this model: it {what} {names[0]} (and "
+                    f"{len(names) - 1} other weights)."
+                )
         model.load_state_dict(loaded.state_dict())
 
     def _load_best_model(self):

@@ -31,8 +31,13 @@ class MovingAverage(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._average = ModelEmaV3(model, decay=self.decay)
         self.model = self._average.module
-        if self.checkpoint is not None and (Path(self.checkpoint) / EMA_FILE).is_file():
-            load_model(self.model, Path(self.checkpoint) / EMA_FILE, device=str(model.device))
+        if self.checkpoint is not None:
+            self.load(self.checkpoint)
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Takes the average of a checkpoint, if there is one in it."""
+        if (Path(checkpoint) / EMA_FILE).is_file():
+            load_model(self.model, Path(checkpoint) / EMA_FILE, device=str(self.model.device))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._average.update(model)

@@ -1,6 +1,7 @@
 """What ends a run in good order: numbers that are not finite, and a request to stop."""
 
 import math
+import os
 import signal
 import threading
 
@@ -10,10 +11,11 @@ from transformers import TrainerCallback
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Stops a run whose loss or weights are not finite, before it logs, evaluates or saves.
+    """Stops a run whose loss or weights are not finite, before it logs, evaluates or saves; then the trainer asks it
+    to.
 
-    On an accelerator it looks only then, so that it does not make every step wait for the device. With
-    `on_nonfinite="skip"` it looks at the gradient of every step, and leaves out the update if that is not finite.
+    On a CPU it looks at the loss of every step too; on an accelerator that would make every step wait for the device.
+    With `on_nonfinite="skip"` it looks at the gradient of every step, and leaves out the update if that is not finite.
 
     Args:
         trainer: The trainer that it guards.
@@ -24,7 +26,10 @@ class NonFiniteGuard(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.first_step = torch.tensor(math.inf, device=trainer.args.device)
+        self.on_train_begin(trainer.args)
+
+    def on_train_begin(self, args, *_, **kwargs):
+        self.first_step = torch.tensor(math.inf, device=args.device)
         self.in_a_row = self.skipped = 0
 
     def note(self, value: torch.Tensor, step: int) -> None:
@@ -58,15 +63,23 @@ class NonFiniteGuard(TrainerCallback):
             self._stop(state.global_step + 1, f"the gradient, {self.in_a_row} steps in a row (nonfinite_limit),")
 
     def on_step_end(self, args, state, control, **kwargs):
-        due = control.should_log or control.should_evaluate or control.should_save
-        if not due and (args.device.type != "cpu" or args.on_nonfinite == "skip"):
-            return
-        if args.on_nonfinite == "skip":  # a loss that was not finite is no matter: its update was left out
+        if args.device.type == "cpu" and args.on_nonfinite == "stop":
+            self._look()
+
+    def check(self) -> None:
+        """Looks at the weights too: a gradient can be infinite where the loss is not.
+
+        Raises:
+            FloatingPointError: If they, or a loss before, are not finite.
+        """
+        if self.trainer.args.on_nonfinite == "skip":  # a loss that was not finite is no matter: its update was left out
             self.first_step.fill_(math.inf)
-        if due:  # a gradient can be infinite where the loss is not
-            model = self.trainer.model
-            statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # one batch spoils them
-            self.note(_norm([*model.parameters()]) + _norm(statistics), state.global_step)
+        model = self.trainer.model
+        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # one batch spoils them
+        self.note(_norm([*model.parameters()]) + _norm(statistics), self.trainer.state.global_step)
+        self._look()
+
+    def _look(self) -> None:
         step = self.first_step.item()
         if math.isfinite(step):
             self._stop(int(step), "loss or weights")
@@ -94,7 +107,8 @@ class StopOnSignal(TrainerCallback):
     def __init__(self):
         self.requested = self.stopped = False
         self._votes: list[tuple[torch.Tensor, torch.Event | None]] = []
-        self._former = None
+        self._former = signal.SIG_DFL
+        self._is_set = False
 
     def vote(self, device: torch.device) -> torch.Tensor:
         """1 if this process was asked to stop, else 0; to be added up over the processes."""
@@ -113,7 +127,8 @@ class StopOnSignal(TrainerCallback):
         self.requested = self.stopped = False
         self._votes.clear()
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self._former = signal.signal(signal.SIGTERM, self._request)
+            self._former = signal.signal(signal.SIGTERM, self._request) or signal.SIG_DFL
+            self._is_set = True
 
     def _request(self, signum, frame) -> None:
         self.requested = True
@@ -136,17 +151,25 @@ class StopOnSignal(TrainerCallback):
 
     def restore(self) -> None:
         """Gives the signal back to whoever had it."""
-        if self._former is not None:
+        if self._is_set:
             signal.signal(signal.SIGTERM, self._former)
-            self._former = None
+            self._is_set = False
 
 
-def outlive_first_signal(worker: int) -> None:
-    """Makes a data loader's process ignore the first SIGTERM, as one that is sent to all of a run's processes.
+def outlive_signals(worker: int) -> None:
+    """Makes a data loader's process ignore SIGTERM, which can be sent to all of a run's processes, but from its parent.
 
-    Its batches are needed to the end of the step. Who ends it for good sends more than one.
+    Its batches are needed to the end of the step.
     """
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "sigwaitinfo"):  # Linux; who sent a signal is not told elsewhere
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @torch.no_grad()

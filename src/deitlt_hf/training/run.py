@@ -1,6 +1,8 @@
 """Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
 
 import json
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -140,6 +142,8 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # what the first process saves, the others may load next
+    if trainer.was_asked_to_stop():  # too late to stop training, but nothing else is begun
+        sys.exit(128 + signal.SIGTERM)
     return trainer
 
 

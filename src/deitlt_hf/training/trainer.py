@@ -2,11 +2,13 @@
 
 import contextlib
 import math
+import shutil
 import signal
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,9 @@ from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
 from .checkpoints import WholeCheckpointTrainer
-from .ema import MovingAverage
+from .ema import EMA_FOLDER, MovingAverage
 from .experts import ExpertEvaluation
-from .guards import NonFiniteGuard, StopOnSignal, outlive_first_signal
+from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
 from .report import Results, check_output_dir, claim_output_dir, only_run, print_plan, show
 from .schedule import warmup_cosine
 from .watch import RunFile, RunLog
@@ -111,9 +113,10 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
         self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
         self.ema = None if self.args.ema_decay is None else MovingAverage(self.args.ema_decay)
-        for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema):
+        for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema, MissedEvaluation(self)):
             if callback is not None:
                 self.add_callback(callback)
+        self.resumed_from: str | None = None
         if train_dataset is not None:
             self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
             self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
@@ -204,10 +207,14 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
     def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
         started = time.perf_counter()
         self._recording = True
+        self._logged.clear()
+        self._steps_logged = 0
         if self.ema is not None:
             self.ema.checkpoint = checkpoint
+        self.resumed_from = checkpoint
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            self.nonfinite_guard.check()
             evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
             if evaluates and self.results.last_step != self.state.global_step:
                 self.evaluate()
@@ -221,6 +228,10 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
         if self.is_world_process_zero():
             self.results.finish(seconds=time.perf_counter() - started)
         return output
+
+    def was_asked_to_stop(self) -> bool:
+        """Whether any process was sent SIGTERM in training, also after its last step."""
+        return bool(self.accelerator.reduce(self.stop_signal.vote(self.args.device), "sum").item() > 0)
 
     def _stopped_by_signal(self) -> int:
         """Tells how to go on; gives the exit code of a process that was ended by SIGTERM."""
@@ -263,7 +274,7 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
-            worker_init_fn=outlive_first_signal,
+            worker_init_fn=outlive_signals,
         )
 
     def seed_slice(self, index: int, purpose: int = 0) -> None:
@@ -289,7 +300,16 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_guard.note(loss, self.state.global_step + 1)
         self._slice += 1
-        return loss
+        return self._finite(loss)
+
+    def _finite(self, value: torch.Tensor) -> torch.Tensor:
+        """For a mean in the logs: one update that is left out must not spoil it."""
+        return torch.where(value.isfinite(), value, 0.0) if self.args.on_nonfinite == "skip" else value
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.nonfinite_guard.check()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # DistributedDataParallel averages over processes what has to be a sum.
@@ -337,7 +357,7 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
 
     def log_part(self, name: str, value: torch.Tensor) -> None:
         """Adds to a quantity in the logs: summed over slices and steps, averaged over processes and steps."""
-        self._logged[name] = self._logged.get(name, 0.0) + value.detach()
+        self._logged[name] = self._logged.get(name, 0.0) + self._finite(value.detach())
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._logged:
@@ -372,18 +392,28 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
     def save_model(self, output_dir=None, _internal_call=False):
         """Saves the model with its image processor, and in `ema` below it the moving average, if there is one."""
         super().save_model(output_dir, _internal_call)
-        if self.averaged_model is not None and self.args.should_save and not _internal_call:
-            self.ema.save_pretrained(output_dir or self.args.output_dir, self.processing_class)
+        if _internal_call or not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        if self.averaged_model is not None:
+            self.ema.save_pretrained(output_dir, self.processing_class)
+        else:  # one of another run would not belong to the model beside it
+            shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.ema is not None:
+            self.ema.load(self.state.best_model_checkpoint)
 
     # ---- Evaluation ----
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Batches for evaluation, of a `datasets.Dataset` too."""
-        return super().get_eval_dataloader(_image_dataset(eval_dataset))
+        return _outliving(super().get_eval_dataloader(_image_dataset(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset):
         """Batches for prediction, of a `datasets.Dataset` too."""
-        return super().get_test_dataloader(_image_dataset(test_dataset))
+        return _outliving(super().get_test_dataloader(_image_dataset(test_dataset)))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert, prints the table, and during training records it in `results.json`."""
@@ -404,7 +434,31 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset
         order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
-        order.set_epoch(int(state.epoch or 0))
+        order.set_epoch(state.global_step // math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+
+
+class MissedEvaluation(TrainerCallback):
+    """Makes up for the evaluation of the step that a run goes on from, if it ended before that was done."""
+
+    def __init__(self, trainer: LongTailTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        steps = state.eval_steps
+        if args.eval_strategy == "epoch":
+            steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        if state.global_step == 0 or args.eval_strategy == "no" or state.global_step % steps:
+            return
+        if not any(entry["step"] == state.global_step and "eval_accuracy" in entry for entry in state.log_history):
+            trainer = self.trainer
+            if trainer._determine_best_metric(trainer.evaluate(), trial=None) and trainer.resumed_from is not None:
+                state.best_model_checkpoint = trainer.resumed_from
+
+
+def _outliving(loader: DataLoader) -> DataLoader:
+    """A loader whose processes outlive a signal that is meant for this one."""
+    getattr(loader, "base_dataloader", loader).worker_init_fn = outlive_signals
+    return loader
 
 
 def _image_dataset(dataset, views: Mapping[str, TrainTransform] | None = None, args=None):

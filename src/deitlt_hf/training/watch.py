@@ -92,9 +92,11 @@ class RunFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = self.folder / LOG_FILE
-        kept = [entry for entry in read_log(path) if entry["step"] <= state.global_step] if state.global_step else []
+        kept = []
+        if state.global_step:  # "train_runtime" is of a process that has ended
+            kept = [e for e in read_log(path) if e["step"] <= state.global_step and "train_runtime" not in e]
         part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        part.write_text("".join(_line(entry) for entry in kept))
         os.replace(part, path)
         self.is_open = True
 
@@ -103,7 +105,7 @@ class RunFile(TrainerCallback):
             return
         entry = {"step": state.global_step, **(logs or {})}
         with (self.folder / LOG_FILE).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(_line(entry))
 
     def on_evaluate(self, args, state, control, **kwargs):
         if not self.is_open or not self.draws:
@@ -112,6 +114,16 @@ class RunFile(TrainerCallback):
             draw_curves(read_log(self.folder / LOG_FILE), self.folder / CURVES_FILE, self.drw_start_epoch)
         except OSError as error:  # a full disk: the run can go on without
             warnings.warn(f"{CURVES_FILE} cannot be written: {error}.", stacklevel=2)
+
+
+def _line(entry: Mapping) -> str:
+    """An entry as JSON, which knows neither NaN nor numpy's numbers."""
+    numbers = {name: value.item() if hasattr(value, "item") else value for name, value in entry.items()}
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in numbers.items()
+    }
+    return json.dumps(finite) + "\n"
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -166,7 +178,11 @@ def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: f
 
 def _draw_lines(axis, title: str, entries: Sequence[Mapping], names: Mapping[str, str], scale: float = 1) -> None:
     for name, label in names.items():
-        points = [(entry["epoch"], scale * entry[name]) for entry in entries if name in entry and "epoch" in entry]
+        points = [
+            (entry["epoch"], scale * entry[name])
+            for entry in entries
+            if entry.get(name) is not None and "epoch" in entry
+        ]
         marker = "." if len(points) < 40 else None
         axis.plot(*zip(*points, strict=True) if points else ((), ()), label=label, marker=marker, linewidth=1.2)
     axis.set_title(title, fontsize=9)
