@@ -214,7 +214,7 @@ def test_a_rule_is_no_worse_than_the_mean_where_it_was_fitted(rule):
 
 def test_weights_by_group_and_count_find_who_knows_what():
     cls, distillation, labels = two_experts()
-    for rule in ("a weight per group", "a weight by count"):
+    for rule in ("group_weights", "count_weights"):
         fusion = fit_fusion(rule, cls, distillation, labels, COUNTS, GROUPS)
         assert fusion.cls_weights[0] > fusion.cls_weights[5]
         torch.testing.assert_close(fusion.cls_weights + fusion.distillation_weights, torch.ones(6).double())

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import re
 import runpy
 import shutil
@@ -13,6 +14,8 @@ import torch
 
 from conftest import filled_state_dict, make_student
 from deitlt_hf.analysis.budget import PlanArguments
+from deitlt_hf.analysis.commands import AnalysisArguments, FusionArguments
+from deitlt_hf.analysis.fusion import RULES
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
@@ -129,6 +132,30 @@ def test_flags_of_the_data_page_are_understood():
         assert name in known | {"recipe", "deep", "out", "counts"}, flag
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
         assert (ROOT / "docs" / link).is_file(), link
+
+
+def test_analysis_page():
+    """docs/analysis.md: its Python, its commands, and the functions that it names."""
+    page = (ROOT / "docs" / "analysis.md").read_text()
+    session = {}
+    for block in blocks(page):
+        exec(compile(block, "docs/analysis.md", "exec"), session)
+    commands = re.findall(r"^python scripts/(analyze|evaluate)\.py (.*)$", page, flags=re.MULTILINE)
+    assert len(commands) == 4
+    for script, arguments in commands:
+        section, classes = "data", (AnalysisArguments, DataArguments)
+        if script == "evaluate":
+            words = re.sub(r"--model \S+", "", arguments).split()
+            parse_arguments(
+                "student", (FusionArguments, DataArguments, StudentArguments, DeiTLTTrainingArguments), words
+            )
+        else:
+            parse_arguments(section, classes, arguments.split())
+    for module, names in re.findall(r"^\| `(deitlt_hf\.analysis\.\w+)` \| (.*) \|$", page, flags=re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(importlib.import_module(module), name), name
+    for rule in RULES:
+        assert f"| `{rule}` |" in page
 
 
 def test_commands_of_the_scale_page_are_understood():

@@ -66,11 +66,11 @@ RULES: dict[str, Rule] = {
     "mean": Rule(_constant(0), _mean),
     # Each head's logits divided by a temperature of its own.
     "temperatures": Rule(_constant(2), _temperatures),
-    "one weight": Rule(_constant(1), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0]).expand_as(counts))),
-    "a weight per group": Rule(torch.zeros, lambda p, counts, group_of: _weighted(torch.sigmoid(p[group_of]))),
-    "a weight by count": Rule(_constant(2), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0] + p[1] * counts))),
+    "weight": Rule(_constant(1), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0]).expand_as(counts))),
+    "group_weights": Rule(torch.zeros, lambda p, counts, group_of: _weighted(torch.sigmoid(p[group_of]))),
+    "count_weights": Rule(_constant(2), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0] + p[1] * counts))),
     # Post-hoc logit adjustment (Menon et al., ICLR 2021): the training prior is taken off.
-    "logit adjustment": Rule(_constant(1), _adjusted),
+    "logit_adjustment": Rule(_constant(1), _adjusted),
 }
 
 
