@@ -38,8 +38,9 @@ def draw_accuracies(
         )
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("accuracy in %")
-    axis.set_ylim(0, 105)
-    axis.legend()
+    axis.set_ylim(0, 120)  # room for the legend
+    axis.set_yticks(range(0, 101, 20))
+    axis.legend(loc="upper center", ncols=len(figures))
 
 
 def draw_gains(axis, gains: np.ndarray, counts: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from jinja2 import Environment
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
+from ..data.transforms import ImageFormat
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
@@ -245,11 +246,14 @@ def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Se
     rollout = attention_rollout([layer.float().cpu().numpy() for layer in outputs.attentions])
     figure = Figure(figsize=(2.0 * (1 + tokens), 2.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 1 + tokens, squeeze=False)
-    for axes, row, weights in zip(grid, rows, rollout, strict=True):
+    seen = ImageFormat.of(collate.image_processor)  # the part of the image that the model sees
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (seen.mean, seen.std))
+    images = (batch["pixel_values"] * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    for axes, row, image, weights in zip(grid, rows, images, rollout, strict=True):
         maps = {
             f"{token} token": weights[index, tokens:].reshape(side, side) for index, token in enumerate(observed.tokens)
         }
-        figures.draw_attention(axes, dataset[row]["image"], maps, names[observed.labels[row]])
+        figures.draw_attention(axes, image, maps, names[observed.labels[row]])
     how = "Bright patches are what each token's final feature holds most of, by attention rollout through all blocks."
     return Picture("attention", "Where the tokens look", how, _png(figure))
 
