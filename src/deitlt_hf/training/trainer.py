@@ -292,7 +292,8 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window, self._slice = batches, 0
-        self._prepare_window()
+        if batches:
+            self._prepare_window()
         return batches, None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
