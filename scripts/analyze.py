@@ -1,6 +1,7 @@
 """Writes a report on what a model's experts know: a page, its pictures and report.json.
 
 python scripts/analyze.py --model outputs/digits_lt/student --recipe digits_lt --output report
+python scripts/analyze.py --model outputs/digits_lt/student --teacher outputs/digits_lt/teacher --recipe digits_lt
 python scripts/analyze.py --model M --compare M2 --recipe fashion_mnist_lt_tiny --data_dir DIR --output report
 """
 

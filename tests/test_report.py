@@ -16,8 +16,10 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from conftest import make_student
+from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.analysis.commands import AnalysisArguments, FusionArguments, compare_fusions, report
 from deitlt_hf.analysis.observe import observe
+from deitlt_hf.analysis.teaching import teacher_agreement
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from deitlt_hf.evaluation import METRIC_PATH
 from deitlt_hf.evaluation.metrics import long_tail_figures
@@ -204,3 +206,28 @@ def test_fusions_are_compared_and_saved(student_folder, tmp_path, digits):
 def test_fusion_arguments_refuse(values, message):
     with pytest.raises(ValueError, match=message):
         FusionArguments(**values)
+
+
+def test_agreement_with_the_teacher_is_its_definition(digits, teacher_folder):
+    """In distribution by hand; out of distribution a student that is its teacher would agree on mixed images too."""
+    student = make_student().eval()
+    teacher = FlatTeacherForImageClassification.from_pretrained(teacher_folder).eval()
+    groups = {"head": [0, 1, 2], "mid": [3, 4, 5], "tail": [6, 7, 8, 9]}
+    found = teacher_agreement("digits_lt", student, str(teacher_folder), digits, groups)
+    dataset = ImageDataset(digits["test"], "image", "label")
+    images = ImageCollator(image_processor(8))([dataset[row] for row in range(len(dataset))])["pixel_values"]
+    with torch.no_grad():
+        outputs, taught = student(images), teacher(images).logits.argmax(dim=1)
+    for expert, field in (("mean", "logits"), ("cls", "cls_logits"), ("distillation", "distillation_logits")):
+        expected = (outputs[field].argmax(dim=1) == taught).float().mean().item()
+        assert found["in distribution"][expert] == pytest.approx(expected, abs=0.01)
+    assert all(0 <= share <= 1 for share in found["out of distribution"].values())
+    assert found == teacher_agreement("digits_lt", student, str(teacher_folder), digits, groups)
+
+
+def test_a_report_with_the_teacher(student_folder, teacher_folder, tmp_path):
+    args = AnalysisArguments(student_folder, str(tmp_path), None, str(teacher_folder), num_images=20, resamples=3)
+    report("digits_lt", args, DataArguments(**DATA))
+    assert "teacher" in Page((tmp_path / "index.html").read_text()).headings
+    record = json.loads((tmp_path / "report.json").read_text())["models"][0]
+    assert set(record["teacher_agreement"]) == {"in distribution", "out of distribution"}

@@ -9,6 +9,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments
 from ..training.distillation import label_order
 from ..training.report import quiet_log, run_files, show
@@ -16,6 +17,7 @@ from ..training.run import load_model
 from .fusion import RULES, fit_fusion, fold
 from .observe import predict
 from .report import analyze, write_report
+from .teaching import teacher_agreement
 
 
 @dataclass
@@ -25,6 +27,9 @@ class AnalysisArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a DeiT-LT, or a DeiT or ViT of transformers."})
     output: str = field(default="report", metadata={"help": "Folder of the report."})
     compare: str | None = field(default=None, metadata={"help": "Another model, to be put beside the first."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the first model's teacher, to see how often they agree."}
+    )
     num_images: int = field(default=512, metadata={"help": "Images whose attention and features are looked at."})
     resamples: int = field(default=200, metadata={"help": "Samples of the bootstrap for the intervals."})
 
@@ -44,7 +49,12 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> No
         model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
         if label_order(names, model.config).tolist() != list(range(model.config.num_labels)):
             raise ValueError(f"{path} has the classes of {recipe} in another order, or others beside them.")
-        sections.append(analyze(path, model, data, counts, groups, args.num_images, args.resamples))
+        agreement = None
+        if args.teacher is not None and not sections:
+            if not isinstance(model, DeiTLTForImageClassification):
+                raise ValueError(f"{path} is no DeiT-LT student; leave --teacher out.")
+            agreement = teacher_agreement(recipe, model, args.teacher, data, groups)
+        sections.append(analyze(path, model, data, counts, groups, args.num_images, args.resamples, agreement))
     page = write_report(sections, recipe, groups, args.output)
     print(f"The report is in {page}.")
 

@@ -64,6 +64,20 @@ def draw_outcomes(axis, outcomes: Mapping[str, Mapping[str, float]]) -> None:
     axis.legend(loc="lower left", fontsize=8)
 
 
+def draw_agreement(axis, agreement: Mapping[str, Mapping[str, float]]) -> None:
+    """How often each expert says what the teacher says."""
+    experts = list(next(iter(agreement.values())))
+    width = 0.8 / len(experts)
+    for index, expert in enumerate(experts):
+        places = np.arange(len(agreement)) + (index - (len(experts) - 1) / 2) * width
+        heights = [100 * shares[expert] for shares in agreement.values()]
+        axis.bar(places, heights, width, label=expert, color=COLOURS[expert])
+    axis.set_xticks(range(len(agreement)), list(agreement))
+    axis.set_ylabel("agreement with the teacher in %")
+    axis.set_ylim(0, 120)
+    axis.legend(loc="upper center", ncols=len(experts))
+
+
 def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Sequence[str]) -> None:
     """Mean attention distance of each head, and how spread out the tokens look, by block."""
     blocks = np.arange(1, len(distances) + 1)

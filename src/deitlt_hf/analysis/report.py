@@ -76,6 +76,7 @@ def analyze(
     groups: Mapping[str, Sequence[int]],
     num_images: int = 512,
     resamples: int = 200,
+    agreement: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Section:
     """Looks at one model on test images.
 
@@ -87,6 +88,7 @@ def analyze(
         groups: Class indices of each group.
         num_images: Images whose attention and features are looked at.
         resamples: Samples of the bootstrap.
+        agreement: With its teacher, see [`teacher_agreement`].
 
     Raises:
         ValueError: If the model has no attention over patches.
@@ -115,6 +117,11 @@ def analyze(
     if "distillation" in observed.logits:
         more, findings = _of_experts(observed, counts, groups)
         pictures += more
+    if agreement is not None:
+        how = "The DIST expert should say what the teacher says, on the mixed images that it learnt from too."
+        draw = lambda axis: figures.draw_agreement(axis, agreement)  # noqa: E731
+        pictures.append(_picture("teacher", "Do the experts follow the teacher?", how, draw))
+        findings["teacher_agreement"] = agreement
     pictures += _of_tokens(observed, groups, findings)
     pictures += _of_images(model, observed, dataset, collate, names, groups)
     return Section(path, found, intervals, pictures, findings)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 
@@ -38,7 +39,7 @@ def group_accuracies(
 
 @dataclass
 class ExpertTable:
-    """Accuracies of several experts on the same test images.
+    """Accuracies of several experts on the same test images; in a terminal the best of a column is coloured.
 
     Args:
         title: What was measured.
@@ -57,10 +58,19 @@ class ExpertTable:
         table.add_column("expert")
         for name in ("overall", *self.groups):
             table.add_column(name, justify="right")
+        best = {
+            name: max((row[name] for row in self.accuracies.values() if not math.isnan(row[name])), default=math.inf)
+            for name in ("overall", *self.groups)
+        }
+        several = len(self.accuracies) > 1
         for expert, accuracies in self.accuracies.items():
-            table.add_row(
-                expert, *("-" if math.isnan(value) else f"{100 * value:.1f}" for value in accuracies.values())
+            cells = (
+                "-"
+                if math.isnan(value)
+                else Text(f"{100 * value:.1f}", "bold green" if several and value == best[name] else "")
+                for name, value in accuracies.items()
             )
+            table.add_row(expert, *cells)
         table.add_section()
         images = [sum(self.test_counts), *(sum(self.test_counts[c] for c in group) for group in self.groups.values())]
         table.add_row("test images", *map(str, images))

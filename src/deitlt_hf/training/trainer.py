@@ -222,7 +222,7 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
             self._recording = False
             self.run_file.is_open = False
             self.stop_signal.restore()
-            self._end_workers()
+            self.end_workers()
         if self.stop_signal.stopped:
             sys.exit(self._stopped_by_signal())
         if self.is_world_process_zero():
@@ -243,7 +243,7 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
             )
         return 128 + signal.SIGTERM
 
-    def _end_workers(self) -> None:
+    def end_workers(self) -> None:
         """Ends the data loaders' processes. Collected as garbage, in any order, each would be waited for 5 seconds."""
         self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
         self.__dict__.get("_eval_dataloaders", {}).clear()

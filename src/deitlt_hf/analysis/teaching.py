@@ -1,0 +1,76 @@
+"""Whether a student's experts say what its teacher says: on images as they are, and as they were shown in training."""
+
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from ..modeling_flat_teacher import FlatTeacherForImageClassification
+from ..recipes import DataArguments, StudentArguments, parse_arguments
+from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
+from ..training.run import load_classifier
+from .observe import HEADS
+
+
+@torch.no_grad()
+def teacher_agreement(
+    recipe: str,
+    model: PreTrainedModel,
+    teacher: str,
+    data: Mapping,
+    groups: Mapping[str, Sequence[int]],
+    num_batches: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Share of images for which each expert predicts what the teacher does (DeiT-LT, section 4: out of distribution).
+
+    Args:
+        recipe: Says how training images are augmented and mixed.
+        model: A student of this package.
+        teacher: Folder or Hub id of its teacher.
+        data: `train` and `test`.
+        groups: Class indices of each group.
+        num_batches: Batches of test images, and of augmented and mixed training images.
+
+    Returns:
+        For `in distribution` (test images) and `out of distribution` (what the student trains on), the share of each
+        expert.
+    """
+    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    with tempfile.TemporaryDirectory() as folder:
+        command_line = ["--recipe", recipe, "--output_dir", folder, "--report_to", "none", "--distillation", "hard"]
+        _, _, _, args = parse_arguments("student", classes, command_line)
+        teaches, processor = load_classifier(teacher), None
+        if not isinstance(teaches, FlatTeacherForImageClassification):
+            processor = AutoImageProcessor.from_pretrained(teacher)
+        trainer = DeiTLTTrainer(
+            model=model,
+            args=args,
+            teacher=teaches,
+            teacher_processor=processor,
+            train_dataset=data["train"],
+            eval_dataset=data["test"],
+            groups=groups,
+        )
+        shares = {}
+        for name, loader in (
+            ("in distribution", trainer.get_eval_dataloader()),
+            ("out of distribution", trainer.get_train_dataloader()),
+        ):
+            same, seen = dict.fromkeys(HEADS, 0.0), 0
+            for index, batch in enumerate(itertools.islice(loader, num_batches)):
+                if name == "in distribution":
+                    pixel_values = batch["pixel_values"].to(args.device)
+                    taught = trainer.teacher_logits(pixel_values)
+                else:
+                    trainer.seed_slice(index, purpose=1)
+                    prepared = trainer.training_batch(batch)
+                    pixel_values, taught = prepared["pixel_values"], prepared["teacher_logits"]
+                outputs = model.eval()(pixel_values=pixel_values)
+                seen += len(pixel_values)
+                for expert, field in HEADS.items():
+                    same[expert] += (outputs[field].argmax(dim=1) == taught.argmax(dim=1)).sum().item()
+            shares[name] = {expert: number / seen for expert, number in same.items()}
+        trainer.end_workers()
+    return shares
