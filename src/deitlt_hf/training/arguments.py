@@ -89,7 +89,7 @@ class LongTailTrainingArguments(TrainingArguments):
     )
     on_nonfinite: str = _option(
         "stop",
-        "If loss or gradient are not finite: 'stop', or 'skip' the update (each step then waits for the device).",
+        "If the gradient is not finite: 'stop', or 'skip' the update (each step then waits for the device).",
     )
     nonfinite_limit: int = _option(20, "Updates in a row that may be skipped.")
     overwrite: bool = _option(False, "Replace the run that is in output_dir.")

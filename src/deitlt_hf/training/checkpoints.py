@@ -81,7 +81,7 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
 
 
 def _replace_files(staged: Path, output_dir: str | Path) -> None:
-    for path in sorted(staged.iterdir(), key=lambda path: (path.name.startswith("model"), path.name)):
+    for path in sorted(staged.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
         _to_disk(path)
         os.replace(path, Path(output_dir) / path.name)
     _to_disk(Path(output_dir))
@@ -236,7 +236,10 @@ class WholeCheckpointTrainer(Trainer):
         model.load_state_dict(loaded.state_dict())
 
     def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         """The checkpoint at a path, or for True and `auto` the newest; None to begin with the first step."""

@@ -92,10 +92,10 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     The rows are in the trainer's `last_table`.
     """
     quiet_log(args.disable_tqdm)
+    model = load_model(path)
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
     data = data_args.load()
-    model = load_model(path)
     trainer_class = DeiTLTTrainer if isinstance(model, DeiTLTForImageClassification) else FlatTeacherTrainer
     if trainer_class is FlatTeacherTrainer:
         args = FlatTeacherTrainingArguments(**{name: getattr(args, name) for name in EVALUATION_FIELDS})
