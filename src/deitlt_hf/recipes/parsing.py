@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -120,12 +121,15 @@ def parse_arguments(
 
 @contextlib.contextmanager
 def command_line_errors() -> Iterator[None]:
-    """Ends the program with one sentence for an error that its user can mend.
+    """Ends the program with one sentence for an error that its user can mend, and leaves the group of its processes.
 
     Set DEITLT_TRACEBACK=1 to see where it came from.
     """
     try:
         yield
+        # Else its threads are still there when the interpreter ends, and a process sometimes aborts (torch 2.14, gloo).
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DEITLT_TRACEBACK"):
             raise

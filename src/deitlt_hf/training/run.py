@@ -1,5 +1,6 @@
 """Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
 
+import gc
 import json
 import signal
 import sys
@@ -196,6 +197,7 @@ def _teacher_of_recipe(
     else:
         _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
     train_teacher(data_args, model_args, args, data)
+    gc.collect()  # of several processes; what joins them must not be left to the end of the interpreter, which aborts
     return str(folder)
 
 
