@@ -127,7 +127,7 @@ def command_line_errors() -> Iterator[None]:
     """
     try:
         yield
-        # Else its threads are still there when the interpreter ends, and a process sometimes aborts (torch 2.14, gloo).
+        # torch wants it done before a program ends, and NCCL warns where it is not.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:

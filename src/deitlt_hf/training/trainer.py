@@ -1,7 +1,6 @@
 """What the trainers of student and teacher share."""
 
 import contextlib
-import math
 import shutil
 import signal
 import sys
@@ -18,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import find_columns, subset_hash, training_counts
@@ -33,6 +32,7 @@ from .ema import EMA_FOLDER, MovingAverage
 from .experts import ExpertEvaluation
 from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
 from .report import Results, check_output_dir, claim_output_dir, only_run, print_plan, show
+from .resuming import EpochOrder, MissedEvaluation, steps_per_epoch
 from .schedule import warmup_cosine
 from .watch import RunFile, RunLog
 
@@ -287,7 +287,7 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
 
     def steps_per_epoch(self) -> int:
         """Optimiser steps an epoch."""
-        return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+        return steps_per_epoch(self.get_train_dataloader(), self.args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -427,33 +427,6 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
             self.last_table.title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
             show(self.last_table)
         return metrics
-
-
-class EpochOrder(TrainerCallback):
-    """Tells the training data which epoch begins. transformers 5.23 does not reach those of a resumed run."""
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        dataset = train_dataloader.dataset
-        order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
-        order.set_epoch(state.global_step // math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
-
-
-class MissedEvaluation(TrainerCallback):
-    """Makes up for the evaluation of the step that a run goes on from, if it ended before that was done."""
-
-    def __init__(self, trainer: LongTailTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        steps = state.eval_steps
-        if args.eval_strategy == "epoch":
-            steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        if state.global_step == 0 or args.eval_strategy == "no" or state.global_step % steps:
-            return
-        if not any(entry["step"] == state.global_step and "eval_accuracy" in entry for entry in state.log_history):
-            trainer = self.trainer
-            if trainer._determine_best_metric(trainer.evaluate(), trial=None) and trainer.resumed_from is not None:
-                state.best_model_checkpoint = trainer.resumed_from
 
 
 def _outliving(loader: DataLoader) -> DataLoader:
