@@ -96,9 +96,10 @@ def test_starts_from_any_deit_checkpoint_with_other_classes(tmp_path, source):
 )
 def test_other_classes_forget_what_was_known_of_the_old_ones(tmp_path, labels, kept):
     counts, class_map = list(range(60, 0, -6)), list(range(9, -1, -1))
-    make_student(class_counts=counts, class_map=class_map).save_pretrained(tmp_path / "old")
+    known = {"class_counts": counts, "class_groups": {"head": [0, 1], "tail": [2, 9]}, "class_map": class_map}
+    make_student(**known).save_pretrained(tmp_path / "old")
     model = DeiTLTForImageClassification.from_pretrained(tmp_path / "old", ignore_mismatched_sizes=True, **labels)
-    assert (model.config.class_counts, model.config.class_map) == ((counts, class_map) if kept else (None, None))
+    assert {name: getattr(model.config, name) for name in known} == (known if kept else dict.fromkeys(known))
     model.save_pretrained(tmp_path / "new")
     assert DeiTLTForImageClassification.from_pretrained(tmp_path / "new").config.id2label == model.config.id2label
 
@@ -319,8 +320,9 @@ def test_import_is_lazy():
 
 @pytest.fixture(params=["student", "teacher"])
 def counted_folder(request, tmp_path):
-    """A saved model that knows the counts and the class map of its four classes, and its class."""
+    """A saved model that knows counts, groups and map of its four classes, and its class."""
     classes = {"num_labels": 4, "class_counts": [4, 3, 2, 1], "class_map": [0, 1, 2, 3]}
+    classes["class_groups"] = {"head": [0, 1], "tail": [2, 3]}
     classes["id2label"] = dict(enumerate("abcd"))
     if request.param == "student":
         model = make_student(**classes)
@@ -338,7 +340,7 @@ def test_stale_classes_are_left_out(counted_folder):
         {"id2label": {3: "a", 2: "b", 1: "c", 0: "d"}},
     ):
         config = model_class.from_pretrained(folder, ignore_mismatched_sizes=True, **other).config
-        assert (config.class_counts, config.class_map) == (None, None)
+        assert (config.class_counts, config.class_groups, config.class_map) == (None, None, None)
     for same in ({}, {"num_labels": 4}, {"id2label": dict(enumerate("abcd"))}):
         assert model_class.from_pretrained(folder, **same).config.class_counts == [4, 3, 2, 1]
 
@@ -351,7 +353,7 @@ def test_a_folder_that_plain_transformers_changed_loads(counted_folder, tmp_path
     content["label2id"] = {"x": 0, "y": 1, "z": 2}
     (folder / "config.json").write_text(json.dumps(content))
     config = model_class.config_class.from_pretrained(folder)
-    assert (config.num_labels, config.class_counts, config.class_map) == (3, None, None)
+    assert (config.num_labels, config.class_counts, config.class_groups, config.class_map) == (3, None, None, None)
 
 
 def test_counts_of_two_unnamed_classes_stay(tmp_path):
@@ -360,10 +362,16 @@ def test_counts_of_two_unnamed_classes_stay(tmp_path):
     assert DeiTLTForImageClassification.from_pretrained(tmp_path, num_labels=2).config.class_counts == [5, 2]
 
 
-@pytest.mark.parametrize("values", [{"class_counts": [1, 2]}, {"class_map": [0, 1]}, {"class_map": [0, 1, 1, 3]}])
+NOT_OF_FOUR = "class_counts has 2 entries|class_groups has classes beyond|class_map must hold each of 0 to 3 once"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"class_counts": [1, 2]}, {"class_groups": {"head": [0, 4]}}, {"class_map": [0, 1]}, {"class_map": [0, 1, 1, 3]}],
+)
 def test_classes_that_do_not_fit_the_labels(counted_folder, values):
     folder, model_class = counted_folder
-    with pytest.raises(ValueError, match=r"class_counts has 2 entries|class_map must hold each of 0 to 3 once"):
+    with pytest.raises(ValueError, match=NOT_OF_FOUR):
         model_class.config_class(num_labels=4, **values)
-    with pytest.raises(ValueError, match=r"class_counts has 2 entries|class_map must hold each of 0 to 3 once"):
+    with pytest.raises(ValueError, match=NOT_OF_FOUR):
         model_class.from_pretrained(folder, **values)

@@ -113,6 +113,7 @@ def test_every_student_parameter_learns_and_the_teacher_stays(tmp_path, digits, 
         assert not any("backbone" in name for name in load_file(folder / "model.safetensors"))
     loaded = DeiTLTForImageClassification.from_pretrained(tmp_path)
     assert loaded.config.class_counts == class_counts(digits["train"]["label"]).tolist()
+    assert loaded.config.class_groups == trainer.groups
     assert loaded.config.id2label == {label: str(label) for label in range(10)}
 
 

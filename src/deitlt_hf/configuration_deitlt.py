@@ -21,17 +21,20 @@ class DeiTLTConfig(DeiTConfig):
             0.1 in the paper.
         class_counts: Training images of each class, in label order, when known. It does not change the model; it
             tells users of a saved model which classes are head and which are tail.
+        class_groups: Class indices of each group, such as head, mid and tail, when known.
         class_map: For a model converted from the authors' checkpoint, the row of its heads there for each class, if
             they differ: their ImageNet-LT and iNaturalist heads are ordered by decreasing training count.
 
     Raises:
         ValueError: If the patch size does not divide the image size, the number of heads does not divide the hidden
-            size, `drop_path_rate` is outside [0, 1), or `class_counts` or `class_map` do not fit the labels.
+            size, `drop_path_rate` is outside [0, 1), or `class_counts`, `class_groups` or `class_map` do not fit the
+            labels.
     """
 
     layer_norm_eps: float = 1e-6
     drop_path_rate: float | int = 0.1
     class_counts: list[int] | None = None
+    class_groups: dict[str, list[int]] | None = None
     class_map: list[int] | None = None
 
     def __post_init__(self, **kwargs):
@@ -79,20 +82,26 @@ def _pair(size):
 
 
 def _of_its_classes(config_dict, kwargs):
-    """Leaves out `class_counts` and `class_map` if `kwargs` ask for other classes, or they are of other classes."""
+    """Leaves out counts, groups and map of the classes if `kwargs` ask for others, or they are of others."""
     stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
     num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
     names = kwargs.get("id2label")
     wanted = kwargs.get("num_labels", num_labels) if names is None else len(names)
     stale = wanted != num_labels or (names is not None and {int(key): name for key, name in names.items()} != stored)
     dropped = []
-    for field in ("class_counts", "class_map"):
+    for field in ("class_counts", "class_groups", "class_map"):
         values = config_dict.get(field)
-        if values is not None and (stale or len(values) != num_labels):
+        if values is not None and (stale or not _fits(values, num_labels)):
             dropped.append(field)
     if dropped and not stale:
         logger.warning("%s: of other classes than the %d of the model; left out.", " and ".join(dropped), num_labels)
     return {key: value for key, value in config_dict.items() if key not in dropped}
+
+
+def _fits(values, num_labels):
+    if isinstance(values, dict):
+        return all(0 <= label < num_labels for group in values.values() for label in group)
+    return len(values) == num_labels
 
 
 def _check_classes(config):
@@ -100,6 +109,8 @@ def _check_classes(config):
         raise ValueError(
             f"class_counts has {len(config.class_counts)} entries but the model has {config.num_labels} labels."
         )
+    if config.class_groups is not None and not _fits(config.class_groups, config.num_labels):
+        raise ValueError(f"class_groups has classes beyond the {config.num_labels} labels of the model.")
     if config.class_map is not None and sorted(config.class_map) != list(range(config.num_labels)):
         raise ValueError(
             f"class_map must hold each of 0 to {config.num_labels - 1} once; it begins with {config.class_map[:5]}."

@@ -24,12 +24,13 @@ class FlatTeacherConfig(PreTrainedConfig):
         logit_scale: What the loss multiplied the logits by in training. None: 30 for a cosine classifier, as for LDAM,
             else 1. It does not change the logits.
         class_counts: Training images of each class, in label order, when known.
+        class_groups: Class indices of each group, such as head, mid and tail, when known.
         class_map: For a teacher converted from the authors' checkpoint, the row of its head there for each class, if
             they differ.
 
     Raises:
         ValueError: If the backbone or classifier is unknown, mean and std do not have one value a channel, or
-            `class_counts` or `class_map` do not fit the labels.
+            `class_counts`, `class_groups` or `class_map` do not fit the labels.
     """
 
     model_type = "flat_teacher"
@@ -43,6 +44,7 @@ class FlatTeacherConfig(PreTrainedConfig):
     projection_size: int = 0
     logit_scale: float | None = None
     class_counts: list[int] | None = None
+    class_groups: dict[str, list[int]] | None = None
     class_map: list[int] | None = None
 
     def __post_init__(self, **kwargs):
@@ -78,20 +80,26 @@ class FlatTeacherConfig(PreTrainedConfig):
 
 
 def _of_its_classes(config_dict, kwargs):
-    """Leaves out `class_counts` and `class_map` if `kwargs` ask for other classes, or they are of other classes."""
+    """Leaves out counts, groups and map of the classes if `kwargs` ask for others, or they are of others."""
     stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
     num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
     names = kwargs.get("id2label")
     wanted = kwargs.get("num_labels", num_labels) if names is None else len(names)
     stale = wanted != num_labels or (names is not None and {int(key): name for key, name in names.items()} != stored)
     dropped = []
-    for field in ("class_counts", "class_map"):
+    for field in ("class_counts", "class_groups", "class_map"):
         values = config_dict.get(field)
-        if values is not None and (stale or len(values) != num_labels):
+        if values is not None and (stale or not _fits(values, num_labels)):
             dropped.append(field)
     if dropped and not stale:
         logger.warning("%s: of other classes than the %d of the model; left out.", " and ".join(dropped), num_labels)
     return {key: value for key, value in config_dict.items() if key not in dropped}
+
+
+def _fits(values, num_labels):
+    if isinstance(values, dict):
+        return all(0 <= label < num_labels for group in values.values() for label in group)
+    return len(values) == num_labels
 
 
 def _check_classes(config):
@@ -99,6 +107,8 @@ def _check_classes(config):
         raise ValueError(
             f"class_counts has {len(config.class_counts)} entries but the model has {config.num_labels} labels."
         )
+    if config.class_groups is not None and not _fits(config.class_groups, config.num_labels):
+        raise ValueError(f"class_groups has classes beyond the {config.num_labels} labels of the model.")
     if config.class_map is not None and sorted(config.class_map) != list(range(config.num_labels)):
         raise ValueError(
             f"class_map must hold each of 0 to {config.num_labels - 1} once; it begins with {config.class_map[:5]}."

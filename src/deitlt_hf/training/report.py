@@ -106,7 +106,16 @@ def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, ac
 
 def architecture(config: PreTrainedConfig) -> dict:
     """What a configuration says of the model, without its labels and what training adds."""
-    added = ("id2label", "label2id", "class_counts", "class_map", "architectures", "transformers_version", "dtype")
+    added = (
+        "id2label",
+        "label2id",
+        "class_counts",
+        "class_groups",
+        "class_map",
+        "architectures",
+        "transformers_version",
+        "dtype",
+    )
     return {name: value for name, value in config.to_diff_dict().items() if name not in (*added, "logit_scale")}
 
 

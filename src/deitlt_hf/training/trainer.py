@@ -90,6 +90,8 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
             groups = shot_groups(self.class_counts)
         self.group_rule = getattr(groups, "rule", "as given")
         self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
+        if train_dataset is not None:
+            model.config.class_groups = self.groups
 
         self.views = {} if train_dataset is None else self.train_views(args, processing_class)
         super().__init__(

@@ -1,0 +1,1 @@
+"""The commands of `deitlt`, a module each; the scripts call the same."""
