@@ -13,6 +13,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"deitlt_hf.recipes": ["*.yaml"], "deitlt_hf.analysis": ["*.html"]},
+    entry_points={"console_scripts": ["deitlt=deitlt_hf.cli:main"]},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",

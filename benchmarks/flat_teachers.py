@@ -45,7 +45,7 @@ def measure(loss: str, rho: float, seed: int, data_dir: str, threads: int) -> No
     command = [ROOT / "scripts" / "train_teacher.py", *data, "--teacher_loss", loss, "--seed", seed, "--sam_rho", rho]
     memory = run(*command, "--output_dir", folder, "--overwrite", *SETTINGS, *LOSSES[loss][0], threads=threads)
     flatness = folder / "sharpness.json"
-    command = ["-m", "deitlt_hf.analysis", "sharpness", *data, "--model", folder, "--json", flatness, *FLATNESS]
+    command = ["-m", "deitlt_hf.cli", "sharpness", *data, "--model", folder, "--json", flatness, *FLATNESS]
     run(*command, threads=threads)
     results = json.loads((folder / "results.json").read_text())
     results |= {"peak_memory_mib": memory, "sharpness": json.loads(flatness.read_text())}

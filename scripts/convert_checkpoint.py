@@ -1,54 +1,7 @@
-"""Converts a checkpoint of the DeiT-LT authors, student or teacher, to a folder that transformers loads.
+"""Converts a checkpoint of the DeiT-LT authors, student or teacher, to a folder that transformers loads."""
 
-python scripts/convert_checkpoint.py student.pth out/student --recipe cifar10_lt_rho100
-python scripts/convert_checkpoint.py paco.pth.tar out/teacher --class_names names.txt --class_map out/student
-"""
-
-import argparse
-
-from deitlt_hf.data import class_counts
-from deitlt_hf.hub import convert_original, read_class_map, read_class_names
-from deitlt_hf.recipes import DataArguments, command_line_errors, parse_arguments
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("file", help="the authors' .pth, .pth.tar, or a .safetensors file of the same tensors")
-    parser.add_argument("folder", help="where to write the model")
-    parser.add_argument(
-        "--recipe",
-        help="take names and counts of the classes from this recipe's data; --data_dir and the like as in distill.py",
-    )
-    parser.add_argument("--class_names", help="file with the names: one a line, or JSON")
-    parser.add_argument(
-        "--class_map", help="for each class its row in the file's head: a JSON list, or a folder converted before"
-    )
-    parser.add_argument("--ema", action="store_true", help="the moving average of a student's weights")
-    parser.add_argument("--num_attention_heads", type=int, help="of a student whose heads are not 64 wide")
-    args, rest = parser.parse_known_args()
-    classes = {}
-    if args.recipe is not None:
-        _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
-        labels = data_args.load()["train"]
-        classes["class_names"] = labels.features["label"].names
-        classes["class_counts"] = class_counts(labels["label"][:], len(classes["class_names"])).tolist()
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.class_names is not None:
-        classes["class_names"] = read_class_names(args.class_names)
-    if args.class_map is not None:
-        classes["class_map"] = read_class_map(args.class_map)
-    if args.num_attention_heads is not None:
-        classes["num_attention_heads"] = args.num_attention_heads
-    model = convert_original(args.file, args.folder, args.ema, **classes)
-    names = list(model.config.id2label.values())
-    print(
-        f"{args.folder}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, "
-        f"{model.config.num_labels} classes ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
-    )
-
+from deitlt_hf.commands.convert import main
+from deitlt_hf.recipes import command_line_errors
 
 if __name__ == "__main__":
     with command_line_errors():

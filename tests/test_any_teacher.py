@@ -34,7 +34,7 @@ from deitlt_hf import (
     FlatTeacherTrainer,
     FlatTeacherTrainingArguments,
 )
-from deitlt_hf.analysis.__main__ import main as analysis_main
+from deitlt_hf.commands.sharpness import main as measure_sharpness
 from deitlt_hf.data import image_processor
 from deitlt_hf.data.transforms import ImageFormat
 from deitlt_hf.training.distillation import label_order
@@ -119,18 +119,8 @@ def test_a_teachers_sharpness_is_of_its_own_classes(tmp_path, digits, monkeypatc
         layer.config.id2label = dict(enumerate(order))
         layer.save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
-        command = [
-            "analysis",
-            "--recipe",
-            "digits_lt",
-            "sharpness",
-            "--model",
-            str(tmp_path / name),
-            "--num_images",
-            "9",
-        ]
-        monkeypatch.setattr(sys, "argv", [*command, "--num_vectors", "1", "--json", str(tmp_path / "figures.json")])
-        analysis_main()
+        command = ["--recipe", "digits_lt", "--model", str(tmp_path / name), "--num_images", "9", "--num_vectors", "1"]
+        measure_sharpness([*command, "--json", str(tmp_path / "figures.json")])
         figures.append(json.loads((tmp_path / "figures.json").read_text())["tail"]["loss"])
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""`python -m deitlt_hf.data check` and `show`, as a user runs them."""
+"""`deitlt data check` and `show`, as a user runs them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from deitlt_hf.data.check import BENCHMARKS, Benchmark
 
 def run(*command, code=0):
     done = subprocess.run(
-        [sys.executable, "-m", "deitlt_hf.data", *map(str, command)],
+        [sys.executable, "-m", "deitlt_hf.cli", "data", *map(str, command)],
         capture_output=True,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -105,7 +105,7 @@ def test_check_refuses_in_one_sentence(arguments, message):
 
 def test_the_papers_cifar_counts(tmp_path, monkeypatch, capsys):
     """Balanced data of the pickles' layout, made long-tailed by the paper's recipe."""
-    from deitlt_hf.data.__main__ import check
+    from deitlt_hf.commands.data import check
 
     write_cifar(tmp_path)
     monkeypatch.setitem(BENCHMARKS, "uoft-cs/cifar10", Benchmark(10, 50, 50))

@@ -14,8 +14,9 @@ import torch
 
 from conftest import filled_state_dict, make_student
 from deitlt_hf.analysis.budget import PlanArguments
-from deitlt_hf.analysis.commands import AnalysisArguments, FusionArguments
 from deitlt_hf.analysis.fusion import RULES
+from deitlt_hf.commands.analyze import AnalysisArguments
+from deitlt_hf.commands.evaluate import FusionArguments
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
@@ -119,7 +120,7 @@ def test_readme_names_every_recipe_and_only_scripts_that_exist():
 
 def test_flags_of_the_data_page_are_understood():
     page = (ROOT / "docs" / "data.md").read_text()
-    commands = re.findall(r"^python -m deitlt_hf.data (?:check|show) (.*?)(?:#.*)?$", page, flags=re.MULTILINE)
+    commands = re.findall(r"^deitlt data (?:check|show) (.*?)(?:#.*)?$", page, flags=re.MULTILINE)
     flags = re.findall(r"`(--[a-z_]+(?: [^`]+)?)`", page)
     assert len(commands) >= 5
     assert len(flags) >= 10

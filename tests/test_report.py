@@ -17,9 +17,10 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from conftest import make_student
 from deitlt_hf import FlatTeacherForImageClassification
-from deitlt_hf.analysis.commands import AnalysisArguments, FusionArguments, compare_fusions, report
 from deitlt_hf.analysis.observe import observe
 from deitlt_hf.analysis.teaching import teacher_agreement
+from deitlt_hf.commands.analyze import AnalysisArguments, main, report
+from deitlt_hf.commands.evaluate import FusionArguments, compare_fusions
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from deitlt_hf.evaluation import METRIC_PATH
 from deitlt_hf.evaluation.metrics import long_tail_figures
@@ -30,8 +31,8 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 FIGURES = [
-    "classes", "accuracy", "outcomes", "gains", "attention_distance", "rank", "spectrum", "similarity", "confusions",
-    "attention",
+    "classes", "accuracy", "outcomes", "gains", "attention_distance", "rank", "spectrum", "similarity", "flatness",
+    "confusions", "attention",
 ]  # fmt: skip
 
 
@@ -109,6 +110,25 @@ def test_a_page_has_all_figures_and_needs_no_other_file(pages):
     assert sum(model["outcomes"]["overall"][name] for name in ("both", "only_cls", "only_distillation", "neither")) == (
         pytest.approx(1.0)
     )
+
+
+def test_the_terminal_has_the_table_or_the_json_alone(student_folder, tmp_path, capsys):
+    data = [word for name, value in DATA.items() if name != "dataset" for word in (f"--{name}", str(value))]
+    options = ["--num_images", "9", "--resamples", "2", "--sharpness_images", "0", "--output", str(tmp_path)]
+    command = ["--model", student_folder, "--recipe", "digits_lt", *data, *options]
+    main(command)
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 24
+    main([*command, "--json", "-"])
+    output = capsys.readouterr()
+    record = json.loads(output.out)
+    assert record == json.loads((tmp_path / "report.json").read_text())
+    (model,) = record["models"]
+    assert "loss_rises" not in model
+    assert not (tmp_path / "flatness.png").exists()
+    for text in (shown, output.err):
+        assert f"{100 * model['figures']['distillation']['overall']:.1f}" in text
+        assert str(tmp_path / "index.html") in text.replace("\n", "")
 
 
 def test_two_models_stand_side_by_side(pages):

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
-from deitlt_hf.analysis.sharpness import sharpness, sharpness_of_groups
+from deitlt_hf.analysis.sharpness import loss_rises, sharpness, sharpness_of_groups
+from deitlt_hf.commands.sharpness import main
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 
 
@@ -65,6 +66,9 @@ def test_against_the_whole_hessian(classifier, scale):
     gradient = torch.func.grad(loss)(flat)
     rise = loss(flat + 0.1 * gradient / gradient.norm()) - loss(flat)
     assert found.loss_rise == pytest.approx(rise.item(), rel=1e-3, abs=1e-6)
+    rises = loss_rises(model, data, [0.05, 0.1])
+    assert rises[1] == pytest.approx(found.loss_rise, rel=1e-5)
+    assert rises[0] == pytest.approx((loss(flat + 0.05 * gradient / gradient.norm()) - loss(flat)).item(), rel=1e-3)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -93,13 +97,10 @@ def test_groups_are_measured_on_their_own_images(digits):
     assert found["tail"].loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_command_line(teacher_folder, tmp_path, monkeypatch, capsys):
-    from deitlt_hf.analysis.__main__ import main
-
+def test_command_line(teacher_folder, tmp_path, capsys):
     options = ["--num_images", "20", "--num_vectors", "1", "--json", str(tmp_path / "figures.json")]
     recipe = ["--recipe", str(Path(__file__).parent / "fixtures" / "tiny.yaml")]
-    monkeypatch.setattr("sys.argv", ["analysis", "sharpness", "--model", str(teacher_folder), *options, *recipe])
-    main()
+    main(["--model", str(teacher_folder), *options, *recipe])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == ["overall", "head", "mid", "tail"]
     output = capsys.readouterr().out
@@ -132,3 +133,5 @@ def test_sharpness_refuses(digits):
     broken.head.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="the loss of the model is nan"):
         sharpness(broken, batches())
+    with pytest.raises(ValueError, match="no images to measure"):
+        loss_rises(Tiny(), [], [0.1])

@@ -91,6 +91,15 @@ def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Seq
     axis.legend()
 
 
+def draw_loss_rises(axis, rises: Mapping[str, Sequence[float]], rhos: Sequence[float]) -> None:
+    """How much the loss rises at the worst point within each radius around the weights, overall and for each group."""
+    for colour, (name, values) in zip(("black", *GROUP_COLOURS), rises.items(), strict=False):
+        axis.plot([0, *rhos], [0, *values], marker=".", label=name, color=colour)
+    axis.set_xlabel("distance from the weights")
+    axis.set_ylabel("rise of the loss")
+    axis.legend()
+
+
 def draw_by_block(axis, values: Mapping[str, Sequence[float]], label: str) -> None:
     """Lines over the blocks."""
     for name, points in values.items():

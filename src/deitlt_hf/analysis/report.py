@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,13 +18,17 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from ..data.images import ImageCollator, ImageDataset
 from ..data.transforms import ImageFormat
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
+from ..training.report import nan_to_null
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
 from .attention import attention_rollout
 from .features import effective_rank, singular_values, token_similarity
 from .observe import Observed, observe
+from .sharpness import Batches, images_of_groups, loss_rises
 
 SHOWN = 10  # images in a row
+REPORT_FILE = "report.json"
+RHOS = (0.0125, 0.025, 0.05, 0.1)  # around 0.05, the radius of SAM's paper
 
 
 @dataclass
@@ -76,6 +80,7 @@ def analyze(
     groups: Mapping[str, Sequence[int]],
     num_images: int = 512,
     resamples: int = 200,
+    sharpness_images: int = 128,
     agreement: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Section:
     """Looks at one model on test images.
@@ -83,11 +88,12 @@ def analyze(
     Args:
         path: Its folder or Hub id, which has its image processor.
         model: A DeiT-LT, or a DeiT or ViT of transformers, with the data's classes in their order.
-        data: Its split `test` is looked at.
+        data: Its split `test` is looked at, and for the flatness of the loss `train`.
         counts: Training images of each class.
         groups: Class indices of each group.
         num_images: Images whose attention and features are looked at.
         resamples: Samples of the bootstrap.
+        sharpness_images: Training images, overall and of each group, that the loss is moved on; 0 leaves it out.
         agreement: With its teacher, see [`teacher_agreement`].
 
     Raises:
@@ -123,6 +129,9 @@ def analyze(
         pictures.append(_picture("teacher", "Do the experts follow the teacher?", how, draw))
         findings["teacher_agreement"] = agreement
     pictures += _of_tokens(observed, groups, findings)
+    if sharpness_images > 0:
+        train = ImageDataset(data["train"], "image", "label")
+        pictures.append(_of_weights(model, images_of_groups(model, train, collate, groups, sharpness_images), findings))
     pictures += _of_images(model, observed, dataset, collate, names, groups)
     return Section(path, found, intervals, pictures, findings)
 
@@ -151,8 +160,8 @@ def write_report(
         {"model": part.title, "figures": part.figures, "intervals": part.intervals, **part.findings}
         for part in sections
     ]
-    text = json.dumps(_plain({"recipe": recipe, "models": record}), indent=1)
-    (output / "report.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(nan_to_null({"recipe": recipe, "models": record}), indent=1)
+    (output / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     return output / "index.html"
 
 
@@ -209,6 +218,16 @@ def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
         draw = lambda axis: figures.draw_by_block(axis, {"cosine": cosines}, "cosine of CLS and DIST")  # noqa: E731
         pictures.append(_picture("similarity", "Do the tokens part?", how, draw))
     return pictures
+
+
+def _of_weights(model, images: Iterable[tuple[str, Batches]], findings: dict) -> Picture:
+    rises = {name: loss_rises(model, batches, RHOS) for name, batches in images}
+    findings["loss_rises"] = {"rho": RHOS, **rises}
+    how = (
+        "The loss on training images as the weights move where it rises fastest: lower is flatter, which is what SAM "
+        "looks for."
+    )
+    return _picture("flatness", "How flat the loss is", how, lambda axis: figures.draw_loss_rises(axis, rises, RHOS))
 
 
 def _of_images(model, observed: Observed, dataset, collate, names, groups) -> list[Picture]:
@@ -300,12 +319,3 @@ def _pictures_of(sections: Sequence[Section]) -> list[tuple[str, str, str, list[
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def _plain(value):
-    """Values as JSON has them; NaN is null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

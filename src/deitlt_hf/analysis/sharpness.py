@@ -69,29 +69,35 @@ def sharpness(
         raise ValueError("sharpness needs curvlinops: pip install 'deitlt-hf[analysis]'.") from error
     from scipy.sparse.linalg import eigsh
 
-    num_images = sum(len(labels) for _, labels in batches)
-    if num_images == 0:
-        raise ValueError("there are no images to measure the sharpness on.")
-    if logit_scale is None:
-        logit_scale = getattr(model.config, "loss_scale", 1.0)
-    classifier = _Logits(model, logit_scale)
-    was_training, flags = model.training, [parameter.requires_grad for parameter in model.parameters()]
-    model.eval().requires_grad_(True)
-    try:
-        loss, loss_rise, used = _loss_rise(classifier, batches, num_images, rho)
-        if not math.isfinite(loss + loss_rise):
-            raise ValueError(f"the loss of the model is {loss:g}, and {loss_rise:g} more at rho {rho:g}: not finite.")
+    num_images = _count(batches)
+    with _measurable(model, logit_scale) as classifier:
+        loss, (loss_rise,), used = _loss_rises(classifier, batches, num_images, [rho])
         hessian = HessianLinearOperator(classifier, nn.CrossEntropyLoss(), used, batches, check_deterministic=False)
         with torch.random.fork_rng(), _without_warning():
             torch.manual_seed(seed)
             first = torch.randn(hessian.shape[1]).numpy()
             trace = float(hutchinson_trace(hessian, min(num_vectors, hessian.shape[1] - 1)))
         eigenvalue = float(eigsh(hessian.to_scipy(), k=1, which="LA", v0=first, tol=1e-3, return_eigenvectors=False)[0])
-    finally:
-        model.train(was_training)
-        for parameter, flag in zip(model.parameters(), flags, strict=True):
-            parameter.requires_grad_(flag)
     return Sharpness(loss, loss_rise, eigenvalue, trace, num_images)
+
+
+def loss_rises(
+    model: nn.Module, batches: Batches, rhos: Sequence[float], logit_scale: float | None = None
+) -> list[float]:
+    """By how much the mean cross entropy rises at the worst points within several radii, to first order as SAM sees it
+    (Foret et al., ICLR 2021, equation 2). Needs one gradient and the loss at each radius, no second derivatives.
+
+    Args:
+        model: An image classifier; its output has `logits`.
+        batches: Normalised images (batch, channels, height, width) and class indices (batch,).
+        rhos: Radii, in weight space.
+        logit_scale: As for [`sharpness`].
+
+    Raises:
+        ValueError: If there are no images, or the loss is not finite.
+    """
+    with _measurable(model, logit_scale) as classifier:
+        return _loss_rises(classifier, batches, _count(batches), rhos)[1]
 
 
 def sharpness_of_groups(
@@ -117,11 +123,37 @@ def sharpness_of_groups(
     Raises:
         ValueError: If no image is asked for, or as [`sharpness`] does.
     """
+    images = images_of_groups(model, dataset, collate, groups, num_images, label_order, options.get("seed", 0))
+    return {name: sharpness(model, batches, **options) for name, batches in images}
+
+
+def images_of_groups(
+    model: nn.Module,
+    dataset: ImageDataset,
+    collate,
+    groups: Mapping[str, Sequence[int]],
+    num_images: int,
+    label_order: torch.Tensor | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[str, Batches]]:
+    """Batches of random images of a data set, named `overall`, and of each group of classes.
+
+    Args:
+        model: Its device is that of the batches.
+        dataset: Decoded images and labels.
+        collate: Makes a batch of rows.
+        groups: Class indices of each group; one without images is left out.
+        num_images: Images overall, and of each group, at most.
+        label_order: Positions of the data set's classes among the model's, (classes,); by default the same.
+        seed: Of the choice.
+
+    Raises:
+        ValueError: If no image is asked for.
+    """
     if num_images < 1:
         raise ValueError(f"num_images must be 1 or more, got {num_images}.")
-    order = np.random.RandomState(options.get("seed", 0)).permutation(len(dataset))
+    order = np.random.RandomState(seed).permutation(len(dataset))
     device = next(model.parameters()).device
-    measured = {}
     for name, members in {"overall": None, **groups}.items():
         inside = order if members is None else order[np.isin(dataset.labels[order], members)]
         batches = []
@@ -130,8 +162,29 @@ def sharpness_of_groups(
             labels = batch["labels"] if label_order is None else label_order[batch["labels"]]
             batches.append((batch["pixel_values"].to(device), labels.to(device)))
         if batches:
-            measured[name] = sharpness(model, batches, **options)
-    return measured
+            yield name, batches
+
+
+def _count(batches: Batches) -> int:
+    num_images = sum(len(labels) for _, labels in batches)
+    if num_images == 0:
+        raise ValueError("there are no images to measure the sharpness on.")
+    return num_images
+
+
+@contextlib.contextmanager
+def _measurable(model: nn.Module, logit_scale: float | None) -> Iterator[nn.Module]:
+    """The logits of a model in evaluation mode, with gradients for all weights; the model is left as it was."""
+    if logit_scale is None:
+        logit_scale = getattr(model.config, "loss_scale", 1.0)
+    was_training, flags = model.training, [parameter.requires_grad for parameter in model.parameters()]
+    model.eval().requires_grad_(True)
+    try:
+        yield _Logits(model, logit_scale)
+    finally:
+        model.train(was_training)
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
@@ -151,10 +204,10 @@ class _Logits(nn.Module):
         return self.scale * self.model(pixel_values=pixel_values).logits.float()
 
 
-def _loss_rise(
-    classifier: nn.Module, batches: Batches, num_images: int, rho: float
-) -> tuple[float, float, list[nn.Parameter]]:
-    """The loss, its rise along the gradient, and the weights that it depends on."""
+def _loss_rises(
+    classifier: nn.Module, batches: Batches, num_images: int, rhos: Sequence[float]
+) -> tuple[float, list[float], list[nn.Parameter]]:
+    """The loss, its rises along the gradient, and the weights that it depends on."""
 
     def loss_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(classifier(images), labels, reduction="sum") / num_images
@@ -170,13 +223,18 @@ def _loss_rise(
                 gradients[index] += part
                 used[index] = True
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients)) + 1e-12
+    rises = []
     with torch.no_grad():
         originals = [parameter.clone() for parameter in parameters]
         try:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.add_(gradient, alpha=rho / norm)
-            after = sum(loss_of(images, labels).item() for images, labels in batches)
+            for rho in rhos:
+                for parameter, original, gradient in zip(parameters, originals, gradients, strict=True):
+                    parameter.copy_(original).add_(gradient, alpha=rho / norm)
+                rises.append(sum(loss_of(images, labels).item() for images, labels in batches) - before)
         finally:
             for parameter, original in zip(parameters, originals, strict=True):
                 parameter.copy_(original)
-    return before, after - before, [parameter for parameter, is_used in zip(parameters, used, strict=True) if is_used]
+    for rho, rise in zip(rhos, rises, strict=True):
+        if not math.isfinite(before + rise):
+            raise ValueError(f"the loss of the model is {before:g}, and {rise:g} more at rho {rho:g}: not finite.")
+    return before, rises, [parameter for parameter, is_used in zip(parameters, used, strict=True) if is_used]

@@ -1,7 +1,7 @@
 """Looks at the data of a recipe before a run.
 
-python -m deitlt_hf.data check --recipe imagenet_lt --data_dir DIR [--deep]
-python -m deitlt_hf.data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
+deitlt data check --recipe imagenet_lt --data_dir DIR [--deep]
+deitlt data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
 
 `check` prints what is there, what is missing and what is wrong; `--deep` decodes every image. It ends with 1 if
 something is wrong. `show` draws the classes and what student and teacher see. Both take every field of a recipe's data.
@@ -10,16 +10,15 @@ something is wrong. `show` draws the classes and what student and teacher see. B
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-# A program, not a part of the layer: it may use what is built upon the data.
-from ..recipes import DataArguments, command_line_errors, parse_arguments
+from ..recipes import DataArguments, parse_arguments
 from ..training.report import quiet_log
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m deitlt_hf.data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--deep", action="store_true", help="check: decode every image")
     parser.add_argument("--counts", help="check: write the images of each class to this JSON file")
     parser.add_argument("--out", default="pictures", help="show: folder for the pictures")
-    args, rest = parser.parse_known_args()
+    args, rest = parser.parse_known_args(arguments)
     quiet_log()
     if args.command == "check":
         sys.exit(check(rest, args.deep, args.counts))
@@ -42,8 +41,8 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     """Prints a report, and writes the counts; 1 if there are problems."""
     from rich.console import Console
 
-    from .check import check_data
-    from .loading import training_counts
+    from ..data.check import check_data
+    from ..data.loading import training_counts
 
     name, arguments = parse_arguments("data", (DataArguments,), argv)
     kind, source = arguments.source()
@@ -62,8 +61,3 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
         console.print(problem, markup=False)
     console.print(f"{name}: {len(report.problems)} problem(s)" if report.problems else f"{name}: ready to train on")
     return int(bool(report.problems))
-
-
-if __name__ == "__main__":
-    with command_line_errors():
-        main()

@@ -1,44 +1,41 @@
-"""Looks at a trained model.
+"""Measures how flat the loss of a model is on training images, for all classes and for head, mid and tail.
 
-python -m deitlt_hf.analysis sharpness --recipe digits_lt --model outputs/digits_lt/teacher
+deitlt sharpness --recipe digits_lt --model outputs/digits_lt/teacher
 
-`sharpness` measures how flat the loss is on training images, without augmentation: overall, and for head, mid and tail
-classes. Every field of a recipe's data can be given too.
+Every field of a recipe's data can be given too.
 """
 
 import argparse
 import dataclasses
-import json
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from rich.table import Table
 from transformers import AutoImageProcessor
 
+from ..analysis.sharpness import sharpness_of_groups
 from ..data.images import ImageCollator, ImageDataset
-from ..recipes import DataArguments, command_line_errors, parse_arguments
+from ..recipes import DataArguments, parse_arguments
 from ..training.distillation import label_order
 from ..training.report import quiet_log, show
 from ..training.run import load_classifier
-from .sharpness import sharpness_of_groups
+from .output import json_output
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m deitlt_hf.analysis",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("command", choices=["sharpness"])
     parser.add_argument("--model", required=True, help="folder or Hub id of a teacher, a student, or any classifier")
     parser.add_argument("--num_images", type=int, default=512, help="images overall, and of each group, at most")
     parser.add_argument("--rho", type=float, default=0.05, help="radius of the loss rise")
     parser.add_argument("--num_vectors", type=int, default=32, help="random vectors for the trace")
     parser.add_argument("--seed", type=int, default=0, help="of images and vectors")
-    parser.add_argument("--json", help="write the figures to this file too")
+    parser.add_argument("--json", help="write the figures to this file too; - prints them in place of the table")
     parser.add_argument("--recipe", required=True, help="recipe of the data")
-    args, rest = parser.parse_known_args()
+    args, rest = parser.parse_known_args(arguments)
     quiet_log()
     _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
     if data_args.streaming:
@@ -59,16 +56,12 @@ def main() -> None:
         num_vectors=args.num_vectors,
         seed=args.seed,
     )
-    table = Table("images of", "number", "loss", f"rise at {args.rho:g}", "eigenvalue", "trace", title=str(args.model))
-    for name, found in measured.items():
-        values = (found.loss, found.loss_rise, found.eigenvalue, found.trace)
-        table.add_row(name, str(found.num_images), *(f"{value:.4g}" for value in values))
-    show(table)
-    if args.json is not None:
-        figures = {name: dataclasses.asdict(found) for name, found in measured.items()}
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    with command_line_errors():
-        main()
+    with json_output(args.json) as write:
+        table = Table(
+            "images of", "number", "loss", f"rise at {args.rho:g}", "eigenvalue", "trace", title=str(args.model)
+        )
+        for name, found in measured.items():
+            values = (found.loss, found.loss_rise, found.eigenvalue, found.trace)
+            table.add_row(name, str(found.num_images), *(f"{value:.4g}" for value in values))
+        show(table)
+        write({name: dataclasses.asdict(found) for name, found in measured.items()})

@@ -1,62 +1,36 @@
-"""From a command line to a report, or to a fusion."""
+"""Prints the table of experts of a saved student or teacher on a recipe's test images.
 
+deitlt evaluate --recipe digits_lt --model outputs/digits_lt/student
+deitlt evaluate --recipe digits_lt --model outputs/digits_lt/student --fusion all
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoImageProcessor
 
+from ..analysis.fusion import RULES, fit_fusion, fold
+from ..analysis.observe import predict
 from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
-from ..modeling_deitlt import DeiTLTForImageClassification
-from ..recipes import DataArguments
-from ..training.distillation import label_order
-from ..training.report import quiet_log, run_files, show
-from ..training.run import load_model
-from .fusion import RULES, fit_fusion, fold
-from .observe import predict
-from .report import analyze, write_report
-from .teaching import teacher_agreement
+from ..recipes import DataArguments, StudentArguments, parse_arguments
+from ..training import DeiTLTTrainingArguments
+from ..training.report import run_files, show
+from ..training.run import evaluate, load_model
+from .output import json_output
 
 
 @dataclass
-class AnalysisArguments:
-    """What to look at, and where the report goes."""
+class EvaluationArguments:
+    """What to evaluate."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a DeiT-LT, or a DeiT or ViT of transformers."})
-    output: str = field(default="report", metadata={"help": "Folder of the report."})
-    compare: str | None = field(default=None, metadata={"help": "Another model, to be put beside the first."})
-    teacher: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the first model's teacher, to see how often they agree."}
+    model: str = field(metadata={"help": "Folder or Hub id of a student, a teacher, or any classifier."})
+    json: str | None = field(
+        default=None, metadata={"help": "Write the accuracies to this file too; - prints them in place of the tables."}
     )
-    num_images: int = field(default=512, metadata={"help": "Images whose attention and features are looked at."})
-    resamples: int = field(default=200, metadata={"help": "Samples of the bootstrap for the intervals."})
-
-
-def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> None:
-    """Looks at one model or two on a recipe's test images, and writes the report.
-
-    Raises:
-        ValueError: If a model has other classes than the data, in another order, or no attention over patches.
-    """
-    quiet_log()
-    data = data_args.load()
-    names = data["test"].features["label"].names
-    counts, groups = training_counts(data["train"]), data_args.groups(data)
-    sections = []
-    for path in [args.model] if args.compare is None else [args.model, args.compare]:
-        model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-        if label_order(names, model.config).tolist() != list(range(model.config.num_labels)):
-            raise ValueError(f"{path} has the classes of {recipe} in another order, or others beside them.")
-        agreement = None
-        if args.teacher is not None and not sections:
-            if not isinstance(model, DeiTLTForImageClassification):
-                raise ValueError(f"{path} is no DeiT-LT student; leave --teacher out.")
-            agreement = teacher_agreement(recipe, model, args.teacher, data, groups)
-        sections.append(analyze(path, model, data, counts, groups, args.num_images, args.resamples, agreement))
-    page = write_report(sections, recipe, groups, args.output)
-    print(f"The report is in {page}.")
 
 
 @dataclass
@@ -124,3 +98,17 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
         processor.save_pretrained(args.fused_output)
         print(f"The mean of the heads in {args.fused_output} is the fusion.")
     return accuracies
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    classes = (EvaluationArguments, FusionArguments, DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    _, what, fusion_args, data_args, _, args = parse_arguments("student", classes, arguments, __doc__)
+    with json_output(what.json) as write:
+        trainer = evaluate(what.model, data_args, args)
+        if not trainer.is_world_process_zero():
+            return
+        accuracies = trainer.last_table.accuracies
+        if fusion_args.fusion is not None:
+            fused = compare_fusions(what.model, data_args, fusion_args)
+            accuracies |= {f"fusion_{rule}": row for rule, row in fused.items()}
+        write(accuracies)

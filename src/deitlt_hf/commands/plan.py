@@ -1,0 +1,17 @@
+"""Tells what a recipe's teacher and student will take on GPUs: operations, steps, memory, hours.
+
+deitlt plan --recipe inat18
+deitlt plan --recipe imagenet_lt --gpu a100 --gpus 1 4 64 --utilisation 0.45
+deitlt plan --recipe cifar100_lt_rho100 --image_size 32 --patch_size 4
+"""
+
+from collections.abc import Sequence
+
+from ..analysis.budget import PlanArguments, print_budgets
+from ..recipes import DataArguments, StudentArguments, parse_arguments
+from ..training import DeiTLTTrainingArguments
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    classes = (PlanArguments, DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    print_budgets(*parse_arguments("student", classes, arguments, __doc__))
