@@ -1,6 +1,7 @@
 """Shared fixtures: reference values, and a data set and models small enough for two cores."""
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 torch.set_num_threads(2)
 
 

@@ -1,8 +1,10 @@
 """The Python of the documentation is run, and its commands are those that exist."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import io
 import re
 import runpy
 import shutil
@@ -15,6 +17,7 @@ import torch
 from conftest import filled_state_dict, make_student
 from deitlt_hf.analysis.budget import PlanArguments
 from deitlt_hf.analysis.fusion import RULES
+from deitlt_hf.cli import main
 from deitlt_hf.commands.analyze import AnalysisArguments
 from deitlt_hf.commands.evaluate import FusionArguments
 from deitlt_hf.data import image_processor
@@ -60,9 +63,10 @@ def test_models_page(trained_folder, digits, reference, monkeypatch):
     torch.save({"state_dict": filled_state_dict(reference["teacher_paco_cifar"]["keys"])}, "paco.pth.tar")
     Path("names.txt").write_text("\n".join("abcdefghij"))
     page = (ROOT / "docs" / "hub.md").read_text()
-    commands = [line.split() for block in blocks(page, "bash") for line in block.strip().splitlines()]
+    commands = re.findall(r"^python (scripts/convert_checkpoint\.py) (.*)$", page, flags=re.MULTILINE)
     assert len(commands) == 2
-    for _, script, *arguments in commands:
+    for script, words in commands:
+        arguments = words.split()
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert {path.parent.name for path in Path("converted").glob("*/model.safetensors")} == {"student", "teacher"}
@@ -70,6 +74,31 @@ def test_models_page(trained_folder, digits, reference, monkeypatch):
     for block in blocks(page):
         exec(compile(block, "docs/hub.md", "exec"), session)
     assert Path("back.pth").is_file()
+
+
+def test_serving_page(trained_folder, digits):
+    """docs/serving.md: its Python as one session, and its commands as far as they need nothing else."""
+    student = make_student(class_counts=list(range(60, 0, -6)))
+    student.save_pretrained("outputs/digits_lt/student")
+    image_processor(8).save_pretrained("outputs/digits_lt/student")
+    digits["test"][0]["image"].save("image.png")
+    page = (ROOT / "docs" / "serving.md").read_text()
+    session = {}
+    for block in blocks(page):
+        if not block.lstrip().startswith("# app.py"):  # which serves for ever
+            exec(compile(block, "docs/serving.md", "exec"), session)
+    commands = [
+        line.split("#")[0] for block in blocks(page, "bash") for line in block.splitlines() if "deitlt " in line
+    ]
+    assert len(commands) >= 5
+    for command in commands:
+        name, options = re.search(r"deitlt (\w+)", command).group(1), re.findall(r"--\w+", command)
+        with contextlib.redirect_stdout(io.StringIO()) as told, pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert all(option in told.getvalue() for option in options), command
+    main(["predict", "--model", "outputs/digits_lt/student", "image.png"])
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
+        assert (ROOT / "docs" / link).is_file(), link
 
 
 def test_teachers_page(tmp_path, monkeypatch):

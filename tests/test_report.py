@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from conftest import make_student
+from conftest import CHROMIUM, make_student
 from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.analysis.observe import observe
 from deitlt_hf.analysis.teaching import teacher_agreement
@@ -27,9 +26,6 @@ from deitlt_hf.evaluation.metrics import long_tail_figures
 from deitlt_hf.recipes import DataArguments
 
 DATA = {"dataset": "digits", "imbalance_ratio": 10, "max_per_class": 60}
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 FIGURES = [
     "classes", "accuracy", "outcomes", "gains", "attention_distance", "rank", "spectrum", "similarity", "flatness",
     "confusions", "attention",

@@ -21,6 +21,7 @@ COMMANDS = {  # what to type, the module in `deitlt_hf.commands`, and what it do
     "demo": ("demo", "open a page to drop images on"),
     "convert": ("convert", "turn a checkpoint of the DeiT-LT authors into a model folder"),
     "export": ("export", "write a model as ONNX"),
+    "model-cards": ("model_cards", "write the card of a model folder, or those of the recipes"),
     "push": ("push", "put a model folder on the Hugging Face Hub"),
 }
 

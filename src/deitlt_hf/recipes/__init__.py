@@ -1,7 +1,15 @@
 """Recipes: everything a run needs, as one YAML file a benchmark with the sections data, teacher and student."""
 
 from .arguments import DataArguments, StudentArguments, TeacherArguments
-from .parsing import command_line_errors, load_recipe, own_loss, parse_arguments, recipe_names, teacher_folder
+from .parsing import (
+    command_line_errors,
+    load_recipe,
+    own_loss,
+    parse_arguments,
+    recipe_description,
+    recipe_names,
+    teacher_folder,
+)
 
 __all__ = [
     "DataArguments",
@@ -11,6 +19,7 @@ __all__ = [
     "load_recipe",
     "own_loss",
     "parse_arguments",
+    "recipe_description",
     "recipe_names",
     "teacher_folder",
 ]

@@ -10,6 +10,8 @@ from ..data.loading import load_source, long_tailed_splits, training_counts
 from ..data.long_tail import ShotGroups, shot_groups
 from ..data.streaming import load_streamed
 
+_SUBSET = ("imbalance_ratio", "imbalance_type", "max_per_class", "subset_seed")
+
 
 @dataclass
 class DataArguments:
@@ -104,6 +106,11 @@ class DataArguments:
             class_names=names,
             skip_bad_images=self.skip_bad_images,
         )
+
+    def record(self) -> dict:
+        """What `results.json` says of where the images come from."""
+        names = ["dataset"] if self.imbalance_ratio is None else ["dataset", *_SUBSET]
+        return {name: getattr(self, name) for name in names} | {"local_files": self.data_dir is not None}
 
     def groups(self, data: Mapping) -> ShotGroups:
         """Head, mid and tail of the training images."""

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import math
 import os
 import sys
 import time
@@ -19,6 +20,10 @@ from transformers import HfArgumentParser
 from ..losses import TEACHER_LOSSES
 
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
+# Fields of transformers that change the result of a run too, if only in its digits.
+_OF_TRANSFORMERS = {"bf16", "fp16", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"}
+# Fields of the data that say where they are, or that are long.
+_OF_READING = {"data_dir", "class_names", "class_counts"}
 
 
 def recipe_names() -> list[str]:
@@ -54,6 +59,11 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
             f"recipe {name_or_path!r} has the sections {list(sections)}; they can be {', '.join(SECTIONS)}."
         )
     return {section: sections.get(section, {}) for section in SECTIONS}
+
+
+def recipe_description(name: str) -> str:
+    """What a recipe of the package says of itself."""
+    return yaml.safe_load(files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))["description"]
 
 
 def own_loss(recipe: str) -> str:
@@ -116,6 +126,10 @@ def parse_arguments(
     *filled, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     options = {option.removeprefix("--") for option in parser._option_string_actions}
     _refuse_unknown((word.removeprefix("--").split("=")[0] for word in rest), options, "the command line")
+    changed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(key)}
+    for values in filled:
+        if hasattr(values, "method_settings"):
+            values.recipe = {"name": Path(name).name, "overrides": _deciding(changed, filled)}
     return name, *filled
 
 
@@ -140,6 +154,22 @@ def command_line_errors() -> Iterator[None]:
             sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
+    """Of changed values those that decide the result of a run; no token, address or folder is among them."""
+    names = set(_OF_TRANSFORMERS)
+    for values in filled:
+        has_settings = hasattr(values, "method_settings")
+        names.update(values.method_settings() if has_settings else (field.name for field in fields(values)))
+    return {key: _portable(value) for key, value in changed.items() if key in names - _OF_READING}
+
+
+def _portable(value: Any) -> Any:
+    """A value for a record that is JSON, which has no infinity, and may be published: of a full path the last part."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return str(value) if value == math.inf else value
 
 
 def _refuse_unknown(names: Iterable[str], known: Collection[str], place: str, kind: str = "field") -> None:

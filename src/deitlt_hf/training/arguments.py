@@ -4,7 +4,7 @@ import importlib.util
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLo
 TEACHER_VIEWS = ("student", "weak")
 # Fields that decide how a run goes, but not what it ends with.
 _RUNNING = {
+    "recipe",
     "overwrite",
     "image_resize",
     "remove_unused_columns",
@@ -28,6 +29,7 @@ _RUNNING = {
     "nonfinite_limit",
     "save_total_limit",
     "ddp_find_unused_parameters",
+    "hub_strategy",
 }
 
 
@@ -43,10 +45,14 @@ class LongTailTrainingArguments(TrainingArguments):
 
     Only fields that [`~transformers.TrainingArguments`] lacks, or whose default differs, are here.
 
+    Attributes:
+        recipe: Name of the recipe that the values come from, and what the command line changed of it (`overrides`).
+
     Raises:
         ValueError: If a value is outside its range, or `global_batch_size` cannot be made of whole batches.
     """
 
+    recipe: Mapping | None = field(default=None, init=False, repr=False)
     global_batch_size: int | None = _option(
         None,
         "Images an optimiser step, over all processes. Sets gradient_accumulation_steps, and makes "
@@ -103,6 +109,7 @@ class LongTailTrainingArguments(TrainingArguments):
     eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
     save_total_limit: int | None = _option(2, "Checkpoints to keep.")
     ddp_find_unused_parameters: bool | None = _option(False, "All parameters get a gradient in every step.")
+    hub_strategy: str = _option("end", "What push_to_hub pushes: 'end', the finished model; checkpoints stay here.")
     seed: int = _option(0, "Seed of initialisation, augmentation and order.")
 
     def __post_init__(self):
@@ -116,6 +123,7 @@ class LongTailTrainingArguments(TrainingArguments):
         _check(self, "data_seed", (self.data_seed or 0) >= 0, "0 or more")
         _check_choice(self, "loss_normalization", ("global", "per_process"))
         _check_choice(self, "on_nonfinite", ("stop", "skip"))
+        _check_choice(self, "hub_strategy", ("end",))
         _check(self, "nonfinite_limit", self.nonfinite_limit >= 0, "0 or more")
         if self.report_to is None:
             self.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
@@ -150,6 +158,10 @@ class LongTailTrainingArguments(TrainingArguments):
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
         else:
             self.learning_rate = given_learning_rate
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Checkpoints and models have a pickle of their arguments beside them, and a token is in no file.
+        return self.__dict__ | {"hub_token": None}
 
     @property
     def repeats(self) -> int:

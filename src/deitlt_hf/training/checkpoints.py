@@ -187,9 +187,7 @@ class WholeCheckpointTrainer(Trainer):
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         if not self.args.should_save:
             return
-        place = finish_checkpoint(staged, output_dir)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(place))
+        finish_checkpoint(staged, output_dir)
         remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial):
@@ -203,9 +201,6 @@ class WholeCheckpointTrainer(Trainer):
             return
         save = super()._save
         replace_model(output_dir, lambda folder: save(folder, state_dict))
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Left for when the checkpoint is in its place."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Loads weights under the names that they have in files.

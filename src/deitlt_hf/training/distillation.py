@@ -17,6 +17,7 @@ from ..data.transforms import ImageFormat, model_processor, resize_and_renormali
 from ..evaluation import group_accuracies
 from ..losses import DistillationLoss
 from .arguments import DeiTLTTrainingArguments
+from .provenance import teacher_record
 from .trainer import LongTailTrainer
 
 
@@ -168,8 +169,9 @@ class DeiTLTTrainer(LongTailTrainer):
         if args.distillation == "none":
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
-        if self.eval_dataset is not None:
-            accuracies = self.check_teacher()
+        accuracies = None if self.eval_dataset is None else self.check_teacher()
+        self.results.teacher = teacher_record(self.teacher, accuracies)
+        if accuracies is not None:
             text += "; test accuracy in %: " + ", ".join(
                 f"{name} {100 * value:.1f}" for name, value in accuracies.items() if not math.isnan(value)
             )

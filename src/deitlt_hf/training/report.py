@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import warnings
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
+import huggingface_hub.utils
 import transformers
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -22,18 +24,19 @@ from transformers import PreTrainedConfig
 
 from ..data.transforms import ImageFormat
 from .ema import EMA_FOLDER
+from .provenance import RESULTS_FILE, hardware
 from .watch import CURVES_FILE, LOG_FILE
 
-RESULTS_FILE = "results.json"
 LOCK_FILE = ".lock"
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm")
 
 
 def quiet_log(quiet: bool | None = None) -> None:
-    """Keeps progress bars of loading and saving out of a log; by default if there is no terminal."""
+    """Keeps progress bars of loading, saving and pushing out of a log; by default if there is no terminal."""
     if quiet or (quiet is None and not sys.stderr.isatty()):
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
 
 
 def show(renderable) -> None:
@@ -126,11 +129,17 @@ class Results:
 
     Args:
         output_dir: Where the file is.
+
+    Attributes:
+        dataset: What only who loaded the images knows of them: their name, the ratio asked for.
+        teacher: What is known of a student's teacher.
     """
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir) / RESULTS_FILE
         self.content: dict = {}
+        self.dataset: Mapping = {}
+        self.teacher: Mapping | None = None
 
     @property
     def last_step(self) -> int | None:
@@ -149,13 +158,20 @@ class Results:
         names = [config.id2label[label] for label in range(config.num_labels)]
         self.content |= {
             "model": type(trainer.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "finished": False,
+            "resumed": resuming,
+            "recipe": args.recipe,
             "data": {
+                **self.dataset,
                 "train_images": sum(trainer.class_counts),
                 "class_counts": trainer.class_counts,
                 "subset_sha256": trainer.subset_sha256,
                 "groups": {name: [names[label] for label in group] for name, group in trainer.groups.items()},
+                "group_rule": trainer.group_rule,
+                "test_images": 0 if trainer.eval_dataset is None else len(trainer.eval_dataset),
             },
+            "teacher": self.teacher,
             "settings": args.method_settings(),
             "architecture": architecture(config),
             "processes": {
@@ -163,7 +179,8 @@ class Results:
                 "per_device_train_batch_size": args.train_batch_size,
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
             },
-            "versions": {name: version(name) for name in LIBRARIES},
+            "hardware": hardware(args),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         }
 
     def record(self, epoch: float, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
@@ -173,16 +190,16 @@ class Results:
         if "best" not in self.content or _overall(entry) > _overall(self.content["best"]):
             self.content["best"] = entry
 
-    def finish(self, seconds: float) -> None:
-        """Marks the run as complete."""
-        self.content |= {"finished": True, "train_seconds": round(seconds, 1)}
+    def finish(self, seconds: float, saved_step: int) -> None:
+        """Marks the run as complete, after seconds of this process, with the weights of a step."""
+        self.content |= {"finished": True, "train_seconds": round(seconds, 1), "saved_step": saved_step}
         self.write()
 
     def write(self) -> None:
         """Writes the file whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".json.part")
-        part.write_text(json.dumps(_nan_to_null(self.content), indent=2) + "\n")
+        part.write_text(json.dumps(nan_to_null(self.content), indent=2) + "\n")
         os.replace(part, self.path)
 
 
@@ -219,7 +236,10 @@ def _overall(entry: Mapping) -> float:
     return next(iter(entry["accuracies"].values()))["overall"]
 
 
-def _nan_to_null(value):
-    if isinstance(value, dict):
-        return {key: _nan_to_null(item) for key, item in value.items()}
+def nan_to_null(value):
+    """Values as JSON has them, in mappings and sequences too."""
+    if isinstance(value, Mapping):
+        return {key: nan_to_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nan_to_null(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

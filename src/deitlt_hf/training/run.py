@@ -21,11 +21,13 @@ from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import SORTED_BY_AUTHORS, subset_hash, training_counts
 from ..data.long_tail import decreasing_count_map
 from ..hub import load_original_student
+from ..hub.push import prepare_repository
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments, teacher_folder
 from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .distillation import DeiTLTTrainer
+from .publishing import hub_options
 from .report import RESULTS_FILE, architecture, check_output_dir, quiet_log, run_files
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
@@ -140,8 +142,10 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
         groups=data_args.groups(data),
         **kwargs,
     )
+    trainer.results.dataset = data_args.record()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()  # what the first process saves, the others may load next
     if trainer.was_asked_to_stop():  # too late to stop training, but nothing else is begun
         sys.exit(128 + signal.SIGTERM)
@@ -173,6 +177,9 @@ def _teacher_of_recipe(
         command_line += ["--resume_from_checkpoint", "auto"]
     classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
     _, _, model_args, args = parse_arguments("teacher", classes, command_line)
+    if student_args.recipe is not None:  # the images are those of the student's command line
+        changed = student_args.recipe["overrides"]
+        args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
     if RESULTS_FILE in found:
         record = json.loads((folder / RESULTS_FILE).read_text())
         config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
@@ -209,6 +216,8 @@ def _say(args, text: str) -> None:
 def _begin(args) -> None:
     quiet_log(args.disable_tqdm)
     check_output_dir(args.output_dir, args.overwrite, bool(args.resume_from_checkpoint))
+    if args.push_to_hub and args.process_index == 0:
+        prepare_repository(args.hub_model_id, **hub_options(args))
 
 
 def _config_of(path: str) -> dict:

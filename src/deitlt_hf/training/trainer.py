@@ -25,19 +25,21 @@ from ..data.long_tail import shot_groups
 from ..data.sampling import SeededImages, TrainBatches, seed_streams
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform, model_processor, train_transform
+from ..hub.cards import write_card
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
 from .checkpoints import WholeCheckpointTrainer
 from .ema import EMA_FOLDER, MovingAverage
 from .experts import ExpertEvaluation
 from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
+from .publishing import PublishingTrainer
 from .report import Results, check_output_dir, claim_output_dir, only_run, print_plan, show
 from .resuming import EpochOrder, MissedEvaluation, steps_per_epoch
 from .schedule import warmup_cosine
 from .watch import RunFile, RunLog
 
 
-class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
+class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTrainer, ABC):
     """A [`~transformers.Trainer`] for classifiers of long-tailed images.
 
     Differences from its parent:
@@ -49,7 +51,8 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
     - every evaluation reports head, mid and tail classes for each expert: as metrics, as a table and in `results.json`,
       where the last and the best epoch stand apart; every log is a line of `log.jsonl` too;
     - a moving average of the weights can be kept (`ema_decay`), which is evaluated beside them and saved in `ema`;
-    - a folder that holds another run is not written to.
+    - a folder that holds another run is not written to;
+    - `push_to_hub` in the arguments pushes the finished model, in one commit; checkpoints stay in the folder.
 
     Args:
         model: The model to train. It takes the names of its labels from the data if it has none.
@@ -228,8 +231,14 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
         if self.stop_signal.stopped:
             sys.exit(self._stopped_by_signal())
         if self.is_world_process_zero():
-            self.results.finish(seconds=time.perf_counter() - started)
+            self.results.finish(time.perf_counter() - started, self.saved_step)
         return output
+
+    @property
+    def saved_step(self) -> int:
+        """The step whose weights the model has after training."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
 
     def was_asked_to_stop(self) -> bool:
         """Whether any process was sent SIGTERM in training, also after its last step."""
@@ -393,11 +402,17 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
             self.ema.save_checkpoint(output_dir)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Saves the model with its image processor, and in `ema` below it the moving average, if there is one."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call or not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
+        """Saves the model with its image processor, and in `ema` below it the moving average, if there is one.
+
+        With `push_to_hub` in the arguments it then pushes, unless the process was sent SIGTERM.
+        """
+        super().save_model(output_dir, _internal_call=True)
+        if self._staging is None and self.args.should_save:
+            self._save_average(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
+            self.push_to_hub()
+
+    def _save_average(self, output_dir: str) -> None:
         if self.averaged_model is not None:
             self.ema.save_pretrained(output_dir, self.processing_class)
         else:  # one of another run would not belong to the model beside it
@@ -407,6 +422,16 @@ class LongTailTrainer(ExpertEvaluation, WholeCheckpointTrainer, ABC):
         super()._load_best_model()
         if self.ema is not None:
             self.ema.load(self.state.best_model_checkpoint)
+
+    def create_model_card(self, model_name=None, **metadata):
+        """Writes the model card, `README.md`, of what this run recorded; see [`write_card`].
+
+        Args:
+            model_name: Its heading; by default the name of the repository.
+            **metadata: Fields of huggingface_hub's `ModelCardData`, such as `license` or `tags`.
+        """
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir, self.hub_model_id, model_name, **metadata)
 
     # ---- Evaluation ----
 

@@ -1,0 +1,114 @@
+"""Writes a model as ONNX, in float32 and with int8 weights, and tells what each file gets right.
+
+deitlt export --model outputs/digits_lt/student
+deitlt export --model outputs/digits_lt/student --int8 --recipe digits_lt
+deitlt export --model ORG/NAME --output exported --fixed_size
+"""
+
+import argparse
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers.utils import cached_file
+
+from ..analysis.observe import predict
+from ..data.images import ImageCollator, ImageDataset
+from ..data.long_tail import class_counts
+from ..evaluation import ExpertTable, group_accuracies
+from ..hub.onnx import MODEL_FILE, QUANTIZED_FILE, OnnxClassifier, export_onnx, quantize, require_libraries
+from ..recipes import DataArguments, StudentArguments, parse_arguments
+from ..training import DeiTLTTrainingArguments
+from ..training.distillation import label_order
+from ..training.report import quiet_log, run_files, show
+from ..training.run import load_model
+
+_CONFIGURATIONS = ("config.json", "preprocessor_config.json")
+
+
+def compare(networks: Mapping[str, nn.Module], path: str, data: Mapping, data_args: DataArguments) -> ExpertTable:
+    """Accuracies of each expert of a model's several forms on a recipe's test images.
+
+    Args:
+        networks: The forms, by what to call them.
+        path: The model, whose processor prepares the images.
+        data: Training and test images.
+        data_args: What they are.
+    """
+    groups = data_args.groups(data)
+    collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
+    accuracies = {}
+    for name, network in networks.items():
+        labels, logits = predict(network, ImageDataset(data["test"], "image", "label"), collate)
+        for expert, values in logits.items():
+            accuracies[f"{name}: {expert}"] = group_accuracies(values.argmax(axis=1), labels, groups)
+    counts = class_counts(labels, data["test"].features["label"].num_classes).tolist()
+    return ExpertTable("torch and the files", accuracies, groups, counts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args, rest = _parse(arguments)
+    require_libraries()
+    quiet_log()
+    folder = _output_folder(args.model, args.output)
+    model = load_model(args.model)
+    configurations = [] if args.output is None else [cached_file(args.model, name) for name in _CONFIGURATIONS]
+    if args.recipe is not None:
+        classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+        _, data_args, *_ = parse_arguments("student", classes, ["--recipe", args.recipe, *rest])
+        data = data_args.load()
+        _check_classes(args, data["test"].features["label"].names, model.config)
+    files = {"ONNX float32": export_onnx(model, folder, dynamic_size=not args.fixed_size)}
+    if args.int8:
+        files["ONNX int8"] = quantize(files["ONNX float32"])
+    for path in configurations:
+        shutil.copyfile(path, folder / Path(path).name)
+    if args.recipe is not None:
+        forms = {"torch": model} | {name: OnnxClassifier(path) for name, path in files.items()}
+        show(compare(forms, args.model, data, data_args))
+    for name, path in files.items():
+        print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own arguments, and the others: fields of a recipe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="With --recipe, fields of its data can be given too, such as --data_dir DIR.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id of a student, a teacher, or a DeiT or ViT")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help=f"where {MODEL_FILE} goes; by default the model's own folder"
+    )
+    parser.add_argument("--int8", action="store_true", help=f"write {QUANTIZED_FILE} too, with int8 weights")
+    parser.add_argument("--fixed_size", action="store_true", help="take images of the model's own size only")
+    parser.add_argument("--recipe", help="compare what torch and the files get right on the test images of this recipe")
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.recipe is None:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, rest
+
+
+def _output_folder(model: str, output: str | None) -> Path:
+    """The folder to write to.
+
+    Raises:
+        FileExistsError: If it holds another model.
+        ValueError: If a model of the Hub has no output folder.
+    """
+    if output is not None:
+        if run_files(output):
+            raise FileExistsError(f"{output} holds a model; choose another --output, or leave it out to export that.")
+        return Path(output)
+    if not Path(model).is_dir() and model.count("/") == 1:
+        raise ValueError(f"{model} is no folder here; say with --output where its files go.")
+    return Path(model)
+
+
+def _check_classes(args: argparse.Namespace, names: Sequence[str], config: PreTrainedConfig) -> None:
+    if label_order(names, config).tolist() != list(range(config.num_labels)):
+        raise ValueError(f"{args.model} has the classes of {args.recipe} in another order, or others beside them.")

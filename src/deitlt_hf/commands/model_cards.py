@@ -1,0 +1,52 @@
+"""Writes model cards: the repository's, from recipes and measured results, or that of a saved folder.
+
+deitlt model-cards
+deitlt model-cards --model outputs/digits_lt/student --repo_id ORG/deitlt-digits
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..hub.cards import recipe_card, save_card, write_card
+
+CARDS = {  # recipe by card
+    "deitlt-cifar10-lt-rho100": "cifar10_lt_rho100",
+    "deitlt-cifar10-lt-rho50": "cifar10_lt_rho50",
+    "deitlt-cifar100-lt-rho100": "cifar100_lt_rho100",
+    "deitlt-cifar100-lt-rho50": "cifar100_lt_rho50",
+    "deitlt-imagenet-lt": "imagenet_lt",
+    "deitlt-inat18": "inat18",
+    "deitlt-digits": "digits_lt",
+    "deitlt-fashion-mnist-lt": "fashion_mnist_lt_tiny",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", help="write README.md into this folder of a saved student or teacher")
+    parser.add_argument("--repo_id", help="with --model: the Hub repository that its code loads it from")
+    parser.add_argument(
+        "--folder",
+        default="model_cards",
+        help="without --model: write the recipes' cards here; results/NAME.json below it, the results.json of a run, "
+        "is what was measured (default: model_cards)",
+    )
+    args = parser.parse_args(arguments)
+    if args.model is not None:
+        print(write_card(args.model, args.repo_id))
+    elif args.repo_id is not None:
+        raise ValueError(f"--repo_id {args.repo_id} needs --model, the folder that is to be there.")
+    else:
+        write_recipe_cards(Path(args.folder))
+
+
+def write_recipe_cards(folder: Path) -> None:
+    """Writes the card of every model in [`CARDS`], with what was measured of it."""
+    for name, recipe in CARDS.items():
+        measured = folder / "results" / f"{name}.json"
+        results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
+        print(save_card(recipe_card(recipe, name, results), folder / f"{name}.md"))

@@ -1,0 +1,36 @@
+"""Puts a model folder on the Hugging Face Hub: weights, processor, code, card and results, never checkpoints.
+
+deitlt push outputs/digits_lt/student ORG/deitlt-digits
+deitlt push outputs/digits_lt/student ORG/deitlt-digits --private --revision second-try --handler
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from ..hub.handler import add_handler
+from ..hub.push import push_folder
+from ..training.report import quiet_log
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", help="a model folder, as training or convert writes it")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is made if there is none")
+    parser.add_argument("--private", action="store_true", help="only you or your organisation may see it")
+    parser.add_argument("--revision", help="branch to push to; it is made if there is none. By default main")
+    parser.add_argument("--handler", action="store_true", help="with handler.py, by which endpoints tell both experts")
+    parser.add_argument("--commit_message", default="Upload model", help="first line of the commit")
+    args = parser.parse_args(arguments)
+    quiet_log()
+    if args.handler:
+        add_handler(args.folder)
+    commit = push_folder(
+        args.folder,
+        args.repo_id,
+        private=args.private or None,
+        revision=args.revision,
+        commit_message=args.commit_message,
+    )
+    print(f"The model is on the Hub: {commit.repo_url}")

@@ -1,0 +1,274 @@
+"""What a model card tells of a model, in words and table rows."""
+
+import html
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from ..recipes import recipe_names
+
+TEACHER = "FlatTeacherForImageClassification"
+EXPERTS = {"mean": "mean (the prediction)", "cls": "CLS token", "distillation": "DIST token"}
+NAMED_CLASSES = 20  # of a data set with more, classes are counted only
+
+
+class CardFacts:
+    """What a run recorded and a model's configuration says, as its card tells it. What is not known is None or empty.
+
+    Args:
+        results: Content of a `results.json`; empty without one.
+        config: Content of a `config.json`; may be empty where there are results.
+    """
+
+    def __init__(self, results: Mapping[str, Any], config: Mapping[str, Any]):
+        self.results = results
+        self.data: Mapping[str, Any] = results.get("data", {})
+        self.settings: Mapping[str, Any] = results.get("settings", {})
+        self.architecture: Mapping[str, Any] = {**results.get("architecture", {}), **config}
+        self.class_counts: Sequence[int] = self.data.get("class_counts") or config.get("class_counts") or []
+        self.is_teacher = TEACHER in (results.get("model"), *(config.get("architectures") or []))
+        groups = self.data.get("groups", {})
+        if config.get("id2label"):
+            self.names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
+        else:  # where classes come in the order of their counts, as in the recipes' subsets, so do those of the groups
+            in_order = list(self.class_counts) == sorted(self.class_counts, reverse=True)
+            self.names = [name for group in groups.values() for name in group] if in_order else []
+        self.groups: Mapping[str, Sequence[int]] = (config.get("class_groups") or {}) if self.class_counts else {}
+        if not self.groups and len(set(self.names)) == len(self.names) == len(self.class_counts):
+            self.groups = {group: [self.names.index(name) for name in names] for group, names in groups.items()}
+
+    # ---- Accuracies ----
+
+    @property
+    def evaluation(self) -> Mapping[str, Any] | None:
+        """The evaluation of the weights that were saved: that of the last epoch, unless the best ones were loaded."""
+        last, best = self.results.get("last"), self.results.get("best")
+        step = self.results.get("saved_step")
+        return next((entry for entry in (last, best) if entry and step in (None, entry["step"])), None)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the numbers are of the end of a run."""
+        return self.results.get("finished", False)
+
+    @property
+    def better(self) -> Mapping[str, Any] | None:
+        """The best evaluation, if it is not the one that the card shows."""
+        best = self.results.get("best")
+        return best if best and self.evaluation and best["step"] != self.evaluation["step"] else None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether weights of an earlier step than the last were kept because they tested best."""
+        return self.evaluation is not None and self.evaluation["step"] != self.results["last"]["step"]
+
+    @property
+    def accuracies(self) -> Mapping[str, Mapping[str, float | None]]:
+        """Fractions by expert, overall and by group; the prediction's come first."""
+        return self.evaluation["accuracies"] if self.evaluation else {}
+
+    @property
+    def prediction(self) -> Mapping[str, float | None]:
+        """Accuracies of the model's prediction."""
+        return next(iter(self.accuracies.values()), {})
+
+    def score_rows(self) -> list[list[str]]:
+        """The experts' table: a row of column names, then one an expert, in %."""
+        rows = [[EXPERTS.get(expert, expert), *map(percent, row.values())] for expert, row in self.accuracies.items()]
+        return [["expert", *self.prediction], *rows]
+
+    # ---- Data ----
+
+    @property
+    def dataset(self) -> str | None:
+        """Name of the data, with the ratio that they were made long-tailed with."""
+        name, ratio = self.data.get("dataset"), self.data.get("imbalance_ratio")
+        return name and (f"{name}, long-tailed at ratio {ratio:g}" if ratio else name)
+
+    @property
+    def hub_dataset(self) -> str | None:
+        """The data's id, if they have a user's or an organisation's on the Hub."""
+        name = self.data.get("dataset") or ""
+        return name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None
+
+    def group_rows(self) -> list[list[str]]:
+        """Table of the groups; with the names of classes, if they are few."""
+        names_too = len(self.names) == len(self.class_counts) <= NAMED_CLASSES
+        rows = [["group", *["their names"][:names_too], "classes", "training images", "images a class"]]
+        for group, labels in self.groups.items():
+            counts = [self.class_counts[label] for label in labels]
+            span = f"{min(counts):,} to {max(counts):,}" if counts else "-"
+            names = [", ".join(plain(self.names[label]) for label in labels)] if names_too else []
+            rows.append([plain(group), *names, f"{len(labels):,}", f"{sum(counts):,}", span])
+        return rows
+
+    @property
+    def tail_gap(self) -> str | None:
+        """How much worse the prediction is on the rarest group than on the most frequent one, if it was measured."""
+        groups = [name for name in self.groups if self.prediction.get(name) is not None]
+        if len(groups) < 2:
+            return None
+        first, last = groups[0], groups[-1]
+        counts = [self.class_counts[label] for label in self.groups[last]]
+        return (
+            f"Classes of {plain(last)}, with {min(counts):,} to {max(counts):,} training images, are recognised "
+            f"{percent(self.prediction[last])} % of the time, those of {plain(first)} "
+            f"{percent(self.prediction[first])} %."
+        )
+
+    # ---- The model and its training ----
+
+    @property
+    def model(self) -> str:
+        """What the model is, in one line."""
+        values, size = self.architecture, self.architecture.get("image_size")
+        if self.is_teacher:
+            parts = [values.get("backbone"), f"{values.get('classifier')} classifier", f"{size} x {size} pixels"]
+        else:
+            parts = [
+                f"{values.get('num_hidden_layers')} blocks of width {values.get('hidden_size')}",
+                f"{values.get('num_attention_heads')} heads",
+                f"patches of {values.get('patch_size')} on {size} x {size} pixels",
+            ]
+        if "parameters" in self.results:
+            parts.append(f"{self.results['parameters'] / 1e6:.2f} M parameters")
+        classes = len(self.names) or len(self.class_counts)
+        return ", ".join(parts + [f"{classes:,} classes"] * bool(classes))
+
+    @property
+    def recipe(self) -> str | None:
+        """Name of the recipe that gave the values."""
+        return (self.results.get("recipe") or {}).get("name")
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """What the command line changed of the recipe."""
+        return (self.results.get("recipe") or {}).get("overrides", {})
+
+    @property
+    def changed(self) -> str:
+        """The overrides, in words."""
+        return ", ".join(f"{code(name)} {code(value)}" for name, value in self.overrides.items())
+
+    @property
+    def command(self) -> str | None:
+        """What trains it again."""
+        if self.recipe is None:
+            return None
+        words = ["deitlt", "train-teacher" if self.is_teacher else "distill", "--recipe", self.recipe]
+        words += ["--data_dir", "DIR"] * bool(self.data.get("local_files"))
+        for name, value in self.overrides.items():
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return " ".join(shlex.join(words).split())
+
+    @property
+    def has_own_recipe(self) -> bool:
+        """Whether the recipe is a file of the user's and not one of the package."""
+        return self.recipe is not None and self.recipe not in recipe_names()
+
+    @property
+    def schedule(self) -> str | None:
+        """Length, phases and batch."""
+        settings = self.settings
+        parts = _length(settings)
+        if settings.get("drw_start_epoch") is not None:
+            parts.append(f"classes re-weighted from epoch {settings['drw_start_epoch']:g}")
+        if settings.get("global_batch_size"):
+            parts.append(f"{settings['global_batch_size']:,} images a step")
+        if settings.get("learning_rate"):
+            parts.append(f"learning rate {settings['learning_rate']:.3g}")
+        return ", ".join(parts + _flatness(settings)) or None
+
+    def setting_rows(self) -> list[list[str]]:
+        """Table of what decided the result."""
+        return [["setting", "value"], *([code(name), code(value)] for name, value in self.settings.items())]
+
+    @property
+    def learns_from_labels_alone(self) -> bool:
+        """Whether a student has no teacher."""
+        return self.settings.get("distillation") == "none"
+
+    @property
+    def teacher(self) -> str | None:
+        """A student's teacher: what it is, where it is from and how it was trained."""
+        record = self.results.get("teacher")
+        if not record:
+            return None
+        source = record.get("source")
+        parts = [f"{record['backbone']} ({code(source)})" if source else record["backbone"]]
+        training = record.get("training")
+        if training is None:
+            return f"{parts[0]}; how it was trained is not recorded"
+        parts += _flatness(training["settings"]) + _length(training["settings"])
+        if training.get("subset_sha256"):
+            same = training["subset_sha256"] == self.data.get("subset_sha256")
+            parts.append("trained on the same images" if same else "trained on other images")
+        return ", ".join(parts)
+
+    @property
+    def teacher_accuracies(self) -> str | None:
+        """What the student's run measured of its teacher."""
+        values = (self.results.get("teacher") or {}).get("accuracies") or {}
+        return ", ".join(f"{name} {percent(value)}" for name, value in values.items() if value is not None) or None
+
+    @property
+    def hardware(self) -> str | None:
+        """On what it was trained."""
+        record, processes = self.results.get("hardware"), self.results.get("processes", {}).get("processes", 1)
+        if not record:
+            return None
+        many = f"{record['devices']} x " if record.get("devices", 1) > 1 else ""
+        threads = f", {record['threads']} thread(s)" if "threads" in record else ""
+        return f"{many}{plain(record['device'])}{threads}" + f", {processes} processes" * (processes > 1)
+
+    @property
+    def duration(self) -> str | None:
+        """How long training and its evaluations took."""
+        seconds = self.results.get("train_seconds")
+        return None if seconds is None else f"{timedelta(seconds=round(seconds))} (hours:minutes:seconds)"
+
+    @property
+    def versions(self) -> str:
+        """Of the libraries it was trained with."""
+        return ", ".join(f"{name} {number}" for name, number in self.results.get("versions", {}).items())
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction in %, or a dash for a group without test images."""
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def plain(text: str) -> str:
+    """Text of a user's that Markdown, its tables and HTML show as it is."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escaped)
+
+
+def code(text) -> str:
+    """Text as code; a backtick would end it."""
+    return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first row has the names of columns, of which the first ones are to the left."""
+    head, *body = rows
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+def _length(settings: Mapping[str, Any]) -> list[str]:
+    epochs = settings.get("num_train_epochs", settings.get("epochs"))
+    if settings.get("max_steps", -1) > 0:
+        return [f"{settings['max_steps']:,} steps"]
+    return [] if epochs is None else [f"{epochs:g} epochs"]
+
+
+def _flatness(settings: Mapping[str, Any]) -> list[str]:
+    """Loss and optimiser of a teacher; a student's settings have neither."""
+    parts = [f"loss {code(settings['teacher_loss'])}"] if "teacher_loss" in settings else []
+    rho = settings.get("sam_rho")
+    if rho is not None:
+        parts.append(f"SAM with rho {', '.join(f'{value:g}' for value in rho)}" if any(rho) else "SGD without SAM")
+    return parts

@@ -1,0 +1,183 @@
+"""Model cards: the `README.md` of a saved folder, made of what its run recorded, and the card of a recipe."""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+
+from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
+from .card_facts import CardFacts, plain, table
+
+CARD_FILE, RESULTS_FILE, CURVES_FILE = "README.md", "results.json", "training_curves.png"
+_PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
+_MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits it:"
+
+
+def make_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> ModelCard:
+    """Makes the card of a saved student or teacher; its numbers are those of `results.json`, without which it has none.
+
+    Args:
+        folder: The model's.
+        repo_id: The Hub repository that it is for; the card's code loads it from there.
+        name: The heading; by default the repository's name.
+        **metadata: Fields of [`~huggingface_hub.ModelCardData`], such as `license` or `tags`; tags join the card's own.
+
+    Raises:
+        FileNotFoundError: If the folder has no model.
+        ValueError: If `repo_id` is not the name of a repository, or a file is not valid JSON.
+    """
+    folder = Path(folder)
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model.")
+    results = _read_json(folder / RESULTS_FILE)
+    facts = CardFacts(results or {}, config)
+    if name is None:
+        name = repo_id.split("/")[-1] if repo_id else _title(facts)
+    return _render(
+        facts,
+        name,
+        metadata,
+        location=repo_id or (folder.name if folder.is_absolute() else folder.as_posix()),
+        is_recorded=results is not None,
+        curves=CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
+    )
+
+
+def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None) -> ModelCard:
+    """Makes the card of the student that a recipe trains: the paper's numbers, and apart from them what was measured.
+
+    Args:
+        recipe: Name of a recipe of the package.
+        name: The model's.
+        results: Content of the student's `results.json`. None: nobody has measured it.
+    """
+    paper = _PAPER.search(recipe_description(recipe))
+    planned, results = _planned(recipe), results or {}
+    recorded = planned | results | {"data": planned["data"] | results.get("data", {})}
+    return _render(
+        CardFacts(recorded, {}),
+        name,
+        {},
+        location=f"outputs/{recipe}/student",
+        is_recorded=True,
+        is_recipe=True,
+        paper=paper and table([["overall", "head", "mid", "tail"], list(paper.groups())]),
+    )
+
+
+def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> Path:
+    """Writes the card of [`make_card`] into the folder, unless there is one that somebody else wrote or edited.
+
+    Returns:
+        The file.
+    """
+    return save_card(make_card(folder, repo_id, name, **metadata), Path(folder) / CARD_FILE)
+
+
+def save_card(card: ModelCard, path: Path) -> Path:
+    """Writes a card; warns and leaves the file as it is if somebody else wrote or edited it."""
+    if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
+        warnings.warn(f"{path} is not as deitlt-hf wrote it and stays; move it away for a new one.", stacklevel=2)
+    else:
+        card.save(path)
+    return path
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card is to the letter as it was written here."""
+    body, marker, _ = text.rpartition(_MARKER)
+    return bool(marker) and text == body + _signature(body)
+
+
+def _render(facts: CardFacts, name: str, metadata: Mapping[str, Any], **about) -> ModelCard:
+    template = files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8")
+    values = {"facts": facts, "heading": plain(name), "plain": plain, "table": table, "is_recipe": False, **about}
+    card = ModelCard.from_template(_metadata(facts, name, metadata), template_str=template, **values)
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text)
+    card.text += _signature(str(card))
+    return card
+
+
+def _metadata(facts: CardFacts, name: str, given: Mapping[str, Any]) -> ModelCardData:
+    tags = ["vision", "deit-lt", "long-tailed", *(["sam"] if facts.is_teacher else ["distillation"])]
+    more = given.get("tags") or []
+    own = {
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "datasets": facts.hub_dataset and [facts.hub_dataset],
+        "metrics": ["accuracy"] if facts.evaluation else None,
+    }
+    results = _eval_results(facts) if facts.is_finished else []
+    if results:
+        own |= {"model_name": name, "eval_results": results}
+    return ModelCardData(**own | {**given, "tags": [*tags, *([more] if isinstance(more, str) else more)]})
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    """Every measured accuracy, for the `model-index` that the Hub reads."""
+    dataset = facts.data.get("dataset") or "custom"
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=facts.dataset or dataset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=f"{expert}, {group}",
+            metric_value=accuracy,
+        )
+        for expert, row in facts.accuracies.items()
+        for group, accuracy in row.items()
+        if accuracy is not None
+    ]
+
+
+def _planned(recipe: str) -> dict[str, Any]:
+    """What a run of a recipe will record before its first evaluation."""
+    content = load_recipe(recipe)
+    data = DataArguments(**content["data"])
+    sizes = {field.name for field in fields(StudentArguments)}
+    student, teacher = content["student"], content["teacher"]
+    is_at_hand = data.dataset == DataArguments.dataset or "/" in data.dataset
+    return {
+        "recipe": {"name": recipe, "overrides": {}},
+        "data": data.record() | {"local_files": not is_at_hand, "group_rule": _cut(data.group_boundaries)},
+        "architecture": asdict(StudentArguments(**{name: student[name] for name in student if name in sizes})),
+        "settings": {name: value for name, value in student.items() if name not in sizes},
+        "teacher": {"backbone": teacher["backbone"], "training": {"settings": teacher}},
+    }
+
+
+def _cut(boundaries) -> str | None:
+    """How [`shot_groups`] words boundaries."""
+    return boundaries and f"classes sorted by count, cut at {list(boundaries)}"
+
+
+def _title(facts: CardFacts) -> str:
+    kind = "Flat teacher of DeiT-LT" if facts.is_teacher else "DeiT-LT student"
+    return f"{kind}, {facts.dataset}" if facts.dataset else kind
+
+
+def _read_json(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); mend it or take it away.") from None
+
+
+def _signature(body: str) -> str:
+    return f"{_MARKER} {hashlib.sha256(body.encode()).hexdigest()[:16]} -->\n"

@@ -1,0 +1,411 @@
+"""Hosted inference with both experts: what each says, which group a class is of, and where the tokens look.
+
+Inference Endpoints run a model without any code. With a copy of this file in its repository, named handler.py, they
+run [`EndpointHandler`] instead. The file travels alone, so it imports torch, transformers, NumPy, Pillow and the
+standard library only.
+"""
+
+import base64
+import copy
+import http.client
+import io
+import ipaddress
+import os
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+MAX_BATCH = 64
+MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
+MAX_ASPECT = 100  # the processor enlarges the short side: of a line of pixels that would be gigabytes
+MAX_DOWNLOAD = 20 * 2**20  # bytes
+WAIT = 10  # seconds for each answer of another server
+DEADLINE = 30  # seconds for the whole of a download
+# Not all that Pillow reads: it hands EPS to Ghostscript, for one.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+EXPERTS = ("cls", "distillation")
+ATTENTION_IMAGES = 8  # at once; all layers' attention of an image is 23 MB for a ViT-B/16
+
+ImageSource = Image.Image | bytes | str
+
+
+class EndpointHandler:
+    """Classifies images with a DeiT-LT student, or with any image classifier of transformers.
+
+    Threads can call it at the same time.
+
+    Args:
+        path: Folder or Hub id of the model.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no model in it.
+        ValueError: If it holds no image classifier that transformers knows, or the Hub has none of that name.
+    """
+
+    def __init__(self, path: str | os.PathLike = ""):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor, model = _load(path)
+        self.model = model.to(device).eval()
+        self._observed = _observed(self.model)
+        num_labels = self.model.config.num_labels
+        counts = getattr(self.model.config, "class_counts", None) or []
+        groups = getattr(self.model.config, "class_groups", None) or {}
+        # Whoever gives a model other classes with plain transformers leaves the old ones' counts and groups in place.
+        self.training_images = counts if len(counts) == num_labels else [None] * num_labels
+        self.group_of = {label: name for name, labels in groups.items() for label in labels}
+        if max(self.group_of, default=0) >= num_labels or (counts and len(counts) != num_labels):
+            self.group_of = {}
+
+    def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        """Answers a request.
+
+        Args:
+            data: `inputs` is an image or a list of at most 64: a PIL image, the bytes of a file, base64 (with or
+                without `data:image/...;base64,`), or an http(s) URL. `parameters` can have `top_k`, the number of
+                classes (5), and `attention`, whether to tell where the tokens look (False).
+
+        Returns:
+            One dictionary an image:
+
+            - `predictions`: the `top_k` classes by the mean of the experts' logits, the first one first, each with
+              `label`, `score`, `cls_score`, `distillation_score` (softmax of the mean, and of each expert's logits),
+              `group` and `training_images` (None where the model does not tell).
+            - `cls`, `distillation`: `label` and `score` of each expert's own first class.
+            - `attention`, if asked for: by token, attention rollout (Abnar and Zuidema, ACL 2020) over the patches, in
+              rows and columns, the highest 1.
+
+            A classifier without the two heads has no scores and choices of experts.
+
+        Raises:
+            ValueError: If something in the request is wrong; the message is one sentence for whoever sent it.
+        """
+        if not isinstance(data, dict) or data.get("inputs") is None:
+            raise ValueError("the request has no inputs; give an image, or a list of images.")
+        top_k, attention = _parameters(data.get("parameters") or {})
+        inputs = data["inputs"]
+        if not isinstance(inputs, list | tuple):
+            return self.classify([self.prepare(inputs, "inputs")], top_k, attention)
+        if not 1 <= len(inputs) <= MAX_BATCH:
+            raise ValueError(f"inputs has {len(inputs)} images; give 1 to {MAX_BATCH}.")
+        # One after the other: of large images only one is in memory.
+        prepared = [self.prepare(source, f"inputs[{index}]") for index, source in enumerate(inputs)]
+        return self.classify(prepared, top_k, attention)
+
+    def prepare(self, source: ImageSource, name: str) -> torch.Tensor:
+        """Reads an image as the evaluation does; (1, channels, height, width).
+
+        Args:
+            source: As in `inputs` of a request.
+            name: What errors call it.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        return self.processor(read_image(source, name), return_tensors="pt").pixel_values
+
+    @torch.inference_mode()
+    def classify(
+        self, prepared: Sequence[torch.Tensor], top_k: int = 5, attention: bool = False
+    ) -> list[dict[str, Any]]:
+        """Classifies images that [`prepare`] has read; the result is that of a request.
+
+        Raises:
+            ValueError: If attention is asked for but the model has none over patches.
+        """
+        pixel_values = torch.cat(list(prepared)).to(self.model.device, self.model.dtype)
+        if not attention:
+            return self._results(self.model(pixel_values), top_k)
+        parts = pixel_values.split(ATTENTION_IMAGES)
+        return [result for part in parts for result in self._classify_with_attention(part, top_k)]
+
+    def _classify_with_attention(self, pixel_values: torch.Tensor, top_k: int) -> list[dict[str, Any]]:
+        config = self.model.config
+        if self._observed is None:
+            raise ValueError(f"a {config.model_type} has no attention over patches; leave attention out.")
+        outputs = self._observed(pixel_values, output_attentions=True)
+        patch = config.patch_size if isinstance(config.patch_size, Sequence) else (config.patch_size,) * 2
+        grid = tuple(side // length for side, length in zip(pixel_values.shape[-2:], patch, strict=True))
+        maps = _rollouts(outputs.get("attentions"), grid)
+        if not maps:
+            raise ValueError(f"a {config.model_type} has no tokens that look at all patches; leave attention out.")
+        results = self._results(outputs, top_k)
+        for index, result in enumerate(results):
+            result["attention"] = {token: rollout[index].tolist() for token, rollout in maps.items()}
+        return results
+
+    def _results(self, outputs: dict[str, torch.Tensor], top_k: int) -> list[dict[str, Any]]:
+        experts = [expert for expert in EXPERTS if f"{expert}_logits" in outputs]
+        scores = {"score": outputs["logits"]} | {f"{expert}_score": outputs[f"{expert}_logits"] for expert in experts}
+        scores = {name: logits.float().softmax(dim=-1).cpu() for name, logits in scores.items()}
+        top = scores["score"].topk(min(top_k, scores["score"].shape[-1])).indices
+        results = []
+        for index, labels in enumerate(top.tolist()):
+            of_image = {name: values[index] for name, values in scores.items()}
+            result: dict[str, Any] = {"predictions": [self._prediction(label, of_image) for label in labels]}
+            for expert in experts:
+                score, label = of_image[f"{expert}_score"].max(dim=-1)
+                result[expert] = {"label": self.model.config.id2label[label.item()], "score": score.item()}
+            results.append(result)
+        return results
+
+    def _prediction(self, label: int, scores: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {
+            "label": self.model.config.id2label[label],
+            **{name: values[label].item() for name, values in scores.items()},
+            "group": self.group_of.get(label),
+            "training_images": self.training_images[label],
+        }
+
+
+def add_handler(folder: str | os.PathLike) -> Path:
+    """Puts a copy of this file into a model folder, so that pushing the folder takes it along.
+
+    It needs no requirements.txt: what it imports is in every image of Inference Endpoints that runs transformers.
+
+    Returns:
+        The copy.
+
+    Raises:
+        FileNotFoundError: If the folder holds no model.
+    """
+    _check_folder(folder)
+    return Path(shutil.copyfile(__file__, Path(folder) / "handler.py"))
+
+
+def _check_folder(folder: str | os.PathLike) -> None:
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is no model folder: there is no config.json in it.")
+
+
+def _load(path: str | os.PathLike) -> tuple[BaseImageProcessor, PreTrainedModel]:
+    name = str(path)
+    if Path(path).is_absolute() or name.startswith(".") or name.count("/") != 1 or Path(path).exists():
+        _check_folder(path)  # all others are ids on the Hub
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+        return processor, AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # damaged weights can raise anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise ValueError(f"{name!r} cannot be loaded as an image classifier: {reason}.") from error
+
+
+def _parameters(parameters: dict[str, Any]) -> tuple[int, bool]:
+    """`top_k` and `attention` of a request."""
+    known = {"top_k": 5, "attention": False}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"parameters must be an object with names and values, got {str(parameters)[:80]}.")
+    unknown = parameters.keys() - known.keys()
+    if unknown:
+        raise ValueError(f"parameters has no {min(unknown)!r:.80}; it can have {' and '.join(known)}.")
+    top_k, attention = (known | parameters).values()
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k must be a whole number from 1, got {top_k!r:.80}.")
+    if not isinstance(attention, bool):
+        raise ValueError(f"attention must be true or false, got {attention!r:.80}.")
+    return top_k, attention
+
+
+# ---- Where the tokens look ----
+
+
+def _observed(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The model once more, on the same weights, with attention that can be looked at; None if it has no patches.
+
+    The fast attention of the model itself keeps no weights, and switching it for one request would switch it for those
+    that other threads are answering.
+    """
+    if getattr(model.config, "patch_size", None) is None:
+        return None
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    observed = copy.deepcopy(model, shared)
+    observed.set_attn_implementation("eager")
+    return observed
+
+
+def _rollouts(attentions: Sequence[torch.Tensor] | None, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """How much each token before the patches holds of each patch; (images, rows, columns) each, the highest 1.
+
+    Args:
+        attentions: Weights of all layers, the first one first; (images, heads, tokens, tokens) each.
+        grid: Patches down and across.
+    """
+    patches = grid[0] * grid[1]
+    num_tokens = attentions[0].shape[-1] - patches if attentions else 0
+    if not 1 <= num_tokens <= len(EXPERTS):
+        return {}
+    identity = torch.eye(num_tokens + patches, device=attentions[0].device)
+    rollout = identity[:num_tokens]
+    for layer in reversed(attentions):
+        rollout = rollout @ (layer.float().mean(dim=1) + identity) / 2  # half of a layer is the residual connection
+    maps = rollout[..., num_tokens:].unflatten(-1, grid)
+    maps = (maps / maps.amax(dim=(-2, -1), keepdim=True)).cpu()
+    return {token: maps[:, index] for index, token in enumerate(EXPERTS[:num_tokens])}
+
+
+# ---- Reading images ----
+
+
+def read_image(source: ImageSource, name: str) -> Image.Image:
+    """Reads an image, upright and in RGB, as in training.
+
+    Of an animation it is the first frame, transparency is left out, and 16 bits a channel are scaled to 8.
+
+    Args:
+        source: A PIL image, the bytes of a file, base64, or an http(s) URL.
+        name: What errors call it.
+
+    Raises:
+        ValueError: If it cannot be read, has more than 89 million pixels, or one side is more than 100 times the other.
+    """
+    if isinstance(source, str):
+        source = _download(source, name) if source.startswith(("http://", "https://")) else _decode(source, name)
+    if not isinstance(source, Image.Image | bytes):
+        kind = type(source).__name__
+        raise ValueError(f"{name} is of type {kind}; give an image, its bytes, base64 or an http(s) URL.")
+    try:
+        image = source if isinstance(source, Image.Image) else _open(source)
+        _check_size(*image.size)
+        return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+    except Exception as error:  # a damaged file can raise anything
+        what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            what = "it is damaged, or of none of the formats " + ", ".join(FORMATS)
+        raise ValueError(f"{name} cannot be read as an image: {what}.") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("it has no bytes")
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"of its {width} x {height} pixels one side is more than {MAX_ASPECT} times the other")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scales 16 bits to 8, which Pillow would clip; the same as in training."""
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers, whose range is not known; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65_535:
+        raise ValueError(f"its values from {values.min()} to {values.max()} do not fit 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _decode(text: str, name: str) -> bytes:
+    """Bytes of base64, with line breaks or without, or of a `data:` URL."""
+    header, comma, encoded = text.partition(",") if text.startswith("data:") else ("", "", text)
+    try:
+        if comma and not header.endswith(";base64"):
+            raise ValueError("not base64")
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except ValueError as error:
+        beginning = f"it begins with {text[:40]!r}"
+        raise ValueError(f"{name} is neither an http(s) URL nor an image in base64; {beginning}.") from error
+
+
+# ---- Downloads: a server must not fetch for strangers what only it can reach ----
+
+
+def _download(url: str, name: str) -> bytes:
+    """Fetches an image of the public internet, of at most 20 MiB and within 30 seconds.
+
+    Addresses of private networks are let through if the environment has DEITLT_ALLOW_PRIVATE_URLS=1.
+    """
+    # Of the files of this machine, of FTP and of the environment's proxies this opener knows nothing.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        _PublicHTTPHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    deadline = time.monotonic() + DEADLINE
+    place = "its URL"
+    try:
+        place = _without_query(url)
+        with opener.open(url, timeout=WAIT) as response:
+            content = bytearray()
+            while chunk := response.read1(2**16):
+                content += chunk
+                if len(content) > MAX_DOWNLOAD:
+                    raise ValueError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"it took more than {DEADLINE} seconds")
+            return bytes(content)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ValueError(f"{name} cannot be fetched from {place}: {_reason(error)}.") from error
+
+
+def _without_query(url: str) -> str:
+    """What errors and logs call a URL, whose query can hold what grants access."""
+    parts = urllib.parse.urlsplit(url)
+    if not parts.hostname or parts.username is not None:
+        raise ValueError("it has no host, or a password")
+    return f"{parts.scheme}://{parts.hostname}{parts.path}"[:100]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the answer is {error.code}"
+    if isinstance(error, http.client.HTTPException):
+        return "its URL or the answer is not valid HTTP"
+    if isinstance(error, urllib.error.URLError):
+        error = error.reason
+    return getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _refuse_private(address: str) -> None:
+    if os.environ.get("DEITLT_ALLOW_PRIVATE_URLS") == "1":
+        return
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if not parsed.is_global or parsed.is_multicast:
+        raise ValueError("its address is not of the public internet")
+
+
+class _PublicOnly:
+    """A connection to addresses of the public internet only, redirections included."""
+
+    def connect(self):
+        for *_, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+            _refuse_private(address[0])
+        super().connect()
+        _refuse_private(self.sock.getpeername()[0])  # by now the name may have had another address
+
+
+class _PublicHTTPConnection(_PublicOnly, http.client.HTTPConnection):
+    pass
+
+
+class _PublicHTTPSConnection(_PublicOnly, http.client.HTTPSConnection):
+    pass
+
+
+class _PublicHTTPHandler(urllib.request.AbstractHTTPHandler):
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def http_open(self, request):
+        return self.do_open(_PublicHTTPConnection, request)
+
+    def https_open(self, request):
+        return self.do_open(_PublicHTTPSConnection, request)

@@ -1,0 +1,86 @@
+"""Pushing a finished model, and nothing before it is finished."""
+
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import Trainer, TrainingArguments
+
+from ..hub.push import prepare_repository, push_folder
+
+
+class PublishingTrainer(Trainer):
+    """A [`~transformers.Trainer`] that pushes what [`push_folder`] does, in one commit, and no checkpoints.
+
+    With `push_to_hub` in its arguments, the repository and the right to write there are made sure of before training.
+    """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository `args.hub_model_id`, if there is none, and makes sure that it can be pushed to.
+
+        Raises:
+            ValueError: If `hub_model_id` is no name of a repository.
+            OSError: If it cannot be pushed to.
+        """
+        if self.is_world_process_zero():
+            self.hub_model_id = prepare_repository(self.args.hub_model_id, **hub_options(self.args, token, private))
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card,
+    ) -> CommitInfo | None:
+        """Saves the model in `args.output_dir`, and pushes it with its card, results and curves.
+
+        All processes call it, and the first one pushes. What is not given is as in the arguments.
+
+        Args:
+            commit_message: First line of the commit.
+            token: A token that may write there.
+            revision: Branch to push to.
+            private: Make a new repository private.
+            **card: As for `create_model_card`.
+
+        Returns:
+            The commit, in the first process.
+
+        Raises:
+            ValueError: If `hub_model_id` is no name of a repository.
+            OSError: If it cannot be pushed. The model is saved, and the message says how to push it later.
+        """
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        try:
+            if self.hub_model_id is None:
+                self.init_hf_repo(token, private)
+            self.create_model_card(**card)
+            options = hub_options(args, token, private, revision)
+            commit = push_folder(
+                args.output_dir, self.hub_model_id, commit_message=commit_message, card=False, **options
+            )
+        except OSError as error:
+            raise OSError(
+                f"{error} The model is whole in {args.output_dir}; to push it later: deitlt push {args.output_dir} "
+                f"{args.hub_model_id}"
+            ) from error
+        print(f"The model is on the Hub: {commit.repo_url}", flush=True)
+        return commit
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints stay where they are."""
+
+
+def hub_options(
+    args: TrainingArguments, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """How to push: what is given, or else as the arguments say."""
+    return {
+        "private": args.hub_private_repo if private is None else private,
+        "revision": revision or args.hub_revision,
+        "token": token or args.hub_token,
+    }

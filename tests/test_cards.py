@@ -1,0 +1,347 @@
+"""Model cards say what the run measured, all of it as it was, and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+
+from conftest import make_student
+from deitlt_hf import (
+    DeiTLTConfig,
+    DeiTLTForImageClassification,
+    DeiTLTTrainer,
+    DeiTLTTrainingArguments,
+    FlatTeacherConfig,
+    FlatTeacherForImageClassification,
+)
+from deitlt_hf.commands.distill import main as distill
+from deitlt_hf.commands.model_cards import CARDS
+from deitlt_hf.commands.model_cards import main as make_model_cards
+from deitlt_hf.hub.cards import is_generated, make_card, recipe_card, write_card
+from deitlt_hf.recipes import load_recipe, recipe_names
+
+ROOT = Path(__file__).parent.parent
+CHANGED = ["--max_per_class", "50", "--num_train_epochs", "2", "--drw_start_epoch", "1"]
+# Overall, head, mid and tail in the paper's tables.
+PAPER = {
+    "cifar10_lt_rho100": (87.5, 94.5, 84.1, 85.0),
+    "cifar10_lt_rho50": (89.8, 94.9, 87.0, 88.6),
+    "cifar100_lt_rho100": (55.6, 72.8, 55.4, 31.4),
+    "cifar100_lt_rho50": (60.5, 74.8, 60.3, 43.1),
+    "imagenet_lt": (59.1, 66.6, 58.3, 40.0),
+    "inat18": (75.1, 70.3, 75.2, 76.2),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A student with values of its own and the teacher that was trained for it, by the command."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = yaml.safe_load((ROOT / "tests" / "fixtures" / "tiny.yaml").read_text())
+    recipe["teacher"]["num_train_epochs"] = 8
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["--recipe", str(folder / "tiny.yaml"), "--output_dir", str(folder / "student"), *CHANGED]
+    distill([*arguments, "--hub_token", "hf_secret"])
+    return folder
+
+
+@pytest.fixture
+def student_folder(trained, tmp_path):
+    """A copy that a test may change."""
+    ignored = shutil.ignore_patterns("checkpoint-*")
+    return Path(shutil.copytree(trained / "student", tmp_path / "student", ignore=ignored))
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def change_results(folder, **values):
+    (folder / "results.json").write_text(json.dumps(results(folder) | values))
+
+
+def section(card, title):
+    """The text below a heading."""
+    return str(card).partition(f"\n{title}\n")[2].partition("\n## ")[0]
+
+
+def tables(text):
+    """The rows of all tables, as lists of cells."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.replace("\\|", "").strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_training_leaves_a_card_with_the_numbers_of_its_last_epoch(trained, kind):
+    accuracies = results(trained / kind)["last"]["accuracies"]
+    card = ModelCard.load(trained / kind / "README.md")
+    measured = {(entry.metric_name, entry.metric_value) for entry in card.data.eval_results}
+    assert measured == {
+        (f"{expert}, {group}", value) for expert, row in accuracies.items() for group, value in row.items()
+    }
+    assert {entry.dataset_type for entry in card.data.eval_results} == {"digits"}
+    head, _, *rows = tables(section(card, "## Accuracy"))
+    assert head == ["expert", "overall", "head", "mid", "tail"]
+    assert [row[1:] for row in rows] == [
+        [f"{100 * value:.1f}" for value in row.values()] for row in accuracies.values()
+    ]
+
+
+def test_metadata_are_those_the_hub_knows(trained):
+    metadata = metadata_load(trained / "student" / "README.md")
+    assert metadata["pipeline_tag"] == "image-classification"
+    assert (metadata["library_name"], metadata["license"]) == ("transformers", "apache-2.0")
+    assert {"deit-lt", "long-tailed", "vision"} <= set(metadata["tags"])
+    assert metadata["metrics"] == ["accuracy"]
+    assert "datasets" not in metadata  # the embedded digits are not on the Hub
+    card = ModelCard.load(trained / "student" / "README.md")
+    assert card.data.to_dict() == metadata
+    assert str(ModelCard(str(card))) == (trained / "student" / "README.md").read_text()
+
+
+def test_card_says_what_was_changed_of_the_recipe_and_nothing_that_was_not(trained):
+    text = section(ModelCard.load(trained / "student" / "README.md"), "## Training")
+    changed = "`tiny.yaml`, a file of the user's, changed: `max_per_class` `50`, `num_train_epochs` `2.0`"
+    assert changed in text
+    line = next(line for line in text.splitlines() if line.startswith("- Recipe"))
+    assert "learning_rate" not in line
+    assert "deitlt distill --recipe tiny.yaml --max_per_class 50 --num_train_epochs 2.0 --drw_start_epoch 1.0" in text
+    teacher = section(ModelCard.load(trained / "teacher" / "README.md"), "## Training")
+    assert "changed: `max_per_class` `50`.\n" in teacher, "the teacher's images are the student's"
+    assert "deitlt train-teacher --recipe tiny.yaml --max_per_class 50\n" in teacher
+
+
+def test_card_tells_data_hardware_and_versions(trained):
+    record = results(trained / "student")
+    text = str(ModelCard.load(trained / "student" / "README.md"))
+    assert "digits, long-tailed at ratio 10 (exp, subset seed 0)" in text
+    assert record["data"]["subset_sha256"] in text
+    rows = tables(section(text, "## Training data"))
+    assert rows[2][:3] == ["head", "0, 1, 2", "3"]
+    assert sum(int(row[3]) for row in rows[2:]) == record["data"]["train_images"]
+    assert f"on {record['data']['test_images']} test images" in text
+    for name, number in record["versions"].items():
+        assert f"{name} {number}" in text
+    assert f"- Hardware: {record['hardware']['device']}".split("(")[0] in text
+    assert record["hardware"]["threads"] >= 1
+
+
+def test_card_tells_how_the_teacher_was_trained_and_what_it_knows(trained):
+    record = results(trained / "student")["teacher"]
+    own = results(trained / "teacher")
+    assert record["source"] == "teacher", "of an absolute path only the last part is published"
+    assert record["training"]["settings"]["sam_rho"] == own["settings"]["sam_rho"]
+    # The same images in the same size, through the student's pipeline.
+    assert record["accuracies"] == pytest.approx(own["last"]["accuracies"]["teacher"], abs=2e-3)
+    text = section(ModelCard.load(trained / "student" / "README.md"), "## Training")
+    assert (
+        "- Teacher: resnet20 (`teacher`), loss `ce`, SAM with rho 0.05, 8 epochs, trained on the same images." in text
+    )
+    assert f"overall {100 * record['accuracies']['overall']:.1f}" in text
+
+
+def test_no_token_or_path_of_the_user_is_in_card_or_record(trained):
+    for path in (*trained.glob("*/README.md"), *trained.glob("*/results.json")):
+        assert "hf_secret" not in path.read_text()
+        assert str(trained) not in path.read_text()
+
+
+def test_card_for_a_repository_loads_the_model_from_there(trained):
+    card = make_card(trained / "student", "org/deitlt-tiny", license="mit", tags="digits")
+    assert "# deitlt-tiny\n" in card.text
+    assert card.text.count('"org/deitlt-tiny"') == 3
+    assert (card.data.license, card.data.model_name) == ("mit", "deitlt-tiny")
+    assert "licence `mit`" in card.text
+    assert {"digits", "deit-lt"} <= set(card.data.tags)
+    with pytest.raises(ValueError, match="org/a/b"):
+        make_card(trained / "student", "org/a/b")
+
+
+def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
+    record = results(student_folder)
+    best = {"epoch": 1.0, "step": 3, "accuracies": {"mean": {"overall": 0.987, "head": 0.9, "mid": 0.9, "tail": 0.9}}}
+    change_results(student_folder, best=best)
+    card = make_card(student_folder)
+    assert "The best epoch on the same test images was 1, with 98.7 overall; the weights are not of it." in card.text
+    assert 0.987 not in [entry.metric_value for entry in card.data.eval_results]
+    # With load_best_model_at_end, the weights are those of the best checkpoint, and so are the numbers.
+    change_results(student_folder, saved_step=3)
+    card = make_card(student_folder)
+    assert "at epoch 1, whose weights were kept because they were the best" in card.text
+    assert [entry.metric_value for entry in card.data.eval_results] == [0.987, 0.9, 0.9, 0.9]
+    # Of weights that were not evaluated there are no numbers.
+    change_results(student_folder, saved_step=4)
+    assert make_card(student_folder).data.eval_results is None
+    assert record["saved_step"] == record["last"]["step"]
+
+
+def test_an_unfinished_run_claims_nothing_in_the_metadata(student_folder):
+    change_results(student_folder, finished=False)
+    card = make_card(student_folder)
+    assert card.data.eval_results is None
+    assert "of a run that had not ended" in section(card, "## Accuracy")
+
+
+def test_groups_without_test_images_have_no_number(student_folder):
+    record = results(student_folder)
+    record["last"]["accuracies"]["mean"]["tail"] = None
+    change_results(student_folder, **record)
+    card = make_card(student_folder)
+    assert tables(section(card, "## Accuracy"))[2][-1] == "-"
+    assert "mean, tail" not in [entry.metric_name for entry in card.data.eval_results]
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_without_a_record_there_are_no_numbers(tmp_path, kind):
+    """As of a converted checkpoint, or a folder of plain transformers."""
+    if kind == "student":
+        make_student(num_labels=3, class_counts=[90, 30, 5]).save_pretrained(tmp_path)
+    else:
+        FlatTeacherForImageClassification(FlatTeacherConfig(num_labels=3)).save_pretrained(tmp_path)
+    card = ModelCard.load(write_card(tmp_path))
+    assert card.data.eval_results is None
+    assert "metrics" not in card.data.to_dict()
+    assert "no record of a run" in section(card, "## Accuracy")
+    assert tables(card.text) == []
+    assert ("125 images, 90 to 5 a class" in card.text) == (kind == "student")
+    loader = "DeiTLTForImageClassification" if kind == "student" else "FlatTeacherForImageClassification"
+    assert f"{loader}.from_pretrained" in card.text
+
+
+def test_without_test_images_there_is_no_table(tmp_path, digits):
+    """And without a recipe, from Python, the settings stand for themselves."""
+    trainer = DeiTLTTrainer(
+        model=make_student(),
+        args=DeiTLTTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=32,
+            repeated_augmentation=1,
+            distillation="none",
+            alpha=0.25,
+            warmup_epochs=0,
+            eval_strategy="no",
+            save_strategy="no",
+        ),
+        train_dataset=digits["train"],
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(tags=["mine"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.eval_results is None
+    assert tables(section(card, "## Accuracy")) == []
+    assert "nothing was measured" in section(card, "## Accuracy")
+    assert "without a teacher" in card.text
+    assert ["`alpha`", "`0.25`"] in tables(section(card, "## Training"))
+    assert "- Recipe" not in card.text
+    assert "mine" in card.data.tags
+
+
+def test_a_card_of_the_users_own_is_left_as_it_is(student_folder):
+    readme = student_folder / "README.md"
+    readme.write_text("# Mine\n")
+    with pytest.warns(UserWarning, match="is not as deitlt-hf wrote it and stays"):
+        write_card(student_folder)
+    assert readme.read_text() == "# Mine\n"
+
+
+def test_a_card_that_was_edited_is_left_and_one_that_was_not_is_written_anew(student_folder):
+    readme = write_card(student_folder)
+    change_results(student_folder, train_seconds=7)
+    assert "0:00:07" in write_card(student_folder).read_text()
+    assert is_generated(readme.read_text())
+    edited = readme.read_text().replace("license: apache-2.0", "license: mit")
+    readme.write_text(edited)
+    with pytest.warns(UserWarning, match="stays"):
+        write_card(student_folder, "org/name")
+    assert readme.read_text() == edited
+
+
+def test_names_of_classes_are_shown_as_they_are(tmp_path):
+    names = ["<script>alert(1)</script>", "a | b", "*bold* _x_ `y`", "line\nbreak", "[link](http://x)", "A & B"]
+    groups = {"head": [0, 1], "mid": [2, 3], "tail": [4, 5]}
+    config = DeiTLTConfig(
+        **make_student().config.to_diff_dict()
+        | {"id2label": dict(enumerate(names)), "class_counts": [9, 8, 7, 6, 5, 4], "class_groups": groups}
+    )
+    DeiTLTForImageClassification(config).save_pretrained(tmp_path)
+    card = ModelCard.load(write_card(tmp_path))
+    _, _, head, mid, tail = tables(card.text)
+    assert head[1:3] == ["&lt;script&gt;alert(1)&lt;/script&gt;, a  b", "2"]
+    assert mid[1] == r"\*bold\* \_x\_ \`y\`, line break"
+    assert tail[1] == r"\[link\](http://x), A &amp; B"
+
+
+def test_a_card_with_thousands_of_classes_does_not_list_them(tmp_path):
+    names = {label: f"species {label}" for label in range(2000)}
+    groups = {"head": list(range(200)), "mid": list(range(200, 1000)), "tail": list(range(1000, 2000))}
+    make_student(num_labels=2000, id2label=names, class_counts=[7] * 2000, class_groups=groups).save_pretrained(
+        tmp_path
+    )
+    text = write_card(tmp_path).read_text()
+    assert "species" not in text
+    assert "| tail | 1,000 | 7,000 | 7 to 7 |" in text
+    assert len(text.splitlines()) < 120
+
+
+def test_what_is_wrong_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json; give the folder of a saved model."):
+        make_card(tmp_path)
+    make_student().save_pretrained(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"results.json is not valid JSON"):
+        make_card(tmp_path)
+
+
+def test_command_writes_the_card_of_a_folder(student_folder, capsys):
+    make_model_cards(["--model", str(student_folder), "--repo_id", "org/deitlt-tiny"])
+    assert capsys.readouterr().out.strip() == str(student_folder / "README.md")
+    assert "# deitlt-tiny" in (student_folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="needs --model"):
+        make_model_cards(["--repo_id", "org/deitlt-tiny"])
+
+
+# ---- The repository's cards ----
+
+
+def test_cards_and_recipes_are_in_step(tmp_path):
+    shutil.copytree(ROOT / "model_cards" / "results", tmp_path / "results")
+    make_model_cards(["--folder", str(tmp_path)])
+    committed = {path.name: path.read_bytes() for path in (ROOT / "model_cards").glob("*.md")}
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.md")} == committed
+    assert set(CARDS.values()) == set(recipe_names()) - {"image_folder"}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_what_the_paper_reports_is_never_said_to_be_measured(name):
+    recipe = CARDS[name]
+    card = recipe_card(recipe, name)
+    assert card.data.eval_results is None
+    assert "Nobody has measured this yet" in section(card, "### Measured")
+    assert f"deitlt distill --recipe {recipe}" in card.text
+    assert ("### Reported by the paper" in card.text) == (recipe in PAPER)
+    if recipe in PAPER:
+        assert tables(section(card, "## Accuracy"))[-1] == [f"{value:.1f}" for value in PAPER[recipe]]
+    student = load_recipe(recipe)["student"]
+    assert f"{student['num_train_epochs']} epochs" in card.text
+
+
+def test_measured_numbers_stand_beside_the_papers(student_folder):
+    record = results(student_folder)
+    card = recipe_card("cifar10_lt_rho100", "deitlt-cifar10-lt-rho100", record)
+    overall = record["last"]["accuracies"]["mean"]["overall"]
+    assert card.data.eval_results[0].metric_value == overall
+    assert 87.5 not in [entry.metric_value for entry in card.data.eval_results]
+    rows = tables(section(card, "## Accuracy"))
+    assert rows[2][0] == "87.5"
+    assert rows[5][1] == f"{100 * overall:.1f}"
+
+
+def test_metadata_of_every_card_of_the_repository_can_be_read():
+    for path in sorted((ROOT / "model_cards").glob("*.md")):
+        assert yaml.safe_load(path.read_text().split("---")[1]) == ModelCard.load(path).data.to_dict()
+        assert is_generated(path.read_text())

@@ -1,0 +1,496 @@
+"""The hosted handler: right scores and attention, every way of sending an image, and what it refuses."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from conftest import make_student
+from deitlt_hf.analysis.attention import attention_rollout
+from deitlt_hf.data import image_processor
+from deitlt_hf.data.images import decode_image
+from deitlt_hf.hub import handler as handler_module
+from deitlt_hf.hub.handler import EndpointHandler, add_handler, read_image
+
+ROOT = Path(__file__).parent.parent
+COUNTS = [100, 80, 60, 40, 30, 20, 10, 8, 6, 4]
+GROUPS = {"head": [0, 1, 2], "mid": [3, 4, 5], "tail": [6, 7, 8, 9]}
+
+
+def image_of(seed, size=(12, 9), mode="RGB"):
+    return Image.frombytes(mode, size, np.random.default_rng(seed).bytes(size[0] * size[1] * len(mode)))
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def text(image):
+    return base64.b64encode(encoded(image)).decode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    names = {label: f"class {label}" for label in range(10)}
+    make_student(class_counts=COUNTS, class_groups=GROUPS, id2label=names).save_pretrained(folder)
+    image_processor(8).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def handler(folder):
+    return EndpointHandler(folder)
+
+
+def outputs_of(folder, images, **options):
+    """What plain transformers computes, without the handler."""
+    model = AutoModelForImageClassification.from_pretrained(folder, **options)
+    with torch.no_grad():
+        pixel_values = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt").pixel_values
+        return model(pixel_values, output_attentions=options.get("attn_implementation") == "eager")
+
+
+def test_scores_are_those_of_the_model_and_of_each_expert(folder, handler):
+    images = [image_of(seed) for seed in range(3)]
+    outputs = outputs_of(folder, images)
+    for index, result in enumerate(handler({"inputs": images, "parameters": {"top_k": 10}})):
+        mean, cls, distillation = (
+            outputs[name][index].softmax(-1) for name in ("logits", "cls_logits", "distillation_logits")
+        )
+        assert [entry["label"] for entry in result["predictions"]] == [
+            f"class {label}" for label in mean.argsort(descending=True).tolist()
+        ]
+        for entry in result["predictions"]:
+            label = int(entry["label"].split()[1])
+            assert entry["score"] == pytest.approx(mean[label].item(), abs=1e-6)
+            assert entry["cls_score"] == pytest.approx(cls[label].item(), abs=1e-6)
+            assert entry["distillation_score"] == pytest.approx(distillation[label].item(), abs=1e-6)
+            assert entry["training_images"] == COUNTS[label]
+            assert label in GROUPS[entry["group"]]
+        for expert, scores in (("cls", cls), ("distillation", distillation)):
+            assert result[expert]["label"] == f"class {scores.argmax().item()}"
+            assert result[expert]["score"] == pytest.approx(scores.max().item(), abs=1e-6)
+
+
+def test_scores_are_those_of_the_native_pipeline(folder, handler):
+    native = pipeline("image-classification", model=str(folder))
+    image = image_of(5, (31, 20))
+    predictions = handler({"inputs": image})[0]["predictions"]
+    for ours, theirs in zip(predictions, native(image), strict=True):
+        assert ours["label"] == theirs["label"]
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
+
+
+def test_attention_is_the_rollout_of_each_token(folder, handler):
+    images = [image_of(seed) for seed in range(11)]  # more than go through the model at once
+    results = handler({"inputs": images, "parameters": {"attention": True}})
+    attentions = outputs_of(folder, images, attn_implementation="eager").attentions
+    expected = attention_rollout([layer.numpy() for layer in attentions])[:, :2, 2:].reshape(11, 2, 2, 2)
+    expected /= expected.max(axis=(2, 3), keepdims=True)
+    for result, maps in zip(results, expected, strict=True):
+        assert list(result["attention"]) == ["cls", "distillation"]
+        np.testing.assert_allclose(list(result["attention"].values()), maps, atol=1e-5)
+    plain = handler({"inputs": images})
+    assert "attention" not in plain[0]
+    assert [entry["label"] for entry in plain[0]["predictions"]] == [
+        entry["label"] for entry in results[0]["predictions"]
+    ]
+
+
+def test_attention_is_of_the_same_weights(handler):
+    """A second copy of the weights would double the memory."""
+    pairs = zip(handler.model.parameters(), handler._observed.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+    assert handler.model.config._attn_implementation == "sdpa"
+
+
+def test_it_needs_no_package(folder, tmp_path):
+    """The toolkit loads the file by its path, where deitlt_hf is not installed."""
+    copy = add_handler(folder)
+    (tmp_path / "image.png").write_bytes(encoded(image_of(1)))
+    code = f"""
+import importlib.util, json, sys
+sys.modules["deitlt_hf"] = None
+spec = importlib.util.spec_from_file_location("endpoint", {str(copy)!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["endpoint"] = module
+spec.loader.exec_module(module)
+handler = module.EndpointHandler({str(folder)!r})
+print(json.dumps(handler({{"inputs": open({str(tmp_path / "image.png")!r}, "rb").read()}})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == EndpointHandler(folder)({"inputs": image_of(1)})
+
+
+def test_add_handler_wants_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model folder: there is no config.json in it"):
+        add_handler(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["nowhere", "/nowhere/model", "./nowhere"])
+def test_a_missing_model_is_named(path):
+    with pytest.raises(FileNotFoundError, match=f"'{path}' is no model folder"):
+        EndpointHandler(path)
+
+
+def test_damaged_weights_are_told_in_a_sentence(folder, tmp_path):
+    for file in ("config.json", "preprocessor_config.json"):
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"cannot be loaded as an image classifier: [^\n]*\.$"):
+        EndpointHandler(tmp_path)
+
+
+# ---- Ways to send an image ----
+
+
+class Site(BaseHTTPRequestHandler):
+    """A web site with one image, and the ways in which a site can be difficult."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        path = self.path.partition("?")[0]
+        if path == "/image.png":
+            self._answer(200, encoded(image_of(1)))
+        elif path == "/redirect":
+            self._answer(302, b"", Location=self.path.partition("?to=")[2])
+        elif path == "/endless":
+            self._go_on_with(b"0" * 2**16, 1000, pause=0)
+        elif path == "/slow":
+            self._go_on_with(b"0", 200, pause=0.05)
+        else:
+            self._answer(404, b"")
+
+    def _answer(self, status, body, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _go_on_with(self, chunk, times, pause):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the other side has had enough
+            for _ in range(times):
+                self.wfile.write(chunk)
+                self.server.stopped.wait(pause)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def site():
+    """A web site on this machine; its address, and what it was asked for in `asked`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.asked, server.stopped = [], threading.Event()
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.stopped.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def private_urls(monkeypatch):
+    monkeypatch.setenv("DEITLT_ALLOW_PRIVATE_URLS", "1")
+
+
+def test_all_ways_of_sending_an_image_are_alike(handler, site, private_urls):
+    image = image_of(1)
+    base = text(image)
+    ways = [
+        image,
+        encoded(image),
+        base,
+        f"data:image/png;base64,{base}",
+        "\n".join(base[start : start + 76] for start in range(0, len(base), 76)),
+        f"{site.address}/image.png",
+        f"{site.address}/redirect?to=/image.png",
+    ]
+    results = [handler({"inputs": way})[0] for way in ways]
+    assert all(result == results[0] for result in results)
+    for result in handler({"inputs": ways}):
+        assert result["predictions"][0]["score"] == pytest.approx(results[0]["predictions"][0]["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({}, "the request has no inputs"),
+        ({"inputs": None}, "the request has no inputs"),
+        ([1], "the request has no inputs"),
+        ({"inputs": []}, r"inputs has 0 images; give 1 to 64\."),
+        ({"inputs": ["x"] * 65}, r"inputs has 65 images; give 1 to 64\."),
+        ({"inputs": 3}, "inputs is of type int; give an image"),
+        ({"inputs": b""}, "inputs cannot be read as an image: it has no bytes"),
+        ({"inputs": b"nonsense"}, "damaged, or of none of the formats"),
+        ({"inputs": "bm9uc2Vuc2U="}, "damaged, or of none of the formats"),
+        ({"inputs": "/etc/passwd"}, "neither an http.* nor an image in base64; it begins with '/etc/passwd'"),
+        ({"inputs": "file:///etc/passwd"}, "neither an http"),
+        ({"inputs": "data:image/png,raw"}, "neither an http"),
+        ({"inputs": [text(image_of(0)), "x"]}, r"^inputs\[1\] is neither"),
+        ({"inputs": text(image_of(0)), "parameters": 5}, "parameters must be an object"),
+        ({"inputs": text(image_of(0)), "parameters": {"topk": 5}}, "no 'topk'; it can have top_k and attention"),
+        ({"inputs": text(image_of(0)), "parameters": {"top_k": 0}}, "top_k must be a whole number from 1, got 0"),
+        ({"inputs": text(image_of(0)), "parameters": {"top_k": True}}, "top_k must be a whole number"),
+        ({"inputs": text(image_of(0)), "parameters": {"top_k": "5"}}, "top_k must be a whole number"),
+        ({"inputs": text(image_of(0)), "parameters": {"attention": 1}}, "attention must be true or false, got 1"),
+    ],
+)
+def test_a_wrong_request_is_told_in_a_sentence(handler, request_, sentence):
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        handler(request_)
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).endswith(".")
+
+
+def test_more_classes_than_there_are_is_all(handler):
+    assert len(handler({"inputs": image_of(0), "parameters": {"top_k": 1000}})[0]["predictions"]) == 10
+
+
+# ---- Odd images ----
+
+
+def sixteen_bits():
+    values = np.random.default_rng(0).integers(0, 65536, (9, 12), dtype=np.uint16)
+    return Image.fromarray(values)
+
+
+def with_orientation(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image_of(2), exif=exif)
+
+
+ODD_IMAGES = {
+    "cmyk": encoded(image_of(1, mode="CMYK"), "TIFF"),
+    "grey": encoded(image_of(1, mode="L")),
+    "grey and alpha": encoded(image_of(1, mode="LA")),
+    "alpha": encoded(image_of(1, mode="RGBA")),
+    "palette and alpha": encoded(image_of(1).quantize(8), transparency=bytes(range(0, 80, 10))),
+    "black and white": encoded(image_of(1, mode="L").convert("1")),
+    "16 bits": encoded(sixteen_bits()),
+    "animated": encoded(image_of(1), "GIF", save_all=True, append_images=[image_of(2), image_of(3)]),
+    "several pictures": encoded(image_of(1), "MPO", save_all=True, append_images=[image_of(2)]),
+    "one pixel": encoded(image_of(1, (1, 1))),
+    **{f"orientation {value}": with_orientation(value) for value in range(1, 9)},
+}
+
+
+@pytest.mark.parametrize("data", ODD_IMAGES.values(), ids=ODD_IMAGES.keys())
+def test_odd_images_are_read_as_in_training(handler, data):
+    expected = decode_image({"bytes": data, "path": None})
+    tolerance = 2 if data.startswith(b"\xff\xd8") else 0  # training reads JPEG with another decoder
+    for source in (data, Image.open(io.BytesIO(data))):
+        image = read_image(source, "inputs")
+        assert image.mode == "RGB"
+        np.testing.assert_allclose(np.asarray(image).astype(int), expected.astype(int), atol=tolerance)
+    assert handler({"inputs": data})
+
+
+def png_header(width, height):
+    """A PNG that says how large it is, and has no pixels."""
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (png_header(10_000, 10_000), "its 10000 x 10000 pixels are more than 89478485"),
+        (png_header(100_000, 100_000), "decompression bomb"),
+        (encoded(Image.new("L", (1010, 10))), "of its 1010 x 10 pixels one side is more than 100 times the other"),
+        (encoded(image_of(1, (64, 64)), "JPEG")[:-800], "truncated"),
+        (encoded(image_of(1, (64, 64)))[:-800], "truncated"),
+        (encoded(Image.new("F", (9, 9)), "TIFF"), "floating-point numbers, whose range is not known"),
+        (encoded(image_of(1), "EPS"), "of none of the formats"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_a_sentence(handler, data, sentence):
+    with pytest.raises(ValueError, match=rf"^inputs cannot be read as an image: .*({sentence})") as refusal:
+        handler({"inputs": data})
+    assert "\n" not in str(refusal.value)
+
+
+# ---- URLs ----
+
+
+LOOPBACK = ["127.0.0.1", "localhost", "127.1", "2130706433", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"]
+PRIVATE = ["10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "[fe80::1]", "[fd00::1]", "224.0.0.1"]
+
+
+@pytest.mark.parametrize("host", LOOPBACK + PRIVATE)
+def test_private_addresses_are_refused(handler, host):
+    with pytest.raises(ValueError, match="its address is not of the public internet"):
+        handler({"inputs": f"http://{host}:9/image.png"})
+
+
+def test_a_private_address_is_not_asked(handler, site):
+    with pytest.raises(ValueError, match="not of the public internet"):
+        handler({"inputs": f"{site.address}/image.png"})
+    assert site.asked == []
+
+
+def test_a_redirection_to_a_private_address_is_refused(handler, site, monkeypatch):
+    """The first address is let through here as a public one would be."""
+    refuse = handler_module._refuse_private
+    monkeypatch.setattr(handler_module, "_refuse_private", lambda address: address == "127.0.0.1" or refuse(address))
+    with pytest.raises(ValueError, match="not of the public internet"):
+        handler({"inputs": f"{site.address}/redirect?to=http://127.0.0.2:{site.server_port}/image.png"})
+    assert len(site.asked) == 1
+
+
+def test_a_name_that_changes_its_address_is_not_asked(handler, site, monkeypatch):
+    """DNS rebinding: the name has a public address when it is checked, and a private one a moment later."""
+    resolve, hosts = socket.getaddrinfo, iter(["93.184.215.14", "127.0.0.1"])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **options: resolve(next(hosts), *args, **options))
+    with pytest.raises(ValueError, match="not of the public internet"):
+        handler({"inputs": f"http://rebinding.example:{site.server_port}/image.png"})
+    assert site.asked == []
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/nothing", "the answer is 404"),
+        ("/redirect?to=/redirect?to=/redirect", "the answer is 302"),
+        ("/redirect?to=file:///etc/passwd", "the answer is 302"),
+        ("/redirect?to=ftp://127.0.0.1/", "unknown url type: ftp"),
+        ("/endless", "it has more than 20 MiB"),
+        ("/slow", r"it took more than 0\.3 seconds"),
+    ],
+)
+def test_a_difficult_site_is_told_in_a_sentence(handler, site, private_urls, monkeypatch, path, sentence):
+    monkeypatch.setattr(handler_module, "DEADLINE", 0.3 if path == "/slow" else 30)
+    with pytest.raises(ValueError, match=rf"^inputs cannot be fetched from http://127.0.0.1/\S*: {sentence}\.$"):
+        handler({"inputs": site.address + path})
+
+
+@pytest.mark.parametrize(
+    "url", ["http://u:secret@10.0.0.1/a", "http://10.0.0.1/a?key=secret", "http://10.0.0.1:secret/"]
+)
+def test_no_secret_of_a_url_is_in_an_error(handler, url):
+    with pytest.raises(ValueError, match="cannot be fetched") as refusal:
+        handler({"inputs": url})
+    assert "secret" not in str(refusal.value)
+
+
+# ---- Other models ----
+
+
+def test_a_vit_has_no_experts_but_attention(tmp_path):
+    config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config.num_labels = 3
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    (result,) = EndpointHandler(tmp_path)({"inputs": image_of(0), "parameters": {"attention": True}})
+    assert list(result) == ["predictions", "attention"]
+    assert list(result["predictions"][0]) == ["label", "score", "group", "training_images"]
+    assert list(result["attention"]) == ["cls"]
+    assert np.shape(result["attention"]["cls"]) == (2, 2)
+
+
+def test_a_cnn_has_no_attention(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    handler = EndpointHandler(tmp_path)
+    assert len(handler({"inputs": image_of(0)})[0]["predictions"]) == 3
+    with pytest.raises(ValueError, match="a resnet has no attention over patches; leave attention out"):
+        handler({"inputs": image_of(0), "parameters": {"attention": True}})
+
+
+def test_counts_and_groups_of_other_classes_are_left_out(folder, tmp_path):
+    """Plain transformers keeps both when it gives a model a new head."""
+    model = AutoModelForImageClassification.from_pretrained(folder, num_labels=4, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path)
+    image_processor(8).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["class_counts"] == COUNTS
+    for prediction in EndpointHandler(tmp_path)({"inputs": image_of(0)})[0]["predictions"]:
+        assert prediction["group"] is None
+        assert prediction["training_images"] is None
+
+
+# ---- Many at once ----
+
+
+def test_threads_get_their_own_answers(handler):
+    """Attention asked for by one thread must not reach another's request, nor be missing from its own."""
+    requests = [{"inputs": image_of(seed), "parameters": {"attention": seed % 2 == 0}} for seed in range(8)]
+    alone = [handler(request) for request in requests]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(handler, requests * 25))
+    for index, answer in enumerate(together):
+        assert answer == alone[index % 8]
+
+
+def test_eight_clients_over_http(folder, tmp_path):
+    """The benchmark's server and clients, for seconds in place of its minute."""
+    command = [sys.executable, "benchmarks/serving.py", "--model", folder, "--seconds", "2"]
+    done = subprocess.run(
+        [*map(str, command), "--record", str(tmp_path / "record.json")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, phase in json.loads((tmp_path / "record.json").read_text())[str(folder)].items():
+        assert phase["errors"] == phase["wrong_answers"] == 0, name
+        assert phase["handler"]["requests"] > phase["clients"]
+        if "rss_mib" in phase:
+            assert phase["rss_mib"]["end"] < phase["rss_mib"]["after_tenth"] + 20
+
+
+def test_python_of_the_serving_page(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "outputs/digits_lt/student")
+    image_of(0).save("image.png")
+    page = (ROOT / "docs" / "serving.md").read_text()
+    section = page[page.index("## Hosted inference") : page.index("## Predict")]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert Path("outputs/digits_lt/student/handler.py").is_file()

@@ -1,0 +1,213 @@
+"""`predict` as users run it, and the functions behind it."""
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from conftest import make_student
+from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.commands.predict import _parser, main
+from deitlt_hf.data import image_processor
+from deitlt_hf.hub.predict import find_images, load_classifier, predict_images
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["b.png", "a, b.png", 'say "hi".jpg', "Grüße 🌵.png", "new\nline.png", "sub/deep/c.PNG", "sub/[5].png"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    groups = {"head": [0, 1, 2], "mid": [3, 4, 5], "tail": [6, 7, 8, 9]}
+    make_student(class_counts=list(range(100, 0, -10)), class_groups=groups).save_pretrained(folder)
+    image_processor(8).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder with images of odd names, and files that are none."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "sub" / "deep").mkdir(parents=True)
+    for index, name in enumerate(NAMES):
+        Image.new("RGB", (8 + index, 8), (30 * index, 255 - 30 * index, 128)).save(folder / name)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder
+
+
+def predict(*arguments, stdin=None):
+    command = [sys.executable, "scripts/predict.py", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, cwd=ROOT, check=False)
+
+
+def json_lines(output):
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_a_folder_as_csv_keeps_its_results_beside_a_broken_file(model, images):
+    done = predict("--model", model, "--csv", "--experts", "--top_k", "2", "--batch_size", "3", images)
+    assert done.returncode == 1
+    errors = done.stderr.decode().splitlines()
+    assert errors[0].startswith(f"error: '{images}/broken.png' cannot be read as an image: Truncated File Read")
+    assert errors[1:] == ["error: 1 of 8 images could not be read."]
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode(), newline="")))
+    assert {row["image"] for row in rows} == {f"{images}/{name}" for name in NAMES}
+    assert [row["rank"] for row in rows] == ["1", "2"] * len(NAMES)
+    native = pipeline("image-classification", model=model)
+    for row in rows:
+        expected = native(row["image"], top_k=2)[int(row["rank"]) - 1]
+        assert row["label"] == expected["label"]
+        assert float(row["score"]) == pytest.approx(expected["score"], abs=1e-6)
+        label = int(row["label"].removeprefix("LABEL_"))
+        assert int(row["training_images"]) == 100 - 10 * label
+        assert row["group"] == ("head" if label < 3 else "mid" if label < 6 else "tail")
+        for name in ("cls_score", "distillation_score"):
+            assert 0 < float(row[name]) < 1
+        assert row["cls_label"].startswith("LABEL_")
+
+
+def test_names_from_standard_input_as_json_lines(model, images, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/\xff.png"  # a name that is no text
+    (tmp_path / "x.png").write_bytes((images / "b.png").read_bytes())
+    os.rename(tmp_path / "x.png", odd)
+    wanted = [os.fsencode(images / "b.png"), b"", odd, os.fsencode(images / "b.png"), os.fsencode(images / "sub")]
+    done = predict("--model", model, "--json", "--experts", "-", stdin=b"\n".join(wanted))
+    assert done.returncode == 0, done.stderr
+    lines = json_lines(done.stdout)
+    assert [os.fsencode(line["image"]) for line in lines] == [
+        wanted[0],
+        odd,
+        wanted[0],
+        os.fsencode(images / "sub/[5].png"),
+        os.fsencode(images / "sub/deep/c.PNG"),
+    ]
+    (expected,) = load_classifier(model)({"inputs": (images / "b.png").read_bytes()})
+    for expert in ("cls", "distillation"):
+        assert lines[0][expert] == pytest.approx(expected[expert], abs=1e-6)
+    for ours, one in zip(lines[0]["predictions"], expected["predictions"], strict=True):
+        assert ours == pytest.approx(one, abs=1e-6)
+    assert done.stderr == b""
+
+
+def test_who_has_enough_results_is_let_go(model, images):
+    command = f"{sys.executable} scripts/predict.py --model {model} --json --batch_size 1 - | head -n 1"
+    done = subprocess.run(
+        command, shell=True, input=f"{images}/b.png\n" * 300, capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert len(json_lines(done.stdout)) == 1
+    assert done.stderr == ""
+
+
+def test_results_come_before_the_last_file_is_known(model, images):
+    """Standard input can be a process that is still looking for files."""
+    process = subprocess.Popen(
+        [sys.executable, "scripts/predict.py", "--model", model, "--json", "--batch_size", "1", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    process.stdin.write(f"{images}/b.png\n")
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["image"] == f"{images}/b.png"
+    process.stdin.close()
+    assert process.wait() == 0
+
+
+def test_text_is_for_people(model, images, capsys):
+    main(["--model", model, "--experts", "--top_k", "1", str(images / "b.png"), str(images / "new\nline.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{images}/b.png"
+    assert "% " in lines[1]
+    assert "training images, cls" in lines[1]
+    assert "cls says LABEL_" in lines[2]
+    assert lines[3] == f"'{images}/new\\nline.png'"
+    main(["--model", model, "--top_k", "10", str(images / "b.png")])
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 11
+    assert "cls" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        (["--model", "nowhere", "{images}"], FileNotFoundError, "'nowhere' is no model folder"),
+        (["--model", "{model}", "{empty}"], ValueError, "no images in '.*empty'; give files, or folders with images"),
+        (["--model", "{model}", "--top_k", "0", "{images}"], ValueError, "--top_k and --batch_size must be 1 or more"),
+        (["--model", "{model}", "--batch_size", "-1", "{images}"], ValueError, "must be 1 or more"),
+    ],
+)
+def test_wrong_input_is_told_in_a_sentence(model, images, tmp_path, arguments, error, sentence):
+    (tmp_path / "empty").mkdir()
+    places = {"model": model, "images": images, "empty": tmp_path / "empty"}
+    with pytest.raises(error, match=sentence):
+        main([argument.format(**places) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("missing.png", "there is no file '{}'."),
+        ("*.nothing", "there is no file '{}'."),
+        ("pipe", "'{}' is not a file."),
+        ("loop.png", "'{}' cannot be read: Too many levels of symbolic links."),
+    ],
+)
+def test_an_unreadable_file_is_named(model, tmp_path, capsys, name, sentence):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("loop.png", tmp_path / "loop.png")
+    with pytest.raises(SystemExit) as end:
+        main(["--model", model, str(tmp_path / name)])
+    assert end.value.code == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "error: " + sentence.format(tmp_path / name)
+
+
+def test_patterns_and_files_are_found_in_the_order_of_the_command_line(images):
+    found = list(find_images([f"{images}/sub/[5].png", f"{images}/**/*.png", f"{images}/b.png"]))
+    assert found[0] == f"{images}/sub/[5].png"  # a file's own name goes before what it means as a pattern
+    assert found[-1] == f"{images}/b.png"
+    assert found[1:-1] == sorted(map(str, images.rglob("[!.]*.png")))
+
+
+def test_files_are_taken_a_batch_at_a_time(model, images):
+    """As many files as there are must fit: the next are opened only when the last have been answered."""
+    taken = []
+
+    def paths():
+        for _ in range(10):
+            taken.append(f"{images}/b.png")
+            yield taken[-1]
+
+    results = predict_images(load_classifier(model), paths(), batch_size=4)
+    next(results)
+    assert len(taken) == 4
+    assert len(list(results)) == 9
+
+
+def test_a_flat_teacher_predicts_too(images, tmp_path, capsys):
+    config = FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10)
+    FlatTeacherForImageClassification(config).save_pretrained(tmp_path)
+    image_processor(8).save_pretrained(tmp_path)
+    main(["--model", str(tmp_path), "--csv", "--experts", str(images / "b.png")])
+    (first, *_) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert first["label"].startswith("LABEL_")
+    assert first["cls_score"] == ""
+
+
+def test_commands_of_the_serving_page_are_understood():
+    commands = re.findall(r"deitlt predict ([^>\n]*)", (ROOT / "docs" / "serving.md").read_text())
+    assert len(commands) == 3
+    for command in commands:
+        assert _parser().parse_args(shlex.split(command)).images

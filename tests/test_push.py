@@ -1,0 +1,421 @@
+"""Pushing to a Hub on the loopback interface with huggingface_hub itself, and loading from there."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from conftest import make_student
+from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainingArguments
+from deitlt_hf.data import image_processor
+from deitlt_hf.hub.push import prepare_repository, push_folder
+from hub_server import Account, Hub, HubError, Repository, once, running_hub
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "tests" / "fixtures" / "tiny.yaml")
+WRITER, READER = "hf_" + "W" * 34, "hf_" + "R" * 34
+IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+MODEL = {
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "configuration_deitlt.py",
+    "modeling_deitlt.py",
+}
+RUN = {"README.md", "results.json", "log.jsonl", "training_curves.png"}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with one user, who has a token to write and one to read; huggingface_hub of this process uses it."""
+    with running_hub() as hub:
+        hub.accounts = {WRITER: Account("ann", organisations=("zoo",)), READER: Account("ann", role="read")}
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        # Read from HF_ENDPOINT and the like when huggingface_hub is imported.
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
+
+
+def make_trainer(folder, digits, **args):
+    batch = {"per_device_train_batch_size": 32, "repeated_augmentation": 1}
+    args = {"num_train_epochs": 1, "warmup_epochs": 0, "learning_rate": 1e-3} | batch | args
+    return DeiTLTTrainer(
+        model=make_student(),
+        args=DeiTLTTrainingArguments(output_dir=str(folder), distillation="none", train_crop="padded", **args),
+        train_dataset=digits["train"],
+        eval_dataset=digits["test"].select(range(60)),
+        processing_class=image_processor(8),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits):
+    """The folder of a run, with checkpoints, moving average and all; and what must not leave it."""
+    folder = tmp_path_factory.mktemp("trained") / "student"
+    trainer = make_trainer(folder, digits, ema_decay=0.9, save_strategy="epoch")
+    trainer.train()
+    trainer.save_model()
+    (folder / ".lock").touch()
+    (folder / ".env").write_text("SECRET=1")
+    (folder / "notes.txt").write_text("private")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"onnx")
+    (folder / "onnx" / ".cache.json").write_text("{}")
+    assert list(folder.glob("checkpoint-*/optimizer.pt"))
+    assert (folder / "training_args.bin").is_file()
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "student"))
+
+
+def environment(hub: Hub, home: Path, token: str | None = None) -> dict[str, str]:
+    """What a process needs to meet the Hub of the tests, and no token of whoever runs them."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    added = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    return kept | added | ({} if token is None else {"HF_TOKEN": token})
+
+
+def start(hub, home, *command, token=None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(hub, home, token),
+    )
+
+
+def finish(process: subprocess.Popen, returncode: int = 0) -> tuple[str, str]:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == returncode, output[-3000:] + errors[-3000:]
+    return output, errors
+
+
+def check_no_token(hub: Hub, *places: Path | str) -> None:
+    texts = [place.encode() for place in places if isinstance(place, str)]
+    for place in places:
+        if isinstance(place, Path):
+            texts += [path.read_bytes() for path in place.rglob("*") if path.is_file()]
+    for repository in hub.repositories.values():
+        texts += [entry.content for files in repository.commits.values() for entry in files.values()]
+    for token in (WRITER, READER):
+        assert not any(token.encode() in text for text in texts)
+
+
+# ---- A push, and what comes back ----
+
+LOAD = {
+    "plain transformers": "AutoModelForImageClassification.from_pretrained('zoo/digits'{place})",
+    "the package": "DeiTLTForImageClassification.from_pretrained('zoo/digits'{place})",
+    "trust_remote_code": "AutoModelForImageClassification.from_pretrained('zoo/digits'{place}, trust_remote_code=True)",
+}
+USE = """
+import json, sys
+{imports}
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+images = torch.load({images!r}, weights_only=True)
+models = [{load}, {load_average}]
+logits = [model.eval()(images).logits.tolist() for model in models]
+size = AutoImageProcessor.from_pretrained("zoo/digits").crop_size["height"]
+print(json.dumps([type(models[0]).__name__, size, logits]))
+"""
+
+
+def test_command_pushes_what_loads_in_three_ways(hub, folder, tmp_path):
+    """Each in a process of its own, by the name of the repository; two of them cannot import the package."""
+    output, errors = finish(start(hub, tmp_path / "home", "scripts/push.py", folder, "zoo/digits", token=WRITER))
+    assert f"{hub.url}/zoo/digits" in output
+    repository = hub.repositories["zoo/digits"]
+    expected = MODEL | RUN | {f"ema/{name}" for name in MODEL} | {"onnx/model.onnx", ".gitattributes"}
+    assert set(repository.files()) == expected
+    assert repository.messages == ["initial commit", "Upload model"]
+    assert not repository.private
+    for name, content in repository.files().items():
+        if name != ".gitattributes":
+            assert content == (folder / name).read_bytes()
+    assert "it/s" not in errors, "no progress bars in a log"
+    check_no_token(hub, output, errors, folder, tmp_path)
+
+    torch.save(IMAGES, tmp_path / "images.pt")
+    processes = {}
+    for way, load in LOAD.items():
+        package = way == "the package"
+        code = USE.format(
+            imports="from deitlt_hf import *" if package else "sys.modules['deitlt_hf'] = None",
+            images=str(tmp_path / "images.pt"),
+            load=load.format(place=""),
+            load_average=load.format(place=", subfolder='ema'"),
+        )
+        processes[way] = start(hub, tmp_path / way, "-c", code)
+    students = [DeiTLTForImageClassification.from_pretrained(path).eval() for path in (folder, folder / "ema")]
+    for way, process in processes.items():
+        name, size, logits = json.loads(finish(process)[0])
+        native = way == "plain transformers"
+        assert name == ("DeiTForImageClassificationWithTeacher" if native else "DeiTLTForImageClassification")
+        assert size == 8
+        for found, student in zip(logits, students, strict=True):
+            torch.testing.assert_close(torch.tensor(found), student(IMAGES).logits, atol=1e-6, rtol=0)
+
+
+def test_two_processes_train_and_push_once(hub, tmp_path):
+    """With the token on the command line, which transformers writes beside every checkpoint."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    recipe = ("scripts/distill.py", "--recipe", TINY, "--distillation", "none", "--output_dir", tmp_path / "student")
+    place = ("--hub_private_repo", "true", "--hub_revision", "first")
+    options = ("--use_cpu", "--push_to_hub", "--hub_model_id", "digits", "--hub_token", WRITER)
+    output, errors = finish(start(hub, tmp_path / "home", *launcher, *recipe, *options, *place))
+    repository = hub.repositories["ann/digits"]
+    assert repository.private
+    assert repository.messages == ["initial commit", "End of training"]
+    assert set(repository.files()) == {".gitattributes"}
+    assert set(repository.files("first")) == MODEL | RUN | {".gitattributes"}
+    results = json.loads(repository.files("first")["results.json"])
+    assert results["finished"]
+    assert (
+        f"{100 * results['last']['accuracies']['mean']['overall']:.1f}"
+        in repository.files("first")["README.md"].decode()
+    )
+    assert output.count("The model is on the Hub") == 1
+    assert list((tmp_path / "student").glob("checkpoint-*/training_args.bin"))
+    check_no_token(hub, output, errors, tmp_path)
+
+
+# ---- Repeating ----
+
+
+def test_a_push_that_changes_nothing_makes_no_commit(hub, folder):
+    first = push_folder(folder, "zoo/digits")
+    second = push_folder(folder, "zoo/digits")
+    assert second.oid == first.oid
+    assert len(hub.repositories["zoo/digits"].commits) == 2
+
+
+def test_killed_in_the_middle_and_repeated(hub, folder, tmp_path):
+    """Only what the Hub has not got is sent again, and until all is there the repository is as it was."""
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    others = len([folder / "ema", *folder.glob("*.png"), *folder.glob("onnx/*.onnx")])
+    reached, killed = threading.Event(), threading.Event()
+
+    def hold(method, path):
+        if method == "PUT" and path == f"/lfs/{weights}/2":
+            while len(hub.stored) < others:
+                time.sleep(0.01)
+            reached.set()
+            killed.wait()
+            raise ConnectionAbortedError
+
+    hub.disturb = hold
+    process = start(hub, tmp_path / "home", "scripts/push.py", folder, "zoo/digits", token=WRITER)
+    assert reached.wait(120)
+    process.kill()
+    killed.set()
+    process.communicate()
+    repository = hub.repositories["zoo/digits"]
+    assert repository.messages == ["initial commit"]
+    assert weights not in hub.stored
+
+    hub.disturb = lambda method, path: None
+    push_folder(folder, "zoo/digits")
+    assert hub.stored[-1] == weights
+    assert len(hub.stored) == len(set(hub.stored)) == others + 1, "no object is uploaded twice"
+    assert repository.files()["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "recovers"),
+    [
+        ("/commit/", HubError(500, "Internal Error"), False),
+        ("/commit/", ConnectionAbortedError(), False),
+        ("/lfs/", HubError(503, "SlowDown"), True),
+        ("/lfs/", ConnectionAbortedError(), True),
+    ],
+    ids=["commit refused", "commit dropped", "upload refused", "upload dropped"],
+)
+def test_trouble_of_the_hub(hub, folder, path, error, recovers):
+    hub.disturb = once(lambda method, called: path in called and method in ("PUT", "POST"), error)
+    if not recovers:
+        with pytest.raises(OSError, match=r"zoo/digits was not pushed: the Hub .* if you repeat the push\.") as caught:
+            push_folder(folder, "zoo/digits")
+        assert "\n" not in str(caught.value)
+        assert len(hub.repositories["zoo/digits"].commits) == 1
+    push_folder(folder, "zoo/digits")
+    assert set(hub.repositories["zoo/digits"].files()) >= MODEL | RUN
+    assert len(hub.stored) == len(set(hub.stored))
+
+
+def test_nothing_of_an_earlier_model_stays(hub, folder, tmp_path):
+    """Its shards, its average and its results would belong to no model; what others added is left."""
+    sharded = tmp_path / "sharded"
+    model = DeiTLTForImageClassification.from_pretrained(folder)
+    model.save_pretrained(sharded, max_shard_size="10KB")
+    image_processor(8).save_pretrained(sharded)
+    shutil.copytree(folder / "ema", sharded / "ema")
+    shutil.copy(folder / "results.json", sharded)
+    push_folder(sharded, "zoo/digits")
+    repository = hub.repositories["zoo/digits"]
+    assert len([name for name in repository.files() if name.startswith("model-")]) > 2
+    assert "model.safetensors" not in repository.files()
+    licence = next(iter(repository.commits.values()))[".gitattributes"]
+    repository.commits[repository.branches["main"]]["LICENSE"] = licence
+
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    image_processor(8).save_pretrained(again)
+    push_folder(again, "zoo/digits")
+    assert set(repository.files()) == MODEL | {"README.md", "LICENSE", ".gitattributes"}
+
+
+def test_a_card_of_the_users_own_is_pushed_as_it_is(hub, folder):
+    (folder / "README.md").write_text("# Mine\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        push_folder(folder, "zoo/digits")
+    assert hub.repositories["zoo/digits"].files()["README.md"] == b"# Mine\n"
+
+
+def test_private_repository_and_branch(hub, folder):
+    push_folder(folder, "zoo/digits", private=True, revision="second", commit_message="Try again")
+    repository = hub.repositories["zoo/digits"]
+    assert repository.private
+    assert repository.messages[-1] == "Try again"
+    assert "model.safetensors" in repository.files("second")
+    assert "model.safetensors" not in repository.files()
+    push_folder(folder, "zoo/digits", revision="second")
+    assert len(repository.commits) == 2
+
+
+# ---- What is refused, in one sentence ----
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        ("hf_unknown", "ann/digits", "the token is not valid"),
+        (READER, "ann/digits", "the token may not write there"),
+        (WRITER, "bob/digits", "the token may not write there"),
+        (WRITER, "bob/theirs", "the token may not write there"),
+        (WRITER, "bob/hidden", "the token may not write there"),
+        (WRITER, "zoo/my model", "'zoo/my model' is no name of a repository; give it as ORG/NAME"),
+        (WRITER, "zoo/a/b", "'zoo/a/b' is no name"),
+        (WRITER, None, "no repository is given"),
+    ],
+)
+def test_no_permission(hub, folder, token, repo_id, message):
+    """`theirs` can be read by everybody, `hidden` by nobody else."""
+    for name, private in (("bob/theirs", False), ("bob/hidden", True)):
+        hub.repositories[name] = Repository(private)
+        hub.repositories[name].commit("main", "initial commit", {})
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises((OSError, ValueError), match=message) as caught:
+        push_folder(folder, repo_id, token=token)
+    assert "\n" not in str(caught.value)
+    assert token not in str(caught.value)
+    assert not hub.stored
+    assert all(len(repository.commits) == 1 for repository in hub.repositories.values())
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_public_repository_is_not_taken_for_private(hub, folder):
+    prepare_repository("zoo/digits")
+    with pytest.raises(ValueError, match="zoo/digits is public"):
+        push_folder(folder, "zoo/digits", private=True)
+    assert not hub.stored
+
+
+def test_no_hub(monkeypatch, folder, hub):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r"^zoo/digits was not pushed: the Hub was not reached \(.*refused"):
+        push_folder(folder, "zoo/digits")
+
+
+@pytest.mark.parametrize("name", [*sorted(MODEL), ""])
+def test_missing_file(hub, folder, name):
+    shutil.rmtree(folder / name) if name == "" else (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing" if name else "there is no model folder"):
+        push_folder(folder, "zoo/digits")
+    assert hub.requests == []
+
+
+def test_damaged_or_unfinished_model(hub, folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        push_folder(folder, "zoo/digits")
+    (folder / "model.safetensors").write_bytes(weights)
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | {"finished": False}))
+    with pytest.raises(ValueError, match=r"the run in .* is not finished"):
+        push_folder(folder, "zoo/digits")
+    assert hub.requests == []
+
+
+def test_no_token(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(PermissionError, match=r"^there is no token to push to zoo/digits with; run 'hf auth login'"):
+        push_folder(folder, "zoo/digits")
+    assert hub.requests == []
+
+
+# ---- Training ----
+
+
+def test_training_that_may_not_push_does_not_begin(hub, tmp_path):
+    """Nor does the training of the teacher, which comes first."""
+    recipe = ("scripts/distill.py", "--recipe", TINY, "--output_dir", tmp_path / "run" / "student")
+    process = start(hub, tmp_path, *recipe, "--push_to_hub", "--hub_model_id", "zoo/digits", token=READER)
+    output, errors = finish(process, returncode=1)
+    assert errors.startswith("error: zoo/digits was not pushed: the token may not write there")
+    assert errors.count("\n") == 1
+    assert "This will run" not in output
+    assert not (tmp_path / "run" / "teacher").exists()
+    check_no_token(hub, output, errors, tmp_path)
+
+
+def test_trainer_checks_before_training(hub, tmp_path, digits):
+    with pytest.raises(ValueError, match="--hub_model_id"):
+        make_trainer(tmp_path, digits, push_to_hub=True)
+    with pytest.raises(OSError, match="may not write there"):
+        make_trainer(tmp_path, digits, push_to_hub=True, hub_model_id="zoo/digits", hub_token=READER)
+    with pytest.raises(ValueError, match="hub_strategy must be one of end"):
+        make_trainer(tmp_path, digits, push_to_hub=True, hub_model_id="zoo/digits", hub_strategy="every_save")
+
+
+def test_a_push_that_fails_loses_nothing(hub, tmp_path, digits):
+    trainer = make_trainer(tmp_path, digits, push_to_hub=True, hub_model_id="zoo/digits", save_strategy="epoch")
+    trainer.train()
+    hub.disturb = once(lambda method, path: "/commit/" in path, HubError(500, "Internal Error"))
+    with pytest.raises(OSError, match=f"to push it later: deitlt push {tmp_path} zoo/digits"):
+        trainer.save_model()
+    expected = trainer.model.eval()(IMAGES).logits
+    saved = DeiTLTForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(saved(IMAGES).logits, expected)
+    assert len(hub.repositories["zoo/digits"].commits) == 1, "checkpoints are not pushed"
+    trainer.push_to_hub("At last", license="mit")
+    assert hub.repositories["zoo/digits"].messages == ["initial commit", "At last"]
+    assert b"license: mit" in hub.repositories["zoo/digits"].files()["README.md"]
+
+
+def test_nothing_is_pushed_if_the_run_was_asked_to_stop(hub, tmp_path, digits):
+    trainer = make_trainer(tmp_path, digits, push_to_hub=True, hub_model_id="zoo/digits", save_strategy="no")
+    trainer.train()
+    trainer.stop_signal.requested = True
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors").is_file()
+    assert len(hub.repositories["zoo/digits"].commits) == 1
