@@ -11,12 +11,15 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from conftest import CHROMIUM, make_student
 from deitlt_hf import FlatTeacherForImageClassification
-from deitlt_hf.analysis.observe import observe
+from deitlt_hf.analysis.figures import draw_images
+from deitlt_hf.analysis.observe import observe, spread_rows
+from deitlt_hf.analysis.report import Picture, Section, _share_axes
 from deitlt_hf.analysis.teaching import teacher_agreement
 from deitlt_hf.commands.analyze import AnalysisArguments, main, report
 from deitlt_hf.commands.evaluate import FusionArguments, compare_fusions
@@ -24,11 +27,12 @@ from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from deitlt_hf.evaluation import METRIC_PATH
 from deitlt_hf.evaluation.metrics import long_tail_figures
 from deitlt_hf.recipes import DataArguments
+from deitlt_hf.training.distillation import label_order
 
 DATA = {"dataset": "digits", "imbalance_ratio": 10, "max_per_class": 60}
 FIGURES = [
-    "classes", "accuracy", "outcomes", "gains", "attention_distance", "rank", "spectrum", "similarity", "flatness",
-    "confusions", "attention",
+    "classes", "accuracy", "outcomes", "gains", "attention_distance", "rank", "spectrum", "group_rank", "similarity",
+    "flatness", "confusions", "attention",
 ]  # fmt: skip
 
 
@@ -103,6 +107,10 @@ def test_a_page_has_all_figures_and_needs_no_other_file(pages):
     low, high = model["intervals"]["cls"]["overall"]
     assert low <= model["figures"]["cls"]["overall"] <= high
     assert len(model["attention_distance"]) == 3
+    assert len(model["class_accuracies"]["cls"]) == 10
+    assert [len(blocks) for blocks in model["singular_values"].values()] == [3, 3]
+    assert model["images_of_group_rank"] * 3 <= model["images_of_rank"] == 60
+    assert all(rank <= model["images_of_group_rank"] for rank in model["effective_rank_of_groups"]["cls"]["tail"])
     assert sum(model["outcomes"]["overall"][name] for name in ("both", "only_cls", "only_distillation", "neither")) == (
         pytest.approx(1.0)
     )
@@ -138,6 +146,93 @@ def test_two_models_stand_side_by_side(pages):
     of_two_experts = {"outcomes", "gains", "similarity", "only_distillation"}
     assert text.count("Not for") == len(of_two_experts & set(page.headings)) >= 3
     assert len(json.loads((beside / "report.json").read_text())["models"]) == 2
+    assert "The CLS token learns from the labels" in text
+
+
+def test_a_report_of_one_expert_does_not_speak_of_two(pages, student_folder, digits, tmp_path):
+    """In a folder with the report of a student, whose pictures go."""
+    _, beside = pages
+    vit = json.loads((beside / "report.json").read_text())["models"][1]["model"]
+    for model in (student_folder, vit):
+        args = AnalysisArguments(model, str(tmp_path), num_images=9, resamples=2, sharpness_images=5)
+        (tmp_path / "notes.png").write_bytes(b"the user's own")
+        report("digits", args, DataArguments(**DATA))
+    text = (tmp_path / "index.html").read_text()
+    assert "flat teacher with" not in text
+    assert 'class="best"' not in text
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    assert names == {"notes", *Page(text).headings}
+
+
+def test_figures_of_two_models_reach_equally_high():
+    """Drawn each to its own height, a small difference looks like none or like a large one."""
+    sections = []
+    for height in (1.0, 3.0):
+        figure = Figure()
+        figure.subplots().plot([0, height])
+        sections.append(Section("model", {}, {}, [Picture("rank", "", "", figure)], {}))
+    _share_axes(sections)
+    (low, high), other = (section.pictures[0].figure.axes[0].get_ylim() for section in sections)
+    assert (low, high) == other
+    assert high >= 3
+
+
+def test_names_with_dollars_are_drawn_as_they_are():
+    """matplotlib takes what is between two of them for mathematics, and fails on what is none."""
+    figure = Figure()
+    draw_images([figure.subplots()], [np.zeros((4, 4, 3), dtype=np.uint8)], ["Ke$ha\n$x^$"])
+    assert Picture("confusions", "", "", figure).png.startswith(b"\x89PNG")
+
+
+def test_sizes_as_pairs_and_images_that_are_not_square(digits):
+    """A model's image_size and patch_size may have two values."""
+    student = make_student(image_size=[8, 16], patch_size=[4, 4]).eval()
+    dataset = ImageDataset(digits["test"].select(range(6)), "image", "label")
+
+    def collate(rows):
+        return {"pixel_values": torch.randn(len(rows), 3, 8, 16), "labels": torch.zeros(len(rows), dtype=torch.long)}
+
+    observed = observe(student, dataset, collate, num_images=4)
+    assert observed.grid == (2, 4)
+    assert observed.distances.shape == (3, 2)
+
+
+@pytest.mark.parametrize("order", [list("9876543210"), list("0123456789ab")])
+def test_classes_in_another_order_or_among_others(student_folder, digits, tmp_path, order):
+    """What is observed of a model is in the data's order."""
+    names = list("0123456789")
+    torch.manual_seed(0)
+    student = make_student(num_labels=len(order)).eval()
+    student.config.id2label = dict(enumerate(order))
+    dataset = ImageDataset(digits["test"].select(range(6)), "image", "label")
+    collate = ImageCollator(image_processor(8))
+    positions = label_order(names, student.config, "model")
+    observed = observe(student, dataset, collate, num_images=4, label_order=positions)
+    batch = collate([dataset[row] for row in range(6)])
+    with torch.no_grad():
+        expected = student(batch["pixel_values"]).logits
+    for label, name in enumerate(names):
+        np.testing.assert_allclose(observed.logits["mean"][:, label], expected[:, order.index(name)], atol=1e-5)
+    with pytest.raises(ValueError, match="the model does not know the classes 'z'"):
+        label_order(["z"], student.config, "model")
+
+
+def test_what_is_wrong_shows_before_any_work(student_folder, teacher_folder, tmp_path, capsys):
+    data = DataArguments(**DATA)
+    for values, error, message in (
+        ({"compare": str(teacher_folder)}, ValueError, "has no attention over patches"),
+        ({"compare": "./nowhere"}, FileNotFoundError, "there is no model folder"),
+        ({"output": str(tmp_path / "file")}, FileExistsError, "file"),
+    ):
+        (tmp_path / "file").touch()
+        with pytest.raises(error, match=message):
+            report("digits", AnalysisArguments(student_folder, **{"output": str(tmp_path / "out"), **values}), data)
+    with pytest.raises(FileNotFoundError, match="there is no folder for the file --json"):
+        main(["--model", student_folder, "--recipe", "digits_lt", "--json", str(tmp_path / "no" / "x.json")])
+    assert capsys.readouterr().out == ""
+    for values in ({"num_images": 1}, {"resamples": 0}, {"sharpness_images": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(values))} must be"):
+            AnalysisArguments(student_folder, **values)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; the page itself is checked above")
@@ -190,11 +285,19 @@ def test_the_metric_loads_from_its_file_and_takes_batches(monkeypatch):
     metric = evaluate.load(METRIC_PATH)
     for rows in np.array_split(np.arange(50), 3):
         metric.add_batch(predictions=predictions[rows], confidences=confidences[rows], references=labels[rows])
-    found = metric.compute(groups=groups, experts=["cls", "distillation"])
+    found = metric.compute(groups=groups, experts=["cls", "distillation"], resamples=20)
     for column, expert in enumerate(("cls", "distillation")):
         expected = long_tail_figures(predictions[:, column], labels, groups, confidences[:, column])
         assert {name: found[f"{expert}_{name}"] for name in expected} == pytest.approx(expected)
+        low, high = found[f"{expert}_intervals"]["tail"]
+        assert low <= expected["tail"] <= high
+        assert len(found[f"{expert}_per_class"]) == 6
     assert found["tail"] == found["cls_tail"]
+    unknown = np.full_like(confidences, np.nan)
+    found = metric.compute(
+        predictions=predictions, confidences=unknown, references=labels, groups=groups, experts=["cls", "distillation"]
+    )
+    assert "calibration_error" not in found
     with pytest.raises(ValueError, match=r"predictions have shape \(50, 2\), but there are 3 experts"):
         metric.compute(predictions=predictions, confidences=confidences, references=labels, groups=groups)
 
@@ -239,6 +342,12 @@ def test_agreement_with_the_teacher_is_its_definition(digits, teacher_folder):
         assert found["in distribution"][expert] == pytest.approx(expected, abs=0.01)
     assert all(0 <= share <= 1 for share in found["out of distribution"].values())
     assert found == teacher_agreement("digits_lt", student, str(teacher_folder), digits, groups)
+    # A few batches of a test split that is sorted by class are of all classes.
+    by_class = {**digits, "test": digits["test"].sort("label")}
+    found = teacher_agreement("digits_lt", student, str(teacher_folder), by_class, groups, num_batches=1)
+    rows = np.argsort(digits["test"]["label"][:], kind="stable")[spread_rows(len(images), 200)]
+    expected = (outputs.logits.argmax(dim=1) == taught)[rows].float().mean().item()
+    assert found["in distribution"]["mean"] == pytest.approx(expected, abs=0.01)
 
 
 def test_a_report_with_the_teacher(student_folder, teacher_folder, tmp_path):

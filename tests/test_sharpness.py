@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.analysis.sharpness import loss_rises, sharpness, sharpness_of_groups
 from deitlt_hf.commands.sharpness import main
@@ -71,6 +72,19 @@ def test_against_the_whole_hessian(classifier, scale):
     assert rises[0] == pytest.approx((loss(flat + 0.05 * gradient / gradient.norm()) - loss(flat)).item(), rel=1e-3)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_student_as_it_is_loaded():
+    """torch's fast attention has no forward-mode derivatives on a CPU; of weights with few bits steps are lost."""
+    student = make_student().eval()
+    assert student.config._attn_implementation == "sdpa"
+    data = [(torch.randn(6, 3, 8, 8), torch.arange(6))]
+    found = sharpness(student, data, num_vectors=1)
+    assert found.eigenvalue > 0
+    assert loss_rises(student, data, [0.05]) == pytest.approx([found.loss_rise], rel=1e-3)
+    assert student.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match=r"lost in weights of torch\.bfloat16; load them as float32"):
+        loss_rises(student.bfloat16(), data, [0.05])
 
 
 def test_same_seed_same_figures_and_batches_do_not_matter():

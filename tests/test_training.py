@@ -256,7 +256,7 @@ def test_teachers_classes_are_matched_by_name(tmp_path, digits, teacher):
 def test_teachers_that_cannot_teach(tmp_path, digits, teacher):
     with pytest.raises(ValueError, match="distillation='hard' needs a teacher"):
         student_trainer(tmp_path, digits).train()
-    with pytest.raises(ValueError, match="the teacher has 5 classes without names, but the student has 10"):
+    with pytest.raises(ValueError, match="the teacher has 5 classes without names, but the data have 10"):
         student_trainer(
             tmp_path, digits, FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8, num_labels=5))
         )

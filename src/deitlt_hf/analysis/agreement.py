@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..evaluation.metrics import class_accuracies
+from ..evaluation.accuracy import class_accuracies
 
 OUTCOMES = ("both", "only_cls", "only_distillation", "neither")
 
@@ -16,6 +16,8 @@ def expert_outcomes(
     groups: Mapping[str, Sequence[int]],
 ) -> dict[str, dict[str, float]]:
     """Share of the images for which both experts are right, only one, or neither; overall and by group of classes.
+
+    A group's shares are means over its classes, as its accuracy is: `both` and `only_cls` add up to that of CLS.
 
     Args:
         cls_predictions: Of the CLS head.
@@ -32,16 +34,14 @@ def expert_outcomes(
     cls_predictions, distillation_predictions = np.asarray(cls_predictions), np.asarray(distillation_predictions)
     cls, distillation = cls_predictions == labels, distillation_predictions == labels
     masks = (cls & distillation, cls & ~distillation, ~cls & distillation, ~cls & ~distillation)
-    members = {"overall": np.ones(len(labels), dtype=bool)}
-    members |= {name: np.isin(labels, np.asarray(group)) for name, group in groups.items()}
+    of_class = 1.0 / np.bincount(labels)[labels]
+    weights = {"overall": np.ones(len(labels))}
+    weights |= {name: np.isin(labels, np.asarray(group)) * of_class for name, group in groups.items()}
     found = {}
-    for name, member in members.items():
-        number = member.sum()
-        shares = {
-            outcome: float(mask[member].mean()) if number else float("nan")
-            for outcome, mask in zip(OUTCOMES, masks, strict=True)
-        }
-        same = float((cls_predictions == distillation_predictions)[member].mean()) if number else float("nan")
+    for name, weight in weights.items():
+        total = weight.sum() or np.nan
+        shares = {outcome: float(weight @ mask / total) for outcome, mask in zip(OUTCOMES, masks, strict=True)}
+        same = float(weight @ (cls_predictions == distillation_predictions) / total)
         found[name] = {**shares, "oracle": 1.0 - shares["neither"], "agreement": same}
     return found
 

@@ -4,24 +4,41 @@ Attention weights are transformers' `attentions`: for each layer (images, heads,
 tokens before the patches (CLS and DIST of DeiT-LT, CLS of ViT) come first.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
 
 
-def patch_distances(grid: tuple[int, int], patch_size: float = 1.0) -> np.ndarray:
+@contextlib.contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Has a transformer compute attention step by step: others give no weights, and on a CPU no second derivatives."""
+    before = getattr(model.config, "_attn_implementation", None)
+    if not isinstance(model, PreTrainedModel) or before in (None, "eager"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def patch_distances(grid: tuple[int, int], patch_size: float | Sequence[float] = 1.0) -> np.ndarray:
     """Distances between the centres of patches, row by row; float64 of shape (patches, patches), in pixels.
 
     Args:
         grid: Patches down and across.
-        patch_size: Side of a patch, in pixels.
+        patch_size: Side of a patch, or its height and width, in pixels.
     """
-    rows, columns = np.indices(grid).reshape(2, -1)
-    return patch_size * np.hypot(rows[:, None] - rows, columns[:, None] - columns)
+    rows, columns = np.indices(grid).reshape(2, -1) * np.broadcast_to(patch_size, 2)[:, None]
+    return np.hypot(rows[:, None] - rows, columns[:, None] - columns)
 
 
 def attention_distances(
-    attentions: np.ndarray, grid: tuple[int, int], patch_size: float = 1.0, num_tokens: int = 2
+    attentions: np.ndarray, grid: tuple[int, int], patch_size: float | Sequence[float] = 1.0, num_tokens: int = 2
 ) -> np.ndarray:
     """Mean attention distance of each head (Dosovitskiy et al., ICLR 2021, D.7; Raghu et al., NeurIPS 2021).
 
@@ -31,7 +48,7 @@ def attention_distances(
     Args:
         attentions: Weights of one layer; (images, heads, tokens, tokens).
         grid: Patches down and across.
-        patch_size: Side of a patch, in pixels.
+        patch_size: Side of a patch, or its height and width, in pixels.
         num_tokens: Tokens before the patches.
 
     Returns:
@@ -45,7 +62,7 @@ def attention_distances(
 
 
 def token_spreads(
-    attentions: np.ndarray, grid: tuple[int, int], patch_size: float = 1.0, num_tokens: int = 2
+    attentions: np.ndarray, grid: tuple[int, int], patch_size: float | Sequence[float] = 1.0, num_tokens: int = 2
 ) -> np.ndarray:
     """How spread out over the image each token before the patches looks, for each head.
 

@@ -1,6 +1,7 @@
 """Pictures of what the analyses find. Each function draws on axes that it is given."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 
@@ -9,13 +10,20 @@ GROUP_COLOURS = ("#4c72b0", "#8172b3", "#c44e52", "#937860", "#64b5cd")
 OUTCOME_COLOURS = {"both": "#8c8c8c", "only_cls": "#dd8452", "only_distillation": "#55a868", "neither": "#e5e5e5"}
 
 
+def literal(text: str) -> str:
+    """Text of a user's that matplotlib draws as it is: between dollars it would see mathematics."""
+    return text.replace("$", r"\$")
+
+
 def draw_counts(axis, counts: Sequence[int], groups: Mapping[str, Sequence[int]]) -> None:
     """Training images of each class, the most frequent first, coloured by group."""
-    order = np.argsort(-np.asarray(counts), kind="stable")
-    rank = np.empty(len(order), dtype=int)
-    rank[order] = np.arange(len(order))
-    for colour, (name, group) in zip(GROUP_COLOURS, groups.items(), strict=False):
-        axis.bar(rank[list(group)], np.asarray(counts)[list(group)], width=1.0, color=colour, label=name)
+    counts = np.asarray(counts)
+    order = np.argsort(-counts, kind="stable")
+    edges = np.arange(len(counts) + 1) - 0.5
+    for colour, (name, group) in zip(cycle(GROUP_COLOURS), groups.items(), strict=False):
+        # One shape a group: thousands of bars would take seconds.
+        heights = np.where(np.isin(order, np.asarray(group)), counts[order], np.nan)
+        axis.stairs(heights, edges, baseline=0.5, fill=True, color=colour, label=literal(name))
     axis.set_yscale("log")
     axis.set_xlabel("class, by training images")
     axis.set_ylabel("training images")
@@ -36,7 +44,7 @@ def draw_accuracies(
         axis.bar(
             places, heights, width, yerr=errors, capsize=2, label=expert, color=COLOURS.get(expert), ecolor="#444444"
         )
-    axis.set_xticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), map(literal, names))
     axis.set_ylabel("accuracy in %")
     axis.set_ylim(0, 120)  # room for the legend
     axis.set_yticks(range(0, 101, 20))
@@ -58,10 +66,12 @@ def draw_outcomes(axis, outcomes: Mapping[str, Mapping[str, float]]) -> None:
     below = np.zeros(len(outcomes))
     for outcome, colour in OUTCOME_COLOURS.items():
         shares = np.array([100 * found[outcome] for found in outcomes.values()])
-        axis.bar(list(outcomes), shares, bottom=below, color=colour, label=outcome.replace("_", " "))
+        axis.bar(
+            [literal(name) for name in outcomes], shares, bottom=below, color=colour, label=outcome.replace("_", " ")
+        )
         below = below + shares
     axis.set_ylabel("test images in %")
-    axis.legend(loc="lower left", fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(OUTCOME_COLOURS), fontsize=8)
 
 
 def draw_agreement(axis, agreement: Mapping[str, Mapping[str, float]]) -> None:
@@ -85,7 +95,7 @@ def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Seq
     axis.plot(blocks, distances.mean(axis=1), color="black", label="patches (heads as dots)")
     for index, token in enumerate(tokens):
         axis.plot(blocks, spreads[:, index].mean(axis=1), marker=".", label=f"{token} token", color=COLOURS[token])
-    axis.set_xlabel("block")
+    _label_blocks(axis)
     axis.set_ylabel("pixels")
     axis.set_ylim(bottom=0)
     axis.legend()
@@ -93,8 +103,8 @@ def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Seq
 
 def draw_loss_rises(axis, rises: Mapping[str, Sequence[float]], rhos: Sequence[float]) -> None:
     """How much the loss rises at the worst point within each radius around the weights, overall and for each group."""
-    for colour, (name, values) in zip(("black", *GROUP_COLOURS), rises.items(), strict=False):
-        axis.plot([0, *rhos], [0, *values], marker=".", label=name, color=colour)
+    for colour, (name, values) in zip(cycle(("black", *GROUP_COLOURS)), rises.items(), strict=False):
+        axis.plot([0, *rhos], [0, *values], marker=".", label=literal(name), color=colour)
     axis.set_xlabel("distance from the weights")
     axis.set_ylabel("rise of the loss")
     axis.legend()
@@ -104,9 +114,20 @@ def draw_by_block(axis, values: Mapping[str, Sequence[float]], label: str) -> No
     """Lines over the blocks."""
     for name, points in values.items():
         axis.plot(np.arange(1, len(points) + 1), points, marker=".", label=name, color=COLOURS.get(name))
-    axis.set_xlabel("block")
+    _label_blocks(axis)
     axis.set_ylabel(label)
     axis.legend()
+
+
+def draw_group_ranks(axis, ranks: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Effective rank over the blocks, a colour for each group of classes and a line style for each token."""
+    for style, (token, of_groups) in zip(("--", "-"), ranks.items(), strict=False):
+        for colour, (name, points) in zip(cycle(GROUP_COLOURS), of_groups.items(), strict=False):
+            label = f"{token}, {literal(name)}"
+            axis.plot(np.arange(1, len(points) + 1), points, style, marker=".", color=colour, label=label)
+    _label_blocks(axis)
+    axis.set_ylabel("effective rank")
+    axis.legend(fontsize=8)
 
 
 def draw_spectra(axis, spectra: Mapping[str, np.ndarray]) -> None:
@@ -126,7 +147,7 @@ def draw_images(axes, images: Sequence[np.ndarray], captions: Sequence[str]) -> 
         axis.set_axis_off()
     for axis, image, caption in zip(axes, images, captions, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(caption, fontsize=7)
+        axis.set_title(literal(caption), fontsize=7)
 
 
 def draw_attention(axes, image: np.ndarray, maps: Mapping[str, np.ndarray], caption: str) -> None:
@@ -138,3 +159,10 @@ def draw_attention(axes, image: np.ndarray, maps: Mapping[str, np.ndarray], capt
         axis.imshow(image, interpolation="nearest")
         axis.imshow(weights, cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         axis.set_title(name, fontsize=7)
+
+
+def _label_blocks(axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel("block")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))

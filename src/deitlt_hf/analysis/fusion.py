@@ -9,9 +9,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+FIT_IMAGES = 20_000  # whose logits fit into memory for 8,142 classes too
 
 
 class Fusion(NamedTuple):
@@ -123,6 +126,22 @@ def fit_fusion(
 
     optimizer.step(loss)
     return Fusion(*(value.detach() for value in family.fusion(parameters, log_counts, group_of)))
+
+
+def balanced_rows(labels: Sequence[int], limit: int = FIT_IMAGES, seed: int = 0) -> np.ndarray:
+    """Random rows to fit a rule on, in order: all, or so many, with as many of each class as there are.
+
+    Args:
+        labels: Class of each row.
+        limit: Rows at most.
+        seed: Of the choice.
+    """
+    labels = np.asarray(labels)
+    order = np.random.RandomState(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels)
+    turn = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of a row in its class
+    return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
 
 
 def fold(model: PreTrainedModel, fusion: Fusion) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
-from .attention import attention_distances, token_spreads
+from .attention import attention_distances, eager_attention, token_spreads
 
 HEADS = {"mean": "logits", "cls": "cls_logits", "distillation": "distillation_logits"}
 
@@ -26,6 +26,7 @@ class Observed:
         distances: Mean attention distance, in pixels; (layers, heads).
         spreads: How spread out each token before the patches looks, in pixels; (layers, tokens, heads).
         tokens: Names of these tokens.
+        grid: Patches down and across.
     """
 
     labels: np.ndarray
@@ -35,6 +36,7 @@ class Observed:
     distances: np.ndarray
     spreads: np.ndarray
     tokens: Sequence[str] = field(default_factory=list)
+    grid: tuple[int, int] = (0, 0)
 
     def predictions(self, expert: str) -> np.ndarray:
         """Predicted class of each image."""
@@ -46,9 +48,18 @@ class Observed:
         return torch.softmax(logits, dim=1).amax(dim=1).numpy()
 
 
+def spread_rows(number: int, wanted: int) -> list[int]:
+    """Indices of at most so many rows, spread evenly: data that are sorted by class give all of them."""
+    return np.unique(np.linspace(0, number - 1, min(wanted, number)).astype(int)).tolist()
+
+
 @torch.no_grad()
 def predict(
-    model: PreTrainedModel, dataset: ImageDataset, collate: ImageCollator, batch_size: int = 128
+    model: PreTrainedModel,
+    dataset: ImageDataset,
+    collate: ImageCollator,
+    batch_size: int = 128,
+    label_order: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits of each expert of a model.
 
@@ -57,6 +68,7 @@ def predict(
         dataset: Its images.
         collate: Prepares them for the model.
         batch_size: Images at once.
+        label_order: Positions of the data set's classes among the model's, (classes,); by default the same.
 
     Returns:
         True classes, (images,), and the logits of each expert, (images, classes).
@@ -67,7 +79,8 @@ def predict(
         labels.append(batch["labels"].numpy())
         for expert, name in HEADS.items():
             if outputs.get(name) is not None:
-                logits.setdefault(expert, []).append(outputs[name].float().cpu().numpy())
+                found = outputs[name].float().cpu()
+                logits.setdefault(expert, []).append((found if label_order is None else found[:, label_order]).numpy())
     return np.concatenate(labels), {expert: np.concatenate(parts) for expert, parts in logits.items()}
 
 
@@ -78,6 +91,7 @@ def observe(
     collate: ImageCollator,
     num_images: int = 512,
     batch_size: int = 128,
+    label_order: torch.Tensor | None = None,
 ) -> Observed:
     """Looks at a transformer: logits of all images, attention and features of some.
 
@@ -87,36 +101,59 @@ def observe(
         collate: Prepares them for the model.
         num_images: Images whose attention and features are looked at, spread over the data set.
         batch_size: Images at once.
+        label_order: As for [`predict`].
 
     Raises:
         ValueError: If the model has no attention over patches.
     """
-    config = model.config
-    if not isinstance(getattr(config, "patch_size", None), int) or not hasattr(config, "num_attention_heads"):
-        raise ValueError(f"{type(model).__name__} has no attention over patches; give a DeiT-LT, a DeiT or a ViT.")
-    labels, logits = predict(model, dataset, collate, batch_size)
-    side = config.image_size // config.patch_size
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int)).tolist()
-    attention = config._attn_implementation
-    model.set_attn_implementation("eager")  # others give no weights
+    check_transformer(model)
+    grid, patch_size = patch_grid(model)
+    labels, logits = predict(model, dataset, collate, batch_size, label_order)
+    chosen = spread_rows(len(dataset), num_images)
     features, distances, spreads, seen = [], 0.0, 0.0, 0
-    try:
+    with eager_attention(model):
         for batch in DataLoader(Subset(dataset, chosen), min(batch_size, 64), collate_fn=collate):
             outputs = model.eval()(
                 pixel_values=batch["pixel_values"].to(model.device), output_attentions=True, output_hidden_states=True
             )
             layers = [layer.float().cpu().numpy() for layer in outputs.attentions]
-            num_tokens = layers[0].shape[-1] - side**2
-            arguments = ((side, side), config.patch_size, num_tokens)
+            num_tokens = layers[0].shape[-1] - grid[0] * grid[1]
+            arguments = (grid, patch_size, num_tokens)
             number = len(batch["labels"])
             distances = distances + number * np.stack([attention_distances(layer, *arguments) for layer in layers])
             spreads = spreads + number * np.stack([token_spreads(layer, *arguments) for layer in layers])
             seen += number
             hidden = [state[:, :num_tokens].float().cpu().numpy() for state in outputs.hidden_states[1:]]
             features.append(np.stack(hidden))
-    finally:
-        model.set_attn_implementation(attention)
     tokens = ["cls", "distillation"][:num_tokens]
-    return Observed(
-        labels, logits, np.concatenate(features, axis=1), np.array(chosen), distances / seen, spreads / seen, tokens
+    features = np.concatenate(features, axis=1)
+    return Observed(labels, logits, features, np.array(chosen), distances / seen, spreads / seen, tokens, grid)
+
+
+def patch_grid(model: PreTrainedModel) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Patches down and across, and height and width of one, in pixels."""
+    image, patch = (
+        (size, size) if isinstance(size, int) else tuple(size)
+        for size in (model.config.image_size, model.config.patch_size)
     )
+    return (image[0] // patch[0], image[1] // patch[1]), patch
+
+
+@torch.no_grad()
+def check_transformer(model: PreTrainedModel) -> None:
+    """Looks at one image to see whether a model is one that the analyses are for.
+
+    Raises:
+        ValueError: If it has no attention over patches, of the same kind in all layers, after CLS, or CLS and DIST.
+    """
+    refusal = f"{type(model).__name__} has no attention over patches; give a DeiT-LT, a DeiT or a ViT."
+    config = model.config
+    if getattr(config, "patch_size", None) is None or getattr(config, "image_size", None) is None:
+        raise ValueError(refusal)
+    (rows, columns), (height, width) = patch_grid(model)
+    image = torch.zeros(1, config.num_channels, rows * height, columns * width, device=model.device, dtype=model.dtype)
+    with eager_attention(model):
+        layers = model.eval()(pixel_values=image, output_attentions=True).get("attentions") or [image]
+    sizes = {layer.shape[-2:] for layer in layers}
+    if sizes not in ({(rows * columns + tokens,) * 2} for tokens in (1, 2)):
+        raise ValueError(refusal)

@@ -146,15 +146,16 @@ def _visible(pixel_values: torch.Tensor, images: ImageFormat) -> np.ndarray:
 def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
     """The label, or the labels of a mixed image with their shares."""
     if target.dim() == 0:
-        return _short(names[int(target)])
+        return shorten(names[int(target)])
     # Label smoothing gives every class the same small share.
     shares = (target - target.min()).double()
     shares = shares / shares.sum()
     top = [label for label in shares.topk(min(2, len(names))).indices.tolist() if shares[label] > 0.005]
-    return "\n".join(f"{_short(names[label])} {100 * shares[label]:.0f} %" for label in top)
+    return "\n".join(f"{shorten(names[label])} {100 * shares[label]:.0f} %" for label in top)
 
 
-def _short(name: str) -> str:
+def shorten(name: str) -> str:
+    """A name as there is room for under a small image."""
     return name if len(name) <= 16 else name[:15] + "…"
 
 

@@ -5,10 +5,13 @@ import base64
 import io
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +20,15 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.transforms import ImageFormat
+from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
 from ..training.report import nan_to_null
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
-from .attention import attention_rollout
+from .attention import attention_rollout, eager_attention
 from .features import effective_rank, singular_values, token_similarity
-from .observe import Observed, observe
+from .observe import Observed, observe, spread_rows
+from .pictures import shorten
 from .sharpness import Batches, images_of_groups, loss_rises
 
 SHOWN = 10  # images in a row
@@ -39,13 +44,24 @@ class Picture:
         name: Of its file.
         title: Above it.
         how_to_read: One sentence.
-        png: Its bytes.
+        figure: Of matplotlib.
+        details: What its captions say, whole: they are short in the picture, which has no Chinese letters either.
     """
 
     name: str
     title: str
     how_to_read: str
-    png: bytes
+    figure: Any
+    details: Sequence[str] = ()
+
+    @cached_property
+    def png(self) -> bytes:
+        """Its bytes."""
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            self.figure.savefig(buffer, dpi=110, format="png")
+        return buffer.getvalue()
 
     @property
     def data(self) -> str:
@@ -82,12 +98,13 @@ def analyze(
     resamples: int = 200,
     sharpness_images: int = 128,
     agreement: Mapping[str, Mapping[str, float]] | None = None,
+    label_order: torch.Tensor | None = None,
 ) -> Section:
     """Looks at one model on test images.
 
     Args:
         path: Its folder or Hub id, which has its image processor.
-        model: A DeiT-LT, or a DeiT or ViT of transformers, with the data's classes in their order.
+        model: A DeiT-LT, or a DeiT or ViT of transformers.
         data: Its split `test` is looked at, and for the flatness of the loss `train`.
         counts: Training images of each class.
         groups: Class indices of each group.
@@ -95,15 +112,16 @@ def analyze(
         resamples: Samples of the bootstrap.
         sharpness_images: Training images, overall and of each group, that the loss is moved on; 0 leaves it out.
         agreement: With its teacher, see [`teacher_agreement`].
+        label_order: Positions of the data's classes among the model's, (classes,); by default the same.
 
     Raises:
         ValueError: If the model has no attention over patches.
     """
     dataset = ImageDataset(data["test"], "image", "label")
     collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
-    observed = observe(model, dataset, collate, num_images)
+    observed = observe(model, dataset, collate, num_images, label_order=label_order)
     names = data["test"].features["label"].names
-    found, intervals = {}, {}
+    found, intervals, per_class = {}, {}, {}
     for expert in observed.logits:
         predictions, confidences = observed.predictions(expert), observed.confidences(expert)
 
@@ -112,6 +130,7 @@ def analyze(
 
         found[expert] = of(np.arange(len(observed.labels)))
         intervals[expert] = bootstrap_intervals(of, observed.labels, resamples=resamples)
+        per_class[expert] = class_accuracies(predictions, observed.labels, len(counts)).tolist()
     pictures = [
         _picture("classes", "Training images", "Each bar is a class; colours are the groups that the tables speak of.",
                  lambda axis: figures.draw_counts(axis, counts, groups)),
@@ -119,19 +138,22 @@ def analyze(
                  "bar is highest; lines are 95 % intervals of the bootstrap.",
                  lambda axis: figures.draw_accuracies(axis, found, intervals, list(groups))),
     ]  # fmt: skip
-    findings = {}
+    findings = {"class_accuracies": per_class}
     if "distillation" in observed.logits:
-        more, findings = _of_experts(observed, counts, groups)
-        pictures += more
+        pictures += _of_experts(observed, counts, groups, findings)
     if agreement is not None:
-        how = "The DIST expert should say what the teacher says, on the mixed images that it learnt from too."
+        how = (
+            "The DIST expert should say what the teacher says: in distribution on test images, out of distribution on "
+            "long-tailed training images as they are augmented and mixed, which it learnt from."
+        )
         draw = lambda axis: figures.draw_agreement(axis, agreement)  # noqa: E731
         pictures.append(_picture("teacher", "Do the experts follow the teacher?", how, draw))
         findings["teacher_agreement"] = agreement
     pictures += _of_tokens(observed, groups, findings)
     if sharpness_images > 0:
         train = ImageDataset(data["train"], "image", "label")
-        pictures.append(_of_weights(model, images_of_groups(model, train, collate, groups, sharpness_images), findings))
+        images = images_of_groups(model, train, collate, groups, sharpness_images, label_order)
+        pictures.append(_of_weights(model, images, findings))
     pictures += _of_images(model, observed, dataset, collate, names, groups)
     return Section(path, found, intervals, pictures, findings)
 
@@ -146,38 +168,69 @@ def write_report(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    _remove_pictures(output)
+    _share_axes(sections)
+    names = []
     for index, section in enumerate(sections):
         for picture in section.pictures:
             prefix = "" if len(sections) == 1 else f"{index + 1}_"
-            (output / f"{prefix}{picture.name}.png").write_bytes(picture.png)
+            names.append(f"{prefix}{picture.name}.png")
+            (output / names[-1]).write_bytes(picture.png)
     columns = ["overall", *groups, "balanced_accuracy", "geometric_mean", "macro_f1", "calibration_error"]
     template = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html").read_text())
     page = template.render(
-        sections=sections, recipe=recipe, columns=columns, percent=_percent, names=_pictures_of(sections)
+        sections=sections,
+        recipe=recipe,
+        columns=columns,
+        percent=_percent,
+        names=_pictures_of(sections),
+        has_experts=any("distillation" in section.figures for section in sections),
     )
     (output / "index.html").write_text(page, encoding="utf-8")
     record = [
         {"model": part.title, "figures": part.figures, "intervals": part.intervals, **part.findings}
         for part in sections
     ]
-    text = json.dumps(nan_to_null({"recipe": recipe, "models": record}), indent=1)
+    text = json.dumps(nan_to_null({"recipe": recipe, "models": record, "pictures": names}), indent=1)
     (output / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     return output / "index.html"
 
 
-def _of_experts(observed: Observed, counts, groups) -> tuple[list[Picture], dict]:
+def _remove_pictures(output: Path) -> None:
+    """Removes those of an earlier report, which this one may not have."""
+    record = output / REPORT_FILE
+    if record.is_file():
+        for name in json.loads(record.read_text(encoding="utf-8")).get("pictures", []):
+            (output / Path(name).name).unlink(missing_ok=True)
+
+
+def _share_axes(sections: Sequence[Section]) -> None:
+    """Has figures of two models reach equally high, so that they can be compared by eye."""
+    of_name = {}
+    for section in sections:
+        for picture in section.pictures:
+            if len(picture.figure.axes) == 1:
+                of_name.setdefault(picture.name, []).append(picture.figure.axes[0])
+    for axes in of_name.values():
+        ends = [axis.get_ylim() for axis in axes]
+        for axis in axes:
+            axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+
+
+def _of_experts(observed: Observed, counts, groups, findings: dict) -> list[Picture]:
     cls, distillation = observed.predictions("cls"), observed.predictions("distillation")
     outcomes = expert_outcomes(cls, distillation, observed.labels, groups)
     gains = gain_by_class(cls, distillation, observed.labels, len(counts))
-    pictures = [
+    findings |= {"outcomes": outcomes, "gain_by_class": gains.tolist()}
+    return [
         _picture("outcomes", "Who is right", "Green and orange are what one expert knows and the other does not; an "
-                 "oracle that always chose the right one would lose the light part only.",
+                 "oracle that always chose the right one would lose the light part only. A group's are means over its "
+                 "classes.",
                  lambda axis: figures.draw_outcomes(axis, outcomes)),
         _picture("gains", "What DIST adds, by class", "Dots above the line are classes that the DIST expert knows "
                  "better; they should be on the left, where training images are few.",
                  lambda axis: figures.draw_gains(axis, gains, counts)),
     ]  # fmt: skip
-    return pictures, {"outcomes": outcomes, "gain_by_class": gains.tolist()}
 
 
 def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
@@ -186,35 +239,52 @@ def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
         for index, token in enumerate(observed.tokens)
     }
     labels = observed.labels[observed.chosen]
+    members = {name: np.flatnonzero(np.isin(labels, np.asarray(group))) for name, group in groups.items()}
+    members = {name: rows for name, rows in members.items() if len(rows) > 1}
+    # As many images of each group: the rank cannot be more than their number, and grows with it.
+    number = min(map(len, members.values()), default=0)
     by_group = {
         token: {
-            name: effective_rank(observed.features[-1][members, index])
-            for name, group in groups.items()
-            if (members := np.isin(labels, np.asarray(group))).sum() > 1
+            name: [effective_rank(block[rows[spread_rows(len(rows), number)], index]) for block in observed.features]
+            for name, rows in members.items()
         }
         for index, token in enumerate(observed.tokens)
     }
-    spectra = {token: singular_values(observed.features[-1][:, index]) for index, token in enumerate(observed.tokens)}
+    spectra = {
+        token: [singular_values(block[:, index]) for block in observed.features]
+        for index, token in enumerate(observed.tokens)
+    }
     findings |= {
         "attention_distance": observed.distances.tolist(),
         "token_spread": observed.spreads.tolist(),
+        "images_of_rank": len(labels),
         "effective_rank": ranks,
+        "images_of_group_rank": number,
         "effective_rank_of_groups": by_group,
+        "singular_values": {token: [values.tolist() for values in blocks] for token, blocks in spectra.items()},
     }
     pictures = [
         _picture("attention_distance", "How far attention reaches", "Low is local: a patch looks at its neighbours, a "
                  "token at one spot; high is global. Local early blocks are what a CNN teacher hands on.",
                  lambda axis: figures.draw_distances(axis, observed.distances, observed.spreads, observed.tokens)),
-        _picture("rank", "Effective rank of the tokens", "How many directions the features of the test images use; a "
-                 "flat teacher's DIST token should need fewer.",
+        _picture("rank", "Effective rank of the tokens", f"How many directions the features of {len(labels)} images "
+                 "use (not more than there are images); a flat teacher's DIST token should need fewer.",
                  lambda axis: figures.draw_by_block(axis, ranks, "effective rank")),
         _picture("spectrum", "Singular values after the last block", "The faster a line falls, the fewer directions "
-                 "hold what the token knows.", lambda axis: figures.draw_spectra(axis, spectra)),
+                 "hold what the token knows.",
+                 lambda axis: figures.draw_spectra(axis, {token: blocks[-1] for token, blocks in spectra.items()})),
     ]  # fmt: skip
+    if members:
+        how = (
+            f"The same, of {number} images of each group: lines of one colour are compared with each other, CLS dashed "
+            "and DIST whole."
+        )
+        draw = lambda axis: figures.draw_group_ranks(axis, by_group)  # noqa: E731
+        pictures.append(_picture("group_rank", "Effective rank by group", how, draw))
     if len(observed.tokens) == 2:
         cosines = [float(token_similarity(block[:, 0], block[:, 1]).mean()) for block in observed.features]
         findings["token_similarity"] = cosines
-        how = "1 is the same direction: experts that learn different things part in the later blocks."
+        how = "1 is the same direction, 0 is none in common: the lower, the more the tokens differ in what they hold."
         draw = lambda axis: figures.draw_by_block(axis, {"cosine": cosines}, "cosine of CLS and DIST")  # noqa: E731
         pictures.append(_picture("similarity", "Do the tokens part?", how, draw))
     return pictures
@@ -237,7 +307,7 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
     )
     worst = np.argsort(-number, kind="stable")[:SHOWN]
     chosen = [int(np.flatnonzero((labels == pairs[at][0]) & (predictions == pairs[at][1]))[0]) for at in worst]
-    captions = [f"{names[pairs[at][0]]}\ntaken for {names[pairs[at][1]]}\n{number[at]} times" for at in worst]
+    captions = [(names[pairs[at][0]], f"taken for {names[pairs[at][1]]}", f"{number[at]} times") for at in worst]
     pictures = []
     if chosen:
         how = "The pairs of classes that the prediction mixes up most often, with one image of each."
@@ -248,7 +318,7 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
         rows = np.flatnonzero(only & np.isin(labels, tail))[:SHOWN].tolist()
         if rows:
             cls = observed.predictions("cls")
-            captions = [f"{names[labels[row]]}\nCLS: {names[cls[row]]}" for row in rows]
+            captions = [(names[labels[row]], f"CLS: {names[cls[row]]}") for row in rows]
             how = "Test images of the rarest classes that the DIST expert gets right and the CLS expert does not."
             pictures.append(_row("only_distillation", "What only DIST knows", how, dataset, rows, captions))
     first = [int(np.flatnonzero(np.isin(labels, np.asarray(group)))[0]) for group in groups.values()
@@ -261,14 +331,10 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
 def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Sequence[int]) -> Picture:
     from matplotlib.figure import Figure
 
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        batch = collate([dataset[row] for row in rows])
+    batch = collate([dataset[row] for row in rows])
+    with eager_attention(model):
         outputs = model.eval()(pixel_values=batch["pixel_values"].to(model.device), output_attentions=True)
-    finally:
-        model.set_attn_implementation(attention)
-    tokens, side = len(observed.tokens), model.config.image_size // model.config.patch_size
+    tokens = len(observed.tokens)
     rollout = attention_rollout([layer.float().cpu().numpy() for layer in outputs.attentions])
     figure = Figure(figsize=(2.0 * (1 + tokens), 2.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 1 + tokens, squeeze=False)
@@ -277,20 +343,22 @@ def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Se
     images = (batch["pixel_values"] * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     for axes, row, image, weights in zip(grid, rows, images, rollout, strict=True):
         maps = {
-            f"{token} token": weights[index, tokens:].reshape(side, side) for index, token in enumerate(observed.tokens)
+            f"{token} token": weights[index, tokens:].reshape(observed.grid)
+            for index, token in enumerate(observed.tokens)
         }
-        figures.draw_attention(axes, image, maps, names[observed.labels[row]])
+        figures.draw_attention(axes, image, maps, shorten(names[observed.labels[row]]))
     how = "Bright patches are what each token's final feature holds most of, by attention rollout through all blocks."
-    return Picture("attention", "Where the tokens look", how, _png(figure))
+    return Picture("attention", "Where the tokens look", how, figure)
 
 
-def _row(name: str, title: str, how: str, dataset, rows: Sequence[int], captions: Sequence[str]) -> Picture:
+def _row(name: str, title: str, how: str, dataset, rows: Sequence[int], captions: Sequence[Sequence[str]]) -> Picture:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * SHOWN, 2.1), layout="constrained")
     axes = figure.subplots(1, SHOWN, squeeze=False)[0]
-    figures.draw_images(axes, [dataset[row]["image"] for row in rows], captions)
-    return Picture(name, title, how, _png(figure))
+    short = ["\n".join(map(shorten, lines)) for lines in captions]
+    figures.draw_images(axes, [dataset[row]["image"] for row in rows], short)
+    return Picture(name, title, how, figure, [", ".join(lines) for lines in captions])
 
 
 def _picture(name: str, title: str, how_to_read: str, draw: Callable) -> Picture:
@@ -298,13 +366,7 @@ def _picture(name: str, title: str, how_to_read: str, draw: Callable) -> Picture
 
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     draw(figure.subplots())
-    return Picture(name, title, how_to_read, _png(figure))
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
+    return Picture(name, title, how_to_read, figure)
 
 
 def _pictures_of(sections: Sequence[Section]) -> list[tuple[str, str, str, list[Picture | None]]]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.images import ImageDataset
+from .attention import eager_attention
 
 BATCH = 128
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -58,7 +59,8 @@ def sharpness(
         logit_scale: What logits are multiplied by; by default as the loss did in training, such as by 30 for LDAM.
 
     Raises:
-        ValueError: If curvlinops is not installed, there are no images or no vectors, or the loss is not finite.
+        ValueError: If curvlinops is not installed, there are no images or no vectors, the weights have less than 32
+            bits, or the loss is not finite.
     """
     if num_vectors < 1:
         raise ValueError(f"num_vectors must be 1 or more, got {num_vectors}.")
@@ -94,7 +96,7 @@ def loss_rises(
         logit_scale: As for [`sharpness`].
 
     Raises:
-        ValueError: If there are no images, or the loss is not finite.
+        ValueError: If there are no images, the weights have less than 32 bits, or the loss is not finite.
     """
     with _measurable(model, logit_scale) as classifier:
         return _loss_rises(classifier, batches, _count(batches), rhos)[1]
@@ -177,10 +179,14 @@ def _measurable(model: nn.Module, logit_scale: float | None) -> Iterator[nn.Modu
     """The logits of a model in evaluation mode, with gradients for all weights; the model is left as it was."""
     if logit_scale is None:
         logit_scale = getattr(model.config, "loss_scale", 1.0)
+    few_bits = {str(parameter.dtype) for parameter in model.parameters() if parameter.dtype.itemsize < 4}
+    if few_bits:
+        raise ValueError(f"small steps are lost in weights of {', '.join(sorted(few_bits))}; load them as float32.")
     was_training, flags = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.eval().requires_grad_(True)
     try:
-        yield _Logits(model, logit_scale)
+        with eager_attention(model):
+            yield _Logits(model, logit_scale)
     finally:
         model.train(was_training)
         for parameter, flag in zip(model.parameters(), flags, strict=True):

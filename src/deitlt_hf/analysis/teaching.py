@@ -11,7 +11,7 @@ from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.run import load_classifier
-from .observe import HEADS
+from .observe import HEADS, spread_rows
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def teacher_agreement(
         teacher: Folder or Hub id of its teacher.
         data: `train` and `test`.
         groups: Class indices of each group.
-        num_batches: Batches of test images, and of augmented and mixed training images.
+        num_batches: Batches of test images, spread over the test split, and of augmented and mixed training images.
 
     Returns:
         For `in distribution` (test images) and `out of distribution` (what the student trains on), the share of each
@@ -50,7 +50,7 @@ def teacher_agreement(
             teacher=teaches,
             teacher_processor=processor,
             train_dataset=data["train"],
-            eval_dataset=data["test"],
+            eval_dataset=data["test"].select(spread_rows(len(data["test"]), num_batches * args.eval_batch_size)),
             groups=groups,
         )
         shares = {}

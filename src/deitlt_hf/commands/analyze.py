@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..analysis.observe import check_transformer
 from ..analysis.report import REPORT_FILE, analyze, write_report
 from ..analysis.teaching import teacher_agreement
 from ..data.loading import training_counts
@@ -45,6 +46,11 @@ class AnalysisArguments:
         default=None, metadata={"help": "Write the figures to this file too; - prints them in place of the tables."}
     )
 
+    def __post_init__(self):
+        for name, least in (("num_images", 2), ("resamples", 1), ("sharpness_images", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+
 
 def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Path:
     """Looks at one model or two on a recipe's test images, prints their tables, and writes the report.
@@ -53,21 +59,25 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
         The page.
 
     Raises:
-        ValueError: If a model has other classes than the data, in another order, or no attention over patches.
+        FileExistsError: If `args.output` is a file.
+        ValueError: If a model does not know the data's classes, or has no attention over patches.
     """
     quiet_log()
+    Path(args.output).mkdir(parents=True, exist_ok=True)
     data = data_args.load()
     names = data["test"].features["label"].names
     counts, groups = training_counts(data["train"]), data_args.groups(data)
-    sections = []
+    models = []
     for path in [args.model] if args.compare is None else [args.model, args.compare]:
-        model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-        if label_order(names, model.config).tolist() != list(range(model.config.num_labels)):
-            raise ValueError(f"{path} has the classes of {recipe} in another order, or others beside them.")
+        model = load_model(path).float().to("cuda" if torch.cuda.is_available() else "cpu")
+        check_transformer(model)
+        models.append((path, model, label_order(names, model.config, f"model {path}")))
+    if args.teacher is not None and not isinstance(models[0][1], DeiTLTForImageClassification):
+        raise ValueError(f"{args.model} is no DeiT-LT student; leave --teacher out.")
+    sections = []
+    for path, model, order in models:
         agreement = None
         if args.teacher is not None and not sections:
-            if not isinstance(model, DeiTLTForImageClassification):
-                raise ValueError(f"{path} is no DeiT-LT student; leave --teacher out.")
             agreement = teacher_agreement(recipe, model, args.teacher, data, groups)
         section = analyze(
             path,
@@ -79,6 +89,7 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
             args.resamples,
             0 if data_args.streaming else args.sharpness_images,
             agreement,
+            order,
         )
         sections.append(section)
         accuracies = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoImageProcessor
 
-from ..analysis.fusion import RULES, fit_fusion, fold
+from ..analysis.fusion import RULES, balanced_rows, fit_fusion, fold
 from ..analysis.observe import predict
 from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import training_counts
@@ -18,6 +18,7 @@ from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
+from ..training.distillation import check_class_order
 from ..training.report import run_files, show
 from ..training.run import evaluate, load_model
 from .output import json_output
@@ -64,17 +65,20 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
 
     Raises:
         FileExistsError: If `args.fused_output` holds a model.
-        ValueError: If the model has no experts, or the training images are streamed.
+        ValueError: If the model has no experts or its classes in another order, or the training images are streamed.
     """
+    _check_free(args.fused_output)
     if data_args.streaming:
         raise ValueError("fusions are fitted on the training images at hand; leave --streaming out.")
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoImageProcessor.from_pretrained(path)
     data = data_args.load()
+    check_class_order(data["train"].features["label"].names, model.config, f"model {path}")
     counts, groups = training_counts(data["train"]), data_args.groups(data)
+    fitted = data["train"].select(balanced_rows(data["train"]["label"][:]))
     seen = {
-        split: predict(model, ImageDataset(data[split], "image", "label"), ImageCollator(processor))
-        for split in ("train", "test")
+        split: predict(model, ImageDataset(images, "image", "label"), ImageCollator(processor))
+        for split, images in (("train", fitted), ("test", data["test"]))
     }
     if "cls" not in seen["test"][1]:
         raise ValueError(f"{path} has one expert only; a fusion needs a DeiT-LT student.")
@@ -92,17 +96,21 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     tested = class_counts(seen["test"][0], len(counts)).tolist()
     show(ExpertTable("fusions, fitted on the training images", accuracies, groups, tested))
     if args.fused_output is not None:
-        if run_files(args.fused_output):
-            raise FileExistsError(f"{args.fused_output} holds a model or run; choose another --fused_output.")
         fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
         processor.save_pretrained(args.fused_output)
         print(f"The mean of the heads in {args.fused_output} is the fusion.")
     return accuracies
 
 
+def _check_free(folder: str | None) -> None:
+    if folder is not None and run_files(folder):
+        raise FileExistsError(f"{folder} holds a model or run; choose another --fused_output.")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     classes = (EvaluationArguments, FusionArguments, DataArguments, StudentArguments, DeiTLTTrainingArguments)
     _, what, fusion_args, data_args, _, args = parse_arguments("student", classes, arguments, __doc__)
+    _check_free(fusion_args.fused_output)
     with json_output(what.json) as write:
         trainer = evaluate(what.model, data_args, args)
         if not trainer.is_world_process_zero():

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 from ..analysis.observe import predict
@@ -21,7 +21,7 @@ from ..evaluation import ExpertTable, group_accuracies
 from ..hub.onnx import MODEL_FILE, QUANTIZED_FILE, OnnxClassifier, export_onnx, quantize, require_libraries
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
-from ..training.distillation import label_order
+from ..training.distillation import check_class_order
 from ..training.report import quiet_log, run_files, show
 from ..training.run import load_model
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
         _, data_args, *_ = parse_arguments("student", classes, ["--recipe", args.recipe, *rest])
         data = data_args.load()
-        _check_classes(args, data["test"].features["label"].names, model.config)
+        check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
     files = {"ONNX float32": export_onnx(model, folder, dynamic_size=not args.fixed_size)}
     if args.int8:
         files["ONNX int8"] = quantize(files["ONNX float32"])
@@ -107,8 +107,3 @@ def _output_folder(model: str, output: str | None) -> Path:
     if not Path(model).is_dir() and model.count("/") == 1:
         raise ValueError(f"{model} is no folder here; say with --output where its files go.")
     return Path(model)
-
-
-def _check_classes(args: argparse.Namespace, names: Sequence[str], config: PreTrainedConfig) -> None:
-    if label_order(names, config).tolist() != list(range(config.num_labels)):
-        raise ValueError(f"{args.model} has the classes of {args.recipe} in another order, or others beside them.")

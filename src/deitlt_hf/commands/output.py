@@ -14,7 +14,12 @@ def json_output(target: str | None) -> Iterator[Callable]:
     """Gives a function that writes to a file, with `-` to the terminal, and with None nowhere.
 
     With `-` all else that is printed goes to stderr, so that stdout is the JSON alone.
+
+    Raises:
+        FileNotFoundError: If the file's folder is missing.
     """
+    if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder for the file --json {target}; make it first.")
     stdout = sys.stdout
 
     def write(content) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoImageProcessor
 
@@ -51,14 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         collate,
         data_args.groups(data),
         args.num_images,
-        label_order(names, model.config),
+        label_order(names, model.config, "model"),
         rho=args.rho,
         num_vectors=args.num_vectors,
         seed=args.seed,
     )
     with json_output(args.json) as write:
         table = Table(
-            "images of", "number", "loss", f"rise at {args.rho:g}", "eigenvalue", "trace", title=str(args.model)
+            "images of", "number", "loss", f"rise at {args.rho:g}", "eigenvalue", "trace", title=escape(str(args.model))
         )
         for name, found in measured.items():
             values = (found.loss, found.loss_rise, found.eigenvalue, found.trace)

@@ -5,9 +5,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from sklearn.metrics import accuracy_score, confusion_matrix
+
+
+def class_accuracies(predictions: Sequence[int], labels: Sequence[int], num_classes: int) -> np.ndarray:
+    """Accuracy of each class; float64 of shape (num_classes,), NaN for a class without test images.
+
+    In memory that grows with the classes, not with their square as that of a confusion matrix.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    totals = np.bincount(labels, minlength=num_classes)
+    right = np.bincount(labels[predictions == labels], minlength=num_classes)
+    return np.divide(right, totals, out=np.full(num_classes, np.nan), where=totals > 0)
+
+
+def number_of_classes(labels: Sequence[int], groups: Mapping[str, Sequence[int]]) -> int:
+    """Number of the classes that test images or groups name."""
+    return 1 + max(max(members, default=-1) for members in (np.asarray(labels).tolist(), *groups.values()))
 
 
 def group_accuracies(
@@ -26,14 +42,12 @@ def group_accuracies(
     Returns:
         Fractions in [0, 1]: `overall`, then one a group; NaN for a group without test images.
     """
-    num_classes = 1 + max(max(group, default=-1) for group in groups.values())
-    matrix = confusion_matrix(labels, predictions, labels=np.arange(num_classes))
-    totals = np.bincount(np.asarray(labels), minlength=num_classes)
-    accuracies = {"overall": float(accuracy_score(labels, predictions))}
+    of_classes = class_accuracies(predictions, labels, number_of_classes(labels, groups))
+    accuracies = {"overall": float(np.mean(np.asarray(predictions) == np.asarray(labels)))}
     for name, classes in groups.items():
-        tested = np.asarray(classes, dtype=np.int64)
-        tested = tested[totals[tested] > 0]
-        accuracies[name] = float(np.mean(matrix[tested, tested] / totals[tested])) if len(tested) else math.nan
+        tested = of_classes[np.asarray(classes, dtype=np.int64)]
+        tested = tested[~np.isnan(tested)]
+        accuracies[name] = float(tested.mean()) if len(tested) else math.nan
     return accuracies
 
 
@@ -54,10 +68,10 @@ class ExpertTable:
     test_counts: Sequence[int]
 
     def __rich__(self) -> Table:
-        table = Table(title=self.title, title_justify="left", caption="accuracy in %", caption_justify="left")
+        table = Table(title=escape(self.title), title_justify="left", caption="accuracy in %", caption_justify="left")
         table.add_column("expert")
         for name in ("overall", *self.groups):
-            table.add_column(name, justify="right")
+            table.add_column(escape(name), justify="right")
         best = {
             name: max((row[name] for row in self.accuracies.values() if not math.isnan(row[name])), default=math.inf)
             for name in ("overall", *self.groups)
@@ -70,7 +84,7 @@ class ExpertTable:
                 else Text(f"{100 * value:.1f}", "bold green" if several and value == best[name] else "")
                 for name, value in accuracies.items()
             )
-            table.add_row(expert, *cells)
+            table.add_row(escape(expert), *cells)
         table.add_section()
         images = [sum(self.test_counts), *(sum(self.test_counts[c] for c in group) for group in self.groups.values())]
         table.add_row("test images", *map(str, images))

@@ -4,19 +4,24 @@ import datasets
 import evaluate
 import numpy
 
-from deitlt_hf.evaluation.metrics import long_tail_figures
+from deitlt_hf.evaluation.accuracy import class_accuracies, number_of_classes
+from deitlt_hf.evaluation.metrics import bootstrap_intervals, long_tail_figures
 
 DESCRIPTION = "Accuracy overall, of head, mid and tail classes, balanced accuracy and more, for one or several experts."
 CITATION = "Rangwani et al., DeiT-LT: Distillation Strikes Back for Vision Transformer Training, CVPR 2024."
+EXPERTS = ("mean", "cls", "distillation")
 INPUTS = """
 Args:
     predictions: Predicted class of each image, a list with one for each expert.
     references: True class of each image.
-    confidences: Probability of each predicted class, a list with one for each expert; 1 if they are not known.
+    confidences: Probability of each predicted class, a list with one for each expert. NaN if they are not
+        known: there is no calibration error then.
     groups: Class indices of each group, by its name.
     experts: Names of the experts.
+    resamples: Samples of the bootstrap for 95 % intervals; 0 for none.
 Returns:
-    The figures of the first expert by name, and those of all as EXPERT_FIGURE.
+    The figures of the first expert by name, and those of all as EXPERT_FIGURE. EXPERT_per_class has the accuracy of
+    each class, NaN without test images, and EXPERT_intervals the lower and upper end for each figure.
 """
 
 
@@ -35,14 +40,25 @@ class LongTailMetric(evaluate.Metric):
             description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
         )
 
-    def _compute(self, predictions, confidences, references, groups, experts=("mean", "cls", "distillation")):
+    def _compute(self, predictions, confidences, references, groups, experts=EXPERTS, resamples=0):
         predictions, confidences = numpy.asarray(predictions), numpy.asarray(confidences)
         if predictions.ndim != 2 or predictions.shape[1] != len(experts):
             raise ValueError(f"predictions have shape {predictions.shape}, but there are {len(experts)} experts.")
-        found = {
-            expert: long_tail_figures(predictions[:, column], references, groups, confidences[:, column])
-            for column, expert in enumerate(experts)
-        }
+        references = numpy.asarray(references)
+        found = {}
+        for expert, classes, scores in zip(experts, predictions.T, confidences.T, strict=True):
+            found[expert] = _figures(classes, references, groups, scores, resamples)
         return found[experts[0]] | {
             f"{expert}_{name}": value for expert, figures in found.items() for name, value in figures.items()
         }
+
+
+def _figures(predictions, references, groups, confidences, resamples):
+    def of(rows):
+        known = None if numpy.isnan(confidences).any() else confidences[rows]
+        return long_tail_figures(predictions[rows], references[rows], groups, known)
+
+    figures = of(numpy.arange(len(references)))
+    per_class = class_accuracies(predictions, references, number_of_classes(references, groups))
+    intervals = {"intervals": bootstrap_intervals(of, references, resamples=resamples)} if resamples else {}
+    return figures | {"per_class": per_class.tolist()} | intervals

@@ -4,16 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from sklearn.metrics import f1_score, recall_score
+from sklearn.metrics import f1_score
 
-from .accuracy import group_accuracies
+from .accuracy import class_accuracies, group_accuracies, number_of_classes
 
 BINS = 15  # of the calibration error, as in Guo et al. (ICML 2017)
-
-
-def class_accuracies(predictions: Sequence[int], labels: Sequence[int], num_classes: int) -> np.ndarray:
-    """Accuracy of each class; float64 of shape (num_classes,), NaN for a class without test images."""
-    return recall_score(labels, predictions, labels=np.arange(num_classes), average=None, zero_division=np.nan)
 
 
 def calibration_error(correct: Sequence[bool], confidences: Sequence[float], bins: int = BINS) -> float:
@@ -56,8 +51,7 @@ def long_tail_figures(
         classes with test images count.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    num_classes = 1 + max(max(group, default=-1) for group in groups.values())
-    accuracies = class_accuracies(predictions, labels, num_classes)
+    accuracies = class_accuracies(predictions, labels, number_of_classes(labels, groups))
     tested = np.flatnonzero(~np.isnan(accuracies))
     with np.errstate(divide="ignore"):
         geometric_mean = float(np.exp(np.log(accuracies[tested]).mean()))
@@ -81,7 +75,9 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Confidence intervals by the bootstrap's percentiles (Efron, 1979), for test images drawn anew.
 
-    Images are drawn within their class, so that every sample has the classes of the test set.
+    Images are drawn within their class, so that every sample has the classes of the test set, one less than there are
+    of a class (Rao and Wu, 1988): as many would vary too little where a class has two or three. How uncertain a class
+    with a single image is cannot be told; its share of the intervals is nothing.
 
     Args:
         figures: Computes figures for images, given by their indices (with repetitions).
@@ -94,14 +90,17 @@ def bootstrap_intervals(
         Lower and upper end for each figure; NaN where a figure is.
 
     Raises:
-        ValueError: If the level is not between 0 and 1.
+        ValueError: If the level is not between 0 and 1, or there are no samples.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}.")
+    if resamples < 1:
+        raise ValueError(f"resamples must be 1 or more, got {resamples}.")
     random, labels = np.random.default_rng(seed), np.asarray(labels)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     samples = [
-        figures(np.concatenate([random.choice(member, len(member)) for member in members])) for _ in range(resamples)
+        figures(np.concatenate([random.choice(member, max(len(member) - 1, 1)) for member in members]))
+        for _ in range(resamples)
     ]
     tails = [(1 - level) / 2, (1 + level) / 2]
     intervals = {}

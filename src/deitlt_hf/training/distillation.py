@@ -204,12 +204,13 @@ class DeiTLTTrainer(LongTailTrainer):
         return accuracies
 
 
-def label_order(names: Sequence[str], teacher: PreTrainedConfig) -> torch.Tensor:
+def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teacher") -> torch.Tensor:
     """Finds classes among a model's, by name if the model's have names.
 
     Args:
         names: The classes to find.
-        teacher: Configuration of the model that should know them.
+        config: Of the model that should know them.
+        who: What errors call that model.
 
     Returns:
         Their positions among the model's, (classes,).
@@ -217,19 +218,29 @@ def label_order(names: Sequence[str], teacher: PreTrainedConfig) -> torch.Tensor
     Raises:
         ValueError: If the model does not know one, or has no names and another number of classes.
     """
-    known = [teacher.id2label[label] for label in range(teacher.num_labels)]
+    known = [config.id2label[label] for label in range(config.num_labels)]
     if known == [f"LABEL_{label}" for label in range(len(known))]:
         if len(known) == len(names):
             return torch.arange(len(names))
-        raise ValueError(f"the teacher has {len(known)} classes without names, but the student has {len(names)}.")
+        raise ValueError(f"the {who} has {len(known)} classes without names, but the data have {len(names)}.")
     positions = {}
     for label, name in enumerate(known):
         positions.setdefault(name, []).append(label)
     unknown = [name for name, count in Counter(names).items() if len(positions.get(name, [])) < count]
     if unknown:
         raise ValueError(
-            f"the teacher does not know the classes {', '.join(map(repr, unknown[:5]))} ({len(unknown)} of "
+            f"the {who} does not know the classes {', '.join(map(repr, unknown[:5]))} ({len(unknown)} of "
             f"{len(names)}); its own {len(known)} begin with {', '.join(map(repr, known[:5]))}."
         )
     # Classes that share a name, as ImageNet's two cranes do, are taken in their order.
     return torch.tensor([positions[name].pop(0) for name in names])
+
+
+def check_class_order(names: Sequence[str], config: PreTrainedConfig, who: str = "model") -> None:
+    """Checks that a model has exactly the data's classes, in their order; takes what [`label_order`] does.
+
+    Raises:
+        ValueError: If not.
+    """
+    if label_order(names, config, who).tolist() != list(range(config.num_labels)):
+        raise ValueError(f"the {who} has the classes of the data in another order, or others beside them.")
