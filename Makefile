@@ -15,8 +15,9 @@ $(INSTALLED): setup.py constraints.txt
 demo: install  ## Teacher, student and table on the embedded digits.
 	$(BIN)/python scripts/distill.py --recipe digits_lt --overwrite
 
+# One thread a worker: two workers with two threads each wait for each other.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

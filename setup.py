@@ -53,6 +53,7 @@ setup(
             "psutil>=5",
             "pytest>=8",
             "pytest-timeout>=2",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
         ],
     },

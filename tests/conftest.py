@@ -1,6 +1,7 @@
 """Shared fixtures: reference values, and a data set and models small enough for two cores."""
 
 import json
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -13,7 +14,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,10 @@ def test_intervals_cover_what_they_say():
         low, high = bootstrap_intervals(share, np.zeros(40), resamples=200)["accuracy"]
         covered += low <= 0.8 <= high
     assert 0.85 <= covered / 200 <= 0.99
+    # Every sample has as many images of each class as the test set.
+    labels = np.array([0, 0, 0, 0, 1, 1, 2])
+    shares = bootstrap_intervals(lambda rows: {"of 0": np.mean(labels[rows] == 0)}, labels, resamples=20)
+    assert shares["of 0"] == pytest.approx((4 / 7, 4 / 7))
     assert np.isnan(bootstrap_intervals(lambda rows: {"a": math.nan}, [0, 1], resamples=3)["a"]).all()
     with pytest.raises(ValueError, match=r"level must be between 0 and 1, got 1\.0"):
         bootstrap_intervals(lambda rows: {}, [0], level=1.0)

@@ -49,9 +49,15 @@ def test_images_of_any_mode_become_rgb(mode, kind):
         with pytest.raises((OSError, ValueError, KeyError)):
             encoded(image.convert(mode), kind)
         return
+    try:
+        expected = Image.open(io.BytesIO(data)).convert("RGB")
+    except OSError:  # Pillow 12 writes a TIFF of YCbCr that it cannot read
+        with pytest.raises(ValueError, match="cannot read the image"):
+            decode(data)
+        return
     pixels = decode(data)
     assert (pixels.shape, pixels.dtype) == ((48, 64, 3), np.uint8)
-    assert difference(pixels, Image.open(io.BytesIO(data))).max() == 0
+    assert difference(pixels, expected).max() == 0
 
 
 def test_from_a_file(tmp_path):

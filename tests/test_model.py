@@ -259,6 +259,7 @@ CHANGED = {
     "pooler_act": "relu",
     "drop_path_rate": 0.3,
     "class_counts": [9, 5, 1],
+    "class_groups": {"head": [0], "tail": [1, 2]},
     "class_map": [1, 0, 2],
 }
 

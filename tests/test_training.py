@@ -477,7 +477,7 @@ def test_one_global_batch_gives_one_learning_rate(tmp_path, per_device, accumula
 
 def test_teacher_learns_and_is_saved_with_its_processor(teacher_folder, teacher):
     results = json.loads((teacher_folder / "results.json").read_text())
-    assert results["last"]["accuracies"]["teacher"]["overall"] > 0.5
+    assert results["last"]["accuracies"]["teacher"]["overall"] > 0.3  # chance is 0.1
     assert (teacher_folder / "preprocessor_config.json").is_file()
     assert teacher.config.id2label[7] == "7"
 

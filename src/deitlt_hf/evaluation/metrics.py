@@ -75,9 +75,9 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Confidence intervals by the bootstrap's percentiles (Efron, 1979), for test images drawn anew.
 
-    Images are drawn within their class, so that every sample has the classes of the test set, one less than there are
-    of a class (Rao and Wu, 1988): as many would vary too little where a class has two or three. How uncertain a class
-    with a single image is cannot be told; its share of the intervals is nothing.
+    Images are drawn within their class, so that every sample has the classes of the test set. One less is drawn than a
+    class has (Rao and Wu, 1988), and one of them counts twice: without that, samples of two or three images vary too
+    little. How uncertain a class with a single image is cannot be told; it adds nothing to the intervals.
 
     Args:
         figures: Computes figures for images, given by their indices (with repetitions).
@@ -98,13 +98,16 @@ def bootstrap_intervals(
         raise ValueError(f"resamples must be 1 or more, got {resamples}.")
     random, labels = np.random.default_rng(seed), np.asarray(labels)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    samples = [
-        figures(np.concatenate([random.choice(member, max(len(member) - 1, 1)) for member in members]))
-        for _ in range(resamples)
-    ]
+    samples = [figures(np.concatenate([_drawn(member, random) for member in members])) for _ in range(resamples)]
     tails = [(1 - level) / 2, (1 + level) / 2]
     intervals = {}
     for name in samples[0]:
         values = np.array([sample[name] for sample in samples])
         intervals[name] = (math.nan, math.nan) if np.isnan(values).any() else tuple(np.quantile(values, tails).tolist())
     return intervals
+
+
+def _drawn(member: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """As many images of a class as it has, of which the first two are the same."""
+    drawn = random.choice(member, max(len(member) - 1, 1))
+    return np.concatenate([drawn[: len(member) - 1], drawn[:1]])

@@ -34,8 +34,9 @@ ONE_EXPERT = "This model has one classifier, without the two experts of DeiT-LT.
 # Gradio 6.31 gives the pictures of examples no names, without which a screen reader has nothing to read out.
 NAME_EXAMPLES = """() => {
     const name = (image) => { image.alt = decodeURIComponent(image.src.split("/").pop()) };
-    new MutationObserver(() => document.querySelectorAll(".gallery-item img[alt='']").forEach(name))
-        .observe(document.body, { childList: true, subtree: true });
+    const nameAll = () => document.querySelectorAll(".gallery-item img[alt='']").forEach(name);
+    nameAll();
+    new MutationObserver(nameAll).observe(document.body, { childList: true, subtree: true });
 }"""
 # On a phone the answer is below the examples.
 SHOW_ANSWER = '() => document.querySelector(".answer")?.scrollIntoView({ block: "nearest" })'
