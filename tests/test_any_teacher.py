@@ -38,6 +38,7 @@ from deitlt_hf.commands.sharpness import main as measure_sharpness
 from deitlt_hf.data import image_processor
 from deitlt_hf.data.transforms import ImageFormat
 from deitlt_hf.training.distillation import label_order
+from deitlt_hf.training.provenance import teacher_record
 from deitlt_hf.training.run import load_classifier
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +124,16 @@ def test_a_teachers_sharpness_is_of_its_own_classes(tmp_path, digits, monkeypatc
         measure_sharpness([*command, "--json", str(tmp_path / "figures.json")])
         figures.append(json.loads((tmp_path / "figures.json").read_text())["tail"]["loss"])
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("content", ['[{"acc": 1}]', '{"data": "imagenet", "settings": {}}', '{"settings": null}', "{"])
+def test_a_file_of_that_name_which_is_no_record_of_ours(tmp_path, content):
+    """Whatever a teacher's repository calls results.json must not stop its student."""
+    make_student().save_pretrained(tmp_path)
+    (tmp_path / "results.json").write_text(content)
+    record = teacher_record(AutoModelForImageClassification.from_pretrained(tmp_path), None)
+    assert record["training"] is None
+    assert record["source"] == tmp_path.name
 
 
 def test_any_classifier_is_evaluated(tmp_path, monkeypatch, capsys):

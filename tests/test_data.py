@@ -28,6 +28,8 @@ from deitlt_hf.data import (
 )
 from deitlt_hf.data.sampling import TrainBatches, seed_streams
 from deitlt_hf.data.transforms import ImageFormat, resize_and_renormalize
+from deitlt_hf.recipes import DataArguments
+from deitlt_hf.recipes.arguments import without_folders
 
 RANDOM = np.random.RandomState(0)
 
@@ -469,3 +471,22 @@ def test_all_random_streams_are_seeded():
         found.append(numbers())
     assert found[0] == found[1]
     assert len({value for values in found[1:] for value in values}) == 9
+
+
+def test_records_name_no_folders_of_this_machine(tmp_path, monkeypatch):
+    """They are published with the model."""
+    (tmp_path / "data" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for text, published in (
+        (str(tmp_path / "photos"), "photos"),
+        ("~/photos", "photos"),
+        ("../somebody/photos", "photos"),
+        ("data/photos", "photos"),
+        ("org/photos", "org/photos"),
+        ("digits", "digits"),
+        ("rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1"),
+    ):
+        assert without_folders(text) == published
+    local, hub = (DataArguments(dataset=name).record() for name in ("data/photos", "org/photos"))
+    assert (local["dataset"], local["local_files"]) == ("photos", True)
+    assert (hub["dataset"], hub["local_files"]) == ("org/photos", False)

@@ -1,5 +1,6 @@
 """The demo as people meet it: a server process and a browser. And what it makes of models and images, without one."""
 
+import json
 import os
 import re
 import socket
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,22 @@ def test_a_broken_image_is_told_and_leaves_no_old_answer(page, tmp_path):
     message.wait_for()
     assert "Your image cannot be read as an image" in message.inner_text()
     page.locator(".answer").wait_for(state="detached")
+
+
+def test_files_of_the_server_are_not_shown(address, tmp_path):
+    """A request can name any path, and leave out what makes Gradio look at it."""
+    draw(3).save(tmp_path / "private.png")
+    events = httpx.get(f"{address}config").json()["dependencies"]
+    (on_upload,) = (event["id"] for event in events if "upload" in [kind for _, kind in event["targets"]])
+    for path in (tmp_path / "private.png", "/etc/passwd", tmp_path / "nothing"):
+        session = f"session {path}"
+        request = {"data": [{"path": str(path)}], "fn_index": on_upload, "session_hash": session}
+        httpx.post(f"{address}gradio_api/queue/join", json=request).raise_for_status()
+        with httpx.stream("GET", f"{address}gradio_api/queue/data", params={"session_hash": session}) as events:
+            told = [json.loads(line.removeprefix("data:")) for line in events.iter_lines() if line.startswith("data:")]
+        (end,) = [message for message in told if message["msg"] == "process_completed"]
+        assert not end["success"]
+        assert end["output"]["error"] == "Your image was not uploaded to this page; try again."
 
 
 def test_a_classifier_with_one_expert_gets_one_column(tmp_path):

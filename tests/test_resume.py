@@ -1,5 +1,6 @@
 """A run that is interrupted ends with the weights of one that was not, bit for bit."""
 
+import json
 import multiprocessing
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 
 from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.hub.weights import weights_digest
 
 STUDENT = {
     "num_train_epochs": 4,
@@ -129,6 +131,38 @@ def test_the_best_model_has_the_weights_of_its_checkpoint(tmp_path, digits):
     trainer.train()
     best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
     assert_same(weights(trainer), best.state_dict())
+
+
+def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path, digits, teacher):
+    """The record says what the saved weights do, also if a run goes on in another way from an early checkpoint."""
+    values = {"eval_strategy": "no", "save_steps": 8, "save_total_limit": 9}
+    trainer = make_trainer("student", tmp_path, digits, teacher, **values)
+    trainer.train()
+    trainer.save_model()
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert first["weights_sha256"] == weights_digest(tmp_path)
+
+    again = make_trainer("student", tmp_path, digits, teacher, **values, alpha=0.0, learning_rate=8e-3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert again.lr_scheduler.base_lrs == [8e-3] * len(again.optimizer.param_groups)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert "weights_sha256" not in record
+    again.save_model()
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["weights_sha256"] == weights_digest(tmp_path) != first["weights_sha256"]
+    metrics = again.evaluate()
+    for expert, row in record["last"]["accuracies"].items():
+        assert row["overall"] == pytest.approx(metrics[f"eval_{expert}_overall"])
+    assert record["resumed"] is True
+
+
+def test_resuming_what_has_ended_leaves_its_record(tmp_path, digits, teacher):
+    values = {"num_train_epochs": 1, "drw_start_epoch": None, "save_strategy": "epoch"}
+    make_trainer("student", tmp_path, digits, teacher, **values).train()
+    first = json.loads((tmp_path / "results.json").read_text())
+    make_trainer("student", tmp_path, digits, teacher, **values).train(resume_from_checkpoint="auto")
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again == first
 
 
 @pytest.mark.parametrize(

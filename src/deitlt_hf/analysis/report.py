@@ -155,7 +155,8 @@ def analyze(
         images = images_of_groups(model, train, collate, groups, sharpness_images, label_order)
         pictures.append(_of_weights(model, images, findings))
     pictures += _of_images(model, observed, dataset, collate, names, groups)
-    return Section(path, found, intervals, pictures, findings)
+    title = "/".join(Path(path).resolve().parts[-2:]) if Path(path).exists() else path  # no more of who made it
+    return Section(title, found, intervals, pictures, findings)
 
 
 def write_report(

@@ -18,6 +18,7 @@ from ..analysis.teaching import teacher_agreement
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable
+from ..hub.weights import weights_digest
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, parse_arguments
 from ..training.distillation import label_order
@@ -91,6 +92,7 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
             agreement,
             order,
         )
+        section.findings["weights_sha256"] = weights_digest(path)
         sections.append(section)
         accuracies = {
             expert: {name: row[name] for name in ("overall", *groups)} for expert, row in section.figures.items()

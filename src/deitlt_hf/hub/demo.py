@@ -58,6 +58,7 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
     try:
         import gradio as gr
         import matplotlib  # noqa: F401  (it is used with the first image; that it is missing is told before)
+        from gradio.processing_utils import check_all_files_in_cache
     except ImportError as error:
         raise ValueError("the demo needs Gradio and matplotlib: pip install 'deitlt-hf[demo]'.") from error
     images = example_images(model, examples)
@@ -65,7 +66,11 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
 
     def answer(file: Mapping) -> str:
         try:
+            # Gradio does so only where a request says of itself that it has a file.
+            check_all_files_in_cache(file)
             return explain(Path(file["path"]).read_bytes())
+        except (gr.Error, OSError) as error:
+            raise gr.Error("Your image was not uploaded to this page; try again.", print_exception=False) from error
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 

@@ -110,7 +110,9 @@ class DataArguments:
     def record(self) -> dict:
         """What `results.json` says of where the images come from."""
         names = ["dataset"] if self.imbalance_ratio is None else ["dataset", *_SUBSET]
-        return {name: getattr(self, name) for name in names} | {"local_files": self.data_dir is not None}
+        name = without_folders(self.dataset)
+        is_local = self.data_dir is not None or name != self.dataset
+        return {field: getattr(self, field) for field in names} | {"dataset": name, "local_files": is_local}
 
     def groups(self, data: Mapping) -> ShotGroups:
         """Head, mid and tail of the training images."""
@@ -188,3 +190,9 @@ class TeacherArguments:
             image_size=self.image_size,
             **labels,
         )
+
+
+def without_folders(text: str) -> str:
+    """Of a path of this machine the last part, for what may be published; other text as it is."""
+    path = Path(text).expanduser()
+    return path.name if path.is_absolute() or ".." in path.parts or (len(path.parts) > 1 and path.exists()) else text

@@ -18,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..losses import TEACHER_LOSSES
+from .arguments import without_folders
 
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
 # Fields of transformers that change the result of a run too, if only in its digits.
@@ -166,10 +167,8 @@ def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
 
 
 def _portable(value: Any) -> Any:
-    """A value for a record that is JSON, which has no infinity, and may be published: of a full path the last part."""
-    if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
-    return str(value) if value == math.inf else value
+    """A value for a record that is JSON, which has no infinity, and may be published."""
+    return without_folders(value) if isinstance(value, str) else str(value) if value == math.inf else value
 
 
 def _refuse_unknown(names: Iterable[str], known: Collection[str], place: str, kind: str = "field") -> None:

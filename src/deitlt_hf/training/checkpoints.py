@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
@@ -147,6 +147,11 @@ def whole_checkpoint(path: str) -> str:
     if wrong is not None:
         raise ValueError(f"cannot go on from the checkpoint {path}: {wrong}.")
     return str(path)
+
+
+def step_of_checkpoint(folder: str | Path) -> int:
+    """The step after which a checkpoint was written."""
+    return TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).global_step
 
 
 class WholeCheckpointTrainer(Trainer):

@@ -53,8 +53,8 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
         "subset_sha256": own.get("data", {}).get("subset_sha256"),
     }
     return {
-        # Of a full path the last part: the record may be published.
-        "source": Path(path).name if Path(path).is_absolute() else path or None,
+        # Of a folder the last part: the record may be published.
+        "source": Path(path).name if path and Path(path).exists() else path or None,
         "model": type(teacher).__name__,
         "backbone": getattr(teacher.config, "backbone", None) or teacher.config.model_type,
         "accuracies": None if accuracies is None else dict(accuracies),
@@ -66,5 +66,8 @@ def _results_of(path: str) -> dict:
     """The record of a run in a model's folder or Hub repository; empty if there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         file = path and cached_file(path, RESULTS_FILE, _raise_exceptions_for_missing_entries=False)
-        return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+        record = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+        # Others call files so too.
+        if isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("settings", "data")):
+            return record
     return {}

@@ -23,6 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from ..data.transforms import ImageFormat
+from ..hub.weights import weights_digest
 from .ema import EMA_FOLDER
 from .provenance import RESULTS_FILE, hardware
 from .watch import CURVES_FILE, LOG_FILE
@@ -140,27 +141,33 @@ class Results:
         self.content: dict = {}
         self.dataset: Mapping = {}
         self.teacher: Mapping | None = None
+        self._was_finished = False
 
     @property
     def last_step(self) -> int | None:
         """Step of the last evaluation."""
         return self.content.get("last", {}).get("step")
 
-    def start(self, trainer, resuming: bool) -> None:
-        """Begins the record; a resumed run keeps its best epoch."""
+    def start(self, trainer, resumed_step: int | None) -> None:
+        """Begins the record; a run that goes on after a step keeps what was measured up to it."""
         args, config = trainer.args, trainer.model.config
-        if resuming and self.path.is_file():
+        if resumed_step is not None and self.path.is_file():
             self.content = json.loads(self.path.read_text())
+            for name in ("last", "best"):  # evaluations of what is trained once more are of other weights
+                if self.content.get(name, {}).get("step", 0) > resumed_step:
+                    del self.content[name]
             for name, value in args.method_settings().items():
                 before = self.content.get("settings", {}).get(name, value)
                 if before != value:
                     warnings.warn(f"the run goes on with {name} {value}; it began with {before}.", stacklevel=2)
+        self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
+        self.content.pop("weights_sha256", None)
         names = [config.id2label[label] for label in range(config.num_labels)]
         self.content |= {
             "model": type(trainer.model).__name__,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "finished": False,
-            "resumed": resuming,
+            "resumed": self.content.get("resumed") if self._was_finished else resumed_step is not None,
             "recipe": args.recipe,
             "data": {
                 **self.dataset,
@@ -192,8 +199,16 @@ class Results:
 
     def finish(self, seconds: float, saved_step: int) -> None:
         """Marks the run as complete, after seconds of this process, with the weights of a step."""
-        self.content |= {"finished": True, "train_seconds": round(seconds, 1), "saved_step": saved_step}
+        if not self._was_finished:  # else there was nothing left to train
+            self.content["train_seconds"] = round(seconds, 1)
+        self.content |= {"finished": True, "saved_step": saved_step}
         self.write()
+
+    def saved(self, folder: str | Path) -> None:
+        """Notes of which weights the record of a finished run is, once they are in its folder."""
+        if self.content.get("finished") and Path(folder).resolve() == self.path.parent.resolve():
+            self.content["weights_sha256"] = weights_digest(folder)
+            self.write()
 
     def write(self) -> None:
         """Writes the file whole or not at all."""

@@ -28,7 +28,7 @@ from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..hub.cards import write_card
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
-from .checkpoints import WholeCheckpointTrainer
+from .checkpoints import WholeCheckpointTrainer, step_of_checkpoint
 from .ema import EMA_FOLDER, MovingAverage
 from .experts import ExpertEvaluation
 from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
@@ -203,7 +203,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         plan = self.plan()
         with only_run(self.args.output_dir) if self.args.should_save else contextlib.nullcontext():
             claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
-            self.results.start(self, resuming=checkpoint is not None)
+            self.results.start(self, None if checkpoint is None else step_of_checkpoint(checkpoint))
             if self.is_world_process_zero():
                 self.results.write()
                 print_plan(self, steps_per_epoch, plan)
@@ -365,6 +365,17 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is None or scheduler.base_lrs == [self.args.learning_rate] * len(scheduler.base_lrs):
+            return
+        # The checkpoint's learning rate came with it; the one that is asked for now counts.
+        scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = self.args.learning_rate
+            group["lr"] = self.args.learning_rate * factor(scheduler.last_epoch)
+
     # ---- Logging ----
 
     def log_part(self, name: str, value: torch.Tensor) -> None:
@@ -409,6 +420,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         super().save_model(output_dir, _internal_call=True)
         if self._staging is None and self.args.should_save:
             self._save_average(output_dir or self.args.output_dir)
+            self.results.saved(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
             self.push_to_hub()
 
