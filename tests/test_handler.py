@@ -159,6 +159,17 @@ def test_add_handler_wants_a_model(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_add_handler_leaves_what_another_wrote(folder, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "handler.py").write_text("class EndpointHandler: ...")
+    with pytest.raises(FileExistsError, match=r"handler.py' is another handler; move it away"):
+        add_handler(tmp_path)
+    assert (tmp_path / "handler.py").read_text() == "class EndpointHandler: ..."
+    ours = Path(handler_module.__file__).read_text()
+    (tmp_path / "handler.py").write_text(ours.splitlines()[0] + "\n\nof an earlier version")
+    assert add_handler(tmp_path).read_text() == ours
+
+
 @pytest.mark.parametrize("path", ["nowhere", "/nowhere/model", "./nowhere"])
 def test_a_missing_model_is_named(path):
     with pytest.raises(FileNotFoundError, match=f"'{path}' is no model folder"):
@@ -176,6 +187,13 @@ def test_damaged_weights_are_told_in_a_sentence(folder, tmp_path):
 # ---- Ways to send an image ----
 
 
+BEGINNINGS = {  # of answers that go on a byte at a time
+    "/slow_status": b"",
+    "/slow_header": b"HTTP/1.1 200 OK\r\nX: ",
+    "/slow_chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+}
+
+
 class Site(BaseHTTPRequestHandler):
     """A web site with one image, and the ways in which a site can be difficult."""
 
@@ -188,8 +206,16 @@ class Site(BaseHTTPRequestHandler):
             self._answer(302, b"", Location=self.path.partition("?to=")[2])
         elif path == "/endless":
             self._go_on_with(b"0" * 2**16, 1000, pause=0)
+        elif path == "/redirect_with_body":
+            self._answer(302, b"", Location="/image.png", **{"Content-Length": str(10**14)})
         elif path == "/slow":
             self._go_on_with(b"0", 200, pause=0.05)
+        elif path == "/later":
+            self.server.stopped.wait(0.4)
+            self._answer(200, encoded(image_of(1)))
+        elif path in BEGINNINGS:
+            self.wfile.write(BEGINNINGS[path])
+            self._drip(b"0", 200, pause=0.05)
         else:
             self._answer(404, b"")
 
@@ -203,6 +229,9 @@ class Site(BaseHTTPRequestHandler):
     def _go_on_with(self, chunk, times, pause):
         self.send_response(200)
         self.end_headers()
+        self._drip(chunk, times, pause)
+
+    def _drip(self, chunk, times, pause):
         with contextlib.suppress(OSError):  # the other side has had enough
             for _ in range(times):
                 self.wfile.write(chunk)
@@ -243,6 +272,7 @@ def test_all_ways_of_sending_an_image_are_alike(handler, site, private_urls):
         "\n".join(base[start : start + 76] for start in range(0, len(base), 76)),
         f"{site.address}/image.png",
         f"{site.address}/redirect?to=/image.png",
+        f"{site.address}/redirect_with_body",
     ]
     results = [handler({"inputs": way})[0] for way in ways]
     assert all(result == results[0] for result in results)
@@ -356,12 +386,20 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(handler, data, sentence):
 
 LOOPBACK = ["127.0.0.1", "localhost", "127.1", "2130706433", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"]
 PRIVATE = ["10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "[fe80::1]", "[fd00::1]", "224.0.0.1"]
+# IPv6 for an IPv4 address (translated, tunnelled), and what was once, or is for a site of one's own.
+WRAPPED = ["[64:ff9b::a9fe:a9fe]", "[64:ff9b::7f00:1]", "[::127.0.0.1]", "[2002:7f00:1::]", "[2001:0:7f00:1::]"]
+LOCAL = ["[64:ff9b:1::1]", "[fec0::1]", "[ff0e::1]", "[::]"]
 
 
-@pytest.mark.parametrize("host", LOOPBACK + PRIVATE)
+@pytest.mark.parametrize("host", LOOPBACK + PRIVATE + WRAPPED + LOCAL)
 def test_private_addresses_are_refused(handler, host):
     with pytest.raises(ValueError, match="its address is not of the public internet"):
         handler({"inputs": f"http://{host}:9/image.png"})
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"])
+def test_public_addresses_are_not_refused(address):
+    handler_module._refuse_private(address)
 
 
 def test_a_private_address_is_not_asked(handler, site):
@@ -380,12 +418,28 @@ def test_a_redirection_to_a_private_address_is_refused(handler, site, monkeypatc
 
 
 def test_a_name_that_changes_its_address_is_not_asked(handler, site, monkeypatch):
-    """DNS rebinding: the name has a public address when it is checked, and a private one a moment later."""
-    resolve, hosts = socket.getaddrinfo, iter(["93.184.215.14", "127.0.0.1"])
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **options: resolve(next(hosts), *args, **options))
-    with pytest.raises(ValueError, match="not of the public internet"):
+    """DNS rebinding: the name has a public address when it is judged, here 127.0.0.2, and a private one later."""
+    resolve = socket.getaddrinfo
+    refuse = handler_module._refuse_private
+    monkeypatch.setattr(handler_module, "_refuse_private", lambda address: address == "127.0.0.2" or refuse(address))
+    hosts = iter(["127.0.0.2", "127.0.0.1"])
+
+    def lookup(host, *args, **options):
+        return resolve(next(hosts) if host == "rebinding.example" else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    with pytest.raises(ValueError, match="Connection refused"):  # nothing listens on 127.0.0.2
         handler({"inputs": f"http://rebinding.example:{site.server_port}/image.png"})
     assert site.asked == []
+
+
+def test_tls_begins_with_addresses_that_were_judged(handler, site, monkeypatch):
+    url = f"https://127.0.0.1:{site.server_port}/image.png"
+    with pytest.raises(ValueError, match="not of the public internet"):
+        handler({"inputs": url})
+    monkeypatch.setenv("DEITLT_ALLOW_PRIVATE_URLS", "1")
+    with pytest.raises(ValueError, match="SSL"):  # the site knows no TLS
+        handler({"inputs": url})
 
 
 @pytest.mark.parametrize(
@@ -396,13 +450,25 @@ def test_a_name_that_changes_its_address_is_not_asked(handler, site, monkeypatch
         ("/redirect?to=file:///etc/passwd", "the answer is 302"),
         ("/redirect?to=ftp://127.0.0.1/", "unknown url type: ftp"),
         ("/endless", "it has more than 20 MiB"),
-        ("/slow", r"it took more than 0\.3 seconds"),
+        ("/slow", r"the downloads of a request took more than 0\.3 seconds"),
+        ("/slow_status", r"the downloads of a request took more than 0\.3 seconds"),
+        ("/slow_header", r"the downloads of a request took more than 0\.3 seconds"),
+        ("/slow_chunk", r"the downloads of a request took more than 0\.3 seconds"),
+        ("/redirect?to=/slow_header", r"the downloads of a request took more than 0\.3 seconds"),
+        ("/" + "x" * 8192, "it has more than 8192 characters"),
     ],
 )
 def test_a_difficult_site_is_told_in_a_sentence(handler, site, private_urls, monkeypatch, path, sentence):
-    monkeypatch.setattr(handler_module, "DEADLINE", 0.3 if path == "/slow" else 30)
-    with pytest.raises(ValueError, match=rf"^inputs cannot be fetched from http://127.0.0.1/\S*: {sentence}\.$"):
+    monkeypatch.setattr(handler_module, "DEADLINE", 0.3 if "/slow" in path else 30)
+    with pytest.raises(ValueError, match=rf"^inputs cannot be fetched from \S*( URL)?: {sentence}\.$"):
         handler({"inputs": site.address + path})
+
+
+def test_all_downloads_of_a_request_have_one_deadline(handler, site, private_urls, monkeypatch):
+    monkeypatch.setattr(handler_module, "DEADLINE", 1)
+    with pytest.raises(ValueError, match=r"^inputs\[\d\] cannot be fetched from http://127.0.0.1/later: "):
+        handler({"inputs": [f"{site.address}/later"] * 8})
+    assert len(site.asked) < 8
 
 
 @pytest.mark.parametrize(
@@ -437,6 +503,20 @@ def test_a_cnn_has_no_attention(tmp_path):
     assert len(handler({"inputs": image_of(0)})[0]["predictions"]) == 3
     with pytest.raises(ValueError, match="a resnet has no attention over patches; leave attention out"):
         handler({"inputs": image_of(0), "parameters": {"attention": True}})
+
+
+def test_images_of_several_sizes_get_their_own_answers(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    handler = EndpointHandler(tmp_path)
+    images = [image_of(seed, size) for seed, size in enumerate([(40, 40), (50, 40), (40, 40), (40, 50)])]
+    for image, result in zip(images, handler({"inputs": images}), strict=True):
+        (expected,) = handler({"inputs": image})
+        assert [entry["label"] for entry in result["predictions"]] == [
+            entry["label"] for entry in expected["predictions"]
+        ]
+        assert result["predictions"][0]["score"] == pytest.approx(expected["predictions"][0]["score"], abs=1e-6)
 
 
 def test_counts_and_groups_of_other_classes_are_left_out(folder, tmp_path):

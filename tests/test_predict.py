@@ -1,7 +1,9 @@
 """`predict` as users run it, and the functions behind it."""
 
 import csv
+import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -21,7 +23,16 @@ from deitlt_hf.data import image_processor
 from deitlt_hf.hub.predict import find_images, load_classifier, predict_images
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["b.png", "a, b.png", 'say "hi".jpg', "Grüße 🌵.png", "new\nline.png", "sub/deep/c.PNG", "sub/[5].png"]
+NAMES = [
+    "b.png",
+    "a, b.png",
+    'say "hi".jpg',
+    "Grüße 🌵.png",
+    "new\nline.png",
+    "return\r.png",
+    "sub/deep/c.PNG",
+    "sub/[5].png",
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +71,7 @@ def test_a_folder_as_csv_keeps_its_results_beside_a_broken_file(model, images):
     assert done.returncode == 1
     errors = done.stderr.decode().splitlines()
     assert errors[0].startswith(f"error: '{images}/broken.png' cannot be read as an image: Truncated File Read")
-    assert errors[1:] == ["error: 1 of 8 images could not be read."]
+    assert errors[1:] == ["error: 1 of 9 images could not be read."]
     rows = list(csv.DictReader(io.StringIO(done.stdout.decode(), newline="")))
     assert {row["image"] for row in rows} == {f"{images}/{name}" for name in NAMES}
     assert [row["rank"] for row in rows] == ["1", "2"] * len(NAMES)
@@ -172,6 +183,82 @@ def test_an_unreadable_file_is_named(model, tmp_path, capsys, name, sentence):
     assert end.value.code == 1
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == "error: " + sentence.format(tmp_path / name)
+
+
+@pytest.mark.parametrize("pattern", ["{}", "{}/**", "{}/**/*", "{}/**/*.png", "{}/*/../**/**/*.png", "{}/round/**"])
+def test_links_that_lead_round_end(tmp_path, pattern):
+    """Each image comes once, by whatever way; two links would have 2 to the 40th ways."""
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name)
+    for name in ("round", "sub/round"):
+        os.symlink(tmp_path / "photos", tmp_path / "photos" / name)
+    found = list(itertools.islice(find_images([pattern.format(tmp_path / "photos")]), 100))
+    assert sorted(os.path.realpath(path) for path in found) == [
+        f"{tmp_path}/photos/a.png",
+        f"{tmp_path}/photos/sub/b.png",
+    ]
+
+
+def test_patterns_are_those_of_the_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "x/b.png", "x/[y]/c.png", "x/.hidden/d.png", "-"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"")
+    for pattern in (
+        "**/*.png",
+        "x/**/*.png",
+        "**/x/**/*.png",
+        "*/**/c.png",
+        "**/[[]y]/**",
+        "./**/*.png",
+        "*.p*",
+        "[-]",
+    ):
+        expected = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+        assert list(find_images([pattern])) == expected
+
+
+# root may list a locked folder.
+@pytest.fixture(params=["too long", *(["locked"] if os.geteuid() else [])])
+def unreadable_folder(request, tmp_path):
+    """A folder that cannot be listed, beside an image."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    if request.param == "locked":
+        folder = tmp_path / "locked"
+        folder.mkdir(mode=0)
+        yield tmp_path, str(folder), "Permission denied"
+        folder.chmod(0o700)
+        return
+    folder, place = tmp_path, os.open(tmp_path, os.O_RDONLY)
+    while len(str(folder)) < os.pathconf(tmp_path, "PC_PATH_MAX"):
+        folder /= "x" * 200
+        os.mkdir(folder.name, dir_fd=place)
+        place, above = os.open(folder.name, os.O_RDONLY, dir_fd=place), place
+        os.close(above)
+    os.close(place)
+    yield tmp_path, str(folder), "File name too long"
+
+
+def test_an_unreadable_folder_is_named_and_counted(model, unreadable_folder, capsys):
+    top, folder, reason = unreadable_folder
+    with pytest.raises(SystemExit) as end:
+        main(["--model", model, "--json", str(top)])
+    assert end.value.code == 1
+    output, errors = capsys.readouterr()
+    assert [line["image"] for line in json_lines(output)] == [f"{top}/a.png"]
+    assert errors.splitlines() == [
+        f"error: {folder!r} cannot be read: {reason}.",
+        "error: 1 of 2 images could not be read.",
+    ]
+
+
+def test_a_closed_output_is_told_in_a_sentence(model, images):
+    command = f"{sys.executable} scripts/predict.py --model {model} {images}/b.png >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output is closed;")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_patterns_and_files_are_found_in_the_order_of_the_command_line(images):

@@ -28,6 +28,8 @@ Result = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
+    if sys.stdout is None:
+        raise ValueError("standard output is closed; results that nobody wants can go to /dev/null.")
     if min(args.top_k, args.batch_size) < 1:
         raise ValueError("--top_k and --batch_size must be 1 or more.")
     paths = find_images(args.images)
@@ -111,7 +113,8 @@ def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
     # A file's name is bytes that need not be text; they are written as they are.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     columns = COLUMNS + (EXPERT_COLUMNS if args.experts else ())
-    table = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    # Python before 3.13 quotes no carriage return of its own accord, and names of files can have one.
+    table = csv.DictWriter(sys.stdout, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     table.writeheader()
 
     def write(path: str, result: Result) -> None:

@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ MAX_BATCH = 64
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
 MAX_ASPECT = 100  # the processor enlarges the short side: of a line of pixels that would be gigabytes
 MAX_DOWNLOAD = 20 * 2**20  # bytes
+MAX_URL = 8192  # characters
 WAIT = 10  # seconds for each answer of another server
-DEADLINE = 30  # seconds for the whole of a download
+DEADLINE = 30  # seconds for all downloads of a request together
 # Not all that Pillow reads: it hands EPS to Ghostscript, for one.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 EXPERTS = ("cls", "distillation")
@@ -99,7 +100,7 @@ class EndpointHandler:
         if not 1 <= len(inputs) <= MAX_BATCH:
             raise ValueError(f"inputs has {len(inputs)} images; give 1 to {MAX_BATCH}.")
         # One after the other: of large images only one is in memory.
-        prepared = [self.prepare(source, f"inputs[{index}]") for index, source in enumerate(inputs)]
+        prepared = [self.prepare(source, name) for name, source in _fetched(inputs)]
         return self.classify(prepared, top_k, attention)
 
     def prepare(self, source: ImageSource, name: str) -> torch.Tensor:
@@ -118,12 +119,21 @@ class EndpointHandler:
     def classify(
         self, prepared: Sequence[torch.Tensor], top_k: int = 5, attention: bool = False
     ) -> list[dict[str, Any]]:
-        """Classifies images that [`prepare`] has read; the result is that of a request.
+        """Classifies images that [`prepare`] has read, of one size or several; the result is that of a request.
 
         Raises:
             ValueError: If attention is asked for but the model has none over patches.
         """
-        pixel_values = torch.cat(list(prepared)).to(self.model.device, self.model.dtype)
+        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+        for image in prepared:
+            by_shape.setdefault(image.shape, []).append(image)
+        results = {
+            shape: iter(self._classify(torch.cat(images), top_k, attention)) for shape, images in by_shape.items()
+        }
+        return [next(results[image.shape]) for image in prepared]
+
+    def _classify(self, pixel_values: torch.Tensor, top_k: int, attention: bool) -> list[dict[str, Any]]:
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         if not attention:
             return self._results(self.model(pixel_values), top_k)
         parts = pixel_values.split(ATTENTION_IMAGES)
@@ -178,9 +188,19 @@ def add_handler(folder: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: If the folder holds no model.
+        FileExistsError: If it has a handler.py that is no version of this file.
     """
     _check_folder(folder)
-    return Path(shutil.copyfile(__file__, Path(folder) / "handler.py"))
+    target = Path(folder) / "handler.py"
+    # Versions of this file differ, but not in the first line of its docstring.
+    if target.exists() and _first_line(target) != _first_line(__file__):
+        raise FileExistsError(f"{str(target)!r} is another handler; move it away to have that of deitlt_hf.")
+    return Path(shutil.copyfile(__file__, target))
+
+
+def _first_line(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        return file.readline().rstrip()
 
 
 def _check_folder(folder: str | os.PathLike) -> None:
@@ -269,7 +289,7 @@ def read_image(source: ImageSource, name: str) -> Image.Image:
         ValueError: If it cannot be read, has more than 89 million pixels, or one side is more than 100 times the other.
     """
     if isinstance(source, str):
-        source = _download(source, name) if source.startswith(("http://", "https://")) else _decode(source, name)
+        source = _download(source, name) if _is_url(source) else _decode(source, name)
     if not isinstance(source, Image.Image | bytes):
         kind = type(source).__name__
         raise ValueError(f"{name} is of type {kind}; give an image, its bytes, base64 or an http(s) URL.")
@@ -325,40 +345,66 @@ def _decode(text: str, name: str) -> bytes:
 # ---- Downloads: a server must not fetch for strangers what only it can reach ----
 
 
-def _download(url: str, name: str) -> bytes:
-    """Fetches an image of the public internet, of at most 20 MiB and within 30 seconds.
+def _is_url(source: ImageSource) -> bool:
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def _fetched(sources: Sequence[ImageSource]) -> Iterator[tuple[str, ImageSource]]:
+    """The images of a request with their names, one after the other; all downloads have one deadline together."""
+    seconds = DEADLINE
+    for index, source in enumerate(sources):
+        name = f"inputs[{index}]"
+        if _is_url(source):
+            start = time.monotonic()
+            source = _download(source, name, seconds)
+            seconds -= time.monotonic() - start
+        yield name, source
+
+
+def _download(url: str, name: str, seconds: float | None = None) -> bytes:
+    """Fetches an image of the public internet, of at most 20 MiB and within 30 seconds, or those that are left.
 
     Addresses of private networks are let through if the environment has DEITLT_ALLOW_PRIVATE_URLS=1.
     """
+    deadline = time.monotonic() + (DEADLINE if seconds is None else seconds)
     # Of the files of this machine, of FTP and of the environment's proxies this opener knows nothing.
     opener = urllib.request.OpenerDirector()
     for handler in (
-        _PublicHTTPHandler(),
-        urllib.request.HTTPRedirectHandler(),
+        _PublicHTTPHandler(deadline),
+        _RedirectHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.UnknownHandler(),
     ):
         opener.add_handler(handler)
-    deadline = time.monotonic() + DEADLINE
     place = "its URL"
     try:
         place = _without_query(url)
-        with opener.open(url, timeout=WAIT) as response:
+        with opener.open(url) as response:
             content = bytearray()
             while chunk := response.read1(2**16):
                 content += chunk
                 if len(content) > MAX_DOWNLOAD:
                     raise ValueError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
-                if time.monotonic() > deadline:
-                    raise ValueError(f"it took more than {DEADLINE} seconds")
             return bytes(content)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ValueError(f"{name} cannot be fetched from {place}: {_reason(error)}.") from error
+        is_late = time.monotonic() >= deadline
+        reason = f"the downloads of a request took more than {DEADLINE} seconds" if is_late else _reason(error)
+        raise ValueError(f"{name} cannot be fetched from {place}: {reason}.") from error
+
+
+def _seconds_left(deadline: float) -> float:
+    """How long the next step of a download may take."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return min(left, WAIT)
 
 
 def _without_query(url: str) -> str:
     """What errors and logs call a URL, whose query can hold what grants access."""
+    if len(url) > MAX_URL:
+        raise ValueError(f"it has more than {MAX_URL} characters")
     parts = urllib.parse.urlsplit(url)
     if not parts.hostname or parts.username is not None:
         raise ValueError("it has no host, or a password")
@@ -376,36 +422,96 @@ def _reason(error: Exception) -> str:
 
 
 def _refuse_private(address: str) -> None:
-    if os.environ.get("DEITLT_ALLOW_PRIVATE_URLS") == "1":
-        return
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    if not parsed.is_global or parsed.is_multicast:
+    if os.environ.get("DEITLT_ALLOW_PRIVATE_URLS") != "1" and not _is_public(ipaddress.ip_address(address)):
         raise ValueError("its address is not of the public internet")
 
 
-class _PublicOnly:
-    """A connection to addresses of the public internet only, redirections included."""
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if address.version == 6:
+        # IPv4 addresses in IPv6's form, as they are and for a translator (NAT64), are judged as what they stand for.
+        if address.ipv4_mapped or address in ipaddress.ip_network("64:ff9b::/96"):
+            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
+        # All others that lead on to an IPv4 address are out of use, as is what is outside of the public 2000::/3.
+        if address.sixtofour or address.teredo or address not in ipaddress.ip_network("2000::/3"):
+            return False
+    return address.is_global and not address.is_multicast
+
+
+class _PublicHTTPConnection(http.client.HTTPConnection):
+    """A connection to an address of the public internet, which ends at its deadline however slowly bytes come."""
+
+    deadline: float  # by the monotonic clock
 
     def connect(self):
-        for *_, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
-            _refuse_private(address[0])
-        super().connect()
-        _refuse_private(self.sock.getpeername()[0])  # by now the name may have had another address
+        # A name is looked up once: the next time it may have another address than the one that was judged.
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        places = [address[:2] for *_, address in found]
+        for host, _ in places:
+            _refuse_private(host)
+        for place in places:
+            try:
+                self.sock = socket.create_connection(place, _seconds_left(self.deadline))
+                break
+            except OSError as error:
+                failure = error
+        else:
+            raise failure
+        self.sock.settimeout(_seconds_left(self.deadline))
+
+    def response_class(self, sock, **options):
+        return http.client.HTTPResponse(_TimedReader(sock, self.deadline), **options)
 
 
-class _PublicHTTPConnection(_PublicOnly, http.client.HTTPConnection):
-    pass
+class _PublicHTTPSConnection(http.client.HTTPSConnection, _PublicHTTPConnection):
+    """The same with TLS, which begins after [`_PublicHTTPConnection.connect`]."""
 
 
-class _PublicHTTPSConnection(_PublicOnly, http.client.HTTPSConnection):
-    pass
+class _TimedReader(io.RawIOBase):
+    """What a socket receives until the deadline; its own timeout begins anew with each byte."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self.sock, self.deadline = sock, deadline
+        self.file = sock.makefile("rb", buffering=0)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        self.sock.settimeout(_seconds_left(self.deadline))
+        return self.file.readinto(buffer)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 class _PublicHTTPHandler(urllib.request.AbstractHTTPHandler):
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
+    def __init__(self, deadline: float):
+        super().__init__()
+        self.deadline = deadline
+
     def http_open(self, request):
-        return self.do_open(_PublicHTTPConnection, request)
+        return self._open(_PublicHTTPConnection, request)
 
     def https_open(self, request):
-        return self.do_open(_PublicHTTPSConnection, request)
+        return self._open(_PublicHTTPSConnection, request)
+
+    def _open(self, kind, request):
+        def connection(host, **options):
+            made = kind(host, **options)
+            made.deadline = self.deadline
+            return made
+
+        return self.do_open(connection, request)
+
+
+class _RedirectHandler(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, response, *args):
+        redirected = super().redirect_request(request, response, *args)
+        response.close()  # it would be read into memory, however large
+        return redirected

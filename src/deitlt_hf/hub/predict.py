@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,17 +38,17 @@ def find_images(entries: Iterable[str]) -> Iterator[str]:
 
     Args:
         entries: Files; folders, for the images in and below them; patterns such as `photos/**/*.jpg`; `-` for entries
-            from standard input, one a line. What is none of these is taken for a file, and reading it will fail.
+            from standard input, one a line. Links to folders are followed, but no entry gives a folder twice. What is
+            none of these is taken for a file; reading it will fail, as will a folder that cannot be listed.
     """
     for entry in entries:
         if entry == "-":
             yield from find_images(line for line in _standard_input() if line not in ("", "-"))
-        elif os.path.isdir(entry):
-            yield from _images_below(entry)
-        elif not os.path.lexists(entry) and (matches := sorted(glob.glob(entry, recursive=True))):
-            yield from find_images(matches)
+        elif os.path.lexists(entry):
+            yield from _images_in(entry)
         else:
-            yield entry
+            matches = sorted(_matches(entry)) or [entry]
+            yield from _once(image for match in matches for image in _images_in(match))
 
 
 def predict_images(
@@ -75,6 +76,8 @@ def predict_images(
 
 def _prepared(classifier: EndpointHandler, path: str) -> torch.Tensor | ValueError:
     try:
+        if os.path.isdir(path):
+            os.scandir(path).close()  # why it cannot be listed
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device could have no end
             return ValueError(f"{path!r} is not a file.")
         return classifier.prepare(Path(path).read_bytes(), repr(path))
@@ -88,14 +91,67 @@ def _prepared(classifier: EndpointHandler, path: str) -> torch.Tensor | ValueErr
 
 def _standard_input() -> Iterator[str]:
     # Names of files are bytes; not all are text in any encoding.
-    return (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+    return (os.fsdecode(line.rstrip(b"\r\n")) for line in (sys.stdin.buffer if sys.stdin else ()))
 
 
-def _images_below(folder: str) -> Iterator[str]:
+def _images_in(path: str) -> Iterator[str]:
+    """The images in and below a folder, and what of it cannot be listed; all else is itself."""
+    if not os.path.isdir(path):
+        yield path
+        return
     Image.init()
     suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS)
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+    for folder, files in _walk(path):
+        if files is None:
+            yield folder
+            continue
         for file in sorted(files):
             if file.lower().endswith(suffixes) and not file.startswith("."):
-                yield os.path.join(root, file)
+                yield os.path.join(folder, file)
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str] | None]]:
+    """A folder and those below it, each once although links can lead round, with their files; None if unreadable."""
+    visited: set[str] = set()
+    unreadable: list[str] = []
+    steps = os.walk(top, onerror=lambda error: unreadable.append(error.filename), followlinks=True)
+    for folder, folders, files in steps:
+        place = os.path.realpath(folder)
+        if place in visited:
+            folders.clear()
+            continue
+        visited.add(place)
+        folders.sort()
+        yield folder, files
+    yield from ((folder, None) for folder in unreadable)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What a pattern matches; `**` of glob itself would follow links round and round."""
+    before, *after = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+    if not after:
+        yield from glob.glob(pattern)
+        return
+    for top in glob.glob(before) if before else ["."]:
+        if not after[0]:
+            yield top
+            continue
+        for folder, files in _walk(top):
+            if "/." in f"/{folder[len(top) :]}":  # hidden, which no star matches
+                continue
+            if files is None:
+                yield folder
+            else:
+                rest = os.path.join(glob.escape(folder), after[0])
+                yield from (match if before else match.removeprefix("./") for match in _matches(rest))
+
+
+def _once(paths: Iterable[str]) -> Iterator[str]:
+    """Leaves out what comes again, as do files that a pattern matches and that are in a folder that it matches."""
+    seen: set[tuple[str, str]] = set()
+    for path in paths:
+        folder, name = os.path.split(path)
+        place = (os.path.realpath(folder), name)
+        if place not in seen:
+            seen.add(place)
+            yield path
