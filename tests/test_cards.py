@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, metadata_load
+from transformers import AutoModelForImageClassification
 
 from conftest import make_student
 from deitlt_hf import (
@@ -162,6 +164,8 @@ def test_card_for_a_repository_loads_the_model_from_there(trained):
 
 def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
     record = results(student_folder)
+    change_results(student_folder, settings=record["settings"] | {"drw_start_epoch": 1.5})
+    assert "weighted up late" in str(make_card(student_folder))
     best = {"epoch": 1.0, "step": 3, "accuracies": {"mean": {"overall": 0.987, "head": 0.9, "mid": 0.9, "tail": 0.9}}}
     change_results(student_folder, best=best)
     card = make_card(student_folder)
@@ -172,9 +176,13 @@ def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
     card = make_card(student_folder)
     assert "at epoch 1, whose weights were kept because they were the best" in card.text
     assert [entry.metric_value for entry in card.data.eval_results] == [0.987, 0.9, 0.9, 0.9]
+    assert "weighted up late" not in str(card)
     # Of weights that were not evaluated there are no numbers.
     change_results(student_folder, saved_step=4)
-    assert make_card(student_folder).data.eval_results is None
+    card = make_card(student_folder)
+    assert card.data.eval_results is None
+    expected = "These weights are of step 4, whose accuracies the run did not record."
+    assert section(card, "## Accuracy").strip() == expected
     assert record["saved_step"] == record["last"]["step"]
 
 
@@ -192,6 +200,67 @@ def test_groups_without_test_images_have_no_number(student_folder):
     card = make_card(student_folder)
     assert tables(section(card, "## Accuracy"))[2][-1] == "-"
     assert "mean, tail" not in [entry.metric_name for entry in card.data.eval_results]
+
+
+@pytest.mark.parametrize("change", ["weights", "no digest", "not ours"])
+def test_a_record_of_other_weights_gives_no_numbers(student_folder, change):
+    if change == "weights":
+        model = DeiTLTForImageClassification.from_pretrained(student_folder)
+        torch.nn.init.normal_(model.cls_classifier.weight)
+        model.save_pretrained(student_folder)
+    elif change == "no digest":
+        record = results(student_folder)
+        del record["weights_sha256"]
+        (student_folder / "results.json").write_text(json.dumps(record))
+    else:
+        (student_folder / "results.json").write_text("[1]")
+    card = make_card(student_folder)
+    assert card.data.eval_results is None
+    assert "metrics" not in card.data.to_dict()
+    assert tables(section(card, "## Accuracy")) == []
+    assert "is of other weights, or does not say of which" in section(card, "## Accuracy")
+    assert "How the model was trained is not recorded." in section(card, "## Training")
+    assert "training_curves.png" not in card.text
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_classes_of_an_earlier_head_are_not_those_of_the_training_data(tmp_path, num_labels):
+    """transformers keeps every other field of the configuration, and of two classes it writes no names."""
+    groups = {"head": [0, 1, 2], "tail": [3]}
+    make_student(num_labels=4, class_counts=[90, 30, 9, 5], class_groups=groups).save_pretrained(tmp_path / "four")
+    model = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "four", num_labels=num_labels, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "other")
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["class_counts"] == [90, 30, 9, 5]
+    assert section(make_card(tmp_path / "other"), "## Training data").strip() == "Not recorded."
+    assert "| tail | 3 | 1 | 5 | 5 to 5 |" in str(make_card(tmp_path / "four")).replace("LABEL\\_", "")
+
+
+def test_a_run_that_ended_before_the_re_weighting_is_not_said_to_have_it(student_folder):
+    record = results(student_folder)
+    text = str(make_card(student_folder))
+    assert "weighted up late" in text
+    assert "classes re-weighted from epoch 1" in text
+    change_results(student_folder, settings=record["settings"] | {"max_steps": 3}, last=record["last"] | {"epoch": 1.0})
+    text = str(make_card(student_folder))
+    assert "weighted up late" not in text
+    assert "re-weighted" not in text.partition("<details>")[0]
+
+
+def test_files_of_the_users_own_are_no_data_set_of_the_hub(student_folder):
+    data = results(student_folder)["data"] | {"dataset": "data/photos"}
+    change_results(student_folder, data=data | {"local_files": True})
+    assert make_card(student_folder).data.datasets is None
+    change_results(student_folder, data=data | {"local_files": False})
+    assert make_card(student_folder).data.datasets == ["data/photos"]
+
+
+def test_a_teacher_whose_training_did_not_end_is_named_as_such(student_folder):
+    assert "not finished" not in str(make_card(student_folder))
+    teacher = results(student_folder)["teacher"]
+    change_results(student_folder, teacher=teacher | {"training": teacher["training"] | {"finished": False}})
+    assert "whose training was not finished" in section(make_card(student_folder), "## Training")
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])

@@ -16,6 +16,7 @@ from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherCon
 from deitlt_hf.commands.export import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
+from deitlt_hf.hub.weights import weights_digest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export_onnx.py"
 
@@ -174,6 +175,11 @@ def test_command_compares_on_test_images_and_says_no_more(folder, tmp_path):
         assert f"ONNX int8: {expert}" in rows
     assert "model_quantized.onnx, 0.1 MB" in done.stdout
     found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    digest = weights_digest(folder)
+    for name in ("model.onnx", "model_quantized.onnx"):
+        session = onnxruntime.InferenceSession(tmp_path / "out" / "onnx" / name)
+        assert session.get_modelmeta().custom_metadata_map["weights_sha256"] == digest
+        assert digest.encode() in (tmp_path / "out" / "onnx" / name).read_bytes()  # how a push looks for it
     assert found == ["config.json", "onnx/model.onnx", "onnx/model_quantized.onnx", "preprocessor_config.json"]
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 

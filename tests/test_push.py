@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.push import prepare_repository, push_folder
-from hub_server import Account, Hub, HubError, Repository, once, running_hub
+from deitlt_hf.hub.weights import weights_digest
+from hub_server import Account, Entry, Hub, HubError, Repository, once, running_hub
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "fixtures" / "tiny.yaml")
@@ -43,6 +45,9 @@ def hub(monkeypatch):
         monkeypatch.setenv("HF_TOKEN", WRITER)
         # Read from HF_ENDPOINT and the like when huggingface_hub is imported.
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        place = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+        template = "".join((hub.url, *place[1:]))
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         yield hub
 
@@ -70,7 +75,7 @@ def trained(tmp_path_factory, digits):
     (folder / ".env").write_text("SECRET=1")
     (folder / "notes.txt").write_text("private")
     (folder / "onnx").mkdir()
-    (folder / "onnx" / "model.onnx").write_bytes(b"onnx")
+    (folder / "onnx" / "model.onnx").write_bytes(b"onnx" + weights_digest(folder).encode())
     (folder / "onnx" / ".cache.json").write_text("{}")
     assert list(folder.glob("checkpoint-*/optimizer.pt"))
     assert (folder / "training_args.bin").is_file()
@@ -104,6 +109,15 @@ def finish(process: subprocess.Popen, returncode: int = 0) -> tuple[str, str]:
     output, errors = process.communicate(timeout=300)
     assert process.returncode == returncode, output[-3000:] + errors[-3000:]
     return output, errors
+
+
+def put_by_hand(hub: Hub, name: str, files: dict[str, bytes]) -> Repository:
+    """A commit of somebody else's."""
+    repository = hub.repositories.setdefault(name, Repository())
+    before = repository.commits[repository.branches["main"]] if repository.commits else {}
+    added = {path: Entry(content, False) for path, content in files.items()}
+    repository.commit("main", "by hand", before | added)
+    return repository
 
 
 def check_no_token(hub: Hub, *places: Path | str) -> None:
@@ -266,7 +280,8 @@ def test_nothing_of_an_earlier_model_stays(hub, folder, tmp_path):
     model.save_pretrained(sharded, max_shard_size="10KB")
     image_processor(8).save_pretrained(sharded)
     shutil.copytree(folder / "ema", sharded / "ema")
-    shutil.copy(folder / "results.json", sharded)
+    record = json.loads((folder / "results.json").read_text()) | {"weights_sha256": weights_digest(sharded)}
+    (sharded / "results.json").write_text(json.dumps(record))
     push_folder(sharded, "zoo/digits")
     repository = hub.repositories["zoo/digits"]
     assert len([name for name in repository.files() if name.startswith("model-")]) > 2
@@ -279,6 +294,99 @@ def test_nothing_of_an_earlier_model_stays(hub, folder, tmp_path):
     image_processor(8).save_pretrained(again)
     push_folder(again, "zoo/digits")
     assert set(repository.files()) == MODEL | {"README.md", "LICENSE", ".gitattributes"}
+
+
+@pytest.fixture
+def retrained(folder):
+    """The folder with other weights; the rest is of those before."""
+    model = DeiTLTForImageClassification.from_pretrained(folder)
+    torch.nn.init.normal_(model.cls_classifier.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_what_is_of_other_weights_is_left_out(hub, folder, retrained):
+    """And removed from the repository, where it is of the earlier model."""
+    (folder / "report").mkdir()
+    (folder / "report" / "index.html").write_text("report")
+    (folder / "report" / "report.json").write_text(json.dumps({"models": [{"weights_sha256": "0" * 64}]}))
+    put_by_hand(hub, "zoo/digits", {"onnx/model.onnx": b"old", "results.json": b"{}"})
+    left_out = "log.jsonl, onnx/model.onnx, report/, results.json, training_curves.png"
+    with pytest.warns(UserWarning, match=f"left out, as not known to be of the weights in .*: {left_out};"):
+        push_folder(folder, "zoo/digits")
+    files = hub.repositories["zoo/digits"].files()
+    assert set(files) == MODEL | {f"ema/{name}" for name in MODEL} | {"README.md"}
+    assert b"model-index" not in files["README.md"]
+
+
+def test_what_is_of_the_weights_goes_along(hub, folder):
+    """Of a report on two models, too, if one is this."""
+    (folder / "report").mkdir()
+    models = [{"weights_sha256": digest} for digest in ("0" * 64, weights_digest(folder))]
+    (folder / "report" / "report.json").write_text(json.dumps({"models": models}))
+    (folder / "report" / "index.html").write_text("report")
+    push_folder(folder, "zoo/digits")
+    files = hub.repositories["zoo/digits"].files()
+    assert {"report/index.html", "report/report.json", "onnx/model.onnx"} | RUN <= set(files)
+    assert b"model-index" in files["README.md"]
+
+
+def test_stars_do_not_reach_into_deeper_folders(hub, folder):
+    digest = weights_digest(folder)
+    for name in ("onnx/private/deep/model.onnx", "report/faces/anna.png", "report/report.json", "ema/old/config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(digest)
+    push_folder(folder, "zoo/digits")
+    expected = MODEL | RUN | {f"ema/{name}" for name in MODEL}
+    expected |= {"onnx/model.onnx", "report/report.json", ".gitattributes"}
+    assert set(hub.repositories["zoo/digits"].files()) == expected
+
+
+def test_what_was_put_on_the_hub_by_hand_stays(hub, folder, tmp_path):
+    push_folder(folder, "zoo/digits")
+    card = b"---\nlicense: cc-by-nc-4.0\n---\n# edited on the Hub\n"
+    others = dict.fromkeys(("handler.py", "onnx/model_q4.onnx", "modeling_mine.py", "report/x/y.png"), b"mine")
+    repository = put_by_hand(hub, "zoo/digits", {"README.md": card, **others})
+    before = repository.files()
+    with pytest.warns(UserWarning, match="the card of zoo/digits was written or edited there and stays"):
+        push_folder(folder, "zoo/digits")
+    assert repository.files() == before
+    command = ("scripts/push.py", folder, "zoo/digits", "--overwrite_card")
+    finish(start(hub, tmp_path / "home", *command, token=WRITER))
+    assert repository.files() == before | {"README.md": (folder / "README.md").read_bytes()}
+
+
+@pytest.mark.parametrize("revision", [None, "second"])
+def test_a_repository_of_another_kind_of_model_is_refused(hub, folder, digits, tmp_path, revision):
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
+    repository = put_by_hand(hub, "zoo/llama", files)
+    message = "^zoo/llama has a model of type 'llama', and this is a 'deit'; push it to another.$"
+    with pytest.raises(ValueError, match=message):
+        push_folder(folder, "zoo/llama", revision=revision, handler=True)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "new", digits, push_to_hub=True, hub_model_id="zoo/llama", hub_revision=revision)
+    assert (len(repository.commits), set(repository.branches)) == (1, {"main"})
+    assert not hub.stored
+    assert not (folder / "handler.py").exists()
+
+
+def test_handler_is_written_after_all_checks(hub, folder, tmp_path):
+    (folder / "preprocessor_config.json").rename(folder / "kept.json")
+    command = ("scripts/push.py", folder, "zoo/digits", "--handler")
+    _, errors = finish(start(hub, tmp_path / "home", *command, token=WRITER), returncode=1)
+    assert "preprocessor_config.json is missing" in errors
+    assert not (folder / "handler.py").exists()
+    (folder / "kept.json").rename(folder / "preprocessor_config.json")
+    finish(start(hub, tmp_path / "home", *command, token=WRITER))
+    assert hub.repositories["zoo/digits"].files()["handler.py"] == (folder / "handler.py").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["[1]", '"text"', "null", '{"finished": 1}'])
+def test_a_results_file_of_somebody_elses_is_left_out(hub, folder, text):
+    (folder / "results.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"left out, .*results\.json"):
+        push_folder(folder, "zoo/digits")
+    assert not {"results.json", "log.jsonl"} & set(hub.repositories["zoo/digits"].files())
 
 
 def test_a_card_of_the_users_own_is_pushed_as_it_is(hub, folder):
@@ -419,3 +527,15 @@ def test_nothing_is_pushed_if_the_run_was_asked_to_stop(hub, tmp_path, digits):
     trainer.save_model()
     assert (tmp_path / "model.safetensors").is_file()
     assert len(hub.repositories["zoo/digits"].commits) == 1
+
+
+def test_a_trainer_that_has_not_trained_does_not_replace_a_model(hub, folder, digits, tmp_path):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    trainer = make_trainer(folder, digits, push_to_hub=True, hub_model_id="zoo/digits")
+    expected = f"with: deitlt push {folder} zoo/digits"
+    with pytest.raises(FileExistsError, match=f"this trainer has not trained one to replace it.*{re.escape(expected)}"):
+        trainer.push_to_hub()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert len(hub.repositories["zoo/digits"].commits) == 1
+    make_trainer(tmp_path / "new", digits, push_to_hub=True, hub_model_id="zoo/digits").push_to_hub()
+    assert b"model-index" not in hub.repositories["zoo/digits"].files()["README.md"]

@@ -19,6 +19,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
 from ..hub.onnx import MODEL_FILE, QUANTIZED_FILE, OnnxClassifier, export_onnx, quantize, require_libraries
+from ..hub.weights import weights_digest
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
 from ..training.distillation import check_class_order
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _, data_args, *_ = parse_arguments("student", classes, ["--recipe", args.recipe, *rest])
         data = data_args.load()
         check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
-    files = {"ONNX float32": export_onnx(model, folder, dynamic_size=not args.fixed_size)}
+    digest = weights_digest(Path(cached_file(args.model, "config.json")).parent)
+    files = {"ONNX float32": export_onnx(model, folder, not args.fixed_size, digest)}
     if args.int8:
         files["ONNX int8"] = quantize(files["ONNX float32"])
     for path in configurations:

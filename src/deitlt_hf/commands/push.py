@@ -7,7 +7,6 @@ deitlt push outputs/digits_lt/student ORG/deitlt-digits --private --revision sec
 import argparse
 from collections.abc import Sequence
 
-from ..hub.handler import add_handler
 from ..hub.push import push_folder
 from ..training.report import quiet_log
 
@@ -21,16 +20,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="only you or your organisation may see it")
     parser.add_argument("--revision", help="branch to push to; it is made if there is none. By default main")
     parser.add_argument("--handler", action="store_true", help="with handler.py, by which endpoints tell both experts")
+    parser.add_argument(
+        "--overwrite_card", action="store_true", help="replace a card that somebody wrote or edited on the Hub"
+    )
     parser.add_argument("--commit_message", default="Upload model", help="first line of the commit")
     args = parser.parse_args(arguments)
     quiet_log()
-    if args.handler:
-        add_handler(args.folder)
     commit = push_folder(
         args.folder,
         args.repo_id,
         private=args.private or None,
         revision=args.revision,
         commit_message=args.commit_message,
+        overwrite_card=args.overwrite_card,
+        handler=args.handler,
     )
     print(f"The model is on the Hub: {commit.repo_url}")

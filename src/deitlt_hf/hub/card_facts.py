@@ -27,6 +27,8 @@ class CardFacts:
         self.data: Mapping[str, Any] = results.get("data", {})
         self.settings: Mapping[str, Any] = results.get("settings", {})
         self.architecture: Mapping[str, Any] = {**results.get("architecture", {}), **config}
+        if not _fits(config):  # as plain transformers leaves it of a model that gets other classes
+            config = {name: value for name, value in config.items() if name not in ("class_counts", "class_groups")}
         self.class_counts: Sequence[int] = self.data.get("class_counts") or config.get("class_counts") or []
         self.is_teacher = TEACHER in (results.get("model"), *(config.get("architectures") or []))
         groups = self.data.get("groups", {})
@@ -47,6 +49,11 @@ class CardFacts:
         last, best = self.results.get("last"), self.results.get("best")
         step = self.results.get("saved_step")
         return next((entry for entry in (last, best) if entry and step in (None, entry["step"])), None)
+
+    @property
+    def unmeasured_step(self) -> int | None:
+        """Step of the weights, if the record has evaluations of other steps only."""
+        return self.results.get("saved_step") if self.results.get("last") and not self.evaluation else None
 
     @property
     def is_finished(self) -> bool:
@@ -90,7 +97,7 @@ class CardFacts:
     @property
     def hub_dataset(self) -> str | None:
         """The data's id, if they have a user's or an organisation's on the Hub."""
-        name = self.data.get("dataset") or ""
+        name = "" if self.data.get("local_files") else self.data.get("dataset") or ""
         return name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None
 
     def group_rows(self) -> list[list[str]]:
@@ -169,11 +176,21 @@ class CardFacts:
         return self.recipe is not None and self.recipe not in recipe_names()
 
     @property
+    def is_reweighted(self) -> bool:
+        """Whether the weights are of the phase in which rare classes weigh more; False if that is not known."""
+        start, last = self.settings.get("drw_start_epoch"), self.results.get("last")
+        if last:
+            end = last["epoch"] * self.results.get("saved_step", last["step"]) / last["step"]
+        else:
+            end = self.settings.get("num_train_epochs") if self.settings.get("max_steps", -1) <= 0 else None
+        return start is not None and end is not None and end > start
+
+    @property
     def schedule(self) -> str | None:
         """Length, phases and batch."""
         settings = self.settings
         parts = _length(settings)
-        if settings.get("drw_start_epoch") is not None:
+        if self.is_reweighted:
             parts.append(f"classes re-weighted from epoch {settings['drw_start_epoch']:g}")
         if settings.get("global_batch_size"):
             parts.append(f"{settings['global_batch_size']:,} images a step")
@@ -202,6 +219,8 @@ class CardFacts:
         if training is None:
             return f"{parts[0]}; how it was trained is not recorded"
         parts += _flatness(training["settings"]) + _length(training["settings"])
+        if training.get("finished") is False:
+            parts.append("whose training was not finished")
         if training.get("subset_sha256"):
             same = training["subset_sha256"] == self.data.get("subset_sha256")
             parts.append("trained on the same images" if same else "trained on other images")
@@ -256,6 +275,13 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     head, *body = rows
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+def _fits(config: Mapping[str, Any]) -> bool:
+    """Whether the counts and groups of a configuration are of as many classes as it names."""
+    classes = len(config.get("id2label") or range(2))  # transformers does not write its default, of two
+    labels = [label for group in (config.get("class_groups") or {}).values() for label in group]
+    return len(config.get("class_counts") or []) in (0, classes) and all(label < classes for label in labels)
 
 
 def _length(settings: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
 from .card_facts import CardFacts, plain, table
+from .weights import weights_digest
 
 CARD_FILE, RESULTS_FILE, CURVES_FILE = "README.md", "results.json", "training_curves.png"
 _PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
@@ -22,7 +23,9 @@ _MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits
 
 
 def make_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> ModelCard:
-    """Makes the card of a saved student or teacher; its numbers are those of `results.json`, without which it has none.
+    """Makes the card of a saved student or teacher.
+
+    Its numbers are those of `results.json`; it has none without that, or if that is not known to be of these weights.
 
     Args:
         folder: The model's.
@@ -37,11 +40,12 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
     folder = Path(folder)
     if repo_id is not None:
         validate_repo_id(repo_id)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model.")
-    results = _read_json(folder / RESULTS_FILE)
-    facts = CardFacts(results or {}, config)
+    record = read_json(folder / RESULTS_FILE)
+    is_recorded = _is_of(record, folder)
+    facts = CardFacts(record if is_recorded else {}, config)
     if name is None:
         name = repo_id.split("/")[-1] if repo_id else _title(facts)
     return _render(
@@ -49,8 +53,9 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
         name,
         metadata,
         location=repo_id or (folder.name if folder.is_absolute() else folder.as_posix()),
-        is_recorded=results is not None,
-        curves=CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
+        is_recorded=is_recorded,
+        has_other_record=record is not None and not is_recorded,
+        curves=CURVES_FILE if is_recorded and (folder / CURVES_FILE).is_file() else None,
     )
 
 
@@ -170,7 +175,18 @@ def _title(facts: CardFacts) -> str:
     return f"{kind}, {facts.dataset}" if facts.dataset else kind
 
 
-def _read_json(path: Path) -> dict | None:
+def _is_of(record: Any, folder: Path) -> bool:
+    """Whether the record of a run says that it is of the weights in a folder."""
+    digest = record.get("weights_sha256") if isinstance(record, dict) else None
+    return digest is not None and digest == weights_digest(folder)
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; None if there is none.
+
+    Raises:
+        ValueError: If it is not valid JSON.
+    """
     if not path.is_file():
         return None
     try:

@@ -33,7 +33,12 @@ _ATTENTION = "deitlt_onnx"
 _LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
 
 
-def export_onnx(model: PreTrainedModel, output: str | PathLike, dynamic_size: bool = True) -> Path:
+def export_onnx(
+    model: PreTrainedModel,
+    output: str | PathLike,
+    dynamic_size: bool = True,
+    weights_sha256: str | None = None,
+) -> Path:
     """Writes a model as `onnx/model.onnx` in float32, and compares it with torch.
 
     Its input is `pixel_values`, normalised images; its outputs are `logits` and, of a DeiT with two heads,
@@ -45,6 +50,8 @@ def export_onnx(model: PreTrainedModel, output: str | PathLike, dynamic_size: bo
         output: The model's folder, or another one.
         dynamic_size: Take images of any size, not only the configuration's; position embeddings are resized in the
             graph as transformers does with `interpolate_pos_encoding`. The number of images is free in any case.
+        weights_sha256: [`weights_digest`] of the folder that the model was loaded from, for the metadata; a push takes
+            along what is of the weights that it pushes.
 
     Returns:
         Path of the file.
@@ -67,6 +74,8 @@ def export_onnx(model: PreTrainedModel, output: str | PathLike, dynamic_size: bo
     program = _translated(network, _random_images(model, 2, *other), axes)
     ClearMetadataAndDocStringPass()(program.model)  # each node's has paths of this machine
     program.model.metadata_props["id2label"] = json.dumps(model.config.id2label)
+    if weights_sha256 is not None:
+        program.model.metadata_props["weights_sha256"] = weights_sha256
     path = Path(output) / MODEL_FILE
     with _whole_file(path) as part:
         program.save(part, external_data=False)

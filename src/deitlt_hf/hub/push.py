@@ -2,19 +2,24 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
 
 # The base of what httpx raises (huggingface_hub 1.x), or httpx2 (2.x).
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from .cards import write_card
+from .cards import CARD_FILE, CURVES_FILE, RESULTS_FILE, is_generated, read_json, write_card
+from .handler import add_handler
+from .onnx import MODEL_FILE, QUANTIZED_FILE
+from .weights import weights_digest
 
 _MODEL = (
     "config.json",
@@ -22,27 +27,29 @@ _MODEL = (
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
-    "configuration_*.py",
-    "modeling_*.py",
 )
+_CODE = ("configuration_*.py", "modeling_*.py")
+_OWN_CODE = tuple(pattern.replace("*", name) for pattern in _CODE for name in ("deitlt", "flat_teacher"))
+_RUN = (RESULTS_FILE, "log.jsonl", CURVES_FILE)
+_REPORT = ("report/index.html", "report/report.json", "report/*.png")
 # All that is ever pushed. Checkpoints, optimiser states, pickles and hidden files are not in this list, so they stay.
 PUBLISHED = (
-    *_MODEL,
-    *(f"ema/{name}" for name in _MODEL),
-    "README.md",
-    "results.json",
-    "log.jsonl",
-    "training_curves.png",
+    *(place + name for place in ("", "ema/") for name in _MODEL + _CODE),
+    CARD_FILE,
+    *_RUN,
     "handler.py",
     "onnx/*.onnx",
-    "onnx/*.onnx.data",
-    "onnx/*.onnx_data",
-    "onnx/*.json",
-    "report/*.html",
-    "report/*.json",
-    "report/*.png",
+    *_REPORT,
 )
-_NEVER = (".*", "*/.*", "checkpoint-*")
+# What is removed from a repository if the folder has it not: only what could have been made here, for another model.
+_REPLACED = (
+    *(place + name for place in ("", "ema/") for name in _MODEL + _OWN_CODE),
+    CARD_FILE,
+    *_RUN,
+    MODEL_FILE,
+    QUANTIZED_FILE,
+    *_REPORT,
+)
 _TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -55,12 +62,15 @@ def push_folder(
     token: str | None = None,
     commit_message: str = "Upload model",
     card: bool = True,
+    overwrite_card: bool = False,
+    handler: bool = False,
 ) -> CommitInfo:
     """Puts a model folder on the Hub in one commit: the repository then has all of it, or else what it had.
 
-    What goes up is in `PUBLISHED`; such files that the folder has not are removed from the repository, where they would
-    belong to another model. A push that was interrupted, or is not needed, can be repeated: weights that are on the Hub
-    are not sent again, and without a change there is no commit.
+    What goes up is in `PUBLISHED`, without a record, ONNX files and a report of other weights than the folder's. What
+    the folder has not, but an earlier push put there, is removed from the repository, where it would belong to another
+    model; what others put there stays. A push that was interrupted, or is not needed, can be repeated: weights that are
+    on the Hub are not sent again, and without a change there is no commit.
 
     Args:
         folder: A student or teacher with its image processor, as the trainers and `convert` save them.
@@ -70,40 +80,64 @@ def push_folder(
         token: A token that may write there. By default HF_TOKEN, or the one of `hf auth login`.
         commit_message: First line of the commit.
         card: Write the folder's card first, as [`write_card`] does.
+        overwrite_card: Replace a card in the repository that somebody wrote or edited there. By default it stays.
+        handler: Write `handler.py` first, as [`add_handler`] does.
 
     Raises:
         FileNotFoundError: If the folder or a file of the model is missing.
-        ValueError: If a file is damaged, its run is not finished, or `repo_id` is none.
+        ValueError: If a file is damaged, its run is not finished, `repo_id` is none, or the repository has a model of
+            another type.
         OSError: If the Hub cannot be reached, or the token may not write there.
     """
+    folder = Path(folder)
     check_folder(folder)
-    repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token)
+    model_type = read_json(folder / "config.json").get("model_type")
+    repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token, model_type=model_type)
+    if handler:
+        add_handler(folder)
     if card:
         write_card(folder, repo_id)
+    added = _files_to_push(folder)
+    api = _api(token)
     with _one_sentence(repo_id):
-        return _api(token).upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+        stale = {name for name in api.list_repo_files(repo_id, revision=revision) if _matches(name, _REPLACED)} - added
+        if not overwrite_card and _has_card_of_others(api, repo_id, revision, folder):
+            warnings.warn(
+                f"the card of {repo_id} was written or edited there and stays; --overwrite_card replaces it.",
+                stacklevel=2,
+            )
+            added.discard(CARD_FILE)
+            stale.discard(CARD_FILE)
+        # Not upload_folder, which with hf_xet makes several commits of a large folder.
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(name) for name in sorted(stale)),
+                *(CommitOperationAdd(name, folder / name) for name in sorted(added)),
+            ],
             commit_message=commit_message,
             revision=revision,
-            allow_patterns=list(PUBLISHED),
-            ignore_patterns=list(_NEVER),
-            delete_patterns=list(PUBLISHED),
         )
 
 
 def prepare_repository(
-    repo_id: str | None, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+    repo_id: str | None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    model_type: str | None = None,
 ) -> str:
     """Makes a repository and its branch if they are missing, and makes sure that a push to them will be let in.
 
-    Takes what [`push_folder`] takes.
+    Takes what [`push_folder`] takes, and the `model_type` of the configuration that will be pushed, if it is known.
 
     Returns:
         The full name of the repository; one without an organisation is the user's own.
 
     Raises:
-        ValueError: If `repo_id` is no name of a repository, or `private` is wanted of one that is public.
+        ValueError: If `repo_id` is no name of a repository, `private` is wanted of one that is public, or it has a
+            model of another type.
         OSError: If there is no token, it may not write there, or the Hub cannot be reached.
     """
     if not repo_id:
@@ -120,10 +154,15 @@ def prepare_repository(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
         is_public = not api.repo_info(repo_id).private
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        has_branch = revision is None or api.revision_exists(repo_id, revision)
+        other = _model_type(api, repo_id, revision if has_branch else None)
     if private and is_public:
         raise ValueError(f"{repo_id} is public; make it private in its settings on the Hub, or push to another.")
+    if model_type and other and model_type != other:
+        raise ValueError(f"{repo_id} has a model of type {other!r}, and this is a {model_type!r}; push it to another.")
+    if not has_branch:
+        with _one_sentence(repo_id):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
 
 
@@ -148,8 +187,8 @@ def check_folder(folder: str | Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from error
-    results = folder / "results.json"
-    if results.is_file() and json.loads(results.read_text()).get("finished") is False:
+    record = read_json(folder / RESULTS_FILE)
+    if isinstance(record, dict) and record.get("finished") is False:
         raise ValueError(
             f"the run in {folder} is not finished; go on with --resume_from_checkpoint auto, and push its end."
         )
@@ -166,6 +205,68 @@ def _needed_files(folder: Path) -> Iterator[str]:
     for reference in PreTrainedConfig.get_config_dict(folder)[0].get("auto_map", {}).values():
         if "--" not in reference:  # else the code is in another repository
             yield f"{reference.partition('.')[0]}.py"
+
+
+def _files_to_push(folder: Path) -> set[str]:
+    """Names of the files in `PUBLISHED`; warns of those that are left out because they are of other weights."""
+    paths = [path for pattern in PUBLISHED for path in folder.glob(pattern)]
+    found = {path.relative_to(folder).as_posix() for path in paths if path.is_file() and path.name[0] != "."}
+    digest = weights_digest(folder).encode()
+    witnesses = {name: _witness(name) for name in found}
+    of_others = {
+        witness
+        for witness in set(witnesses.values()) - {None}
+        if not (folder / witness).is_file() or digest not in (folder / witness).read_bytes()
+    }
+    left_out = {name for name in found if witnesses[name] in of_others}
+    if left_out:
+        shown = sorted({"report/" if name.startswith("report/") else name for name in left_out})
+        warnings.warn(
+            f"left out, as not known to be of the weights in {folder}: {', '.join(shown)}; train, export or analyze "
+            "again.",
+            stacklevel=3,
+        )
+    return found - left_out
+
+
+def _witness(name: str) -> str | None:
+    """The file that has the digest of the weights that a file is about; None if it is not about weights."""
+    if _matches(name, _RUN):
+        return RESULTS_FILE
+    return {"onnx": name, "report": "report/report.json"}.get(name.partition("/")[0])
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a path is one of some patterns, in which a star does not reach over a slash."""
+    parts = name.split("/")
+    return any(
+        len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+        for wanted in (pattern.split("/") for pattern in patterns)
+    )
+
+
+def _has_card_of_others(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> bool:
+    """Whether a repository has a card that was neither written by deitlt-hf nor is the folder's."""
+    there, own = _text(api, repo_id, CARD_FILE, revision), folder / CARD_FILE
+    return there is not None and not is_generated(there) and not (own.is_file() and own.read_text("utf-8") == there)
+
+
+def _model_type(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """Of the model in a repository; None if it has none, or does not tell."""
+    config = json.loads(_text(api, repo_id, "config.json", revision) or "null")
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
+    """A file of a repository; None if there is no such file."""
+    # Not hf_hub_download, which would answer from its cache where the Hub does not.
+    url = hf_hub_url(repo_id, name, revision=revision)
+    response = get_session().get(url, headers=build_hf_headers(token=api.token))
+    try:
+        hf_raise_for_status(response)
+    except RemoteEntryNotFoundError:
+        return None
+    return response.content.decode(errors="replace")
 
 
 def _api(token: str | None) -> HfApi:

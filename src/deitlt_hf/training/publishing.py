@@ -6,6 +6,7 @@ from huggingface_hub import CommitInfo
 from transformers import Trainer, TrainingArguments
 
 from ..hub.push import prepare_repository, push_folder
+from .report import run_files
 
 
 class PublishingTrainer(Trainer):
@@ -18,11 +19,13 @@ class PublishingTrainer(Trainer):
         """Makes the repository `args.hub_model_id`, if there is none, and makes sure that it can be pushed to.
 
         Raises:
-            ValueError: If `hub_model_id` is no name of a repository.
+            ValueError: If `hub_model_id` is no name of a repository, or of one with a model of another type.
             OSError: If it cannot be pushed to.
         """
         if self.is_world_process_zero():
-            self.hub_model_id = prepare_repository(self.args.hub_model_id, **hub_options(self.args, token, private))
+            options = hub_options(self.args, token, private)
+            model_type = self.model.config.model_type
+            self.hub_model_id = prepare_repository(self.args.hub_model_id, model_type=model_type, **options)
 
     def push_to_hub(
         self,
@@ -47,10 +50,17 @@ class PublishingTrainer(Trainer):
             The commit, in the first process.
 
         Raises:
+            FileExistsError: If this trainer has not trained, and the folder holds a run or a model already.
             ValueError: If `hub_model_id` is no name of a repository.
             OSError: If it cannot be pushed. The model is saved, and the message says how to push it later.
         """
         args = self.args
+        if self.state.global_step == 0 and run_files(args.output_dir):
+            raise FileExistsError(
+                f"{args.output_dir} holds a model, and this trainer has not trained one to replace it; push what is "
+                f"there with: deitlt push {args.output_dir} {args.hub_model_id}"
+            )
+        self.accelerator.wait_for_everyone()  # else one process would find what another one saves
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
