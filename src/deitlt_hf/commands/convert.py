@@ -4,18 +4,16 @@ deitlt convert student.pth out/student --recipe cifar10_lt_rho100
 deitlt convert paco.pth.tar out/teacher --class_names names.txt --class_map out/student
 """
 
-import argparse
 from collections.abc import Sequence
 
 from ..data import class_counts
 from ..hub import convert_original, read_class_map, read_class_names
 from ..recipes import DataArguments, parse_arguments
+from .parser import command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("file", help="the authors' .pth, .pth.tar, or a .safetensors file of the same tensors")
     parser.add_argument("folder", help="where to write the model")
     parser.add_argument(

@@ -7,7 +7,6 @@ deitlt data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
 something is wrong. `show` draws the classes and what student and teacher see. Both take every field of a recipe's data.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,14 +14,11 @@ from pathlib import Path
 
 from ..recipes import DataArguments, parse_arguments
 from ..training.report import quiet_log
+from .parser import command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("command", choices=["check", "show"])
     parser.add_argument("--deep", action="store_true", help="check: decode every image")
     parser.add_argument("--counts", help="check: write the images of each class to this JSON file")

@@ -4,17 +4,16 @@ deitlt demo --model outputs/digits_lt/student
 deitlt demo --model DIR_OR_HUB_ID --examples DIR_OF_IMAGES --port 8000
 """
 
-import argparse
 import socket
 from collections.abc import Sequence
+
+from .parser import command_parser
 
 MAX_UPLOAD = "20mb"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--model", required=True, help="Folder or Hub id of a saved student.")
     parser.add_argument("--examples", help="Folder of images to try; by default the model folder's examples, if any.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to serve on; 0.0.0.0 for every network.")

@@ -25,6 +25,7 @@ from ..training import DeiTLTTrainingArguments
 from ..training.distillation import check_class_order
 from ..training.report import quiet_log, run_files, show
 from ..training.run import load_model
+from .parser import command_parser
 
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
 
@@ -76,12 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command's own arguments, and the others: fields of a recipe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="With --recipe, fields of its data can be given too, such as --data_dir DIR.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, "With --recipe, fields of its data can be given too, such as --data_dir DIR.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a student, a teacher, or a DeiT or ViT")
     parser.add_argument(
         "--output", metavar="FOLDER", help=f"where {MODEL_FILE} goes; by default the model's own folder"

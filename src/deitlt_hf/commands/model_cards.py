@@ -4,12 +4,12 @@ deitlt model-cards
 deitlt model-cards --model outputs/digits_lt/student --repo_id ORG/deitlt-digits
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..hub.cards import recipe_card, save_card, write_card
+from .parser import command_parser
 
 CARDS = {  # recipe by card
     "deitlt-cifar10-lt-rho100": "cifar10_lt_rho100",
@@ -24,9 +24,7 @@ CARDS = {  # recipe by card
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--model", help="write README.md into this folder of a saved student or teacher")
     parser.add_argument("--repo_id", help="with --model: the Hub repository that its code loads it from")
     parser.add_argument(

@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from ..hub.predict import find_images, load_classifier, predict_images
 from ..training.report import quiet_log
+from .parser import command_parser
 
 COLUMNS = ("image", "rank", "label", "score", "group", "training_images")
 EXPERT_COLUMNS = ("cls_score", "distillation_score", "cls_label", "distillation_label")
@@ -54,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a student, or of any image classifier")
     parser.add_argument(
         "images",

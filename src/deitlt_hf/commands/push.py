@@ -4,17 +4,15 @@ deitlt push outputs/digits_lt/student ORG/deitlt-digits
 deitlt push outputs/digits_lt/student ORG/deitlt-digits --private --revision second-try --handler
 """
 
-import argparse
 from collections.abc import Sequence
 
 from ..hub.push import push_folder
 from ..training.report import quiet_log
+from .parser import command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("folder", help="a model folder, as training or convert writes it")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is made if there is none")
     parser.add_argument("--private", action="store_true", help="only you or your organisation may see it")

@@ -5,7 +5,6 @@ deitlt sharpness --recipe digits_lt --model outputs/digits_lt/teacher
 Every field of a recipe's data can be given too.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 
@@ -21,14 +20,11 @@ from ..training.distillation import label_order
 from ..training.report import quiet_log, show
 from ..training.run import load_classifier
 from .output import json_output
+from .parser import command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a teacher, a student, or any classifier")
     parser.add_argument("--num_images", type=int, default=512, help="images overall, and of each group, at most")
     parser.add_argument("--rho", type=float, default=0.05, help="radius of the loss rise")
