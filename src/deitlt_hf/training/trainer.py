@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
-from ..data.images import ImageCollator, ImageDataset
-from ..data.loading import find_columns, subset_hash, training_counts
+from ..data.images import ImageCollator
+from ..data.loading import subset_hash, training_counts
 from ..data.long_tail import shot_groups
 from ..data.sampling import SeededImages, TrainBatches, seed_streams
-from ..data.streaming import StreamedImages, StreamedSplit
+from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..hub.cards import write_card
 from ..losses import effective_number_weights
@@ -32,6 +32,7 @@ from .checkpoints import WholeCheckpointTrainer, step_of_checkpoint
 from .ema import EMA_FOLDER, MovingAverage
 from .experts import ExpertEvaluation
 from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
+from .inputs import as_images, match_labels, outliving
 from .publishing import PublishingTrainer
 from .report import Results, check_output_dir, claim_output_dir, only_run, print_plan, show
 from .resuming import EpochOrder, MissedEvaluation, steps_per_epoch
@@ -81,7 +82,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             processing_class = model_processor(model.config, args.image_resize)
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:
-                _match_labels(model.config, dataset)
+                match_labels(model.config, dataset)
         self.subset_sha256 = None
         if train_dataset is not None:
             model.config.class_counts = training_counts(train_dataset).tolist()
@@ -101,8 +102,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             model=model,
             args=args,
             data_collator=ImageCollator(processing_class),
-            train_dataset=_image_dataset(train_dataset, self.views, args),
-            eval_dataset=_image_dataset(eval_dataset),
+            train_dataset=as_images(train_dataset, self.views, args),
+            eval_dataset=as_images(eval_dataset),
             processing_class=processing_class,
             compute_metrics=self.expert_metrics,
             **kwargs,
@@ -449,11 +450,11 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Batches for evaluation, of a `datasets.Dataset` too."""
-        return _outliving(super().get_eval_dataloader(_image_dataset(eval_dataset)))
+        return outliving(super().get_eval_dataloader(as_images(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset):
         """Batches for prediction, of a `datasets.Dataset` too."""
-        return _outliving(super().get_test_dataloader(_image_dataset(test_dataset)))
+        return outliving(super().get_test_dataloader(as_images(test_dataset)))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert, prints the table, and during training records it in `results.json`."""
@@ -466,45 +467,3 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.last_table.title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
             show(self.last_table)
         return metrics
-
-
-def _outliving(loader: DataLoader) -> DataLoader:
-    """A loader whose processes outlive a signal that is meant for this one."""
-    getattr(loader, "base_dataloader", loader).worker_init_fn = outlive_signals
-    return loader
-
-
-def _image_dataset(dataset, views: Mapping[str, TrainTransform] | None = None, args=None):
-    """Rows of model inputs, of what the data loaders give; other data sets are taken as they are."""
-    if isinstance(dataset, StreamedSplit):
-        return StreamedImages(
-            dataset,
-            views,
-            args.train_batch_size,
-            args.process_index,
-            args.world_size,
-            args.repeats,
-            args.data_seed,
-            args.gradient_accumulation_steps,
-        )
-    if not isinstance(dataset, Dataset):
-        return dataset
-    return ImageDataset(dataset, *find_columns(dataset), views)
-
-
-def _match_labels(config, dataset: Dataset) -> None:
-    """Names the model's labels after the data, or checks that they agree."""
-    _, column = find_columns(dataset)
-    names = dataset.features[column].names
-    if len(names) != config.num_labels:
-        raise ValueError(f"the model has {config.num_labels} classes but the data have {len(names)}.")
-    model_names = [config.id2label[label] for label in range(len(names))]
-    if model_names == [f"LABEL_{label}" for label in range(len(names))]:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: label for label, name in enumerate(names)}
-    elif model_names != names:
-        label = next(label for label, pair in enumerate(zip(model_names, names, strict=True)) if len(set(pair)) > 1)
-        raise ValueError(
-            f"the model's label {label} is {model_names[label]!r} but the data's is {names[label]!r}; model and data "
-            "need the same classes in the same order."
-        )
