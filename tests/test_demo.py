@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from conftest import CHROMIUM, make_student
 from deitlt_hf.commands.demo import main
 from deitlt_hf.data import image_processor
-
-pytest.importorskip("gradio", reason="needs Gradio: pip install 'deitlt-hf[demo]'")
 from deitlt_hf.hub.demo import Explanation, attention_over, build_demo, model_view, percent
 from deitlt_hf.hub.handler import EndpointHandler
 
@@ -80,8 +79,7 @@ def address(model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()

@@ -23,6 +23,7 @@ from deitlt_hf.analysis.report import Picture, Section, _share_axes
 from deitlt_hf.analysis.teaching import teacher_agreement
 from deitlt_hf.commands.analyze import AnalysisArguments, main, report
 from deitlt_hf.commands.evaluate import FusionArguments, compare_fusions
+from deitlt_hf.commands.evaluate import main as evaluate_main
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from deitlt_hf.evaluation import METRIC_PATH
 from deitlt_hf.evaluation.metrics import long_tail_figures
@@ -304,7 +305,7 @@ def test_the_metric_loads_from_its_file_and_takes_batches(monkeypatch):
         metric.compute(predictions=predictions, confidences=confidences, references=labels, groups=groups)
 
 
-def test_fusions_are_compared_and_saved(student_folder, tmp_path, digits):
+def test_fusions_are_compared_and_saved(student_folder, tmp_path, capsys):
     data = DataArguments(**DATA)
     rows = compare_fusions(student_folder, data, FusionArguments("all"))
     assert list(rows) == ["mean", "temperatures", "weight", "group_weights", "count_weights", "logit_adjustment"]
@@ -314,6 +315,11 @@ def test_fusions_are_compared_and_saved(student_folder, tmp_path, digits):
     assert again["mean"] == rows["group_weights"]
     with pytest.raises(FileExistsError, match="holds a model or run; choose another --fused_output"):
         compare_fusions(student_folder, data, args)
+    capsys.readouterr()
+    options = ["--recipe", "digits_lt", "--fusion", "group_weights", "--fused_output", str(tmp_path / "fused")]
+    with pytest.raises(FileExistsError, match="choose another --fused_output"):
+        evaluate_main(["--model", student_folder, *options])
+    assert capsys.readouterr().out == ""  # before anything is evaluated
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,25 @@ def test_command_line(teacher_folder, tmp_path, capsys):
         assert values["num_images"] <= 20
 
 
+def test_a_student_of_few_bits_by_command(tmp_path, digits, capsys, monkeypatch):
+    """It is measured in float32; and where the figures cannot go is told before they are measured."""
+    measured = []
+    monkeypatch.setattr(
+        "deitlt_hf.commands.sharpness.sharpness_of_groups", lambda model, *_, **__: measured.append(model.dtype) or {}
+    )
+    student = make_student()
+    student.config.id2label = {label: str(label) for label in range(10)}
+    student.bfloat16().save_pretrained(tmp_path)
+    image_processor(8).save_pretrained(tmp_path)
+    command = ["--model", str(tmp_path), "--recipe", "digits_lt"]
+    with pytest.raises(FileNotFoundError, match="there is no folder for the file --json"):
+        main([*command, "--json", str(tmp_path / "nowhere" / "x.json")])
+    assert measured == []
+    main([*command, "--json", "-"])
+    assert measured == [torch.float32]
+    assert json.loads(capsys.readouterr().out) == {}
+
+
 def test_a_teacher_is_left_as_it_was():
     model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=3))
     model.requires_grad_(False)

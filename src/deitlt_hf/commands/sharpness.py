@@ -37,23 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
     if data_args.streaming:
         raise ValueError("the sharpness needs images at hand; leave --streaming out.")
-    model = load_classifier(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))
-    data = data_args.load()
-    names = data["train"].features["label"].names
-    dataset = ImageDataset(data["train"], "image", "label")
-    measured = sharpness_of_groups(
-        model,
-        dataset,
-        collate,
-        data_args.groups(data),
-        args.num_images,
-        label_order(names, model.config, "model"),
-        rho=args.rho,
-        num_vectors=args.num_vectors,
-        seed=args.seed,
-    )
     with json_output(args.json) as write:
+        model = load_classifier(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")
+        collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))
+        data = data_args.load()
+        names = data["train"].features["label"].names
+        dataset = ImageDataset(data["train"], "image", "label")
+        measured = sharpness_of_groups(
+            model,
+            dataset,
+            collate,
+            data_args.groups(data),
+            args.num_images,
+            label_order(names, model.config, "model"),
+            rho=args.rho,
+            num_vectors=args.num_vectors,
+            seed=args.seed,
+        )
         table = Table(
             "images of", "number", "loss", f"rise at {args.rho:g}", "eigenvalue", "trace", title=escape(str(args.model))
         )

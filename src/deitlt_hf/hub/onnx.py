@@ -1,7 +1,7 @@
 """Models as ONNX files, for onnxruntime, optimum and transformers.js: in float32, or with int8 weights.
 
 torch's own exporter is used. optimum's cannot be installed beside transformers 5 (optimum-onnx 0.1.0 wants less than
-4.58), and that of transformers 5.23 is experimental, gives token features as a result too, and its files are no faster.
+4.58), and that of transformers 5.23 is experimental and gives token features as a result too.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def quantize(path: str | PathLike) -> Path:
     """Writes `model_quantized.onnx` beside a model: int8 weights, and activations in 8 bits as they come.
 
     Matrix products with weights are quantized, one scale for each of their outputs; that is all of a ViT but its
-    patch embedding, which as a quantized convolution was slower. There is nothing to calibrate.
+    patch embedding, a convolution. There is nothing to calibrate.
 
     Args:
         path: File from [`export_onnx`].
@@ -194,7 +194,7 @@ def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]):
 
 
 def _linear(x, weight, bias=None):
-    """A linear layer as a product of two matrices with the bias in it, which is 4% of a ViT faster than to add it."""
+    """A linear layer as a product of two matrices with the bias in it, in place of a product and a sum."""
     from onnxscript import opset20 as op
 
     if len(x.shape) == 2:
