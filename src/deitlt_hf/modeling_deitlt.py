@@ -12,16 +12,21 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deit.modeling_deit import (
+    DeiTAttention,
     DeiTEmbeddings,
     DeiTLayer,
     DeiTModel,
     DeiTPreTrainedModel,
+    eager_attention_forward,
 )
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_deitlt import DeiTLTConfig
+
+_WHOLE_OUTPUTS = ("output_hidden_states", "output_attentions")  # what has all tokens of the last block
 
 
 @dataclass
@@ -58,39 +63,94 @@ class DeiTLTDropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, hidden_states: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        branch: Callable[[torch.Tensor], torch.Tensor],
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Adds `branch(hidden_states)` to `residual`, by default the hidden states; both (batch, tokens, size)."""
+        residual = hidden_states if residual is None else residual
         if self.drop_prob == 0.0 or not self.training:
-            return hidden_states + branch(hidden_states)
+            return residual + branch(hidden_states)
         keep_prob = 1.0 - self.drop_prob
         # Drawn on the CPU: how many are kept is then known without waiting for the device.
         is_kept = torch.rand(hidden_states.shape[0]) < keep_prob
         # A compiled model needs one shape; and a step that leaves out all samples must still give gradients.
         if torch.compiler.is_compiling() or not is_kept.any():
             scale = (is_kept / keep_prob).to(hidden_states, non_blocking=True)
-            return hidden_states + branch(hidden_states) * scale.view(-1, *(1,) * (hidden_states.dim() - 1))
+            return residual + branch(hidden_states) * scale.view(-1, *(1,) * (residual.dim() - 1))
         kept = is_kept.nonzero().squeeze(1).to(hidden_states.device, non_blocking=True)
-        added = branch(hidden_states.index_select(0, kept)).to(hidden_states.dtype)
-        return hidden_states.index_add(0, kept, added, alpha=1.0 / keep_prob)
+        added = branch(hidden_states.index_select(0, kept)).to(residual.dtype)
+        return residual.index_add(0, kept, added, alpha=1.0 / keep_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
 
 
+class DeiTLTAttention(DeiTAttention):
+    """DeiT's self-attention, on request for the first tokens only."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Lets the first `num_queries` tokens, by default all, attend to all.
+
+        Args:
+            hidden_states: (batch, tokens, hidden_size).
+            attention_mask: Added to the scores or true where a token may look; (batch or 1, 1, tokens, tokens).
+            num_queries: How many tokens ask.
+            **kwargs: For the attention function.
+
+        Returns:
+            What they saw (batch, queries, hidden_size), and where they looked if the attention function tells.
+        """
+        if num_queries is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        heads = (-1, self.head_dim)
+        query = self.q_proj(hidden_states[:, :num_queries]).unflatten(-1, heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        mask = None if attention_mask is None else attention_mask[:, :, :num_queries]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        seen, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(seen.flatten(2)), weights
+
+
 class DeiTLTLayer(DeiTLayer):
-    """A DeiT block whose two residual branches go through stochastic depth."""
+    """A DeiT block whose two residual branches go through stochastic depth.
 
-    def __init__(self, config: DeiTLTConfig, drop_path_rate: float):
+    The last block, on request, makes the tokens that the heads see and no others.
+    """
+
+    def __init__(self, config: DeiTLTConfig, drop_path_rate: float, is_last: bool):
         super().__init__(config)
+        self.attention = DeiTLTAttention(config)
         self.drop_path = DeiTLTDropPath(drop_path_rate)
+        self.is_last = is_last
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        class_tokens_only: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
+        num_queries = 2 if class_tokens_only and self.is_last else None
+
         def attend(states: torch.Tensor) -> torch.Tensor:
-            return self.dropout(self.attention(self.layernorm_before(states), attention_mask, **kwargs)[0])
+            return self.dropout(self.attention(self.layernorm_before(states), attention_mask, num_queries, **kwargs)[0])
 
         def transform(states: torch.Tensor) -> torch.Tensor:
             return self.dropout(self.mlp(self.layernorm_after(states)))
 
-        return self.drop_path(self.drop_path(hidden_states, attend), transform)
+        residual = None if num_queries is None else hidden_states[:, :num_queries]
+        return self.drop_path(self.drop_path(hidden_states, attend, residual), transform)
 
 
 class DeiTLTPreTrainedModel(DeiTPreTrainedModel):
@@ -130,7 +190,8 @@ class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
         depth = config.num_hidden_layers
         self.embeddings = DeiTEmbeddings(config)
         self.layers = nn.ModuleList(
-            DeiTLTLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)
+            DeiTLTLayer(config, config.drop_path_rate * index / max(depth - 1, 1), is_last=index == depth - 1)
+            for index in range(depth)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = None
@@ -158,6 +219,7 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        class_tokens_only: bool | None = None,
         **kwargs,
     ) -> DeiTLTImageClassifierOutput:
         """Classifies images.
@@ -167,13 +229,24 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
             labels: Class indices (batch,) or class probabilities (batch, num_labels). With labels the output has a
                 loss, the mean cross entropy of both heads on the labels: training without a teacher.
             interpolate_pos_encoding: Accept images of another size than the configuration's.
+            class_tokens_only: Compute the last block's output for the CLS and DIST tokens only, which is all that the
+                heads see: the same logits and gradients for less. None: unless hidden states or attentions are asked
+                for, which have all tokens.
             **kwargs: `output_attentions`, `output_hidden_states` and what the attention function takes.
 
         Raises:
             ValueError: If the images have another number of channels, or another size and
                 `interpolate_pos_encoding` is False.
         """
-        outputs = self.deit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        if class_tokens_only is None:
+            asked = (kwargs.get(name, getattr(self.config, name, False)) for name in _WHOLE_OUTPUTS)
+            class_tokens_only = not any(asked)
+        outputs = self.deit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            class_tokens_only=class_tokens_only,
+            **kwargs,
+        )
         token_features = outputs.last_hidden_state[:, :2]
         cls_logits = self.cls_classifier(token_features[:, 0])
         distillation_logits = self.distillation_classifier(token_features[:, 1])
