@@ -40,6 +40,13 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray((255 * (pixels - pixels.min()) / np.ptp(pixels)).astype(np.uint8))
 
 
+def encoded(width: int, height: int, seed: int) -> bytes:
+    """Such a picture as a JPEG."""
+    stream = io.BytesIO()
+    photograph(width, height, seed).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
 def timms(size: int, crop: str) -> Callable[[Image.Image], torch.Tensor]:
     transform = create_transform(
         size,
@@ -103,11 +110,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     small = [photograph(32, 32, seed) for seed in range(512)]
-    jpegs = []
-    for seed in range(128):
-        stream = io.BytesIO()
-        photograph(500, 375, seed).save(stream, "JPEG", quality=90)
-        jpegs.append(stream.getvalue())
+    jpegs = [encoded(500, 375, seed) for seed in range(128)]
     decoded = [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in jpegs]
     cases = {
         "32 -> 224": (small, small, 224, "random_resized"),

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
@@ -16,6 +19,7 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     PreTrainedConfig,
 )
+from transformers.masking_utils import flash_attention_mask
 
 from conftest import make_student
 from deitlt_hf import (
@@ -45,7 +49,7 @@ def test_logits_are_the_mean_of_both_heads(student):
 def test_loss_is_the_mean_cross_entropy_of_both_heads(student, labels):
     outputs = student.eval()(IMAGES, labels=labels)
     heads = (outputs.cls_logits, outputs.distillation_logits)
-    expected = sum(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 3, 9])) for logits in heads) / 2
+    expected = sum(nn.functional.cross_entropy(logits, torch.tensor([0, 3, 9])) for logits in heads) / 2
     torch.testing.assert_close(outputs.loss, expected)
 
 
@@ -67,8 +71,10 @@ def test_saved_folder_loads_three_ways_with_the_same_logits(tmp_path, student):
 def test_bare_model_loads_from_a_classifier(tmp_path, student):
     student.eval().save_pretrained(tmp_path)
     for model in (DeiTLTModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
-        tokens = model.eval()(IMAGES).last_hidden_state[:, :2]
-        torch.testing.assert_close(tokens, student(IMAGES).token_features, atol=1e-6, rtol=0)
+        tokens = model.eval()(IMAGES).last_hidden_state
+        torch.testing.assert_close(tokens[:, :2], student(IMAGES).token_features, atol=1e-6, rtol=0)
+        whole = student.deit.layernorm(student(IMAGES, output_hidden_states=True).hidden_states[-1])
+        torch.testing.assert_close(tokens, whole, atol=1e-6, rtol=0)  # of the patches too
 
 
 @pytest.mark.parametrize("source", [DeiTForImageClassification, DeiTForImageClassificationWithTeacher])
@@ -199,6 +205,103 @@ def test_hidden_states_and_attentions():
     assert [tuple(state.shape) for state in outputs.hidden_states] == [(3, 6, 16)] * 4
     assert [tuple(attention.shape) for attention in outputs.attentions] == [(3, 2, 6, 6)] * 3
     torch.testing.assert_close(outputs.attentions[0].sum(dim=-1), torch.ones(3, 2, 6))
+
+
+@pytest.mark.parametrize("asked", [["hidden_states"], ["attentions"], ["hidden_states", "attentions"]])
+@pytest.mark.parametrize("by", ["argument", "configuration"])
+def test_who_asks_for_hidden_states_or_attentions_gets_all_tokens(tmp_path, asked, by):
+    """The last block makes CLS and DIST only, unless it is looked at: maps and probes would lack the patches."""
+    student = make_student(attn_implementation="eager").eval()
+    student.save_pretrained(tmp_path)
+    native = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    options = {f"output_{name}": True for name in asked}
+    expected = native(IMAGES, **options)
+    if by == "configuration":
+        for name, value in options.items():
+            setattr(student.config, name, value)
+        options = {}
+    outputs = student(IMAGES, **options)
+    for name in ("hidden_states", "attentions"):
+        assert (name in outputs) == (name in expected) == (name in asked)
+        torch.testing.assert_close(outputs.get(name), expected.get(name), atol=1e-6, rtol=0)
+
+
+def losses_and_gradients(student, class_tokens_only, **options):
+    """What the heads' two tokens give, the gradient of each parameter, and how many tokens the last MLP saw."""
+    seen = []
+    hook = student.deit.layers[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    images = torch.randn(8, 3, 8, 8, dtype=student.dtype, generator=torch.Generator().manual_seed(0))
+    student.zero_grad()
+    torch.manual_seed(0)
+    outputs = student(images, labels=torch.arange(8), class_tokens_only=class_tokens_only, **options)
+    outputs.loss.backward()
+    hook.remove()
+    return dict(outputs), {name: parameter.grad for name, parameter in student.named_parameters()}, set(seen)
+
+
+def masks():
+    """By a token whether all see it, or by a query what is added to its scores."""
+    padding = torch.ones(8, 6, dtype=torch.bool)
+    padding[3, 1:4] = padding[5, 4:] = False
+    return {"padding": padding, "scores": torch.randn(1, 1, 6, 6, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("training", "drop_path_rate", "mask"),
+    [
+        (False, 0.5, None),
+        (False, 0.5, "padding"),
+        (False, 0.5, "scores"),
+        (True, 0.0, "padding"),
+        (True, 0.5, None),
+        (True, 0.5, "scores"),
+        (True, 1 - 1e-9, None),  # the last block keeps no image
+    ],
+)
+def test_class_tokens_alone_change_no_output_and_no_gradient(attention, checkpointing, training, drop_path_rate, mask):
+    """Or training would go on, and a little differently: with the rows of other queries, or without a path back."""
+    student = make_student(attn_implementation=attention, drop_path_rate=drop_path_rate, initializer_range=0.3)
+    student = student.double().train(training)
+    if checkpointing:
+        student.activation_checkpointing_enable()
+    options = {} if mask is None else {"attention_mask": masks()[mask]}
+    *expected, whole = losses_and_gradients(student, False, **options)
+    *found, few = losses_and_gradients(student, True, **options)
+    assert (whole, few) == ({6}, {2})
+    # Eager attention takes its softmax in float32.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if attention == "sdpa" else 1e-6)
+    if mask == "scores" and not training:
+        changed = losses_and_gradients(student, True)[0]
+        assert (changed["logits"] - found[0]["logits"]).abs().max() > 1e-2
+
+
+def test_class_tokens_alone_in_half_precision():
+    """There the residual is in float32 and the branch in bfloat16; what is left is a rounding of the latter."""
+    student = make_student(drop_path_rate=0.5, initializer_range=0.3).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        (*expected, _), (*found, _) = (losses_and_gradients(student, few) for few in (False, True))
+    assert found[0]["logits"].dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
+
+
+def test_class_tokens_alone_with_a_mask_that_has_no_queries():
+    """Flash attention's masks are (batch, tokens), flex attention's a block mask: there are no rows to choose."""
+    student = make_student(initializer_range=0.3).double().eval()
+    mask = masks()["padding"]
+    *expected, _ = losses_and_gradients(student, False, attention_mask=mask)
+
+    def attend(module, query, key, value, mask, scaling, **kwargs):
+        assert query.shape == key.shape, "who unpads by the mask needs a query of each token"
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, mask[:, None, None], scale=scaling)
+        return seen.transpose(1, 2), None
+
+    AttentionInterface.register("by_token", attend)
+    AttentionMaskInterface.register("by_token", flash_attention_mask)
+    student.config._attn_implementation = "by_token"
+    *found, _ = losses_and_gradients(student, True, attention_mask=mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_gradient_checkpointing_changes_no_gradient():

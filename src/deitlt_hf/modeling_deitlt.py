@@ -109,10 +109,13 @@ class DeiTLTAttention(DeiTAttention):
         Returns:
             What they saw (batch, queries, hidden_size), and where they looked if the attention function tells.
         """
-        if num_queries is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
+        # Flex and flash attention have masks of other kinds, without rows that one could take.
+        has_rows = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
+        if num_queries is None or not (attention_mask is None or has_rows):
+            seen, weights = super().forward(hidden_states, attention_mask, **kwargs)
+            return seen[:, :num_queries], weights
         heads = (-1, self.head_dim)
-        query = self.q_proj(hidden_states[:, :num_queries]).unflatten(-1, heads).transpose(1, 2)
+        query = self.q_proj(hidden_states[:, :num_queries].contiguous()).unflatten(-1, heads).transpose(1, 2)
         key = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         mask = None if attention_mask is None else attention_mask[:, :, :num_queries]

@@ -1,9 +1,13 @@
 """The CNN teacher of DeiT-LT: a CIFAR ResNet or any timm backbone under a linear or cosine classifier."""
 
+import contextlib
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -102,7 +106,8 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             self.backbone = timm.create_model(
                 config.backbone.removeprefix("timm/"), num_classes=0, in_chans=config.num_channels
             )
-        features = self.backbone.num_features
+        # Some of timm's have another layer before the classifier.
+        features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         classifier = CosineClassifier if config.classifier == "cosine" else nn.Linear
         self.classifier = classifier(features, config.num_labels)
         self.projection = None
@@ -142,6 +147,18 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             else:
                 stages[names.index(parts[1]) if parts[1] in names else 0].append(parameter)
         return stages
+
+    def folded(self) -> "FlatTeacherForImageClassification":
+        """Makes a copy for inference on a CPU: batch norms folded into the convolutions before them, channels last.
+
+        Its logits are those of evaluation mode up to rounding. A backbone that torch.fx cannot follow keeps its batch
+        norms.
+        """
+        copied = deepcopy(self).eval().requires_grad_(False)
+        if any(isinstance(module, nn.BatchNorm2d) for module in copied.backbone.modules()):
+            with contextlib.suppress(TraceError, TypeError, ValueError):
+                copied.backbone = fuse(copied.backbone)
+        return copied.to(memory_format=torch.channels_last)
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> FlatTeacherOutput:

@@ -1,6 +1,5 @@
 """What a run will take, before it is begun: arithmetic, memory, hours and communication."""
 
-import copy
 import math
 from dataclasses import dataclass, field
 
@@ -114,14 +113,25 @@ class Budget:
 
 def student_flops(config: PreTrainedConfig) -> int:
     """Operations of a student's forward pass, an image: those of its products of matrices."""
+    embedding = _patches(config) * config.num_channels * config.patch_size**2 * config.hidden_size
+    heads = 2 * config.hidden_size * config.num_labels
+    return 2 * (embedding + heads) + sum(block_flops(config))
+
+
+def block_flops(config: PreTrainedConfig) -> list[int]:
+    """Operations of each block, an image; the last makes the CLS and DIST tokens only, out of all."""
     width, mlp = config.hidden_size, config.intermediate_size
-    patches = (config.image_size // config.patch_size) ** 2
-    tokens = patches + 2
-    embedding = patches * config.num_channels * config.patch_size**2 * width
-    projections = 4 * tokens * width**2 + 2 * tokens * width * mlp
-    attention = 2 * tokens**2 * width
-    heads = 2 * width * config.num_labels
-    return 2 * (embedding + config.num_hidden_layers * (projections + attention) + heads)
+    tokens = _patches(config) + 2
+
+    def block(made: int) -> int:
+        keys_and_values = 2 * tokens * width**2
+        return 2 * (keys_and_values + made * (2 * width**2 + 2 * tokens * width + 2 * width * mlp))
+
+    return [block(tokens)] * (config.num_hidden_layers - 1) + [block(2)]
+
+
+def _patches(config: PreTrainedConfig) -> int:
+    return (config.image_size // config.patch_size) ** 2
 
 
 def counted_flops(model: nn.Module, image_size: int) -> int:
@@ -164,9 +174,8 @@ def student_model(
 ) -> Model:
     """What a student takes with AdamW, and the forward pass of its teacher."""
     config = student_args.config(num_labels=num_labels)
-    # On average half of the last block's rate is left out.
-    blocks = student_flops(config) - student_flops(_without_blocks(config))
-    trained = student_flops(config) - blocks * config.drop_path_rate / 2
+    rates = np.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)  # stochastic depth leaves these out
+    trained = student_flops(config) - float(rates @ block_flops(config))
     teacher_flops, frozen_bytes = (0, 0) if teacher is None else (teacher.flops, 4 * teacher.parameters)
     config.drop_path_rate = 0.0  # the most that a step keeps
     model = DeiTLTForImageClassification(config)
@@ -195,12 +204,6 @@ def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments)
         state_bytes=(STATE_BYTES + 4 * is_paco) * parameters,
         activation_bytes=activation_bytes(model, config.image_size, half=True),
     )
-
-
-def _without_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = 0
-    return config
 
 
 def training_images(data_args: DataArguments) -> tuple[int, int]:

@@ -95,18 +95,17 @@ class DistillationLoss(nn.Module):
         if denominators is None:
             denominators = self.denominators(labels, teacher_logits)
 
-        cls_targets = _probabilities(labels, cls_logits.shape[1])
         if self.cls_loss == "bce":
+            cls_targets = _probabilities(labels, cls_logits.shape[1])
             cls_sum = F.binary_cross_entropy_with_logits(cls_logits, cls_targets, reduction="sum")
             cls_sum = cls_sum / cls_logits.shape[1]
         else:
-            cls_sum = _cross_entropy_sum(cls_logits, cls_targets, self.class_weights if self.reweight_cls else None)
+            cls_sum = _cross_entropy_sum(cls_logits, labels, self.class_weights if self.reweight_cls else None)
 
         if self.distillation == "soft":
             distillation_sum = self._soft_sum(distillation_logits, teacher_logits)
         else:
             targets = self._distillation_targets(labels, teacher_logits)
-            targets = _probabilities(targets, distillation_logits.shape[1])
             distillation_sum = _cross_entropy_sum(distillation_logits, targets, self.class_weights)
 
         cls_loss = (1.0 - self.alpha) * cls_sum / denominators[0]

@@ -30,6 +30,8 @@ _RUNNING = {
     "save_total_limit",
     "ddp_find_unused_parameters",
     "hub_strategy",
+    "keep_freed_memory",
+    "fold_teacher",
 }
 
 
@@ -99,6 +101,9 @@ class LongTailTrainingArguments(TrainingArguments):
     )
     nonfinite_limit: int = _option(20, "Updates in a row that may be skipped.")
     overwrite: bool = _option(False, "Replace the run that is in output_dir.")
+    keep_freed_memory: bool = _option(
+        True, "On a CPU, keep memory between steps instead of giving it back to the system each time: faster."
+    )
 
     remove_unused_columns: bool = _option(False, "Kept off: the data set makes the model's inputs itself.")
     max_grad_norm: float = _option(0.0, "Gradient clipping; 0 for none, as in the paper.")
@@ -221,6 +226,11 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         "student",
         "What the teacher sees: 'student', the student's own augmented and mixed image (out of distribution, the "
         "paper); 'weak', a weakly augmented one (the in-distribution ablation).",
+    )
+    fold_teacher: bool = _option(
+        True,
+        "On a CPU, fold the batch norms of a flat teacher into its convolutions: the same labels, faster. Left out in "
+        "mixed precision.",
     )
     mixup: float = _option(0.8, "Mixup alpha; 0 for none.")
     cutmix: float = _option(1.0, "CutMix alpha; 0 for none.")

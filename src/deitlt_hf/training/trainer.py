@@ -33,6 +33,7 @@ from .ema import EMA_FOLDER, MovingAverage
 from .experts import ExpertEvaluation
 from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
 from .inputs import as_images, match_labels, outliving
+from .memory import keep_freed_memory
 from .publishing import PublishingTrainer
 from .report import Results, check_output_dir, claim_output_dir, only_run, print_plan, show
 from .resuming import EpochOrder, MissedEvaluation, steps_per_epoch
@@ -212,6 +213,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
         started = time.perf_counter()
+        if self.args.keep_freed_memory and self.args.device.type == "cpu":
+            keep_freed_memory()
         self._recording = True
         self._logged.clear()
         self._steps_logged = 0

@@ -1,0 +1,174 @@
+"""Speed and memory beside the peers', all in one run.
+
+    python benchmarks/run.py                      # everything: about an hour on two cores with nothing else on them
+    python benchmarks/run.py --only small_step memory
+    python benchmarks/run.py --table              # the table of docs/performance.md from the record
+
+Each contender of a comparison is a process of its own, so that none profits or suffers from what another leaves in
+memory. They take turns on the same cores, and so does a matrix multiplication, whose rate is the peak that shares
+refer to. What is compared is in `comparisons.py`. Each is recorded when it is done, in the place of an older record.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from comparisons import COMPARISONS, Comparison
+from series import RESULTS, ROOT, write_record
+
+RECORD = RESULTS / "speed.json"
+PAGE = ROOT / "docs" / "performance.md"
+PAUSE = 0.1  # seconds before a turn: the threads of the one before have stopped looking for work by then
+MARKERS = "<!-- table -->\n", "<!-- end of table -->\n"
+
+
+class Turns:
+    """What a contender sees of the run: `while turns.next(): step()`, the time of each turn measured between."""
+
+    def __init__(self):
+        self._begun: float | None = None
+
+    def next(self, value: float | None = None) -> bool:
+        """Ends a turn, with its time or another value, and waits for the next; whether there is one."""
+        if self._begun is not None:
+            value = time.perf_counter() - self._begun if value is None else value
+            print(f"TURN {value!r}", flush=True)
+        if sys.stdin.readline().strip() != "turn":
+            return False
+        self._begun = time.perf_counter()
+        return True
+
+
+class Contender:
+    """A process that takes turns."""
+
+    def __init__(self, comparison: str, name: str, threads: int):
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--contender", comparison, name],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def turn(self) -> float:
+        """One turn's seconds, or what else the comparison measures.
+
+        Raises:
+            RuntimeError: If the process ended; its own message comes with `--contender COMPARISON NAME`.
+        """
+        time.sleep(PAUSE)
+        self._process.stdin.write("turn\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("TURN "):
+                return float(line.split()[1])
+        raise RuntimeError(f"{self.name!r} ended in its turn with code {self._process.wait()}.")
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def multiply(turns: Turns) -> None:
+    """The machine's peak: seconds of 2 x 2048^3 operations."""
+    left, right = torch.randn(2, 2048, 2048)
+    torch.mm(left, right)
+    while turns.next():
+        torch.mm(left, right)
+
+
+def measure(name: str, comparison: Comparison, threads: int, turns: int | None) -> dict:
+    """Takes the turns of one comparison.
+
+    Returns:
+        Median, 10th and 90th percentile of each contender, and the machine's peak in GFLOP/s where it matters.
+    """
+    names = [*comparison.contenders, *(["peak"] if comparison.flops else [])]
+    contenders = [Contender(name, contender, threads) for contender in names]
+    try:
+        values = [
+            [contender.turn() for contender in contenders]
+            for _ in range(comparison.warm_up + (turns or comparison.turns))
+        ]
+    finally:
+        for contender in contenders:
+            contender.end()
+    low, medians, high = np.quantile(np.array(values[comparison.warm_up :]), (0.1, 0.5, 0.9), axis=0)
+    figures = {
+        contender: {"median": medians[index], "low": low[index], "high": high[index]}
+        for index, contender in enumerate(names)
+    }
+    record = {"threads": threads, "turns": len(values) - comparison.warm_up, "contenders": figures}
+    if comparison.flops:
+        record["peak_gflops"] = 2 * 2048**3 / figures.pop("peak")["median"] / 1e9
+    return json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.5g}"))
+
+
+def rows(name: str, record: dict) -> list[str]:
+    """A comparison's rows of the table."""
+    comparison, figures = COMPARISONS[name], record["contenders"]
+    peers = {peer: figures[peer]["median"] for peer in comparison.peers}
+    best = min(peers.values(), default=None)
+    lines = []
+    for index, (contender, values) in enumerate(figures.items()):
+        cells = [comparison.title if index == 0 else "", contender, comparison.shown(values["median"])]
+        cells.append(f"{comparison.shown(values['low'])} to {comparison.shown(values['high'])}")
+        share = ""
+        if comparison.flops:
+            share = f"{comparison.flops() / values['median'] / 1e9 / record['peak_gflops']:.2f}"
+        cells += [share, "" if best is None else f"{best / values['median']:.2f}"]
+        cells.append(comparison.targets.get(contender, ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(record: dict) -> str:
+    """All comparisons in the record, as Markdown."""
+    head = "| | | median | 10th to 90th percentile | share of peak | times as good as the best peer | wanted |"
+    lines = [head, "|---|---|---:|---|---:|---:|---|"]
+    for name in COMPARISONS:
+        if name in record:
+            lines += rows(name, record[name])
+    return "\n".join(lines) + "\n"
+
+
+def page_with(text: str, record: dict) -> str:
+    """The page with the record's table between its markers."""
+    begin, end = map(re.escape, MARKERS)
+    return re.sub(f"({begin}).*({end})", lambda match: match[1] + table(record) + match[2], text, flags=re.DOTALL)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), metavar="NAME", help=", ".join(COMPARISONS))
+    parser.add_argument("--json", type=Path, default=RECORD, help="the record (default: %(default)s)")
+    parser.add_argument("--turns", type=int, help="turns of each contender; by default what the comparison says")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: %(default)s")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write docs/performance.md's table anew")
+    parser.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender is not None:
+        name, contender = args.contender
+        return multiply(Turns()) if contender == "peak" else COMPARISONS[name].contenders[contender](Turns())
+    record = json.loads(args.json.read_text()) if args.json.exists() else {}
+    if args.table:
+        PAGE.write_text(page_with(PAGE.read_text(), record))
+        return None
+    for name in args.only or COMPARISONS:
+        record[name] = measure(name, COMPARISONS[name], args.threads, args.turns)
+        print(*rows(name, record[name]), sep="\n", flush=True)
+        write_record(args.json, record)  # after each: what is measured is not lost
+    return None
+
+
+if __name__ == "__main__":
+    main()

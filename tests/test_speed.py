@@ -1,0 +1,146 @@
+"""What makes things faster changes no result."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import student_trainer
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.training.memory import keep_freed_memory
+
+ROOT = Path(__file__).parent.parent
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("backbone", ["resnet32", "timm/resnet18", "timm/mobilenetv3_small_050"])
+def test_folded_teacher_gives_the_same_labels(backbone, digits):
+    """A wrongly folded batch norm still gives plausible logits, and the student learns from another teacher."""
+    torch.manual_seed(0)
+    teacher = FlatTeacherForImageClassification(FlatTeacherConfig(backbone=backbone, image_size=32, num_labels=10))
+    pictures = [digits["test"][row]["image"].resize((32, 32)) for row in range(300)]
+    images = torch.stack([pil_to_tensor(picture.convert("RGB")) for picture in pictures]) / 255
+    with torch.no_grad():
+        teacher.train()(images)  # statistics that are not those of a new model
+        for norm in norms(teacher):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(std=0.2)
+        expected = teacher.eval()(images).logits
+        folded = teacher.folded()
+        found = folded(images).logits
+    assert not norms(folded)
+    assert norms(teacher)
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert torch.equal(found.argmax(dim=1), expected.argmax(dim=1))
+
+
+class LooksAtItsInput(nn.Module):
+    """A backbone that torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.num_features = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), 4
+
+    def forward(self, images):
+        features = self.norm(self.conv(images)).mean(dim=(2, 3))
+        return features if features.sum() > 0 else -features
+
+
+def test_backbone_that_cannot_be_followed_stays_as_it_is():
+    teacher = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=2))
+    teacher.backbone, teacher.classifier = LooksAtItsInput(), nn.Linear(4, 2)
+    images = torch.randn(5, 3, 8, 8)
+    folded = teacher.eval().folded()
+    assert norms(folded)
+    torch.testing.assert_close(folded(images).logits, teacher(images).logits)
+
+
+def test_trainer_folds_a_copy_of_the_teacher_where_that_is_safe(tmp_path, digits, teacher):
+    """The user's own model must keep its batch norms: it may be saved or trained on."""
+    plain = student_trainer(tmp_path, digits, teacher, fold_teacher=False)
+    folding = student_trainer(tmp_path, digits, teacher)
+    assert norms(plain.teacher)
+    assert norms(teacher)
+    assert not norms(folding.teacher)
+    assert norms(student_trainer(tmp_path, digits, teacher, bf16=True, use_cpu=True).teacher)
+    images = torch.stack([plain.eval_dataset[row]["pixel_values"] for row in range(0, 600, 3)])
+    expected, found = plain.teacher_logits(images), folding.teacher_logits(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.argmax(dim=1), expected.argmax(dim=1))
+    assert plain.check_teacher() == folding.check_teacher()
+
+
+@pytest.mark.parametrize("switch", ["fold_teacher", "keep_freed_memory"])
+def test_switches_do_not_change_what_a_run_ends_with(tmp_path, digits, teacher, switch):
+    for value in (True, False):
+        trainer = student_trainer(tmp_path / str(value), digits, teacher, num_train_epochs=1, **{switch: value})
+        trainer.train()
+        trainer.save_model()
+    ours, plain = (load_file(tmp_path / str(value) / "model.safetensors") for value in (True, False))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+FAULTS = """
+import resource, sys, torch
+from deitlt_hf.training.memory import keep_freed_memory
+assert sys.argv[1] == "plain" or keep_freed_memory()
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(2**22) for _ in range(16)]  # 16 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sum([step() for _ in range(12)][2:]))
+"""
+
+
+def test_freed_memory_is_used_again():
+    """The setting has no effect that one sees but speed: pages that the system has to clear anew."""
+    kept, plain = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("kept", "plain")
+    )
+    assert kept < plain / 4
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert keep_freed_memory() is False
+
+
+# ---- The benchmark ----
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("speed_run", ROOT / "benchmarks" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_has_the_recorded_figures(benchmark):
+    page = benchmark.PAGE.read_text()
+    record = json.loads(benchmark.RECORD.read_text())
+    assert set(record) == set(benchmark.COMPARISONS)
+    assert benchmark.page_with(page, record) == page
+
+
+def test_comparison_is_measured_in_processes_of_its_own(tmp_path):
+    record = tmp_path / "speed.json"
+    command = [sys.executable, "benchmarks/run.py", "--only", "teacher_labels", "--turns", "1", "--json", str(record)]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == 2
+    assert "folded" in lines[1]
+    figures = json.loads(record.read_text())["teacher_labels"]["contenders"]
+    assert all(0 < values["low"] <= values["median"] <= values["high"] for values in figures.values())
