@@ -124,7 +124,7 @@ def two_heads(model: torch.nn.Module, images: torch.Tensor, **kwargs) -> Sequenc
     return outputs if isinstance(outputs, tuple) else (outputs.cls_logits, outputs.distillation_logits)
 
 
-def train_steps(turns, make: Callable, student: Student, keep: bool = False, **kwargs) -> None:
+def train_steps(turns, make: Callable, student: Student, keep: bool = False, half: bool = False, **kwargs) -> None:
     """Forward pass, cross entropy of both heads, backward pass, AdamW."""
     if keep:
         keep_freed_memory()
@@ -133,7 +133,8 @@ def train_steps(turns, make: Callable, student: Student, keep: bool = False, **k
     images = torch.randn(student.batch, 3, student.image_size, student.image_size)
     labels = torch.arange(student.batch) % 10
     while turns.next():
-        loss = sum(F.cross_entropy(logits, labels) for logits in two_heads(model, images, **kwargs)) / 2
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = sum(F.cross_entropy(logits, labels) for logits in two_heads(model, images, **kwargs)) / 2
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -154,6 +155,7 @@ def train_step(title: str, student: Student, target: str, turns: int) -> Compari
             "... and with all tokens of the last block": lambda turns: train_steps(
                 turns, ours, student, class_tokens_only=False
             ),
+            "deitlt-hf in bfloat16": lambda turns: train_steps(turns, ours, student, keep=True, half=True),
         },
         peers=("timm", "timm, eager attention (the original's)", "transformers"),
         targets={"deitlt-hf": target},
@@ -314,7 +316,7 @@ def evaluate_with_pipeline(turns, number: int = 10_000) -> None:
     images = test_images(number)
     labels = images["label"]
     while turns.next():
-        results = classifier(KeyDataset(images, "image"), batch_size=500, top_k=1)
+        results = classifier(KeyDataset(images, "image"), batch_size=100, top_k=1)
         predictions = [int(result[0]["label"].removeprefix("LABEL_")) for result in results]
         np.mean(np.equal(predictions, labels))
 
@@ -323,7 +325,7 @@ def evaluate_with_trainer(turns, number: int = 10_000) -> None:
     """The tables of three experts."""
     groups = {"head": [0, 1, 2], "mid": [3, 4, 5, 6], "tail": [7, 8, 9]}
     with tempfile.TemporaryDirectory() as folder:
-        args = DeiTLTTrainingArguments(output_dir=folder, per_device_eval_batch_size=500, disable_tqdm=True)
+        args = DeiTLTTrainingArguments(output_dir=folder, per_device_eval_batch_size=100, disable_tqdm=True)
         trainer = DeiTLTTrainer(
             model=EVALUATED.ours().eval(), args=args, eval_dataset=test_images(number), groups=groups
         )
@@ -380,17 +382,17 @@ def first_step(turns) -> None:
 
 
 def memory(turns, way: str) -> None:
-    """The largest memory of a process that takes three training steps of a ViT-B/16."""
+    """The largest memory of a process that does one of the things below."""
     value = None
     while turns.next(value):
         value = run(__file__, "memory", way)
 
 
-class Thrice:
-    """Three turns in a row, for a process of its own."""
+class InARow:
+    """Turns that nobody else takes part in, for a process of its own."""
 
-    def __init__(self):
-        self.left = 3
+    def __init__(self, number: int):
+        self.left = number
 
     def next(self) -> bool:
         self.left -= 1
@@ -404,12 +406,12 @@ def checkpointed() -> DeiTLTForImageClassification:
 
 
 MEMORY = {
-    "transformers": lambda: train_steps(Thrice(), VIT_B.transformers, VIT_B),
-    "deitlt-hf": lambda: train_steps(Thrice(), VIT_B.ours, VIT_B, keep=True),
-    "deitlt-hf, gradient checkpointing": lambda: train_steps(Thrice(), checkpointed, VIT_B, keep=True),
+    "transformers": lambda: train_steps(InARow(3), VIT_B.transformers, VIT_B),
+    "deitlt-hf": lambda: train_steps(InARow(3), VIT_B.ours, VIT_B, keep=True),
+    "deitlt-hf, gradient checkpointing": lambda: train_steps(InARow(3), checkpointed, VIT_B, keep=True),
 }
 EVALUATION_MEMORY = {
-    f"{number:,} images": partial(evaluate_with_trainer, Thrice(), number) for number in (500, 10_000, 40_000)
+    f"{number:,} images": partial(evaluate_with_trainer, InARow(1), number) for number in (500, 5_000, 20_000)
 }
 
 

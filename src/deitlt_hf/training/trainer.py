@@ -111,6 +111,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         )
         if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("a moving average needs whole weights; leave out DeepSpeed and FSDP, or ema_decay.")
+        if self.args.keep_freed_memory and self.args.device.type == "cpu":
+            keep_freed_memory()
         self.loss_is_scaled_for_ga = True  # by `loss_denominators`, which are those of the whole accumulated batch
         self.results = Results(self.args.output_dir)
         for callback in (PrinterCallback, ProgressCallback):
@@ -213,8 +215,6 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
         started = time.perf_counter()
-        if self.args.keep_freed_memory and self.args.device.type == "cpu":
-            keep_freed_memory()
         self._recording = True
         self._logged.clear()
         self._steps_logged = 0
