@@ -126,9 +126,9 @@ def two_heads(model: torch.nn.Module, images: torch.Tensor, **kwargs) -> Sequenc
 
 def train_steps(turns, make: Callable, student: Student, keep: bool = False, half: bool = False, **kwargs) -> None:
     """Forward pass, cross entropy of both heads, backward pass, AdamW."""
+    model = make()
     if keep:
         keep_freed_memory()
-    model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     images = torch.randn(student.batch, 3, student.image_size, student.image_size)
     labels = torch.arange(student.batch) % 10
@@ -150,12 +150,12 @@ def train_step(title: str, student: Student, target: str, turns: int) -> Compari
                 turns, partial(student.timm, False), student
             ),
             "transformers": lambda turns: train_steps(turns, student.transformers, student),
-            "deitlt-hf": lambda turns: train_steps(turns, ours, student, keep=True),
-            "... giving memory back": lambda turns: train_steps(turns, ours, student),
-            "... and with all tokens of the last block": lambda turns: train_steps(
+            "deitlt-hf": lambda turns: train_steps(turns, ours, student),
+            "... with all tokens of the last block": lambda turns: train_steps(
                 turns, ours, student, class_tokens_only=False
             ),
-            "deitlt-hf in bfloat16": lambda turns: train_steps(turns, ours, student, keep=True, half=True),
+            "... keeping freed memory, as the trainers do": lambda turns: train_steps(turns, ours, student, keep=True),
+            "... in bfloat16": lambda turns: train_steps(turns, ours, student, half=True),
         },
         peers=("timm", "timm, eager attention (the original's)", "transformers"),
         targets={"deitlt-hf": target},
@@ -399,16 +399,21 @@ class InARow:
         return self.left >= 0
 
 
-def checkpointed() -> DeiTLTForImageClassification:
-    model = VIT_B.ours()
+def checkpointed(make: Callable) -> torch.nn.Module:
+    """A model that computes its activations once more in the backward pass."""
+    model = make()
     model.gradient_checkpointing_enable()
     return model
 
 
 MEMORY = {
     "transformers": lambda: train_steps(InARow(3), VIT_B.transformers, VIT_B),
-    "deitlt-hf": lambda: train_steps(InARow(3), VIT_B.ours, VIT_B, keep=True),
-    "deitlt-hf, gradient checkpointing": lambda: train_steps(InARow(3), checkpointed, VIT_B, keep=True),
+    "deitlt-hf": lambda: train_steps(InARow(3), VIT_B.ours, VIT_B),
+    "deitlt-hf, keeping freed memory": lambda: train_steps(InARow(3), VIT_B.ours, VIT_B, keep=True),
+    "transformers, gradient checkpointing": lambda: train_steps(
+        InARow(3), partial(checkpointed, VIT_B.transformers), VIT_B
+    ),
+    "deitlt-hf, gradient checkpointing": lambda: train_steps(InARow(3), partial(checkpointed, VIT_B.ours), VIT_B),
 }
 EVALUATION_MEMORY = {
     f"{number:,} images": partial(evaluate_with_trainer, InARow(1), number) for number in (500, 5_000, 20_000)

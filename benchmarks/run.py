@@ -3,6 +3,7 @@
     python benchmarks/run.py                      # everything: about an hour on two cores with nothing else on them
     python benchmarks/run.py --only small_step memory
     python benchmarks/run.py --table              # the table of docs/performance.md from the record
+    python benchmarks/run.py --profile small_step deitlt-hf    # where one contender's time goes
 
 Each contender of a comparison is a process of its own, so that none profits or suffers from what another leaves in
 memory. They take turns on the same cores, and so does a matrix multiplication, whose rate is the peak that shares
@@ -76,6 +77,33 @@ class Contender:
         self._process.stdout.close()
         self._process.kill()
         self._process.wait()
+
+
+class Profiled:
+    """Turns of one contender alone, the last of them profiled."""
+
+    def __init__(self, warm_up: int = 10, turns: int = 5):
+        self._left, self._turns = warm_up + turns, turns
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def next(self) -> bool:
+        if self._left == self._turns:
+            self._profiler.start()
+        self._left -= 1
+        if self._left >= 0:
+            return True
+        self._profiler.stop()
+        return False
+
+    def shares(self, number: int = 16) -> list[str]:
+        """The operations that take most of a turn, with their milliseconds, calls and share."""
+        events = sorted(self._profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        whole = sum(event.self_cpu_time_total for event in events)
+        return [
+            f"| {event.key} | {event.self_cpu_time_total / 1000 / self._turns:.1f} | {event.count / self._turns:.0f} | "
+            f"{event.self_cpu_time_total / whole:.3f} |"
+            for event in events[:number]
+        ]
 
 
 def multiply(turns: Turns) -> None:
@@ -154,11 +182,18 @@ def main():
     parser.add_argument("--turns", type=int, help="turns of each contender; by default what the comparison says")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: %(default)s")
     parser.add_argument("--table", action="store_true", help="measure nothing, write docs/performance.md's table anew")
+    parser.add_argument("--profile", nargs=2, metavar=("NAME", "CONTENDER"), help="where the time of one goes")
     parser.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender is not None:
         name, contender = args.contender
         return multiply(Turns()) if contender == "peak" else COMPARISONS[name].contenders[contender](Turns())
+    if args.profile is not None:
+        name, contender = args.profile
+        turns = Profiled()
+        COMPARISONS[name].contenders[contender](turns)
+        print("| operation | ms a turn | calls | share |", "|---|---:|---:|---:|", *turns.shares(), sep="\n")
+        return None
     record = json.loads(args.json.read_text()) if args.json.exists() else {}
     if args.table:
         PAGE.write_text(page_with(PAGE.read_text(), record))
