@@ -402,7 +402,7 @@ class InARow:
 def checkpointed(make: Callable) -> torch.nn.Module:
     """A model that computes its activations once more in the backward pass."""
     model = make()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     return model
 
 
