@@ -102,23 +102,25 @@ class DeiTLTAttention(DeiTAttention):
 
         Args:
             hidden_states: (batch, tokens, hidden_size).
-            attention_mask: Added to the scores or true where a token may look; (batch or 1, 1, tokens, tokens).
+            attention_mask: What the attention function takes; (batch or 1, 1, tokens, tokens) for eager and sdpa.
             num_queries: How many tokens ask.
             **kwargs: For the attention function.
 
         Returns:
             What they saw (batch, queries, hidden_size), and where they looked if the attention function tells.
         """
+        if num_queries is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
         # Flex and flash attention have masks of other kinds, without rows that one could take.
         has_rows = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
-        if num_queries is None or not (attention_mask is None or has_rows):
+        if attention_mask is not None and not has_rows:
             seen, weights = super().forward(hidden_states, attention_mask, **kwargs)
             return seen[:, :num_queries], weights
         heads = (-1, self.head_dim)
         query = self.q_proj(hidden_states[:, :num_queries].contiguous()).unflatten(-1, heads).transpose(1, 2)
         key = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        mask = None if attention_mask is None else attention_mask[:, :, :num_queries]
+        mask = attention_mask[:, :, :num_queries] if has_rows else None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         seen, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)

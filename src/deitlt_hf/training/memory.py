@@ -1,6 +1,7 @@
 """What the C library does with memory that a training step no longer needs."""
 
 import ctypes
+import platform
 
 # Parameters of glibc's mallopt (malloc.h), and the largest threshold that every version of it takes.
 _TRIM_THRESHOLD = -1
@@ -9,7 +10,7 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory that it frees, for its next allocation.
+    """Lets this process, all of it, keep the memory that it frees, for its next allocation.
 
     By default glibc gives memory at the end of its heap back to the system whenever a few tens of MiB of it are free,
     as they are after every backward pass, and the next step asks for it anew: the system clears page after page. Kept,
@@ -19,8 +20,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library has such a setting; others than glibc are left as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    if platform.libc_ver()[0] != "glibc":
         return False
+    mallopt = ctypes.CDLL(None).mallopt
     # -1 is the largest size: never trim. To set one of the two fixes the other at its small first value.
     return bool(mallopt(_TRIM_THRESHOLD, -1) and mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD))
