@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from input_pipeline import BATCH, our_batches, photograph, timms, timms_batches
+from input_pipeline import BATCH, encoded, our_batches, photograph, timms, timms_batches
 from sam_step import trainer_step
 from series import ROOT, run
 from torch.nn import functional as F
@@ -423,11 +423,9 @@ EVALUATION_MEMORY = {
 def input_pipeline(title: str, size: int, crop: str, target: str, photographs: bool = False) -> Comparison:
     @cache
     def sources() -> list:
-        if not photographs:
-            return [photograph(32, 32, seed) for seed in range(512)]
-        from input_pipeline import encoded
-
-        return [encoded(500, 375, seed) for seed in range(128)]
+        if photographs:
+            return [encoded(500, 375, seed) for seed in range(128)]
+        return [photograph(32, 32, seed) for seed in range(512)]
 
     def take(turns, batches: Callable) -> None:
         torch.set_num_threads(1)
