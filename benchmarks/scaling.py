@@ -211,6 +211,7 @@ def time_trainer(folder: Path) -> None:
     times = StepTimes()
     trainer.add_callback(times)
     trainer.train()
+    trainer.accelerator.end_training()  # gloo may abort a process whose group is still open when it ends
     if trainer.is_world_process_zero():
         write_record(folder / "seconds.json", (times.ends[-1] - times.ends[WARMUP_STEPS - 1]) / STEPS)
 
