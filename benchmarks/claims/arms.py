@@ -1,0 +1,232 @@
+"""What is trained for the claims: the settings, their teachers and students, and the runs with their records."""
+
+import gzip
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).parent.parent))
+from series import ROOT, run, write_record
+
+CLAIMS = Path(__file__).parent
+RESULTS = CLAIMS / "results"
+# Nothing is seen of the test images before the last epoch.
+ONCE = ("--eval_strategy", "no", "--save_strategy", "no", "--dataloader_num_workers", "0")
+DISTILL = "scripts/distill.py"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a teacher or a student.
+
+    Args:
+        title: What tables call it.
+        arguments: Of the script.
+        teacher: Of a student: the name of the arm whose labels it learns; None for none.
+        script: What trains it.
+    """
+
+    title: str
+    arguments: tuple = ()
+    teacher: str | None = None
+    script: str = DISTILL
+
+
+def teacher(title: str, loss: str, rho: float) -> Arm:
+    return Arm(title, ("--teacher_loss", loss, "--sam_rho", rho), script="scripts/train_teacher.py")
+
+
+TEACHERS = {
+    "ce-sam": teacher("CE-DRW, SAM", "ce", 0.1),
+    "ce-sgd": teacher("CE-DRW, SGD", "ce", 0),
+    "ldam-sam": teacher("LDAM-DRW, SAM", "ldam", 0.1),
+    "paco-sam": teacher("PaCo, SAM", "paco", 0.05),
+}
+# With beta 0 all class weights are 1. Mixing stops at the DRW epoch in all of them.
+NO_DRW = ("--drw_beta", 0)
+WEAK = ("--teacher_view", "weak")
+ALONE = ("--distillation", "none")
+STUDENTS = {
+    "labels": Arm("labels only", ALONE + NO_DRW),
+    "deit-lt": Arm("DeiT-LT", (), "ce-sam"),
+    "ood": Arm("out-of-distribution view, no DRW", NO_DRW, "ce-sam"),
+    "id-drw": Arm("in-distribution view, DRW", WEAK, "ce-sam"),
+    "deit": Arm("plain DeiT distillation (in-distribution view, no DRW)", WEAK + NO_DRW, "ce-sam"),
+    "timm": Arm("timm's token distillation, a bare loop", (), "ce-sam", "benchmarks/claims/timm_peer.py"),
+    "deit-lt-sgd": Arm("DeiT-LT, SGD teacher", (), "ce-sgd"),
+    "labels-drw": Arm("labels, DIST with DRW", ALONE),
+    "deit-lt-ldam": Arm("DeiT-LT, LDAM-SAM teacher", (), "ldam-sam"),
+    "deit-lt-paco": Arm("DeiT-LT, PaCo-SAM teacher", (), "paco-sam"),
+}
+
+# What may suit the data, tried on held-out images.
+RHOS = {"ce": (0.05, 0.1, 0.2), "ldam": (0.05, 0.1), "paco": (0.025, 0.05)}
+CHOSEN_BATCH = "128-1e-3"
+BATCHES = {"128-1e-3": (128, 1e-3), "64-5e-4": (64, 5e-4), "64-1e-3": (64, 1e-3)}
+
+
+def batch(size: int, learning_rate: float) -> tuple:
+    """Arguments for a batch and its learning rate."""
+    return "--global_batch_size", size, "--per_device_train_batch_size", size, "--learning_rate", learning_rate
+
+
+CANDIDATE_TEACHERS = {
+    f"{loss}-{rho:g}": teacher(f"{loss}, rho {rho:g}", loss, rho) for loss, rhos in RHOS.items() for rho in rhos
+}
+CANDIDATE_STUDENTS = {
+    f"{arm}-{name}": Arm(f"{STUDENTS[arm].title}, batch {values[0]}, {values[1]:g}", (*arguments, *batch(*values)), by)
+    for name, values in BATCHES.items()
+    for arm, arguments, by in (("labels", ALONE + NO_DRW, None), ("deit-lt", (), "ce-0.1"))
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Data and arms.
+
+    Args:
+        title: What docs call it.
+        recipe: Of the package.
+        seeds: Of subset, initialisation and augmentation.
+        teachers: Arms, by name.
+        students: Arms, by name; the most telling first.
+        common: Arguments of all students.
+        holds_out: Test on images that are held out of the training split, and train on the rest.
+    """
+
+    title: str
+    recipe: str
+    seeds: tuple[int, ...]
+    teachers: Mapping[str, Arm]
+    students: Mapping[str, Arm]
+    common: tuple = ()
+    holds_out: bool = False
+
+
+FASHION = "fashion_mnist_lt_tiny"
+SETTINGS = {
+    "fashion": Setting(
+        "Fashion-MNIST, ratio 100, 1,500 to 15 images a class",
+        FASHION,
+        (0, 1, 2),
+        TEACHERS,
+        STUDENTS,
+        batch(*BATCHES[CHOSEN_BATCH]),
+    ),
+    "held_out": Setting(
+        "images held out of Fashion-MNIST's training split",
+        FASHION,
+        (10,),
+        CANDIDATE_TEACHERS,
+        CANDIDATE_STUDENTS,
+        holds_out=True,
+    ),
+    # The paper's own: 1,200 epochs of ViT-B/16 at 224 px, for a GPU. The recipe's teacher is LDAM-DRW with SAM.
+    "cifar10_lt": Setting(
+        "CIFAR-10-LT, ratio 100",
+        "cifar10_lt_rho100",
+        (0, 1, 2),
+        {
+            "ldam-sam": teacher("LDAM-DRW, SAM", "ldam", 0.8),
+            "paco-sam": teacher("PaCo, SAM", "paco", 0.05),
+        },
+        {
+            "labels": STUDENTS["labels"],
+            "deit-lt": Arm("DeiT-LT, LDAM-SAM teacher", (), "ldam-sam"),
+            "deit-lt-paco": STUDENTS["deit-lt-paco"],
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a setting.
+
+    Args:
+        name: Of the setting.
+        data_dir: Where its images are; None: from the Hub.
+        threads: Of each run: as its numbers depend on them, always the same.
+    """
+
+    name: str
+    data_dir: str | None = None
+    threads: int = 1
+
+    @property
+    def setting(self) -> Setting:
+        return SETTINGS[self.name]
+
+    def folder(self, seed: int, arm: str) -> Path:
+        return ROOT / "outputs" / "claims" / self.name / f"seed{seed}" / arm
+
+    def record(self, seed: int, arm: str) -> Path:
+        return RESULTS / f"{self.name}-{arm}-seed{seed}.json"
+
+    def data(self, seed: int) -> list:
+        """Arguments that say what the images are."""
+        data = ["--recipe", self.setting.recipe, "--subset_seed", seed]
+        return data + (["--data_dir", self.data_dir] if self.data_dir else [])
+
+    def teach(self, seed: int, name: str) -> None:
+        """Trains a teacher and measures how flat its loss is; not again if folder and record are there."""
+        folder, record = self.folder(seed, name), self.record(seed, name)
+        if record.exists() and (folder / "model.safetensors").exists():
+            return
+        results = self._train(seed, name, self.setting.teachers[name])
+        if not self.setting.holds_out:
+            sharpness = ["-m", "deitlt_hf.cli", "sharpness", "--num_images", 256, "--num_vectors", 16]
+            results["sharpness"] = self._look(seed, folder, *sharpness)
+        write_record(record, results)
+
+    def study(self, seed: int, name: str) -> None:
+        """Trains a student, whose teacher is there, and looks at its tokens; not again if its record is there."""
+        record, arm, folder = self.record(seed, name), self.setting.students[name], self.folder(seed, name)
+        if record.exists():
+            return
+        given = () if arm.teacher is None else ("--teacher", self.folder(seed, arm.teacher))
+        results = self._train(seed, name, arm, *self.setting.common, *given)
+        if arm.script == DISTILL and not self.setting.holds_out:
+            results["tokens"] = self._look(seed, folder, CLAIMS / "observe_tokens.py")
+            results["fusions"] = self._look(seed, folder, ROOT / "scripts" / "evaluate.py", "--fusion", "all")
+        write_record(record, results)
+
+    def _train(self, seed: int, name: str, arm: Arm, *arguments) -> dict:
+        folder = self.folder(seed, name)
+        command = [ROOT / arm.script, *self.data(seed), "--seed", seed, "--output_dir", folder, "--overwrite", *ONCE]
+        run(*command, *arm.arguments, *arguments, threads=self.threads)
+        return json.loads((folder / "results.json").read_text())
+
+    def _look(self, seed: int, folder: Path, *command) -> dict:
+        """What a program finds of a trained model."""
+        found = folder / "found.json"
+        run(*command, *self.data(seed), "--model", folder, "--json", found, threads=self.threads)
+        return json.loads(found.read_text())
+
+
+def hold_out(data_dir: str, test: int = 10_000) -> Path:
+    """Makes a data set of the training images alone, some of which it has as test images.
+
+    Args:
+        data_dir: Folder of IDX files, gzipped or not.
+        test: Images to hold out.
+
+    Returns:
+        Its folder.
+    """
+    folder = ROOT / "outputs" / "claims" / "held_out_images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):
+        path = Path(data_dir) / f"train-{kind}"
+        content = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
+        rows = np.frombuffer(content, np.uint8, offset=header)
+        rows = rows.reshape(int.from_bytes(content[4:8], "big"), -1)
+        rows = rows[np.random.default_rng(0).permutation(len(rows))]
+        for stem, part in (("train", rows[test:]), ("t10k", rows[:test])):
+            start = content[:4] + len(part).to_bytes(4, "big") + content[8:header]
+            (folder / f"{stem}-{kind}").write_bytes(start + part.tobytes())
+    return folder

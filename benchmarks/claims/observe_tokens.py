@@ -1,0 +1,56 @@
+"""What the tokens of a student look at and hold, on test images.
+
+python benchmarks/claims/observe_tokens.py --recipe R --model DIR --json FILE
+"""
+
+import argparse
+import json
+
+import numpy as np
+from transformers import AutoImageProcessor
+
+from deitlt_hf.analysis.features import effective_rank, singular_values
+from deitlt_hf.analysis.observe import observe
+from deitlt_hf.data.images import ImageCollator, ImageDataset
+from deitlt_hf.recipes import DataArguments, parse_arguments
+from deitlt_hf.training.run import load_model
+
+IMAGES = 2000
+
+
+def rounded(values: np.ndarray) -> list:
+    """Four digits of each value."""
+    return [float(f"{value:.4g}") for value in values]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--json", required=True)
+    args, rest = parser.parse_known_args()
+    _, data_args = parse_arguments("data", (DataArguments,), rest)
+    data = data_args.load()
+    images = ImageDataset(data["test"], "image", "label")
+    collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))
+    seen = observe(load_model(args.model), images, collate, IMAGES)
+    groups = {"overall": range(len(data["test"].features["label"].names)), **data_args.groups(data)}
+    labels = seen.labels[seen.chosen]
+    last = dict(zip(seen.tokens, seen.features[-1].transpose(1, 0, 2), strict=True))  # after the last block
+    found = {
+        "images": len(seen.chosen),
+        "attention_distances": [rounded(heads) for heads in seen.distances],
+        "token_spreads": [[rounded(heads) for heads in tokens] for tokens in seen.spreads],
+        "singular_values": {token: rounded(singular_values(features)) for token, features in last.items()},
+        "effective_ranks": {
+            token: {
+                group: effective_rank(features[np.isin(labels, list(classes))]) for group, classes in groups.items()
+            }
+            for token, features in last.items()
+        },
+    }
+    with open(args.json, "w") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main()

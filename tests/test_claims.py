@@ -1,0 +1,224 @@
+"""The claims of the paper: how they are judged, and that the page says what the records say."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from deitlt_hf.data.arrays import load_idx
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """Modules of `benchmarks/claims`."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "claims")
+    monkeypatch.setattr(sys, "path", list(sys.path))  # `arms` adds to it
+
+    def load(name):
+        for module in ("arms", name):
+            sys.modules.pop(module, None)
+        return importlib.import_module(name)
+
+    yield load
+    for module in ("arms", "report", "run"):
+        sys.modules.pop(module, None)
+
+
+# ---- Verdicts ----
+
+
+def records(report, folder, differences, seeds=(0, 1, 2)):
+    """Two arms whose tails differ by so much, and nothing else."""
+    for seed, difference in zip(seeds, differences, strict=True):
+        for arm, tail in (("first", 0.5 + difference), ("second", 0.5)):
+            record = {"last": {"accuracies": {"mean": {"overall": 0.5, "head": 0.5, "mid": 0.5, "tail": tail}}}}
+            (folder / f"fashion-{arm}-seed{seed}.json").write_text(json.dumps(record))
+    return report.Check("tail", report.accuracy("first", "mean", "tail"), report.accuracy("second", "mean", "tail"))
+
+
+@pytest.fixture
+def report(claims, tmp_path, monkeypatch):
+    module = claims("report")
+    monkeypatch.setattr(sys.modules["arms"], "RESULTS", tmp_path)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([0.10, 0.11, 0.12], "holds"),
+        ([-0.10, -0.11, -0.12], "does not hold"),
+        ([0.10, 0.01, 0.12], "cannot tell"),
+    ],
+)
+def test_verdict_is_by_the_interval_over_seeds(report, tmp_path, differences, verdict):
+    check = records(report, tmp_path, differences)
+    found, (low, high), said = check.judge(report.Evidence())
+    assert said == verdict
+    np.testing.assert_allclose(found, 100 * np.array(differences), atol=1e-9)
+    expected = stats.ttest_1samp(100 * np.array(differences), 0).confidence_interval(0.95)
+    np.testing.assert_allclose((low, high), expected)
+
+
+def test_one_seed_tells_nothing(report, tmp_path):
+    check = records(report, tmp_path, [0.3], seeds=(1,))
+    assert check.judge(report.Evidence())[2] == "cannot tell"
+
+
+def test_only_seeds_that_both_have_are_compared(report, tmp_path):
+    check = records(report, tmp_path, [0.1, 0.2, 0.3])
+    (tmp_path / "fashion-second-seed1.json").unlink()
+    np.testing.assert_allclose(check.judge(report.Evidence())[0], [10, 30])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "verdict"),
+    [
+        ([0.1, 0.11, 0.12], [0.1, 0.11, 0.12], "holds"),
+        ([0.1, 0.11, 0.12], [-0.1, -0.11, -0.12], "holds in part"),
+        ([-0.1, -0.11, -0.12], [-0.1, 0.1, 0.2], "cannot tell"),
+        ([-0.1, -0.11, -0.12], [-0.1, -0.11, -0.12], "does not hold"),
+    ],
+)
+def test_claim_holds_if_all_of_it_does(report, one, other, verdict):
+    class Given:
+        def __init__(self, differences):
+            self.is_claimed, self.differences = True, np.array(differences)
+
+        def judge(self, evidence):
+            low, high = report.interval(self.differences)
+            return self.differences, (low, high), report.verdict(low, high)
+
+    ignored = Given([-1, -1.1, -1.2])
+    ignored.is_claimed = False
+    assert report.Claim("", [Given(one), Given(other), ignored], None).verdict(None) == verdict
+
+
+# ---- The page ----
+
+
+def test_page_and_pictures_are_those_of_the_records(claims):
+    """Records without a new report would leave the page with numbers that nobody measured."""
+    report = claims("report")
+    evidence = report.Evidence()
+    made = report.parts(evidence)
+    for path in (report.PAGE, report.README):
+        page = path.read_text()
+        assert report.with_parts(page, made) == page
+    for number in range(1, len(report.CLAIMS) + 1):
+        with Image.open(report.picture(number)) as picture:
+            assert picture.text["records"] == evidence.digest
+
+
+def test_sections_of_the_page_are_the_claims(claims):
+    report = claims("report")
+    headings = [line for line in report.PAGE.read_text().splitlines() if line.startswith("## ")]
+    for number, claim in enumerate(report.CLAIMS, 1):
+        assert f"## {number}. {claim.title}" in headings
+
+
+# ---- What was chosen ----
+
+
+def test_hyperparameters_are_the_best_on_held_out_images(claims):
+    report = claims("report")
+    arms = sys.modules["arms"]
+    evidence = report.Evidence("held_out")
+    for loss, rhos in arms.RHOS.items():
+        scores = {rho: evidence.accuracies(f"{loss}-{rho:g}", "teacher")[:, 0].mean() for rho in rhos}
+        chosen = arms.TEACHERS[f"{loss}-sam"].arguments
+        assert chosen[chosen.index("--sam_rho") + 1] == max(scores, key=scores.get)
+    scores = {
+        name: np.mean([evidence.accuracies(f"{arm}-{name}", "mean")[:, 0] for arm in ("labels", "deit-lt")])
+        for name in arms.BATCHES
+    }
+    assert max(scores, key=scores.get) == arms.CHOSEN_BATCH
+
+
+def test_held_out_images_are_of_the_training_split_and_not_trained_on(claims, tmp_path, monkeypatch):
+    claims("run")
+    arms = sys.modules["arms"]
+    monkeypatch.setattr(arms, "ROOT", tmp_path)
+    generator = np.random.default_rng(0)
+    pixels, labels = generator.integers(256, size=(50, 4, 4), dtype=np.uint8), np.arange(50, dtype=np.uint8) % 10
+    for name, magic, rows in (("images-idx3", 3, pixels), ("labels-idx1", 1, labels)):
+        header = bytes([0, 0, 8, magic]) + b"".join(size.to_bytes(4, "big") for size in rows.shape)
+        (tmp_path / f"train-{name}-ubyte").write_bytes(header + rows.tobytes())
+    data = load_idx(arms.hold_out(str(tmp_path), test=20))
+    assert (len(data["train"]), len(data["test"])) == (30, 20)
+    found = {
+        split: {(np.asarray(row["image"])[..., :4].tobytes(), row["label"]) for row in data[split]} for split in data
+    }
+    assert not found["train"] & found["test"]
+    assert found["train"] | found["test"] == {
+        (image.tobytes(), label) for image, label in zip(pixels, labels.tolist(), strict=True)
+    }
+
+
+# ---- The driver ----
+
+
+def tiny_setting(arms):
+    """Seconds of training on the embedded digits."""
+    short = ("--num_train_epochs", 12, "--warmup_epochs", 2, "--drw_start_epoch", 9)
+    teacher = arms.Arm("teacher", ("--learning_rate", 0.05, *short), script="scripts/train_teacher.py")
+    brief = ("--num_train_epochs", 2, "--warmup_epochs", 0, "--drw_start_epoch", 1)
+    students = {
+        "deit-lt": arms.Arm("DeiT-LT", brief, "teacher"),
+        "timm": arms.Arm("timm", brief, "teacher", "benchmarks/claims/timm_peer.py"),
+    }
+    return arms.Setting("digits", "digits_lt", (0,), {"teacher": teacher}, students)
+
+
+def test_runs_leave_records_and_are_not_repeated(claims, tmp_path, monkeypatch, capsys):
+    run = claims("run")
+    arms = sys.modules["arms"]
+    monkeypatch.setattr(arms, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(arms.Runs, "folder", lambda self, seed, arm: tmp_path / "outputs" / f"{arm}{seed}")
+    monkeypatch.setitem(arms.SETTINGS, "tiny", tiny_setting(arms))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--setting", "tiny"])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 0, capsys.readouterr().out
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+    assert set(found) == {"tiny-teacher-seed0", "tiny-deit-lt-seed0", "tiny-timm-seed0"}
+    for name in ("tiny-deit-lt-seed0", "tiny-timm-seed0"):
+        experts = found[name]["last"]["accuracies"]
+        assert set(experts) == {"mean", "cls", "distillation"}
+        assert all(0 <= value <= 1 for row in experts.values() for value in row.values())
+    assert found["tiny-teacher-seed0"]["sharpness"]["overall"]["eigenvalue"] > 0
+    tokens = found["tiny-deit-lt-seed0"]["tokens"]
+    assert 1 <= tokens["effective_ranks"]["distillation"]["overall"] <= len(tokens["singular_values"]["distillation"])
+    assert "fusion_logit_adjustment" in found["tiny-deit-lt-seed0"]["fusions"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_failed_run_is_told_and_the_others_go_on(claims, tmp_path, monkeypatch, capsys):
+    run = claims("run")
+    arms = sys.modules["arms"]
+    monkeypatch.setattr(arms, "RESULTS", tmp_path)
+    done = []
+
+    def study(self, seed, name):
+        if name == "ood":
+            raise RuntimeError("out of memory")
+        done.append(name)
+
+    monkeypatch.setattr(arms.Runs, "study", study)
+    monkeypatch.setattr(arms.Runs, "teach", lambda self, seed, name: done.append(name))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--students", "ood", "labels", "--seeds", "4"])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 1
+    assert "seed 4: ood failed: out of memory" in capsys.readouterr().out
+    assert done == ["ce-sam", "labels"] or done == ["labels", "ce-sam"]
