@@ -23,7 +23,10 @@ def norms(model):
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-@pytest.mark.parametrize("backbone", ["resnet32", "timm/resnet18", "timm/mobilenetv3_small_050", "timm/regnetx_002", "timm/densenet121"])
+BACKBONES = ["resnet32", "timm/resnet18", "timm/mobilenetv3_small_050", "timm/regnetx_002", "timm/densenet121"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_folded_teacher_gives_the_same_labels(backbone, digits):
     """A wrongly folded batch norm still gives plausible logits, and the student learns from another teacher."""
     torch.manual_seed(0)
