@@ -326,11 +326,10 @@ def evaluate_with_trainer(turns, number: int = 10_000) -> None:
     groups = {"head": [0, 1, 2], "mid": [3, 4, 5, 6], "tail": [7, 8, 9]}
     with tempfile.TemporaryDirectory() as folder:
         args = DeiTLTTrainingArguments(output_dir=folder, per_device_eval_batch_size=100, disable_tqdm=True)
-        trainer = DeiTLTTrainer(
-            model=EVALUATED.ours().eval(), args=args, eval_dataset=test_images(number), groups=groups
-        )
+        images = test_images(number)
+        trainer = DeiTLTTrainer(model=EVALUATED.ours().eval(), args=args, eval_dataset=images, groups=groups)
         while turns.next():
-            trainer.evaluate()
+            trainer.evaluate(images)  # which it decodes anew, as the pipeline does
 
 
 def infer(turns, way: str, number: int) -> None:
@@ -394,7 +393,7 @@ class InARow:
     def __init__(self, number: int):
         self.left = number
 
-    def next(self) -> bool:
+    def next(self, value: float | None = None) -> bool:
         self.left -= 1
         return self.left >= 0
 

@@ -86,7 +86,7 @@ class Profiled:
         self._left, self._turns = warm_up + turns, turns
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
-    def next(self) -> bool:
+    def next(self, value: float | None = None) -> bool:
         if self._left == self._turns:
             self._profiler.start()
         self._left -= 1

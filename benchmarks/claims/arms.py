@@ -62,6 +62,14 @@ STUDENTS = {
     "deit-lt-ldam": Arm("DeiT-LT, LDAM-SAM teacher", (), "ldam-sam"),
     "deit-lt-paco": Arm("DeiT-LT, PaCo-SAM teacher", (), "paco-sam"),
 }
+# Epochs of further students, with the same schedule stretched.
+LENGTHS = (15, 30, 120, 240)
+STUDENTS |= {
+    f"deit-lt-{epochs}": Arm(
+        f"DeiT-LT, {epochs} epochs", ("--num_train_epochs", epochs, "--drw_start_epoch", epochs * 4 // 5), "ce-sam"
+    )
+    for epochs in LENGTHS
+}
 
 # What may suit the data, tried on held-out images.
 RHOS = {"ce": (0.05, 0.1, 0.2), "ldam": (0.05, 0.1), "paco": (0.025, 0.05)}

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from arms import CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, RESULTS, TEACHERS, Arm, Runs
+from arms import CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LENGTHS, RESULTS, TEACHERS, Arm, Runs
 from scipy import stats
 from series import GROUPS, ROOT, mean_and_deviation
 
@@ -25,6 +25,7 @@ PAGE = ROOT / "docs" / "claims.md"
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
 EXPERTS = ("cls", "distillation", "mean")
+IN_SHORT = ("labels", "deit", "timm", "deit-lt")  # of the README's table
 # Numbers of the paper: overall, head, mid, tail.
 PAPER = {"cifar10_lt": (87.5, 94.5, 84.1, 85.0)}
 NOTHING = "(no run of it is recorded yet)"
@@ -272,7 +273,43 @@ def draw_distances(figure, evidence: Evidence) -> None:
     axis.legend()
 
 
+def draw_lengths(figure, evidence: Evidence) -> None:
+    """Student over epochs of training, beside its teacher."""
+    axes = figure.subplots(1, 2)
+    for axis, group in zip(axes, ("overall", "tail"), strict=True):
+        column = GROUPS.index(group)
+        for expert in EXPERTS:
+            points = {
+                epochs: evidence.accuracies(arm, expert)[:, column]
+                for epochs, arm in BY_LENGTH.items()
+                if evidence.records(arm)
+            }
+            if points:
+                axis.errorbar(
+                    list(points),
+                    [values.mean() for values in points.values()],
+                    [errors(values[:, None]).item() for values in points.values()],
+                    label=NAMES[expert],
+                    color=COLOURS[expert],
+                    marker="o",
+                    capsize=3,
+                )
+        teacher = evidence.accuracies("ce-sam", "teacher")
+        if len(teacher):
+            axis.axhline(teacher[:, column].mean(), color="black", linestyle="--", label="teacher")
+        axis.set_xscale("log")
+        axis.set_xticks(list(BY_LENGTH), map(str, BY_LENGTH))
+        axis.minorticks_off()
+        axis.set_xlabel("epochs of the student")
+        axis.set_ylabel("accuracy on test images, %")
+        axis.set_title(group)
+    axes[0].legend(fontsize=8)
+
+
 # ---- The claims ----
+
+BY_LENGTH = dict(sorted({60: "deit-lt", **{epochs: f"deit-lt-{epochs}" for epochs in LENGTHS}}.items()))
+LONGEST = BY_LENGTH[max(BY_LENGTH)]
 
 CLAIMS = [
     Claim(
@@ -392,6 +429,28 @@ CLAIMS = [
             ("timm", "mean", "timm's token distillation"),
         ),
     ),
+    Claim(
+        "DeiT-LT's student reaches its teacher",
+        [
+            Check(
+                f"prediction after {max(BY_LENGTH)} epochs less teacher, overall",
+                accuracy(LONGEST, "mean", "overall"),
+                accuracy("ce-sam", "teacher", "overall"),
+            ),
+            Check(
+                f"DIST after {max(BY_LENGTH)} epochs less teacher, tail",
+                accuracy(LONGEST, "distillation", "tail"),
+                accuracy("ce-sam", "teacher", "tail"),
+            ),
+            Check(
+                f"prediction after {max(BY_LENGTH)} epochs less after 60, overall",
+                accuracy(LONGEST, "mean", "overall"),
+                accuracy("deit-lt", "mean", "overall"),
+                is_claimed=False,
+            ),
+        ],
+        draw_lengths,
+    ),
 ]
 
 
@@ -502,9 +561,11 @@ def against_paper(name: str) -> str:
 
 def parts(evidence: Evidence) -> dict[str, str]:
     """What is between the page's markers."""
+    students = evidence.runs.setting.students
     made = {
         "verdicts": verdicts_table(evidence),
-        "experts": experts_table(evidence, evidence.runs.setting.students),
+        "experts": experts_table(evidence, students),
+        "experts in short": experts_table(evidence, {name: students[name] for name in IN_SHORT}),
         "teachers": teachers_table(evidence, TEACHERS),
         "fusions": fusions_table(evidence),
         "held out": held_out_table(),

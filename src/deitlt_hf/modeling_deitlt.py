@@ -66,65 +66,66 @@ class DeiTLTDropPath(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        branch: Callable[[torch.Tensor], torch.Tensor],
+        branch: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Adds `branch(hidden_states)` to `residual`, by default the hidden states; both (batch, tokens, size)."""
+        """Adds a branch to the residual.
+
+        Args:
+            hidden_states: What the branch takes; (batch, tokens, size).
+            branch: Takes the hidden states of some samples, and the indices of these, None for all.
+            residual: By default the hidden states; (batch, tokens, size).
+        """
         residual = hidden_states if residual is None else residual
         if self.drop_prob == 0.0 or not self.training:
-            return residual + branch(hidden_states)
+            return residual + branch(hidden_states, None)
         keep_prob = 1.0 - self.drop_prob
         # Drawn on the CPU: how many are kept is then known without waiting for the device.
         is_kept = torch.rand(hidden_states.shape[0]) < keep_prob
         # A compiled model needs one shape; and a step that leaves out all samples must still give gradients.
         if torch.compiler.is_compiling() or not is_kept.any():
             scale = (is_kept / keep_prob).to(hidden_states, non_blocking=True)
-            return residual + branch(hidden_states) * scale.view(-1, *(1,) * (residual.dim() - 1))
+            return residual + branch(hidden_states, None) * scale.view(-1, *(1,) * (residual.dim() - 1))
         kept = is_kept.nonzero().squeeze(1).to(hidden_states.device, non_blocking=True)
-        added = branch(hidden_states.index_select(0, kept)).to(residual.dtype)
+        added = branch(hidden_states.index_select(0, kept), kept).to(residual.dtype)
         return residual.index_add(0, kept, added, alpha=1.0 / keep_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
 
 
-class DeiTLTAttention(DeiTAttention):
-    """DeiT's self-attention, on request for the first tokens only."""
+def attend_to_all(
+    attention: DeiTAttention,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    num_queries: int | None,
+    **kwargs,
+) -> torch.Tensor:
+    """Lets the first tokens attend to all.
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        num_queries: int | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Lets the first `num_queries` tokens, by default all, attend to all.
+    Args:
+        attention: DeiT's.
+        hidden_states: (batch, tokens, hidden_size).
+        attention_mask: What the attention function takes; (batch or 1, 1, tokens, tokens) for eager and sdpa.
+        num_queries: How many tokens ask; None for all.
+        **kwargs: For the attention function.
 
-        Args:
-            hidden_states: (batch, tokens, hidden_size).
-            attention_mask: What the attention function takes; (batch or 1, 1, tokens, tokens) for eager and sdpa.
-            num_queries: How many tokens ask.
-            **kwargs: For the attention function.
-
-        Returns:
-            What they saw (batch, queries, hidden_size), and where they looked if the attention function tells.
-        """
-        if num_queries is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        # Flex and flash attention have masks of other kinds, without rows that one could take.
-        has_rows = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
-        if attention_mask is not None and not has_rows:
-            seen, weights = super().forward(hidden_states, attention_mask, **kwargs)
-            return seen[:, :num_queries], weights
-        heads = (-1, self.head_dim)
-        query = self.q_proj(hidden_states[:, :num_queries].contiguous()).unflatten(-1, heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        mask = attention_mask[:, :, :num_queries] if has_rows else None
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        seen, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(seen.flatten(2)), weights
+    Returns:
+        What they saw; (batch, queries, hidden_size).
+    """
+    # Flex and flash attention have masks of other kinds, without rows that one could take.
+    has_rows = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
+    if num_queries is None or (attention_mask is not None and not has_rows):
+        return attention(hidden_states, attention_mask, **kwargs)[0][:, :num_queries]
+    heads = (-1, attention.head_dim)
+    query = attention.q_proj(hidden_states[:, :num_queries].contiguous()).unflatten(-1, heads).transpose(1, 2)
+    key = attention.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+    value = attention.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+    mask = attention_mask[:, :, :num_queries] if has_rows else None
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    seen, _ = attend(attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling, **kwargs)
+    return attention.o_proj(seen.flatten(2))
 
 
 class DeiTLTLayer(DeiTLayer):
@@ -135,7 +136,6 @@ class DeiTLTLayer(DeiTLayer):
 
     def __init__(self, config: DeiTLTConfig, drop_path_rate: float, is_last: bool):
         super().__init__(config)
-        self.attention = DeiTLTAttention(config)
         self.drop_path = DeiTLTDropPath(drop_path_rate)
         self.is_last = is_last
 
@@ -148,10 +148,13 @@ class DeiTLTLayer(DeiTLayer):
     ) -> torch.Tensor:
         num_queries = 2 if class_tokens_only and self.is_last else None
 
-        def attend(states: torch.Tensor) -> torch.Tensor:
-            return self.dropout(self.attention(self.layernorm_before(states), attention_mask, num_queries, **kwargs)[0])
+        def attend(states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+            is_of_images = isinstance(attention_mask, torch.Tensor) and len(attention_mask) > 1
+            mask = attention_mask[kept] if is_of_images and kept is not None else attention_mask
+            states = self.layernorm_before(states)
+            return self.dropout(attend_to_all(self.attention, states, mask, num_queries, **kwargs))
 
-        def transform(states: torch.Tensor) -> torch.Tensor:
+        def transform(states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
             return self.dropout(self.mlp(self.layernorm_after(states)))
 
         residual = None if num_queries is None else hidden_states[:, :num_queries]
@@ -235,8 +238,9 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
                 loss, the mean cross entropy of both heads on the labels: training without a teacher.
             interpolate_pos_encoding: Accept images of another size than the configuration's.
             class_tokens_only: Compute the last block's output for the CLS and DIST tokens only, which is all that the
-                heads see: the same logits and gradients for less. None: unless hidden states or attentions are asked
-                for, which have all tokens.
+                heads see: the same logits and gradients for less (with dropout, which the paper has not, other random
+                numbers). Hooks on the last block and the final norm then see two tokens. None: unless hidden states
+                or attentions are asked for, which have all tokens.
             **kwargs: `output_attentions`, `output_hidden_states` and what the attention function takes.
 
         Raises:

@@ -102,7 +102,9 @@ class LongTailTrainingArguments(TrainingArguments):
     nonfinite_limit: int = _option(20, "Updates in a row that may be skipped.")
     overwrite: bool = _option(False, "Replace the run that is in output_dir.")
     keep_freed_memory: bool = _option(
-        True, "On a CPU, keep memory between steps instead of giving it back to the system each time: faster."
+        True,
+        "On a CPU, keep memory between steps instead of giving it back to the system each time: faster. Holds for the "
+        "whole process, and cannot be undone in it.",
     )
 
     remove_unused_columns: bool = _option(False, "Kept off: the data set makes the model's inputs itself.")
@@ -229,8 +231,8 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     )
     fold_teacher: bool = _option(
         True,
-        "On a CPU, fold the batch norms of a flat teacher into its convolutions: the same labels, faster. Left out in "
-        "mixed precision.",
+        "On a CPU, fold the batch norms of a flat teacher into its convolutions: the same labels up to rounding, "
+        "faster. Left out in mixed precision.",
     )
     mixup: float = _option(0.8, "Mixup alpha; 0 for none.")
     cutmix: float = _option(1.0, "CutMix alpha; 0 for none.")

@@ -38,7 +38,7 @@ class DeiTLTTrainer(LongTailTrainer):
         teacher: An image classifier that knows the student's classes by name, in any order and perhaps among others;
             one whose classes have no names must have as many, in the same order. Needed to train unless
             `args.distillation` is `none`. It is frozen, and never saved with the student. With `args.fold_teacher` a
-            faster copy of it teaches.
+            faster copy of it, as it is now, teaches.
         teacher_processor: Image processor that says in which size and normalisation the teacher takes images. None: a
             [`FlatTeacherForImageClassification`] tells it itself; another teacher takes what the student does.
         **kwargs: As for [`LongTailTrainer`].
