@@ -140,7 +140,9 @@ def test_a_seed_gives_the_same_student_as_ever():
     """Recorded runs can be repeated only while construction draws the same random numbers."""
     torch.manual_seed(0)
     student = make_student()
-    assert sum(parameter.abs().sum().item() for parameter in student.parameters()) == pytest.approx(274.582547, rel=1e-5)
+    assert sum(parameter.abs().sum().item() for parameter in student.parameters()) == pytest.approx(
+        274.582547, rel=1e-5
+    )
     assert torch.rand(1).item() == pytest.approx(0.401689, rel=1e-5)
 
 

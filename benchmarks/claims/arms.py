@@ -44,7 +44,7 @@ TEACHERS = {
     "ce-sam": teacher("CE-DRW, SAM", "ce", 0.1),
     "ce-sgd": teacher("CE-DRW, SGD", "ce", 0),
     "ldam-sam": teacher("LDAM-DRW, SAM", "ldam", 0.1),
-    "paco-sam": teacher("PaCo, SAM", "paco", 0.05),
+    "paco-sam": teacher("PaCo, SAM", "paco", 0.025),
 }
 # With beta 0 all class weights are 1. Mixing stops at the DRW epoch in all of them.
 NO_DRW = ("--drw_beta", 0)
@@ -74,7 +74,7 @@ STUDENTS |= {
 # What may suit the data, tried on held-out images.
 RHOS = {"ce": (0.05, 0.1, 0.2), "ldam": (0.05, 0.1), "paco": (0.025, 0.05)}
 CHOSEN_BATCH = "128-1e-3"
-BATCHES = {"128-1e-3": (128, 1e-3), "64-1e-3": (64, 1e-3)}
+BATCHES = {"128-1e-3": (128, 1e-3), "128-2e-3": (128, 2e-3), "64-1e-3": (64, 1e-3)}
 
 
 def batch(size: int, learning_rate: float) -> tuple:
@@ -85,10 +85,10 @@ def batch(size: int, learning_rate: float) -> tuple:
 CANDIDATE_TEACHERS = {
     f"{loss}-{rho:g}": teacher(f"{loss}, rho {rho:g}", loss, rho) for loss, rhos in RHOS.items() for rho in rhos
 }
+# Of the arm that ours is to beat.
 CANDIDATE_STUDENTS = {
-    f"{arm}-{name}": Arm(f"{STUDENTS[arm].title}, batch {values[0]}, {values[1]:g}", (*arguments, *batch(*values)), by)
+    f"labels-{name}": Arm(f"labels only, batch {values[0]}, {values[1]:g}", (*ALONE, *NO_DRW, *batch(*values)))
     for name, values in BATCHES.items()
-    for arm, arguments, by in (("labels", ALONE + NO_DRW, None), ("deit-lt", (), "ce-0.1"))
 }
 
 

@@ -133,10 +133,9 @@ class Check:
     def judge(self, evidence: Evidence) -> tuple[np.ndarray, tuple[float, float], str]:
         """Differences by seed, the 95 % interval of their mean, and the verdict."""
         differences = evidence.compare(self.first, self.second)
-        low, high = interval(differences)
-        if not self.is_claimed:
-            return differences, (low, high), ""
-        return differences, (low, high), verdict(low, high)
+        ends = interval(differences)
+        said = "" if not self.is_claimed else verdict(*ends) if len(differences) else "not run"
+        return differences, ends, said
 
 
 def verdict(low: float, high: float) -> str:
@@ -185,6 +184,8 @@ class Claim:
 
     def verdict(self, evidence: Evidence) -> str:
         found = {check.judge(evidence)[2] for check in self.checks if check.is_claimed}
+        if "not run" in found:
+            return "not run"
         return found.pop() if len(found) == 1 else "holds in part" if "holds" in found else "cannot tell"
 
 
@@ -209,9 +210,10 @@ def bars(axis, evidence: Evidence, rows: Sequence[tuple[str, str, str, str]]) ->
         places = np.arange(len(GROUPS)) + (index - (len(rows) - 1) / 2) * width
         axis.bar(places, values.mean(axis=0), width, yerr=errors(values), label=label, color=colour, ecolor="#444444")
     axis.set_xticks(range(len(GROUPS)), GROUPS)
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 115)  # room for the legend
+    axis.set_yticks(range(0, 101, 20))
     axis.set_ylabel("accuracy on test images, %")
-    axis.legend(fontsize=8)
+    axis.legend(loc="upper center", ncols=len(rows), fontsize=8)
 
 
 def arm_colours(number: int) -> list[str]:
