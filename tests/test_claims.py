@@ -112,7 +112,9 @@ def test_page_and_pictures_are_those_of_the_records(claims):
     for path in (report.PAGE, report.README):
         page = path.read_text()
         assert report.with_parts(page, made) == page
-    for number in range(1, len(report.CLAIMS) + 1):
+    for number, claim in enumerate(report.CLAIMS, 1):
+        if claim.verdict(evidence) == report.NOT_RUN:
+            continue
         with Image.open(report.picture(number)) as picture:
             assert picture.text["records"] == evidence.digest
 

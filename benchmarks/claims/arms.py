@@ -73,8 +73,8 @@ STUDENTS |= {
 
 # What may suit the data, tried on held-out images.
 RHOS = {"ce": (0.05, 0.1, 0.2), "ldam": (0.05, 0.1), "paco": (0.025, 0.05)}
-CHOSEN_BATCH = "128-1e-3"
-BATCHES = {"128-1e-3": (128, 1e-3), "128-2e-3": (128, 2e-3), "64-1e-3": (64, 1e-3)}
+CHOSEN_BATCH = "64-1e-3"
+BATCHES = {"128-1e-3": (128, 1e-3), "128-2e-3": (128, 2e-3), "64-1e-3": (64, 1e-3), "64-2e-3": (64, 2e-3)}
 
 
 def batch(size: int, learning_rate: float) -> tuple:

@@ -29,6 +29,7 @@ IN_SHORT = ("labels", "deit", "timm", "deit-lt")  # of the README's table
 # Numbers of the paper: overall, head, mid, tail.
 PAPER = {"cifar10_lt": (87.5, 94.5, 84.1, 85.0)}
 NOTHING = "(no run of it is recorded yet)"
+NOT_RUN = "not run yet"
 
 
 class Evidence:
@@ -134,7 +135,7 @@ class Check:
         """Differences by seed, the 95 % interval of their mean, and the verdict."""
         differences = evidence.compare(self.first, self.second)
         ends = interval(differences)
-        said = "" if not self.is_claimed else verdict(*ends) if len(differences) else "not run"
+        said = "" if not self.is_claimed else verdict(*ends) if len(differences) else NOT_RUN
         return differences, ends, said
 
 
@@ -184,8 +185,8 @@ class Claim:
 
     def verdict(self, evidence: Evidence) -> str:
         found = {check.judge(evidence)[2] for check in self.checks if check.is_claimed}
-        if "not run" in found:
-            return "not run"
+        if NOT_RUN in found:
+            return NOT_RUN
         return found.pop() if len(found) == 1 else "holds in part" if "holds" in found else "cannot tell"
 
 
@@ -573,13 +574,11 @@ def parts(evidence: Evidence) -> dict[str, str]:
         "held out": held_out_table(),
     }
     for number, claim in enumerate(CLAIMS, 1):
-        made[f"claim {number}"] = "\n\n".join(
-            [
-                f"**Verdict: {claim.verdict(evidence)}.**",
-                checks_table(claim, evidence),
-                f"![{claim.title}](pictures/claim_{number}.png)",
-            ]
-        )
+        said = claim.verdict(evidence)
+        texts = [f"**Verdict: {said}.**", checks_table(claim, evidence)]
+        if said != NOT_RUN:
+            texts.append(f"![{claim.title}](pictures/{picture(number).name})")
+        made[f"claim {number}"] = "\n\n".join(texts)
     return made
 
 
@@ -601,6 +600,8 @@ def draw_all(evidence: Evidence) -> None:
     from matplotlib import pyplot
 
     for number, claim in enumerate(CLAIMS, 1):
+        if claim.verdict(evidence) == NOT_RUN:
+            continue
         figure = pyplot.figure(figsize=(9, 4), layout="constrained")
         claim.draw(figure, evidence)
         seeds = len(evidence.records("deit-lt"))

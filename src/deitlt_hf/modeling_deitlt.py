@@ -149,8 +149,9 @@ class DeiTLTLayer(DeiTLayer):
         num_queries = 2 if class_tokens_only and self.is_last else None
 
         def attend(states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-            is_of_images = isinstance(attention_mask, torch.Tensor) and len(attention_mask) > 1
-            mask = attention_mask[kept] if is_of_images and kept is not None else attention_mask
+            mask = attention_mask
+            if kept is not None and isinstance(mask, torch.Tensor) and len(mask) > 1:
+                mask = mask[kept]
             states = self.layernorm_before(states)
             return self.dropout(attend_to_all(self.attention, states, mask, num_queries, **kwargs))
 
