@@ -10,7 +10,7 @@ import numpy as np
 from transformers import AutoImageProcessor
 
 from deitlt_hf.analysis.features import effective_rank, singular_values
-from deitlt_hf.analysis.observe import observe
+from deitlt_hf.analysis.observe import observe, spread_rows
 from deitlt_hf.data.images import ImageCollator, ImageDataset
 from deitlt_hf.recipes import DataArguments, parse_arguments
 from deitlt_hf.training.run import load_model
@@ -30,20 +30,20 @@ def main():
     args, rest = parser.parse_known_args()
     _, data_args = parse_arguments("data", (DataArguments,), rest)
     data = data_args.load()
-    images = ImageDataset(data["test"], "image", "label")
+    chosen = data["test"].select(spread_rows(len(data["test"]), IMAGES))
     collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))
-    seen = observe(load_model(args.model), images, collate, IMAGES)
+    seen = observe(load_model(args.model), ImageDataset(chosen, "image", "label"), collate, IMAGES)
     groups = {"overall": range(len(data["test"].features["label"].names)), **data_args.groups(data)}
-    labels = seen.labels[seen.chosen]
     last = dict(zip(seen.tokens, seen.features[-1].transpose(1, 0, 2), strict=True))  # after the last block
     found = {
-        "images": len(seen.chosen),
+        "images": len(chosen),
         "attention_distances": [rounded(heads) for heads in seen.distances],
         "token_spreads": [[rounded(heads) for heads in tokens] for tokens in seen.spreads],
         "singular_values": {token: rounded(singular_values(features)) for token, features in last.items()},
         "effective_ranks": {
             token: {
-                group: effective_rank(features[np.isin(labels, list(classes))]) for group, classes in groups.items()
+                group: effective_rank(features[np.isin(seen.labels, list(classes))])
+                for group, classes in groups.items()
             }
             for token, features in last.items()
         },
