@@ -192,6 +192,7 @@ class Claim:
 
 # ---- Figures ----
 
+ARM_COLOURS = ("#4c72b0", "#c44e52", "#8172b3", "#937860")
 COLOURS = {"cls": "#dd8452", "distillation": "#55a868", "mean": "#4c72b0"}
 NAMES = {"cls": "CLS", "distillation": "DIST", "mean": "prediction (mean)"}
 
@@ -201,44 +202,26 @@ def errors(values: np.ndarray) -> np.ndarray:
     return np.array([0.0 if len(column) < 2 else (np.diff(interval(column)) / 2).item() for column in values.T])
 
 
-def bars(axis, evidence: Evidence, rows: Sequence[tuple[str, str, str, str]]) -> None:
-    """Accuracies by group of arms' experts: rows of arm, expert, label and colour."""
-    width = 0.8 / len(rows)
-    for index, (arm, expert, label, colour) in enumerate(rows):
-        values = evidence.accuracies(arm, expert)
-        if not len(values):
-            continue
-        places = np.arange(len(GROUPS)) + (index - (len(rows) - 1) / 2) * width
-        axis.bar(places, values.mean(axis=0), width, yerr=errors(values), label=label, color=colour, ecolor="#444444")
-    axis.set_xticks(range(len(GROUPS)), GROUPS)
-    axis.set_ylim(0, 115)  # room for the legend
-    axis.set_yticks(range(0, 101, 20))
-    axis.set_ylabel("accuracy on test images, %")
-    axis.legend(loc="upper center", ncols=len(rows), fontsize=8)
-
-
-def arm_colours(number: int) -> list[str]:
-    return ["#4c72b0", "#c44e52", "#8172b3", "#937860", "#64b5cd", "#8c8c8c"][:number]
-
-
-def draw_bars(*rows: tuple[str, str, str], colours: Sequence[str] | None = None) -> Callable:
-    """Draws one panel of bars."""
+def draw_bars(panels: Mapping[str, Sequence[tuple[str, str, str]]]) -> Callable:
+    """Draws accuracies by group: by the title of a panel its rows of arm, expert and label."""
 
     def draw(figure, evidence: Evidence) -> None:
-        given = colours or arm_colours(len(rows))
-        bars(figure.subplots(), evidence, [(*row, colour) for row, colour in zip(rows, given, strict=True)])
-
-    return draw
-
-
-def draw_panels(panels: Mapping[str, Sequence[tuple[str, str, str]]]) -> Callable:
-    """Draws panels of bars side by side."""
-
-    def draw(figure, evidence: Evidence) -> None:
-        for axis, (title, rows) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-            colours = arm_colours(len(rows))
-            bars(axis, evidence, [(*row, colour) for row, colour in zip(rows, colours, strict=True)])
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+            width = 0.8 / len(rows)
+            is_by_expert = len({arm for arm, _, _ in rows}) == 1
+            for index, (arm, expert, label) in enumerate(rows):
+                values = evidence.accuracies(arm, expert)
+                places = np.arange(len(GROUPS)) + (index - (len(rows) - 1) / 2) * width
+                colour = COLOURS[expert] if is_by_expert else ARM_COLOURS[index]
+                heights = values.mean(axis=0)
+                axis.bar(places, heights, width, yerr=errors(values), label=label, color=colour, ecolor="#444444")
             axis.set_title(title)
+            axis.set_xticks(range(len(GROUPS)), GROUPS)
+            axis.set_ylim(0, 115)  # room for the legend
+            axis.set_yticks(range(0, 101, 20))
+            axis.legend(loc="upper center", ncols=len(rows), fontsize=8)
+        axes[0].set_ylabel("accuracy on test images, %")
 
     return draw
 
@@ -254,7 +237,7 @@ def draw_teachers(figure, evidence: Evidence) -> None:
         for place, measure in enumerate(measures):
             values = np.array(list(evidence.values(measure).values()))
             if len(values):
-                axis.bar(place, values.mean(), 0.6, yerr=errors(values[:, None]), color=arm_colours(2)[1 - place])
+                axis.bar(place, values.mean(), 0.6, yerr=errors(values[:, None]), color=ARM_COLOURS[1 - place])
                 axis.plot(np.full(len(values), place), values, "o", color="black", markersize=3)
         axis.set_xticks(range(2), ["SGD teacher", "SAM teacher"])
         axis.set_title(title, fontsize=10)
@@ -264,7 +247,7 @@ def draw_teachers(figure, evidence: Evidence) -> None:
 def draw_distances(figure, evidence: Evidence) -> None:
     """Mean attention distance by block."""
     axis = figure.subplots()
-    for colour, (arm, label) in zip(arm_colours(3), (("deit-lt", "DeiT-LT"), ("labels", "labels only")), strict=False):
+    for colour, (arm, label) in zip(ARM_COLOURS, (("deit-lt", "DeiT-LT"), ("labels", "labels only")), strict=False):
         rows = [np.mean(record["tokens"]["attention_distances"], axis=1) for record in evidence.records(arm).values()]
         if rows:
             blocks = np.arange(1, len(rows[0]) + 1)
@@ -329,9 +312,7 @@ CLAIMS = [
                 accuracy("deit-lt", "distillation", "head"),
             ),
         ],
-        draw_bars(
-            *(("deit-lt", expert, NAMES[expert]) for expert in EXPERTS), colours=[COLOURS[name] for name in EXPERTS]
-        ),
+        draw_bars({"": [("deit-lt", expert, NAMES[expert]) for expert in EXPERTS]}),
     ),
     Claim(
         "Deferred re-weighting lifts the tail",
@@ -347,7 +328,7 @@ CLAIMS = [
                 is_claimed=False,
             ),
         ],
-        draw_panels(
+        draw_bars(
             {
                 "distilled, DIST": [
                     ("deit-lt", "distillation", "with DRW"),
@@ -366,7 +347,7 @@ CLAIMS = [
             *of_groups("with DRW", "deit-lt", "id-drw", ["overall", "tail"], ("mean", "distillation")),
             *of_groups("without DRW", "ood", "deit", ["overall", "tail"], ("mean", "distillation")),
         ],
-        draw_panels(
+        draw_bars(
             {
                 "with DRW, prediction": [
                     ("deit-lt", "mean", "out of distribution"),
@@ -426,10 +407,14 @@ CLAIMS = [
             *of_groups("less timm's token distillation", "deit-lt", "timm", ["overall", "tail"]),
         ],
         draw_bars(
-            ("deit-lt", "mean", "DeiT-LT"),
-            ("labels", "mean", "labels only"),
-            ("deit", "mean", "plain DeiT distillation"),
-            ("timm", "mean", "timm's token distillation"),
+            {
+                "prediction": [
+                    ("deit-lt", "mean", "DeiT-LT"),
+                    ("labels", "mean", "labels only"),
+                    ("deit", "mean", "plain DeiT distillation"),
+                    ("timm", "mean", "timm's token distillation"),
+                ]
+            }
         ),
     ),
     Claim(
@@ -444,6 +429,12 @@ CLAIMS = [
                 f"DIST after {max(BY_LENGTH)} epochs less teacher, tail",
                 accuracy(LONGEST, "distillation", "tail"),
                 accuracy("ce-sam", "teacher", "tail"),
+            ),
+            Check(
+                f"experts fused by logit adjustment after {max(BY_LENGTH)} epochs less teacher, overall",
+                fused(LONGEST, "logit_adjustment", "overall"),
+                accuracy("ce-sam", "teacher", "overall"),
+                is_claimed=False,
             ),
             Check(
                 f"prediction after {max(BY_LENGTH)} epochs less after 60, overall",
@@ -600,12 +591,13 @@ def draw_all(evidence: Evidence) -> None:
     from matplotlib import pyplot
 
     for number, claim in enumerate(CLAIMS, 1):
-        if claim.verdict(evidence) == NOT_RUN:
+        said = claim.verdict(evidence)
+        if said == NOT_RUN:
             continue
         figure = pyplot.figure(figsize=(9, 4), layout="constrained")
         claim.draw(figure, evidence)
         seeds = len(evidence.records("deit-lt"))
-        figure.suptitle(f"{claim.title}\n", fontsize=11)
+        figure.suptitle(f'"{claim.title}": {said}\n', fontsize=11)
         figure.supxlabel(f"{evidence.runs.setting.title}; {seeds} seeds, lines: 95 % interval of the mean", fontsize=8)
         figure.savefig(picture(number), dpi=110, metadata={"records": evidence.digest})
         pyplot.close(figure)
