@@ -7,6 +7,7 @@ import argparse
 import json
 
 import numpy as np
+import torch
 from transformers import AutoImageProcessor
 
 from deitlt_hf.analysis.features import effective_rank, singular_values
@@ -32,9 +33,12 @@ def main():
     data = data_args.load()
     chosen = data["test"].select(spread_rows(len(data["test"]), IMAGES))
     collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))
-    seen = observe(load_model(args.model), ImageDataset(chosen, "image", "label"), collate, IMAGES)
+    model = load_model(args.model)
+    seen = observe(model, ImageDataset(chosen, "image", "label"), collate, IMAGES)
     groups = {"overall": range(len(data["test"].features["label"].names)), **data_args.groups(data)}
-    last = dict(zip(seen.tokens, seen.features[-1].transpose(1, 0, 2), strict=True))  # after the last block
+    with torch.no_grad():  # what the heads see: the last block's tokens, normalised
+        features = model.deit.layernorm(torch.from_numpy(seen.features[-1])).numpy()
+    last = dict(zip(seen.tokens, features.transpose(1, 0, 2), strict=True))
     found = {
         "images": len(chosen),
         "attention_distances": [rounded(heads) for heads in seen.distances],
