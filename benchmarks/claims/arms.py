@@ -1,21 +1,27 @@
 """What is trained for the claims: the settings, their teachers and students, and the runs with their records."""
 
+import contextlib
 import gzip
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
+
+from deitlt_hf.hub.weights import weights_digest
 
 sys.path.append(str(Path(__file__).parent.parent))
 from series import ROOT, run, write_record
 
 CLAIMS = Path(__file__).parent
 RESULTS = CLAIMS / "results"
-# Nothing is seen of the test images before the last epoch.
-ONCE = ("--eval_strategy", "no", "--save_strategy", "no", "--dataloader_num_workers", "0")
+# For runs of minutes: begun anew if interrupted, with nothing seen of the test images before the last epoch.
+SHORT = ("--overwrite", "--eval_strategy", "no", "--save_strategy", "no", "--dataloader_num_workers", "0")
+# For runs of days: the recipe's workers and checkpoints, from the newest of which they go on.
+LONG = ("--resume_from_checkpoint", "auto")
 DISTILL = "scripts/distill.py"
 
 
@@ -62,6 +68,9 @@ STUDENTS = {
     "deit-lt-ldam": Arm("DeiT-LT, LDAM-SAM teacher", (), "ldam-sam"),
     "deit-lt-paco": Arm("DeiT-LT, PaCo-SAM teacher", (), "paco-sam"),
 }
+# The authors mix no images where the teacher sees a weak view: its label would be of one image, whatever its share.
+STUDENTS["id-unmixed"] = Arm("in-distribution view, DRW, no mixing", (*WEAK, "--mixup", 0, "--cutmix", 0), "ce-sam")
+STUDENTS["ood-unmixed"] = Arm("out-of-distribution view, DRW, no mixing", ("--mixup", 0, "--cutmix", 0), "ce-sam")
 # Epochs of further students, with the same schedule stretched.
 LENGTHS = (15, 30, 120, 240)
 STUDENTS |= {
@@ -70,6 +79,12 @@ STUDENTS |= {
     )
     for epochs in LENGTHS
 }
+LATER = (
+    *("id-unmixed", "ood-unmixed", "deit-lt-ldam", "deit-lt-paco"),
+    *(f"deit-lt-{epochs}" for epochs in LENGTHS),
+)
+SEEDS = (0, 1, 2)
+
 
 # What may suit the data, tried on held-out images.
 RHOS = {"ce": (0.05, 0.1, 0.2), "ldam": (0.05, 0.1), "paco": (0.025, 0.05)}
@@ -102,7 +117,9 @@ class Setting:
         seeds: Of subset, initialisation and augmentation.
         teachers: Arms, by name.
         students: Arms, by name; the most telling first.
+        later: Names of students that come after the others of all seeds.
         common: Arguments of all students.
+        running: Arguments of all runs that change no result.
         holds_out: Test on images that are held out of the training split, and train on the rest.
     """
 
@@ -111,7 +128,9 @@ class Setting:
     seeds: tuple[int, ...]
     teachers: Mapping[str, Arm]
     students: Mapping[str, Arm]
+    later: tuple[str, ...] = ()
     common: tuple = ()
+    running: tuple = SHORT
     holds_out: bool = False
 
 
@@ -120,9 +139,10 @@ SETTINGS = {
     "fashion": Setting(
         "Fashion-MNIST, ratio 100, 1,500 to 15 images a class",
         FASHION,
-        (0, 1, 2),
+        SEEDS,
         TEACHERS,
         STUDENTS,
+        LATER,
         batch(*BATCHES[CHOSEN_BATCH]),
     ),
     "held_out": Setting(
@@ -137,7 +157,7 @@ SETTINGS = {
     "cifar10_lt": Setting(
         "CIFAR-10-LT, ratio 100",
         "cifar10_lt_rho100",
-        (0, 1, 2),
+        SEEDS,
         {
             "ldam-sam": teacher("LDAM-DRW, SAM", "ldam", 0.8),
             "paco-sam": teacher("PaCo, SAM", "paco", 0.05),
@@ -147,6 +167,7 @@ SETTINGS = {
             "deit-lt": Arm("DeiT-LT, LDAM-SAM teacher", (), "ldam-sam"),
             "deit-lt-paco": STUDENTS["deit-lt-paco"],
         },
+        running=LONG,
     ),
 }
 
@@ -169,6 +190,9 @@ class Runs:
     def setting(self) -> Setting:
         return SETTINGS[self.name]
 
+    def arm(self, name: str) -> Arm:
+        return self.setting.teachers.get(name) or self.setting.students[name]
+
     def folder(self, seed: int, arm: str) -> Path:
         return ROOT / "outputs" / "claims" / self.name / f"seed{seed}" / arm
 
@@ -180,34 +204,77 @@ class Runs:
         data = ["--recipe", self.setting.recipe, "--subset_seed", seed]
         return data + (["--data_dir", self.data_dir] if self.data_dir else [])
 
+    def arguments(self, name: str) -> list[str]:
+        """What an arm changes of the recipe."""
+        common = () if name in self.setting.teachers else self.setting.common
+        return [str(argument) for argument in (*common, *self.arm(name).arguments)]
+
+    def recorded(self, seed: int, name: str) -> dict | None:
+        """The record of a run; None if there is none.
+
+        Raises:
+            ValueError: If it was made with other arguments than the arm's of today.
+        """
+        path = self.record(seed, name)
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text())
+        if record["arguments"] != self.arguments(name):
+            raise ValueError(
+                f"{path.name} was made with the arguments {' '.join(record['arguments'])}, but {name} has "
+                f"{' '.join(self.arguments(name))} now; remove it to make it anew."
+            )
+        return record
+
     def teach(self, seed: int, name: str) -> None:
-        """Trains a teacher and measures how flat its loss is; not again if folder and record are there."""
-        folder, record = self.folder(seed, name), self.record(seed, name)
-        if record.exists() and (folder / "model.safetensors").exists():
-            return
-        results = self._train(seed, name, self.setting.teachers[name])
-        if not self.setting.holds_out:
-            sharpness = ["-m", "deitlt_hf.cli", "sharpness", "--num_images", 256, "--num_vectors", 16]
-            results["sharpness"] = self._look(seed, folder, *sharpness)
-        write_record(record, results)
+        """Trains a teacher and measures how flat its loss is; not again if model and record are there."""
+        with self._alone(seed, name) as folder:
+            record, results = self.recorded(seed, name), self._trained(seed, name)
+            if record is not None and record["weights_sha256"] == results["weights_sha256"]:
+                return
+            if not self.setting.holds_out:
+                sharpness = ["-m", "deitlt_hf.cli", "sharpness", "--num_images", 256, "--num_vectors", 16]
+                results["sharpness"] = self._look(seed, folder, *sharpness)
+            write_record(self.record(seed, name), results)
 
     def study(self, seed: int, name: str) -> None:
         """Trains a student, whose teacher is there, and looks at its tokens; not again if its record is there."""
-        record, arm, folder = self.record(seed, name), self.setting.students[name], self.folder(seed, name)
-        if record.exists():
-            return
-        given = () if arm.teacher is None else ("--teacher", self.folder(seed, arm.teacher))
-        results = self._train(seed, name, arm, *self.setting.common, *given)
-        if arm.script == DISTILL and not self.setting.holds_out:
-            results["tokens"] = self._look(seed, folder, CLAIMS / "observe_tokens.py")
-            results["fusions"] = self._look(seed, folder, ROOT / "scripts" / "evaluate.py", "--fusion", "all")
-        write_record(record, results)
+        with self._alone(seed, name) as folder:
+            if self.recorded(seed, name) is not None:
+                return
+            results = self._trained(seed, name)
+            if self.arm(name).script == DISTILL and not self.setting.holds_out:
+                results["tokens"] = self._look(seed, folder, CLAIMS / "observe_tokens.py")
+                results["fusions"] = self._look(seed, folder, ROOT / "scripts" / "evaluate.py", "--fusion", "all")
+            write_record(self.record(seed, name), results)
 
-    def _train(self, seed: int, name: str, arm: Arm, *arguments) -> dict:
+    @contextlib.contextmanager
+    def _alone(self, seed: int, name: str) -> Iterator[Path]:
+        """The folder of a run, which no other driver works in."""
         folder = self.folder(seed, name)
-        command = [ROOT / arm.script, *self.data(seed), "--seed", seed, "--output_dir", folder, "--overwrite", *ONCE]
-        run(*command, *arm.arguments, *arguments, threads=self.threads)
-        return json.loads((folder / "results.json").read_text())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            yield folder
+
+    def _trained(self, seed: int, name: str) -> dict:
+        """Results of a run, after training unless the folder has just that."""
+        arm, folder = self.arm(name), self.folder(seed, name)
+        made_of = {"arguments": self.arguments(name)}
+        command = [ROOT / arm.script, *self.data(seed), "--seed", seed, "--output_dir", folder, *self.setting.running]
+        command += made_of["arguments"]
+        if arm.teacher is not None:
+            command += ["--teacher", self.folder(seed, arm.teacher)]
+            made_of["teacher_sha256"] = weights_digest(self.folder(seed, arm.teacher))
+        kept = folder / "trained.json"
+        if kept.exists():
+            results = json.loads(kept.read_text())
+            is_of_it = results.get("weights_sha256") == weights_digest(folder)
+            if is_of_it and made_of.items() <= results.items():
+                return results
+        run(*command, threads=self.threads)
+        results = json.loads((folder / "results.json").read_text()) | made_of
+        write_record(kept, results)
+        return results
 
     def _look(self, seed: int, folder: Path, *command) -> dict:
         """What a program finds of a trained model."""

@@ -15,14 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from arms import SETTINGS, Runs, hold_out
 
 
-def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, wanted: list[str] | None) -> dict[str, Future]:
-    """Plans a seed: first the teachers that are needed, or of all arms those without a record; then the students."""
+def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) -> dict[str, Future]:
+    """Plans runs of one seed: first the teachers among them or needed, then the students that have no record."""
     setting = runs.setting
-    todo = [name for name in wanted or setting.students if not runs.record(seed, name).exists()]
-    needed = {setting.students[name].teacher for name in todo}
-    if wanted is None:
-        needed |= {name for name in setting.teachers if not runs.record(seed, name).exists()}
-    teachers = {name: pool.submit(tell, runs.teach, seed, name) for name in setting.teachers if name in needed}
+    todo = [name for name in names if runs.recorded(seed, name) is None]
+    needed = {setting.students[name].teacher for name in todo if name in setting.students}
+    teachers = {
+        name: pool.submit(tell, runs.teach, seed, name) for name in setting.teachers if name in needed or name in todo
+    }
 
     def study(name: str) -> None:
         teacher = setting.students[name].teacher
@@ -30,7 +30,19 @@ def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, wanted: list[str] | 
             teachers[teacher].result()  # which began before, so that it ends
         tell(runs.study, seed, name)
 
-    return teachers | {name: pool.submit(study, name) for name in todo}
+    return teachers | {name: pool.submit(study, name) for name in todo if name in setting.students}
+
+
+def plan(pool: ThreadPoolExecutor, runs: Runs, seeds: list[int], names: list[str]) -> dict[tuple[int, str], Future]:
+    """Plans all runs, those that can wait after the others of all seeds."""
+    later = [name for name in names if name in runs.setting.later]
+    first = [name for name in names if name not in later]
+    return {
+        (seed, name): future
+        for some in (first, later)
+        for seed in seeds
+        for name, future in submit(pool, runs, seed, some).items()
+    }
 
 
 def tell(work, seed: int, name: str) -> None:
@@ -44,25 +56,22 @@ def main():
     parser.add_argument("--setting", default="fashion", choices=list(SETTINGS))
     parser.add_argument("--data_dir", help="folder of the images; by default they come from the Hub")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the setting's")
-    parser.add_argument("--students", nargs="+", help="instead of all of the setting's")
+    parser.add_argument("--arms", nargs="+", help="teachers and students, instead of all of the setting's")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run; its numbers depend on them")
     args = parser.parse_args()
     setting = SETTINGS[args.setting]
-    unknown = sorted(set(args.students or ()) - set(setting.students))
+    arms = [*setting.teachers, *setting.students]
+    unknown = sorted(set(args.arms or ()) - set(arms))
     if unknown:
-        parser.error(f"unknown students {', '.join(unknown)}; {args.setting} has {', '.join(setting.students)}.")
+        parser.error(f"unknown arms {', '.join(unknown)}; {args.setting} has {', '.join(arms)}.")
     if setting.holds_out and args.data_dir is None:
         parser.error(f"--setting {args.setting} needs --data_dir with the four IDX files.")
     data_dir = str(hold_out(args.data_dir)) if setting.holds_out else args.data_dir
     runs = Runs(args.setting, data_dir, args.threads)
     with ThreadPoolExecutor(args.jobs) as pool:
-        plans = {
-            (seed, name): plan
-            for seed in args.seeds or setting.seeds
-            for name, plan in submit(pool, runs, seed, args.students).items()
-        }
-    failed = {key: plan.exception() for key, plan in plans.items() if plan.exception() is not None}
+        futures = plan(pool, runs, args.seeds or list(setting.seeds), args.arms or arms)
+    failed = {key: future.exception() for key, future in futures.items() if future.exception() is not None}
     for (seed, name), error in failed.items():
         print(f"seed {seed}: {name} failed: {error}")
     raise SystemExit(bool(failed))
