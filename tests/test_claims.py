@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
+from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.data.arrays import load_idx
+from deitlt_hf.hub import load_original_student
+from deitlt_hf.losses import DistillationLoss
+from deitlt_hf.recipes import StudentArguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -163,6 +168,44 @@ def test_held_out_images_are_of_the_training_split_and_not_trained_on(claims, tm
     assert found["train"] | found["test"] == {
         (image.tobytes(), label) for image, label in zip(pixels, labels.tolist(), strict=True)
     }
+
+
+def test_records_of_a_seed_belong_together(claims):
+    """With another subset, or a teacher that was trained anew elsewhere, an arm is no pair of the others."""
+    report = claims("report")
+    evidence = report.Evidence()
+    setting = evidence.runs.setting
+    for seed in setting.seeds:
+        found = {name: evidence.runs.recorded(seed, name) for name in (*setting.teachers, *setting.students)}
+        found = {name: record for name, record in found.items() if record is not None}
+        assert len({record["data"]["subset_sha256"] for record in found.values()}) <= 1
+        for name, record in found.items():
+            teacher = None if name in setting.teachers else setting.students[name].teacher
+            if teacher is not None:
+                assert record["teacher_sha256"] == found[teacher]["weights_sha256"]
+
+
+# ---- The peer ----
+
+
+def test_peer_has_our_loss_and_gradients(claims, teacher_folder):
+    """Else it is another method, and not ours without re-weighting."""
+    peer = claims("timm_peer")
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    student = peer.make_student(StudentArguments(**sizes, drop_path_rate=0.0), 10)
+    ours = load_original_student(student.state_dict(), num_attention_heads=2, drop_path_rate=0.0).train()
+    images, targets = torch.randn(6, 3, 8, 8), torch.rand(6, 10).softmax(dim=1)
+    expected = peer.make_task(student, str(teacher_folder), 0.5).train()(images, targets)["loss"]
+    outputs = ours(images)
+    with torch.no_grad():
+        taught = FlatTeacherForImageClassification.from_pretrained(teacher_folder).eval()(images).logits
+    found = DistillationLoss()(outputs.cls_logits, outputs.distillation_logits, targets, taught).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    expected.backward()
+    found.backward()
+    gradient = ours.deit.embeddings.position_embeddings.grad
+    torch.testing.assert_close(gradient, student.pos_embed.grad, rtol=1e-4, atol=1e-6)
 
 
 # ---- The driver ----

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from deitlt_hf.data.images import ImageCollator, ImageDataset
+from deitlt_hf.data.loading import subset_hash
 from deitlt_hf.data.sampling import SeededImages, TrainBatches
 from deitlt_hf.data.transforms import image_processor, train_transform
 from deitlt_hf.evaluation import group_accuracies
@@ -60,6 +61,18 @@ def make_student(args: StudentArguments, num_classes: int) -> VisionTransformerD
     return model
 
 
+def make_task(student: VisionTransformerDistilled, teacher: str, alpha: float) -> TokenDistillationTask:
+    """timm's loss of a student and the teacher in a folder, of which the DIST head's share is alpha."""
+    return TokenDistillationTask(
+        student,
+        Teacher(teacher, student),
+        criterion=SoftTargetCrossEntropy(),
+        distill_type="hard",
+        task_loss_weight=1 - alpha,
+        verbose=False,
+    )
+
+
 @torch.no_grad()
 def predict(model: VisionTransformerDistilled, images: ImageDataset, collate: ImageCollator) -> dict[str, np.ndarray]:
     """The class that each expert gives each image."""
@@ -85,14 +98,7 @@ def main():
 
     set_seed(args.seed)
     model = make_student(model_args, len(names))
-    task = TokenDistillationTask(
-        model,
-        Teacher(model_args.teacher, model),
-        criterion=SoftTargetCrossEntropy(),
-        distill_type="hard",
-        task_loss_weight=1 - args.alpha,
-        verbose=False,
-    )
+    task = make_task(model, model_args.teacher, args.alpha)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = CosineLRScheduler(
         optimizer,
@@ -125,8 +131,13 @@ def main():
     accuracies = {expert: group_accuracies(found, labels, groups) for expert, found in predictions.items()}
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    last = {"epoch": args.num_train_epochs, "step": step, "accuracies": accuracies}
-    (folder / "results.json").write_text(json.dumps({"model": "timm", "last": last, "train_seconds": seconds}))
+    results = {
+        "model": "timm",
+        "data": {"subset_sha256": subset_hash(data["train"])},
+        "last": {"epoch": args.num_train_epochs, "step": step, "accuracies": accuracies},
+        "train_seconds": seconds,
+    }
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
