@@ -294,7 +294,10 @@ def hold_out(data_dir: str, test: int = 10_000) -> Path:
         Its folder.
     """
     folder = ROOT / "outputs" / "claims" / "held_out_images"
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        return folder
+    unfinished = folder.with_suffix(".part")
+    unfinished.mkdir(parents=True, exist_ok=True)
     for kind, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):
         path = Path(data_dir) / f"train-{kind}"
         content = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
@@ -303,5 +306,5 @@ def hold_out(data_dir: str, test: int = 10_000) -> Path:
         rows = rows[np.random.default_rng(0).permutation(len(rows))]
         for stem, part in (("train", rows[test:]), ("t10k", rows[:test])):
             start = content[:4] + len(part).to_bytes(4, "big") + content[8:header]
-            (folder / f"{stem}-{kind}").write_bytes(start + part.tobytes())
-    return folder
+            (unfinished / f"{stem}-{kind}").write_bytes(start + part.tobytes())
+    return unfinished.rename(folder)

@@ -42,9 +42,9 @@ class Evidence:
     def __init__(self, name: str = "fashion"):
         self.runs = Runs(name)
 
-    def records(self, arm: str, seeds: Sequence[int] | None = None) -> dict[int, dict]:
+    def records(self, arm: str) -> dict[int, dict]:
         """Records of an arm, by seed."""
-        paths = {seed: self.runs.record(seed, arm) for seed in seeds or self.runs.setting.seeds}
+        paths = {seed: self.runs.record(seed, arm) for seed in self.runs.setting.seeds}
         return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
     def accuracies(self, arm: str, expert: str) -> np.ndarray:
@@ -551,7 +551,11 @@ def verdicts_table(evidence: Evidence) -> str:
         [f"[{number}](#{number}-{anchor(claim.title)})", claim.title, claim.verdict(evidence)]
         for number, claim in enumerate(CLAIMS, 1)
     ]
-    return table(["", "claim", "verdict"], rows, texts=3)
+    setting = evidence.runs.setting
+    arms = (*setting.teachers, *setting.students)
+    there = sum(len(evidence.records(name)) for name in arms)
+    progress = f"{there} of {len(arms) * len(setting.seeds)} runs are recorded."
+    return f"{progress}\n\n{table(['', 'claim', 'verdict'], rows, texts=3)}"
 
 
 def anchor(title: str) -> str:
