@@ -1,6 +1,6 @@
 """Speed and memory beside the peers', all in one run.
 
-    python benchmarks/run.py                      # everything: about 25 minutes on two quiet cores
+    python benchmarks/run.py                      # everything: about 22 minutes on two quiet cores
     python benchmarks/run.py --only small_step memory
     python benchmarks/run.py --table              # the table of docs/performance.md from the record
     python benchmarks/run.py --profile small_step deitlt-hf    # where one contender's time goes
