@@ -249,6 +249,22 @@ def test_runs_leave_records_and_are_not_repeated(claims, tmp_path, monkeypatch, 
     assert capsys.readouterr().out == ""
 
 
+def test_record_of_other_arguments_is_not_taken_for_the_run(claims, tmp_path, monkeypatch):
+    """Changed hyperparameters would be mixed with the old ones in one table."""
+    claims("run")
+    arms = sys.modules["arms"]
+    monkeypatch.setattr(arms, "RESULTS", tmp_path)
+    runs = arms.Runs("fashion")
+    assert runs.recorded(0, "deit-lt") is None
+    runs.record(0, "deit-lt").write_text(json.dumps(runs.made_with("deit-lt")))
+    assert runs.recorded(0, "deit-lt") is not None
+    with pytest.raises(ValueError, match=r"fashion-deit-lt-seed0.json was made with .* remove it"):
+        arms.Runs("fashion", threads=2).recorded(0, "deit-lt")
+    runs.record(0, "ood").write_text(json.dumps(runs.made_with("deit-lt")))
+    with pytest.raises(ValueError, match=r"not with .*--drw_beta"):
+        runs.recorded(0, "ood")
+
+
 def test_failed_run_is_told_and_the_others_go_on(claims, tmp_path, monkeypatch, capsys):
     run = claims("run")
     arms = sys.modules["arms"]
@@ -267,4 +283,4 @@ def test_failed_run_is_told_and_the_others_go_on(claims, tmp_path, monkeypatch, 
         run.main()
     assert ended.value.code == 1
     assert "seed 4: ood failed: out of memory" in capsys.readouterr().out
-    assert done == ["ce-sam", "labels"] or done == ["labels", "ce-sam"]
+    assert sorted(done) == ["ce-sam", "labels"]

@@ -204,26 +204,27 @@ class Runs:
         data = ["--recipe", self.setting.recipe, "--subset_seed", seed]
         return data + (["--data_dir", self.data_dir] if self.data_dir else [])
 
-    def arguments(self, name: str) -> list[str]:
-        """What an arm changes of the recipe."""
+    def made_with(self, name: str) -> dict:
+        """What decides an arm's numbers beside recipe and seed, as records have it."""
         common = () if name in self.setting.teachers else self.setting.common
-        return [str(argument) for argument in (*common, *self.arm(name).arguments)]
+        return {
+            "arguments": [str(argument) for argument in (*common, *self.arm(name).arguments)],
+            "threads": self.threads,
+        }
 
     def recorded(self, seed: int, name: str) -> dict | None:
         """The record of a run; None if there is none.
 
         Raises:
-            ValueError: If it was made with other arguments than the arm's of today.
+            ValueError: If it was made with other arguments or threads than it would be now.
         """
         path = self.record(seed, name)
         if not path.exists():
             return None
-        record = json.loads(path.read_text())
-        if record["arguments"] != self.arguments(name):
-            raise ValueError(
-                f"{path.name} was made with the arguments {' '.join(record['arguments'])}, but {name} has "
-                f"{' '.join(self.arguments(name))} now; remove it to make it anew."
-            )
+        record, wanted = json.loads(path.read_text()), self.made_with(name)
+        made = {field: record[field] for field in wanted}
+        if made != wanted:
+            raise ValueError(f"{path.name} was made with {made}, not with {wanted}; remove it to make it anew.")
         return record
 
     def teach(self, seed: int, name: str) -> None:
@@ -259,7 +260,7 @@ class Runs:
     def _trained(self, seed: int, name: str) -> dict:
         """Results of a run, after training unless the folder has just that."""
         arm, folder = self.arm(name), self.folder(seed, name)
-        made_of = {"arguments": self.arguments(name)}
+        made_of = self.made_with(name)
         command = [ROOT / arm.script, *self.data(seed), "--seed", seed, "--output_dir", folder, *self.setting.running]
         command += made_of["arguments"]
         if arm.teacher is not None:
