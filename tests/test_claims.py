@@ -23,34 +23,37 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def claims(monkeypatch):
     """Modules of `benchmarks/claims`."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "claims")
+    folder = ROOT / "benchmarks" / "claims"
+    monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))  # `arms` adds to it
+    names = {path.stem for path in folder.glob("*.py")}  # others of these names are elsewhere
 
-    def load(name):
-        for module in ("arms", name):
-            sys.modules.pop(module, None)
-        return importlib.import_module(name)
+    def forget():
+        for name in names:
+            sys.modules.pop(name, None)
 
-    yield load
-    for module in ("arms", "report", "run"):
-        sys.modules.pop(module, None)
+    forget()
+    yield importlib.import_module
+    forget()
 
 
 # ---- Verdicts ----
 
 
-def records(report, folder, differences, seeds=(0, 1, 2)):
+def records(evidence, folder, differences, seeds=(0, 1, 2)):
     """Two arms whose tails differ by so much, and nothing else."""
     for seed, difference in zip(seeds, differences, strict=True):
         for arm, tail in (("first", 0.5 + difference), ("second", 0.5)):
             record = {"last": {"accuracies": {"mean": {"overall": 0.5, "head": 0.5, "mid": 0.5, "tail": tail}}}}
             (folder / f"fashion-{arm}-seed{seed}.json").write_text(json.dumps(record))
-    return report.Check("tail", report.accuracy("first", "mean", "tail"), report.accuracy("second", "mean", "tail"))
+    return evidence.Check(
+        "tail", evidence.accuracy("first", "mean", "tail"), evidence.accuracy("second", "mean", "tail")
+    )
 
 
 @pytest.fixture
-def report(claims, tmp_path, monkeypatch):
-    module = claims("report")
+def evidence(claims, tmp_path, monkeypatch):
+    module = claims("evidence")
     monkeypatch.setattr(sys.modules["arms"], "RESULTS", tmp_path)
     return module
 
@@ -63,25 +66,25 @@ def report(claims, tmp_path, monkeypatch):
         ([0.10, 0.01, 0.12], "cannot tell"),
     ],
 )
-def test_verdict_is_by_the_interval_over_seeds(report, tmp_path, differences, verdict):
-    check = records(report, tmp_path, differences)
-    found, (low, high), said = check.judge(report.Evidence())
+def test_verdict_is_by_the_interval_over_seeds(evidence, tmp_path, differences, verdict):
+    check = records(evidence, tmp_path, differences)
+    found, (low, high), said = check.judge(evidence.Evidence())
     assert said == verdict
     np.testing.assert_allclose(found, 100 * np.array(differences), atol=1e-9)
     expected = stats.ttest_1samp(100 * np.array(differences), 0).confidence_interval(0.95)
     np.testing.assert_allclose((low, high), expected)
 
 
-def test_nothing_is_said_before_all_seeds_are_there(report, tmp_path):
+def test_nothing_is_said_before_all_seeds_are_there(evidence, tmp_path):
     """Who may stop at any of them finds what they like."""
-    check = records(report, tmp_path, [0.3, 0.31], seeds=(0, 1))
-    assert check.judge(report.Evidence())[2] == report.NOT_RUN
+    check = records(evidence, tmp_path, [0.3, 0.31], seeds=(0, 1))
+    assert check.judge(evidence.Evidence())[2] == evidence.NOT_RUN
 
 
-def test_only_seeds_that_both_have_are_compared(report, tmp_path):
-    check = records(report, tmp_path, [0.1, 0.2, 0.3])
+def test_only_seeds_that_both_have_are_compared(evidence, tmp_path):
+    check = records(evidence, tmp_path, [0.1, 0.2, 0.3])
     (tmp_path / "fashion-second-seed1.json").unlink()
-    np.testing.assert_allclose(check.judge(report.Evidence())[0], [10, 30])
+    np.testing.assert_allclose(check.judge(evidence.Evidence())[0], [10, 30])
 
 
 @pytest.mark.parametrize(
@@ -94,18 +97,18 @@ def test_only_seeds_that_both_have_are_compared(report, tmp_path):
         ([-0.1, -0.11, -0.12], [-0.1, -0.11, -0.12], "does not hold"),
     ],
 )
-def test_claim_holds_if_all_of_it_does(report, one, other, verdict):
+def test_claim_holds_if_all_of_it_does(evidence, one, other, verdict):
     class Given:
         def __init__(self, differences):
             self.is_claimed, self.differences = True, np.array(differences)
 
-        def judge(self, evidence):
-            low, high = report.interval(self.differences)
-            return self.differences, (low, high), report.verdict(low, high)
+        def judge(self, _):
+            low, high = evidence.interval(self.differences)
+            return self.differences, (low, high), evidence.verdict(low, high)
 
     ignored = Given([-1, -1.1, -1.2])
     ignored.is_claimed = False
-    assert report.Claim("", [Given(one), Given(other), ignored], None).verdict(None) == verdict
+    assert evidence.Claim("", [Given(one), Given(other), ignored], None).verdict(None) == verdict
 
 
 # ---- The page ----

@@ -79,6 +79,8 @@ STUDENTS |= {
     )
     for epochs in LENGTHS
 }
+# Arms by their epochs.
+BY_LENGTH = dict(sorted({60: "deit-lt", **{epochs: f"deit-lt-{epochs}" for epochs in LENGTHS}}.items()))
 LATER = (
     *("id-unmixed", "ood-unmixed", "deit-lt-ldam", "deit-lt-paco"),
     *(f"deit-lt-{epochs}" for epochs in LENGTHS),

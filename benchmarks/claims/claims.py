@@ -1,0 +1,165 @@
+"""The claims, what each is judged by, and its figure."""
+
+from arms import BY_LENGTH
+from evidence import EXPERTS, Check, Claim, accuracy, fused, of_groups, rank, reach, sharpness
+from figures import draw_bars, draw_distances, draw_lengths, draw_teachers
+
+LONGEST = max(BY_LENGTH)
+
+CLAIMS = [
+    Claim(
+        "The experts part: DIST is ahead on the tail, CLS on the head",
+        [
+            Check(
+                "DIST less CLS, tail",
+                accuracy("deit-lt", "distillation", "tail"),
+                accuracy("deit-lt", "cls", "tail"),
+            ),
+            Check(
+                "CLS less DIST, head",
+                accuracy("deit-lt", "cls", "head"),
+                accuracy("deit-lt", "distillation", "head"),
+            ),
+        ],
+        draw_bars({"": [("deit-lt", expert, name) for expert, name in EXPERTS.items()]}),
+    ),
+    Claim(
+        "Deferred re-weighting lifts the tail",
+        [
+            *of_groups("distilled, with less without", "deit-lt", "ood", ["tail"], ("mean", "distillation")),
+            *of_groups("what it costs", "deit-lt", "ood", ["head", "overall"], ("mean", "distillation"), False),
+            *of_groups(
+                "labels only, with less without",
+                "labels-drw",
+                "labels",
+                ["tail", "head", "overall"],
+                ("mean", "distillation"),
+                False,
+            ),
+        ],
+        draw_bars(
+            {
+                "distilled, DIST": [
+                    ("deit-lt", "distillation", "with DRW"),
+                    ("ood", "distillation", "without"),
+                ],
+                "labels only, DIST": [
+                    ("labels-drw", "distillation", "with DRW"),
+                    ("labels", "distillation", "without"),
+                ],
+            }
+        ),
+    ),
+    Claim(
+        "Out-of-distribution distillation is ahead of in-distribution",
+        [
+            *of_groups("with DRW", "deit-lt", "id-drw", ["overall", "tail"]),
+            *of_groups("with DRW", "deit-lt", "id-drw", ["overall", "tail"], ("distillation",), False),
+            *of_groups("without DRW", "ood", "deit", ["overall", "tail"], ("mean", "distillation"), False),
+            *of_groups("in distribution not mixed", "deit-lt", "id-unmixed", ["overall", "tail"], is_claimed=False),
+            *of_groups("neither mixed", "ood-unmixed", "id-unmixed", ["overall", "tail"], is_claimed=False),
+        ],
+        draw_bars(
+            {
+                "with DRW, prediction": [
+                    ("deit-lt", "mean", "out of distribution"),
+                    ("id-drw", "mean", "in distribution"),
+                ],
+                "without DRW, prediction": [
+                    ("ood", "mean", "out of distribution"),
+                    ("deit", "mean", "in distribution"),
+                ],
+            }
+        ),
+    ),
+    Claim(
+        "SAM teachers are flatter, their students' DIST features of lower rank, and the students better on the tail",
+        [
+            Check(
+                "largest eigenvalue of the Hessian, SGD less SAM",
+                sharpness("ce-sgd", "eigenvalue"),
+                sharpness("ce-sam", "eigenvalue"),
+                unit="",
+            ),
+            Check(
+                "rise of the loss within 0.05, SGD less SAM",
+                sharpness("ce-sgd", "loss_rise"),
+                sharpness("ce-sam", "loss_rise"),
+                unit="",
+                decimals=2,
+            ),
+            Check(
+                "effective rank of DIST features, SGD teacher less SAM",
+                rank("deit-lt-sgd", "overall"),
+                rank("deit-lt", "overall"),
+                unit="",
+            ),
+            *of_groups("SAM teacher less SGD", "deit-lt", "deit-lt-sgd", ["tail"]),
+            *of_groups("SAM teacher less SGD", "deit-lt", "deit-lt-sgd", ["tail"], ("distillation",), False),
+            *of_groups("LDAM-SAM teacher less CE-SGD", "deit-lt-ldam", "deit-lt-sgd", ["tail"], is_claimed=False),
+            *of_groups("PaCo-SAM teacher less CE-SGD", "deit-lt-paco", "deit-lt-sgd", ["tail"], is_claimed=False),
+        ],
+        draw_teachers,
+    ),
+    Claim(
+        "Early blocks of DeiT-LT attend more locally than those of training on labels",
+        [
+            Check(
+                "mean attention distance in the first half of the blocks, labels only less DeiT-LT",
+                reach("labels"),
+                reach("deit-lt"),
+                unit="pixels",
+                decimals=2,
+            ),
+        ],
+        draw_distances,
+    ),
+    Claim(
+        "DeiT-LT is ahead of training on labels, of plain DeiT distillation and of timm's token distillation",
+        [
+            *of_groups("less labels only", "deit-lt", "labels", ["overall", "tail"]),
+            *of_groups("less plain DeiT distillation", "deit-lt", "deit", ["overall", "tail"]),
+            *of_groups("less timm's token distillation", "deit-lt", "timm", ["overall", "tail"]),
+            *of_groups("less labels with DRW", "deit-lt", "labels-drw", ["overall", "tail"], is_claimed=False),
+            *of_groups("ours without DRW less timm's, the same method", "ood", "timm", ["overall"], is_claimed=False),
+        ],
+        draw_bars(
+            {
+                "prediction": [
+                    ("deit-lt", "mean", "DeiT-LT"),
+                    ("labels", "mean", "labels only"),
+                    ("deit", "mean", "plain DeiT distillation"),
+                    ("timm", "mean", "timm's token distillation"),
+                ]
+            }
+        ),
+    ),
+    Claim(
+        "DeiT-LT's student reaches its teacher",
+        [
+            Check(
+                f"prediction after {LONGEST} epochs less teacher, overall",
+                accuracy(BY_LENGTH[LONGEST], "mean", "overall"),
+                accuracy("ce-sam", "teacher", "overall"),
+            ),
+            Check(
+                f"DIST after {LONGEST} epochs less teacher, tail",
+                accuracy(BY_LENGTH[LONGEST], "distillation", "tail"),
+                accuracy("ce-sam", "teacher", "tail"),
+            ),
+            Check(
+                f"experts fused by logit adjustment after {LONGEST} epochs less teacher, overall",
+                fused(BY_LENGTH[LONGEST], "logit_adjustment", "overall"),
+                accuracy("ce-sam", "teacher", "overall"),
+                is_claimed=False,
+            ),
+            Check(
+                f"prediction after {LONGEST} epochs less after 60, overall",
+                accuracy(BY_LENGTH[LONGEST], "mean", "overall"),
+                accuracy("deit-lt", "mean", "overall"),
+                is_claimed=False,
+            ),
+        ],
+        draw_lengths,
+    ),
+]

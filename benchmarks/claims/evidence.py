@@ -1,0 +1,183 @@
+"""What the records that `run.py` left say of a claim."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from arms import RESULTS, Runs
+from scipy import stats
+from series import GROUPS
+
+# Of a student, as tables and figures call them.
+EXPERTS = {"cls": "CLS", "distillation": "DIST", "mean": "prediction"}
+NOT_RUN = "not run yet"
+
+
+class Evidence:
+    """The records of a setting, of the seeds that have them.
+
+    Args:
+        name: Of the setting.
+    """
+
+    def __init__(self, name: str = "fashion"):
+        self.runs = Runs(name)
+
+    def records(self, arm: str) -> dict[int, dict]:
+        """Records of an arm, by seed."""
+        paths = {seed: self.runs.record(seed, arm) for seed in self.runs.setting.seeds}
+        return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+
+    def accuracies(self, arm: str, expert: str) -> np.ndarray:
+        """In %; (seeds, groups)."""
+        rows = [record["last"]["accuracies"][expert] for record in self.records(arm).values()]
+        return 100 * np.array([[row[group] for group in GROUPS] for row in rows])
+
+    def values(self, measure: "Measure") -> dict[int, float]:
+        """A number of each run of an arm, by seed."""
+        return {seed: measure.of(record) for seed, record in self.records(measure.arm).items()}
+
+    def compare(self, first: "Measure", second: "Measure") -> np.ndarray:
+        """First less second, for each seed that has both; (seeds,)."""
+        ours, theirs = self.values(first), self.values(second)
+        return np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells apart the records that a picture was made of."""
+        paths = sorted(RESULTS.glob(f"{self.runs.name}-*.json"))
+        return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in paths)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run.
+
+    Args:
+        arm: Whose.
+        of: Finds it in a record.
+    """
+
+    arm: str
+    of: Callable[[Mapping], float]
+
+
+def accuracy(arm: str, expert: str, group: str) -> Measure:
+    """In %."""
+    return Measure(arm, lambda record: 100 * record["last"]["accuracies"][expert][group])
+
+
+def fused(arm: str, rule: str, group: str) -> Measure:
+    """Accuracy of a fusion of the experts, in %."""
+    return Measure(arm, lambda record: 100 * record["fusions"][f"fusion_{rule}"][group])
+
+
+def rank(arm: str, group: str) -> Measure:
+    """Effective rank of the DIST tokens after the last block."""
+    return Measure(arm, lambda record: record["tokens"]["effective_ranks"]["distillation"][group])
+
+
+def reach(arm: str) -> Measure:
+    """Mean attention distance of the heads in the first half of the blocks, in pixels."""
+
+    def of(record: Mapping) -> float:
+        distances = np.array(record["tokens"]["attention_distances"])
+        return float(distances[: len(distances) // 2].mean())
+
+    return Measure(arm, of)
+
+
+def sharpness(arm: str, field: str) -> Measure:
+    """How sharp a teacher's loss is on training images."""
+    return Measure(arm, lambda record: record["sharpness"]["overall"][field])
+
+
+@dataclass(frozen=True)
+class Check:
+    """A difference that a claim says something about: of the first measure less the second.
+
+    Args:
+        what: In words.
+        first: Claimed to be larger.
+        second: Claimed to be smaller.
+        is_claimed: Or only of interest.
+        unit: Of the difference.
+        decimals: Shown of it.
+    """
+
+    what: str
+    first: Measure
+    second: Measure
+    is_claimed: bool = True
+    unit: str = "points"
+    decimals: int = 1
+
+    def judge(self, evidence: Evidence) -> tuple[np.ndarray, tuple[float, float], str]:
+        """Differences by seed, the 95 % interval of their mean, and the verdict."""
+        differences = evidence.compare(self.first, self.second)
+        ends = interval(differences)
+        if not self.is_claimed:
+            return differences, ends, ""
+        # Not before all seeds are there: who may stop at any of them finds what they like.
+        is_whole = len(differences) == len(evidence.runs.setting.seeds)
+        return differences, ends, verdict(*ends) if is_whole else NOT_RUN
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval says of a difference that is claimed to be above 0."""
+    return "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell"
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of values, by Student's t; all numbers for fewer than two."""
+    if len(values) < 2:
+        return -np.inf, np.inf
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def of_groups(
+    title: str,
+    first: str,
+    second: str,
+    groups: Sequence[str],
+    experts: Sequence[str] = ("mean",),
+    is_claimed: bool = True,
+) -> list[Check]:
+    """Checks of accuracies of two arms."""
+    return [
+        Check(
+            f"{title}: {EXPERTS[expert]}, {group}",
+            accuracy(first, expert, group),
+            accuracy(second, expert, group),
+            is_claimed,
+        )
+        for expert in experts
+        for group in groups
+    ]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that the paper says, or that one asks of its method.
+
+    Args:
+        title: What is claimed.
+        checks: What it is judged by.
+        draw: Draws its figure on a new one.
+    """
+
+    title: str
+    checks: Sequence[Check]
+    draw: Callable
+
+    def verdict(self, evidence: Evidence) -> str:
+        found = {check.judge(evidence)[2] for check in self.checks if check.is_claimed}
+        if NOT_RUN in found:
+            return NOT_RUN
+        if "holds" in found and len(found) > 1:
+            return "holds in part, not in part" if "does not hold" in found else "holds in part"
+        return next(said for said in ("holds", "does not hold", "cannot tell") if said in found)

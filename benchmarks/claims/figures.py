@@ -1,0 +1,106 @@
+"""Draws the figures of the claims."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from arms import BY_LENGTH
+from evidence import EXPERTS, Evidence, accuracy, interval, rank, sharpness
+from series import GROUPS
+
+ARM_COLOURS = ("#4c72b0", "#c44e52", "#8172b3", "#937860")
+COLOURS = {"cls": "#dd8452", "distillation": "#55a868", "mean": "#4c72b0"}
+
+
+def errors(values: np.ndarray) -> np.ndarray:
+    """Half the 95 % interval of each column; 0 for fewer than two rows."""
+    return np.array([0.0 if len(column) < 2 else (np.diff(interval(column)) / 2).item() for column in values.T])
+
+
+def draw_bars(panels: Mapping[str, Sequence[tuple[str, str, str]]]) -> Callable:
+    """Draws accuracies by group: by the title of a panel its rows of arm, expert and label."""
+
+    def draw(figure, evidence: Evidence) -> None:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+            width = 0.8 / len(rows)
+            is_by_expert = len({arm for arm, _, _ in rows}) == 1
+            for index, (arm, expert, label) in enumerate(rows):
+                values = evidence.accuracies(arm, expert)
+                places = np.arange(len(GROUPS)) + (index - (len(rows) - 1) / 2) * width
+                colour = COLOURS[expert] if is_by_expert else ARM_COLOURS[index]
+                heights = values.mean(axis=0)
+                axis.bar(places, heights, width, yerr=errors(values), label=label, color=colour, ecolor="#444444")
+            axis.set_title(title)
+            axis.set_xticks(range(len(GROUPS)), GROUPS)
+            axis.set_ylim(0, 115)  # room for the legend
+            axis.set_yticks(range(0, 101, 20))
+            axis.legend(loc="upper center", ncols=len(rows), fontsize=8)
+        axes[0].set_ylabel("accuracy on test images, %")
+
+    return draw
+
+
+def draw_teachers(figure, evidence: Evidence) -> None:
+    """Flatness of the teachers, ranks of their students' DIST tokens, and the students' tails."""
+    columns = {
+        "teacher: largest eigenvalue\nof the Hessian": [sharpness(arm, "eigenvalue") for arm in ("ce-sgd", "ce-sam")],
+        "student: effective rank\nof DIST features": [rank(arm, "overall") for arm in ("deit-lt-sgd", "deit-lt")],
+        "student: DIST on\nthe tail, %": [accuracy(arm, "distillation", "tail") for arm in ("deit-lt-sgd", "deit-lt")],
+    }
+    for axis, (title, measures) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
+        for place, measure in enumerate(measures):
+            values = np.array(list(evidence.values(measure).values()))
+            if len(values):
+                axis.bar(place, values.mean(), 0.6, yerr=errors(values[:, None]), color=ARM_COLOURS[1 - place])
+                axis.plot(np.full(len(values), place), values, "o", color="black", markersize=3)
+        axis.set_xticks(range(2), ["SGD teacher", "SAM teacher"])
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0)
+
+
+def draw_distances(figure, evidence: Evidence) -> None:
+    """Mean attention distance by block."""
+    axis = figure.subplots()
+    for colour, (arm, label) in zip(ARM_COLOURS, (("deit-lt", "DeiT-LT"), ("labels", "labels only")), strict=False):
+        rows = [np.mean(record["tokens"]["attention_distances"], axis=1) for record in evidence.records(arm).values()]
+        if rows:
+            blocks = np.arange(1, len(rows[0]) + 1)
+            values = np.array(rows)
+            axis.errorbar(blocks, values.mean(axis=0), errors(values), label=label, color=colour, marker="o", capsize=3)
+            axis.set_xticks(blocks)
+    axis.set_xlabel("block")
+    axis.set_ylabel("mean attention distance, pixels")
+    axis.legend()
+
+
+def draw_lengths(figure, evidence: Evidence) -> None:
+    """Student over epochs of training, beside its teacher."""
+    axes = figure.subplots(1, 2)
+    for axis, group in zip(axes, ("overall", "tail"), strict=True):
+        column = GROUPS.index(group)
+        for expert, name in EXPERTS.items():
+            points = {
+                epochs: evidence.accuracies(arm, expert)[:, column]
+                for epochs, arm in BY_LENGTH.items()
+                if evidence.records(arm)
+            }
+            if points:
+                axis.errorbar(
+                    list(points),
+                    [values.mean() for values in points.values()],
+                    [errors(values[:, None]).item() for values in points.values()],
+                    label=name,
+                    color=COLOURS[expert],
+                    marker="o",
+                    capsize=3,
+                )
+        teacher = evidence.accuracies("ce-sam", "teacher")
+        if len(teacher):
+            axis.axhline(teacher[:, column].mean(), color="black", linestyle="--", label="teacher")
+        axis.set_xscale("log")
+        axis.set_xticks(list(BY_LENGTH), map(str, BY_LENGTH))
+        axis.minorticks_off()
+        axis.set_xlabel("epochs of the student")
+        axis.set_ylabel("accuracy on test images, %")
+        axis.set_title(group)
+    axes[0].legend(fontsize=8)
