@@ -114,6 +114,48 @@ def test_claim_holds_if_all_of_it_does(evidence, one, other, verdict):
 # ---- The page ----
 
 
+def made_up(generator, is_teacher):
+    """A record with all that the page shows."""
+
+    def row():
+        return dict(zip(("overall", "head", "mid", "tail"), generator.uniform(0.2, 0.9, 4), strict=True))
+
+    if is_teacher:
+        sharpness = {"overall": {"eigenvalue": generator.uniform(1, 9), "loss_rise": generator.uniform()}}
+        return {"last": {"accuracies": {"teacher": row()}}, "sharpness": sharpness}
+    return {
+        "last": {"accuracies": {"mean": row(), "cls": row(), "distillation": row()}},
+        "fusions": {"mean": row(), "fusion_logit_adjustment": row()},
+        "tokens": {
+            "attention_distances": generator.uniform(4, 20, (6, 4)).tolist(),
+            "effective_ranks": {"distillation": row()},
+        },
+    }
+
+
+def test_all_records_make_a_whole_page(evidence, claims, tmp_path, monkeypatch):
+    report, setting = claims("report"), sys.modules["arms"].SETTINGS["fashion"]
+    generator = np.random.default_rng(0)
+    for arms, is_teacher in ((setting.teachers, True), (setting.students, False)):
+        for path in (report.Evidence().runs.record(seed, arm) for arm in arms for seed in setting.seeds):
+            path.write_text(json.dumps(made_up(generator, is_teacher)))
+    for name in ("PAGE", "README"):
+        copy = tmp_path / f"{name}.md"
+        copy.write_text(getattr(report, name).read_text())
+        monkeypatch.setattr(report, name, copy)
+    monkeypatch.setattr(report, "PICTURES", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    report.main()
+    page = report.PAGE.read_text()
+    assert report.NOT_RUN not in page
+    assert "60 of 60 runs are recorded" in page
+    assert all(f"| {arm.title} |" in page for arm in (*setting.teachers.values(), *setting.students.values()))
+    for number, claim in enumerate(report.CLAIMS, 1):
+        assert f"![{claim.title}](pictures/claim_{number}.png)" in page
+        with Image.open(tmp_path / f"claim_{number}.png") as picture:
+            assert len(set(picture.convert("L").tobytes())) > 10
+
+
 def test_page_and_pictures_are_those_of_the_records(claims):
     """Records without a new report would leave the page with numbers that nobody measured."""
     report = claims("report")
