@@ -181,7 +181,7 @@ def draw_all(evidence: Evidence) -> None:
             continue
         figure = pyplot.figure(figsize=(9, 4), layout="constrained")
         claim.draw(figure, evidence)
-        figure.suptitle(f'"{claim.title}": {said}\n', fontsize=11)
+        figure.suptitle(f'"{claim.title}":\n{said}', fontsize=11)
         setting = evidence.runs.setting
         caption = f"{setting.title}; {len(setting.seeds)} seeds. Lines: 95 % interval of each mean; the verdict is by "
         figure.supxlabel(f"{caption}differences within seeds.", fontsize=8)
