@@ -340,6 +340,11 @@ def test_other_image_sizes_and_channels(student):
     ("field", "value", "message"),
     [
         ("patch_size", 3, "patch_size 3 does not divide image_size 8"),
+        ("patch_size", 0, "patch_size must be 1 or more, got 0"),
+        ("image_size", (8, -8), r"image_size must be 1 or more, got \(8, -8\)"),
+        ("num_attention_heads", 0, "num_attention_heads must be 1 or more, got 0"),
+        ("num_attention_heads", -1, "num_attention_heads must be 1 or more, got -1"),
+        ("num_hidden_layers", 0, "num_hidden_layers must be 1 or more, got 0"),
         ("drop_path_rate", 1.0, r"drop_path_rate must be in \[0, 1\), got 1.0"),
         ("num_attention_heads", 3, "num_attention_heads 3 does not divide hidden_size 16"),
         ("class_counts", [5, 4], "class_counts has 2 entries but the model has 10 labels"),
@@ -402,6 +407,7 @@ def test_configuration_survives_a_round_trip_with_every_field(tmp_path):
         ({"backbone": "resnet20"}, 3),
         ({"backbone": "resnet32", "classifier": "cosine"}, 3),
         ({"backbone": "timm/resnet18", "image_size": 64}, 4),
+        ({"backbone": "timm/resnetblur18", "image_size": 64}, 4),  # with buffers that no file has
     ],
 )
 def test_teacher_survives_a_round_trip(tmp_path, config, stages):

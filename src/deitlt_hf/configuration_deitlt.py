@@ -8,6 +8,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+_COUNTED = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
 
 class DeiTLTConfig(DeiTConfig):
     """Configuration of a DeiT-LT student: a DeiT with two tokens (CLS and DIST) trained on long-tailed images.
@@ -26,9 +28,9 @@ class DeiTLTConfig(DeiTConfig):
             they differ: their ImageNet-LT and iNaturalist heads are ordered by decreasing training count.
 
     Raises:
-        ValueError: If the patch size does not divide the image size, the number of heads does not divide the hidden
-            size, `drop_path_rate` is outside [0, 1), or `class_counts`, `class_groups` or `class_map` do not fit the
-            labels.
+        ValueError: If a size or number is below 1, the patch size does not divide the image size, the number of heads
+            does not divide the hidden size, `drop_path_rate` is outside [0, 1), or `class_counts`, `class_groups` or
+            `class_map` do not fit the labels.
     """
 
     layer_norm_eps: float = 1e-6
@@ -39,8 +41,12 @@ class DeiTLTConfig(DeiTConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for field in _COUNTED:
+            value = getattr(self, field)
+            if min(_pair(value)) < 1:
+                raise ValueError(f"{field} must be 1 or more, got {value}.")
         for side, patch in zip(_pair(self.image_size), _pair(self.patch_size), strict=True):
-            if patch < 1 or side % patch:
+            if side % patch:
                 raise ValueError(
                     f"patch_size {self.patch_size} does not divide image_size {self.image_size}; "
                     "choose an image size that is a multiple of the patch size."
