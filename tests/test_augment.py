@@ -27,9 +27,9 @@ def images():
     ]
 
 
-def operations(names, resample):
-    hparams = {"img_mean": FILL, "interpolation": resample, "magnitude_std": 0.5}
-    return [AugmentOp(name, prob=1.0, magnitude=9, hparams=hparams) for name in names]
+def operations(names, resample, magnitude=9, **hparams):
+    hparams = {"img_mean": FILL, "interpolation": resample, "magnitude_std": 0.5, **hparams}
+    return [AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams) for name in names]
 
 
 @pytest.mark.parametrize("resample", [Image.BICUBIC, Image.BILINEAR], ids=["bicubic", "bilinear"])
@@ -58,6 +58,18 @@ def test_operation_gives_timms_pixels(name, resample, large, monkeypatch):
             total += result.size
     moves = name.startswith(("Shear", "Translate")) and resample == Image.BICUBIC
     assert different <= (total / 500 if moves else 0)
+
+
+@pytest.mark.parametrize("magnitude", [9, 10, 13, 20, 30])
+@pytest.mark.parametrize("name", _RAND_INCREASING_TRANSFORMS)
+def test_magnitudes_beyond_ten(name, magnitude):
+    """As of `rand-m20-mmax30-inc1`, which leaves posterize less than no bit: a black image."""
+    operation = operations([name], Image.BICUBIC, magnitude, magnitude_std=0, magnitude_max=30)[0]
+    on_arrays(RandAugment([operation]))
+    result = operation(np.asarray(images()[0]))
+    assert result.shape == (33, 32, 3)
+    if name == "PosterizeIncreasing":
+        assert result.any() == (magnitude == 9)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, -0.5, 1.0, -1.0])

@@ -129,6 +129,7 @@ def test_bad_images_are_named_or_left_out(tmp_path, caplog):
         ("[12, 12]", r"the test split has classes that the training split has not: \['2'\]"),
         ("[12, 12, null]", "must hold a list of counts"),
         ("[12, 12", "is not valid JSON"),
+        ('{"cat": 12, "1": 12}', r"there are counts of 'cat' \(1 in all\), but labels are whole numbers"),
     ],
 )
 def test_counts_from_a_file(shards, tmp_path, content, message):
@@ -237,6 +238,36 @@ def test_a_student_trains_on_a_stream_and_goes_on_after_an_interruption(tmp_path
     resumed = run("--resume_from_checkpoint", str(tmp_path / "student" / "checkpoint-20"))
     assert "step 25/32" in resumed
     assert "step 20/32" not in resumed
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"cat": 2, "dog": 4}, [2, 4]),
+        ([2, 4], [2, 4]),
+        ({"1": 4, "0": 2}, [2, 4]),
+        ({"cat": 2, "dog": 4, "cow": 1}, "there are counts of 'cow' .*, but classes go from 'cat' to 'dog'"),
+        ({"0": 2, "dog": 4}, "there are counts of '0' .*, but classes go from 'cat' to 'dog'"),
+        ([2, 4, 1], "there are counts of 2 .*, but classes go from 0 to 1"),
+        ({"cat": 2}, "classes without a training image: dog"),
+    ],
+)
+def test_counts_of_named_classes(tmp_path, content, expected):
+    """By name or by label; what is no class is refused."""
+    import datasets
+    from PIL import Image
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    for split in ("train", "test"):
+        images = {"img": [Image.new("RGB", (4, 4))] * 6, "label": [1, 0, 1, 1, 0, 1]}
+        datasets.Dataset.from_dict(images, features).to_parquet(tmp_path / f"{split}-0.parquet")
+    (tmp_path / "counts.json").write_text(json.dumps(content))
+    options = {"class_counts": str(tmp_path / "counts.json")}
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            load_streamed("any", str(tmp_path), **options)
+    else:
+        assert load_streamed("any", str(tmp_path), **options)[1]["train"].class_counts.tolist() == expected
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -57,8 +57,8 @@ def invert(pixels: np.ndarray, **_) -> np.ndarray:
 
 
 def posterize(pixels: np.ndarray, bits: int, **_) -> np.ndarray:
-    """Keeps the highest bits of each value. 0 bits, which timm draws and Pillow 13 refuses, give a black image."""
-    return pixels if bits >= 8 else pixels & np.uint8(256 - 2 ** (8 - bits))
+    """Keeps the highest bits of each value. 0 bits and fewer, which timm draws and Pillow 13 refuses, give black."""
+    return pixels if bits >= 8 else pixels & np.uint8(256 - 2 ** (8 - max(bits, 0)))
 
 
 def solarize(pixels: np.ndarray, threshold: int, **_) -> np.ndarray:

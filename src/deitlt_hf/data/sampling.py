@@ -2,7 +2,8 @@
 
 All of it follows from seed, epoch and the position in the epoch. So a run that is interrupted goes on as if it had not
 been, with any number of workers, and an optimiser step has the same images, augmented in the same way, however many
-processes and accumulation slices share them.
+processes and accumulation slices share them. Not so what is done to a whole slice on the device: random erasing and
+mixing, which follow from the step, the slice and the process.
 """
 
 import random

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,12 +30,13 @@ class StreamedSplit:
         stream: Rows with an image and a label.
         image_column: Its image column.
         label_column: Its label column.
-        counts: Images of each class by its label: a class index or whatever the column holds.
+        counts: Images of each class by its label: a class index (also as text, where no class is named so) or whatever
+            the column holds.
         shuffle_buffer: Images in the window that the order is shuffled in. The order of the shards is shuffled too.
         skip_bad_images: Leave out images that cannot be read, with a warning each.
 
     Raises:
-        ValueError: If classes have no image.
+        ValueError: If classes have no image, or something is counted that is no class.
     """
 
     def __init__(
@@ -52,10 +54,16 @@ class StreamedSplit:
             self.label_of = {label: label for label in range(len(names))}
             # A file that goes by names may have numbers as names, in another order than the labels.
             by_name = any(isinstance(key, str) for key in counts)
+            if set(counts) == set(map(str, range(len(names)))) and not set(counts) & set(names):
+                counts, by_name = {int(key): count for key, count in counts.items()}, False
             keys = names if by_name else range(len(names))
+            known = set(keys)
+            _refuse_others([key for key in counts if key not in known], f"classes go from {keys[0]!r} to {keys[-1]!r}")
             self.class_counts = np.array([counts.get(key, 0) for key in keys])
         else:
             if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+                others = [key for key in counts if not re.fullmatch(r"-?\d+", str(key))]
+                _refuse_others(others, "labels are whole numbers")
                 counts = {int(key): count for key, count in counts.items()}
             names, labels = encode_labels({"train": list(counts)})
             self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
@@ -233,6 +241,11 @@ def load_streamed(
 def count_classes(stream: datasets.IterableDataset, label_column: str) -> Counter:
     """Reads all labels of a stream: images of each class by its label."""
     return Counter(row[label_column] for row in stream.select_columns([label_column]))
+
+
+def _refuse_others(keys: Sequence, known: str) -> None:
+    if keys:
+        raise ValueError(f"there are counts of {', '.join(map(repr, keys[:5]))} ({len(keys)} in all), but {known}.")
 
 
 def _read_counts(path: str) -> dict:
