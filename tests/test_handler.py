@@ -19,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -33,6 +35,7 @@ from transformers import (
 )
 
 from conftest import make_student
+from deitlt_hf import FlatTeacherConfig
 from deitlt_hf.analysis.attention import attention_rollout
 from deitlt_hf.data import image_processor
 from deitlt_hf.data.images import decode_image
@@ -160,7 +163,7 @@ def test_add_handler_wants_a_model(tmp_path):
 
 
 def test_add_handler_leaves_what_another_wrote(folder, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    shutil.copy(folder / "config.json", tmp_path)
     (tmp_path / "handler.py").write_text("class EndpointHandler: ...")
     with pytest.raises(FileExistsError, match=r"handler.py' is another handler; move it away"):
         add_handler(tmp_path)
@@ -170,10 +173,34 @@ def test_add_handler_leaves_what_another_wrote(folder, tmp_path):
     assert add_handler(tmp_path).read_text() == ours
 
 
+def test_add_handler_does_not_write_through_a_link(folder, tmp_path):
+    """As the files of a snapshot in the Hub's cache are."""
+    shutil.copy(folder / "config.json", tmp_path)
+    earlier = Path(handler_module.__file__).read_text().splitlines()[0]
+    (tmp_path / "blob").write_text(earlier)
+    (tmp_path / "handler.py").symlink_to(tmp_path / "blob")
+    assert add_handler(tmp_path).read_bytes() == Path(handler_module.__file__).read_bytes()
+    assert (tmp_path / "blob").read_text() == earlier
+
+
+def test_add_handler_refuses_what_endpoints_cannot_load(tmp_path):
+    FlatTeacherConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a model of type 'flat_teacher', which transformers does not know"):
+        add_handler(tmp_path)
+    assert not (tmp_path / "handler.py").exists()
+
+
 @pytest.mark.parametrize("path", ["nowhere", "/nowhere/model", "./nowhere"])
 def test_a_missing_model_is_named(path):
     with pytest.raises(FileNotFoundError, match=f"'{path}' is no model folder"):
         EndpointHandler(path)
+
+
+def test_a_mistyped_folder_is_not_only_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(ValueError, match="there is no folder 'outputs/typo', and no model of that name could be had"):
+        EndpointHandler("outputs/typo")
 
 
 def test_damaged_weights_are_told_in_a_sentence(folder, tmp_path):
@@ -503,6 +530,19 @@ def test_a_cnn_has_no_attention(tmp_path):
     assert len(handler({"inputs": image_of(0)})[0]["predictions"]) == 3
     with pytest.raises(ValueError, match="a resnet has no attention over patches; leave attention out"):
         handler({"inputs": image_of(0), "parameters": {"attention": True}})
+
+
+def test_a_model_of_timm(tmp_path):
+    """As timm itself saves it."""
+    data = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
+    model = timm.create_model("resnet10t", num_classes=3, pretrained_cfg_overlay=data).eval()
+    save_for_hf(model, tmp_path, model_config={"label_names": ["cat", "dog", "fox"]})
+    (result,) = EndpointHandler(tmp_path)({"inputs": image_of(0, (32, 32))})
+    pixels = torch.from_numpy(np.array(image_of(0, (32, 32)))).permute(2, 0, 1) / 255
+    with torch.no_grad():
+        expected = model((pixels[None] - 0.5) / 0.25).softmax(dim=-1)[0]
+    scores = {entry["label"]: entry["score"] for entry in result["predictions"]}
+    assert [scores[name] for name in ("cat", "dog", "fox")] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_images_of_several_sizes_get_their_own_answers(tmp_path):

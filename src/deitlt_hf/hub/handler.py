@@ -24,7 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 MAX_BATCH = 64
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
@@ -157,7 +166,8 @@ class EndpointHandler:
     def _results(self, outputs: dict[str, torch.Tensor], top_k: int) -> list[dict[str, Any]]:
         experts = [expert for expert in EXPERTS if f"{expert}_logits" in outputs]
         scores = {"score": outputs["logits"]} | {f"{expert}_score": outputs[f"{expert}_logits"] for expert in experts}
-        scores = {name: logits.float().softmax(dim=-1).cpu() for name, logits in scores.items()}
+        scale = getattr(self.model.config, "loss_scale", 1.0)  # cosines, as of LDAM, are no logits before it
+        scores = {name: (scale * logits.float()).softmax(dim=-1).cpu() for name, logits in scores.items()}
         top = scores["score"].topk(min(top_k, scores["score"].shape[-1])).indices
         results = []
         for index, labels in enumerate(top.tolist()):
@@ -189,13 +199,30 @@ def add_handler(folder: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: If the folder holds no model.
         FileExistsError: If it has a handler.py that is no version of this file.
+        ValueError: If the model is of a type that transformers does not know, and an endpoint could not load it.
     """
+    from .files import whole_file  # which the copy neither has nor needs
+
+    target = check_handler(folder)
+    with whole_file(target) as part:
+        shutil.copyfile(__file__, part)
+    return target
+
+
+def check_handler(folder: str | os.PathLike) -> Path:
+    """The place of the handler in a folder; what [`add_handler`] refuses is refused."""
     _check_folder(folder)
+    model_type = model_config(str(folder)).get("model_type")
+    if model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        raise ValueError(
+            f"{str(folder)!r} has a model of type {model_type!r}, which transformers does not know: no endpoint can "
+            "load it; leave the handler out."
+        )
     target = Path(folder) / "handler.py"
     # Versions of this file differ, but not in the first line of its docstring.
     if target.exists() and _first_line(target) != _first_line(__file__):
         raise FileExistsError(f"{str(target)!r} is another handler; move it away to have that of deitlt_hf.")
-    return Path(shutil.copyfile(__file__, target))
+    return target
 
 
 def _first_line(path: str | os.PathLike) -> bytes:
@@ -208,13 +235,40 @@ def _check_folder(folder: str | os.PathLike) -> None:
         raise FileNotFoundError(f"{str(folder)!r} is no model folder: there is no config.json in it.")
 
 
+def model_config(path: str) -> dict[str, Any]:
+    """What the configuration of a model folder or Hub repository says.
+
+    Raises:
+        FileNotFoundError: If it cannot be had from the Hub, and looks like a mistyped path of a folder.
+        OSError: If it cannot be had.
+    """
+    try:
+        return PreTrainedConfig.get_config_dict(path)[0]
+    except OSError as error:
+        # Of `outputs/typo` transformers would say that the Hub cannot be reached, or that one should log in there.
+        if not Path(path).exists() and Path(path).parent.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {path!r}, and no model of that name could be had from the Hub."
+            ) from error
+        raise
+
+
+def load_native(path: str) -> PreTrainedModel:
+    """Loads any image classifier of transformers or timm, from a folder or the Hub, without code of its own."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if isinstance(config, TimmWrapperConfig) and config.model_args:
+        # timm 1.0.31 writes their number here too, and transformers 5.23 then gives it to the model twice.
+        config.model_args.pop("num_classes", None)
+    return AutoModelForImageClassification.from_pretrained(path, config=config, trust_remote_code=False)
+
+
 def _load(path: str | os.PathLike) -> tuple[BaseImageProcessor, PreTrainedModel]:
     name = str(path)
     if Path(path).is_absolute() or name.startswith(".") or name.count("/") != 1 or Path(path).exists():
         _check_folder(path)  # all others are ids on the Hub
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
-        return processor, AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
+        model_config(name)
+        return AutoImageProcessor.from_pretrained(name), load_native(name)
     except Exception as error:  # damaged weights can raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ValueError(f"{name!r} cannot be loaded as an image classifier: {reason}.") from error

@@ -10,7 +10,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from os import PathLike
@@ -21,6 +20,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.deit.modeling_deit import DeiTPreTrainedModel, eager_attention_forward
+
+from .files import whole_file
 
 # Where transformers.js and optimum look for them, in a model folder.
 MODEL_FILE, QUANTIZED_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
@@ -77,7 +78,7 @@ def export_onnx(
     if weights_sha256 is not None:
         program.model.metadata_props["weights_sha256"] = weights_sha256
     path = Path(output) / MODEL_FILE
-    with _whole_file(path) as part:
+    with whole_file(path) as part:
         program.save(part, external_data=False)
         for images in (_random_images(model, 1, height, width), _random_images(model, 3, *other)):
             _compare(network, part, images)
@@ -113,7 +114,7 @@ def quantize(path: str | PathLike) -> Path:
             f"{path} has {share:.0%} of its weights in matrix products, and int8 is for these; leave it in float32."
         )
     quantized = _beside(path)
-    with _whole_file(quantized) as part, _quiet():
+    with whole_file(quantized) as part, _quiet():
         quantize_dynamic(
             model,
             part,
@@ -257,18 +258,6 @@ def require_libraries() -> None:
 def _beside(path: str | PathLike) -> Path:
     """The quantized file that belongs to a file."""
     return Path(path).with_name(Path(QUANTIZED_FILE).name)
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """Gives a name to write to; the file gets its own name if all goes well, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
