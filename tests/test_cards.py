@@ -318,6 +318,16 @@ def test_a_card_of_the_users_own_is_left_as_it_is(student_folder):
     assert readme.read_text() == "# Mine\n"
 
 
+def test_a_card_is_not_written_through_a_link(tmp_path):
+    """As the files of a snapshot in the Hub's cache are."""
+    make_student().save_pretrained(tmp_path)
+    earlier = str(make_card(tmp_path))
+    (tmp_path / "blob").write_text(earlier)
+    (tmp_path / "README.md").symlink_to(tmp_path / "blob")
+    assert "# name" in write_card(tmp_path, "org/name").read_text()
+    assert (tmp_path / "blob").read_text() == earlier
+
+
 def test_a_card_that_was_edited_is_left_and_one_that_was_not_is_written_anew(student_folder):
     readme = write_card(student_folder)
     change_results(student_folder, train_seconds=7)
@@ -372,6 +382,15 @@ def test_command_writes_the_card_of_a_folder(student_folder, capsys):
     assert "# deitlt-tiny" in (student_folder / "README.md").read_text()
     with pytest.raises(ValueError, match="needs --model"):
         make_model_cards(["--repo_id", "org/deitlt-tiny"])
+    with pytest.raises(ValueError, match=r"^--folder cards is for the recipes' cards; that of --model goes"):
+        make_model_cards(["--model", str(student_folder), "--folder", "cards"])
+
+
+def test_command_tells_no_card_that_it_did_not_write(student_folder, capsys):
+    (student_folder / "README.md").write_text("# Mine\n")
+    with pytest.warns(UserWarning, match="stays; move it away for a new one"):
+        make_model_cards(["--model", str(student_folder)])
+    assert capsys.readouterr().out == ""
 
 
 # ---- The repository's cards ----

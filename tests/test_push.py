@@ -381,6 +381,13 @@ def test_handler_is_written_after_all_checks(hub, folder, tmp_path):
     assert hub.repositories["zoo/digits"].files()["handler.py"] == (folder / "handler.py").read_bytes()
 
 
+def test_a_handler_of_somebody_elses_is_told_before_the_hub_is_asked(hub, folder):
+    (folder / "handler.py").write_text("class EndpointHandler: ...")
+    with pytest.raises(FileExistsError, match=r"handler.py' is another handler; move it away"):
+        push_folder(folder, "zoo/digits", handler=True)
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("text", ["[1]", '"text"', "null", '{"finished": 1}'])
 def test_a_results_file_of_somebody_elses_is_left_out(hub, folder, text):
     (folder / "results.json").write_text(text)
@@ -469,6 +476,17 @@ def test_damaged_or_unfinished_model(hub, folder):
     results = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps(results | {"finished": False}))
     with pytest.raises(ValueError, match=r"the run in .* is not finished"):
+        push_folder(folder, "zoo/digits")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a'])
+def test_a_damaged_index_of_the_weights_is_named(hub, folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors\.index\.json (does not tell the files|is not valid JSON)"
+    ):
         push_folder(folder, "zoo/digits")
     assert hub.requests == []
 

@@ -29,17 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repo_id", help="with --model: the Hub repository that its code loads it from")
     parser.add_argument(
         "--folder",
-        default="model_cards",
         help="without --model: write the recipes' cards here; results/NAME.json below it, the results.json of a run, "
         "is what was measured (default: model_cards)",
     )
     args = parser.parse_args(arguments)
     if args.model is not None:
-        print(write_card(args.model, args.repo_id))
+        if args.folder is not None:
+            raise ValueError(f"--folder {args.folder} is for the recipes' cards; that of --model goes into its folder.")
+        _tell(write_card(args.model, args.repo_id))
     elif args.repo_id is not None:
         raise ValueError(f"--repo_id {args.repo_id} needs --model, the folder that is to be there.")
     else:
-        write_recipe_cards(Path(args.folder))
+        write_recipe_cards(Path("model_cards" if args.folder is None else args.folder))
 
 
 def write_recipe_cards(folder: Path) -> None:
@@ -47,4 +48,9 @@ def write_recipe_cards(folder: Path) -> None:
     for name, recipe in CARDS.items():
         measured = folder / "results" / f"{name}.json"
         results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
-        print(save_card(recipe_card(recipe, name, results), folder / f"{name}.md"))
+        _tell(save_card(recipe_card(recipe, name, results), folder / f"{name}.md"))
+
+
+def _tell(card: Path | None) -> None:
+    if card is not None:  # else a warning has told why it was not written
+        print(card)

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
 from .card_facts import CardFacts, plain, table
+from .files import whole_file
 from .weights import weights_digest
 
 CARD_FILE, RESULTS_FILE, CURVES_FILE = "README.md", "results.json", "training_curves.png"
@@ -81,21 +82,22 @@ def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None
     )
 
 
-def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> Path:
+def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> Path | None:
     """Writes the card of [`make_card`] into the folder, unless there is one that somebody else wrote or edited.
 
     Returns:
-        The file.
+        The file; None if it stays as it is.
     """
     return save_card(make_card(folder, repo_id, name, **metadata), Path(folder) / CARD_FILE)
 
 
-def save_card(card: ModelCard, path: Path) -> Path:
-    """Writes a card; warns and leaves the file as it is if somebody else wrote or edited it."""
+def save_card(card: ModelCard, path: Path) -> Path | None:
+    """Writes a card; warns, gives None and leaves the file as it is if somebody else wrote or edited it."""
     if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
         warnings.warn(f"{path} is not as deitlt-hf wrote it and stays; move it away for a new one.", stacklevel=2)
-    else:
-        card.save(path)
+        return None
+    with whole_file(path) as part:
+        card.save(part)
     return path
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from .cards import CARD_FILE, CURVES_FILE, RESULTS_FILE, is_generated, read_json, write_card
-from .handler import add_handler
+from .handler import add_handler, check_handler
 from .onnx import MODEL_FILE, QUANTIZED_FILE
 from .weights import weights_digest
 
@@ -68,9 +68,9 @@ def push_folder(
     """Puts a model folder on the Hub in one commit: the repository then has all of it, or else what it had.
 
     What goes up is in `PUBLISHED`, without a record, ONNX files and a report of other weights than the folder's. What
-    the folder has not, but an earlier push put there, is removed from the repository, where it would belong to another
-    model; what others put there stays. A push that was interrupted, or is not needed, can be repeated: weights that are
-    on the Hub are not sent again, and without a change there is no commit.
+    an earlier push put there under one of the names in `_REPLACED`, and the folder has not, is removed from the
+    repository, where it would belong to another model; all else stays. A push that was interrupted, or is not needed,
+    can be repeated: weights that are on the Hub are not sent again, and without a change there is no commit.
 
     Args:
         folder: A student or teacher with its image processor, as the trainers and `convert` save them.
@@ -85,12 +85,15 @@ def push_folder(
 
     Raises:
         FileNotFoundError: If the folder or a file of the model is missing.
-        ValueError: If a file is damaged, its run is not finished, `repo_id` is none, or the repository has a model of
-            another type.
+        FileExistsError: If a handler is asked for, and the folder has another one.
+        ValueError: If a file is damaged, its run is not finished, `repo_id` is none, the repository has a model of
+            another type, or no handler could load this one.
         OSError: If the Hub cannot be reached, or the token may not write there.
     """
     folder = Path(folder)
     check_folder(folder)
+    if handler:
+        check_handler(folder)
     model_type = read_json(folder / "config.json").get("model_type")
     repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token, model_type=model_type)
     if handler:
@@ -199,7 +202,11 @@ def _needed_files(folder: Path) -> Iterator[str]:
     yield "preprocessor_config.json"
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        yield from sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index} does not tell the files of the weights; save the model again.")
+        yield from sorted(set(shards.values()))
     else:
         yield "model.safetensors"
     for reference in PreTrainedConfig.get_config_dict(folder)[0].get("auto_map", {}).values():
