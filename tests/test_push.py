@@ -548,11 +548,16 @@ def test_nothing_is_pushed_if_the_run_was_asked_to_stop(hub, tmp_path, digits):
 
 
 def test_a_trainer_that_has_not_trained_does_not_replace_a_model(hub, folder, digits, tmp_path):
+    folder = folder.rename(folder.with_name("my student"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     trainer = make_trainer(folder, digits, push_to_hub=True, hub_model_id="zoo/digits")
-    expected = f"with: deitlt push {folder} zoo/digits"
-    with pytest.raises(FileExistsError, match=f"this trainer has not trained one to replace it.*{re.escape(expected)}"):
-        trainer.push_to_hub()
+    for options, shown in (
+        ({}, ""),
+        ({"private": True, "revision": "second"}, " --private --revision second"),
+    ):
+        expected = f"not trained one to replace it; push what is there with: deitlt push '{folder}' zoo/digits{shown}"
+        with pytest.raises(FileExistsError, match=f"{re.escape(expected)}$"):
+            trainer.push_to_hub(**options)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert len(hub.repositories["zoo/digits"].commits) == 1
     make_trainer(tmp_path / "new", digits, push_to_hub=True, hub_model_id="zoo/digits").push_to_hub()

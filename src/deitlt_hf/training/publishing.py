@@ -1,5 +1,7 @@
 """Pushing a finished model, and nothing before it is finished."""
 
+import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import CommitInfo
@@ -55,10 +57,11 @@ class PublishingTrainer(Trainer):
             OSError: If it cannot be pushed. The model is saved, and the message says how to push it later.
         """
         args = self.args
+        options = hub_options(args, token, private, revision)
         if self.state.global_step == 0 and run_files(args.output_dir):
             raise FileExistsError(
                 f"{args.output_dir} holds a model, and this trainer has not trained one to replace it; push what is "
-                f"there with: deitlt push {args.output_dir} {args.hub_model_id}"
+                f"there with: {_command(args, options)}"
             )
         self.accelerator.wait_for_everyone()  # else one process would find what another one saves
         self.callback_handler.on_push_begin(args, self.state, self.control)
@@ -69,14 +72,12 @@ class PublishingTrainer(Trainer):
             if self.hub_model_id is None:
                 self.init_hf_repo(token, private)
             self.create_model_card(**card)
-            options = hub_options(args, token, private, revision)
             commit = push_folder(
                 args.output_dir, self.hub_model_id, commit_message=commit_message, card=False, **options
             )
         except OSError as error:
             raise OSError(
-                f"{error} The model is whole in {args.output_dir}; to push it later: deitlt push {args.output_dir} "
-                f"{args.hub_model_id}"
+                f"{error} The model is whole in {args.output_dir}; to push it later: {_command(args, options)}"
             ) from error
         print(f"The model is on the Hub: {commit.repo_url}", flush=True)
         return commit
@@ -94,3 +95,13 @@ def hub_options(
         "revision": revision or args.hub_revision,
         "token": token or args.hub_token,
     }
+
+
+def _command(args: TrainingArguments, options: Mapping[str, Any]) -> str:
+    """The command line that pushes to the same place; a token is not in it."""
+    words = ["deitlt", "push", args.output_dir, args.hub_model_id or "ORG/NAME"]
+    if options["private"]:
+        words.append("--private")
+    if options["revision"] is not None:
+        words += ["--revision", options["revision"]]
+    return shlex.join(words)
