@@ -19,7 +19,7 @@ from transformers import pipeline
 
 from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
-from deitlt_hf.commands.predict import _parser, main
+from deitlt_hf.commands.predict import _parsed, main
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.predict import find_images, load_classifier, predict_images
 
@@ -87,6 +87,19 @@ def test_a_folder_as_csv_keeps_its_results_beside_a_broken_file(model, images):
         for name in ("cls_score", "distillation_score"):
             assert 0 < float(row[name]) < 1
         assert row["cls_label"].startswith("LABEL_")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["b.png", "--experts", "sub"],
+        ["--experts", "b.png", "--json", "sub"],
+        ["b.png", "sub", "--csv"],
+        ["--", "b.png", "sub"],
+    ],
+)
+def test_options_may_stand_between_images(options):
+    assert _parsed(["--model", "student", *options]).images == ["b.png", "sub"]
 
 
 def test_names_from_standard_input_as_json_lines(model, images, tmp_path):
@@ -311,4 +324,4 @@ def test_commands_of_the_serving_page_are_understood():
     commands = re.findall(r"deitlt predict ([^>\n]*)", (ROOT / "docs" / "serving.md").read_text())
     assert len(commands) == 3
     for command in commands:
-        assert _parser().parse_args(shlex.split(command)).images
+        assert _parsed(shlex.split(command)).images

@@ -28,7 +28,7 @@ Result = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    args = _parsed(sys.argv[1:] if arguments is None else arguments)
     if sys.stdout is None:
         raise ValueError("standard output is closed; results that nobody wants can go to /dev/null.")
     if min(args.top_k, args.batch_size) < 1:
@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     if not is_complete:
         sys.exit(1)
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    # Images may stand between options, too, but not with "--": Python 3.11 would lose those after it.
+    return parser.parse_args(arguments) if "--" in arguments else parser.parse_intermixed_args(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
