@@ -109,6 +109,24 @@ def paco_queue(folder):
     return {"keys": keys, "labels": labels, "weight": model.classifier.weight.detach().clone()}
 
 
+def evaluated_statistics(folder):
+    """Batch norm's means in evaluation, after a step on other images in each process."""
+    data = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)
+    args = FlatTeacherTrainingArguments(
+        output_dir=f"{folder}/statistics", use_cpu=True, per_device_train_batch_size=16, max_steps=1, eval_strategy="no"
+    )
+    torch.manual_seed(0)
+    model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10))
+    trainer = FlatTeacherTrainer(model=model, args=args, train_dataset=data["train"], eval_dataset=data["test"])
+    seen = {}
+    handle = model.backbone.bn1.register_forward_hook(
+        lambda module, *_: None if module.training else seen.update(mean=module.running_mean.clone())
+    )
+    trainer.train()
+    handle.remove()
+    return seen["mean"]
+
+
 def sharded_gradients(folder):
     """Gradients of a student whose weights are shared out (FSDP2), whole again."""
     _, trainer = next(make_trainers(f"{folder}/sharded"))
@@ -144,6 +162,7 @@ def main():
     found["evaluation"] = uneven_evaluation(folder)
     found["repeated"] = repeated_augmentation_order(folder)
     found["paco"] = paco_queue(folder)
+    found["statistics"] = evaluated_statistics(folder)
     torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")
 
 

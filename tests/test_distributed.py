@@ -107,6 +107,12 @@ def test_evaluation_counts_every_image_once(two_ranks, tmp_path):
         assert rank["evaluation"]["figures"] == pytest.approx(alone["figures"])
 
 
+def test_processes_evaluate_the_model_that_is_saved(two_ranks):
+    """Batch norm's statistics are of each process's own images, and those of the first are saved."""
+    first, second = (rank["statistics"] for rank in two_ranks)
+    assert torch.equal(first, second)
+
+
 def test_processes_have_the_same_queue(two_ranks):
     """Keys of all processes are in it; queues of their own would be two different losses."""
     first, second = (rank["paco"] for rank in two_ranks)

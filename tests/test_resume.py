@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,19 @@ def test_the_best_model_has_the_weights_of_its_checkpoint(tmp_path, digits):
     trainer.train()
     best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
     assert_same(weights(trainer), best.state_dict())
+
+
+def test_the_best_model_has_the_average_of_its_checkpoint(tmp_path, digits):
+    """Without the optimiser's state in it too, which only going on needs."""
+    values = {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 3, "save_total_limit": None}
+    values |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = student_trainer(tmp_path, digits, distillation="none", ema_decay=0.5, save_only_model=True, **values)
+    trainer.train()
+    trainer.save_model()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != f"checkpoint-{trainer.state.global_step}"
+    expected = load_file(best / "ema.safetensors")
+    assert_same({name: trainer.averaged_model.state_dict()[name] for name in expected}, expected)
 
 
 def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path, digits, teacher):

@@ -287,6 +287,14 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--recipe", TINY, "--repeated_augmentation", "3"], r"rounds of 256 images"),
         (["--recipe", TINY, "--teacher", ".", "--teacher_loss", "ce"], r"leave it or --teacher out"),
         (["--recipe", TINY, "--num_train_epochs", "2"], r"drw_start_epoch 2 is not before"),
+        (["--recipe", TINY, "--output_dir", __file__], r"test_scripts.py is a file; choose another --output_dir"),
+        (
+            ["--recipe", TINY, "--output_dir", f"{__file__}/run"],
+            r"test_scripts.py is a file; .* than .*test_scripts.py/run",
+        ),
+        (["--recipe", TINY, "--report_to", "wandb"], r"cannot report to wandb: WandbCallback requires wandb"),
+        (["--recipe", TINY, "--resume_from_checkpoint", "nowhere"], r"go on from .* nowhere: there is no such folder"),
+        (["--recipe", TINY, "--image_resize", "4"], r"image_resize|resize"),
         (["--recipe", TINY, "--group_boundaries", "7", "3"], r"two increasing positions among 10 classes"),
     ],
 )

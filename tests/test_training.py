@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -305,6 +306,29 @@ def test_evaluation_counts_each_expert_on_each_image_once(tmp_path, digits):
     assert metrics["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_loss_of_cosines_is_at_the_scale_that_they_learn_with(tmp_path, digits):
+    config = FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=10)
+    trainer = teacher_trainer(tmp_path, digits, FlatTeacherForImageClassification(config), teacher_loss="ldam")
+    images = [image.convert("RGB") for image in digits["test"]["image"]]
+    with torch.no_grad():
+        cosines = trainer.model.eval()(trainer.processing_class(images, return_tensors="pt").pixel_values).logits
+    expected = F.cross_entropy(trainer.args.ldam_scale * cosines, torch.tensor(digits["test"]["label"][:]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_teacher_is_evaluated_in_half_precision(tmp_path, digits, teacher):
+    trainer = teacher_trainer(tmp_path, digits, copy.deepcopy(teacher))
+    expected = trainer.evaluate()["eval_accuracy"]
+    half = teacher_trainer(tmp_path, digits, copy.deepcopy(teacher), use_cpu=True, bf16_full_eval=True)
+    assert half.evaluate()["eval_accuracy"] == pytest.approx(expected, abs=0.02)
+
+
+def test_settings_of_transformers_that_change_the_result_are_recorded(tmp_path, digits):
+    values = {"data_seed": 5, "label_smoothing_factor": 0.2, "adam_beta2": 0.99}
+    args = student_arguments(tmp_path, **values)
+    assert values.items() <= args.method_settings().items()
+
+
 def test_results_name_the_last_and_the_best_epoch(tmp_path, digits, teacher, capsys):
     groups = shot_groups(class_counts(digits["train"]["label"][:]), rule="shots")  # no class has more than 100 images
     trainer = student_trainer(tmp_path, digits, teacher, num_train_epochs=3, eval_strategy="epoch", groups=groups)
@@ -435,6 +459,14 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
         ({"drw_start_epoch": -1}, "drw_start_epoch must be 0 or more, got -1"),
         ({"drw_beta": 1.0}, r"drw_beta must be in \[0, 1\), got 1.0"),
         ({"repeated_augmentation": 0}, "repeated_augmentation must be 1 or more, got 0"),
+        ({"mixup_switch": 3}, r"mixup_switch must be in \[0, 1\], got 3"),
+        ({"mixup_probability": -1}, r"mixup_probability must be in \[0, 1\], got -1"),
+        ({"cutmix": -1}, "cutmix must be 0 or more, got -1"),
+        ({"min_learning_rate": -1}, "min_learning_rate must be 0 or more, got -1"),
+        ({"learning_rate": None, "learning_rate_per_512": 0}, "learning_rate_per_512 must be above 0, got 0"),
+        ({"learning_rate": None, "learning_rate_slices": -4}, "learning_rate_slices must be 1 or more, got -4"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be left off"),
+        ({"prediction_loss_only": True}, "prediction_loss_only must be left off"),
     ],
 )
 def test_arguments_refuse(tmp_path, values, message):
@@ -454,8 +486,27 @@ def test_trainer_refuses_what_cannot_run(tmp_path, digits):
     names = dict(enumerate("abcdefghij"))
     with pytest.raises(ValueError, match="the model's label 0 is 'a' but the data's is '0'"):
         student_trainer(tmp_path, digits, model=make_student(id2label=names), distillation="none")
+    with pytest.raises(ValueError, match=r"must each be a datasets.Dataset .* got list"):
+        student_trainer(tmp_path, {"train": digits["train"], "test": [1]}, distillation="none")
     assert not list(tmp_path.glob("checkpoint-*"))
     assert not (tmp_path / "results.json").exists()
+
+
+def test_an_epoch_of_repeated_images_has_fewer_than_there_are(tmp_path):
+    """It takes rounds of 256: a batch of 280 is never full, though there are 300 images."""
+    args = student_arguments(tmp_path, repeated_augmentation=3, per_device_train_batch_size=280)
+    with pytest.raises(ValueError, match="an epoch has 256 images, fewer than one batch of 280"):
+        args.check_data(300)
+    args.check_data(512)
+
+
+def test_copied_arguments_keep_the_token_and_files_have_none(tmp_path, digits):
+    trainer = student_trainer(tmp_path, digits, distillation="none", hub_token="hf_secret")
+    assert copy.deepcopy(trainer.args).hub_token == "hf_secret"
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_secret"
+    assert (tmp_path / "training_args.bin").exists()
+    assert not any(b"hf_secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(("per_device", "accumulation"), [(128, 8), (256, 4), (64, 16), (4096, 1)])
@@ -637,14 +688,36 @@ def test_a_second_pass_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_p
     assert json.loads((tmp_path / "results.json").read_text())["finished"] is False
 
 
-def test_a_resumed_run_has_the_radius_that_is_asked_for(tmp_path, digits):
-    """Not that of its checkpoint, which the plan does not show."""
+@pytest.mark.parametrize(
+    ("make_trainer", "first", "then", "expected"),
+    [
+        (teacher_trainer, {"sam_rho": [0.0]}, {"sam_rho": [0.5]}, {"rho": 0.5}),
+        (
+            teacher_trainer,
+            {},
+            {"weight_decay": 0.3, "momentum": 0.5},
+            {"weight_decay": 0.3, "momentum": 0.5, "rho": 0.05},
+        ),
+        (
+            student_trainer,
+            {"distillation": "none"},
+            {"distillation": "none", "weight_decay": 0.3, "adam_beta2": 0.9},
+            {"betas": (0.9, 0.9)},
+        ),
+    ],
+    ids=["radius", "SGD", "AdamW"],
+)
+def test_a_resumed_run_has_the_values_that_are_asked_for(tmp_path, digits, make_trainer, first, then, expected):
+    """Not those of its checkpoint, which neither plan nor record shows."""
     values = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
-    teacher_trainer(tmp_path, digits, sam_rho=[0.0], **values).train()
-    trainer = teacher_trainer(tmp_path, digits, sam_rho=[0.5], **values)
-    with pytest.warns(UserWarning, match=r"goes on with sam_rho \[0.5\]; it began with \[0.0\]"):
+    make_trainer(tmp_path, digits, **first, **values).train()
+    trainer = make_trainer(tmp_path, digits, **then, **values)
+    name = next(name for name in then if name != "distillation")
+    with pytest.warns(UserWarning, match=rf"goes on with {name} {re.escape(str(then[name]))}; it began with"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert [group["rho"] for group in trainer.optimizer.param_groups] == [0.5] * 3
+    for group in trainer.optimizer.param_groups:
+        assert expected.items() <= group.items()
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} - {0.0} == {trainer.args.weight_decay}
 
 
 def test_sam_refuses_to_climb_twice():

@@ -120,6 +120,8 @@ class FlatTeacherForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "init_non_persistent_buffers"):  # of timm's, which no file has
+            module.init_non_persistent_buffers()
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
@@ -174,7 +176,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             labels: Class indices (batch,) or probabilities (batch, num_labels); with them the output has the cross
                 entropy as its loss.
         """
-        features = self.backbone(pixel_values)
+        features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         projections = None if self.projection is None else self.projection(features)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..data.sampling import check_repeats
+from ..data.sampling import ROUND, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import TEACHER_LOSSES
 from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
@@ -32,6 +32,19 @@ _RUNNING = {
     "hub_strategy",
     "keep_freed_memory",
     "fold_teacher",
+}
+# Fields of transformers, as they are there, that change what a run ends with, if only in its digits.
+_OF_TRANSFORMERS = {
+    "num_train_epochs",
+    "max_steps",
+    "data_seed",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
 }
 
 
@@ -123,6 +136,10 @@ class LongTailTrainingArguments(TrainingArguments):
         if self.auto_augment in ("none", ""):
             self.auto_augment = None
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
+        for name in ("auto_find_batch_size", "prediction_loss_only"):
+            _check(
+                self, name, not getattr(self, name), "left off (the batch and what is evaluated are the method's own)"
+            )
         for name in ("hflip", "random_erasing", "label_smoothing_factor"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         _check(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
@@ -143,7 +160,12 @@ class LongTailTrainingArguments(TrainingArguments):
             _check(self, name, fits, "left as it is (the schedule is the method's own, with warmup_epochs)")
         for name in ("warmup_epochs", "drw_start_epoch"):
             _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
+        for name in ("min_learning_rate", "warmup_learning_rate"):
+            _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        _check(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
+        slices = self.learning_rate_slices
+        _check(self, "learning_rate_slices", slices is None or slices >= 1, "1 or more")
         if self.drw_start_epoch == math.inf:
             self.drw_start_epoch = None
         given_learning_rate = self.learning_rate
@@ -166,10 +188,6 @@ class LongTailTrainingArguments(TrainingArguments):
         else:
             self.learning_rate = given_learning_rate
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Checkpoints and models have a pickle of their arguments beside them, and a token is in no file.
-        return self.__dict__ | {"hub_token": None}
-
     @property
     def repeats(self) -> int:
         """Copies of an image in a batch."""
@@ -178,19 +196,19 @@ class LongTailTrainingArguments(TrainingArguments):
     def method_settings(self) -> dict[str, Any]:
         """What decides the result of a run, by field; what only decides how it goes is left out."""
         classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__]
-        names = {name for cls in classes for name in cls.__annotations__} - _RUNNING
-        return {name: getattr(self, name) for name in sorted(names | {"num_train_epochs", "max_steps"})}
+        names = {name for cls in classes for name in cls.__annotations__} | _OF_TRANSFORMERS
+        return {name: getattr(self, name) for name in sorted(names - _RUNNING)}
 
     def check_data(self, num_images: int) -> None:
         """Checks that training images and epochs suffice.
 
         Raises:
-            ValueError: If there are fewer images than one batch, or a phase would begin after the end of training.
+            ValueError: If an epoch has fewer images than one batch, or a phase would begin after the end of training.
         """
         batch = self.train_batch_size * self.world_size
         if num_images < batch:
             raise ValueError(
-                f"the training set has {num_images} images, fewer than one batch of {batch} ({self.world_size} "
+                f"an epoch has {num_images} images, fewer than one batch of {batch} ({self.world_size} "
                 f"process(es) x {self.train_batch_size}); lower per_device_train_batch_size."
             )
         if self.max_steps > 0:
@@ -251,6 +269,10 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         DistillationLoss(self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
         _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
+        for name in ("mixup", "cutmix"):
+            _check(self, name, getattr(self, name) >= 0, "0 or more")
+        for name in ("mixup_switch", "mixup_probability"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         if self.mixes and self.train_batch_size % 2:
             raise ValueError(
                 "Mixup and CutMix pair the images of a batch, so per_device_train_batch_size must be even, got "
@@ -258,14 +280,15 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
             )
 
     def check_data(self, num_images: int) -> None:
-        """Checks that training images and epochs suffice; repeated augmentation needs one round of images.
+        """Checks that training images and epochs suffice; repeated augmentation takes whole rounds of images.
 
         Raises:
             ValueError: If they do not.
         """
-        super().check_data(num_images)
         if self.repeated_augmentation > 1:
             check_repeats(num_images)
+            num_images -= num_images % ROUND
+        super().check_data(num_images)
 
     @property
     def repeats(self) -> int:

@@ -201,11 +201,16 @@ class WholeCheckpointTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """Writes the model; one that is in the folder already stays whole until the new one is."""
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        if self._staging is not None or not self.args.should_save:
-            super()._save(output_dir, state_dict)
-            return
-        save = super()._save
-        replace_model(output_dir, lambda folder: save(folder, state_dict))
+        # A pickle of the arguments is written too, and a token belongs in no file.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            if self._staging is not None or not self.args.should_save:
+                super()._save(output_dir, state_dict)
+                return
+            save = super()._save
+            replace_model(output_dir, lambda folder: save(folder, state_dict))
+        finally:
+            self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Loads weights under the names that they have in files.

@@ -19,7 +19,7 @@ def outliving(loader: DataLoader) -> DataLoader:
 
 
 def as_images(dataset, views: Mapping[str, TrainTransform] | None = None, args=None):
-    """Rows of model inputs, of what the data loaders give; other data sets are taken as they are."""
+    """Rows of model inputs, of what the data loaders give; what has such rows already is taken as it is."""
     if isinstance(dataset, StreamedSplit):
         return StreamedImages(
             dataset,
@@ -37,7 +37,16 @@ def as_images(dataset, views: Mapping[str, TrainTransform] | None = None, args=N
 
 
 def match_labels(config, dataset: Dataset) -> None:
-    """Names the model's labels after the data, or checks that they agree."""
+    """Names the model's labels after the data, or checks that they agree.
+
+    Raises:
+        ValueError: If they do not, or the data are no `datasets.Dataset`.
+    """
+    if not isinstance(dataset, Dataset | StreamedSplit):
+        raise ValueError(
+            f"train_dataset and eval_dataset must each be a datasets.Dataset (or a StreamedSplit), got "
+            f"{type(dataset).__name__}."
+        )
     _, column = find_columns(dataset)
     names = dataset.features[column].names
     if len(names) != config.num_labels:

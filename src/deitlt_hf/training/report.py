@@ -59,8 +59,11 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) ->
     """Refuses a folder with another run, unless that is to be overwritten or resumed.
 
     Raises:
-        FileExistsError: If it holds one.
+        FileExistsError: If it holds one, or cannot be a folder.
     """
+    for path in (Path(output_dir), *Path(output_dir).parents):
+        if path.is_file():
+            raise FileExistsError(f"{path} is a file; choose another --output_dir than {output_dir}.")
     found = run_files(output_dir)
     if found and not overwrite and not resuming:
         raise FileExistsError(

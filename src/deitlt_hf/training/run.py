@@ -16,16 +16,20 @@ from transformers import (
     TimmWrapperConfig,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 
+from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import SORTED_BY_AUTHORS, subset_hash, training_counts
 from ..data.long_tail import decreasing_count_map
+from ..data.transforms import model_processor
 from ..hub import load_original_student
 from ..hub.push import prepare_repository
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments, teacher_folder
 from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from .checkpoints import whole_checkpoint
 from .distillation import DeiTLTTrainer
 from .publishing import hub_options
 from .report import RESULTS_FILE, architecture, check_output_dir, quiet_log, run_files
@@ -53,7 +57,7 @@ def train_teacher(
     data: Mapping | None = None,
 ) -> FlatTeacherTrainer:
     """Trains a recipe's teacher and saves it in `args.output_dir`."""
-    _begin(args)
+    _begin(args, FlatTeacherConfig.model_type)
     data = data or data_args.load()
     set_seed(args.seed)
     config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
@@ -71,7 +75,7 @@ def distill(
     # What is wrong shows before hours of teacher training.
     if model_args.teacher is not None and model_args.teacher_loss is not None:
         raise ValueError("teacher_loss is for training the recipe's teacher; leave it or --teacher out.")
-    _begin(args)
+    _begin(args, DeiTLTConfig.model_type)
     for path in (model_args.teacher, model_args.init_from):
         if path is not None and not (path == model_args.init_from and Path(path).is_file()):
             _config_of(path)
@@ -80,6 +84,7 @@ def distill(
     data_args.groups(data)
     set_seed(args.seed)
     student = _student(model_args, data)
+    model_processor(student.config, args.image_resize)
     teacher = processor = None
     if args.distillation != "none":
         path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
@@ -213,11 +218,18 @@ def _say(args, text: str) -> None:
         print(text, flush=True)
 
 
-def _begin(args) -> None:
+def _begin(args, model_type: str) -> None:
     quiet_log(args.disable_tqdm)
     check_output_dir(args.output_dir, args.overwrite, bool(args.resume_from_checkpoint))
+    if args.resume_from_checkpoint not in (None, "auto"):
+        whole_checkpoint(args.resume_from_checkpoint)
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"cannot report to {', '.join(args.report_to)}: {error}") from error
     if args.push_to_hub and args.process_index == 0:
-        prepare_repository(args.hub_model_id, **hub_options(args))
+        prepare_repository(args.hub_model_id, model_type=model_type, **hub_options(args))
 
 
 def _config_of(path: str) -> dict:

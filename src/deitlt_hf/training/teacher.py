@@ -69,15 +69,13 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            args, rhos = self.args, self._rhos()
+            args, rhos = self.args, self.args.sam_rho
+            if len(rhos) == 1:
+                rhos = rhos * len(self._stages)
             groups = [{"params": stage, "rho": rho} for stage, rho in zip(self._stages, rhos, strict=True)]
             sgd = torch.optim.SGD(groups, args.learning_rate, args.momentum, weight_decay=args.weight_decay)
             self.optimizer = SAM(sgd, adaptive=args.sam_adaptive) if max(rhos) > 0 else sgd
         return self.optimizer
-
-    def _rhos(self) -> list[float]:
-        """The radius of each stage."""
-        return self.args.sam_rho * len(self._stages) if len(self.args.sam_rho) == 1 else self.args.sam_rho
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
         args = self.args
@@ -159,10 +157,6 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if isinstance(optimizer, SAM):  # radii are what the arguments say, not what they were
-            for group, rho in zip(optimizer.param_groups, self._rhos(), strict=True):
-                group["rho"] = rho
         if self.contrast is not None and checkpoint is not None:
             self.contrast.load_state_dict(load_file(Path(checkpoint) / CONTRAST_FILE, str(self.args.device)))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from datasets import Dataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,6 +39,9 @@ from .report import Results, check_output_dir, claim_output_dir, only_run, print
 from .resuming import EpochOrder, MissedEvaluation, steps_per_epoch
 from .schedule import warmup_cosine
 from .watch import RunFile, RunLog
+
+# Of an optimiser's parameter groups, beside the learning rate.
+_SET_BY_ARGUMENTS = {"weight_decay", "betas", "eps", "momentum", "rho"}
 
 
 class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTrainer, ABC):
@@ -336,7 +339,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         # Without waiting for the device, as transformers would.
         inputs = send_to_device(dict(batch), self.args.device, non_blocking=True)
         for name, view in self.views.items():
-            if inputs[name].dtype == torch.uint8:  # a data set of the user's own may give normalised images
+            if inputs[name].dtype == torch.uint8:  # another data loader than ours may give normalised images
                 inputs[name] = view.finish(inputs[name])
         return self.prepare_batch(inputs)
 
@@ -370,11 +373,18 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        scheduler = self.lr_scheduler
-        if checkpoint is None or scheduler.base_lrs == [self.args.learning_rate] * len(scheduler.base_lrs):
+        if checkpoint is None:
             return
-        # The checkpoint's learning rate came with it; the one that is asked for now counts.
+        wanted = [
+            {name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in self.optimizer.param_groups
+        ]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # What came with the checkpoint is as it was; what is asked for now counts.
+        for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(values)
+        scheduler = self.lr_scheduler
+        if scheduler.base_lrs == [self.args.learning_rate] * len(scheduler.base_lrs):
+            return
         scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
         for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
             group["initial_lr"] = self.args.learning_rate
@@ -411,20 +421,17 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """The moving average of the weights, if one is kept and training has begun."""
         return None if self.ema is None else self.ema.model
 
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.ema is not None and self.args.should_save:
-            self.ema.save_checkpoint(output_dir)
-
     def save_model(self, output_dir=None, _internal_call=False):
         """Saves the model with its image processor, and in `ema` below it the moving average, if there is one.
 
         With `push_to_hub` in the arguments it then pushes, unless the process was sent SIGTERM.
         """
         super().save_model(output_dir, _internal_call=True)
-        if self._staging is None and self.args.should_save:
+        if self.args.should_save and self._staging is None:
             self._save_average(output_dir or self.args.output_dir)
             self.results.saved(output_dir or self.args.output_dir)
+        elif self.args.should_save and self.ema is not None:
+            self.ema.save_checkpoint(output_dir)
         if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
             self.push_to_hub()
 
@@ -450,6 +457,15 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             write_card(self.args.output_dir, self.hub_model_id, model_name, **metadata)
 
     # ---- Evaluation ----
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the parent's, of the model that would be saved: batch norms of several processes saw other images."""
+        if self.accelerator.num_processes > 1:
+            models = [
+                model for model in (self.accelerator.unwrap_model(self.model), self.averaged_model) if model is not None
+            ]
+            broadcast([buffer for model in models for buffer in model.buffers()])
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Batches for evaluation, of a `datasets.Dataset` too."""
