@@ -188,15 +188,33 @@ def test_command_compares_on_test_images_and_says_no_more(folder, tmp_path):
     ("arguments", "message"),
     [
         (["--output", "{folder}"], "holds a model; choose another --output"),
+        (["--output", "{file}"], "is a file; choose another --output"),
+        (["--output", "{file}/deeper"], "file is a file; choose another --output than .*/deeper"),
         (["--output", "{out}", "--recipe", "digits_lt", "--inte8", "true"], "unknown field 'inte8'"),
+        (["--output", "{out}", "--recipe", "digits_lt", "--use_cpu", "true"], "unknown field 'use_cpu'"),
+        (["--model", "outputs/typo"], "there is no folder 'outputs/typo'; of a model on the Hub"),
         (["--output", "{out}", "--recipe", "digits_lt", "--class_names", *"abcdefghij"], "does not know the classes"),
         (["--model", "ORG/NAME"], "say with --output where its files go"),
         (["--model", "nowhere"], "no model folder 'nowhere'"),
     ],
 )
 def test_command_refuses_before_it_writes(folder, tmp_path, arguments, message):
-    filled = [argument.format(folder=folder, out=tmp_path / "out") for argument in arguments]
+    (tmp_path / "file").write_text("")
+    places = {"folder": folder, "out": tmp_path / "out", "file": tmp_path / "file"}
+    filled = [argument.format(**places) for argument in arguments]
     with pytest.raises((ValueError, OSError), match=message):
         main(["--model", str(folder), *filled])
     assert not (tmp_path / "out").exists()
     assert not (folder / "onnx").exists()
+
+
+def test_command_refuses_int8_of_a_cnn_before_it_writes(tmp_path):
+    config = FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10)
+    FlatTeacherForImageClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model_quantized.onnx").write_text("of an earlier model")
+    with pytest.raises(
+        ValueError, match=r"^a FlatTeacherForImageClassification has 0% of its weights in matrix products"
+    ):
+        main(["--model", str(tmp_path), "--int8"])
+    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model_quantized.onnx"]

@@ -18,10 +18,17 @@ from ..analysis.observe import predict
 from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
-from ..hub.onnx import MODEL_FILE, QUANTIZED_FILE, OnnxClassifier, export_onnx, quantize, require_libraries
+from ..hub.onnx import (
+    MODEL_FILE,
+    QUANTIZED_FILE,
+    OnnxClassifier,
+    check_quantizable,
+    export_onnx,
+    quantize,
+    require_libraries,
+)
 from ..hub.weights import weights_digest
-from ..recipes import DataArguments, StudentArguments, parse_arguments
-from ..training import DeiTLTTrainingArguments
+from ..recipes import DataArguments, parse_arguments
 from ..training.distillation import check_class_order
 from ..training.report import quiet_log, run_files, show
 from ..training.run import load_model
@@ -56,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_log()
     folder = _output_folder(args.model, args.output)
     model = load_model(args.model)
+    if args.int8:
+        check_quantizable(model)
     configurations = [] if args.output is None else [cached_file(args.model, name) for name in _CONFIGURATIONS]
     if args.recipe is not None:
-        classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
-        _, data_args, *_ = parse_arguments("student", classes, ["--recipe", args.recipe, *rest])
+        _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
         data = data_args.load()
         check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
     digest = weights_digest(Path(cached_file(args.model, "config.json")).parent)
@@ -95,13 +103,16 @@ def _output_folder(model: str, output: str | None) -> Path:
     """The folder to write to.
 
     Raises:
-        FileExistsError: If it holds another model.
+        FileExistsError: If it holds another model, or cannot be a folder.
         ValueError: If a model of the Hub has no output folder.
     """
     if output is not None:
+        for path in (Path(output), *Path(output).parents):
+            if path.is_file():
+                raise FileExistsError(f"{path} is a file; choose another --output than {output}.")
         if run_files(output):
             raise FileExistsError(f"{output} holds a model; choose another --output, or leave it out to export that.")
         return Path(output)
     if not Path(model).is_dir() and model.count("/") == 1:
-        raise ValueError(f"{model} is no folder here; say with --output where its files go.")
+        raise ValueError(f"there is no folder {model!r}; of a model on the Hub, say with --output where its files go.")
     return Path(model)

@@ -108,11 +108,7 @@ def quantize(path: str | PathLike) -> Path:
     model = onnx.load(path)
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
     products = {name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") for name in node.input}
-    share = sum(sizes[name] for name in products & sizes.keys()) / sum(sizes.values())
-    if share < 0.5:
-        raise ValueError(
-            f"{path} has {share:.0%} of its weights in matrix products, and int8 is for these; leave it in float32."
-        )
+    _check_share(sum(sizes[name] for name in products & sizes.keys()), sum(sizes.values()), str(path))
     quantized = _beside(path)
     with whole_file(quantized) as part, _quiet():
         quantize_dynamic(
@@ -126,6 +122,24 @@ def quantize(path: str | PathLike) -> Path:
         )
         OnnxClassifier(part)  # which fails if onnxruntime does not take it
     return quantized
+
+
+def check_quantizable(model: PreTrainedModel) -> None:
+    """Refuses a model whose file [`quantize`] would refuse, before it is exported.
+
+    Raises:
+        ValueError: If most weights are in convolutions, as in a CNN.
+    """
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+    _check_share(matrices, sum(parameter.numel() for parameter in model.parameters()), f"a {type(model).__name__}")
+
+
+def _check_share(in_products: int, in_all: int, what: str) -> None:
+    share = in_products / in_all
+    if share < 0.5:
+        raise ValueError(
+            f"{what} has {share:.0%} of its weights in matrix products, and int8 is for these; leave it in float32."
+        )
 
 
 class OnnxClassifier(nn.Module):
