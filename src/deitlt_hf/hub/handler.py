@@ -31,7 +31,6 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    TimmWrapperConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
@@ -256,7 +255,7 @@ def model_config(path: str) -> dict[str, Any]:
 def load_native(path: str) -> PreTrainedModel:
     """Loads any image classifier of transformers or timm, from a folder or the Hub, without code of its own."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if isinstance(config, TimmWrapperConfig) and config.model_args:
+    if config.model_type == "timm_wrapper" and config.model_args:  # the class of it would import timm
         # timm 1.0.31 writes their number here too, and transformers 5.23 then gives it to the model twice.
         config.model_args.pop("num_classes", None)
     return AutoModelForImageClassification.from_pretrained(path, config=config, trust_remote_code=False)
