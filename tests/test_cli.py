@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from deitlt_hf.cli import COMMANDS, main
+from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
+from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +41,64 @@ def test_every_command_tells_what_it_does(name, capsys):
             assert words[1] in COMMANDS
         else:
             assert (ROOT / words[2]).is_file()
+
+
+@pytest.mark.parametrize("name", ["data", "sharpness", "analyze", "evaluate", "distill"])
+def test_help_lists_the_fields_of_a_recipes_data(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    for field in ("recipe", *(field.name for field in fields(DataArguments))):
+        assert f"  --{field} " in text
+
+
+@pytest.mark.parametrize(
+    ("section", "classes", "command"),
+    [
+        ("data", (DataArguments,), "deitlt data --help"),
+        ("student", (DataArguments, StudentArguments, DeiTLTTrainingArguments), "deitlt distill --help"),
+        ("teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments), "deitlt train-teacher --help"),
+    ],
+)
+def test_an_unknown_field_names_the_help_that_lists_all(section, classes, command):
+    words = ["--recipe", "digits_lt", "--data_dri", "x"]
+    with pytest.raises(ValueError, match=f"unknown field 'data_dri' in the command line .*; {command} lists all"):
+        parse_arguments(section, classes, words)
+    with pytest.raises(ValueError, match="; --help lists all"):
+        parse_arguments(section, classes, words, "Its own help.")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ("{sam_rho: 0.05}", {"sam_rho": [0.05]}),
+        ("{sam_rho: 5e-2}", {"sam_rho": [0.05]}),
+        ("{sam_rho: [0.1, 0.2]}", {"sam_rho": [0.1, 0.2]}),
+        ("{lr_drop_epochs: 3, lr_drops: 0.1}", {"lr_drop_epochs": [3], "lr_drops": [0.1]}),
+        ("{sam_rho: much}", "sam_rho of recipe .* must be a list of numbers, got 'much'"),
+    ],
+)
+def test_lists_of_a_recipe(tmp_path, teacher, expected):
+    """One value is a list of one."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {{dataset: digits, class_names: names.txt}}\nteacher: {teacher}\n")
+    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    words = ["--recipe", str(recipe), "--output_dir", str(tmp_path)]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            parse_arguments("teacher", classes, words)
+    else:
+        _, data_args, _, args = parse_arguments("teacher", classes, words)
+        assert {name: getattr(args, name) for name in expected} == expected
+        assert data_args.class_names == ["names.txt"]
+
+
+def test_a_loss_that_is_given_with_a_dash(tmp_path):
+    """Both spellings of an option choose what the recipe has for the loss."""
+    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    for option in ("--teacher_loss", "--teacher-loss"):
+        args = parse_arguments("teacher", classes, ["--recipe", "digits_lt", option, "paco"])[-1]
+        assert (args.learning_rate, args.output_dir) == (0.05, "outputs/digits_lt/teacher_paco")
 
 
 @pytest.mark.parametrize(("word", "hint"), [("distil", "did you mean 'distill'"), ("xyz", "deitlt --help lists all")])

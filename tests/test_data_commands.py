@@ -13,6 +13,7 @@ from test_images import bomb, cut
 from test_sources import save_image, write_cifar, write_lists
 
 from deitlt_hf.data.check import BENCHMARKS, Benchmark
+from deitlt_hf.recipes import DataArguments, parse_arguments
 
 
 def run(*command, code=0):
@@ -95,12 +96,44 @@ def test_check_without_problems_and_with_missing_images(tmp_path):
         (("--recipe", "inat"), "error: no recipe 'inat' (did you mean 'inat18'?)"),
         (("--recipe", "digits_lt", "--data_dri", "x"), "error: unknown field 'data_dri' in the command line (did"),
         (("--recipe", "digits_lt", "--group_rule", "halves"), "error: group_rule must be one of auto, shots, thirds"),
+        (("--recipe", "digits_lt", "--counts", "nowhere/c.json"), "error: there is no folder for the file --counts"),
+        (("--recipe", "digits_lt", "--counts", "."), "error: --counts . is a folder; name a file"),
+        (
+            ("--recipe", "digits_lt", "--group_rule", "thirds", "--group_boundaries", "3", "7"),
+            "error: group_boundaries [3, 7] and group_rule 'thirds' both say how classes are grouped",
+        ),
     ],
 )  # fmt: skip
 def test_check_refuses_in_one_sentence(arguments, message):
     output = run("check", *arguments, code=1)
     assert output.startswith(message)
     assert output.count("\n") == 1
+
+
+def test_the_report_is_there_where_the_counts_cannot_be_written():
+    output = run("check", "--recipe", "digits_lt", "--counts", "/dev/full", code=1)
+    assert "digits_lt: ready to train on" in output
+    assert "No space left" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "cut at [3, 7]"),
+        (["--group_rule", "thirds"], "thirds"),
+        (["--group-rule", "shots"], "more than 100 training images, 20 to 100, fewer"),
+        (["--group_boundaries", "1", "2"], "cut at [1, 2]"),
+    ],
+)
+def test_groups_of_the_command_line_go_before_those_of_the_recipe(options, expected):
+    _, arguments = parse_arguments("data", (DataArguments,), ["--recipe", "digits_lt", *options])
+    assert expected in arguments.groups(arguments.load()).rule
+
+
+def test_numbers_of_a_recipe_are_taken_back():
+    words = ["--recipe", "fashion_mnist_lt_tiny", "--imbalance_ratio", "none", "--max_per_class", "None"]
+    _, arguments = parse_arguments("data", (DataArguments,), words)
+    assert (arguments.imbalance_ratio, arguments.max_per_class) == (None, None)
 
 
 def test_the_papers_cifar_counts(tmp_path, monkeypatch, capsys):

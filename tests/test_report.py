@@ -5,7 +5,9 @@ import io
 import json
 import re
 import subprocess
+import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
@@ -28,7 +30,9 @@ from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from deitlt_hf.evaluation import METRIC_PATH
 from deitlt_hf.evaluation.metrics import long_tail_figures
 from deitlt_hf.recipes import DataArguments
+from deitlt_hf.training import DeiTLTTrainer
 from deitlt_hf.training.distillation import label_order
+from deitlt_hf.training.run import load_model
 
 DATA = {"dataset": "digits", "imbalance_ratio": 10, "max_per_class": 60}
 FIGURES = [
@@ -220,18 +224,29 @@ def test_classes_in_another_order_or_among_others(student_folder, digits, tmp_pa
         label_order(["z"], student.config, "model")
 
 
-def test_what_is_wrong_shows_before_any_work(student_folder, teacher_folder, tmp_path, capsys):
+def test_what_is_wrong_shows_before_any_work(student_folder, teacher_folder, tmp_path, capsys, monkeypatch):
     data = DataArguments(**DATA)
     for values, error, message in (
         ({"compare": str(teacher_folder)}, ValueError, "has no attention over patches"),
         ({"compare": "./nowhere"}, FileNotFoundError, "there is no model folder"),
         ({"output": str(tmp_path / "file")}, FileExistsError, "file"),
+        ({"output": str(tmp_path / "page")}, FileExistsError, "index.html is not of a report of this package"),
+        ({"output": str(tmp_path / "record")}, FileExistsError, "report.json is not of a report of this package"),
+        ({"output": str(tmp_path / "list")}, FileExistsError, "report.json is not of a report of this package"),
     ):
         (tmp_path / "file").touch()
+        for name, content in (("page/index.html", "mine"), ("record/report.json", "{"), ("list/report.json", "[1]")):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(content)
         with pytest.raises(error, match=message):
             report("digits", AnalysisArguments(student_folder, **{"output": str(tmp_path / "out"), **values}), data)
     with pytest.raises(FileNotFoundError, match="there is no folder for the file --json"):
         main(["--model", student_folder, "--recipe", "digits_lt", "--json", str(tmp_path / "no" / "x.json")])
+    with pytest.raises(IsADirectoryError, match=f"--json {tmp_path} is a folder; name a file"):
+        main(["--model", student_folder, "--recipe", "digits_lt", "--json", str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="pictures need matplotlib: pip install"):
+        report("digits", AnalysisArguments(student_folder, str(tmp_path / "out")), data)
     assert capsys.readouterr().out == ""
     for values in ({"num_images": 1}, {"resamples": 0}, {"sharpness_images": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(values))} must be"):
@@ -322,6 +337,34 @@ def test_fusions_are_compared_and_saved(student_folder, tmp_path, capsys):
     assert capsys.readouterr().out == ""  # before anything is evaluated
 
 
+def test_evaluation_takes_its_settings_from_the_recipe_or_the_command_line(student_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "deitlt_hf.commands.evaluate.evaluate",
+        lambda path, data_args, args: seen.append((path, args)) or SimpleNamespace(is_world_process_zero=lambda: False),
+    )
+    for words, size in (([], 200), (["--per_device_eval_batch_size", "9"], 9)):
+        evaluate_main(["--model", student_folder, "--recipe", "digits_lt", *words])
+        path, args = seen.pop()
+        assert path == student_folder
+        assert (args.per_device_eval_batch_size, args.dataloader_num_workers) == (size, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image_size", "99"], "unknown field 'image_size' in the command line"),
+        (["--teacher", "nonsense"], "unknown field 'teacher' in the command line"),
+        (["--learning_rate", "1"], "unknown field 'learning_rate' in the command line"),
+        (["--json", "."], "--json . is a folder; name a file"),
+        (["--fusion", "weight", "--fused_output", __file__], "is a file; name a folder"),
+    ],
+)
+def test_evaluation_refuses_before_any_work(words, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate_main(["--model", "./nowhere", "--recipe", "digits_lt", *words])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -356,6 +399,38 @@ def test_agreement_with_the_teacher_is_its_definition(digits, teacher_folder):
     rows = np.argsort(digits["test"]["label"][:], kind="stable")[spread_rows(len(images), 200)]
     expected = (outputs.logits.argmax(dim=1) == taught)[rows].float().mean().item()
     assert found["in distribution"]["mean"] == pytest.approx(expected, abs=0.01)
+
+
+def test_agreement_is_on_the_images_that_the_student_was_shown(digits, teacher_folder, tmp_path, monkeypatch):
+    """Augmentation and mixing of its own record, with fewer images than repeated augmentation draws at a time."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {dataset: digits}\n"
+        "student: {train_crop: padded, global_batch_size: 32, per_device_train_batch_size: 32, warmup_epochs: 0}\n"
+    )
+    make_student().save_pretrained(tmp_path / "student")
+    image_processor(8).save_pretrained(tmp_path / "student")
+    shown = {"mixup": 0, "cutmix": 0, "auto_augment": None, "random_erasing": 0, "hflip": 0}
+    record = {"settings": {**shown, "num_train_epochs": 7}, "data": {}}
+    (tmp_path / "student" / "results.json").write_text(json.dumps(record))
+    trainers = []
+
+    class Kept(DeiTLTTrainer):
+        def training_batch(self, batch):
+            trainers.append((self, super().training_batch(batch)))
+            return trainers[-1][1]
+
+    monkeypatch.setattr("deitlt_hf.analysis.teaching.DeiTLTTrainer", Kept)
+    assert len(digits["train"]) < 256
+    student = load_model(str(tmp_path / "student"))
+    groups = {"head": [0, 1, 2], "mid": [3, 4, 5], "tail": [6, 7, 8, 9]}
+    teacher_agreement(str(recipe), student, str(teacher_folder), digits, groups, num_batches=2)
+    assert len(trainers) == 2
+    for trainer, batch in trainers:
+        assert {name: getattr(trainer.args, name) for name in shown} == shown
+        # Nothing is mixed: apart from what smoothing gives to all, a label is one class.
+        labels = batch["labels"] if batch["labels"].dim() == 2 else torch.eye(10)[batch["labels"]]
+        assert ((labels > labels.amin(dim=1, keepdim=True)).sum(dim=1) == 1).all()
 
 
 def test_a_report_with_the_teacher(student_folder, teacher_folder, tmp_path):

@@ -143,6 +143,21 @@ def test_a_student_of_few_bits_by_command(tmp_path, digits, capsys, monkeypatch)
     assert json.loads(capsys.readouterr().out) == {}
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--rho", "-1"], "rho must be above 0, got -1"),
+        (["--num_images", "0"], "num_images must be 1 or more, got 0"),
+        (["--num_vectors", "0"], "num_vectors must be 1 or more, got 0"),
+        (["--json", "."], "--json . is a folder; name a file"),
+        (["--data_dri", "x"], r"unknown field 'data_dri' .*; --help lists all"),
+    ],
+)
+def test_what_cannot_be_measured_shows_before_any_work(option, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        main(["--model", "./nowhere", "--recipe", "digits_lt", *option])
+
+
 def test_a_teacher_is_left_as_it_was():
     model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=3))
     model.requires_grad_(False)

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
+from ..training import DeiTLTTrainer
 from .attention import attention_distances, eager_attention, token_spreads
 
-HEADS = {"mean": "logits", "cls": "cls_logits", "distillation": "distillation_logits"}
+HEADS = DeiTLTTrainer.experts
 
 
 @dataclass

@@ -17,8 +17,8 @@ from ..data.transforms import ImageFormat
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
+from .figures import GROUP_COLOURS
 
-GROUP_COLORS = {"head": "#1b6ca8", "mid": "#5aa469", "tail": "#d35d6e"}
 COLUMNS = 8
 
 
@@ -51,11 +51,18 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
     return files
 
 
-def _pyplot():
+def require_matplotlib() -> None:
+    """Raises `ValueError` if matplotlib is not installed."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError("pictures need matplotlib: pip install 'deitlt-hf[analysis]'.") from error
+
+
+def _pyplot():
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -67,16 +74,14 @@ def _draw_classes(pyplot, train, groups, title: str, file: Path) -> None:
     counts = training_counts(train)
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
     position = 0
-    for group, members in groups.items():
+    for colour, (group, members) in zip(GROUP_COLOURS, groups.items(), strict=False):
         if len(members) == 0:
             continue
         places = np.arange(position, position + len(members))
         label = f"{group}: {len(members):,} classes, {counts[members].sum():,} images"
         # Bars of thousands of classes would be thinner than a pixel; an area is not.
         step = np.append(counts[members], counts[members][-1])
-        axes.fill_between(
-            np.append(places, places[-1] + 1) - 0.5, step, step="post", color=GROUP_COLORS[group], label=label
-        )
+        axes.fill_between(np.append(places, places[-1] + 1) - 0.5, step, step="post", color=colour, label=label)
         position += len(members)
     order = np.concatenate(list(groups.values()))
     if len(names) <= 20:

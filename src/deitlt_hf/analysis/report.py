@@ -32,7 +32,7 @@ from .pictures import shorten
 from .sharpness import Batches, images_of_groups, loss_rises
 
 SHOWN = 10  # images in a row
-REPORT_FILE = "report.json"
+PAGE, REPORT_FILE = "index.html", "report.json"
 RHOS = (0.0125, 0.025, 0.05, 0.1)  # around 0.05, the radius of SAM's paper
 
 
@@ -159,6 +159,24 @@ def analyze(
     return Section(title, found, intervals, pictures, findings)
 
 
+def check_report_folder(output: str | Path) -> None:
+    """Checks that a report would replace nothing but an earlier one, which its record tells.
+
+    Raises:
+        FileExistsError: If the folder holds a page or a record of something else.
+    """
+    output = Path(output)
+    try:
+        record = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if isinstance(record, dict) and {"recipe", "models"} <= record.keys():
+        return
+    for name in (PAGE, REPORT_FILE):
+        if (output / name).exists():
+            raise FileExistsError(f"{output / name} is not of a report of this package; choose another --output.")
+
+
 def write_report(
     sections: Sequence[Section], recipe: str, groups: Mapping[str, Sequence[int]], output: str | Path
 ) -> Path:
@@ -187,14 +205,14 @@ def write_report(
         names=_pictures_of(sections),
         has_experts=any("distillation" in section.figures for section in sections),
     )
-    (output / "index.html").write_text(page, encoding="utf-8")
     record = [
         {"model": part.title, "figures": part.figures, "intervals": part.intervals, **part.findings}
         for part in sections
     ]
     text = json.dumps(nan_to_null({"recipe": recipe, "models": record, "pictures": names}), indent=1)
     (output / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-    return output / "index.html"
+    (output / PAGE).write_text(page, encoding="utf-8")
+    return output / PAGE
 
 
 def _remove_pictures(output: Path) -> None:

@@ -10,8 +10,22 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
+from ..training.provenance import _results_of
 from ..training.run import load_classifier
 from .observe import HEADS, spread_rows
+
+# Settings of a run that make the images of what student and teacher see.
+_SHOWN = (
+    "train_crop",
+    "auto_augment",
+    "hflip",
+    "random_erasing",
+    "mixup",
+    "cutmix",
+    "mixup_switch",
+    "mixup_probability",
+    "teacher_view",
+)
 
 
 @torch.no_grad()
@@ -26,8 +40,8 @@ def teacher_agreement(
     """Share of images for which each expert predicts what the teacher does (DeiT-LT, section 4: out of distribution).
 
     Args:
-        recipe: Says how training images are augmented and mixed.
-        model: A student of this package.
+        recipe: Says how training images are augmented and mixed, where the student's own record does not.
+        model: A student of this package; its `results.json` is read from where it was loaded, if it has one.
         teacher: Folder or Hub id of its teacher.
         data: `train` and `test`.
         groups: Class indices of each group.
@@ -40,7 +54,12 @@ def teacher_agreement(
     classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
     with tempfile.TemporaryDirectory() as folder:
         command_line = ["--recipe", recipe, "--output_dir", folder, "--report_to", "none", "--distillation", "hard"]
+        # Copies of an image would tell nothing more, and need a round of them.
+        command_line += ["--repeated_augmentation", "1"]
         _, _, _, args = parse_arguments("student", classes, command_line)
+        settings = _results_of(model.name_or_path).get("settings", {})
+        for name in _SHOWN:
+            setattr(args, name, settings.get(name, getattr(args, name)))
         teaches, processor = load_classifier(teacher), None
         if not isinstance(teaches, FlatTeacherForImageClassification):
             processor = AutoImageProcessor.from_pretrained(teacher)

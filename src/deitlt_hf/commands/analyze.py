@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ..analysis.observe import check_transformer
-from ..analysis.report import REPORT_FILE, analyze, write_report
+from ..analysis.pictures import require_matplotlib
+from ..analysis.report import REPORT_FILE, analyze, check_report_folder, write_report
 from ..analysis.teaching import teacher_agreement
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
@@ -60,10 +61,13 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
         The page.
 
     Raises:
-        FileExistsError: If `args.output` is a file.
-        ValueError: If a model does not know the data's classes, or has no attention over patches.
+        FileExistsError: If `args.output` is a file, or holds a page or record of something else.
+        ValueError: If a model does not know the data's classes or has no attention over patches, or matplotlib is not
+            installed.
     """
     quiet_log()
+    require_matplotlib()
+    check_report_folder(args.output)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     data = data_args.load()
     names = data["test"].features["label"].names

@@ -4,21 +4,21 @@ deitlt data check --recipe imagenet_lt --data_dir DIR [--deep]
 deitlt data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
 
 `check` prints what is there, what is missing and what is wrong; `--deep` decodes every image. It ends with 1 if
-something is wrong. `show` draws the classes and what student and teacher see. Both take every field of a recipe's data.
+something is wrong. `show` draws the classes and what student and teacher see, and takes every field of a student too.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ..recipes import DataArguments, parse_arguments
+from ..recipes import DataArguments, data_help, parse_arguments
 from ..training.report import quiet_log
+from .output import check_file
 from .parser import command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, data_help())
     parser.add_argument("command", choices=["check", "show"])
     parser.add_argument("--deep", action="store_true", help="check: decode every image")
     parser.add_argument("--counts", help="check: write the images of each class to this JSON file")
@@ -41,13 +41,10 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     from ..data.loading import training_counts
 
     name, arguments = parse_arguments("data", (DataArguments,), argv)
+    file = None if counts_file is None else check_file("--counts", counts_file)
     kind, source = arguments.source()
     data = arguments.load(source)
     report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep)
-    if counts_file is not None:
-        train = data["train"]
-        counts = dict(zip(train.features["label"].names, training_counts(train).tolist(), strict=True))
-        Path(counts_file).expanduser().write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for label, text in report.lines.items():
         console.print(f"[bold]{label:16}[/bold] ", end="")
@@ -56,4 +53,8 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
         console.print("[red]wrong[/red]            ", end="")
         console.print(problem, markup=False)
     console.print(f"{name}: {len(report.problems)} problem(s)" if report.problems else f"{name}: ready to train on")
+    if file is not None:
+        train = data["train"]
+        counts = dict(zip(train.features["label"].names, training_counts(train).tolist(), strict=True))
+        file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return int(bool(report.problems))

@@ -4,8 +4,10 @@ deitlt evaluate --recipe digits_lt --model outputs/digits_lt/student
 deitlt evaluate --recipe digits_lt --model outputs/digits_lt/student --fusion all
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoImageProcessor
@@ -16,12 +18,22 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
-from ..recipes import DataArguments, StudentArguments, parse_arguments
+from ..recipes import DataArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
 from ..training.distillation import check_class_order
 from ..training.report import run_files, show
-from ..training.run import evaluate, load_model
+from ..training.run import EVALUATION_FIELDS, evaluate, load_model
 from .output import json_output
+
+# Of the fields of a run those that an evaluation goes by; others would be taken and left aside.
+RunArguments = make_dataclass(
+    "RunArguments",
+    [
+        (of_run.name, of_run.type, copy.copy(of_run))
+        for of_run in fields(DeiTLTTrainingArguments)
+        if of_run.name in EVALUATION_FIELDS
+    ],
+)
 
 
 @dataclass
@@ -64,7 +76,7 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
         Accuracies of each rule, see [`group_accuracies`].
 
     Raises:
-        FileExistsError: If `args.fused_output` holds a model.
+        FileExistsError: If `args.fused_output` holds a model, or is a file.
         ValueError: If the model has no experts or its classes in another order, or the training images are streamed.
     """
     _check_free(args.fused_output)
@@ -103,16 +115,18 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
 
 
 def _check_free(folder: str | None) -> None:
+    if folder is not None and Path(folder).is_file():
+        raise FileExistsError(f"--fused_output {folder} is a file; name a folder.")
     if folder is not None and run_files(folder):
         raise FileExistsError(f"{folder} holds a model or run; choose another --fused_output.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    classes = (EvaluationArguments, FusionArguments, DataArguments, StudentArguments, DeiTLTTrainingArguments)
-    _, what, fusion_args, data_args, _, args = parse_arguments("student", classes, arguments, __doc__)
+    classes = (EvaluationArguments, FusionArguments, DataArguments, RunArguments)
+    _, what, fusion_args, data_args, run_args = parse_arguments("student", classes, arguments, __doc__, partly=True)
     _check_free(fusion_args.fused_output)
     with json_output(what.json) as write:
-        trainer = evaluate(what.model, data_args, args)
+        trainer = evaluate(what.model, data_args, DeiTLTTrainingArguments(**vars(run_args)))
         if not trainer.is_world_process_zero():
             return
         accuracies = trainer.last_table.accuracies

@@ -9,6 +9,21 @@ from pathlib import Path
 from ..training.report import nan_to_null
 
 
+def check_file(option: str, target: str) -> Path:
+    """The path of a file that an option names, if it can be written.
+
+    Raises:
+        FileNotFoundError: If the file's folder is missing.
+        IsADirectoryError: If it is a folder itself.
+    """
+    path = Path(target).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {target} is a folder; name a file.")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder for the file {option} {target}; make it first.")
+    return path
+
+
 @contextlib.contextmanager
 def json_output(target: str | None) -> Iterator[Callable]:
     """Gives a function that writes to a file, with `-` to the terminal, and with None nowhere.
@@ -16,18 +31,17 @@ def json_output(target: str | None) -> Iterator[Callable]:
     With `-` all else that is printed goes to stderr, so that stdout is the JSON alone.
 
     Raises:
-        FileNotFoundError: If the file's folder is missing.
+        FileNotFoundError, IsADirectoryError: As [`check_file`].
     """
-    if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder for the file --json {target}; make it first.")
+    file = None if target in (None, "-") else check_file("--json", target)
     stdout = sys.stdout
 
     def write(content) -> None:
         text = json.dumps(nan_to_null(content), indent=2) + "\n"
         if target == "-":
             stdout.write(text)
-        elif target is not None:
-            Path(target).write_text(text, encoding="utf-8")
+        elif file is not None:
+            file.write_text(text, encoding="utf-8")
 
     with contextlib.redirect_stdout(sys.stderr) if target == "-" else contextlib.nullcontext():
         yield write

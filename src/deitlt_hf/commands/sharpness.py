@@ -1,12 +1,11 @@
 """Measures how flat the loss of a model is on training images, for all classes and for head, mid and tail.
 
 deitlt sharpness --recipe digits_lt --model outputs/digits_lt/teacher
-
-Every field of a recipe's data can be given too.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from rich.markup import escape
@@ -20,21 +19,32 @@ from ..training.distillation import label_order
 from ..training.report import quiet_log, show
 from ..training.run import load_classifier
 from .output import json_output
-from .parser import command_parser
+
+
+@dataclass
+class SharpnessArguments:
+    """What to measure."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a teacher, a student, or any classifier."})
+    num_images: int = field(default=512, metadata={"help": "Images overall, and of each group, at most."})
+    rho: float = field(default=0.05, metadata={"help": "Radius of the loss rise."})
+    num_vectors: int = field(default=32, metadata={"help": "Random vectors for the trace."})
+    seed: int = field(default=0, metadata={"help": "Of images and vectors."})
+    json: str | None = field(
+        default=None, metadata={"help": "Write the figures to this file too; - prints them in place of the table."}
+    )
+
+    def __post_init__(self):
+        for name in ("num_images", "num_vectors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not self.rho > 0:
+            raise ValueError(f"rho must be above 0, got {self.rho:g}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = command_parser(__doc__)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a teacher, a student, or any classifier")
-    parser.add_argument("--num_images", type=int, default=512, help="images overall, and of each group, at most")
-    parser.add_argument("--rho", type=float, default=0.05, help="radius of the loss rise")
-    parser.add_argument("--num_vectors", type=int, default=32, help="random vectors for the trace")
-    parser.add_argument("--seed", type=int, default=0, help="of images and vectors")
-    parser.add_argument("--json", help="write the figures to this file too; - prints them in place of the table")
-    parser.add_argument("--recipe", required=True, help="recipe of the data")
-    args, rest = parser.parse_known_args(arguments)
+    _, args, data_args = parse_arguments("data", (SharpnessArguments, DataArguments), arguments, __doc__)
     quiet_log()
-    _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
     if data_args.streaming:
         raise ValueError("the sharpness needs images at hand; leave --streaming out.")
     with json_output(args.json) as write:

@@ -3,6 +3,7 @@
 from .arguments import DataArguments, StudentArguments, TeacherArguments
 from .parsing import (
     command_line_errors,
+    data_help,
     load_recipe,
     own_loss,
     parse_arguments,
@@ -16,6 +17,7 @@ __all__ = [
     "StudentArguments",
     "TeacherArguments",
     "command_line_errors",
+    "data_help",
     "load_recipe",
     "own_loss",
     "parse_arguments",

@@ -60,10 +60,17 @@ class DataArguments:
     group_rule: str = field(
         default="auto",
         metadata={
-            "help": "Without boundaries: shots (more than 100 images, 20 to 100, fewer), thirds (of the sorted "
+            "help": "In place of boundaries: shots (more than 100 images, 20 to 100, fewer), thirds (of the sorted "
             "classes), or auto (shots, but thirds if a group would be empty)."
         },
     )
+
+    def __post_init__(self):
+        if self.group_boundaries is not None and self.group_rule != "auto":
+            raise ValueError(
+                f"group_boundaries {self.group_boundaries} and group_rule {self.group_rule!r} both say how classes are "
+                "grouped; give one of them."
+            )
 
     def source(self) -> tuple[str, Mapping]:
         """Loads the splits as they are, and says what they were loaded as."""

@@ -7,20 +7,22 @@ import math
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
 from transformers import HfArgumentParser
 
 from ..losses import TEACHER_LOSSES
-from .arguments import without_folders
+from .arguments import DataArguments, without_folders
 
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
+# The command whose help lists the fields of a section, for commands that take these but have no list of their own.
+_LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
 # Fields of transformers that change the result of a run too, if only in its digits.
 _OF_TRANSFORMERS = {"bf16", "fp16", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"}
 # Fields of the data that say where they are, or that are long.
@@ -77,26 +79,42 @@ def teacher_folder(recipe: str, loss: str | None) -> str:
     return "teacher" if loss in (None, own_loss(recipe)) else f"teacher_{loss}"
 
 
+def data_help() -> str:
+    """A text for the help of commands that hand on the fields of a recipe's data."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = HfArgumentParser(DataArguments, usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter)
+    _add_recipe(parser)
+    _, _, options = parser.format_help().partition("\n")
+    return f"a recipe's data:\n{options}"
+
+
 def parse_arguments(
-    section: str, classes: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+    section: str,
+    classes: Sequence[type],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    partly: bool = False,
 ) -> tuple:
     """Fills dataclasses from a recipe's `data` section and one other, overridden by the command line.
 
     A teacher's values can depend on its loss: what `teacher_losses` has for the recipe's or the command line's
-    `teacher_loss` goes before the section `teacher`.
+    `teacher_loss` goes before the section `teacher`. A `group_rule` of the command line goes before boundaries of the
+    recipe, and `none` on it takes back a number that need not be given.
 
     Args:
-        section: `teacher` or `student`.
+        section: `data`, `teacher` or `student`.
         classes: Dataclasses to fill.
         argv: Command line without the program; by default this process's.
         description: Text of `--help`.
+        partly: Take of the section only what the classes have fields for.
 
     Returns:
         The recipe's name and one instance a class.
 
     Raises:
         FileNotFoundError: If there is no such recipe.
-        ValueError: If recipe or command line have an unknown field; the message names the nearest.
+        ValueError: If recipe or command line have an unknown field, of which the message names the nearest, or the
+            recipe has something else where a list belongs.
     """
     parser = HfArgumentParser(
         classes,
@@ -104,29 +122,37 @@ def parse_arguments(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", required=True, help=f"One of {', '.join(recipe_names())}, or a YAML file.")
+    _add_recipe(parser)
+    _allow_none(parser, classes)
+    listed_by = "--help" if description is not None else f"deitlt {_LISTED_BY[section]} --help"
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
-    first.add_argument("--teacher_loss")
+    for field in ("teacher_loss", "group_rule"):
+        first.add_argument(f"--{field}", f"--{field.replace('_', '-')}")  # HfArgumentParser takes both
     given = first.parse_known_args(argv)[0]
     name = given.recipe
     if name is not None:
         recipe = load_recipe(name)
         known = {field.name for cls in classes for field in fields(cls) if field.init}
-        values = recipe["data"] | recipe[section]
+        own = {key: value for key, value in recipe[section].items() if key in known or not partly}
+        values = recipe["data"] | own
         if section == "teacher":
             for loss, overlay in recipe["teacher_losses"].items():
-                _refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss")
-                _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}")
+                _refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss", listed_by)
+                _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
             values |= recipe["teacher_losses"].get(given.teacher_loss or own_loss(name)) or {}
-        _refuse_unknown(values, known, f"recipe {name!r}")
+        _refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
+        if given.group_rule is not None:
+            values.pop("group_boundaries", None)
+        values = {key: _fitting(value, parser, key, name) for key, value in values.items()}
         folder = teacher_folder(name, given.teacher_loss) if section == "teacher" else section
         stem = Path(name).name.removesuffix(".yaml")
         parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, folder)} | values)
     *filled, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     options = {option.removeprefix("--") for option in parser._option_string_actions}
-    _refuse_unknown((word.removeprefix("--").split("=")[0] for word in rest), options, "the command line")
+    names = (word.removeprefix("--").split("=")[0] for word in rest)
+    _refuse_unknown(names, options, "the command line", listed_by=listed_by)
     changed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(key)}
     for values in filled:
         if hasattr(values, "method_settings"):
@@ -171,10 +197,45 @@ def _portable(value: Any) -> Any:
     return without_folders(value) if isinstance(value, str) else str(value) if value == math.inf else value
 
 
-def _refuse_unknown(names: Iterable[str], known: Collection[str], place: str, kind: str = "field") -> None:
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, help=f"One of {', '.join(recipe_names())}, or a YAML file.")
+
+
+def _allow_none(parser: argparse.ArgumentParser, classes: Iterable[type]) -> None:
+    """Has numbers that may be None take `none`."""
+    for cls in classes:
+        for name, hint in get_type_hints(cls).items():
+            action = parser._option_string_actions.get(f"--{name}")
+            if action is not None and action.type in (int, float) and type(None) in get_args(hint) and not action.nargs:
+                action.type = _or_none(action.type)
+
+
+def _or_none(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # which argparse tells for a wrong value
+    return read
+
+
+def _fitting(value: Any, parser: argparse.ArgumentParser, field: str, recipe: str) -> Any:
+    """A recipe's value, as a list if the field is one."""
+    action = parser._option_string_actions[f"--{field}"]
+    if action.nargs != "+" or value is None:
+        return value
+    items = value if isinstance(value, list) else [value]
+    try:  # YAML reads 5e-2 as text
+        return [action.type(item) if isinstance(item, str) else item for item in items]
+    except ValueError as error:
+        raise ValueError(f"{field} of recipe {recipe!r} must be a list of numbers, got {value!r}.") from error
+
+
+def _refuse_unknown(
+    names: Iterable[str], known: Collection[str], place: str, kind: str = "field", listed_by: str = "--help"
+) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown {kind} {name!r} in {place}{_nearest(name, known)}; --help lists all.")
+            raise ValueError(f"unknown {kind} {name!r} in {place}{_nearest(name, known)}; {listed_by} lists all.")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
