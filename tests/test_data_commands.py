@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 from test_images import bomb, cut
 from test_sources import save_image, write_cifar, write_lists
 
+from deitlt_hf.analysis.figures import GROUP_COLOURS
 from deitlt_hf.data.check import BENCHMARKS, Benchmark
 from deitlt_hf.recipes import DataArguments, parse_arguments
 
@@ -154,6 +156,9 @@ def test_show_draws_the_classes_and_what_is_seen(tmp_path):
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert pixels.shape[1] > 900
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+        if path.endswith("classes.png"):  # the groups have the colours that they have in reports
+            for colour in GROUP_COLOURS[:3]:
+                assert (pixels == np.round(255 * np.array(to_rgb(colour)))).all(axis=2).sum() > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"new"}
 
 
