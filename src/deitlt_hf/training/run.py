@@ -7,15 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TimmWrapperConfig,
-    set_seed,
-)
+from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configuration_deitlt import DeiTLTConfig
@@ -24,6 +16,7 @@ from ..data.loading import SORTED_BY_AUTHORS, subset_hash, training_counts
 from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
 from ..hub import load_original_student
+from ..hub.handler import load_native, model_config
 from ..hub.push import prepare_repository
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
@@ -129,11 +122,7 @@ def load_classifier(path: str) -> PreTrainedModel:
     """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm."""
     if _config_of(path).get("model_type") == FlatTeacherConfig.model_type:
         return FlatTeacherForImageClassification.from_pretrained(path)
-    config = AutoConfig.from_pretrained(path)
-    if isinstance(config, TimmWrapperConfig) and config.model_args:
-        # timm 1.0.31 writes their number here too, and transformers 5.23 then gives it to the model twice.
-        config.model_args.pop("num_classes", None)
-    return AutoModelForImageClassification.from_pretrained(path, config=config)
+    return load_native(path)
 
 
 def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
@@ -238,7 +227,7 @@ def _config_of(path: str) -> dict:
         raise ValueError(f"{path} is a file; convert it to a model folder first, with scripts/convert_checkpoint.py.")
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise FileNotFoundError(f"there is no model folder {path!r}.")
-    return PreTrainedConfig.get_config_dict(path)[0]
+    return model_config(path)
 
 
 def _num_labels(data: Mapping) -> int:
