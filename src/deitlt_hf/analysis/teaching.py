@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
-from ..training.provenance import _results_of
+from ..training.provenance import results_of
 from ..training.run import load_classifier
 from .observe import HEADS, spread_rows
 
@@ -57,7 +57,7 @@ def teacher_agreement(
         # Copies of an image would tell nothing more, and need a round of them.
         command_line += ["--repeated_augmentation", "1"]
         _, _, _, args = parse_arguments("student", classes, command_line)
-        settings = _results_of(model.name_or_path).get("settings", {})
+        settings = results_of(model.name_or_path).get("settings", {})
         for name in _SHOWN:
             setattr(args, name, settings.get(name, getattr(args, name)))
         teaches, processor = load_classifier(teacher), None

@@ -44,7 +44,7 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
         Where it is from, what it is, its accuracies, and how it was trained (None without a record of that).
     """
     path = teacher.name_or_path
-    own = _results_of(path)
+    own = results_of(path)
     settings = own.get("settings", {})
     training = {
         "recipe": own.get("recipe"),
@@ -62,7 +62,7 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
     }
 
 
-def _results_of(path: str) -> dict:
+def results_of(path: str) -> dict:
     """The record of a run in a model's folder or Hub repository; empty if there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         file = path and cached_file(path, RESULTS_FILE, _raise_exceptions_for_missing_entries=False)

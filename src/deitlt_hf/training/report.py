@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import platform
 import shutil
 import sys
@@ -23,6 +22,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from ..data.transforms import ImageFormat
+from ..hub.files import whole_file
 from ..hub.weights import weights_digest
 from .ema import EMA_FOLDER
 from .provenance import RESULTS_FILE, hardware
@@ -215,10 +215,8 @@ class Results:
 
     def write(self) -> None:
         """Writes the file whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".json.part")
-        part.write_text(json.dumps(nan_to_null(self.content), indent=2) + "\n")
-        os.replace(part, self.path)
+        with whole_file(self.path) as part:
+            part.write_text(json.dumps(nan_to_null(self.content), indent=2) + "\n")
 
 
 def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:

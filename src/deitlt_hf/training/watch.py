@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
+
+from ..hub.files import whole_file
 
 LOG_FILE = "log.jsonl"
 CURVES_FILE = "training_curves.png"
@@ -95,9 +96,8 @@ class RunFile(TrainerCallback):
         kept = []
         if state.global_step:  # "train_runtime" is of a process that has ended
             kept = [e for e in read_log(path) if e["step"] <= state.global_step and "train_runtime" not in e]
-        part = path.with_suffix(".part")
-        part.write_text("".join(_line(entry) for entry in kept))
-        os.replace(part, path)
+        with whole_file(path) as part:
+            part.write_text("".join(_line(entry) for entry in kept))
         self.is_open = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -171,9 +171,8 @@ def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: f
                           xytext=(2, -8), textcoords="offset points")  # fmt: skip
     for axis in axes[panels:]:
         axis.set_axis_off()
-    part = Path(file).with_suffix(".part")
-    figure.savefig(part, dpi=110, format="png")
-    os.replace(part, file)
+    with whole_file(Path(file)) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def _draw_lines(axis, title: str, entries: Sequence[Mapping], names: Mapping[str, str], scale: float = 1) -> None:
