@@ -23,8 +23,6 @@ from .arguments import DataArguments, without_folders
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
 # The command whose help lists the fields of a section, for commands that take these but have no list of their own.
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
-# Fields of transformers that change the result of a run too, if only in its digits.
-_OF_TRANSFORMERS = {"bf16", "fp16", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"}
 # Fields of the data that say where they are, or that are long.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 
@@ -185,7 +183,7 @@ def command_line_errors() -> Iterator[None]:
 
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
     """Of changed values those that decide the result of a run; no token, address or folder is among them."""
-    names = set(_OF_TRANSFORMERS)
+    names = set()
     for values in filled:
         has_settings = hasattr(values, "method_settings")
         names.update(values.method_settings() if has_settings else (field.name for field in fields(values)))
