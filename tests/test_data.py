@@ -350,7 +350,7 @@ def test_unknown_crop_and_small_resize():
         train_transform(image_processor(16), "centre")
     with pytest.raises(ValueError, match="training images are square, but the image processor makes 16 x 12 px"):
         train_transform(ViTImageProcessor(size={"height": 12, "width": 16}))
-    with pytest.raises(ValueError, match="resize_size 10 is smaller than image_size 16"):
+    with pytest.raises(ValueError, match="resized to 10 and cropped to image_size 16"):
         image_processor(16, 10)
 
 

@@ -294,7 +294,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ),
         (["--recipe", TINY, "--report_to", "wandb"], r"cannot report to wandb: WandbCallback requires wandb"),
         (["--recipe", TINY, "--resume_from_checkpoint", "nowhere"], r"go on from .* nowhere: there is no such folder"),
-        (["--recipe", TINY, "--image_resize", "4"], r"image_resize|resize"),
+        (["--recipe", TINY, "--image_resize", "4"], r"resized to 4 and cropped to image_size 8; resize to 8 or more"),
         (["--recipe", TINY, "--group_boundaries", "7", "3"], r"two increasing positions among 10 classes"),
     ],
 )

@@ -43,7 +43,9 @@ def image_processor(
     if resize_size is None:
         resize_size = image_size * 256 // 224 if image_size >= 224 else image_size
     if resize_size < image_size:
-        raise ValueError(f"resize_size {resize_size} is smaller than image_size {image_size}.")
+        raise ValueError(
+            f"images cannot be resized to {resize_size} and cropped to image_size {image_size}; resize to {image_size} or more."
+        )
     return DeiTImageProcessor(
         size={"shortest_edge": resize_size},
         crop_size={"height": image_size, "width": image_size},
