@@ -44,7 +44,8 @@ def image_processor(
         resize_size = image_size * 256 // 224 if image_size >= 224 else image_size
     if resize_size < image_size:
         raise ValueError(
-            f"images cannot be resized to {resize_size} and cropped to image_size {image_size}; resize to {image_size} or more."
+            f"images cannot be resized to {resize_size} and cropped to image_size {image_size}; resize to {image_size} "
+            "or more."
         )
     return DeiTImageProcessor(
         size={"shortest_edge": resize_size},
