@@ -513,7 +513,7 @@ def test_id2label_asks_for_its_number_of_classes():
 
 def test_conversion_leaves_what_is_there(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="is a file; give a folder"):
+    with pytest.raises(FileExistsError, match="is a file; choose another folder"):
         convert_original(original_student(), tmp_path / "file")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileExistsError, match="holds a model"):

@@ -188,8 +188,8 @@ def test_command_compares_on_test_images_and_says_no_more(folder, tmp_path):
     ("arguments", "message"),
     [
         (["--output", "{folder}"], "holds a model; choose another --output"),
-        (["--output", "{file}"], "is a file; choose another --output"),
-        (["--output", "{file}/deeper"], "file is a file; choose another --output than .*/deeper"),
+        (["--output", "{file}"], "is a file; choose another folder"),
+        (["--output", "{file}/deeper"], "file is a file; choose another folder to write to than .*/deeper"),
         (["--output", "{out}", "--recipe", "digits_lt", "--inte8", "true"], "unknown field 'inte8'"),
         (["--output", "{out}", "--recipe", "digits_lt", "--use_cpu", "true"], "unknown field 'use_cpu'"),
         (["--model", "outputs/typo"], "there is no folder 'outputs/typo'; of a model on the Hub"),

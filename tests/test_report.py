@@ -357,7 +357,7 @@ def test_evaluation_takes_its_settings_from_the_recipe_or_the_command_line(stude
         (["--teacher", "nonsense"], "unknown field 'teacher' in the command line"),
         (["--learning_rate", "1"], "unknown field 'learning_rate' in the command line"),
         (["--json", "."], "--json . is a folder; name a file"),
-        (["--fusion", "weight", "--fused_output", __file__], "is a file; name a folder"),
+        (["--fusion", "weight", "--fused_output", __file__], "is a file; choose another folder"),
     ],
 )
 def test_evaluation_refuses_before_any_work(words, message):

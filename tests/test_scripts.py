@@ -287,7 +287,7 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--recipe", TINY, "--repeated_augmentation", "3"], r"rounds of 256 images"),
         (["--recipe", TINY, "--teacher", ".", "--teacher_loss", "ce"], r"leave it or --teacher out"),
         (["--recipe", TINY, "--num_train_epochs", "2"], r"drw_start_epoch 2 is not before"),
-        (["--recipe", TINY, "--output_dir", __file__], r"test_scripts.py is a file; choose another --output_dir"),
+        (["--recipe", TINY, "--output_dir", __file__], r"test_scripts.py is a file; choose another folder"),
         (
             ["--recipe", TINY, "--output_dir", f"{__file__}/run"],
             r"test_scripts.py is a file; .* than .*test_scripts.py/run",

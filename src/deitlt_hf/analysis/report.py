@@ -22,6 +22,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
+from ..hub.files import check_can_be_folder
 from ..training.report import nan_to_null
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
@@ -163,8 +164,9 @@ def check_report_folder(output: str | Path) -> None:
     """Checks that a report would replace nothing but an earlier one, which its record tells.
 
     Raises:
-        FileExistsError: If the folder holds a page or a record of something else.
+        FileExistsError: If the folder holds a page or a record of something else, or cannot be one.
     """
+    check_can_be_folder(output)
     output = Path(output)
     try:
         record = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))

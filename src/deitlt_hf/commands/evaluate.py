@@ -7,7 +7,6 @@ deitlt evaluate --recipe digits_lt --model outputs/digits_lt/student --fusion al
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoImageProcessor
@@ -18,6 +17,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from ..hub.files import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
 from ..training.distillation import check_class_order
@@ -115,9 +115,10 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
 
 
 def _check_free(folder: str | None) -> None:
-    if folder is not None and Path(folder).is_file():
-        raise FileExistsError(f"--fused_output {folder} is a file; name a folder.")
-    if folder is not None and run_files(folder):
+    if folder is None:
+        return
+    check_can_be_folder(folder)
+    if run_files(folder):
         raise FileExistsError(f"{folder} holds a model or run; choose another --fused_output.")
 
 

@@ -18,6 +18,7 @@ from ..analysis.observe import predict
 from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from ..hub.files import check_can_be_folder
 from ..hub.onnx import (
     MODEL_FILE,
     QUANTIZED_FILE,
@@ -107,9 +108,7 @@ def _output_folder(model: str, output: str | None) -> Path:
         ValueError: If a model of the Hub has no output folder.
     """
     if output is not None:
-        for path in (Path(output), *Path(output).parents):
-            if path.is_file():
-                raise FileExistsError(f"{path} is a file; choose another --output than {output}.")
+        check_can_be_folder(output)
         if run_files(output):
             raise FileExistsError(f"{output} holds a model; choose another --output, or leave it out to export that.")
         return Path(output)

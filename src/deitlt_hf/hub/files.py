@@ -1,9 +1,20 @@
-"""Writing files whole, or not at all."""
+"""Where files are written, and that they are whole."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def check_can_be_folder(folder: str | Path) -> None:
+    """Refuses a folder to write to that cannot be made.
+
+    Raises:
+        FileExistsError: If it is a file, or below one.
+    """
+    for path in (Path(folder), *Path(folder).parents):
+        if path.is_file():
+            raise FileExistsError(f"{path} is a file; choose another folder to write to than {folder}.")
 
 
 @contextlib.contextmanager

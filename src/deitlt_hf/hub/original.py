@@ -21,6 +21,7 @@ from ..data.transforms import model_processor
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from .checkpoint_files import read_checkpoint
+from .files import check_can_be_folder
 from .layouts import LDAM_LAYOUT, PACO_LAYOUT, StateDict, student_sizes, student_to_original, student_to_ours
 
 logger = logging.get_logger(__name__)
@@ -124,8 +125,7 @@ def convert_original(
         ValueError: As for both.
     """
     folder = Path(folder).expanduser()
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file; give a folder to write to.")
+    check_can_be_folder(folder)
     if any(folder.glob("*.safetensors*")) or (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} holds a model; choose another folder.")
     checkpoint = _open(source, ema)

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from ..data.transforms import ImageFormat
-from ..hub.files import whole_file
+from ..hub.files import check_can_be_folder, whole_file
 from ..hub.weights import weights_digest
 from .ema import EMA_FOLDER
 from .provenance import RESULTS_FILE, hardware
@@ -61,9 +61,7 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) ->
     Raises:
         FileExistsError: If it holds one, or cannot be a folder.
     """
-    for path in (Path(output_dir), *Path(output_dir).parents):
-        if path.is_file():
-            raise FileExistsError(f"{path} is a file; choose another --output_dir than {output_dir}.")
+    check_can_be_folder(output_dir)
     found = run_files(output_dir)
     if found and not overwrite and not resuming:
         raise FileExistsError(
