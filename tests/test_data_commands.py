@@ -186,6 +186,15 @@ def test_show_follows_the_options(tmp_path, options):
         assert list(drawn) == ["student, all epochs"]
 
 
+def test_show_refuses_a_file_before_it_reads_images(tmp_path):
+    from deitlt_hf.analysis.pictures import draw_data
+
+    file = tmp_path / "pictures"
+    file.touch()
+    with pytest.raises(FileExistsError, match="pictures is a file; choose another folder"):
+        draw_data(["--recipe", "image_folder", "--data_dir", str(tmp_path / "nowhere")], file)
+
+
 def test_a_deep_check_of_files_with_many_names(tmp_path):
     """Names with spaces and letters of any script come through lists and messages."""
     for split in ("train", "test"):

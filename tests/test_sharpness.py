@@ -183,3 +183,7 @@ def test_sharpness_refuses(digits):
         sharpness(broken, batches())
     with pytest.raises(ValueError, match="no images to measure"):
         loss_rises(Tiny(), [], [0.1])
+    with pytest.raises(ValueError, match="rho must be above 0, got -1"):
+        sharpness(Tiny(), batches(), rho=-1)
+    with pytest.raises(ValueError, match="rho must be above 0, got nan"):
+        loss_rises(Tiny(), batches(), [0.1, float("nan")])

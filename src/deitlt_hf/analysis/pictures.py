@@ -14,6 +14,7 @@ from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import training_counts
 from ..data.transforms import ImageFormat
+from ..hub.files import check_can_be_folder
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
@@ -34,8 +35,11 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
 
     Raises:
         ValueError, FileNotFoundError: As for the script.
+        FileExistsError: If `folder` cannot be a folder.
     """
     pyplot = _pyplot()
+    folder = Path(folder).expanduser()
+    check_can_be_folder(folder)
     with tempfile.TemporaryDirectory() as scratch:
         classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
         recipe, data_args, model_args, args = parse_arguments(
@@ -43,7 +47,6 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
         )
         data = data_args.load()
         groups = data_args.groups(data)
-        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "classes.png", folder / "images.png"]
         _draw_classes(pyplot, data["train"], groups, recipe, files[0])

@@ -59,8 +59,8 @@ def sharpness(
         logit_scale: What logits are multiplied by; by default as the loss did in training, such as by 30 for LDAM.
 
     Raises:
-        ValueError: If curvlinops is not installed, there are no images or no vectors, the weights have less than 32
-            bits, or the loss is not finite.
+        ValueError: If curvlinops is not installed, there are no images or no vectors, `rho` is not above 0, the weights
+            have less than 32 bits, or the loss is not finite.
     """
     if num_vectors < 1:
         raise ValueError(f"num_vectors must be 1 or more, got {num_vectors}.")
@@ -96,7 +96,8 @@ def loss_rises(
         logit_scale: As for [`sharpness`].
 
     Raises:
-        ValueError: If there are no images, the weights have less than 32 bits, or the loss is not finite.
+        ValueError: If there are no images, a radius is not above 0, the weights have less than 32 bits, or the loss is
+            not finite.
     """
     with _measurable(model, logit_scale) as classifier:
         return _loss_rises(classifier, batches, _count(batches), rhos)[1]
@@ -214,6 +215,9 @@ def _loss_rises(
     classifier: nn.Module, batches: Batches, num_images: int, rhos: Sequence[float]
 ) -> tuple[float, list[float], list[nn.Parameter]]:
     """The loss, its rises along the gradient, and the weights that it depends on."""
+    for rho in rhos:
+        if not rho > 0:
+            raise ValueError(f"rho must be above 0, got {rho:g}.")
 
     def loss_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(classifier(images), labels, reduction="sum") / num_images

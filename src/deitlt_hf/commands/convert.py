@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="where to write the model")
     parser.add_argument(
         "--recipe",
-        help="take names and counts of the classes from this recipe's data; --data_dir and the like as in distill.py",
+        help="take names and counts of the classes from this recipe's data; its other fields are those of 'deitlt data'",
     )
     parser.add_argument("--class_names", help="file with the names: one a line, or JSON")
     parser.add_argument(

@@ -29,7 +29,7 @@ from ..hub.onnx import (
     require_libraries,
 )
 from ..hub.weights import weights_digest
-from ..recipes import DataArguments, parse_arguments
+from ..recipes import DataArguments, data_help, parse_arguments
 from ..training.distillation import check_class_order
 from ..training.report import quiet_log, run_files, show
 from ..training.run import load_model
@@ -86,14 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command's own arguments, and the others: fields of a recipe."""
-    parser = command_parser(__doc__, "With --recipe, fields of its data can be given too, such as --data_dir DIR.")
+    parser = command_parser(__doc__, data_help())
     parser.add_argument("--model", required=True, help="folder or Hub id of a student, a teacher, or a DeiT or ViT")
     parser.add_argument(
         "--output", metavar="FOLDER", help=f"where {MODEL_FILE} goes; by default the model's own folder"
     )
     parser.add_argument("--int8", action="store_true", help=f"write {QUANTIZED_FILE} too, with int8 weights")
     parser.add_argument("--fixed_size", action="store_true", help="take images of the model's own size only")
-    parser.add_argument("--recipe", help="compare what torch and the files get right on the test images of this recipe")
+    parser.add_argument("--recipe", help="compare what torch and the files get right on this recipe's test images, see below")
     args, rest = parser.parse_known_args(arguments)
     if rest and args.recipe is None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
