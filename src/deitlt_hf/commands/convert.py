@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="where to write the model")
     parser.add_argument(
         "--recipe",
-        help="take names and counts of the classes from this recipe's data; its other fields are those of 'deitlt data'",
+        help="take names and counts of the classes from this recipe's data; 'deitlt data --help' has its fields",
     )
     parser.add_argument("--class_names", help="file with the names: one a line, or JSON")
     parser.add_argument(

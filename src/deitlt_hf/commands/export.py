@@ -93,7 +93,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     )
     parser.add_argument("--int8", action="store_true", help=f"write {QUANTIZED_FILE} too, with int8 weights")
     parser.add_argument("--fixed_size", action="store_true", help="take images of the model's own size only")
-    parser.add_argument("--recipe", help="compare what torch and the files get right on this recipe's test images, see below")
+    parser.add_argument(
+        "--recipe", help="compare what torch and the files get right on this recipe's test images, see below"
+    )
     args, rest = parser.parse_known_args(arguments)
     if rest and args.recipe is None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
