@@ -1,7 +1,6 @@
 """DeiT-LT beside the same student on labels alone, and beside its teacher, over seeds.
 
     python benchmarks/experts.py --recipe digits_lt --seeds 0 1 2
-    python benchmarks/experts.py --recipe fashion_mnist_lt_tiny --seeds 0 --data_dir DIR
 
 Every run is a process of its own and leaves its results in `benchmarks/results/`; a run whose results are there is not
 repeated, so that an interrupted series goes on. The seed changes the long-tailed subset, the initialisation, the
