@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from deitlt_hf import FlatTeacherForImageClassification
+from deitlt_hf.analysis.attention import attention_distances
 from deitlt_hf.data.arrays import load_idx
 from deitlt_hf.hub import load_original_student
 from deitlt_hf.losses import DistillationLoss
@@ -111,6 +112,12 @@ def test_claim_holds_if_all_of_it_does(evidence, one, other, verdict):
     assert evidence.Claim("", [Given(one), Given(other), ignored], None).verdict(None) == verdict
 
 
+def test_reach_of_uniform_attention(evidence):
+    attentions = np.full((2, 3, 11, 11), 1 / 11)  # two tokens and nine patches
+    found = evidence.reach_of_uniform("deit-lt").of({"architecture": {"image_size": 12, "patch_size": 4}})
+    np.testing.assert_allclose(attention_distances(attentions, (3, 3), 4), found)
+
+
 # ---- The page ----
 
 
@@ -130,6 +137,7 @@ def made_up(generator, is_teacher):
             "attention_distances": generator.uniform(4, 20, (6, 4)).tolist(),
             "effective_ranks": {"distillation": row()},
         },
+        "architecture": {"image_size": 28, "patch_size": 4},
     }
 
 
@@ -213,6 +221,8 @@ def test_held_out_images_are_of_the_training_split_and_not_trained_on(claims, tm
     assert found["train"] | found["test"] == {
         (image.tobytes(), label) for image, label in zip(pixels, labels.tolist(), strict=True)
     }
+    with pytest.raises(FileNotFoundError):  # those of one folder are not taken for another's
+        arms.hold_out(str(tmp_path / "another"))
 
 
 def test_records_of_a_seed_belong_together(claims):

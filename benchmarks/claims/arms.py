@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -296,7 +297,8 @@ def hold_out(data_dir: str, test: int = 10_000) -> Path:
     Returns:
         Its folder.
     """
-    folder = ROOT / "outputs" / "claims" / "held_out_images"
+    source = hashlib.sha256(str(Path(data_dir).resolve()).encode()).hexdigest()[:8]
+    folder = ROOT / "outputs" / "claims" / f"held_out_images_{source}"
     if folder.exists():
         return folder
     unfinished = folder.with_suffix(".part")

@@ -1,7 +1,7 @@
 """The claims, what each is judged by, and its figure."""
 
 from arms import BY_LENGTH
-from evidence import EXPERTS, Check, Claim, accuracy, fused, of_groups, rank, reach, sharpness
+from evidence import EXPERTS, Check, Claim, accuracy, fused, of_groups, rank, reach, reach_of_uniform, sharpness
 from figures import draw_bars, draw_distances, draw_lengths, draw_teachers
 
 LONGEST = max(BY_LENGTH)
@@ -110,6 +110,21 @@ CLAIMS = [
                 reach("deit-lt"),
                 unit="pixels",
                 decimals=2,
+            ),
+            *(
+                Check(
+                    f"attention to all patches alike less {title}",
+                    reach_of_uniform(arm),
+                    reach(arm),
+                    is_claimed=False,
+                    unit="pixels",
+                    decimals=2,
+                )
+                for arm, title in (
+                    ("labels", "labels only"),
+                    ("deit-lt", "DeiT-LT"),
+                    (BY_LENGTH[LONGEST], f"DeiT-LT after {LONGEST} epochs"),
+                )
             ),
         ],
         draw_distances,

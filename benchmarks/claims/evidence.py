@@ -11,6 +11,8 @@ from arms import RESULTS, Runs
 from scipy import stats
 from series import GROUPS
 
+from deitlt_hf.analysis.attention import patch_distances
+
 # Of a student, as tables and figures call them.
 EXPERTS = {"cls": "CLS", "distillation": "DIST", "mean": "prediction"}
 NOT_RUN = "not run yet"
@@ -86,6 +88,16 @@ def reach(arm: str) -> Measure:
     def of(record: Mapping) -> float:
         distances = np.array(record["tokens"]["attention_distances"])
         return float(distances[: len(distances) // 2].mean())
+
+    return Measure(arm, of)
+
+
+def reach_of_uniform(arm: str) -> Measure:
+    """What the attention distance is of a patch that looks at all alike, in the mean over patches, in pixels."""
+
+    def of(record: Mapping) -> float:
+        size, patch = (record["architecture"][field] for field in ("image_size", "patch_size"))
+        return float(patch_distances((size // patch, size // patch), patch).mean())
 
     return Measure(arm, of)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from arms import BY_LENGTH
-from evidence import EXPERTS, Evidence, accuracy, interval, rank, sharpness
+from evidence import EXPERTS, Evidence, accuracy, interval, rank, reach_of_uniform, sharpness
 from series import GROUPS
 
 ARM_COLOURS = ("#4c72b0", "#c44e52", "#8172b3", "#937860")
@@ -68,6 +68,8 @@ def draw_distances(figure, evidence: Evidence) -> None:
             values = np.array(rows)
             axis.errorbar(blocks, values.mean(axis=0), errors(values), label=label, color=colour, marker="o", capsize=3)
             axis.set_xticks(blocks)
+    uniform = list(evidence.values(reach_of_uniform("deit-lt")).values())
+    axis.axhline(np.mean(uniform), color="black", linestyle="--", label="attention to all patches alike")
     axis.set_xlabel("block")
     axis.set_ylabel("mean attention distance, pixels")
     axis.legend()
