@@ -1,6 +1,7 @@
 """The claims of the paper: how they are judged, and that the page says what the records say."""
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from deitlt_hf import FlatTeacherForImageClassification
+from deitlt_hf import DeiTLTForImageClassification, FlatTeacherForImageClassification
 from deitlt_hf.analysis.attention import attention_distances
+from deitlt_hf.commands.distill import main as distill
 from deitlt_hf.data.arrays import load_idx
+from deitlt_hf.data.sampling import seed_streams
+from deitlt_hf.data.transforms import TrainTransform
 from deitlt_hf.hub import load_original_student
 from deitlt_hf.losses import DistillationLoss
 from deitlt_hf.recipes import StudentArguments
@@ -261,6 +266,42 @@ def test_peer_has_our_loss_and_gradients(claims, teacher_folder):
     found.backward()
     gradient = ours.deit.embeddings.position_embeddings.grad
     torch.testing.assert_close(gradient, student.pos_embed.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_peer_trains_as_ours_does(claims, teacher_folder, tmp_path, monkeypatch):
+    """From the same weights and random numbers: loss, optimiser, schedule, mixing and its end are the same."""
+    peer = claims("timm_peer")
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    student = peer.make_student(StudentArguments(**sizes, drop_path_rate=0.0), 10)
+    save_file(student.state_dict(), tmp_path / "start.safetensors")
+    options = {"num_train_epochs": 4, "warmup_epochs": 1, "drw_start_epoch": 3, "drop_path_rate": 0, "drw_beta": 0}
+    options |= {"per_device_train_batch_size": 32, "global_batch_size": 32, "teacher": teacher_folder, **sizes}
+    options |= {"eval_strategy": "no", "save_strategy": "no", "dataloader_num_workers": 0}
+    options |= {"init_from": tmp_path / "start.safetensors"}
+    argv = ["--recipe", "digits_lt", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    distill([*argv, "--output_dir", str(tmp_path / "ours")])
+
+    step, trained = itertools.count(), []
+    finish, predict = TrainTransform.finish, peer.predict
+
+    def finish_as_ours(view, pixels):
+        seed_streams(0, next(step), 0, 0, 1)  # seed, step, slice, process, and that it is for mixing
+        return finish(view, pixels)
+
+    monkeypatch.setattr(TrainTransform, "finish", finish_as_ours)
+    monkeypatch.setattr(peer, "make_student", lambda *_: student)
+    monkeypatch.setattr(peer, "predict", lambda model, *rest: trained.append(model) or predict(model, *rest))
+    monkeypatch.setattr(sys, "argv", ["timm_peer.py", *argv, "--output_dir", str(tmp_path / "peer")])
+    peer.main()
+
+    ours = DeiTLTForImageClassification.from_pretrained(tmp_path / "ours").state_dict()
+    theirs = load_original_student(trained[0].state_dict(), num_attention_heads=2).state_dict()
+    start = load_original_student(load_file(tmp_path / "start.safetensors"), num_attention_heads=2).state_dict()
+    assert ours.keys() == theirs.keys()
+    moved = torch.cat([(ours[name] - start[name]).flatten() for name in ours])
+    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
+    assert apart.norm() < 0.01 * moved.norm()
 
 
 # ---- The driver ----

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
 from conftest import filled_state_dict, make_student
-from deitlt_hf import DeiTLTForImageClassification, FlatTeacherForImageClassification
+from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherForImageClassification
 from deitlt_hf.data import decreasing_count_map
 from deitlt_hf.hub import (
     convert_original,
@@ -440,6 +440,17 @@ def test_what_tensors_do_not_tell_survives_an_export(tmp_path):
         num_attention_heads=3,
     )
     assert converted.config.num_attention_heads == 3
+
+
+def test_heads_that_a_file_does_not_tell(tmp_path):
+    """A recipe's student that started from a file of timm's had heads 64 wide, whatever the recipe says."""
+    model = make_student(hidden_size=128, num_attention_heads=4)
+    export_original_student(model, tmp_path / "tells.pth")
+    tensors = student_to_original(model.state_dict())
+    for source, width, heads in ((tensors, 128, 8), (tensors, 96, 2), (tmp_path / "tells.pth", 128, 4)):
+        loaded = load_original_student(source, like=DeiTLTConfig(hidden_size=width, num_attention_heads=8))
+        assert loaded.config.num_attention_heads == heads
+    assert load_original_student(tensors).config.num_attention_heads == 2
 
 
 @pytest.mark.parametrize(

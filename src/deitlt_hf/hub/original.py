@@ -44,6 +44,7 @@ def load_original_student(
     class_map: Sequence[int] | None = None,
     class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
+    like: DeiTLTConfig | None = None,
     **config,
 ) -> DeiTLTForImageClassification:
     """Loads a student from the authors' file, or a distilled DeiT of timm; sizes are read from the tensors.
@@ -59,8 +60,9 @@ def load_original_student(
         class_map: For each class its row in the file's head.
         class_counts: Training images of each class, in label order.
         class_names: Names of the classes, in label order.
-        **config: Further fields of [`DeiTLTConfig`], such as `num_attention_heads` (by default one for 64 of the
-            width) or `drop_path_rate`. With another `num_labels` than the file's, both heads are new.
+        like: Has as many attention heads as a file of its width that does not tell them; otherwise they are 64 wide.
+        **config: Further fields of [`DeiTLTConfig`], such as `num_attention_heads` or `drop_path_rate`. With another
+            `num_labels` than the file's, both heads are new.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -69,7 +71,7 @@ def load_original_student(
     checkpoint = _open(source, ema)
     if checkpoint.kind != STUDENT:
         raise ValueError(f"{checkpoint.name} holds {checkpoint.kind}, not {STUDENT}; use load_original_teacher.")
-    return _student(checkpoint, class_map, class_counts, class_names, **config)
+    return _student(checkpoint, class_map, class_counts, class_names, like, **config)
 
 
 def load_original_teacher(
@@ -273,8 +275,12 @@ def _kind(name: str, state_dict: StateDict) -> str:
 # ---- From a file to a model ----
 
 
-def _student(checkpoint: _Checkpoint, class_map, class_counts, class_names, **config) -> DeiTLTForImageClassification:
+def _student(
+    checkpoint: _Checkpoint, class_map, class_counts, class_names, like=None, **config
+) -> DeiTLTForImageClassification:
     sizes, num_labels = _sizes(checkpoint, student_sizes)
+    if like is not None and like.hidden_size == sizes["hidden_size"]:
+        sizes["num_attention_heads"] = like.num_attention_heads
     config.pop("label2id", None)
     if class_names is None and "id2label" in config:
         id2label = config.pop("id2label")
