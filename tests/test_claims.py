@@ -152,6 +152,10 @@ def test_all_records_make_a_whole_page(evidence, claims, tmp_path, monkeypatch):
     for arms, is_teacher in ((setting.teachers, True), (setting.students, False)):
         for path in (report.Evidence().runs.record(seed, arm) for arm in arms for seed in setting.seeds):
             path.write_text(json.dumps(made_up(generator, is_teacher)))
+    views = {"out of distribution": {name: dict.fromkeys(report.SAID, 0.25) for name in setting.teachers}}
+    for seed in setting.seeds:
+        labels = {"images": {"head": 0.7, "mid": 0.2, "tail": 0.1}, "views": views}
+        report.Evidence().runs.record(seed, report.LABELS).write_text(json.dumps(labels))
     for name in ("PAGE", "README"):
         copy = tmp_path / f"{name}.md"
         copy.write_text(getattr(report, name).read_text())
@@ -163,6 +167,8 @@ def test_all_records_make_a_whole_page(evidence, claims, tmp_path, monkeypatch):
     assert report.NOT_RUN not in page
     assert "60 of 60 runs are recorded" in page
     assert all(f"| {arm.title} |" in page for arm in (*setting.teachers.values(), *setting.students.values()))
+    assert "| (classes of the images) |  | 70.0 ± 0.0 | 20.0 ± 0.0 | 10.0 ± 0.0 |" in page
+    assert page.count("| out of distribution |") == len(setting.teachers)
     for number, claim in enumerate(report.CLAIMS, 1):
         assert f"![{claim.title}](pictures/claim_{number}.png)" in page
         with Image.open(tmp_path / f"claim_{number}.png") as picture:
@@ -243,6 +249,9 @@ def test_records_of_a_seed_belong_together(claims):
             teacher = None if name in setting.teachers else setting.students[name].teacher
             if teacher is not None:
                 assert record["teacher_sha256"] == found[teacher]["weights_sha256"]
+    for seed, record in evidence.records(report.LABELS).items():
+        for name, digest in record["teachers_sha256"].items():
+            assert digest == evidence.records(name)[seed]["weights_sha256"]
 
 
 # ---- The peer ----
@@ -330,7 +339,7 @@ def test_runs_leave_records_and_are_not_repeated(claims, tmp_path, monkeypatch, 
         run.main()
     assert ended.value.code == 0, capsys.readouterr().out
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
-    assert set(found) == {"tiny-teacher-seed0", "tiny-deit-lt-seed0", "tiny-timm-seed0"}
+    assert set(found) == {f"tiny-{name}-seed0" for name in ("teacher", "deit-lt", "timm", "teacher-labels")}
     for name in ("tiny-deit-lt-seed0", "tiny-timm-seed0"):
         experts = found[name]["last"]["accuracies"]
         assert set(experts) == {"mean", "cls", "distillation"}
@@ -339,6 +348,11 @@ def test_runs_leave_records_and_are_not_repeated(claims, tmp_path, monkeypatch, 
     tokens = found["tiny-deit-lt-seed0"]["tokens"]
     assert 1 <= tokens["effective_ranks"]["distillation"]["overall"] <= len(tokens["singular_values"]["distillation"])
     assert "fusion_logit_adjustment" in found["tiny-deit-lt-seed0"]["fusions"]
+    labels = found["tiny-teacher-labels-seed0"]
+    said = {view: of_teachers["teacher"] for view, of_teachers in labels["views"].items()}
+    for shares in (labels["images"], *said.values()):
+        np.testing.assert_allclose(sum(shares[group] for group in ("head", "mid", "tail")), 1)
+    assert said["in distribution"]["right"] > said["out of distribution"]["right"]
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run.main()

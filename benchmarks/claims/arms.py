@@ -24,6 +24,7 @@ SHORT = ("--overwrite", "--eval_strategy", "no", "--save_strategy", "no", "--dat
 # For runs of days: the recipe's workers and checkpoints, from the newest of which they go on.
 LONG = ("--resume_from_checkpoint", "auto")
 DISTILL = "scripts/distill.py"
+LABELS = "teacher-labels"  # name of the records of what a seed's teachers say
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,21 @@ class Runs:
                 results["tokens"] = self._look(seed, folder, CLAIMS / "observe_tokens.py")
                 results["fusions"] = self._look(seed, folder, ROOT / "scripts" / "evaluate.py", "--fusion", "all")
             write_record(self.record(seed, name), results)
+
+    def compare_teachers(self, seed: int) -> None:
+        """Looks at what the teachers, which are there, say of a student's images; not again if its record is there."""
+        folders = {name: self.folder(seed, name) for name in self.setting.teachers}
+        made_of = {"arguments": [str(argument) for argument in self.setting.common], "threads": self.threads}
+        made_of["teachers_sha256"] = {name: weights_digest(folder) for name, folder in folders.items()}
+        path = self.record(seed, LABELS)
+        with self._alone(seed, LABELS) as folder:
+            if path.exists() and made_of.items() <= json.loads(path.read_text()).items():
+                return
+            found = folder.with_suffix(".json")
+            command = [CLAIMS / "teacher_labels.py", *self.data(seed), "--seed", seed, *made_of["arguments"]]
+            teachers = [f"{name}={path}" for name, path in folders.items()]
+            run(*command, "--teachers", *teachers, "--json", found, threads=self.threads)
+            write_record(path, json.loads(found.read_text()) | made_of)
 
     @contextlib.contextmanager
     def _alone(self, seed: int, name: str) -> Iterator[Path]:

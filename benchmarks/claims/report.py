@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, TEACHERS, Arm
+from arms import CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LABELS, TEACHERS, Arm
 from claims import CLAIMS
 from evidence import EXPERTS, NOT_RUN, Claim, Evidence
 from series import GROUPS, ROOT, mean_and_deviation
@@ -24,6 +24,7 @@ PICTURES = ROOT / "docs" / "pictures"
 IN_SHORT = ("labels", "deit", "timm", "deit-lt")  # of the README's table
 # Numbers of the paper: overall, head, mid, tail.
 PAPER = {"cifar10_lt": (87.5, 94.5, 84.1, 85.0)}
+SAID = (*GROUPS[1:], "right", "as first")  # of a teacher's labels
 NOTHING = "(no run of it is recorded yet)"
 
 
@@ -82,6 +83,25 @@ def teachers_table(evidence: Evidence, arms: Mapping[str, Arm]) -> str:
         rows.append([arm.title, *cells, str(len(values))])
     header = ["teacher", *GROUPS, "largest eigenvalue", "loss rise", "seeds"]
     return table(header, rows) if rows else NOTHING
+
+
+def labels_table(evidence: Evidence) -> str:
+    """What the teachers say of the images that a student is trained on."""
+    records = list(evidence.records(LABELS).values())
+    if not records:
+        return NOTHING
+
+    def cells(values: Sequence[Mapping], columns: Sequence[str]) -> list[str]:
+        return mean_and_deviation(100 * np.array([[value[column] for column in columns] for value in values]))
+
+    rows = [["(classes of the images)", "", *cells([record["images"] for record in records], GROUPS[1:]), "", ""]]
+    rows += [
+        [view, TEACHERS[name].title, *cells([record["views"][view][name] for record in records], SAID)]
+        for view, of_teachers in records[0]["views"].items()
+        for name in of_teachers
+    ]
+    first = next(iter(TEACHERS.values())).title
+    return table(["the teacher sees it", "teacher", *GROUPS[1:], "right", f"as {first}"], rows, texts=2)
 
 
 def fusions_table(evidence: Evidence, arm: str = "deit-lt") -> str:
@@ -147,6 +167,7 @@ def parts(evidence: Evidence) -> dict[str, str]:
         "experts in short": experts_table(evidence, {name: students[name] for name in IN_SHORT}),
         "teachers": teachers_table(evidence, TEACHERS),
         "fusions": fusions_table(evidence),
+        "teacher labels": labels_table(evidence),
         "held out": held_out_table(),
     }
     for number, claim in enumerate(CLAIMS, 1):

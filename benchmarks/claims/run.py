@@ -12,7 +12,7 @@ one after the other on two.
 import argparse
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from arms import SETTINGS, Runs, hold_out
+from arms import LABELS, SETTINGS, Runs, hold_out
 
 
 def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) -> dict[str, Future]:
@@ -20,17 +20,27 @@ def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) ->
     setting = runs.setting
     todo = [name for name in names if runs.recorded(seed, name) is None]
     needed = {setting.students[name].teacher for name in todo if name in setting.students}
+    compares = not setting.holds_out and set(setting.teachers) <= set(names)
+    compares &= bool(set(setting.teachers) & set(todo)) or not runs.record(seed, LABELS).exists()
+    if compares:
+        needed |= set(setting.teachers)
     teachers = {
         name: pool.submit(tell, runs.teach, seed, name) for name in setting.teachers if name in needed or name in todo
     }
 
+    def compare() -> None:
+        for teacher in teachers.values():
+            teacher.result()  # which began before, so that it ends
+        tell(lambda seed, _: runs.compare_teachers(seed), seed, LABELS)
+
     def study(name: str) -> None:
         teacher = setting.students[name].teacher
         if teacher is not None:
-            teachers[teacher].result()  # which began before, so that it ends
+            teachers[teacher].result()
         tell(runs.study, seed, name)
 
-    return teachers | {name: pool.submit(study, name) for name in todo if name in setting.students}
+    compared = {LABELS: pool.submit(compare)} if compares else {}
+    return teachers | compared | {name: pool.submit(study, name) for name in todo if name in setting.students}
 
 
 def plan(pool: ThreadPoolExecutor, runs: Runs, seeds: list[int], names: list[str]) -> dict[tuple[int, str], Future]:
