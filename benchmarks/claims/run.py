@@ -20,10 +20,11 @@ def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) ->
     setting = runs.setting
     todo = [name for name in names if runs.recorded(seed, name) is None]
     needed = {setting.students[name].teacher for name in todo if name in setting.students}
-    compares = not setting.holds_out and set(setting.teachers) <= set(names)
-    compares &= bool(set(setting.teachers) & set(todo)) or not runs.record(seed, LABELS).exists()
+    all_teachers = set(setting.teachers)
+    is_old = all_teachers & set(todo) or not runs.record(seed, LABELS).exists()
+    compares = is_old and all_teachers <= set(names) and not setting.holds_out
     if compares:
-        needed |= set(setting.teachers)
+        needed |= all_teachers
     teachers = {
         name: pool.submit(tell, runs.teach, seed, name) for name in setting.teachers if name in needed or name in todo
     }
