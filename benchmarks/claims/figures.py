@@ -61,18 +61,22 @@ def draw_teachers(figure, evidence: Evidence) -> None:
 def draw_distances(figure, evidence: Evidence) -> None:
     """Mean attention distance by block."""
     axis = figure.subplots()
-    for colour, (arm, label) in zip(ARM_COLOURS, (("deit-lt", "DeiT-LT"), ("labels", "labels only")), strict=False):
+    for colour, shift, (arm, label) in zip(
+        ARM_COLOURS, (-0.04, 0.04), (("deit-lt", "DeiT-LT"), ("labels", "labels only")), strict=False
+    ):
         rows = [np.mean(record["tokens"]["attention_distances"], axis=1) for record in evidence.records(arm).values()]
         if rows:
             blocks = np.arange(1, len(rows[0]) + 1)
             values = np.array(rows)
-            axis.errorbar(blocks, values.mean(axis=0), errors(values), label=label, color=colour, marker="o", capsize=3)
+            bars = {"color": colour, "marker": "o", "capsize": 3, "label": label}
+            axis.errorbar(blocks + shift, values.mean(axis=0), errors(values), **bars)
             axis.set_xticks(blocks)
     uniform = list(evidence.values(reach_of_uniform("deit-lt")).values())
     axis.axhline(np.mean(uniform), color="black", linestyle="--", label="attention to all patches alike")
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("block")
     axis.set_ylabel("mean attention distance, pixels")
-    axis.legend()
+    axis.legend(loc="lower center", ncols=3)
 
 
 def draw_lengths(figure, evidence: Evidence) -> None:
