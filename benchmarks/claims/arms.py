@@ -264,7 +264,7 @@ class Runs:
                 return
             found = folder.with_suffix(".json")
             command = [CLAIMS / "teacher_labels.py", *self.data(seed), "--seed", seed, *made_of["arguments"]]
-            teachers = [f"{name}={path}" for name, path in folders.items()]
+            teachers = [f"{name}={teacher}" for name, teacher in folders.items()]
             run(*command, "--teachers", *teachers, "--json", found, threads=self.threads)
             write_record(path, json.loads(found.read_text()) | made_of)
 
