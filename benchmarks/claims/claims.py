@@ -27,7 +27,9 @@ CLAIMS = [
         "Deferred re-weighting lifts the tail",
         [
             *of_groups("distilled, with less without", "deit-lt", "ood", ["tail"], ("mean", "distillation")),
-            *of_groups("what it costs", "deit-lt", "ood", ["head", "overall"], ("mean", "distillation"), False),
+            *of_groups(
+                "distilled, with less without", "deit-lt", "ood", ["head", "overall"], ("mean", "distillation"), False
+            ),
             *of_groups(
                 "labels only, with less without",
                 "labels-drw",
