@@ -41,11 +41,11 @@ def draw_bars(panels: Mapping[str, Sequence[tuple[str, str, str]]]) -> Callable:
 
 
 def draw_teachers(figure, evidence: Evidence) -> None:
-    """Flatness of the teachers, ranks of their students' DIST tokens, and the students' tails."""
+    """Flatness of the teachers, ranks of their students' DIST tokens, and the students on the tail."""
     columns = {
         "teacher: largest eigenvalue\nof the Hessian": [sharpness(arm, "eigenvalue") for arm in ("ce-sgd", "ce-sam")],
         "student: effective rank\nof DIST features": [rank(arm, "overall") for arm in ("deit-lt-sgd", "deit-lt")],
-        "student: DIST on\nthe tail, %": [accuracy(arm, "distillation", "tail") for arm in ("deit-lt-sgd", "deit-lt")],
+        "student: prediction on\nthe tail, %": [accuracy(arm, "mean", "tail") for arm in ("deit-lt-sgd", "deit-lt")],
     }
     for axis, (title, measures) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
         for place, measure in enumerate(measures):
