@@ -21,8 +21,8 @@ def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) ->
     todo = [name for name in names if runs.recorded(seed, name) is None]
     needed = {setting.students[name].teacher for name in todo if name in setting.students}
     all_teachers = set(setting.teachers)
-    is_old = all_teachers & set(todo) or not runs.record(seed, LABELS).exists()
-    compares = is_old and all_teachers <= set(names) and not setting.holds_out
+    is_due = all_teachers & set(todo) or not runs.record(seed, LABELS).exists()
+    compares = is_due and all_teachers <= set(names) and not setting.holds_out
     if compares:
         needed |= all_teachers
     teachers = {

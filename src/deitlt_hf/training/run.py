@@ -151,12 +151,12 @@ def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClass
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     attention = {"attn_implementation": model_args.attn_implementation}
     path = model_args.init_from
-    config = model_args.config(**labels)
     if path is None:
-        return DeiTLTForImageClassification._from_config(config, **attention)
+        return DeiTLTForImageClassification._from_config(model_args.config(**labels), **attention)
     options = {"drop_path_rate": model_args.drop_path_rate, **attention}
     if Path(path).is_file():
-        return load_original_student(path, class_names=names, num_labels=len(names), like=config, **options)
+        like = model_args.config(**labels)
+        return load_original_student(path, class_names=names, num_labels=len(names), like=like, **options)
     return DeiTLTForImageClassification.from_pretrained(path, **labels, **options, ignore_mismatched_sizes=True)
 
 
