@@ -189,4 +189,4 @@ def _draw_lines(axis, title: str, entries: Sequence[Mapping], names: Mapping[str
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)
     if any(names.values()) and entries:
-        axis.legend(fontsize=7, loc="upper left")
+        axis.legend(fontsize=7)
