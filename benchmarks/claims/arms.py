@@ -74,7 +74,7 @@ STUDENTS = {
 STUDENTS["id-unmixed"] = Arm("in-distribution view, DRW, no mixing", (*WEAK, "--mixup", 0, "--cutmix", 0), "ce-sam")
 STUDENTS["ood-unmixed"] = Arm("out-of-distribution view, DRW, no mixing", ("--mixup", 0, "--cutmix", 0), "ce-sam")
 # Epochs of further students, with the same schedule stretched.
-LENGTHS = (15, 30, 120, 240)
+LENGTHS = (15, 30, 120)
 STUDENTS |= {
     f"deit-lt-{epochs}": Arm(
         f"DeiT-LT, {epochs} epochs", ("--num_train_epochs", epochs, "--drw_start_epoch", epochs * 4 // 5), "ce-sam"
@@ -232,15 +232,23 @@ class Runs:
         return record
 
     def teach(self, seed: int, name: str) -> None:
-        """Trains a teacher and measures how flat its loss is; not again if model and record are there."""
+        """Trains a teacher and measures how flat its loss is; not again if model and record are there.
+
+        Where there is a record, but no model (which is not committed), training has other bits on another machine.
+        The first record stays, as students have learned from that teacher; the new one gets a record beside it, of how
+        it was trained and what it says of the test images.
+        """
         with self._alone(seed, name) as folder:
-            record, results = self.recorded(seed, name), self._trained(seed, name)
-            if record is not None and record["weights_sha256"] == results["weights_sha256"]:
+            first, results = self.recorded(seed, name), self._trained(seed, name)
+            digest = results["weights_sha256"]
+            is_first = first is None or first["weights_sha256"] == digest
+            path = self.record(seed, name if is_first else f"{name}-{digest[:8]}")
+            if path.exists():
                 return
-            if not self.setting.holds_out:
+            if is_first and not self.setting.holds_out:
                 sharpness = ["-m", "deitlt_hf.cli", "sharpness", "--num_images", 256, "--num_vectors", 16]
                 results["sharpness"] = self._look(seed, folder, *sharpness)
-            write_record(self.record(seed, name), results)
+            write_record(path, results)
 
     def study(self, seed: int, name: str) -> None:
         """Trains a student, whose teacher is there, and looks at its tokens; not again if its record is there."""

@@ -72,6 +72,11 @@ def accuracy(arm: str, expert: str, group: str) -> Measure:
     return Measure(arm, lambda record: 100 * record["last"]["accuracies"][expert][group])
 
 
+def taught(arm: str, group: str) -> Measure:
+    """Accuracy of the teacher that an arm's student learned from, in %."""
+    return Measure(arm, lambda record: 100 * record["teacher"]["accuracies"][group])
+
+
 def fused(arm: str, rule: str, group: str) -> Measure:
     """Accuracy of a fusion of the experts, in %."""
     return Measure(arm, lambda record: 100 * record["fusions"][f"fusion_{rule}"][group])

@@ -1,10 +1,11 @@
 """Draws the figures of the claims."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 from arms import BY_LENGTH
-from evidence import EXPERTS, Evidence, accuracy, interval, rank, reach_of_uniform, sharpness
+from evidence import EXPERTS, Evidence, accuracy, interval, rank, reach_of_uniform, sharpness, taught
 from series import GROUPS
 
 ARM_COLOURS = ("#4c72b0", "#c44e52", "#8172b3", "#937860")
@@ -100,9 +101,9 @@ def draw_lengths(figure, evidence: Evidence) -> None:
                     marker="o",
                     capsize=3,
                 )
-        teacher = evidence.accuracies("ce-sam", "teacher")
-        if len(teacher):
-            axis.axhline(teacher[:, column].mean(), color="black", linestyle="--", label="teacher")
+        teachers = [evidence.values(taught(arm, group)).values() for arm in BY_LENGTH.values()]
+        if any(teachers):
+            axis.axhline(np.mean(list(chain(*teachers))), color="black", linestyle="--", label="teacher")
         axis.set_xscale("log")
         axis.set_xticks(list(BY_LENGTH), map(str, BY_LENGTH))
         axis.minorticks_off()
