@@ -1,7 +1,9 @@
 """Series of runs over seeds, each a process with a record of its own: what is recorded is not run again."""
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 GROUPS = ("overall", "head", "mid", "tail")
+# Of Linux's prctl (linux/prctl.h): the signal that a process gets when what began it dies.
+_PR_SET_PDEATHSIG = 1
+_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def slug(name: str) -> str:
@@ -19,7 +24,7 @@ def slug(name: str) -> str:
 
 
 def run(*command, threads: int | None = None) -> float:
-    """Runs a Python program of the repository.
+    """Runs a Python program of the repository; on Linux it is ended if this process dies.
 
     Args:
         *command: The program and its arguments.
@@ -39,6 +44,7 @@ def run(*command, threads: int | None = None) -> float:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=None if _LIBRARY is None else _end_with_parent,
     )
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -46,6 +52,11 @@ def run(*command, threads: int | None = None) -> float:
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{errors[-2000:]}")
     return usage.ru_maxrss / 1024
+
+
+def _end_with_parent() -> None:
+    """Else a run whose driver was killed goes on, in the folder of the next driver's."""
+    _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def write_record(path: Path, content: dict) -> None:

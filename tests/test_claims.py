@@ -3,10 +3,15 @@
 import importlib
 import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -249,6 +254,8 @@ def test_records_of_a_seed_belong_together(claims):
         for name, record in found.items():
             teacher = None if name in setting.teachers else setting.students[name].teacher
             if teacher is not None:
+                if name not in setting.later:
+                    assert record["teacher_sha256"] == found[teacher]["weights_sha256"]
                 paths = evidence.runs.record(seed, teacher).parent.glob(f"fashion-{teacher}-*seed{seed}.json")
                 taught = [json.loads(path.read_text()) for path in paths]
                 assert record["teacher_sha256"] in {teacher["weights_sha256"] for teacher in taught}
@@ -377,6 +384,66 @@ def test_record_of_other_arguments_is_not_taken_for_the_run(claims, tmp_path, mo
     runs.record(0, "ood").write_text(json.dumps(runs.made_with("deit-lt")))
     with pytest.raises(ValueError, match=r"not with .*--drw_beta"):
         runs.recorded(0, "ood")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+def test_run_ends_with_its_driver(tmp_path):
+    """Else it goes on in the folder of the driver that is started next."""
+    run = "import os, pathlib, time; pathlib.Path({!r}).write_text(str(os.getpid())); time.sleep(100)"
+    began = tmp_path / "pid"
+    driver = f"import sys; sys.path.append('benchmarks'); import series; series.run('-c', {run.format(str(began))!r})"
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT)
+    wait_for(lambda: began.exists() and began.read_text())
+    child = psutil.Process(int(began.read_text()))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_interrupted_driver_begins_nothing_more(claims, tmp_path, monkeypatch):
+    run = claims("run")
+    arms = sys.modules["arms"]
+    monkeypatch.setattr(arms, "RESULTS", tmp_path)
+    begun = []
+
+    def study(self, seed, name):
+        begun.append(name)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(arms.Runs, "study", study)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--arms", "labels", "labels-drw", "--seeds", "4", "--jobs", "1"])
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    time.sleep(1)
+    assert begun == ["labels"]
+
+
+def test_run_of_other_arguments_does_not_go_on_from_old_checkpoints(claims, tmp_path, monkeypatch):
+    """Those of days resume by themselves; a changed one would take the old one's weights for its own."""
+    claims("run")
+    arms = sys.modules["arms"]
+    monkeypatch.setattr(arms.Runs, "folder", lambda self, seed, arm: tmp_path / arm)
+    found = []
+
+    def interrupted(*_, **__):
+        checkpoint = tmp_path / "labels" / "checkpoint-1"
+        found.append(checkpoint.exists())
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(arms, "run", interrupted)
+    for threads in (1, 1, 2, 2):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            arms.Runs("cifar10_lt", threads=threads).study(0, "labels")
+    assert found == [False, True, False, True]
 
 
 def test_teacher_trained_anew_to_other_bits_gets_a_record_of_its_own(claims, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -281,7 +282,7 @@ class Runs:
         """The folder of a run, which no other driver works in."""
         folder = self.folder(seed, name)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
             yield folder
 
     def _trained(self, seed: int, name: str) -> dict:
@@ -299,6 +300,10 @@ class Runs:
             is_of_it = results.get("weights_sha256") == weights_digest(folder)
             if is_of_it and made_of.items() <= results.items():
                 return results
+        begun = folder.with_name(f"{folder.name}.begun.json")
+        if folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == made_of):
+            shutil.rmtree(folder)  # else a run that resumes would go on from checkpoints of another
+        write_record(begun, made_of)
         run(*command, threads=self.threads)
         results = json.loads((folder / "results.json").read_text()) | made_of
         write_record(kept, results)

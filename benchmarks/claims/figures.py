@@ -45,6 +45,7 @@ def draw_teachers(figure, evidence: Evidence) -> None:
     """Flatness of the teachers, ranks of their students' DIST tokens, and the students on the tail."""
     columns = {
         "teacher: largest eigenvalue\nof the Hessian": [sharpness(arm, "eigenvalue") for arm in ("ce-sgd", "ce-sam")],
+        "teacher: rise of the loss\nwithin 0.05": [sharpness(arm, "loss_rise") for arm in ("ce-sgd", "ce-sam")],
         "student: effective rank\nof DIST features": [rank(arm, "overall") for arm in ("deit-lt-sgd", "deit-lt")],
         "student: prediction on\nthe tail, %": [accuracy(arm, "mean", "tail") for arm in ("deit-lt-sgd", "deit-lt")],
     }
@@ -61,7 +62,7 @@ def draw_teachers(figure, evidence: Evidence) -> None:
 
 def draw_distances(figure, evidence: Evidence) -> None:
     """Mean attention distance by block."""
-    axis = figure.subplots()
+    whole, near = figure.subplots(1, 2)
     for colour, shift, (arm, label) in zip(
         ARM_COLOURS, (-0.04, 0.04), (("deit-lt", "DeiT-LT"), ("labels", "labels only")), strict=False
     ):
@@ -70,14 +71,18 @@ def draw_distances(figure, evidence: Evidence) -> None:
             blocks = np.arange(1, len(rows[0]) + 1)
             values = np.array(rows)
             bars = {"color": colour, "marker": "o", "capsize": 3, "label": label}
-            axis.errorbar(blocks + shift, values.mean(axis=0), errors(values), **bars)
-            axis.set_xticks(blocks)
+            for axis in (whole, near):
+                axis.errorbar(blocks + shift, values.mean(axis=0), errors(values), **bars)
+                axis.set_xticks(blocks)
     uniform = list(evidence.values(reach_of_uniform("deit-lt")).values())
-    axis.axhline(np.mean(uniform), color="black", linestyle="--", label="attention to all patches alike")
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("block")
-    axis.set_ylabel("mean attention distance, pixels")
-    axis.legend(loc="lower center", ncols=3)
+    for axis in (whole, near):
+        axis.axhline(np.mean(uniform), color="black", linestyle="--", label="attention to all patches alike")
+        axis.axvspan(0.5, len(blocks) // 2 + 0.5, color="black", alpha=0.06, label="blocks that the verdict is by")
+        axis.set_xlabel("block")
+    whole.set_ylim(bottom=0)
+    whole.set_ylabel("mean attention distance, pixels")
+    whole.legend(loc="lower center", fontsize=8)
+    near.set_title("the same, close up", fontsize=10)
 
 
 def draw_lengths(figure, evidence: Evidence) -> None:
@@ -89,7 +94,7 @@ def draw_lengths(figure, evidence: Evidence) -> None:
             points = {
                 epochs: evidence.accuracies(arm, expert)[:, column]
                 for epochs, arm in BY_LENGTH.items()
-                if evidence.records(arm)
+                if len(evidence.records(arm)) == len(evidence.runs.setting.seeds)
             }
             if points:
                 axis.errorbar(
@@ -103,7 +108,7 @@ def draw_lengths(figure, evidence: Evidence) -> None:
                 )
         teachers = [evidence.values(taught(arm, group)).values() for arm in BY_LENGTH.values()]
         if any(teachers):
-            axis.axhline(np.mean(list(chain(*teachers))), color="black", linestyle="--", label="teacher")
+            axis.axhline(np.mean(list(chain(*teachers))), color="black", linestyle="--", label="teachers")
         axis.set_xscale("log")
         axis.set_xticks(list(BY_LENGTH), map(str, BY_LENGTH))
         axis.minorticks_off()

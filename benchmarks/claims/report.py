@@ -21,7 +21,7 @@ from series import GROUPS, ROOT, mean_and_deviation
 PAGE = ROOT / "docs" / "claims.md"
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
-IN_SHORT = ("labels", "deit", "timm", "deit-lt")  # of the README's table
+IN_SHORT = ("labels", "labels-drw", "deit", "timm", "deit-lt")  # of the README's table
 # Numbers of the paper: overall, head, mid, tail.
 PAPER = {"cifar10_lt": (87.5, 94.5, 84.1, 85.0)}
 SAID = (*GROUPS[1:], "right", "as first")  # of a teacher's labels
@@ -205,8 +205,12 @@ def draw_all(evidence: Evidence) -> None:
         claim.draw(figure, evidence)
         figure.suptitle(f'"{claim.title}":\n{said}', fontsize=11)
         setting = evidence.runs.setting
-        caption = f"{setting.title}; {len(setting.seeds)} seeds. Lines: 95 % interval of each mean; the verdict is by "
-        figure.supxlabel(f"{caption}differences within seeds.", fontsize=8)
+        caption = (
+            f"{setting.title}; {len(setting.seeds)} seeds. Lines: 95 % interval of each mean; the verdict is by "
+            "differences within seeds.\nDRW: deferred re-weighting; CLS and DIST: the student's experts; prediction: "
+            "by the mean of both."
+        )
+        figure.supxlabel(caption, fontsize=8)
         figure.savefig(picture(number), dpi=110, metadata={"records": evidence.digest})
         pyplot.close(figure)
 

@@ -10,7 +10,7 @@ one after the other on two.
 """
 
 import argparse
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from arms import LABELS, SETTINGS, Runs, hold_out
 
@@ -82,6 +82,11 @@ def main():
     runs = Runs(args.setting, data_dir, args.threads)
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = plan(pool, runs, args.seeds or list(setting.seeds), args.arms or arms)
+        try:
+            wait(futures.values())
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # else it begins what is queued, one after the other
+            raise
     failed = {key: future.exception() for key, future in futures.items() if future.exception() is not None}
     for (seed, name), error in failed.items():
         print(f"seed {seed}: {name} failed: {error}")
