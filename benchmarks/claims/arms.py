@@ -76,17 +76,23 @@ STUDENTS["id-unmixed"] = Arm("in-distribution view, DRW, no mixing", (*WEAK, "--
 STUDENTS["ood-unmixed"] = Arm("out-of-distribution view, DRW, no mixing", ("--mixup", 0, "--cutmix", 0), "ce-sam")
 # Epochs of further students, with the same schedule stretched.
 LENGTHS = (15, 30, 120)
-STUDENTS |= {
-    f"deit-lt-{epochs}": Arm(
-        f"DeiT-LT, {epochs} epochs", ("--num_train_epochs", epochs, "--drw_start_epoch", epochs * 4 // 5), "ce-sam"
-    )
-    for epochs in LENGTHS
-}
+
+
+def length(epochs: int) -> tuple:
+    """Arguments for a schedule of so many epochs."""
+    return "--num_train_epochs", epochs, "--drw_start_epoch", epochs * 4 // 5
+
+
+STUDENTS |= {f"deit-lt-{epochs}": Arm(f"DeiT-LT, {epochs} epochs", length(epochs), "ce-sam") for epochs in LENGTHS}
+# Beside the longest of them.
+LONG_LABELS = f"labels-{max(LENGTHS)}"
+STUDENTS[LONG_LABELS] = Arm(f"labels only, {max(LENGTHS)} epochs", (*ALONE, *NO_DRW, *length(max(LENGTHS))))
 # Arms by their epochs.
 BY_LENGTH = dict(sorted({60: "deit-lt", **{epochs: f"deit-lt-{epochs}" for epochs in LENGTHS}}.items()))
 LATER = (
     *("id-unmixed", "ood-unmixed", "deit-lt-ldam", "deit-lt-paco"),
     *(f"deit-lt-{epochs}" for epochs in LENGTHS),
+    LONG_LABELS,
 )
 SEEDS = (0, 1, 2)
 

@@ -1,6 +1,6 @@
 """The claims, what each is judged by, and its figure."""
 
-from arms import BY_LENGTH
+from arms import BY_LENGTH, LONG_LABELS
 from evidence import EXPERTS, Check, Claim, accuracy, fused, of_groups, rank, reach, reach_of_uniform, sharpness, taught
 from figures import draw_bars, draw_distances, draw_lengths, draw_teachers
 
@@ -142,8 +142,17 @@ CLAIMS = [
                 for arm, title in (
                     ("labels", "labels only"),
                     ("deit-lt", "DeiT-LT"),
+                    (LONG_LABELS, f"labels only after {EPOCHS} epochs"),
                     (LONGEST, f"DeiT-LT after {EPOCHS} epochs"),
                 )
+            ),
+            Check(
+                f"labels only less DeiT-LT, both after {EPOCHS} epochs",
+                reach(LONG_LABELS),
+                reach(LONGEST),
+                is_claimed=False,
+                unit="pixels",
+                decimals=2,
             ),
         ],
         draw_distances,
@@ -154,6 +163,13 @@ CLAIMS = [
             *of_groups("less labels only", "deit-lt", "labels", ["overall", "tail"]),
             *of_groups("less plain DeiT distillation", "deit-lt", "deit", ["overall", "tail"]),
             *of_groups("less timm's token distillation", "deit-lt", "timm", ["overall", "tail"]),
+            *of_groups(
+                f"less labels only, both after {EPOCHS} epochs",
+                LONGEST,
+                LONG_LABELS,
+                ["overall", "tail"],
+                is_claimed=False,
+            ),
             *of_groups("less labels with DRW", "deit-lt", "labels-drw", ["overall", "tail"], is_claimed=False),
             *of_groups("less labels with DRW", "deit-lt", "labels-drw", ["overall", "tail"], ("distillation",), False),
             *of_groups("less timm's", "deit-lt", "timm", ["overall", "tail"], ("distillation",), False),
