@@ -411,7 +411,9 @@ def test_interrupted_driver_begins_nothing_more(claims, tmp_path, monkeypatch):
     run = claims("run")
     arms = sys.modules["arms"]
     monkeypatch.setattr(arms, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--arms", "labels", "labels-drw", "--seeds", "4", "--jobs", "1"])
     begun = []
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
 
     def study(self, seed, name):
         begun.append(name)
@@ -419,9 +421,11 @@ def test_interrupted_driver_begins_nothing_more(claims, tmp_path, monkeypatch):
         time.sleep(0.5)
 
     monkeypatch.setattr(arms.Runs, "study", study)
-    monkeypatch.setattr(sys, "argv", ["run.py", "--arms", "labels", "labels-drw", "--seeds", "4", "--jobs", "1"])
-    with pytest.raises(KeyboardInterrupt):
-        run.main()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     time.sleep(1)
     assert begun == ["labels"]
 

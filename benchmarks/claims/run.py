@@ -81,8 +81,8 @@ def main():
     data_dir = str(hold_out(args.data_dir)) if setting.holds_out else args.data_dir
     runs = Runs(args.setting, data_dir, args.threads)
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = plan(pool, runs, args.seeds or list(setting.seeds), args.arms or arms)
         try:
+            futures = plan(pool, runs, args.seeds or list(setting.seeds), args.arms or arms)
             wait(futures.values())
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)  # else it begins what is queued, one after the other
