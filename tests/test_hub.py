@@ -210,6 +210,9 @@ def test_class_order_from_counts_or_a_given_map(sorted_file, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"no_map\.pth orders its classes by decreasing training count, so these"):
         load_original_student(tmp_path / "no_map.pth", class_names=NAMES)
     in_order = load_original_student(tmp_path / "no_map.pth")
+    for head in ("cls_classifier", "distillation_classifier"):
+        for name, value in getattr(model, head).named_parameters():
+            assert torch.equal(dict(getattr(in_order, head).named_parameters())[name][MAP], value)
     # Not to the bit: where a class stands decides in which order some processors add.
     torch.testing.assert_close(in_order(images).logits[:, MAP], model(images).logits)
 

@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -307,8 +306,9 @@ class Runs:
             if is_of_it and made_of.items() <= results.items():
                 return results
         begun = folder.with_name(f"{folder.name}.begun.json")
-        if folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == made_of):
-            shutil.rmtree(folder)  # else a run that resumes would go on from checkpoints of another
+        is_of_another = folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == made_of)
+        if is_of_another and self.setting.running == LONG:  # which would go on from its checkpoints
+            raise ValueError(f"{folder} has a run with other arguments or teacher; move it away to begin anew.")
         write_record(begun, made_of)
         run(*command, threads=self.threads)
         results = json.loads((folder / "results.json").read_text()) | made_of
