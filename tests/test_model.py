@@ -18,6 +18,8 @@ from transformers import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.masking_utils import flash_attention_mask
 
@@ -424,6 +426,66 @@ def test_teacher_survives_a_round_trip(tmp_path, config, stages):
     assert len(parameters) == len(list(teacher.parameters()))
     if config.get("classifier") == "cosine":
         assert teacher(1000 * images).logits.abs().max() <= 1.0 + 1e-6
+
+
+def test_grouped_convolutions_start_with_the_variance_of_their_own_fan_out():
+    torch.manual_seed(0)
+    config = FlatTeacherConfig(backbone="timm/efficientnet_b0", image_size=32, num_labels=4)
+    depthwise = [module for module in FlatTeacherForImageClassification(config).modules() if is_depthwise(module)]
+    assert len(depthwise) == 16
+    for module in depthwise:
+        side = module.kernel_size[0]
+        assert module.weight.std().item() == pytest.approx((2 / side**2) ** 0.5, rel=0.15)
+
+
+def is_depthwise(module):
+    return isinstance(module, nn.Conv2d) and module.groups == module.out_channels
+
+
+def test_loss_of_a_cosine_teacher_is_of_scaled_cosines():
+    torch.manual_seed(0)
+    config = FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=4, logit_scale=20)
+    teacher = FlatTeacherForImageClassification(config).eval()
+    outputs = teacher(IMAGES, labels=torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(20 * outputs.logits, torch.tensor([0, 1, 2])))
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_a_plain_trainer_trains_and_predicts(tmp_path, kind):
+    """The same step for a batch in one piece or in four, and logits alone as predictions."""
+    rows = [{"pixel_values": image, "labels": label % 10} for label, image in enumerate(torch.randn(16, 3, 8, 8))]
+    logs = []
+    for size in (16, 4):
+        model = make_student(drop_path_rate=0.0)
+        if kind == "teacher":
+            torch.manual_seed(0)
+            model = FlatTeacherForImageClassification(
+                FlatTeacherConfig(backbone="resnet20", projection_size=4, image_size=8, num_labels=10)
+            )
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.train = lambda mode=True, module=module: module  # else each slice has statistics of its own
+                    module.training = False
+        args = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=16 // size,
+            max_steps=1,
+            logging_steps=1,
+            report_to="none",
+        )
+        trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        logs.append((trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]))
+        assert trainer.predict(rows).predictions.shape == (16, 10)
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def test_a_student_refuses_the_configuration_of_a_plain_deit():
+    with pytest.raises(
+        ValueError, match=r"needs a DeiTLTConfig, got a DeiTConfig; load it with DeiTLTConfig\.from_pre"
+    ):
+        DeiTLTForImageClassification(DeiTConfig())
 
 
 def test_teacher_refuses_an_unknown_backbone():

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification
 
 from conftest import filled_state_dict, make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
@@ -255,7 +257,7 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--recipe", TINY, "--teacher", "./nowhere"], r"there is no model folder './nowhere'"),
         (["--recipe", TINY, "--init_from", "/nowhere"], r"there is no model folder '/nowhere'"),
         (["--recipe", TINY, "--init_from", __file__], r"test_scripts.py cannot be loaded: it is no file of torch"),
-        (["--recipe", TINY, "--teacher", __file__], r"is a file; convert it .* with scripts/convert_checkpoint.py"),
+        (["--recipe", TINY, "--teacher", __file__], r"is a file; convert it .* with 'deitlt convert'"),
         (["--recipe", TINY, "--imbalance_ratio", "0.5"], r"imbalance_ratio .* must be at least 1, got 0.5"),
         (["--recipe", TINY, "--imbalance_ratio", "100"], r"class 9 would get no image"),
         (["--recipe", TINY, "--data_dir", "missing"], r"data_dir 'missing' is not a folder"),
@@ -328,6 +330,50 @@ def test_distill_refuses_another_runs_folder_before_training_a_teacher(refused, 
     assert "holds another run (model.safetensors)" in refused("distill.py", "--recipe", TINY, "--output_dir", folder)
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     assert not (folder.parent / "teacher").exists()
+
+
+def test_distill_in_another_precision_trains_its_teacher_in_that_too(tmp_path):
+    """A process keeps the precision that it began with."""
+    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--num_train_epochs", "2.5")
+    run("scripts/distill.py", *command, "--use_cpu", "true", "--bf16", "true")
+    for name in ("teacher", "student"):
+        assert results(tmp_path / name)["settings"]["bf16"]
+    assert "using the recipe's, trained before" in run("scripts/distill.py", *command, "--overwrite")
+    assert not results(tmp_path / "student")["settings"]["bf16"]
+
+
+def test_distill_names_the_teachers_options(refused, tmp_path):
+    recipe = load_recipe(TINY)
+    recipe["teacher"] |= {"global_batch_size": 512, "per_device_train_batch_size": 512}
+    (tmp_path / "big_teacher.yaml").write_text(yaml.safe_dump({name: part for name, part in recipe.items() if part}))
+    sentence = refused("distill.py", "--recipe", "big_teacher.yaml")
+    assert "the teacher's training does not fit: an epoch has" in sentence
+    assert "train the teacher first: deitlt train-teacher --recipe big_teacher.yaml --output_dir" in sentence
+
+
+@pytest.mark.parametrize("kind", ["vit", "teacher", "sizes", "part"])
+def test_distill_refuses_to_start_from(refused, tmp_path_factory, kind):
+    folder, more = tmp_path_factory.mktemp("start"), []
+    if kind == "vit":
+        small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **small)).save_pretrained(folder)
+        expected = "start is a model of type 'vit'; a student starts from a DeiT"
+    elif kind == "teacher":
+        FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8)).save_pretrained(folder)
+        expected = "is a model of type 'flat_teacher'; a student starts from a DeiT"
+    else:
+        make_student().save_pretrained(folder)
+        expected, more = "has hidden_size 16, not 24; .* leave --hidden_size out", ["--hidden_size", "24"]
+    if kind == "part":
+        weights = load_file(folder / "model.safetensors")
+        kept = {name: value for name, value in weights.items() if "layer.1" not in name}
+        assert len(kept) < len(weights)
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        expected, more = r"lacks \d+ weights of a DeiT \(deit\.", []
+    assert re.search(
+        expected.replace("start is", r"start\d* is"),
+        refused("distill.py", "--recipe", TINY, "--init_from", folder, *more),
+    )
 
 
 def test_distill_refuses_a_teacher_of_other_classes(refused, tmp_path_factory):

@@ -8,10 +8,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from conftest import make_student
 from deitlt_hf import (
@@ -329,6 +330,42 @@ def test_settings_of_transformers_that_change_the_result_are_recorded(tmp_path, 
     assert values.items() <= args.method_settings().items()
 
 
+def test_mixed_precision_of_the_launcher_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    settings = student_arguments(tmp_path).method_settings()
+    assert (settings["bf16"], settings["fp16"]) == (True, False)
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_other_data_than_the_trainers_must_have_the_models_classes_too(tmp_path, digits, method):
+    names = [str(label) for label in range(10)]
+    reversed_names = digits["test"].cast_column("label", ClassLabel(names=names[::-1]))
+    for trainer in (student_trainer(tmp_path, digits), teacher_trainer(tmp_path, digits)):
+        with pytest.raises(ValueError, match="the model's label 0 is '0' but the data's is '9'"):
+            getattr(trainer, method)(reversed_names)
+        assert getattr(trainer, method)(digits["test"])
+
+
+def test_no_step_counts_labels(tmp_path, digits):
+    """transformers does where a model takes any keyword: the device is waited for, and the other processes."""
+    vit = ViTForImageClassification(
+        ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=10)
+    )
+    for trainer in (student_trainer(tmp_path, digits), teacher_trainer(tmp_path, digits, vit, sam_rho=[0.0])):
+        batch = {"labels": torch.zeros(4, dtype=torch.int64)}
+        assert trainer._get_num_items_in_batch([batch], trainer.args.device) is None
+
+
+def test_the_plan_tells_a_phase_that_is_not_reached(tmp_path, digits):
+    values = {"distillation": "none", "drw_start_epoch": 1}  # of 7 steps
+    assert (
+        "(max_steps ends the run before it)"
+        in student_trainer(tmp_path, digits, max_steps=7, **values).plan()["phases"]
+    )
+    assert "max_steps" not in student_trainer(tmp_path, digits, max_steps=8, **values).plan()["phases"]
+    assert "max_steps" not in student_trainer(tmp_path, digits, **values).plan()["phases"]
+
+
 def test_results_name_the_last_and_the_best_epoch(tmp_path, digits, teacher, capsys):
     groups = shot_groups(class_counts(digits["train"]["label"][:]), rule="shots")  # no class has more than 100 images
     trainer = student_trainer(tmp_path, digits, teacher, num_train_epochs=3, eval_strategy="epoch", groups=groups)
@@ -388,6 +425,20 @@ def test_another_run_is_not_written_over(tmp_path, digits):
     student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1, overwrite=True).train()
     assert not checkpoint.exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_of_another_run_does_not_open_a_folder(tmp_path, digits):
+    values = {"distillation": "none", "num_train_epochs": 1, "save_strategy": "epoch"}
+    for run in ("first", "second"):
+        student_trainer(tmp_path / run, digits, **values).train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-7")
+    record = (tmp_path / "second" / "results.json").read_bytes()
+    with pytest.raises(FileExistsError, match="second holds another run"):
+        student_trainer(tmp_path / "second", digits, **values).train(resume_from_checkpoint=checkpoint)
+    assert (tmp_path / "second" / "results.json").read_bytes() == record
+    longer = values | {"num_train_epochs": 2}
+    student_trainer(tmp_path / "third", digits, **longer).train(resume_from_checkpoint=checkpoint)
+    assert json.loads((tmp_path / "third" / "results.json").read_text())["resumed"]
 
 
 class StopAt(TrainerCallback):
@@ -467,6 +518,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
         ({"learning_rate": None, "learning_rate_slices": -4}, "learning_rate_slices must be 1 or more, got -4"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size must be left off"),
         ({"prediction_loss_only": True}, "prediction_loss_only must be left off"),
+        ({"lr_scheduler_kwargs": {"power": 2}}, "lr_scheduler_kwargs must be left as it is"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy must be left as it is"),
+        ({"dataloader_drop_last": True}, r"dataloader_drop_last must be left as it is \(batches and their order are"),
     ],
 )
 def test_arguments_refuse(tmp_path, values, message):
@@ -809,6 +863,8 @@ def test_teacher_arguments_refuse(tmp_path, digits):
     for values, message in (
         ({"lr_drop_epochs": [30, 10], "lr_drops": [0.1, 0.01]}, r"lr_drop_epochs must be increasing, got \[30, 10\]"),
         ({"optim": "adamw_torch"}, r"optim must be left as it is \(teachers are trained with SGD\)"),
+        ({"adam_beta1": 0.8}, "adam_beta1 must be left as it is"),
+        ({"optim_args": "foreach=True"}, "optim_args must be left as it is"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type must be left as it is"),
         ({"warmup_steps": 5}, "warmup_steps must be left as it is"),
         ({"ldam_scale": -1}, "ldam_scale must be above 0, got -1"),

@@ -33,6 +33,9 @@ class DeiTLTConfig(DeiTConfig):
             `class_map` do not fit the labels.
     """
 
+    # What transformers' Trainer leaves out of its predictions.
+    keys_to_ignore_at_inference = ["cls_logits", "distillation_logits", "token_features"]
+
     layer_norm_eps: float = 1e-6
     drop_path_rate: float | int = 0.1
     class_counts: list[int] | None = None

@@ -34,6 +34,8 @@ class FlatTeacherConfig(PreTrainedConfig):
     """
 
     model_type = "flat_teacher"
+    # What transformers' Trainer leaves out of its predictions.
+    keys_to_ignore_at_inference = ["projections"]
 
     backbone: str = "resnet32"
     classifier: str = "linear"

@@ -192,9 +192,17 @@ class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
     """The bare student: embeddings, blocks with stochastic depth, final layer norm. There is no pooler.
 
     Differences from [`~transformers.DeiTModel`]: stochastic depth, initialisation.
+
+    Raises:
+        ValueError: If the configuration is plain DeiT's.
     """
 
     def __init__(self, config: DeiTLTConfig):
+        if not hasattr(config, "drop_path_rate"):
+            raise ValueError(
+                f"a student needs a DeiTLTConfig, got a {type(config).__name__}; load it with "
+                "DeiTLTConfig.from_pretrained."
+            )
         DeiTPreTrainedModel.__init__(self, config)
         depth = config.num_hidden_layers
         self.embeddings = DeiTEmbeddings(config)
@@ -213,6 +221,8 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
     Differences from [`~transformers.DeiTForImageClassificationWithTeacher`]: a loss when labels are given, stochastic
     depth, initialisation, and `token_features` in the output. Train it with [`DeiTLTTrainer`].
     """
+
+    accepts_loss_kwargs = False  # transformers' Trainer divides by the accumulation steps: the loss is a batch's mean
 
     def __init__(self, config: DeiTLTConfig):
         super().__init__(config)

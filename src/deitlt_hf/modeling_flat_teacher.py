@@ -1,6 +1,7 @@
 """The CNN teacher of DeiT-LT: a CIFAR ResNet or any timm backbone under a linear or cosine classifier."""
 
 import contextlib
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -86,12 +87,13 @@ class FlatTeacherOutput(ImageClassifierOutputWithNoAttention):
 class FlatTeacherForImageClassification(PreTrainedModel):
     """A CNN classifier, meant to be trained with SAM by [`FlatTeacherTrainer`] so that its loss surface is flat.
 
-    With a cosine classifier the logits are plain cosines; `LDAMLoss` applies its own scale.
+    With a cosine classifier the logits are plain cosines; every loss scales them, by `config.loss_scale`.
     """
 
     config_class = FlatTeacherConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
+    accepts_loss_kwargs = False  # transformers' Trainer divides by the accumulation steps: the loss is a batch's mean
 
     def __init__(self, config: FlatTeacherConfig):
         super().__init__(config)
@@ -123,7 +125,9 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         if hasattr(module, "init_non_persistent_buffers"):  # of timm's, which no file has
             module.init_non_persistent_buffers()
         if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            # Kaiming's, by the channels that an input has a part in: of a grouped convolution, those of its group.
+            fan_out = module.weight[:, 0].numel() // module.groups
+            init.normal_(module.weight, std=math.sqrt(2) / math.sqrt(fan_out))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Linear | CosineClassifier):
@@ -174,11 +178,11 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         Args:
             pixel_values: Normalised images; (batch, channels, height, width).
             labels: Class indices (batch,) or probabilities (batch, num_labels); with them the output has the cross
-                entropy as its loss.
+                entropy as its loss, of a cosine classifier that of the cosines times `config.loss_scale`.
         """
         features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else F.cross_entropy(self.config.loss_scale * logits.float(), labels)
         projections = None if self.projection is None else self.projection(features)
         return FlatTeacherOutput(loss=loss, logits=logits, projections=projections)
 

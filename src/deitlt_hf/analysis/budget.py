@@ -1,7 +1,7 @@
 """What a run will take, before it is begun: arithmetic, memory, hours and communication."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_los
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
 from ..training.report import show
-from ..training.run import load_classifier
+from ..training.run import SIZES, check_start, load_classifier
 
 # A parameter: weight, gradient, and AdamW's two moments, or momentum and what SAM puts back; in float32.
 STATE_BYTES = 16
@@ -333,6 +333,9 @@ def print_budgets(
     Raises:
         ValueError: If a batch cannot be shared out.
     """
+    start = student_args.init_from and check_start(student_args.init_from, args.recipe["overrides"])
+    if start:
+        student_args = replace(student_args, **{name: getattr(start, name) for name in SIZES})
     classes, images = training_images(data_args)
     show(f"{recipe}: {images:,} training images of {classes:,} classes")
     teacher = None

@@ -16,6 +16,7 @@ from ..losses import TEACHER_LOSSES
 from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
 
 TEACHER_VIEWS = ("student", "weak")
+PRECISIONS = ("bf16", "fp16")
 # Fields that decide how a run goes, but not what it ends with.
 _RUNNING = {
     "recipe",
@@ -39,8 +40,7 @@ _OF_TRANSFORMERS = {
     "max_steps",
     "data_seed",
     "label_smoothing_factor",
-    "bf16",
-    "fp16",
+    *PRECISIONS,
     "optim",
     "adam_beta1",
     "adam_beta2",
@@ -155,9 +155,14 @@ class LongTailTrainingArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check(self, name, getattr(self, name) >= 1, "1 or more")
         _check(self, "global_batch_size", self.global_batch_size is None or self.global_batch_size >= 1, "1 or more")
-        for name in ("lr_scheduler_type", "warmup_steps"):
-            fits = getattr(self, name) == _default(name)
-            _check(self, name, fits, "left as it is (the schedule is the method's own, with warmup_epochs)")
+        _check_left(
+            self,
+            ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+            "the schedule is the method's own, with warmup_epochs",
+        )
+        _check_left(
+            self, ("train_sampling_strategy", "dataloader_drop_last"), "batches and their order are the method's own"
+        )
         for name in ("warmup_epochs", "drw_start_epoch"):
             _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
         for name in ("min_learning_rate", "warmup_learning_rate"):
@@ -197,7 +202,8 @@ class LongTailTrainingArguments(TrainingArguments):
         """What decides the result of a run, by field; what only decides how it goes is left out."""
         classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__]
         names = {name for cls in classes for name in cls.__annotations__} | _OF_TRANSFORMERS
-        return {name: getattr(self, name) for name in sorted(names - _RUNNING)}
+        settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
+        return settings | {name: self.mixed_precision == name for name in PRECISIONS}  # `accelerate launch` sets it too
 
     def check_data(self, num_images: int) -> None:
         """Checks that training images and epochs suffice.
@@ -349,7 +355,8 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         for name in ("ldam_margin", "ldam_scale"):
             _check(self, name, getattr(self, name) > 0, "above 0")
         _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        _check(self, "optim", self.optim == _default("optim"), "left as it is (teachers are trained with SGD)")
+        adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        _check_left(self, ("optim", "optim_args", *adam), "teachers are trained with SGD")
         smooths = self.teacher_loss == "ce" or self.label_smoothing_factor == 0
         _check(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
         _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
@@ -405,6 +412,11 @@ def _default(name: str):
 def _check(args: TrainingArguments, name: str, fits: bool, wanted: str) -> None:
     if not fits:
         raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)!r}.")
+
+
+def _check_left(args: TrainingArguments, names: Sequence[str], why: str) -> None:
+    for name in names:
+        _check(args, name, getattr(args, name) == _default(name), f"left as it is ({why})")
 
 
 def _check_choice(args: TrainingArguments, name: str, choices: Sequence[str]) -> None:

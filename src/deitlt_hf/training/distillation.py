@@ -169,7 +169,7 @@ class DeiTLTTrainer(LongTailTrainer):
             phases = f"one, {mixing}, no re-weighting"
         else:
             after = mixing if args.mixing_in_drw else "no mixing"
-            phases = f"to epoch {args.drw_start_epoch:g}: {mixing}; from there: re-weighted, {after}"
+            phases = f"to epoch {self.drw_start()}: {mixing}; from there: re-weighted, {after}"
         lines = {"phases": phases}
         if args.distillation == "none":
             return lines | {"teacher": "none: both tokens learn from the labels"}

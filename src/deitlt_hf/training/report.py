@@ -55,6 +55,13 @@ def run_files(output_dir: str | Path) -> list[str]:
     return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
 
 
+def goes_on_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether the run that is to be resumed is the folder's own; a checkpoint can be of another."""
+    if resume_from_checkpoint in (None, False, True, "auto"):
+        return bool(resume_from_checkpoint)
+    return Path(resume_from_checkpoint).resolve().parent == Path(output_dir).resolve()
+
+
 def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) -> None:
     """Refuses a folder with another run, unless that is to be overwritten or resumed.
 

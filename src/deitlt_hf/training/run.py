@@ -6,8 +6,9 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, DeiTConfig, PreTrainedModel, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configuration_deitlt import DeiTLTConfig
@@ -21,16 +22,24 @@ from ..hub.push import prepare_repository
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments, teacher_folder
-from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .checkpoints import whole_checkpoint
 from .distillation import DeiTLTTrainer
 from .publishing import hub_options
-from .report import RESULTS_FILE, architecture, check_output_dir, quiet_log, run_files
+from .report import RESULTS_FILE, architecture, check_output_dir, goes_on_in, quiet_log, run_files
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
 
 # A student as it is saved, and as the package's own class is.
 STUDENTS = ("DeiTForImageClassificationWithTeacher", "DeiTLTForImageClassification")
+SIZES = (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
 EVALUATION_FIELDS = (
     "output_dir",
     "per_device_eval_batch_size",
@@ -69,9 +78,10 @@ def distill(
     if model_args.teacher is not None and model_args.teacher_loss is not None:
         raise ValueError("teacher_loss is for training the recipe's teacher; leave it or --teacher out.")
     _begin(args, DeiTLTConfig.model_type)
-    for path in (model_args.teacher, model_args.init_from):
-        if path is not None and not (path == model_args.init_from and Path(path).is_file()):
-            _config_of(path)
+    if model_args.teacher is not None:
+        _config_of(model_args.teacher)
+    if model_args.init_from is not None:
+        check_start(model_args.init_from, (args.recipe or {}).get("overrides", {}))
     data = data_args.load()
     args.check_data(len(data["train"]))
     data_args.groups(data)
@@ -157,7 +167,47 @@ def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClass
     if Path(path).is_file():
         like = model_args.config(**labels)
         return load_original_student(path, class_names=names, num_labels=len(names), like=like, **options)
-    return DeiTLTForImageClassification.from_pretrained(path, **labels, **options, ignore_mismatched_sizes=True)
+    student, info = DeiTLTForImageClassification.from_pretrained(
+        path, **labels, **options, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)  # the heads are new
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of a DeiT ({', '.join(missing[:3])}); start from another checkpoint."
+        )
+    return student
+
+
+def check_start(path: str, changed: Mapping[str, Any]) -> DeiTConfig | None:
+    """Checks that a student can start from a model.
+
+    Args:
+        path: Folder, Hub id, or a file of weights, which is not looked into.
+        changed: Arguments of the command line. The sizes of the recipe give way to the model's, these must not.
+
+    Returns:
+        The configuration of the model; None of a file.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it is not a DeiT, or of other sizes than those asked for.
+    """
+    if Path(path).is_file():
+        return None
+    content = _config_of(path)
+    if content.get("model_type") != DeiTConfig.model_type:
+        raise ValueError(
+            f"{path} is a model of type {content.get('model_type')!r}; a student starts from a DeiT (model_type "
+            f"{DeiTConfig.model_type!r}), such as facebook/deit-base-distilled-patch16-224."
+        )
+    config = DeiTConfig.from_dict(content)
+    for name in SIZES:
+        if name in changed and changed[name] != getattr(config, name):
+            raise ValueError(
+                f"{path} has {name} {getattr(config, name)}, not {changed[name]}; a student that starts from it is of "
+                f"its size, so leave --{name} out."
+            )
+    return config
 
 
 def _teacher_of_recipe(
@@ -166,7 +216,11 @@ def _teacher_of_recipe(
     """The folder of the recipe's teacher; what is missing of its training is done first."""
     folder = Path(student_args.output_dir).parent / teacher_folder(recipe, loss)
     command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
-    command_line += ["--use_cpu", str(student_args.use_cpu), "--teacher_loss", loss or own_loss(recipe)]
+    command_line += ["--teacher_loss", loss or own_loss(recipe)]
+    # How to run is as for the student; a process cannot change its precision.
+    for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers"):
+        command_line += [f"--{name}", str(getattr(student_args, name))]
+    command_line += ["--report_to", *(student_args.report_to or ["none"])]
     found = run_files(folder)
     if RESULTS_FILE in found:
         command_line += ["--resume_from_checkpoint", "auto"]
@@ -178,7 +232,10 @@ def _teacher_of_recipe(
     if RESULTS_FILE in found:
         record = json.loads((folder / RESULTS_FILE).read_text())
         config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
-        wanted = {"images (subset)": subset_hash(data["train"])} | args.method_settings() | architecture(config)
+        settings = args.method_settings()
+        for name in PRECISIONS:  # of a teacher that is there it is no matter
+            settings.pop(name)
+        wanted = {"images (subset)": subset_hash(data["train"])} | settings | architecture(config)
         # Records that were written before architectures were have none.
         had = {"images (subset)": record["data"]["subset_sha256"]} | record["settings"] | record.get("architecture", {})
         for name, value in wanted.items():
@@ -198,6 +255,13 @@ def _teacher_of_recipe(
         )
     else:
         _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
+        try:
+            args.check_data(len(data["train"]))
+        except ValueError as error:
+            raise ValueError(
+                f"the teacher's training does not fit: {error} To change it, train the teacher first: deitlt "
+                f"train-teacher --recipe {recipe} --output_dir {folder} ..."
+            ) from error
     train_teacher(data_args, model_args, args, data)
     gc.collect()  # of several processes; what joins them must not be left to the end of the interpreter, which aborts
     return str(folder)
@@ -210,7 +274,7 @@ def _say(args, text: str) -> None:
 
 def _begin(args, model_type: str) -> None:
     quiet_log(args.disable_tqdm)
-    check_output_dir(args.output_dir, args.overwrite, bool(args.resume_from_checkpoint))
+    check_output_dir(args.output_dir, args.overwrite, goes_on_in(args.output_dir, args.resume_from_checkpoint))
     if args.resume_from_checkpoint not in (None, "auto"):
         whole_checkpoint(args.resume_from_checkpoint)
     for callback in get_reporting_integration_callbacks(args.report_to):
@@ -225,7 +289,7 @@ def _begin(args, model_type: str) -> None:
 def _config_of(path: str) -> dict:
     """What the configuration of a folder or Hub repository says."""
     if Path(path).is_file():
-        raise ValueError(f"{path} is a file; convert it to a model folder first, with scripts/convert_checkpoint.py.")
+        raise ValueError(f"{path} is a file; convert it to a model folder first, with 'deitlt convert'.")
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise FileNotFoundError(f"there is no model folder {path!r}.")
     return model_config(path)

@@ -180,7 +180,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         rho = ", ".join(f"{value:g}" for value in args.sam_rho)
         lines = {"optimiser": f"SGD, SAM rho {rho}" if max(args.sam_rho) > 0 else "SGD", "loss": args.teacher_loss}
         if args.drw_start_epoch is not None:
-            lines["phases"] = f"re-weighted from epoch {args.drw_start_epoch:g}"
+            lines["phases"] = f"re-weighted from epoch {self.drw_start()}"
         return lines
 
 

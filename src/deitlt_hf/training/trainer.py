@@ -35,7 +35,7 @@ from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
 from .inputs import as_images, match_labels, outliving
 from .memory import keep_freed_memory
 from .publishing import PublishingTrainer
-from .report import Results, check_output_dir, claim_output_dir, only_run, print_plan, show
+from .report import Results, check_output_dir, claim_output_dir, goes_on_in, only_run, print_plan, show
 from .resuming import EpochOrder, MissedEvaluation, steps_per_epoch
 from .schedule import warmup_cosine
 from .watch import RunFile, RunLog
@@ -117,6 +117,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
         self.loss_is_scaled_for_ga = True  # by `loss_denominators`, which are those of the whole accumulated batch
+        self.model_accepts_loss_kwargs = False  # else every step would count labels, and wait for the device
         self.results = Results(self.args.output_dir)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -176,6 +177,12 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """Lines for the screen before the first step, beside those that both trainers have."""
         return {}
 
+    def drw_start(self) -> str:
+        """The epoch of deferred re-weighting for the plan, and whether `max_steps` ends the run before it."""
+        start, steps = self.args.drw_start_epoch, self.args.max_steps
+        is_cut_off = 0 < steps <= start * self.steps_per_epoch()
+        return f"{start:g}" + (" (max_steps ends the run before it)" if is_cut_off else "")
+
     # ---- Training ----
 
     @property
@@ -193,7 +200,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """Trains, evaluates at the end, and keeps `results.json`; otherwise as the parent's.
 
         Raises:
-            ValueError: If the training set is smaller than one batch, or a phase begins after the end.
+            ValueError: If the training set is smaller than one batch, or a phase begins after the last epoch (with
+                `max_steps` the plan tells what is not reached).
             FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten, or
                 another run is writing there.
             FloatingPointError: If the loss or a weight is not finite.
@@ -202,14 +210,15 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset.")
         # All that can be refused is refused before anything of another run is touched.
-        check_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint))
+        resuming = goes_on_in(self.args.output_dir, resume_from_checkpoint)
+        check_output_dir(self.args.output_dir, self.args.overwrite, resuming)
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         streamed = isinstance(self.train_dataset, StreamedImages)  # this process's share
         self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
         steps_per_epoch = self.steps_per_epoch()
         plan = self.plan()
         with only_run(self.args.output_dir) if self.args.should_save else contextlib.nullcontext():
-            claim_output_dir(self.args.output_dir, self.args.overwrite, bool(resume_from_checkpoint), self.accelerator)
+            claim_output_dir(self.args.output_dir, self.args.overwrite, resuming, self.accelerator)
             self.results.start(self, None if checkpoint is None else step_of_checkpoint(checkpoint))
             if self.is_world_process_zero():
                 self.results.write()
@@ -291,6 +300,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+            in_order=args.dataloader_in_order,
             pin_memory=args.dataloader_pin_memory,
             worker_init_fn=outlive_signals,
         )
@@ -468,12 +479,21 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Batches for evaluation, of a `datasets.Dataset` too."""
-        return outliving(super().get_eval_dataloader(as_images(eval_dataset)))
+        """Batches for evaluation, of a `datasets.Dataset` too.
+
+        Raises:
+            ValueError: If that has other classes than the model, or in another order.
+        """
+        return outliving(super().get_eval_dataloader(self._matching_images(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset):
-        """Batches for prediction, of a `datasets.Dataset` too."""
-        return outliving(super().get_test_dataloader(as_images(test_dataset)))
+        """Batches for prediction; as [`get_eval_dataloader`]."""
+        return outliving(super().get_test_dataloader(self._matching_images(test_dataset)))
+
+    def _matching_images(self, dataset):
+        if isinstance(dataset, Dataset):
+            match_labels(self.model.config, dataset)
+        return as_images(dataset)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert, prints the table, and during training records it in `results.json`."""
