@@ -7,6 +7,21 @@ from figures import draw_bars, draw_distances, draw_lengths, draw_teachers
 EPOCHS = max(BY_LENGTH)
 LONGEST = BY_LENGTH[EPOCHS]
 
+
+def beside_sgd(teacher: str, arm: str) -> list[Check]:
+    """Rows, which judge nothing, of a student of another teacher beside that of the plain one."""
+    return [
+        *of_groups(f"{teacher} teacher less CE-SGD", arm, "deit-lt-sgd", ["tail"], ("mean", "distillation"), False),
+        Check(
+            f"effective rank of DIST features, CE-SGD teacher less {teacher}",
+            rank("deit-lt-sgd", "overall"),
+            rank(arm, "overall"),
+            unit="",
+            is_claimed=False,
+        ),
+    ]
+
+
 CLAIMS = [
     Claim(
         "The experts part: DIST is ahead on the tail, CLS on the head",
@@ -115,8 +130,8 @@ CLAIMS = [
             ),
             *of_groups("SAM teacher less SGD", "deit-lt", "deit-lt-sgd", ["tail"]),
             *of_groups("SAM teacher less SGD", "deit-lt", "deit-lt-sgd", ["tail"], ("distillation",), False),
-            *of_groups("LDAM-SAM teacher less CE-SGD", "deit-lt-ldam", "deit-lt-sgd", ["tail"], is_claimed=False),
-            *of_groups("PaCo-SAM teacher less CE-SGD", "deit-lt-paco", "deit-lt-sgd", ["tail"], is_claimed=False),
+            *beside_sgd("LDAM-SAM", "deit-lt-ldam"),
+            *beside_sgd("PaCo-SAM", "deit-lt-paco"),
         ],
         draw_teachers,
     ),
