@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -19,12 +19,19 @@ LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name"
 def find_tables(folder: Path, image_column: str | None = None, label_column: str | None = None) -> dict[str, Path]:
     """Finds tables (CSV, TSV, parquet): of `train` and a test split by name, or a single one for both.
 
-    Tables without the columns are left out beside others, and beside folders.
+    Tables without the columns are left out beside others, and beside folders unless a column is named.
+
+    Raises:
+        ValueError: If no table has the columns that are named, or there are several for one split.
     """
     places = [*folder.iterdir(), *folder.glob("data/*.parquet")]  # the latter as on the Hub
     tables = [path for path in sorted(places) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
     wanted = (image_column, PATH_COLUMNS), (label_column, LABEL_COLUMNS)
     usable = [path for path in tables if embeds_images(path) or _has_columns(path, wanted)]
+    if tables and not usable and (image_column or label_column):  # not what else is here: its labels may be others
+        columns = dict.fromkeys(_column_names(tables[0]))
+        _column(tables[0], columns, label_column, LABEL_COLUMNS, "label")
+        _column(tables[0], columns, image_column, PATH_COLUMNS, "image")
     if usable or any(path.is_dir() for path in folder.iterdir()):
         tables = usable
     found: dict[str, list[Path]] = {}
@@ -37,7 +44,7 @@ def find_tables(folder: Path, image_column: str | None = None, label_column: str
 
 
 def load_tables(
-    folder: Path, tables: Mapping[str, Path], image_column: str | None, label_column: str | None
+    folder: Path, tables: Mapping[str, Path], image_column: str | None = None, label_column: str | None = None
 ) -> datasets.DatasetDict:
     """Loads tables with a column of paths, relative to the folder, and one of labels; or parquet with images in it.
 
@@ -107,10 +114,13 @@ def _read_table(path: Path) -> dict[str, list]:
     return columns
 
 
-def _column(path: Path, columns: Mapping[str, list], given: str | None, known: Sequence[str], kind: str) -> str:
+def _column(path: Path, columns: Iterable[str], given: str | None, known: Sequence[str], kind: str) -> str:
     if given is not None:
         if given not in columns:
-            raise ValueError(f"no {kind} column {given!r}; the columns of {path} are {', '.join(columns)}.")
+            raise ValueError(
+                f"no {kind} column {given!r}; the columns of {path} are {', '.join(columns)}. Name one of "
+                f"them, or pass --{kind}_column none if the images are not those of the table."
+            )
         return given
     name = find_split(columns, known)
     if name is None:
