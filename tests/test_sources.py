@@ -1,5 +1,6 @@
 """The layouts that users have their images in: list files, iNaturalist, CIFAR, tables, shards, single folders."""
 
+import functools
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from test_data import write_idx
 from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
 from deitlt_hf.data.loading import load_source
 from deitlt_hf.data.tables import encode_labels
-from deitlt_hf.recipes import DataArguments, parse_arguments, recipe_names
+from deitlt_hf.recipes import DataArguments, load_recipe, parse_arguments, recipe_names
 
 RANDOM = np.random.RandomState(0)
 
@@ -561,6 +562,64 @@ def test_webdataset_shards(tmp_path):
     assert {name: len(split) for name, split in data.items()} == {"train": 18, "test": 9}
     assert data["train"].features["label"].names == ["0", "1", "2"]
     assert all(shade(row) // 40 == row["label"] for row in data["train"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("file", "length"),
+    [
+        ("data-train-000000.tar", 3000),  # within the first header or image, which was a traceback
+        ("data-train-000001.tar", 5 * 512 + 100),  # within a header, upon which images were left out without a word
+        ("data-train-000001.tar", 8 * 512),
+        ("data-test-000000.tar", 0),
+    ],
+)
+def test_shards_that_are_cut_short(tmp_path, file, length, streaming):
+    path = write_shards(tmp_path) / file
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=rf"{path} is not a whole tar file: .*; copy it again\."):
+        DataArguments(data_dir=str(tmp_path), streaming=streaming).load()
+
+
+def test_what_datasets_cannot_read_is_named(tmp_path):
+    path = write_shards(tmp_path, shards=1) / "data-train-000000.tar"
+    path.write_bytes(b"text" * 128 + bytes(1024))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: "):
+        load_source(data_dir=str(tmp_path))
+    path.unlink()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (64, 64))] * 20, "label": [0, 1] * 10}, features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(b"PAR1" + bytes(len(content) // 2) + content[len(content) // 2 + 4 :])
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: "):
+        load_source(data_dir=str(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: "):
+        load_source(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("all.csv", "path,label\nimages/cat_0.png,été\n"),
+        ("train.txt", "images/cat_0.png 0\nimages/été.png 1\n"),
+        ("recipe.yaml", "description: été\ndata: {}\n"),
+        ("counts.json", '{"été": 3}'),
+    ],
+)
+def test_text_that_is_not_in_utf8_is_named(tmp_path, file, text):
+    write_table_images(tmp_path)
+    (tmp_path / file).write_bytes(text.encode("latin-1"))
+    options = {"data_dir": str(tmp_path)}
+    if file == "counts.json":
+        write_shards(tmp_path)
+        options |= {"streaming": True, "class_counts": str(tmp_path / file)}
+    read = (
+        functools.partial(load_recipe, str(tmp_path / file)) if file == "recipe.yaml" else DataArguments(**options).load
+    )
+    with pytest.raises(ValueError, match=rf"{file} is not text in UTF-8; save it as UTF-8 \("):
+        read()
 
 
 def test_single_saved_data_set(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 
 from .arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
 from .class_lists import read_class_names
+from .damage import check_shards, named_errors
 from .files import (
     TEST_NAMES,
     TRAIN_NAMES,
@@ -88,7 +89,8 @@ def load_source(
             raise ValueError(f"{dataset} has no public copy to load; give data_dir, the folder with its images.")
         if dataset == "digits":
             return "scikit-learn's digits", load_digits()
-        return f"{dataset} from the Hub", datasets.load_dataset(dataset)
+        with named_errors(dataset):
+            return f"{dataset} from the Hub", datasets.load_dataset(dataset)
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
@@ -114,7 +116,9 @@ def load_source(
     if tables := find_tables(folder):
         return f"tables ({_names(tables)})", load_tables(folder, tables)
     if shards := find_shards(folder):
-        return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
+        check_shards(shards)
+        with named_errors(folder):
+            return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise FileNotFoundError(f"data_dir {data_dir!r} has no files.")
     return "class folders", load_class_folders(folder).rename_columns(columns)

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 
+from .damage import named_errors
 from .files import Split, find_split, located, named, split_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -51,13 +52,13 @@ def load_tables(
     A column `split` parts a single table into `train` and a test split. Label columns of any type become classes.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column is missing, or a table cannot be read.
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
     if embeds_images(tables["train"]):
-        return datasets.load_dataset(
-            "parquet", data_files={split: sibling_tables(path) for split, path in tables.items()}
-        )
+        files = {split: sibling_tables(path) for split, path in tables.items()}
+        with named_errors(folder):
+            return datasets.load_dataset("parquet", data_files=files)
     splits: dict[str, Split] = {}
     for name, path in tables.items():
         columns = _read_table(path)
@@ -97,8 +98,9 @@ def encode_labels(labels: Mapping[str, Sequence]) -> tuple[list[str], dict[str, 
 
 def _read_table(path: Path) -> dict[str, list]:
     if path.suffix.lower() == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pydict()
-    with path.open(encoding="utf-8-sig", newline="") as file:
+        with named_errors(path):
+            return pyarrow.parquet.read_table(path).to_pydict()
+    with named_errors(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=_delimiter(path))
         header = next(reader, [])
         columns: dict[str, list] = {name.strip(): [] for name in header}
@@ -138,9 +140,14 @@ def _has_columns(path: Path, wanted: Sequence[tuple[str | None, Sequence[str]]])
 
 def _column_names(path: Path) -> list[str]:
     if path.suffix.lower() == ".parquet":
-        return pyarrow.parquet.read_schema(path).names
+        return _schema(path).names
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         return [name.strip() for name in next(csv.reader(file, delimiter=_delimiter(path)), [])]
+
+
+def _schema(path: Path) -> pyarrow.Schema:
+    with named_errors(path):
+        return pyarrow.parquet.read_schema(path)
 
 
 def _delimiter(path: Path) -> str:
@@ -151,8 +158,7 @@ def embeds_images(path: Path) -> bool:
     """Whether a table is a parquet file with the images in it."""
     if path.suffix.lower() != ".parquet":
         return False
-    schema = pyarrow.parquet.read_schema(path)
-    return any(str(field.type).startswith("struct<bytes") for field in schema)
+    return any(str(field.type).startswith("struct<bytes") for field in _schema(path))
 
 
 def sibling_tables(path: Path) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.damage import named_errors
 from ..losses import TEACHER_LOSSES
 from .arguments import DataArguments, without_folders
 
@@ -42,7 +43,8 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
+        with named_errors(name_or_path):
+            text = Path(name_or_path).read_text(encoding="utf-8")
     else:
         raise FileNotFoundError(
             f"no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; give the path of a YAML file, or one "
