@@ -1,13 +1,17 @@
 """The `deitlt` command."""
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
+from conftest import make_student
 from deitlt_hf.cli import COMMANDS, main
+from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 
@@ -99,6 +103,23 @@ def test_a_loss_that_is_given_with_a_dash(tmp_path):
     for option in ("--teacher_loss", "--teacher-loss"):
         args = parse_arguments("teacher", classes, ["--recipe", "digits_lt", option, "paco"])[-1]
         assert (args.learning_rate, args.output_dir) == (0.05, "outputs/digits_lt/teacher_paco")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--max_per_class 30 {file} {folder} --recipe digits_lt",
+        "{file} --max-per-class 30 {folder} --recipe digits_lt",
+        "--recipe digits_lt {file} {folder} --max_per_class 30",
+    ],
+)
+def test_convert_takes_a_recipes_fields_in_any_order(tmp_path, words, capsys):
+    """The value of a field was taken for the file."""
+    student = make_student(hidden_size=64, num_attention_heads=1)
+    torch.save({"model": student_to_original(student.state_dict())}, tmp_path / "student.pth")
+    main(["convert", *words.format(file=tmp_path / "student.pth", folder=tmp_path / "student").split()])
+    assert f"{tmp_path / 'student'}: DeiTLTForImageClassification" in capsys.readouterr().out
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["class_counts"][0] == 30
 
 
 @pytest.mark.parametrize(("word", "hint"), [("distil", "did you mean 'distill'"), ("xyz", "deitlt --help lists all")])

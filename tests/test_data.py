@@ -26,6 +26,7 @@ from deitlt_hf.data import (
     train_transform,
     weak_transform,
 )
+from deitlt_hf.data.loading import training_counts
 from deitlt_hf.data.sampling import TrainBatches, seed_streams
 from deitlt_hf.data.transforms import ImageFormat, resize_and_renormalize
 from deitlt_hf.recipes import DataArguments
@@ -76,6 +77,43 @@ def test_subset_depends_on_the_seed_and_on_max_per_class():
 def test_long_tailed_subsets_refuse(values, message):
     with pytest.raises(ValueError, match=message):
         long_tailed_indices(np.repeat(np.arange(4), 50), **{"num_classes": 4, **values})
+
+
+@pytest.mark.parametrize(
+    ("counts", "values", "message"),
+    [
+        (
+            [500] * 10,
+            {"imbalance_ratio": 100, "max_per_class": 600},
+            "class 0 has 500 .* takes 600 of it; set max_per_class to 500,",
+        ),
+        (
+            [20, 100, 100],
+            {"imbalance_ratio": 2},
+            "class 0 has 20 images, but .* with 73.3333 .* takes 73 of it; .* to 20,",
+        ),
+        ([100, 20, 100], {"imbalance_ratio": 4, "imbalance_type": "step"}, None),
+        ([100, 24, 9], {"imbalance_ratio": 4, "max_per_class": 50}, "class 1 has 24 .* takes 25 of it; .* to 36,"),
+        ([100, 24, 9], {"imbalance_ratio": 4, "max_per_class": 36}, None),
+    ],
+)
+def test_an_imbalance_that_the_data_cannot_make(counts, values, message):
+    """It was made of what there is, with a smaller largest class or other counts than the ratio says."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    if message is None:
+        long_tailed_indices(labels, len(counts), **values)
+    else:
+        with pytest.raises(ValueError, match=message):
+            long_tailed_indices(labels, len(counts), **values)
+
+
+@pytest.mark.parametrize("kind", ["exp", "step"])
+@pytest.mark.parametrize("ratio", [1, 5, 20])
+def test_data_that_are_nearly_balanced_may_lack_some_images(kind, ratio):
+    """scikit-learn's digits have 116 to 122 training images a class."""
+    counts = training_counts(load_long_tailed("digits", imbalance_ratio=ratio, imbalance_type=kind)["train"])
+    assert counts.max() == 119
+    assert counts[0] >= 0.95 * 119
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.data())

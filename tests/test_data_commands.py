@@ -14,6 +14,8 @@ from test_images import bomb, cut
 from test_sources import save_image, write_cifar, write_lists
 
 from deitlt_hf.analysis.figures import GROUP_COLOURS
+from deitlt_hf.cli import main
+from deitlt_hf.commands.data import main as main_of_data
 from deitlt_hf.data.check import BENCHMARKS, Benchmark
 from deitlt_hf.recipes import DataArguments, parse_arguments
 
@@ -110,6 +112,35 @@ def test_check_refuses_in_one_sentence(arguments, message):
     output = run("check", *arguments, code=1)
     assert output.startswith(message)
     assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--recipe digits_lt --group-rule thirds check --counts {counts}",
+        "--deep --group_rule=thirds check --recipe digits_lt --counts {counts} --skip_bad_images",
+        "check --counts {counts} --group_rule thirds --recipe digits_lt",
+    ],
+)
+def test_options_and_the_command_in_any_order(tmp_path, words, capsys):
+    """The usage line has the options first; their values were taken for the command."""
+    words = words.format(counts=tmp_path / "counts.json").split()
+    with pytest.raises(SystemExit) as ended:
+        main(["data", *words])
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    assert "thirds of the classes" in output
+    assert ("decoded" in output) == ("--deep" in words)
+    assert (tmp_path / "counts.json").is_file()
+
+
+def test_show_takes_a_students_fields_in_any_order(tmp_path):
+    drawn = tmp_path / "pictures"
+    with pytest.raises(ValueError, match="distillation must be one of"):
+        main_of_data(["--recipe", "digits_lt", "--distillation", "wrong", "show", "--out", str(drawn)])
+    with pytest.raises(ValueError, match="unknown field 'distillation'"):
+        main_of_data(["--recipe", "digits_lt", "--distillation", "hard", "check"])
+    assert not drawn.exists()
 
 
 def test_the_report_is_there_where_the_counts_cannot_be_written():

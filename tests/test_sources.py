@@ -1,9 +1,11 @@
 """The layouts that users have their images in: list files, iNaturalist, CIFAR, tables, shards, single folders."""
 
+import functools
 import io
 import json
 import os
 import pickle
+import re
 import tarfile
 import threading
 import time
@@ -17,11 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_data import write_idx
 
 from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
 from deitlt_hf.data.loading import load_source
 from deitlt_hf.data.tables import encode_labels
-from deitlt_hf.recipes import DataArguments
+from deitlt_hf.recipes import DataArguments, load_recipe, parse_arguments, recipe_names
 
 RANDOM = np.random.RandomState(0)
 
@@ -331,6 +334,47 @@ def test_cifar_pickles(tmp_path, kind, inside):
     assert (counts[0], counts[-1]) == (5, 1)
 
 
+CIFAR_RECIPES = [name for name in recipe_names() if name.startswith("cifar")]
+
+
+@pytest.mark.parametrize("layout", ["pickles", "class folders", "list files", "IDX files", "Hub parquet", "saved"])
+@pytest.mark.parametrize("recipe", CIFAR_RECIPES)
+def test_every_recipe_of_cifar_takes_every_layout(tmp_path, recipe, layout):
+    """Those of CIFAR-100 name the Hub's column of labels, and were refused of all that is not from there."""
+    kind = int(re.search(r"\d+", recipe).group())
+    labels = np.repeat(np.arange(kind), 2)
+    if layout == "pickles":
+        write_cifar(tmp_path, kind)
+    elif layout == "class folders":
+        for split in ("train", "test"):
+            for label in range(kind):
+                save_image(tmp_path / split / f"{label:02d}" / "0.png", label)
+    elif layout == "list files":
+        for split in ("train", "test"):
+            paths = [save_image(tmp_path / split / f"{label}.png", label) for label in range(kind)]
+            lines = [f"{path.relative_to(tmp_path)} {label}" for label, path in enumerate(paths)]
+            (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    elif layout == "IDX files":
+        write_idx(tmp_path, compress=False, images=2 * kind, classes=kind)
+    else:
+        names = datasets.ClassLabel(names=[f"class {label}" for label in range(kind)])
+        features = {"img": datasets.Image(), "label": names}
+        rows = {"img": [Image.new("RGB", (4, 4))] * (2 * kind), "label": labels}
+        if kind == 100:
+            features = {"img": datasets.Image(), "fine_label": names, "coarse_label": names}
+            rows = {"img": rows["img"], "fine_label": labels, "coarse_label": labels // 5}
+        data = datasets.Dataset.from_dict(rows, datasets.Features(features))
+        if layout == "saved":
+            datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path)
+        else:
+            for split in ("train", "test"):
+                data.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    words = ["--recipe", recipe, "--data_dir", str(tmp_path), "--imbalance_ratio", "1"]
+    data = parse_arguments("data", (DataArguments,), words)[1].load()
+    assert data["train"].column_names == ["image", "label", "source_index"]
+    assert np.array_equal(np.unique(data["train"]["label"][:]), np.arange(kind))
+
+
 def test_hostile_and_broken_cifar(tmp_path):
     write_cifar(tmp_path)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
@@ -388,6 +432,40 @@ def test_columns_with_unusual_names(tmp_path):
     data = load_long_tailed(data_dir=str(tmp_path), image_column="where", label_column="kind")
     assert data["train"].features["label"].names == ["cat", "dog"]
     assert [shade(row) for row in data["test"]] == [0, 40, 1]
+
+
+@pytest.mark.parametrize("named", [{"label_column": "kinds"}, {"image_column": "were", "label_column": "kind"}])
+def test_a_wrong_column_is_refused_beside_class_folders_too(tmp_path, named):
+    """Of the folders the labels would be others."""
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        save_image(tmp_path / place / "0.png")
+    rows = ["where,kind", "train/a/0.png,cat", "train/b/0.png,dog"]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(rows))
+    name, value = next(iter(named.items()))
+    message = f"no {name.removesuffix('_column')} column '{value}'; the columns of .* are where, kind.*--{name} none"
+    with pytest.raises(ValueError, match=message):
+        load_long_tailed(data_dir=str(tmp_path), **named)
+    data = load_long_tailed(data_dir=str(tmp_path), image_column="where", label_column="kind")
+    assert data["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_a_named_column_of_a_table_goes_before_lists(tmp_path):
+    write_lists(tmp_path)
+    (tmp_path / "all.csv").write_text("path,species,split\ntrain/n01/0.png,owl,train\nval/n03/0.png,owl,test\n")
+    _, splits = load_source(data_dir=str(tmp_path), label_column="species")
+    assert splits["train"].features["species"].names == ["owl"]
+
+
+def test_a_recipes_column_is_taken_back(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    data = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4))] * 2, "label": [1, 0]}, features)
+    datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path)
+    words = ["--recipe", "cifar100_lt_rho50", "--data_dir", str(tmp_path), "--imbalance_ratio", "none"]
+    with pytest.raises(ValueError, match=r"no label column 'fine_label'; .* Name one of them with label_column"):
+        parse_arguments("data", (DataArguments,), words)[1].load()
+    data = parse_arguments("data", (DataArguments,), [*words, "--label_column", "none"])[1].load()
+    assert data["train"]["label"][:] == [1, 0]
 
 
 def test_numbers_in_a_table_keep_their_value(tmp_path):
@@ -484,6 +562,64 @@ def test_webdataset_shards(tmp_path):
     assert {name: len(split) for name, split in data.items()} == {"train": 18, "test": 9}
     assert data["train"].features["label"].names == ["0", "1", "2"]
     assert all(shade(row) // 40 == row["label"] for row in data["train"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("file", "length"),
+    [
+        ("data-train-000000.tar", 3000),  # within the first header or image, which was a traceback
+        ("data-train-000001.tar", 5 * 512 + 100),  # within a header, upon which images were left out without a word
+        ("data-train-000001.tar", 8 * 512),
+        ("data-test-000000.tar", 0),
+    ],
+)
+def test_shards_that_are_cut_short(tmp_path, file, length, streaming):
+    path = write_shards(tmp_path) / file
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=rf"{path} is not a whole tar file: .*; copy it again\."):
+        DataArguments(data_dir=str(tmp_path), streaming=streaming).load()
+
+
+def test_what_datasets_cannot_read_is_named(tmp_path):
+    path = write_shards(tmp_path, shards=1) / "data-train-000000.tar"
+    path.write_bytes(b"text" * 128 + bytes(1024))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: "):
+        load_source(data_dir=str(tmp_path))
+    path.unlink()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (64, 64))] * 20, "label": [0, 1] * 10}, features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(b"PAR1" + bytes(len(content) // 2) + content[len(content) // 2 + 4 :])
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: "):
+        load_source(data_dir=str(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: "):
+        load_source(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("all.csv", "path,label\nimages/cat_0.png,été\n"),
+        ("train.txt", "images/cat_0.png 0\nimages/été.png 1\n"),
+        ("recipe.yaml", "description: été\ndata: {}\n"),
+        ("counts.json", '{"été": 3}'),
+    ],
+)
+def test_text_that_is_not_in_utf8_is_named(tmp_path, file, text):
+    write_table_images(tmp_path)
+    (tmp_path / file).write_bytes(text.encode("latin-1"))
+    options = {"data_dir": str(tmp_path)}
+    if file == "counts.json":
+        write_shards(tmp_path)
+        options |= {"streaming": True, "class_counts": str(tmp_path / file)}
+    read = (
+        functools.partial(load_recipe, str(tmp_path / file)) if file == "recipe.yaml" else DataArguments(**options).load
+    )
+    with pytest.raises(ValueError, match=rf"{file} is not text in UTF-8; save it as UTF-8 \("):
+        read()
 
 
 def test_single_saved_data_set(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..data import class_counts
 from ..hub import convert_original, read_class_map, read_class_names
 from ..recipes import DataArguments, parse_arguments
-from .parser import command_parser
+from .parser import command_parser, parse_with_fields
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of a student's weights")
     parser.add_argument("--num_attention_heads", type=int, help="of a student whose heads are not 64 wide")
-    args, rest = parser.parse_known_args(arguments)
+    args, rest = parse_with_fields(parser, (DataArguments,), arguments)
     classes = {}
     if args.recipe is not None:
         _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])

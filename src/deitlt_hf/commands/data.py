@@ -11,10 +11,11 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ..recipes import DataArguments, data_help, parse_arguments
+from ..recipes import DataArguments, StudentArguments, data_help, parse_arguments
+from ..training import DeiTLTTrainingArguments
 from ..training.report import quiet_log
 from .output import check_file
-from .parser import command_parser
+from .parser import command_parser, parse_with_fields
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--deep", action="store_true", help="check: decode every image")
     parser.add_argument("--counts", help="check: write the images of each class to this JSON file")
     parser.add_argument("--out", default="pictures", help="show: folder for the pictures")
-    args, rest = parser.parse_known_args(arguments)
+    args, rest = parse_with_fields(parser, (DataArguments, StudentArguments, DeiTLTTrainingArguments), arguments)
     quiet_log()
     if args.command == "check":
         sys.exit(check(rest, args.deep, args.counts))

@@ -1,6 +1,7 @@
 """The command line of commands that take no recipe, or few of its fields."""
 
 import argparse
+from collections.abc import Sequence
 
 
 def command_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -11,3 +12,38 @@ def command_parser(description: str, epilog: str | None = None) -> argparse.Argu
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def parse_with_fields(
+    parser: argparse.ArgumentParser, classes: Sequence[type], arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command's own arguments, and leaves aside the fields of a recipe, in any order.
+
+    argparse would take the value of an option that it does not know for a positional argument of the command.
+
+    Args:
+        parser: With the command's own arguments.
+        classes: Dataclasses of the fields. A name that the parser has already is the command's.
+        arguments: Command line; by default this process's.
+
+    Returns:
+        The command's arguments, and the command line without them.
+    """
+    from transformers import HfArgumentParser
+
+    rest: list[str] = []
+
+    class LeaveAside(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            words = values if isinstance(values, list) else [values]
+            rest.extend([option_string, *(word for word in words if word is not None)])  # None: a flag without a value
+
+    fields = HfArgumentParser(classes, add_help=False)
+    fields.add_argument("--recipe")
+    for field in fields._actions:
+        names = [name for name in field.option_strings if name not in parser._option_string_actions]
+        if names:
+            options = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            parser.add_argument(*names, nargs=field.nargs, action=LeaveAside, **options)
+    known, unknown = parser.parse_known_args(arguments)
+    return known, rest + unknown

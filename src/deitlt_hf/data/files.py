@@ -15,6 +15,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from .damage import named_errors
+
 logger = logging.getLogger(__name__)
 
 TRAIN_NAMES = ("train", "training")
@@ -171,7 +173,7 @@ def _is_list(path: Path) -> bool:
 
 def _read_list(path: Path) -> Split:
     paths, labels = [], []
-    with path.open(encoding="utf-8") as file:
+    with named_errors(path), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             words = line.rsplit(maxsplit=1)
             if not words:

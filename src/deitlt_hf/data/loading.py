@@ -9,6 +9,7 @@ import numpy as np
 
 from .arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
 from .class_lists import read_class_names
+from .damage import check_shards, named_errors
 from .files import (
     TEST_NAMES,
     TRAIN_NAMES,
@@ -71,8 +72,10 @@ def load_source(
             iNaturalist competition; tables (CSV, TSV, parquet) with paths or images; webdataset shards; class folders.
         train_list: List file of the training images, here or in `data_dir`; by default found by its name.
         test_list: List file of the test images.
-        image_column: Column with the images, in tables; by default one with a usual name.
-        label_column: Column with the labels, in tables; by default one with a usual name.
+        image_column: Column with the images; by default one with a usual name. Layouts without columns (folders, lists,
+            arrays) take any name, so that a recipe may name a column of the Hub's copy; but if `data_dir` has tables,
+            a named column is theirs.
+        label_column: Column with the labels, likewise.
 
     Returns:
         What was loaded, in words, and its splits.
@@ -86,31 +89,39 @@ def load_source(
             raise ValueError(f"{dataset} has no public copy to load; give data_dir, the folder with its images.")
         if dataset == "digits":
             return "scikit-learn's digits", load_digits()
-        return f"{dataset} from the Hub", datasets.load_dataset(dataset)
+        with named_errors(dataset):
+            return f"{dataset} from the Hub", datasets.load_dataset(dataset)
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
+    if (image_column or label_column) and (tables := find_tables(folder, image_column, label_column)):
+        return f"tables ({_names(tables)})", load_tables(folder, tables, image_column, label_column)
+    columns = {"image": image_column or "image", "label": label_column or "label"}
     if lists := find_lists(folder, train_list, test_list):
-        return f"list files ({_names(lists)})", load_lists(folder, lists)
+        return f"list files ({_names(lists)})", load_lists(folder, lists).rename_columns(columns)
     if any(folder.glob(f"{IDX_STEMS['train']}-images-idx3-ubyte*")):
-        return "IDX files", load_idx(folder)
+        return "IDX files", load_idx(folder).rename_columns(columns)
     if cifar := cifar_folder(folder):
-        return "CIFAR's python version", load_cifar(cifar)
+        return "CIFAR's python version", load_cifar(cifar).rename_columns(columns)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         loaded = datasets.load_from_disk(str(folder))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
         return "a saved data set", splits
-    if not (image_column or label_column) and {"train"} < set(split_folders(folder)):
-        return "class folders", load_class_folders(folder)
+    if {"train"} < set(split_folders(folder)):
+        return "class folders", load_class_folders(folder).rename_columns(columns)
     if annotations := find_annotations(folder):
-        return f"iNaturalist annotations ({_names(annotations)})", load_annotations(folder, annotations)
-    if tables := find_tables(folder, image_column, label_column):
-        return f"tables ({_names(tables)})", load_tables(folder, tables, image_column, label_column)
+        return f"iNaturalist annotations ({_names(annotations)})", load_annotations(folder, annotations).rename_columns(
+            columns
+        )
+    if tables := find_tables(folder):
+        return f"tables ({_names(tables)})", load_tables(folder, tables)
     if shards := find_shards(folder):
-        return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
+        check_shards(shards)
+        with named_errors(folder):
+            return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise FileNotFoundError(f"data_dir {data_dir!r} has no files.")
-    return "class folders", load_class_folders(folder)
+    return "class folders", load_class_folders(folder).rename_columns(columns)
 
 
 def _names(files: dict[str, Path]) -> str:
@@ -212,7 +223,10 @@ def find_columns(
     found = []
     for kind, (name, feature_type) in wanted.items():
         if name is not None and name not in dataset.column_names:
-            raise ValueError(f"no {kind} column {name!r}; the columns are {_describe_columns(dataset)}.")
+            raise ValueError(
+                f"no {kind} column {name!r}; the columns are {_describe_columns(dataset)}. Name one of "
+                f"them with {kind}_column."
+            )
         if name is None:
             names = [key for key, feature in dataset.features.items() if isinstance(feature, feature_type)]
             if not names and kind == "label":

@@ -2,13 +2,14 @@
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.parquet
 
+from .damage import named_errors
 from .files import Split, find_split, located, named, split_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -19,12 +20,19 @@ LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name"
 def find_tables(folder: Path, image_column: str | None = None, label_column: str | None = None) -> dict[str, Path]:
     """Finds tables (CSV, TSV, parquet): of `train` and a test split by name, or a single one for both.
 
-    Tables without the columns are left out beside others, and beside folders.
+    Tables without the columns are left out beside others, and beside folders unless a column is named.
+
+    Raises:
+        ValueError: If no table has the columns that are named, or there are several for one split.
     """
     places = [*folder.iterdir(), *folder.glob("data/*.parquet")]  # the latter as on the Hub
     tables = [path for path in sorted(places) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
     wanted = (image_column, PATH_COLUMNS), (label_column, LABEL_COLUMNS)
     usable = [path for path in tables if embeds_images(path) or _has_columns(path, wanted)]
+    if tables and not usable and (image_column or label_column):  # not what else is here: its labels may be others
+        columns = dict.fromkeys(_column_names(tables[0]))
+        _column(tables[0], columns, label_column, LABEL_COLUMNS, "label")
+        _column(tables[0], columns, image_column, PATH_COLUMNS, "image")
     if usable or any(path.is_dir() for path in folder.iterdir()):
         tables = usable
     found: dict[str, list[Path]] = {}
@@ -37,20 +45,20 @@ def find_tables(folder: Path, image_column: str | None = None, label_column: str
 
 
 def load_tables(
-    folder: Path, tables: Mapping[str, Path], image_column: str | None, label_column: str | None
+    folder: Path, tables: Mapping[str, Path], image_column: str | None = None, label_column: str | None = None
 ) -> datasets.DatasetDict:
     """Loads tables with a column of paths, relative to the folder, and one of labels; or parquet with images in it.
 
     A column `split` parts a single table into `train` and a test split. Label columns of any type become classes.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column is missing, or a table cannot be read.
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
     if embeds_images(tables["train"]):
-        return datasets.load_dataset(
-            "parquet", data_files={split: sibling_tables(path) for split, path in tables.items()}
-        )
+        files = {split: sibling_tables(path) for split, path in tables.items()}
+        with named_errors(folder):
+            return datasets.load_dataset("parquet", data_files=files)
     splits: dict[str, Split] = {}
     for name, path in tables.items():
         columns = _read_table(path)
@@ -90,8 +98,9 @@ def encode_labels(labels: Mapping[str, Sequence]) -> tuple[list[str], dict[str, 
 
 def _read_table(path: Path) -> dict[str, list]:
     if path.suffix.lower() == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pydict()
-    with path.open(encoding="utf-8-sig", newline="") as file:
+        with named_errors(path):
+            return pyarrow.parquet.read_table(path).to_pydict()
+    with named_errors(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=_delimiter(path))
         header = next(reader, [])
         columns: dict[str, list] = {name.strip(): [] for name in header}
@@ -107,10 +116,13 @@ def _read_table(path: Path) -> dict[str, list]:
     return columns
 
 
-def _column(path: Path, columns: Mapping[str, list], given: str | None, known: Sequence[str], kind: str) -> str:
+def _column(path: Path, columns: Iterable[str], given: str | None, known: Sequence[str], kind: str) -> str:
     if given is not None:
         if given not in columns:
-            raise ValueError(f"no {kind} column {given!r}; the columns of {path} are {', '.join(columns)}.")
+            raise ValueError(
+                f"no {kind} column {given!r}; the columns of {path} are {', '.join(columns)}. Name one of "
+                f"them, or pass --{kind}_column none if the images are not those of the table."
+            )
         return given
     name = find_split(columns, known)
     if name is None:
@@ -128,9 +140,14 @@ def _has_columns(path: Path, wanted: Sequence[tuple[str | None, Sequence[str]]])
 
 def _column_names(path: Path) -> list[str]:
     if path.suffix.lower() == ".parquet":
-        return pyarrow.parquet.read_schema(path).names
+        return _schema(path).names
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         return [name.strip() for name in next(csv.reader(file, delimiter=_delimiter(path)), [])]
+
+
+def _schema(path: Path) -> pyarrow.Schema:
+    with named_errors(path):
+        return pyarrow.parquet.read_schema(path)
 
 
 def _delimiter(path: Path) -> str:
@@ -141,8 +158,7 @@ def embeds_images(path: Path) -> bool:
     """Whether a table is a parquet file with the images in it."""
     if path.suffix.lower() != ".parquet":
         return False
-    schema = pyarrow.parquet.read_schema(path)
-    return any(str(field.type).startswith("struct<bytes") for field in schema)
+    return any(str(field.type).startswith("struct<bytes") for field in _schema(path))
 
 
 def sibling_tables(path: Path) -> list[str]:

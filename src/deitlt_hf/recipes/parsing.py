@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.damage import named_errors
 from ..losses import TEACHER_LOSSES
 from .arguments import DataArguments, without_folders
 
@@ -42,7 +43,8 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
+        with named_errors(name_or_path):
+            text = Path(name_or_path).read_text(encoding="utf-8")
     else:
         raise FileNotFoundError(
             f"no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; give the path of a YAML file, or one "
@@ -97,7 +99,7 @@ def parse_arguments(
 
     A teacher's values can depend on its loss: what `teacher_losses` has for the recipe's or the command line's
     `teacher_loss` goes before the section `teacher`. A `group_rule` of the command line goes before boundaries of the
-    recipe, and `none` on it takes back a number that need not be given.
+    recipe, and `none` on it takes back a number, or a text of the data, that need not be given.
 
     Args:
         section: `data`, `teacher` or `student`.
@@ -200,11 +202,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _allow_none(parser: argparse.ArgumentParser, classes: Iterable[type]) -> None:
-    """Has numbers that may be None take `none`."""
+    """Has numbers that may be None take `none`, and of the data also texts, such as the name of a column."""
     for cls in classes:
         for name, hint in get_type_hints(cls).items():
             action = parser._option_string_actions.get(f"--{name}")
-            if action is not None and action.type in (int, float) and type(None) in get_args(hint) and not action.nargs:
+            kinds = (int, float, str) if cls is DataArguments else (int, float)
+            if action is not None and action.type in kinds and type(None) in get_args(hint) and not action.nargs:
                 action.type = _or_none(action.type)
 
 
