@@ -391,6 +391,15 @@ def test_a_card_with_thousands_of_classes_does_not_list_them(tmp_path):
     assert len(text.splitlines()) < 120
 
 
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_a_card_sends_nobody_to_pypi(trained, kind):
+    """The package's name is free there: whoever takes it would be installed by the readers of every card."""
+    text = section(ModelCard.load(trained / kind / "README.md"), "## Use")
+    assert "pip install" not in text
+    assert text.index("from transformers import") < text.index("from deitlt_hf import")
+    assert "`deitlt_hf`, installed from its repository" in text
+
+
 def test_what_is_wrong_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config.json; give the folder of a saved model."):
         make_card(tmp_path)
