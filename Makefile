@@ -28,4 +28,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs build src/*.egg-info
+	rm -rf $(VENV) build src/*.egg-info

@@ -95,7 +95,8 @@ def test_training_leaves_a_card_with_the_numbers_of_its_last_epoch(trained, kind
 def test_metadata_are_those_the_hub_knows(trained):
     metadata = metadata_load(trained / "student" / "README.md")
     assert metadata["pipeline_tag"] == "image-classification"
-    assert (metadata["library_name"], metadata["license"]) == ("transformers", "apache-2.0")
+    assert metadata["library_name"] == "transformers"
+    assert "license" not in metadata, "whoever trained a model names its licence"
     assert {"deit-lt", "long-tailed", "vision"} <= set(metadata["tags"])
     assert metadata["metrics"] == ["accuracy"]
     assert "datasets" not in metadata  # the embedded digits are not on the Hub
@@ -329,7 +330,7 @@ def test_a_card_is_not_written_through_a_link(tmp_path):
 
 
 def test_a_card_that_was_edited_is_left_and_one_that_was_not_is_written_anew(student_folder):
-    readme = write_card(student_folder)
+    readme = write_card(student_folder, license="apache-2.0")
     change_results(student_folder, train_seconds=7)
     assert "0:00:07" in write_card(student_folder).read_text()
     assert is_generated(readme.read_text())
@@ -338,6 +339,29 @@ def test_a_card_that_was_edited_is_left_and_one_that_was_not_is_written_anew(stu
     with pytest.warns(UserWarning, match="stays"):
         write_card(student_folder, "org/name")
     assert readme.read_text() == edited
+
+
+def test_a_licence_and_tags_that_were_given_stay_in_the_card_that_is_written_anew(student_folder):
+    change_results(student_folder, data=results(student_folder)["data"] | {"dataset": "zoo/photos"})
+    write_card(student_folder, license="cc-by-nc-4.0", tags=["mine"], language="en")
+    change_results(student_folder, data=results(student_folder)["data"] | {"dataset": "digits"}, finished=False)
+    card = ModelCard.load(write_card(student_folder, "org/name"))
+    assert (card.data.license, card.data.language) == ("cc-by-nc-4.0", "en")
+    assert card.data.tags == ["vision", "deit-lt", "long-tailed", "distillation", "mine"]
+    assert "The weights are under the licence `cc-by-nc-4.0`." in card.text
+    assert (card.data.datasets, card.data.eval_results) == (None, None), "of the weights only what is so of these"
+    card = ModelCard.load(write_card(student_folder, license="mit", tags=["mine", "new"]))
+    assert (card.data.license, card.data.tags[4:]) == ("mit", ["mine", "new"])
+    card = ModelCard.load(write_card(student_folder, license=None))
+    assert card.data.license is None
+
+
+def test_a_licence_that_nobody_gave_is_not_in_the_card(trained):
+    for kind in ("student", "teacher"):
+        card = ModelCard.load(trained / kind / "README.md")
+        assert card.data.license is None
+        assert "None is named for these weights" in section(card, "## Licence")
+        assert "apache" not in str(card)
 
 
 def test_names_of_classes_are_shown_as_they_are(tmp_path):
@@ -367,6 +391,15 @@ def test_a_card_with_thousands_of_classes_does_not_list_them(tmp_path):
     assert len(text.splitlines()) < 120
 
 
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_a_card_sends_nobody_to_pypi(trained, kind):
+    """The package's name is free there: whoever takes it would be installed by the readers of every card."""
+    text = section(ModelCard.load(trained / kind / "README.md"), "## Use")
+    assert "pip install" not in text
+    assert text.index("from transformers import") < text.index("from deitlt_hf import")
+    assert "`deitlt_hf`, installed from its repository" in text
+
+
 def test_what_is_wrong_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config.json; give the folder of a saved model."):
         make_card(tmp_path)
@@ -380,6 +413,11 @@ def test_command_writes_the_card_of_a_folder(student_folder, capsys):
     make_model_cards(["--model", str(student_folder), "--repo_id", "org/deitlt-tiny"])
     assert capsys.readouterr().out.strip() == str(student_folder / "README.md")
     assert "# deitlt-tiny" in (student_folder / "README.md").read_text()
+    make_model_cards(["--model", str(student_folder), "--license", "cc-by-4.0", "--tags", "digits", "tiny"])
+    metadata = metadata_load(student_folder / "README.md")
+    assert (metadata["license"], metadata["tags"][-2:]) == ("cc-by-4.0", ["digits", "tiny"])
+    with pytest.raises(ValueError, match=r"^--license needs --model, the folder whose card is to have it"):
+        make_model_cards(["--license", "mit"])
     with pytest.raises(ValueError, match="needs --model"):
         make_model_cards(["--repo_id", "org/deitlt-tiny"])
     with pytest.raises(ValueError, match=r"^--folder cards is for the recipes' cards; that of --model goes"):

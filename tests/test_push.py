@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub import metadata_load
 
 from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainingArguments
@@ -354,6 +355,30 @@ def test_what_was_put_on_the_hub_by_hand_stays(hub, folder, tmp_path):
     command = ("scripts/push.py", folder, "zoo/digits", "--overwrite_card")
     finish(start(hub, tmp_path / "home", *command, token=WRITER))
     assert repository.files() == before | {"README.md": (folder / "README.md").read_bytes()}
+
+
+def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path):
+    """Of the same folder, and of another one to the same repository."""
+
+    def metadata():
+        (tmp_path / "card.md").write_bytes(hub.repositories["zoo/digits"].files()["README.md"])
+        return {"license": None} | metadata_load(tmp_path / "card.md")
+
+    another = shutil.copytree(folder, tmp_path / "another")
+    push_folder(folder, "zoo/digits")
+    assert metadata()["license"] is None
+    options = ("--license", "cc-by-nc-4.0", "--tags", "mine", "too")
+    finish(start(hub, tmp_path / "home", "scripts/push.py", folder, "zoo/digits", *options, token=WRITER))
+    assert metadata()["license"] == "cc-by-nc-4.0"
+    push_folder(folder, "zoo/digits")
+    push_folder(another, "zoo/digits")
+    assert metadata()["license"] == "cc-by-nc-4.0"
+    assert metadata()["tags"][-2:] == ["mine", "too"]
+    push_folder(folder, "zoo/digits", license="mit")
+    push_folder(folder, "zoo/digits")
+    assert metadata()["license"] == "mit"
+    with pytest.raises(ValueError, match=r"^card=False writes no card, so leave license out.$"):
+        push_folder(folder, "zoo/digits", card=False, license="mit")
 
 
 @pytest.mark.parametrize("revision", [None, "second"])

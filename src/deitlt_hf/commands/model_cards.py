@@ -1,7 +1,7 @@
 """Writes model cards: the repository's, from recipes and measured results, or that of a saved folder.
 
 deitlt model-cards
-deitlt model-cards --model outputs/digits_lt/student --repo_id ORG/deitlt-digits
+deitlt model-cards --model outputs/digits_lt/student --repo_id ORG/deitlt-digits --license cc-by-4.0
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..hub.cards import recipe_card, save_card, write_card
-from .parser import command_parser
+from .parser import add_card_options, card_metadata, command_parser
 
 CARDS = {  # recipe by card
     "deitlt-cifar10-lt-rho100": "cifar10_lt_rho100",
@@ -32,13 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="without --model: write the recipes' cards here; results/NAME.json below it, the results.json of a run, "
         "is what was measured (default: model_cards)",
     )
+    add_card_options(parser)
     args = parser.parse_args(arguments)
+    metadata = card_metadata(args)
     if args.model is not None:
         if args.folder is not None:
             raise ValueError(f"--folder {args.folder} is for the recipes' cards; that of --model goes into its folder.")
-        _tell(write_card(args.model, args.repo_id))
+        _tell(write_card(args.model, args.repo_id, **metadata))
     elif args.repo_id is not None:
         raise ValueError(f"--repo_id {args.repo_id} needs --model, the folder that is to be there.")
+    elif metadata:
+        raise ValueError(f"--{next(iter(metadata))} needs --model, the folder whose card is to have it.")
     else:
         write_recipe_cards(Path("model_cards" if args.folder is None else args.folder))
 

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 
 def command_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -47,3 +48,18 @@ def parse_with_fields(
             parser.add_argument(*names, nargs=field.nargs, action=LeaveAside, **options)
     known, unknown = parser.parse_known_args(arguments)
     return known, rest + unknown
+
+
+def add_card_options(parser: argparse.ArgumentParser) -> None:
+    """What the card of a model can be given; see [`card_metadata`]."""
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence of the weights, by its id on the Hub (cc-by-4.0). By default that of the card before, if any",
+    )
+    parser.add_argument("--tags", nargs="+", metavar="TAG", help="tags of the card, beside its own")
+
+
+def card_metadata(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the options of [`add_card_options`] that were given."""
+    return {name: value for name in ("license", "tags") if (value := getattr(args, name)) is not None}

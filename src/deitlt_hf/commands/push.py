@@ -2,13 +2,14 @@
 
 deitlt push outputs/digits_lt/student ORG/deitlt-digits
 deitlt push outputs/digits_lt/student ORG/deitlt-digits --private --revision second-try --handler
+deitlt push outputs/digits_lt/student ORG/deitlt-digits --license cc-by-4.0 --tags digits
 """
 
 from collections.abc import Sequence
 
 from ..hub.push import push_folder
 from ..training.report import quiet_log
-from .parser import command_parser
+from .parser import add_card_options, card_metadata, command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--overwrite_card", action="store_true", help="replace a card that somebody wrote or edited on the Hub"
     )
+    add_card_options(parser)
     parser.add_argument("--commit_message", default="Upload model", help="first line of the commit")
     args = parser.parse_args(arguments)
     quiet_log()
@@ -32,5 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commit_message=args.commit_message,
         overwrite_card=args.overwrite_card,
         handler=args.handler,
+        **card_metadata(args),
     )
     print(f"The model is on the Hub: {commit.repo_url}")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,10 @@ from .weights import weights_digest
 CARD_FILE, RESULTS_FILE, CURVES_FILE = "README.md", "results.json", "training_curves.png"
 _PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
 _MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits it:"
+_TAGS = ("vision", "deit-lt", "long-tailed")
+_KIND_TAGS = {"teacher": "sam", "student": "distillation"}
+# Metadata that tell of weights: those of an earlier card may be of others.
+_OF_WEIGHTS = ("datasets", "metrics", "model-index")
 
 
 def make_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> ModelCard:
@@ -33,6 +37,7 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
         repo_id: The Hub repository that it is for; the card's code loads it from there.
         name: The heading; by default the repository's name.
         **metadata: Fields of [`~huggingface_hub.ModelCardData`], such as `license` or `tags`; tags join the card's own.
+            Without a `license` the card says that none was named.
 
     Raises:
         FileNotFoundError: If the folder has no model.
@@ -74,7 +79,7 @@ def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None
     return _render(
         CardFacts(recorded, {}),
         name,
-        {},
+        {"license": "apache-2.0"},
         location=f"outputs/{recipe}/student",
         is_recorded=True,
         is_recipe=True,
@@ -85,10 +90,31 @@ def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None
 def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> Path | None:
     """Writes the card of [`make_card`] into the folder, unless there is one that somebody else wrote or edited.
 
+    Metadata that the folder's card was given before, its licence and tags for two, stay if nothing else is given; a
+    `license` of None takes it back.
+
     Returns:
         The file; None if it stays as it is.
     """
-    return save_card(make_card(folder, repo_id, name, **metadata), Path(folder) / CARD_FILE)
+    path = Path(folder) / CARD_FILE
+    before = given_metadata(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return save_card(make_card(folder, repo_id, name, **join_metadata(before, metadata)), path)
+
+
+def given_metadata(text: str) -> dict[str, Any]:
+    """What a card was given that is not of its weights, if it is as it was written here; else nothing."""
+    if not is_generated(text):
+        return {}
+    given = {name: value for name, value in ModelCard(text).data.to_dict().items() if name not in _OF_WEIGHTS}
+    own = {*_TAGS, *_KIND_TAGS.values()}
+    return given | {"tags": [tag for tag in given.get("tags", []) if tag not in own]}
+
+
+def join_metadata(*several: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of which a later one goes before an earlier one, but for tags, which come together."""
+    tags = [tag for metadata in several for tag in _listed(metadata.get("tags"))]
+    joined = {name: value for metadata in several for name, value in metadata.items()}
+    return joined | {"tags": list(dict.fromkeys(tags))}
 
 
 def save_card(card: ModelCard, path: Path) -> Path | None:
@@ -117,10 +143,7 @@ def _render(facts: CardFacts, name: str, metadata: Mapping[str, Any], **about) -
 
 
 def _metadata(facts: CardFacts, name: str, given: Mapping[str, Any]) -> ModelCardData:
-    tags = ["vision", "deit-lt", "long-tailed", *(["sam"] if facts.is_teacher else ["distillation"])]
-    more = given.get("tags") or []
     own = {
-        "license": "apache-2.0",
         "library_name": "transformers",
         "pipeline_tag": "image-classification",
         "datasets": facts.hub_dataset and [facts.hub_dataset],
@@ -129,7 +152,12 @@ def _metadata(facts: CardFacts, name: str, given: Mapping[str, Any]) -> ModelCar
     results = _eval_results(facts) if facts.is_finished else []
     if results:
         own |= {"model_name": name, "eval_results": results}
-    return ModelCardData(**own | {**given, "tags": [*tags, *([more] if isinstance(more, str) else more)]})
+    tags = {"tags": [*_TAGS, _KIND_TAGS["teacher" if facts.is_teacher else "student"]]}
+    return ModelCardData(**own | join_metadata(tags, given))
+
+
+def _listed(tags: str | Sequence[str] | None) -> Sequence[str]:
+    return [tags] if isinstance(tags, str) else tags or []
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:

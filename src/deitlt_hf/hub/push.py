@@ -16,7 +16,16 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from .cards import CARD_FILE, CURVES_FILE, RESULTS_FILE, is_generated, read_json, write_card
+from .cards import (
+    CARD_FILE,
+    CURVES_FILE,
+    RESULTS_FILE,
+    given_metadata,
+    is_generated,
+    join_metadata,
+    read_json,
+    write_card,
+)
 from .handler import add_handler, check_handler
 from .onnx import MODEL_FILE, QUANTIZED_FILE
 from .weights import weights_digest
@@ -64,6 +73,7 @@ def push_folder(
     card: bool = True,
     overwrite_card: bool = False,
     handler: bool = False,
+    **metadata,
 ) -> CommitInfo:
     """Puts a model folder on the Hub in one commit: the repository then has all of it, or else what it had.
 
@@ -82,26 +92,34 @@ def push_folder(
         card: Write the folder's card first, as [`write_card`] does.
         overwrite_card: Replace a card in the repository that somebody wrote or edited there. By default it stays.
         handler: Write `handler.py` first, as [`add_handler`] does.
+        **metadata: Of the card, such as `license` or `tags`. What is not given stays as the folder's card was given
+            it before, or else the repository's.
 
     Raises:
         FileNotFoundError: If the folder or a file of the model is missing.
         FileExistsError: If a handler is asked for, and the folder has another one.
         ValueError: If a file is damaged, its run is not finished, `repo_id` is none, the repository has a model of
-            another type, or no handler could load this one.
+            another type, no handler could load this one, or metadata are given with no card to write.
         OSError: If the Hub cannot be reached, or the token may not write there.
     """
     folder = Path(folder)
     check_folder(folder)
+    if metadata and not card:
+        raise ValueError(f"card=False writes no card, so leave {', '.join(metadata)} out.")
     if handler:
         check_handler(folder)
     model_type = read_json(folder / "config.json").get("model_type")
     repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token, model_type=model_type)
     if handler:
         add_handler(folder)
-    if card:
-        write_card(folder, repo_id)
-    added = _files_to_push(folder)
     api = _api(token)
+    if card:
+        with _one_sentence(repo_id):
+            there = _text(api, repo_id, CARD_FILE, revision)
+        own = _own_card(folder)
+        before = [given_metadata(text) for text in (there, own) if text is not None]
+        write_card(folder, repo_id, **join_metadata(*before, metadata))
+    added = _files_to_push(folder)
     with _one_sentence(repo_id):
         stale = {name for name in api.list_repo_files(repo_id, revision=revision) if _matches(name, _REPLACED)} - added
         if not overwrite_card and _has_card_of_others(api, repo_id, revision, folder):
@@ -254,8 +272,14 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _has_card_of_others(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> bool:
     """Whether a repository has a card that was neither written by deitlt-hf nor is the folder's."""
-    there, own = _text(api, repo_id, CARD_FILE, revision), folder / CARD_FILE
-    return there is not None and not is_generated(there) and not (own.is_file() and own.read_text("utf-8") == there)
+    there = _text(api, repo_id, CARD_FILE, revision)
+    return there is not None and not is_generated(there) and there != _own_card(folder)
+
+
+def _own_card(folder: Path) -> str | None:
+    """Text of a folder's card; None if it has none."""
+    path = folder / CARD_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _model_type(api: HfApi, repo_id: str, revision: str | None) -> str | None:
