@@ -122,6 +122,57 @@ def test_convert_takes_a_recipes_fields_in_any_order(tmp_path, words, capsys):
     assert json.loads((tmp_path / "student" / "config.json").read_text())["class_counts"][0] == 30
 
 
+    ("words", "usage", "message"),
+    [
+        ("distill", "--recipe RECIPE", "the following arguments are required: --recipe"),
+        ("distill --recipe", "--recipe RECIPE", "argument --recipe: expected one argument"),
+        ("distill --recipe digits_lt --seed x", "--recipe RECIPE", "argument --seed: invalid int value: 'x'"),
+        ("distill --recipe digits_lt --fp16 x", "--recipe RECIPE", "argument --fp16: Truthy value expected: got x but"),
+        ("evaluate --model M", "--model MODEL --recipe RECIPE", "the following arguments are required: --recipe"),
+        ("data check --recipe digits_lt --max_per_class x", None, "argument --max_per_class/--max-per-class: invalid"),
+        ("export --model M --opset x", "--model MODEL", "unrecognized arguments: --opset x"),
+        ("predict --model M --top_k x", "--model MODEL IMAGE [IMAGE ...]", "argument --top_k: invalid int value: 'x'"),
+        ("predict a.png", "--model MODEL IMAGE [IMAGE ...]", "the following arguments are required: --model"),
+        ("predict --model M", "--model MODEL IMAGE [IMAGE ...]", "the following arguments are required: IMAGE"),
+        ("push", "folder ORG/NAME", "the following arguments are required: folder, ORG/NAME"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_two_lines(words, usage, message, capsys):
+    """And in one, where a field of a recipe is wrong in a command that hands those on."""
+    command = f"deitlt {words.split()[0]}"
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    *before, error = capsys.readouterr().err.splitlines()
+    assert before == ([] if usage is None else [f"usage: {command} {usage} [options]"])
+    assert error.startswith(f"error: {message}")
+    assert error.endswith(f"; {command} --help lists all options.")
+
+
+@pytest.mark.parametrize(
+    ("section", "classes"),
+    [
+        ("student", (DataArguments, StudentArguments, DeiTLTTrainingArguments)),
+        ("teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)),
+    ],
+)
+def test_help_hides_fields_that_are_refused(section, classes, capsys):
+    values = {
+        "auto_find_batch_size": "true",
+        "prediction_loss_only": "true",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": "5",
+    }
+    with pytest.raises(SystemExit):
+        parse_arguments(section, classes, ["--help"], "Its own help.")
+    text = capsys.readouterr().out
+    assert "--learning_rate " in text
+    for name, value in values.items():
+        assert f"--{name}" not in text
+        with pytest.raises(ValueError, match=f"^{name} must be left "):
+            parse_arguments(section, classes, ["--recipe", "digits_lt", f"--{name}", value])
+
+
 @pytest.mark.parametrize(("word", "hint"), [("distil", "did you mean 'distill'"), ("xyz", "deitlt --help lists all")])
 def test_an_unknown_command(word, hint, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -4,10 +4,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from ..recipes.usage import BriefParser
+
 
 def command_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser whose help shows the description as it is, and that takes options by their whole names only."""
-    return argparse.ArgumentParser(
+    return BriefParser(
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

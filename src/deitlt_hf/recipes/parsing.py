@@ -20,12 +20,19 @@ from transformers import HfArgumentParser
 from ..data.damage import named_errors
 from ..losses import TEACHER_LOSSES
 from .arguments import DataArguments, without_folders
+from .usage import BriefParser
 
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
 # The command whose help lists the fields of a section, for commands that take these but have no list of their own.
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
 # Fields of the data that say where they are, or that are long.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
+# Fields of transformers that the method has not, and refuses; no help lists them.
+_REFUSED = ("auto_find_batch_size", "prediction_loss_only", "lr_scheduler_type", "warmup_steps")
+
+
+class _RecipeParser(BriefParser, HfArgumentParser):
+    """Of the fields of dataclasses."""
 
 
 def recipe_names() -> list[str]:
@@ -116,7 +123,7 @@ def parse_arguments(
         ValueError: If recipe or command line have an unknown field, of which the message names the nearest, or the
             recipe has something else where a list belongs.
     """
-    parser = HfArgumentParser(
+    parser = _RecipeParser(
         classes,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -124,9 +131,13 @@ def parse_arguments(
     )
     _add_recipe(parser)
     _allow_none(parser, classes)
-    listed_by = "--help" if description is not None else f"deitlt {_LISTED_BY[section]} --help"
+    _hide_refused(parser)
+    parser.usage = parser.format_usage().removeprefix("usage: ")  # in the help, too
+    first = BriefParser(add_help=False, allow_abbrev=False, usage=parser.usage)
+    listed_by = "--help"
+    if description is None:
+        listed_by = parser.listed_by = first.listed_by = f"deitlt {_LISTED_BY[section]} --help"
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     for field in ("teacher_loss", "group_rule"):
         first.add_argument(f"--{field}", f"--{field.replace('_', '-')}")  # HfArgumentParser takes both
@@ -209,6 +220,12 @@ def _allow_none(parser: argparse.ArgumentParser, classes: Iterable[type]) -> Non
             kinds = (int, float, str) if cls is DataArguments else (int, float)
             if action is not None and action.type in kinds and type(None) in get_args(hint) and not action.nargs:
                 action.type = _or_none(action.type)
+
+
+def _hide_refused(parser: argparse.ArgumentParser) -> None:
+    for name in _REFUSED:
+        if f"--{name}" in parser._option_string_actions:
+            parser._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
 
 
 def _or_none(kind: type) -> Callable[[str], Any]:
