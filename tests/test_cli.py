@@ -12,7 +12,7 @@ import torch
 from conftest import make_student
 from deitlt_hf.cli import COMMANDS, main
 from deitlt_hf.hub.layouts import student_to_original
-from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
+from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, command_line_errors, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +122,7 @@ def test_convert_takes_a_recipes_fields_in_any_order(tmp_path, words, capsys):
     assert json.loads((tmp_path / "student" / "config.json").read_text())["class_counts"][0] == 30
 
 
+@pytest.mark.parametrize(
     ("words", "usage", "message"),
     [
         ("distill", "--recipe RECIPE", "the following arguments are required: --recipe"),
@@ -161,7 +162,10 @@ def test_help_hides_fields_that_are_refused(section, classes, capsys):
         "auto_find_batch_size": "true",
         "prediction_loss_only": "true",
         "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": '{"power": 2}',
         "warmup_steps": "5",
+        "train_sampling_strategy": "sequential",
+        "dataloader_drop_last": "true",
     }
     with pytest.raises(SystemExit):
         parse_arguments(section, classes, ["--help"], "Its own help.")
@@ -179,6 +183,13 @@ def test_an_unknown_command(word, hint, capsys):
         main([word])
     assert ended.value.code == 2
     assert hint in capsys.readouterr().err
+
+
+def test_ctrl_c_is_told_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as ended, command_line_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted.\n"
 
 
 def test_errors_are_one_sentence():

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -28,7 +29,10 @@ _LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
 # Fields of the data that say where they are, or that are long.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that the method has not, and refuses; no help lists them.
-_REFUSED = ("auto_find_batch_size", "prediction_loss_only", "lr_scheduler_type", "warmup_steps")
+_REFUSED = (
+    *("auto_find_batch_size", "prediction_loss_only", "train_sampling_strategy", "dataloader_drop_last"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+)
 
 
 class _RecipeParser(BriefParser, HfArgumentParser):
@@ -192,6 +196,9 @@ def command_line_errors() -> Iterator[None]:
             sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
