@@ -134,6 +134,12 @@ def test_convert_takes_a_recipes_fields_in_any_order(tmp_path, words, capsys):
         ("export --model M --opset x", "--model MODEL", "unrecognized arguments: --opset x"),
         ("predict --model M --top_k x", "--model MODEL IMAGE [IMAGE ...]", "argument --top_k: invalid int value: 'x'"),
         ("predict a.png", "--model MODEL IMAGE [IMAGE ...]", "the following arguments are required: --model"),
+        # A file of figures is what --json names elsewhere; here are lines for every image, on standard output.
+        (
+            "predict --model M --json o.jsonl a.png",
+            "--model MODEL IMAGE [IMAGE ...]",
+            "unrecognized arguments: --json;",
+        ),
         ("predict --model M", "--model MODEL IMAGE [IMAGE ...]", "the following arguments are required: IMAGE"),
         ("push", "folder ORG/NAME", "the following arguments are required: folder, ORG/NAME"),
     ],

@@ -93,7 +93,7 @@ def test_a_folder_as_csv_keeps_its_results_beside_a_broken_file(model, images):
     "options",
     [
         ["b.png", "--experts", "sub"],
-        ["--experts", "b.png", "--json", "sub"],
+        ["--experts", "b.png", "--jsonl", "sub"],
         ["b.png", "sub", "--csv"],
         ["--", "b.png", "sub"],
     ],
@@ -107,7 +107,7 @@ def test_names_from_standard_input_as_json_lines(model, images, tmp_path):
     (tmp_path / "x.png").write_bytes((images / "b.png").read_bytes())
     os.rename(tmp_path / "x.png", odd)
     wanted = [os.fsencode(images / "b.png"), b"", odd, os.fsencode(images / "b.png"), os.fsencode(images / "sub")]
-    done = predict("--model", model, "--json", "--experts", "-", stdin=b"\n".join(wanted))
+    done = predict("--model", model, "--jsonl", "--experts", "-", stdin=b"\n".join(wanted))
     assert done.returncode == 0, done.stderr
     lines = json_lines(done.stdout)
     assert [os.fsencode(line["image"]) for line in lines] == [
@@ -126,7 +126,7 @@ def test_names_from_standard_input_as_json_lines(model, images, tmp_path):
 
 
 def test_who_has_enough_results_is_let_go(model, images):
-    command = f"{sys.executable} scripts/predict.py --model {model} --json --batch_size 1 - | head -n 1"
+    command = f"{sys.executable} scripts/predict.py --model {model} --jsonl --batch_size 1 - | head -n 1"
     done = subprocess.run(
         command, shell=True, input=f"{images}/b.png\n" * 300, capture_output=True, text=True, cwd=ROOT, check=False
     )
@@ -137,7 +137,7 @@ def test_who_has_enough_results_is_let_go(model, images):
 def test_results_come_before_the_last_file_is_known(model, images):
     """Standard input can be a process that is still looking for files."""
     process = subprocess.Popen(
-        [sys.executable, "scripts/predict.py", "--model", model, "--json", "--batch_size", "1", "-"],
+        [sys.executable, "scripts/predict.py", "--model", model, "--jsonl", "--batch_size", "1", "-"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -257,7 +257,7 @@ def unreadable_folder(request, tmp_path):
 def test_an_unreadable_folder_is_named_and_counted(model, unreadable_folder, capsys):
     top, folder, reason = unreadable_folder
     with pytest.raises(SystemExit) as end:
-        main(["--model", model, "--json", str(top)])
+        main(["--model", model, "--jsonl", str(top)])
     assert end.value.code == 1
     output, errors = capsys.readouterr()
     assert [line["image"] for line in json_lines(output)] == [f"{top}/a.png"]

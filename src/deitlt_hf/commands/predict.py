@@ -2,7 +2,7 @@
 
 deitlt predict --model outputs/digits_lt/student photo.jpg photos/ 'more/**/*.png'
 deitlt predict --model outputs/digits_lt/student --experts --csv photos/ > predictions.csv
-find photos -newer yesterday | deitlt predict --model DIR_OR_HUB_ID --json - > predictions.jsonl
+find photos -newer yesterday | deitlt predict --model DIR_OR_HUB_ID --jsonl - > predictions.jsonl
 """
 
 import argparse
@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--experts", action="store_true", help="tell what each of the two experts says, too")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="a JSON object an image, one a line")
-    form.add_argument("--csv", action="store_true", help="a table with a row for each class of each image")
+    form.add_argument("--jsonl", action="store_true", help="print a JSON object an image, one a line")
+    form.add_argument("--csv", action="store_true", help="print a table with a row for each class of each image")
     parser.add_argument("--top_k", type=int, default=5, help="classes of each image (default 5)")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default 32)")
     return parser
@@ -111,7 +111,7 @@ def _without_experts(result: Result) -> Result:
 
 
 def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
-    if args.json:
+    if args.jsonl:
         return _write_json
     if not args.csv:
         return _write_text
