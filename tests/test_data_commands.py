@@ -15,6 +15,7 @@ from test_sources import save_image, write_cifar, write_lists
 
 from deitlt_hf.analysis.figures import GROUP_COLOURS
 from deitlt_hf.cli import main
+from deitlt_hf.commands.data import check
 from deitlt_hf.commands.data import main as main_of_data
 from deitlt_hf.data.check import BENCHMARKS, Benchmark
 from deitlt_hf.recipes import DataArguments, parse_arguments
@@ -74,7 +75,10 @@ def test_check_names_what_is_wrong(tmp_path):
         "truncated",
         "it has more than 178956970 pixels",
         "2 images have the same bytes in training and testing",
-        "9 problem(s)",
+        "deitlt train-teacher: an epoch has 10 images, fewer than one batch of 64 (1 process(es) x 64); lower",
+        "deitlt distill: repeated augmentation draws rounds of 256 images, but the training set has only 10; pass",
+        "deitlt distill: an epoch has 10 images, fewer than one batch of 128 (1 process(es) x 128); lower",
+        "12 problem(s)",
     ):
         assert text in output, text
     assert "decoded" not in run(*command, code=1)
@@ -82,7 +86,8 @@ def test_check_names_what_is_wrong(tmp_path):
 
 def test_check_without_problems_and_with_missing_images(tmp_path):
     write_lists(tmp_path, "lists")
-    command = ("check", "--recipe", "image_folder", "--data_dir", tmp_path)
+    (tmp_path / "mine.yaml").write_text("data: {dataset: imagefolder}\n")
+    command = ("check", "--recipe", tmp_path / "mine.yaml", "--data_dir", tmp_path)
     output = run(*command, "--counts", tmp_path / "counts.json")
     assert "list files (lists_train.txt, lists_test.txt)" in output
     assert "thirds of the classes sorted by count" in output
@@ -143,6 +148,55 @@ def test_show_takes_a_students_fields_in_any_order(tmp_path):
     assert not drawn.exists()
 
 
+SECTIONS = {
+    "teacher": "{num_train_epochs: 6, per_device_train_batch_size: 16, bf16: true}",
+    "student": "{num_train_epochs: 6, per_device_train_batch_size: 16, repeated_augmentation: 1}",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "problems"),
+    [
+        ({}, []),
+        (
+            {"student": "{num_train_epochs: 6, per_device_train_batch_size: 16}"},
+            ["distill: repeated augmentation draws"],
+        ),
+        ({"teacher": "{num_train_epochs: 6, lr_drop_epochs: 7, lr_drops: 0.1}"}, ["train-teacher: lr_drop_epochs"]),
+        ({"teacher": "{sam_roh: 0.1}"}, ["train-teacher: unknown field 'sam_roh'"]),
+        (
+            {"student": "{num_train_epochs: 4, repeated_augmentation: 1}", "teacher": "{num_train_epochs: 4}"},
+            ["train-teacher: warmup_epochs 5 is not before", "distill: warmup_epochs 5 is not before"],
+        ),
+        (
+            {"student": "{num_train_epochs: 6, per_device_train_batch_size: 32}"},
+            [
+                "distill: repeated augmentation draws rounds",
+                "distill: an epoch has 24 images, fewer than one batch of 32",
+            ],
+        ),
+    ],
+    ids=["none", "rounds", "drops", "field", "both", "two"],
+)
+def test_check_tells_what_training_would_refuse(tmp_path, monkeypatch, capsys, changed, problems):
+    """It called data ready that the same recipe would not be trained on."""
+    for split in ("train", "test"):
+        for index in range(24):
+            save_image(
+                tmp_path / "images" / split / f"class {index % 2}" / f"{index}.png", index + 100 * (split == "test")
+            )
+    sections = "\n".join(f"{name}: {text}" for name, text in (SECTIONS | changed).items())
+    (tmp_path / "mine.yaml").write_text(sections + "\n")
+    monkeypatch.chdir(tmp_path)
+    code = check(["--recipe", "mine.yaml", "--data_dir", "images"], deep=False, counts_file=None)
+    output = " ".join(capsys.readouterr().out.split())
+    assert code == bool(problems)
+    assert (f"mine.yaml: {len(problems)} problem(s)" if problems else "mine.yaml: ready to train on") in output
+    for problem in problems:
+        assert f"wrong deitlt {problem}" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "mine.yaml"]
+
+
 def test_the_report_is_there_where_the_counts_cannot_be_written():
     output = run("check", "--recipe", "digits_lt", "--counts", "/dev/full", code=1)
     assert "digits_lt: ready to train on" in output
@@ -171,10 +225,8 @@ def test_numbers_of_a_recipe_are_taken_back():
 
 def test_the_papers_cifar_counts(tmp_path, monkeypatch, capsys):
     """Balanced data of the pickles' layout, made long-tailed by the paper's recipe."""
-    from deitlt_hf.commands.data import check
-
-    write_cifar(tmp_path)
-    monkeypatch.setitem(BENCHMARKS, "uoft-cs/cifar10", Benchmark(10, 50, 50))
+    write_cifar(tmp_path, images=80)
+    monkeypatch.setitem(BENCHMARKS, "uoft-cs/cifar10", Benchmark(10, 800, 800))
     argv = ["--recipe", "cifar10_lt_rho50", "--data_dir", str(tmp_path), "--imbalance_ratio", "5"]
     assert check(argv, deep=False, counts_file=None) == 0
     assert "CIFAR's python version" in capsys.readouterr().out

@@ -300,12 +300,12 @@ def test_names_without_a_folder(name):
 # ---- CIFAR's python version ----
 
 
-def write_cifar(folder, kind=10):
-    """The archives' layout and pickle protocol, with four images a class."""
+def write_cifar(folder, kind=10, images=5):
+    """The archives' layout and pickle protocol, with some images a class."""
     name = "cifar-10-batches-py" if kind == 10 else "cifar-100-python"
     files = [f"data_batch_{batch}" for batch in range(1, 6)] if kind == 10 else ["train"]
-    labels = RANDOM.permutation(np.repeat(np.arange(kind), 5))
-    images = {}
+    labels = RANDOM.permutation(np.repeat(np.arange(kind), images))
+    written = {}
     (folder / name).mkdir()
     for file, part in zip(
         [*files, "test_batch" if kind == 10 else "test"], np.array_split(labels, len(files)) + [labels], strict=True
@@ -313,11 +313,11 @@ def write_cifar(folder, kind=10):
         pixels = RANDOM.randint(0, 256, (len(part), 3072)).astype(np.uint8)
         content = {b"data": pixels, b"labels" if kind == 10 else b"fine_labels": part.tolist(), b"filenames": [b"x"]}
         (folder / name / file).write_bytes(pickle.dumps(content, protocol=2))
-        images[file] = pixels
+        written[file] = pixels
     names = [f"class {label}".encode() for label in range(kind)]
     meta = {b"label_names" if kind == 10 else b"fine_label_names": names}
     (folder / name / ("batches.meta" if kind == 10 else "meta")).write_bytes(pickle.dumps(meta, protocol=2))
-    return labels, images
+    return labels, written
 
 
 @pytest.mark.parametrize("kind", [10, 100])

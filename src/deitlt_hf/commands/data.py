@@ -3,16 +3,24 @@
 deitlt data check --recipe imagenet_lt --data_dir DIR [--deep]
 deitlt data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
 
-`check` prints what is there, what is missing and what is wrong; `--deep` decodes every image. It ends with 1 if
-something is wrong. `show` draws the classes and what student and teacher see, and takes every field of a student too.
+`check` prints what is there, what is missing and what is wrong, also what the training of the recipe's teacher and
+student would refuse, with one process; `--deep` decodes every image. It ends with 1 if something is wrong. `show` draws
+the classes and what student and teacher see, and takes every field of a student too.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from ..recipes import DataArguments, StudentArguments, data_help, parse_arguments
-from ..training import DeiTLTTrainingArguments
+from ..recipes import (
+    DataArguments,
+    StudentArguments,
+    TeacherArguments,
+    data_help,
+    load_recipe,
+    parse_arguments,
+)
+from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.report import quiet_log
 from .output import check_file
 from .parser import command_parser, parse_with_fields
@@ -46,6 +54,7 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     kind, source = arguments.source()
     data = arguments.load(source)
     report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep)
+    report.problems.extend(training_problems(name, argv, len(data["train"])))
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for label, text in report.lines.items():
         console.print(f"[bold]{label:16}[/bold] ", end="")
@@ -59,3 +68,37 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
         counts = dict(zip(train.features["label"].names, training_counts(train).tolist(), strict=True))
         file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return int(bool(report.problems))
+
+
+def training_problems(recipe: str, argv: Sequence[str], num_images: int) -> Iterator[str]:
+    """Tells what the training of a recipe's teacher and student, as far as it has them, would refuse. Makes no folder.
+
+    Args:
+        recipe: Its name or path.
+        argv: A command line with the recipe and fields of its data.
+        num_images: Training images.
+    """
+    sections = load_recipe(recipe)
+    for section, command, classes in (
+        ("teacher", "train-teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)),
+        ("student", "distill", (DataArguments, StudentArguments, DeiTLTTrainingArguments)),
+    ):
+        if not sections[section]:
+            continue
+        yield from (
+            f"deitlt {command}: {problem}" for problem in dict.fromkeys(_refusals(section, classes, argv, num_images))
+        )
+
+
+def _refusals(section: str, classes: Sequence[type], argv: Sequence[str], num_images: int) -> Iterator[str]:
+    try:  # this machine may not have what trains in half precision
+        args = parse_arguments(section, classes, [*argv, "--use_cpu", "true"])[-1]
+    except ValueError as error:
+        yield str(error)
+        return
+    for _ in range(2):
+        try:
+            args.check_data(num_images)
+        except ValueError as error:
+            yield str(error)
+        args.repeated_augmentation = 1  # what is wrong besides its rounds, which are checked first
