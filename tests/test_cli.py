@@ -15,8 +15,6 @@ from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, command_line_errors, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 
-ROOT = Path(__file__).parents[1]
-
 
 def test_help_comes_without_the_heavy_libraries():
     code = (
@@ -32,7 +30,7 @@ def test_help_comes_without_the_heavy_libraries():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_tells_what_it_does(name, capsys):
-    """Its help begins with a sentence, and its examples are of commands and scripts that exist."""
+    """Its help begins with a sentence, and its examples are of commands, which are there without the repository."""
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
@@ -41,10 +39,9 @@ def test_every_command_tells_what_it_does(name, capsys):
     examples = [line.split() for line in text.splitlines() if line.startswith(("deitlt ", "accelerate "))]
     assert any(words[:2] == ["deitlt", name] for words in examples)
     for words in examples:
-        if words[0] == "deitlt":
-            assert words[1] in COMMANDS
-        else:
-            assert (ROOT / words[2]).is_file()
+        launcher, command = words[: words.index("deitlt")], words[words.index("deitlt") + 1]
+        assert launcher in ([], ["accelerate", "launch", "--no_python"])
+        assert command in COMMANDS
 
 
 @pytest.mark.parametrize("name", ["data", "sharpness", "analyze", "evaluate", "distill"])

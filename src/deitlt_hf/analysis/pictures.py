@@ -27,7 +27,7 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
     """Draws the class histogram, `classes.png`, and training images before and after the DRW epoch, `images.png`.
 
     Args:
-        argv: A command line of `scripts/distill.py`.
+        argv: A command line of `deitlt distill`.
         folder: Where to write. It is made if it is not there.
 
     Returns:

@@ -1,7 +1,7 @@
 """Trains a recipe's DeiT-LT student, and first the recipe's teacher if none is given.
 
 deitlt distill --recipe digits_lt
-accelerate launch scripts/distill.py --recipe fashion_mnist_lt_tiny --data_dir DIR --teacher PATH
+accelerate launch --no_python deitlt distill --recipe fashion_mnist_lt_tiny --data_dir DIR --teacher PATH
 deitlt distill --recipe digits_lt --distillation none --output_dir outputs/labels_only
 """
 

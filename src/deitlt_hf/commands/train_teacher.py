@@ -1,7 +1,7 @@
 """Trains a recipe's flat teacher.
 
 deitlt train-teacher --recipe digits_lt
-accelerate launch scripts/train_teacher.py --recipe fashion_mnist_lt_tiny --data_dir DIR --sam_rho 0.1
+accelerate launch --no_python deitlt train-teacher --recipe fashion_mnist_lt_tiny --data_dir DIR --sam_rho 0.1
 """
 
 from collections.abc import Sequence
