@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_sources import save_image
 
 from conftest import filled_state_dict, make_student
 from deitlt_hf.analysis.budget import PlanArguments
@@ -145,8 +146,10 @@ def test_readme_names_every_recipe_and_only_scripts_that_exist():
         assert (ROOT / link).exists(), link
 
 
-def test_flags_of_the_data_page_are_understood():
+def test_flags_of_the_data_page_are_understood(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "data.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(blocks(page, "yaml")[0])
     commands = re.findall(r"^deitlt data (?:check|show) (.*?)(?:#.*)?$", page, flags=re.MULTILINE)
     flags = re.findall(r"`(--[a-z_]+(?: [^`]+)?)`", page)
     assert len(commands) >= 5
@@ -160,6 +163,27 @@ def test_flags_of_the_data_page_are_understood():
         assert name in known | {"recipe", "deep", "out", "counts"}, flag
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
         assert (ROOT / "docs" / link).is_file(), link
+
+
+def test_the_small_folder_of_the_data_page(tmp_path, monkeypatch, capsys):
+    """docs/data.md: its recipe trains on 90 images, and the packaged one would not."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(blocks(page, "yaml")[0])
+    for split, counts in (("train", (50, 25, 15)), ("test", (2, 2, 2))):
+        for name, count in zip("abc", counts, strict=True):
+            for index in range(count):
+                save_image(tmp_path / "DIR" / split / name / f"{index}.png", index)
+    for recipe, code, expected in (
+        ("small.yaml", 0, "small.yaml: ready to train on"),
+        ("image_folder", 1, "image_folder: 2 problem(s)"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "check", "--recipe", recipe, "--data_dir", "DIR"])
+        assert ended.value.code == code
+        assert expected in capsys.readouterr().out
+    main(["plan", "--recipe", "small.yaml", "--data_dir", "DIR"])
+    assert re.search(r" 300 .* 1,000 ", capsys.readouterr().out, flags=re.DOTALL)
 
 
 def test_analysis_page():
