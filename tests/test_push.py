@@ -357,8 +357,8 @@ def test_what_was_put_on_the_hub_by_hand_stays(hub, folder, tmp_path):
     assert repository.files() == before | {"README.md": (folder / "README.md").read_bytes()}
 
 
-def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path):
-    """Of the same folder, and of another one to the same repository."""
+def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path, digits):
+    """Of the same folder, of another one to the same repository, and of a new run."""
 
     def metadata():
         (tmp_path / "card.md").write_bytes(hub.repositories["zoo/digits"].files()["README.md"])
@@ -377,6 +377,11 @@ def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path):
     push_folder(folder, "zoo/digits", license="mit")
     push_folder(folder, "zoo/digits")
     assert metadata()["license"] == "mit"
+    trainer = make_trainer(tmp_path / "new", digits, push_to_hub=True, hub_model_id="zoo/digits")
+    trainer.push_to_hub(model_name="A name", tags="later")
+    assert metadata()["license"] == "mit"
+    assert sorted(metadata()["tags"][-3:]) == ["later", "mine", "too"]
+    assert "# A name\n" in (tmp_path / "card.md").read_text()
     with pytest.raises(ValueError, match=r"^card=False writes no card, so leave license out.$"):
         push_folder(folder, "zoo/digits", card=False, license="mit")
 

@@ -72,8 +72,10 @@ class PublishingTrainer(Trainer):
             if self.hub_model_id is None:
                 self.init_hf_repo(token, private)
             self.create_model_card(**card)
+            # It writes the card once more, with the licence and tags that the repository's has.
+            name = card.get("model_name")
             commit = push_folder(
-                args.output_dir, self.hub_model_id, commit_message=commit_message, card=False, **options
+                args.output_dir, self.hub_model_id, commit_message=commit_message, name=name, **options
             )
         except OSError as error:
             raise OSError(
