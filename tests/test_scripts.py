@@ -150,9 +150,16 @@ def test_two_processes_end_with_one_result(trained, tmp_path):
     """Through Accelerate's launcher, with the teacher trained by both processes too."""
     folder, _ = trained
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    script = tmp_path / "distill.py"
+    threads = "[task.read_text().strip() for task in Path('/proc/self/task').glob('*/comm')]"
+    script.write_text(f"""import runpy
+from pathlib import Path
+runpy.run_path("scripts/distill.py", run_name="__main__")
+print("threads:", {threads})
+""")
     output = run(
         *launcher,
-        "scripts/distill.py",
+        script,
         "--recipe",
         TINY,
         "--output_dir",
@@ -170,6 +177,8 @@ def test_two_processes_end_with_one_result(trained, tmp_path):
     evaluated = re.findall(r"test images\s+│\s+(\d+)", output)
     assert evaluated
     assert set(evaluated) == {"600"}, "every test image once, whatever the number of processes"
+    assert output.count("threads:") == 2
+    assert "gloo" not in output, "a thread of the group aborts its process if Python ends first, now and then"
 
 
 def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path):

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import difflib
+import gc
+import importlib
 import math
 import os
 import signal
@@ -181,11 +183,12 @@ def command_line_errors() -> Iterator[None]:
 
     Set DEITLT_TRACEBACK=1 to see where it came from.
     """
+    if torch.distributed.is_available():
+        # Else DDP imports it later, and the defaults of its functions keep the group that is open then.
+        importlib.import_module("torch.distributed.nn")
     try:
         yield
-        # torch wants it done before a program ends, and NCCL warns where it is not.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_group()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DEITLT_TRACEBACK"):
             raise
@@ -199,6 +202,17 @@ def command_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+
+
+def _leave_group() -> None:
+    """Closes the group of this program's processes, if there is one.
+
+    NCCL warns where that is not done. A thread of Gloo that still holds a tensor when Python ends aborts the process;
+    the threads end with the last that refers to the group, such as a model that was wrapped for it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
