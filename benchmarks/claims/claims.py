@@ -92,6 +92,7 @@ CLAIMS = [
             *of_groups("without DRW", "ood", "deit", ["overall", "tail"], ("mean", "distillation"), False),
             *of_groups("in distribution not mixed", "deit-lt", "id-unmixed", ["overall", "tail"], is_claimed=False),
             *of_groups("neither mixed", "ood-unmixed", "id-unmixed", ["overall", "tail"], is_claimed=False),
+            *of_groups("not mixed less mixed", "ood-unmixed", "deit-lt", ["overall", "tail"], is_claimed=False),
         ],
         draw_bars(
             {
