@@ -16,7 +16,7 @@ from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherCon
 from deitlt_hf.commands.export import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
-from deitlt_hf.hub.weights import weights_digest
+from deitlt_hf.io import weights_digest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export_onnx.py"
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
-from deitlt_hf.hub.weights import weights_digest
+from deitlt_hf.io import weights_digest
 
 STUDENT = {
     "num_train_epochs": 4,

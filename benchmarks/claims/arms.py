@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from deitlt_hf.hub.weights import weights_digest
+from deitlt_hf.io import weights_digest
 
 sys.path.append(str(Path(__file__).parent.parent))
 from series import ROOT, run, write_record

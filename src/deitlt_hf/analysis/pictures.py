@@ -14,7 +14,7 @@ from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import training_counts
 from ..data.transforms import ImageFormat
-from ..hub.files import check_can_be_folder
+from ..io import check_can_be_folder
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments

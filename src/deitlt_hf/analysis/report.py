@@ -22,8 +22,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
-from ..hub.files import check_can_be_folder
-from ..training.report import nan_to_null
+from ..io import check_can_be_folder, nan_to_null
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
 from .attention import attention_rollout, eager_attention

@@ -19,7 +19,7 @@ from ..analysis.teaching import teacher_agreement
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable
-from ..hub.weights import weights_digest
+from ..io import weights_digest
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, parse_arguments
 from ..training.distillation import label_order

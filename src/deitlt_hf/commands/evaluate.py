@@ -17,7 +17,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
-from ..hub.files import check_can_be_folder
+from ..io import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
 from ..training.distillation import check_class_order

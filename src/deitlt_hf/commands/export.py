@@ -18,7 +18,6 @@ from ..analysis.observe import predict
 from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
-from ..hub.files import check_can_be_folder
 from ..hub.onnx import (
     MODEL_FILE,
     QUANTIZED_FILE,
@@ -28,7 +27,7 @@ from ..hub.onnx import (
     quantize,
     require_libraries,
 )
-from ..hub.weights import weights_digest
+from ..io import check_can_be_folder, weights_digest
 from ..recipes import DataArguments, data_help, parse_arguments
 from ..training.distillation import check_class_order
 from ..training.report import quiet_log, run_files, show

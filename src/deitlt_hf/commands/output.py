@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..training.report import nan_to_null
+from ..io import nan_to_null
 
 
 def check_file(option: str, target: str) -> Path:

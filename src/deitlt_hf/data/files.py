@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .damage import named_errors
+from ..io import file_errors
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _is_list(path: Path) -> bool:
 
 def _read_list(path: Path) -> Split:
     paths, labels = [], []
-    with named_errors(path), path.open(encoding="utf-8") as file:
+    with file_errors(path), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             words = line.rsplit(maxsplit=1)
             if not words:

@@ -7,9 +7,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from ..io import file_errors
 from .arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
 from .class_lists import read_class_names
-from .damage import check_shards, named_errors
+from .damage import check_shards
 from .files import (
     TEST_NAMES,
     TRAIN_NAMES,
@@ -89,7 +90,7 @@ def load_source(
             raise ValueError(f"{dataset} has no public copy to load; give data_dir, the folder with its images.")
         if dataset == "digits":
             return "scikit-learn's digits", load_digits()
-        with named_errors(dataset):
+        with file_errors(dataset):
             return f"{dataset} from the Hub", datasets.load_dataset(dataset)
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():
@@ -117,7 +118,7 @@ def load_source(
         return f"tables ({_names(tables)})", load_tables(folder, tables)
     if shards := find_shards(folder):
         check_shards(shards)
-        with named_errors(folder):
+        with file_errors(folder):
             return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise FileNotFoundError(f"data_dir {data_dir!r} has no files.")

@@ -14,7 +14,8 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .damage import check_shards, named_errors
+from ..io import file_errors
+from .damage import check_shards
 from .files import TEST_NAMES, find_split
 from .images import EncodedImage, open_image
 from .loading import find_columns, standard_columns, with_classes
@@ -224,7 +225,7 @@ def load_streamed(
         ValueError: If it has no shards, or no test split; if a column is missing, or the test split has other classes.
     """
     kind, arguments = _shards(dataset, data_dir)
-    with named_errors(data_dir or dataset):
+    with file_errors(data_dir or dataset):
         streams = datasets.load_dataset(**arguments, streaming=True)
     test = find_split(streams, [test_split] if test_split is not None else TEST_NAMES)
     if "train" not in streams or test is None:
@@ -235,7 +236,7 @@ def load_streamed(
     columns = find_columns(stream, image_column, label_column)
     counts = _read_counts(class_counts) if class_counts is not None else count_classes(stream, columns[1])
     train = StreamedSplit(stream, *columns, counts, shuffle_buffer, skip_bad_images)
-    with named_errors(data_dir or dataset):
+    with file_errors(data_dir or dataset):
         tested = datasets.load_dataset(**arguments, split=test)
     tested = standard_columns(datasets.DatasetDict(test=tested), *columns)["test"]
     return kind, {"train": train, "test": with_classes(tested, train.features["label"])}
@@ -253,7 +254,7 @@ def _refuse_others(keys: Sequence, known: str) -> None:
 
 def _read_counts(path: str) -> dict:
     try:
-        with named_errors(path):
+        with file_errors(path):
             content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error

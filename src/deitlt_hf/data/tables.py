@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 
-from .damage import named_errors
+from ..io import file_errors
 from .files import Split, find_split, located, named, split_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -57,7 +57,7 @@ def load_tables(
     """
     if embeds_images(tables["train"]):
         files = {split: sibling_tables(path) for split, path in tables.items()}
-        with named_errors(folder):
+        with file_errors(folder):
             return datasets.load_dataset("parquet", data_files=files)
     splits: dict[str, Split] = {}
     for name, path in tables.items():
@@ -98,9 +98,9 @@ def encode_labels(labels: Mapping[str, Sequence]) -> tuple[list[str], dict[str, 
 
 def _read_table(path: Path) -> dict[str, list]:
     if path.suffix.lower() == ".parquet":
-        with named_errors(path):
+        with file_errors(path):
             return pyarrow.parquet.read_table(path).to_pydict()
-    with named_errors(path), path.open(encoding="utf-8-sig", newline="") as file:
+    with file_errors(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=_delimiter(path))
         header = next(reader, [])
         columns: dict[str, list] = {name.strip(): [] for name in header}
@@ -146,7 +146,7 @@ def _column_names(path: Path) -> list[str]:
 
 
 def _schema(path: Path) -> pyarrow.Schema:
-    with named_errors(path):
+    with file_errors(path):
         return pyarrow.parquet.read_schema(path)
 
 

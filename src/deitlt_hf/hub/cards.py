@@ -13,10 +13,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
+from ..io import atomic_write, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
 from .card_facts import CardFacts, plain, table
-from .files import whole_file
-from .weights import weights_digest
 
 CARD_FILE, RESULTS_FILE, CURVES_FILE = "README.md", "results.json", "training_curves.png"
 _PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
@@ -122,7 +121,7 @@ def save_card(card: ModelCard, path: Path) -> Path | None:
     if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
         warnings.warn(f"{path} is not as deitlt-hf wrote it and stays; move it away for a new one.", stacklevel=2)
         return None
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         card.save(part)
     return path
 

@@ -200,10 +200,10 @@ def add_handler(folder: str | os.PathLike) -> Path:
         FileExistsError: If it has a handler.py that is no version of this file.
         ValueError: If the model is of a type that transformers does not know, and an endpoint could not load it.
     """
-    from .files import whole_file  # which the copy neither has nor needs
+    from ..io import atomic_write  # which the copy neither has nor needs
 
     target = check_handler(folder)
-    with whole_file(target) as part:
+    with atomic_write(target) as part:
         shutil.copyfile(__file__, part)
     return target
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.deit.modeling_deit import DeiTPreTrainedModel, eager_attention_forward
 
-from .files import whole_file
+from ..io import atomic_write
 
 # Where transformers.js and optimum look for them, in a model folder.
 MODEL_FILE, QUANTIZED_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
@@ -78,7 +78,7 @@ def export_onnx(
     if weights_sha256 is not None:
         program.model.metadata_props["weights_sha256"] = weights_sha256
     path = Path(output) / MODEL_FILE
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         program.save(part, external_data=False)
         for images in (_random_images(model, 1, height, width), _random_images(model, 3, *other)):
             _compare(network, part, images)
@@ -110,7 +110,7 @@ def quantize(path: str | PathLike) -> Path:
     products = {name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") for name in node.input}
     _check_share(sum(sizes[name] for name in products & sizes.keys()), sum(sizes.values()), str(path))
     quantized = _beside(path)
-    with whole_file(quantized) as part, _quiet():
+    with atomic_write(quantized) as part, _quiet():
         quantize_dynamic(
             model,
             part,

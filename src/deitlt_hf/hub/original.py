@@ -18,10 +18,10 @@ from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.class_lists import check_class_names
 from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
+from ..io import check_can_be_folder
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from .checkpoint_files import read_checkpoint
-from .files import check_can_be_folder
 from .layouts import LDAM_LAYOUT, PACO_LAYOUT, StateDict, student_sizes, student_to_original, student_to_ours
 
 logger = logging.get_logger(__name__)

@@ -16,6 +16,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from ..io import weights_digest
 from .cards import (
     CARD_FILE,
     CURVES_FILE,
@@ -28,7 +29,6 @@ from .cards import (
 )
 from .handler import add_handler, check_handler
 from .onnx import MODEL_FILE, QUANTIZED_FILE
-from .weights import weights_digest
 
 _MODEL = (
     "config.json",

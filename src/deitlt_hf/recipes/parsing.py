@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..data.damage import named_errors
+from ..io import file_errors
 from ..losses import TEACHER_LOSSES
 from .arguments import DataArguments, without_folders
 from .usage import BriefParser
@@ -56,7 +56,7 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
-        with named_errors(name_or_path):
+        with file_errors(name_or_path):
             text = Path(name_or_path).read_text(encoding="utf-8")
     else:
         raise FileNotFoundError(

@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there."""
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+
+from ..io import file_sha256, sync_to_disk
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
@@ -41,19 +42,19 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
     """
     manifest = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
-        manifest[path.relative_to(staged).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-        _to_disk(path)
+        manifest[path.relative_to(staged).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        sync_to_disk(path)
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _to_disk(staged / MANIFEST)
+    sync_to_disk(staged / MANIFEST)
     for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
-        _to_disk(folder)
+        sync_to_disk(folder)
     place = Path(output_dir) / staged.name
     replaced = place.with_name(f"{place.name}.replaced")  # a name that is still a checkpoint's
     if place.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         place.rename(replaced)
     staged.rename(place)
-    _to_disk(place.parent)
+    sync_to_disk(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     shutil.rmtree(staged.parent)
     return place
@@ -82,9 +83,9 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
 
 def _replace_files(staged: Path, output_dir: str | Path) -> None:
     for path in sorted(staged.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
-        _to_disk(path)
+        sync_to_disk(path)
         os.replace(path, Path(output_dir) / path.name)
-    _to_disk(Path(output_dir))
+    sync_to_disk(Path(output_dir))
     shutil.rmtree(staged.parent)
 
 
@@ -108,7 +109,7 @@ def damage(checkpoint: str | Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-        if _sha256(path) != entry["sha256"]:
+        if file_sha256(path) != entry["sha256"]:
             return f"{name} has changed since it was written"
     return None
 
@@ -253,16 +254,3 @@ class WholeCheckpointTrainer(Trainer):
             newest = wanted is True or wanted == "auto"
             found = [newest_checkpoint(self.args.output_dir) if newest else whole_checkpoint(wanted)]
         return broadcast_object_list(found)[0]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

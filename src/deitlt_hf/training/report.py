@@ -22,8 +22,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from ..data.transforms import ImageFormat
-from ..hub.files import check_can_be_folder, whole_file
-from ..hub.weights import weights_digest
+from ..io import check_can_be_folder, weights_digest, write_json
 from .ema import EMA_FOLDER
 from .provenance import RESULTS_FILE, hardware
 from .watch import CURVES_FILE, LOG_FILE
@@ -220,8 +219,7 @@ class Results:
 
     def write(self) -> None:
         """Writes the file whole or not at all."""
-        with whole_file(self.path) as part:
-            part.write_text(json.dumps(nan_to_null(self.content), indent=2) + "\n")
+        write_json(self.path, self.content)
 
 
 def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
@@ -255,12 +253,3 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
 
 def _overall(entry: Mapping) -> float:
     return next(iter(entry["accuracies"].values()))["overall"]
-
-
-def nan_to_null(value):
-    """Values as JSON has them, in mappings and sequences too."""
-    if isinstance(value, Mapping):
-        return {key: nan_to_null(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [nan_to_null(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

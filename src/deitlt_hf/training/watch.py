@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
 
-from ..hub.files import whole_file
+from ..io import atomic_write
 
 LOG_FILE = "log.jsonl"
 CURVES_FILE = "training_curves.png"
@@ -96,7 +96,7 @@ class RunFile(TrainerCallback):
         kept = []
         if state.global_step:  # "train_runtime" is of a process that has ended
             kept = [e for e in read_log(path) if e["step"] <= state.global_step and "train_runtime" not in e]
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             part.write_text("".join(_line(entry) for entry in kept))
         self.is_open = True
 
@@ -171,7 +171,7 @@ def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: f
                           xytext=(2, -8), textcoords="offset points")  # fmt: skip
     for axis in axes[panels:]:
         axis.set_axis_off()
-    with whole_file(Path(file)) as part:
+    with atomic_write(Path(file)) as part:
         figure.savefig(part, dpi=110, format="png")
 
 
