@@ -91,7 +91,9 @@ def test_cifar_teacher_logits(reference, tmp_path, name, key):
     model = load_original_teacher(tmp_path / "t.pth.tar")
     with torch.no_grad():
         logits = model(normal(200, (4, 3, 32, 32))).logits
-    assert (logits - torch.tensor(values["logits"])).abs().max() < 2e-5
+    # The authors' LDAM classifier gives cosines, and their loss has the scale.
+    scale = 1 if "paco" in name else 30
+    assert (logits / scale - torch.tensor(values["logits"])).abs().max() < 2e-5
 
 
 def test_imagenet_teacher_logits(reference, tmp_path):

@@ -442,12 +442,16 @@ def is_depthwise(module):
     return isinstance(module, nn.Conv2d) and module.groups == module.out_channels
 
 
-def test_loss_of_a_cosine_teacher_is_of_scaled_cosines():
+@pytest.mark.parametrize(("given", "scale"), [(20.0, 20.0), (None, 30.0)])
+def test_logits_of_a_cosine_teacher_are_scaled_cosines(given, scale):
     torch.manual_seed(0)
-    config = FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=4, logit_scale=20)
+    config = FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=4, logit_scale=given)
     teacher = FlatTeacherForImageClassification(config).eval()
     outputs = teacher(IMAGES, labels=torch.tensor([0, 1, 2]))
-    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(20 * outputs.logits, torch.tensor([0, 1, 2])))
+    features = teacher.backbone(IMAGES).unsqueeze(1)
+    cosines = nn.functional.cosine_similarity(features, teacher.classifier.weight.unsqueeze(0), dim=-1)
+    torch.testing.assert_close(outputs.logits, scale * cosines)
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.logits, torch.tensor([0, 1, 2])))
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])

@@ -6,16 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from PIL import Image
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
 
 from conftest import make_student
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.commands.export import main
+from deitlt_hf.commands.predict import main as predict
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
+from deitlt_hf.hub.predict import load_classifier
 from deitlt_hf.io import weights_digest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export_onnx.py"
@@ -97,6 +101,50 @@ def test_teacher_has_one_output(tmp_path):
         assert (OnnxClassifier(path)(images)["logits"] - teacher.eval()(images).logits).abs().max() < 1e-4
     with pytest.raises(ValueError, match="0% of its weights in matrix products"):
         quantize(path)
+
+
+TEACHERS = {
+    "LDAM teacher": {"classifier": "cosine", "logit_scale": 20.0},
+    "CE teacher": {},
+    "PaCo teacher": {"projection_size": 8},
+}
+
+
+@pytest.mark.parametrize("kind", ["student", *TEACHERS])
+def test_every_way_gives_the_same_scores(tmp_path, kind, capsys):
+    """A way that forgot the scale of LDAM's cosines would say 0.11 of each class."""
+    names = {label: f"class {label}, Käfer" for label in range(10)}
+    labels = {"id2label": names, "label2id": {name: label for label, name in names.items()}}
+    if kind == "student":
+        model = lively(make_student(**labels))
+    else:
+        torch.manual_seed(0)
+        config = FlatTeacherConfig(backbone="resnet20", image_size=8, **TEACHERS[kind], **labels)
+        model = FlatTeacherForImageClassification(config)
+    folder, processor, image = str(tmp_path / "model"), image_processor(8), tmp_path / "image.png"
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (9, 11, 3), dtype=np.uint8)).save(image)
+    pixels = processor(Image.open(image), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        scores = model(pixels).logits.softmax(dim=1)[0]
+    expected = {names[label]: score for label, score in enumerate(scores.tolist())}
+    assert max(expected.values()) > 0.2
+
+    classify = pipeline("image-classification", model=folder, trust_remote_code=kind != "student")
+    answers = {"pipeline": classify(str(image), top_k=10)}
+    answers["handler"] = load_classifier(folder)({"inputs": image.read_bytes(), "parameters": {"top_k": 10}})
+    predict(["--model", folder, "--jsonl", "--top_k", "10", str(image)])
+    answers["predict"] = [json.loads(capsys.readouterr().out)]
+    found = {way: answer if way == "pipeline" else answer[0]["predictions"] for way, answer in answers.items()}
+    found["ONNX"] = [
+        {"label": names[label], "score": score}
+        for label, score in enumerate(
+            OnnxClassifier(export_onnx(model, folder))(pixels)["logits"].softmax(dim=1)[0].tolist()
+        )
+    ]
+    for way, guesses in found.items():
+        assert {guess["label"]: guess["score"] for guess in guesses} == pytest.approx(expected, abs=1e-5), way
 
 
 def test_int8_agrees_and_is_smaller(exported):

@@ -307,19 +307,6 @@ def test_a_flat_teacher_predicts_too(images, tmp_path, capsys):
     assert first["cls_score"] == ""
 
 
-def test_scores_of_cosines_are_those_of_the_loss(images, tmp_path):
-    """A softmax of LDAM's raw cosines would be next to uniform."""
-    config = FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=3, classifier="cosine", logit_scale=20.0)
-    FlatTeacherForImageClassification(config).save_pretrained(tmp_path)
-    image_processor(8).save_pretrained(tmp_path)
-    classifier = load_classifier(str(tmp_path))
-    ((_, result),) = predict_images(classifier, [str(images / "b.png")])
-    with torch.no_grad():
-        cosines = classifier.model(classifier.prepare((images / "b.png").read_bytes(), "b.png")).logits[0]
-    expected = (20 * cosines).softmax(dim=-1).sort(descending=True).values
-    assert [entry["score"] for entry in result["predictions"]] == pytest.approx(expected.tolist(), abs=1e-6)
-
-
 def test_commands_of_the_serving_page_are_understood():
     commands = re.findall(r"deitlt predict ([^>\n]*)", (ROOT / "docs" / "serving.md").read_text())
     assert len(commands) == 3

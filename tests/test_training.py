@@ -312,7 +312,9 @@ def test_loss_of_cosines_is_at_the_scale_that_they_learn_with(tmp_path, digits):
     trainer = teacher_trainer(tmp_path, digits, FlatTeacherForImageClassification(config), teacher_loss="ldam")
     images = [image.convert("RGB") for image in digits["test"]["image"]]
     with torch.no_grad():
-        cosines = trainer.model.eval()(trainer.processing_class(images, return_tensors="pt").pixel_values).logits
+        features = trainer.model.eval().backbone(trainer.processing_class(images, return_tensors="pt").pixel_values)
+        cosines = trainer.model.classifier(features)
+    assert cosines.abs().max() <= 1
     expected = F.cross_entropy(trainer.args.ldam_scale * cosines, torch.tensor(digits["test"]["label"][:]))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
@@ -890,7 +892,7 @@ def test_arguments_reach_the_loss(tmp_path, digits):
     )
     trainer = teacher_trainer(tmp_path, digits, model, teacher_loss="ldam", ldam_margin=0.2, ldam_scale=7.0)
     assert trainer.criterion.margins.max() == pytest.approx(0.2)
-    assert trainer.criterion.scale == trainer.model.config.loss_scale == 7.0
+    assert trainer.criterion.scale == trainer.model.config.logit_scale == 7.0
     trainer = teacher_trainer(tmp_path, digits, label_smoothing_factor=0.3)
     assert trainer.criterion.label_smoothing == 0.3
 

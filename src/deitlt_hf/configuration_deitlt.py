@@ -3,8 +3,16 @@
 This file travels into every saved folder and Hub repository, so it imports transformers only.
 """
 
-from transformers import DeiTConfig
+from transformers import DeiTConfig, __version__
 from transformers.utils import logging
+
+# The first with the modules of DeiT that the student is made of. Others load its weights into new ones, or not at all.
+OLDEST = (5, 9)
+if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
+    raise ImportError(
+        f"the code of DeiT-LT needs transformers {'.'.join(map(str, OLDEST))} or newer, and this is {__version__}; "
+        "update transformers, or leave trust_remote_code out: the model loads without its own code in 4.41 and newer."
+    )
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,15 @@
-"""Configuration of the flat CNN teacher."""
+"""Configuration of the flat CNN teacher.
 
-from transformers import PreTrainedConfig
+This file travels into every saved folder and Hub repository, so it imports transformers only: 4.41 or newer, which all
+have no code of their own for this model.
+"""
+
 from transformers.utils import logging
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:  # its name in transformers 4
+    from transformers import PretrainedConfig as PreTrainedConfig
 
 logger = logging.get_logger(__name__)
 
@@ -14,61 +22,76 @@ class FlatTeacherConfig(PreTrainedConfig):
     Args:
         backbone: A CIFAR ResNet (`resnet20`, `resnet32`, `resnet44`, `resnet56`; He et al., 2016, section 4.2) or
             `timm/NAME` for any backbone of timm, such as `timm/resnet50`.
-        classifier: `linear`, or `cosine`: the cosine between feature and class weight, as LDAM trains it.
+        classifier: `linear`, or `cosine`: the cosine between feature and class weight, times `logit_scale`, as LDAM
+            trains it.
         image_size: Side of the square images it takes, in pixels.
         num_channels: Channels of the images.
         image_mean: Mean that its images are normalised with, one value a channel. ImageNet's by default.
         image_std: Standard deviation that its images are normalised with.
         projection_size: Size of the features that PaCo compares in training, behind a two-layer MLP; 0 for no such
             head. It does not change the logits.
-        logit_scale: What the loss multiplied the logits by in training. None: 30 for a cosine classifier, as for LDAM,
-            else 1. It does not change the logits.
+        logit_scale: What the classifier multiplies its result by, for the logits. None: 30 for a cosine classifier, as
+            for LDAM, else 1.
         class_counts: Training images of each class, in label order, when known.
         class_groups: Class indices of each group, such as head, mid and tail, when known.
         class_map: For a teacher converted from the authors' checkpoint, the row of its head there for each class, if
             they differ.
+        **kwargs: Fields that every configuration has, such as `num_labels` and `id2label`.
 
     Raises:
-        ValueError: If the backbone or classifier is unknown, mean and std do not have one value a channel, or
-            `class_counts`, `class_groups` or `class_map` do not fit the labels.
+        ValueError: If the backbone or classifier is unknown, `logit_scale` is not above 0, mean and std do not have
+            one value a channel, or `class_counts`, `class_groups` or `class_map` do not fit the labels.
     """
 
     model_type = "flat_teacher"
     # What transformers' Trainer leaves out of its predictions.
     keys_to_ignore_at_inference = ["projections"]
 
-    backbone: str = "resnet32"
-    classifier: str = "linear"
-    image_size: int = 32
-    num_channels: int = 3
-    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
-    projection_size: int = 0
-    logit_scale: float | None = None
-    class_counts: list[int] | None = None
-    class_groups: dict[str, list[int]] | None = None
-    class_map: list[int] | None = None
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.backbone not in CIFAR_RESNETS and not self.backbone.startswith("timm/"):
+    # Not the fields of a dataclass, which configurations are from transformers 5.4 on only.
+    def __init__(
+        self,
+        backbone="resnet32",
+        classifier="linear",
+        image_size=32,
+        num_channels=3,
+        image_mean=(0.485, 0.456, 0.406),
+        image_std=(0.229, 0.224, 0.225),
+        projection_size=0,
+        logit_scale=None,
+        class_counts=None,
+        class_groups=None,
+        class_map=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if backbone not in CIFAR_RESNETS and not backbone.startswith("timm/"):
             raise ValueError(
-                f"unknown backbone {self.backbone!r}; choose one of {', '.join(CIFAR_RESNETS)}, or timm/NAME for a "
-                "backbone of timm."
+                f"unknown backbone {backbone!r}; choose one of {', '.join(CIFAR_RESNETS)}, or timm/NAME for a backbone "
+                "of timm."
             )
-        if self.classifier not in ("linear", "cosine"):
-            raise ValueError(f"classifier must be 'linear' or 'cosine', got {self.classifier!r}.")
-        if not len(self.image_mean) == len(self.image_std) == self.num_channels:
+        if classifier not in ("linear", "cosine"):
+            raise ValueError(f"classifier must be 'linear' or 'cosine', got {classifier!r}.")
+        if not len(image_mean) == len(image_std) == num_channels:
             raise ValueError(
-                f"image_mean {self.image_mean} and image_std {self.image_std} need one value for each of the "
-                f"{self.num_channels} channels."
+                f"image_mean {image_mean} and image_std {image_std} need one value for each of the {num_channels} "
+                "channels."
             )
+        if logit_scale is None:
+            logit_scale = 30.0 if classifier == "cosine" else 1.0
+        if not logit_scale > 0:
+            raise ValueError(f"logit_scale must be above 0, got {logit_scale}.")
+        self.backbone = backbone
+        self.classifier = classifier
+        self.image_size = image_size
+        self.num_channels = num_channels
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.projection_size = projection_size
+        self.logit_scale = logit_scale
+        self.class_counts = class_counts
+        self.class_groups = class_groups
+        self.class_map = class_map
         _check_classes(self)
-
-    @property
-    def loss_scale(self) -> float:
-        """What the loss multiplies the logits by."""
-        return self.logit_scale or (30.0 if self.classifier == "cosine" else 1.0)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -1,4 +1,8 @@
-"""The CNN teacher of DeiT-LT: a CIFAR ResNet or any timm backbone under a linear or cosine classifier."""
+"""The CNN teacher of DeiT-LT: a CIFAR ResNet or any timm backbone under a linear or cosine classifier.
+
+This file travels into every saved folder and Hub repository, so it imports transformers and torch only, and timm for a
+backbone of timm.
+"""
 
 import contextlib
 import math
@@ -9,11 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
+
+try:
+    from transformers import initialization as init
+except ImportError:  # before transformers 5 it is torch's own; since then weights that are loaded are left alone
+    from torch.nn import init
 
 
 class BasicBlock(nn.Module):
@@ -87,7 +94,7 @@ class FlatTeacherOutput(ImageClassifierOutputWithNoAttention):
 class FlatTeacherForImageClassification(PreTrainedModel):
     """A CNN classifier, meant to be trained with SAM by [`FlatTeacherTrainer`] so that its loss surface is flat.
 
-    With a cosine classifier the logits are plain cosines; every loss scales them, by `config.loss_scale`.
+    With a cosine classifier the logits are cosines times `config.logit_scale`.
     """
 
     config_class = FlatTeacherConfig
@@ -171,20 +178,29 @@ class FlatTeacherForImageClassification(PreTrainedModel):
                     copied.backbone = fused
         return copied.to(memory_format=torch.channels_last)
 
-    @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> FlatTeacherOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> FlatTeacherOutput | tuple[torch.Tensor, ...]:
         """Classifies images.
 
         Args:
             pixel_values: Normalised images; (batch, channels, height, width).
             labels: Class indices (batch,) or probabilities (batch, num_labels); with them the output has the cross
-                entropy as its loss, of a cosine classifier that of the cosines times `config.loss_scale`.
+                entropy as its loss.
+            return_dict: False for a tuple of what the output has. None: as the configuration says.
         """
         features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
-        loss = None if labels is None else F.cross_entropy(self.config.loss_scale * logits.float(), labels)
+        if self.config.logit_scale != 1.0:
+            logits = self.config.logit_scale * logits
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         projections = None if self.projection is None else self.projection(features)
-        return FlatTeacherOutput(loss=loss, logits=logits, projections=projections)
+        output = FlatTeacherOutput(loss=loss, logits=logits, projections=projections)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 FlatTeacherForImageClassification.register_for_auto_class("AutoModelForImageClassification")

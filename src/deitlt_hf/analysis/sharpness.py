@@ -43,7 +43,6 @@ def sharpness(
     rho: float = 0.05,
     num_vectors: int = 32,
     seed: int = 0,
-    logit_scale: float | None = None,
 ) -> Sharpness:
     """Measures the flatness of the loss with regard to all weights, in evaluation mode.
 
@@ -56,7 +55,6 @@ def sharpness(
         rho: Radius of the loss rise, in weight space; 0.05 in the paper of SAM.
         num_vectors: Random vectors for the trace.
         seed: Of those vectors and of Lanczos' first.
-        logit_scale: What logits are multiplied by; by default as the loss did in training, such as by 30 for LDAM.
 
     Raises:
         ValueError: If curvlinops is not installed, there are no images or no vectors, `rho` is not above 0, the weights
@@ -72,7 +70,7 @@ def sharpness(
     from scipy.sparse.linalg import eigsh
 
     num_images = _count(batches)
-    with _measurable(model, logit_scale) as classifier:
+    with _measurable(model) as classifier:
         loss, (loss_rise,), used = _loss_rises(classifier, batches, num_images, [rho])
         hessian = HessianLinearOperator(classifier, nn.CrossEntropyLoss(), used, batches, check_deterministic=False)
         with torch.random.fork_rng(), _without_warning():
@@ -83,9 +81,7 @@ def sharpness(
     return Sharpness(loss, loss_rise, eigenvalue, trace, num_images)
 
 
-def loss_rises(
-    model: nn.Module, batches: Batches, rhos: Sequence[float], logit_scale: float | None = None
-) -> list[float]:
+def loss_rises(model: nn.Module, batches: Batches, rhos: Sequence[float]) -> list[float]:
     """By how much the mean cross entropy rises at the worst points within several radii, to first order as SAM sees it
     (Foret et al., ICLR 2021, equation 2). Needs one gradient and the loss at each radius, no second derivatives.
 
@@ -93,13 +89,12 @@ def loss_rises(
         model: An image classifier; its output has `logits`.
         batches: Normalised images (batch, channels, height, width) and class indices (batch,).
         rhos: Radii, in weight space.
-        logit_scale: As for [`sharpness`].
 
     Raises:
         ValueError: If there are no images, a radius is not above 0, the weights have less than 32 bits, or the loss is
             not finite.
     """
-    with _measurable(model, logit_scale) as classifier:
+    with _measurable(model) as classifier:
         return _loss_rises(classifier, batches, _count(batches), rhos)[1]
 
 
@@ -176,10 +171,8 @@ def _count(batches: Batches) -> int:
 
 
 @contextlib.contextmanager
-def _measurable(model: nn.Module, logit_scale: float | None) -> Iterator[nn.Module]:
+def _measurable(model: nn.Module) -> Iterator[nn.Module]:
     """The logits of a model in evaluation mode, with gradients for all weights; the model is left as it was."""
-    if logit_scale is None:
-        logit_scale = getattr(model.config, "loss_scale", 1.0)
     few_bits = {str(parameter.dtype) for parameter in model.parameters() if parameter.dtype.itemsize < 4}
     if few_bits:
         raise ValueError(f"small steps are lost in weights of {', '.join(sorted(few_bits))}; load them as float32.")
@@ -187,7 +180,7 @@ def _measurable(model: nn.Module, logit_scale: float | None) -> Iterator[nn.Modu
     model.eval().requires_grad_(True)
     try:
         with eager_attention(model):
-            yield _Logits(model, logit_scale)
+            yield _Logits(model)
     finally:
         model.train(was_training)
         for parameter, flag in zip(model.parameters(), flags, strict=True):
@@ -203,12 +196,12 @@ def _without_warning() -> Iterator[None]:
 
 
 class _Logits(nn.Module):
-    def __init__(self, model: nn.Module, scale: float):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.scale = model, scale
+        self.model = model
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.scale * self.model(pixel_values=pixel_values).logits.float()
+        return self.model(pixel_values=pixel_values).logits.float()
 
 
 def _loss_rises(

@@ -12,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torch.nn import functional as F
 from torchvision.transforms import Normalize, RandomHorizontalFlip
-from transformers import BaseImageProcessor, DeiTImageProcessor, PreTrainedConfig
+from transformers import BaseImageProcessor, BitImageProcessor, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .augment import on_arrays
@@ -27,8 +27,11 @@ def image_processor(
     resize_size: int | None = None,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> DeiTImageProcessor:
+) -> BitImageProcessor:
     """Makes the processor used in evaluation, and saved for inference.
+
+    It is BiT's, whose class has resized the shorter side in every version of transformers from 4.41 on. DeiT's own does
+    so from 5.0 on only, and raises a `ValueError` in the 4.x of production servers.
 
     Args:
         image_size: Side of the square images that the model takes, in pixels.
@@ -47,7 +50,7 @@ def image_processor(
             f"images cannot be resized to {resize_size} and cropped to image_size {image_size}; resize to {image_size} "
             "or more."
         )
-    return DeiTImageProcessor(
+    return BitImageProcessor(
         size={"shortest_edge": resize_size},
         crop_size={"height": image_size, "width": image_size},
         image_mean=list(mean),
@@ -56,7 +59,7 @@ def image_processor(
     )
 
 
-def model_processor(config: PreTrainedConfig, resize_size: int | None = None) -> DeiTImageProcessor:
+def model_processor(config: PreTrainedConfig, resize_size: int | None = None) -> BitImageProcessor:
     """Makes the processor for a model of this package, which tells its image size and perhaps mean and std.
 
     Args:
@@ -222,7 +225,7 @@ class TrainTransform:
 
 
 def train_transform(
-    processor: DeiTImageProcessor,
+    processor: BitImageProcessor,
     crop: str = "random_resized",
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     hflip: float = 0.5,
@@ -269,7 +272,7 @@ def train_transform(
     return TrainTransform(size, crop, hflip, augmentations, images.mean, images.std, erasing)
 
 
-def weak_transform(processor: DeiTImageProcessor, hflip: float = 0.5) -> TrainTransform:
+def weak_transform(processor: BitImageProcessor, hflip: float = 0.5) -> TrainTransform:
     """Makes the in-distribution view of the ablation: a padded random crop and a flip, no strong augmentation."""
     return train_transform(processor, crop="padded", auto_augment=None, hflip=hflip, random_erasing=0.0)
 

@@ -28,11 +28,15 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:  # its name in transformers 4
+    from transformers import PretrainedConfig as PreTrainedConfig
 
 MAX_BATCH = 64
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
@@ -165,8 +169,7 @@ class EndpointHandler:
     def _results(self, outputs: dict[str, torch.Tensor], top_k: int) -> list[dict[str, Any]]:
         experts = [expert for expert in EXPERTS if f"{expert}_logits" in outputs]
         scores = {"score": outputs["logits"]} | {f"{expert}_score": outputs[f"{expert}_logits"] for expert in experts}
-        scale = getattr(self.model.config, "loss_scale", 1.0)  # cosines, as of LDAM, are no logits before it
-        scores = {name: (scale * logits.float()).softmax(dim=-1).cpu() for name, logits in scores.items()}
+        scores = {name: logits.float().softmax(dim=-1).cpu() for name, logits in scores.items()}
         top = scores["score"].topk(min(top_k, scores["score"].shape[-1])).indices
         results = []
         for index, labels in enumerate(top.tolist()):
@@ -300,6 +303,10 @@ def _observed(model: PreTrainedModel) -> PreTrainedModel | None:
     """
     if getattr(model.config, "patch_size", None) is None:
         return None
+    if not hasattr(model, "set_attn_implementation"):  # before transformers 4.54 the classes of the layers decide it
+        observed = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").eval()
+        observed.load_state_dict(model.state_dict(), assign=True)
+        return observed
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     observed = copy.deepcopy(model, shared)
     observed.set_attn_implementation("eager")

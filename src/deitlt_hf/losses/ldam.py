@@ -12,13 +12,13 @@ from .class_weights import positive_counts
 class LDAMLoss(nn.Module):
     """Cross entropy with a margin that is larger for rarer classes (LDAM; Cao et al., NeurIPS 2019, equation 13).
 
-    Margins are proportional to `n_c ** -1/4`, the largest being `max_margin`. Made for the cosines of a normalised
-    classifier, in [-1, 1].
+    Margins are proportional to `n_c ** -1/4`, the largest being `max_margin`. They are margins of the cosines of a
+    normalised classifier, whose logits are the cosines times `scale`.
 
     Args:
         class_counts: Training images of each class.
         max_margin: Margin of the rarest class; 0.5 for CIFAR, 0.3 for ImageNet-LT and iNaturalist.
-        scale: What the cosines are multiplied by before the softmax.
+        scale: What the classifier multiplied the cosines by.
         class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
         reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
 
@@ -45,9 +45,9 @@ class LDAMLoss(nn.Module):
         """Computes the loss.
 
         Args:
-            logits: Cosines; (batch, classes).
+            logits: `scale` times cosines; (batch, classes).
             labels: Class indices; (batch,).
         """
         margins = F.one_hot(labels, logits.shape[1]) * self.margins[labels].unsqueeze(1)
-        scaled = self.scale * (logits.float() - margins)
-        return F.cross_entropy(scaled, labels, weight=self.class_weights, reduction=self.reduction)
+        shifted = logits.float() - self.scale * margins
+        return F.cross_entropy(shifted, labels, weight=self.class_weights, reduction=self.reduction)

@@ -319,7 +319,7 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         "Loss: ce, ldam (with a cosine classifier), logit_adjusted (balanced softmax), or paco (with projection_size).",
     )
     ldam_margin: float = _option(0.5, "Margin of the rarest class.")
-    ldam_scale: float = _option(30.0, "What LDAM multiplies the cosines by.")
+    ldam_scale: float = _option(30.0, "What the cosine classifier of LDAM multiplies the cosines by.")
     paco_alpha: float = _option(0.01, "Weight of an image of the same class as a positive of PaCo.")
     paco_temperature: float = _option(0.05, "What PaCo's similarities are divided by. 0.05 for CIFAR, else 0.2.")
     paco_queue: int = _option(1024, "Keys of earlier batches that PaCo compares with. 1024 for CIFAR, else 8192.")

@@ -132,7 +132,7 @@ class DeiTLTTrainer(LongTailTrainer):
         """
         with torch.inference_mode(), self.accelerator.autocast():
             images = resize_and_renormalize(pixel_values, self.student_format, self.teacher_format)
-            logits = self.teacher(images).logits[:, self._label_order] * getattr(self.teacher.config, "loss_scale", 1.0)
+            logits = self.teacher(images).logits[:, self._label_order]
         return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

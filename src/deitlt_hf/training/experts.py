@@ -41,8 +41,7 @@ class ExpertEvaluation:
             all_outputs = [model(pixel_values=pixel_values)]
             if self.averaged_model is not None:
                 all_outputs.append(self.averaged_model(pixel_values=pixel_values))
-        scale = getattr(self.model.config, "loss_scale", 1.0)  # of cosines
-        loss = F.cross_entropy(scale * all_outputs[0].logits.float(), labels, reduction="none")
+        loss = F.cross_entropy(all_outputs[0].logits.float(), labels, reduction="none")
         columns = [outputs[field].argmax(dim=1) for outputs in all_outputs for field in self.experts.values()]
         return None, torch.stack([*columns, loss], dim=1), labels
 
