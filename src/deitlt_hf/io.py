@@ -158,15 +158,70 @@ def file_sha256(path: str | PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weight_files(folder: str | PathLike) -> list[Path]:
+    """The files that transformers loads the weights of a model folder from, by name; none if it has no weights.
+
+    Others beside them, such as shards that no index names, are of an earlier model.
+
+    Raises:
+        FileNotFoundError: If a file that an index names is missing.
+        ValueError: If an index cannot be read, or names something else than files of weights in the folder.
+    """
+    folder = Path(folder)
+    # In the order in which transformers looks for them.
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index} does not name the files of the weights; save the model again.")
+        for shard in shards.values():
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(Path(name).suffix):
+                raise ValueError(
+                    f"{index} names {one_line(shard, 100)!r}, which is no file of weights in its folder; save the "
+                    "model again."
+                )
+            if not (folder / shard).is_file():
+                raise FileNotFoundError(f"{folder} is no whole model folder: {shard} is missing; save the model again.")
+        return [folder / shard for shard in sorted(set(shards.values()))]
+    return []
+
+
+def check_link(path: str | PathLike, folder: str | PathLike) -> None:
+    """Refuses a path in a model folder that leads out of it by a link, or to a file of another kind.
+
+    Such a link publishes a file that nobody meant to: of a folder from a stranger, any file of the user's. The folder
+    itself may be a link. In a snapshot of the Hub's cache all files are links to its blobs.
+
+    Args:
+        path: A file below the folder.
+        folder: The model's.
+
+    Raises:
+        ValueError: If it does.
+    """
+    target, top = Path(path).resolve(), Path(folder).resolve()
+    inside = target.relative_to(top) if target.is_relative_to(top) else None
+    is_same_kind = inside is not None and target.suffix == Path(path).suffix
+    if is_same_kind and not any(part.startswith(".") for part in inside.parts):
+        return
+    if top.parent.name == "snapshots" and target.parent == top.parents[1] / "blobs":
+        return
+    raise ValueError(f"{path} is a link to {target}; put a copy of what it is meant to be there, or remove it.")
+
+
 def weights_digest(folder: str | PathLike) -> str | None:
     """The sha256 of a model folder's weights, in all their files; None if there are none.
 
     It identifies the weights that a record, a card, an ONNX file or a report is about.
 
     Args:
-        folder: Has `model.safetensors`, or its shards.
+        folder: Has the files that [`weight_files`] finds.
     """
-    files = sorted(Path(folder).glob("model*.safetensors"))
+    files = weight_files(folder)
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode())

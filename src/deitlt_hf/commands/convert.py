@@ -2,19 +2,46 @@
 
 deitlt convert student.pth out/student --recipe cifar10_lt_rho100
 deitlt convert paco.pth.tar out/teacher --class_names names.txt --class_map out/student
+deitlt convert saved_by_0.1.0 out/student
+
+Of a folder that an earlier version saved it makes one as this version saves it: the same weights, with an image
+processor and code that more versions of transformers take.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..data import class_counts
 from ..hub import convert_original, read_class_map, read_class_names
+from ..hub.mending import mend_folder
+from ..hub.original import check_holds_no_model
 from ..recipes import DataArguments, parse_arguments
+from ..training.run import load_model
 from .parser import command_parser, parse_with_fields
+
+
+def resave(source: str, folder: str) -> PreTrainedModel:
+    """Saves the model of a folder, with its image processor, as this version does.
+
+    Raises:
+        FileExistsError: If the new folder holds a model, or is a file.
+        FileNotFoundError: If the source has no model.
+    """
+    check_holds_no_model(folder)
+    processor, model = AutoImageProcessor.from_pretrained(source), load_model(source)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    mend_folder(folder)
+    return model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("file", help="the authors' .pth, .pth.tar, or a .safetensors file of the same tensors")
+    parser.add_argument(
+        "file", help="the authors' .pth, .pth.tar, or a .safetensors file of the same tensors; or a model folder"
+    )
     parser.add_argument("folder", help="where to write the model")
     parser.add_argument(
         "--recipe",
@@ -41,7 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         classes["class_map"] = read_class_map(args.class_map)
     if args.num_attention_heads is not None:
         classes["num_attention_heads"] = args.num_attention_heads
-    model = convert_original(args.file, args.folder, args.ema, **classes)
+    if Path(args.file).is_dir():
+        if classes or args.ema:
+            raise ValueError(f"{args.file} is a model folder, which says itself what its classes are; give no options.")
+        model = resave(args.file, args.folder)
+    else:
+        model = convert_original(args.file, args.folder, args.ema, **classes)
     names = list(model.config.id2label.values())
     print(
         f"{args.folder}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, "

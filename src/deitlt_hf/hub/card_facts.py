@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+from ..io import one_line
 from ..recipes import recipe_names
 
 TEACHER = "FlatTeacherForImageClassification"
 EXPERTS = {"mean": "mean (the prediction)", "cls": "CLS token", "distillation": "DIST token"}
+LONGEST_COMMAND = 4000  # characters; a longer one is left out
+# Control characters, halves of characters that no encoding has, and what turns the direction of the text after it.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 NAMED_CLASSES = 20  # of a data set with more, classes are counted only
 
 
@@ -83,8 +87,11 @@ class CardFacts:
 
     def score_rows(self) -> list[list[str]]:
         """The experts' table: a row of column names, then one an expert, in %."""
-        rows = [[EXPERTS.get(expert, expert), *map(percent, row.values())] for expert, row in self.accuracies.items()]
-        return [["expert", *self.prediction], *rows]
+        rows = [
+            [plain(EXPERTS.get(expert, expert)), *(percent(row.get(group)) for group in self.prediction)]
+            for expert, row in self.accuracies.items()
+        ]
+        return [["expert", *map(plain, self.prediction)], *rows]
 
     # ---- Data ----
 
@@ -142,7 +149,7 @@ class CardFacts:
         if "parameters" in self.results:
             parts.append(f"{self.results['parameters'] / 1e6:.2f} M parameters")
         classes = len(self.names) or len(self.class_counts)
-        return ", ".join(parts + [f"{classes:,} classes"] * bool(classes))
+        return plain(", ".join(map(str, parts + [f"{classes:,} classes"] * bool(classes))))
 
     @property
     def recipe(self) -> str | None:
@@ -168,7 +175,8 @@ class CardFacts:
         words += ["--data_dir", "DIR"] * bool(self.data.get("local_files"))
         for name, value in self.overrides.items():
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return " ".join(shlex.join(words).split())
+        command = " ".join(shlex.join(words).split())
+        return command if len(command) <= LONGEST_COMMAND else None
 
     @property
     def has_own_recipe(self) -> bool:
@@ -214,7 +222,8 @@ class CardFacts:
         if not record:
             return None
         source = record.get("source")
-        parts = [f"{record['backbone']} ({code(source)})" if source else record["backbone"]]
+        backbone = plain(record["backbone"])
+        parts = [f"{backbone} ({code(source)})" if source else backbone]
         training = record.get("training")
         if training is None:
             return f"{parts[0]}; how it was trained is not recorded"
@@ -230,7 +239,8 @@ class CardFacts:
     def teacher_accuracies(self) -> str | None:
         """What the student's run measured of its teacher."""
         values = (self.results.get("teacher") or {}).get("accuracies") or {}
-        return ", ".join(f"{name} {percent(value)}" for name, value in values.items() if value is not None) or None
+        measured = {plain(name): percent(value) for name, value in values.items() if value is not None}
+        return ", ".join(f"{name} {value}" for name, value in measured.items()) or None
 
     @property
     def hardware(self) -> str | None:
@@ -251,7 +261,7 @@ class CardFacts:
     @property
     def versions(self) -> str:
         """Of the libraries it was trained with."""
-        return ", ".join(f"{name} {number}" for name, number in self.results.get("versions", {}).items())
+        return plain(", ".join(f"{name} {number}" for name, number in self.results.get("versions", {}).items()))
 
 
 def percent(fraction: float | None) -> str:
@@ -259,22 +269,33 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def plain(text: str) -> str:
-    """Text of a user's that Markdown, its tables and HTML show as it is."""
-    escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escaped)
+def plain(text: object) -> str:
+    """Foreign text on one line, of a bounded length, that Markdown, its tables and HTML show as it is."""
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(_shown(text), quote=False))
 
 
-def code(text) -> str:
-    """Text as code; a backtick would end it."""
-    return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
+def code(text: object) -> str:
+    """Foreign text as code, on one line and of a bounded length; a backtick would end it."""
+    return f"`{_shown(text).replace('`', chr(39)) or ' '}`"
+
+
+def quoted(text: object) -> str:
+    """Foreign text as a literal of Python, on one line."""
+    escaped = _shown(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _shown(text: object) -> str:
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", one_line(text))
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table; the first row has the names of columns, of which the first ones are to the left."""
     head, *body = rows
     rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+    # A cell ends at any bar that is not escaped, also at one in code.
+    cells = ([re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row] for row in (head, rule, *body))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _fits(config: Mapping[str, Any]) -> bool:

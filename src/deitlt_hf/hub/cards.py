@@ -1,7 +1,6 @@
 """Model cards: the `README.md` of a saved folder, made of what its run recorded, and the card of a recipe."""
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from ..io import atomic_write, weights_digest
+from ..io import atomic_write, one_line, read_json, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
-from .card_facts import CardFacts, plain, table
+from .card_facts import CardFacts, code, plain, quoted, table
 
 CARD_FILE, RESULTS_FILE, CURVES_FILE = "README.md", "results.json", "training_curves.png"
 _PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
@@ -45,10 +44,8 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
     folder = Path(folder)
     if repo_id is not None:
         validate_repo_id(repo_id)
-    config = read_json(folder / "config.json")
-    if config is None:
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model.")
-    record = read_json(folder / RESULTS_FILE)
+    config = _config(folder)
+    record = own_record(folder)
     is_recorded = _is_of(record, folder)
     facts = CardFacts(record if is_recorded else {}, config)
     if name is None:
@@ -134,7 +131,8 @@ def is_generated(text: str) -> bool:
 
 def _render(facts: CardFacts, name: str, metadata: Mapping[str, Any], **about) -> ModelCard:
     template = files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8")
-    values = {"facts": facts, "heading": plain(name), "plain": plain, "table": table, "is_recipe": False, **about}
+    words = {"plain": plain, "code": code, "quoted": quoted, "table": table}
+    values = {"facts": facts, "heading": plain(name), "is_recipe": False, **words, **about}
     card = ModelCard.from_template(_metadata(facts, name, metadata), template_str=template, **values)
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)
     card.text += _signature(str(card))
@@ -166,7 +164,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
         EvalResult(
             task_type="image-classification",
             dataset_type=dataset,
-            dataset_name=facts.dataset or dataset,
+            dataset_name=one_line(facts.dataset or dataset),
             dataset_split="test",
             metric_type="accuracy",
             metric_name=f"{expert}, {group}",
@@ -210,18 +208,39 @@ def _is_of(record: Any, folder: Path) -> bool:
     return digest is not None and digest == weights_digest(folder)
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; None if there is none.
+def own_record(folder: Path) -> Any:
+    """Content of a folder's `results.json`; None if there is none.
 
     Raises:
         ValueError: If it is not valid JSON.
     """
+    path = folder / RESULTS_FILE
+    return read_json(path, object) if path.is_file() else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration of a model, in which what a card tells has the types that it should have."""
+    path = folder / "config.json"
     if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); mend it or take it away.") from None
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model.")
+    config = read_json(path)
+    names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
+    is_right = {
+        "id2label": isinstance(names, dict) and sorted(names) == sorted(map(str, range(len(names)))),
+        "class_counts": not counts or _are_whole(counts),
+        "class_groups": isinstance(groups, dict) and all(map(_are_whole, groups.values())),
+        "architectures": isinstance(config.get("architectures") or [], list),
+    }
+    for name, right in is_right.items():
+        if not right:
+            shown = one_line(config[name], 60)
+            raise ValueError(f"{path} has a {name} that no model is saved with ({shown}); save the model again.")
+    return config
+
+
+def _are_whole(values: Any) -> bool:
+    """Whether these are numbers of classes, or of their images."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _signature(body: str) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from ..analysis.figures import COLOURS
+from ..io import check_link
 from .handler import FORMATS, EndpointHandler, read_image
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ def example_images(model: str | PathLike, folder: str | PathLike | None = None) 
     Image.init()
     types = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     paths = sorted(path for path in Path(folder or Path(model, "examples")).glob("*") if path.suffix.lower() in types)
+    if not folder:  # of a stranger's model, all of whose examples are served
+        for path in paths:
+            check_link(path, model)
     if folder and not paths:
         raise FileNotFoundError(f"there are no images in --examples {str(folder)!r}; give a folder that holds some.")
     return paths[:MAX_EXAMPLES]

@@ -221,15 +221,19 @@ def check_handler(folder: str | os.PathLike) -> Path:
             "load it; leave the handler out."
         )
     target = Path(folder) / "handler.py"
-    # Versions of this file differ, but not in the first line of its docstring.
-    if target.exists() and _first_line(target) != _first_line(__file__):
+    if target.exists() and not is_version_of(target, __file__):
         raise FileExistsError(f"{str(target)!r} is another handler; move it away to have that of deitlt_hf.")
     return target
 
 
+def is_version_of(path: str | os.PathLike, own: str | os.PathLike) -> bool:
+    """Whether a file is a version of one of this package's, of which all begin with the same docstring."""
+    return _first_line(path) == _first_line(own)
+
+
 def _first_line(path: str | os.PathLike) -> bytes:
     with open(path, "rb") as file:
-        return file.readline().rstrip()
+        return file.readline().rstrip().removesuffix(b'"""')
 
 
 def _check_folder(folder: str | os.PathLike) -> None:
@@ -243,9 +247,13 @@ def model_config(path: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If it cannot be had from the Hub, and looks like a mistyped path of a folder.
         OSError: If it cannot be had.
+        ValueError: If it is no object.
     """
     try:
-        return PreTrainedConfig.get_config_dict(path)[0]
+        config = PreTrainedConfig.get_config_dict(path)[0]
+        if not isinstance(config, dict):
+            raise ValueError(f"the config.json of {path!r} holds a {type(config).__name__}, not an object.")
+        return config
     except OSError as error:
         # Of `outputs/typo` transformers would say that the Hub cannot be reached, or that one should log in there.
         if not Path(path).exists() and Path(path).parent.is_dir():

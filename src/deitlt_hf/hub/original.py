@@ -127,9 +127,7 @@ def convert_original(
         ValueError: As for both.
     """
     folder = Path(folder).expanduser()
-    check_can_be_folder(folder)
-    if any(folder.glob("*.safetensors*")) or (folder / "config.json").is_file():
-        raise FileExistsError(f"{folder} holds a model; choose another folder.")
+    check_holds_no_model(folder)
     checkpoint = _open(source, ema)
     if checkpoint.kind == STUDENT:
         model = _student(checkpoint, class_map, class_counts, class_names, **config)
@@ -140,6 +138,17 @@ def convert_original(
     model.save_pretrained(folder)
     model_processor(model.config).save_pretrained(folder)
     return model
+
+
+def check_holds_no_model(folder: str | PathLike) -> None:
+    """Refuses a folder to write a model to that has one, or cannot be made.
+
+    Raises:
+        FileExistsError: If it does.
+    """
+    check_can_be_folder(folder)
+    if any(Path(folder).glob("*.safetensors*")) or (Path(folder) / "config.json").is_file():
+        raise FileExistsError(f"{folder} holds a model; choose another folder.")
 
 
 def export_original_student(model: PreTrainedModel, path: str | PathLike) -> None:

@@ -14,9 +14,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
 
-from ..io import weights_digest
+from ..io import check_link, read_json, weight_files, weights_digest
 from .cards import (
     CARD_FILE,
     CURVES_FILE,
@@ -24,24 +23,22 @@ from .cards import (
     given_metadata,
     is_generated,
     join_metadata,
-    read_json,
+    own_record,
     write_card,
 )
 from .handler import add_handler, check_handler
+from .mending import mend_folder
 from .onnx import MODEL_FILE, QUANTIZED_FILE
 
-_MODEL = (
-    "config.json",
-    "preprocessor_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-)
+_MODEL = ("config.json", "preprocessor_config.json")
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("model.safetensors", _INDEX, "model-*-of-*.safetensors")
 _CODE = ("configuration_*.py", "modeling_*.py")
 _OWN_CODE = tuple(pattern.replace("*", name) for pattern in _CODE for name in ("deitlt", "flat_teacher"))
 _RUN = (RESULTS_FILE, "log.jsonl", CURVES_FILE)
 _REPORT = ("report/index.html", "report/report.json", "report/*.png")
-# All that is ever pushed. Checkpoints, optimiser states, pickles and hidden files are not in this list, so they stay.
+# All that is ever pushed, beside the weights that the model loads. Checkpoints, optimiser states, pickles and hidden
+# files are not in this list, so they stay.
 PUBLISHED = (
     *(place + name for place in ("", "ema/") for name in _MODEL + _CODE),
     CARD_FILE,
@@ -50,9 +47,10 @@ PUBLISHED = (
     "onnx/*.onnx",
     *_REPORT,
 )
-# What is removed from a repository if the folder has it not: only what could have been made here, for another model.
+# What is removed from a repository if the folder does not have it: only what could have been made here, for another
+# model.
 _REPLACED = (
-    *(place + name for place in ("", "ema/") for name in _MODEL + _OWN_CODE),
+    *(place + name for place in ("", "ema/") for name in _MODEL + _WEIGHTS + _OWN_CODE),
     CARD_FILE,
     *_RUN,
     MODEL_FILE,
@@ -77,10 +75,12 @@ def push_folder(
 ) -> CommitInfo:
     """Puts a model folder on the Hub in one commit: the repository then has all of it, or else what it had.
 
-    What goes up is in `PUBLISHED`, without a record, ONNX files and a report of other weights than the folder's. What
-    an earlier push put there under one of the names in `_REPLACED`, and the folder has not, is removed from the
-    repository, where it would belong to another model; all else stays. A push that was interrupted, or is not needed,
-    can be repeated: weights that are on the Hub are not sent again, and without a change there is no commit.
+    What goes up are the weights and what is in `PUBLISHED`, without a record, ONNX files and a report of other weights
+    than the folder's. Image processor, model code and handler of an earlier version are mended in the folder, see
+    [`mend_folder`]. What an earlier push put there under one of the names in `_REPLACED`, and the folder does not have,
+    is removed from the repository, where it would belong to another model; all else stays. A push that was interrupted,
+    or is not needed, can be repeated: weights that are on the Hub are not sent again, and without a change there is no
+    commit.
 
     Args:
         folder: A student or teacher with its image processor, as the trainers and `convert` save them.
@@ -98,8 +98,9 @@ def push_folder(
     Raises:
         FileNotFoundError: If the folder or a file of the model is missing.
         FileExistsError: If a handler is asked for, and the folder has another one.
-        ValueError: If a file is damaged, its run is not finished, `repo_id` is none, the repository has a model of
-            another type, no handler could load this one, or metadata are given with no card to write.
+        ValueError: If a file is damaged or a link to one elsewhere, its run is not finished, the folder is being
+            written, `repo_id` is none, the repository has a model of another type, no handler could load this one, or
+            metadata are given with no card to write.
         OSError: If the Hub cannot be reached, or the token may not write there.
     """
     folder = Path(folder)
@@ -110,6 +111,10 @@ def push_folder(
         check_handler(folder)
     model_type = read_json(folder / "config.json").get("model_type")
     repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token, model_type=model_type)
+    for place in _places(folder):
+        mended = mend_folder(place)
+        if mended:
+            warnings.warn(f"mended in {place}, as an earlier version saved them: {', '.join(mended)}.", stacklevel=2)
     if handler:
         add_handler(folder)
     api = _api(token)
@@ -192,50 +197,93 @@ def check_folder(folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: If the folder or a file is missing.
-        ValueError: If weights are damaged, or the run in the folder is not finished.
+        ValueError: If a file is damaged or a link to one elsewhere, the run in the folder is not finished, or the model
+            is being written.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no model folder {str(folder)!r}.")
-    for name in _needed_files(folder):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is no whole model folder: {name} is missing; save model and image processor there again."
-            )
-    for path in folder.glob("model*.safetensors"):
-        try:
-            with safe_open(path, "np"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from error
-    record = read_json(folder / RESULTS_FILE)
+    for place in _places(folder):
+        _check_model(place)
+    for name in sorted(_published(folder)):
+        check_link(folder / name, folder)
+    record = own_record(folder)
     if isinstance(record, dict) and record.get("finished") is False:
         raise ValueError(
             f"the run in {folder} is not finished; go on with --resume_from_checkpoint auto, and push its end."
         )
 
 
-def _needed_files(folder: Path) -> Iterator[str]:
-    yield "config.json"
-    yield "preprocessor_config.json"
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        content = read_json(index)
-        shards = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"{index} does not tell the files of the weights; save the model again.")
-        yield from sorted(set(shards.values()))
-    else:
-        yield "model.safetensors"
-    for reference in PreTrainedConfig.get_config_dict(folder)[0].get("auto_map", {}).values():
-        if "--" not in reference:  # else the code is in another repository
-            yield f"{reference.partition('.')[0]}.py"
+def _places(folder: Path) -> list[Path]:
+    """The folders of a push that have a model: its own, and that of the moving average, if there is one."""
+    average = folder / "ema"
+    return [folder, average] if (average / "config.json").exists() else [folder]
+
+
+def _check_model(folder: Path) -> None:
+    # While files are replaced, and after a process was killed there, those of two models stand side by side.
+    staged = folder / ".saving" / "model"
+    if staged.exists():
+        raise ValueError(
+            f"a model is being saved in {folder}, or was not saved to its end; wait for it, or save the model there "
+            f"again. If the files beside {staged.parent} are whole, remove that."
+        )
+    for name in _MODEL:
+        if not (folder / name).is_file():
+            raise _not_whole(folder, name)
+    for path in weight_files(folder) or [folder / "model.safetensors"]:
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"{path} is a pickle, which could run code where it is loaded; load the model and save it again, as "
+                "safetensors."
+            )
+        if not path.is_file():
+            raise _not_whole(folder, path.name)
+        try:
+            with safe_open(path, "np") as file:
+                found = set(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from error
+        lacking = sorted(_indexed(folder, path.name) - found)
+        if lacking:
+            raise ValueError(f"{path} lacks {lacking[0]!r}, which {_INDEX} says is there; save the model again.")
+    references = read_json(folder / "config.json").get("auto_map") or {}
+    if not isinstance(references, dict):
+        raise ValueError(f"auto_map in {folder / 'config.json'} is no object; save the model again.")
+    for reference in references.values():
+        if isinstance(reference, str) and "--" not in reference:  # else the code is in another repository
+            name = f"{reference.partition('.')[0]}.py"
+            if not (folder / name).is_file():
+                raise _not_whole(folder, name)
+
+
+def _not_whole(folder: Path, name: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{folder} is no whole model folder: {name} is missing; save model and image processor there again."
+    )
+
+
+def _indexed(folder: Path, shard: str) -> set[str]:
+    """The tensors that an index places in a shard; none of a model in one file."""
+    if shard == "model.safetensors":
+        return set()
+    return {name for name, file in read_json(folder / _INDEX)["weight_map"].items() if file == shard}
+
+
+def _published(folder: Path) -> set[str]:
+    """Names of the files in `PUBLISHED` and of the weights."""
+    paths = [path for pattern in PUBLISHED for path in folder.glob(pattern)]
+    for place in _places(folder):
+        weights = weight_files(place)
+        paths += weights
+        if [path.name for path in weights] != ["model.safetensors"]:
+            paths.append(place / _INDEX)
+    return {path.relative_to(folder).as_posix() for path in paths if path.is_file() and path.name[0] != "."}
 
 
 def _files_to_push(folder: Path) -> set[str]:
-    """Names of the files in `PUBLISHED`; warns of those that are left out because they are of other weights."""
-    paths = [path for pattern in PUBLISHED for path in folder.glob(pattern)]
-    found = {path.relative_to(folder).as_posix() for path in paths if path.is_file() and path.name[0] != "."}
+    """Names of the files to push; warns of those that are left out because they are of other weights."""
+    found = _published(folder)
     digest = weights_digest(folder).encode()
     witnesses = {name: _witness(name) for name in found}
     of_others = {

@@ -1,0 +1,43 @@
+"""What an earlier version saved beside the weights, as this version saves it."""
+
+import shutil
+from os import PathLike
+from pathlib import Path
+
+from .. import configuration_deitlt, configuration_flat_teacher, modeling_deitlt, modeling_flat_teacher
+from ..io import atomic_write, read_json, write_json
+from . import handler
+
+_CODE = (configuration_deitlt, modeling_deitlt, configuration_flat_teacher, modeling_flat_teacher, handler)
+
+
+def mend_folder(folder: str | PathLike) -> list[str]:
+    """Brings the image processor, the model code and the handler in a model folder up to date; its weights stay.
+
+    Folders of 0.1.0 have a `DeiTImageProcessor` that resizes the shorter side, which transformers 4 refuses, and code
+    that runs in few versions of transformers and gives an LDAM teacher's cosines for its logits. Code that is no
+    version of this package's stays as it is.
+
+    Returns:
+        Names of the files that were written.
+
+    Raises:
+        ValueError: If the configuration of the image processor cannot be read.
+        OSError: If a file cannot be written.
+    """
+    folder, mended = Path(folder), []
+    path = folder / "preprocessor_config.json"
+    content = read_json(path) if path.is_file() else {}
+    size = content.get("size")
+    is_deit = str(content.get("image_processor_type")).startswith("DeiT")
+    if is_deit and isinstance(size, dict) and "shortest_edge" in size:
+        write_json(path, content | {"image_processor_type": "BitImageProcessor"})
+        mended.append(path.name)
+    for module in _CODE:
+        source = Path(module.__file__)
+        target = folder / source.name
+        if target.is_file() and handler.is_version_of(target, source) and target.read_bytes() != source.read_bytes():
+            with atomic_write(target) as part:
+                shutil.copyfile(source, part)
+            mended.append(target.name)
+    return mended
