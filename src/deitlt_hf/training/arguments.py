@@ -22,6 +22,7 @@ _RUNNING = {
     "recipe",
     "overwrite",
     "image_resize",
+    "save_adapter",
     "remove_unused_columns",
     "logging_nan_inf_filter",
     "report_to",
@@ -102,6 +103,11 @@ class LongTailTrainingArguments(TrainingArguments):
         None,
         "Keep an exponential moving average of the weights with this decay, evaluate it too and save it in the folder "
         "'ema'. 0.99996 in the authors' code, whose reported numbers are those of the weights themselves.",
+    )
+    save_adapter: bool = _option(
+        False,
+        "Of a model with adapters of PEFT, save them in the folder 'adapter' too. The model itself is saved whole, with "
+        "the adapters merged into its weights.",
     )
     loss_normalization: str = _option(
         "global",

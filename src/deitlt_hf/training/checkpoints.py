@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from ..io import file_sha256, sync_to_disk
+from .adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged, save_adapter
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
@@ -208,10 +209,20 @@ class WholeCheckpointTrainer(Trainer):
             if self._staging is not None or not self.args.should_save:
                 super()._save(output_dir, state_dict)
                 return
-            save = super()._save
-            replace_model(output_dir, lambda folder: save(folder, state_dict))
+            if not has_adapter(self.model):
+                save = super()._save
+                replace_model(output_dir, lambda folder: save(folder, state_dict))
+                return
+            replace_model(output_dir, self._save_merged)
+            if self.args.save_adapter:
+                adapter = Path(output_dir) / ADAPTER_FOLDER
+                replace_model(adapter, lambda folder: save_adapter(self.model, folder))
         finally:
             self.args.hub_token = token
+
+    def _save_merged(self, folder: str) -> None:
+        merged(self.model).save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Loads weights under the names that they have in files.
@@ -222,8 +233,10 @@ class WholeCheckpointTrainer(Trainer):
             ValueError: If weights are missing.
         """
         model = self.model if model is None else model
-        has_adapter = getattr(model, "_hf_peft_config_loaded", False)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or has_adapter or not isinstance(model, PreTrainedModel):
+        if isinstance(model, PreTrainedModel) and has_adapter(model):
+            load_adapter(model, resume_from_checkpoint)
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         loaded, info = type(model).from_pretrained(

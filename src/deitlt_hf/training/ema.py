@@ -6,6 +6,7 @@ from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from transformers import PreTrainedModel, TrainerCallback
 
+from .adapters import merged
 from .checkpoints import replace_model
 
 EMA_FILE = "ema.safetensors"
@@ -50,7 +51,7 @@ class MovingAverage(TrainerCallback):
         """Saves the averaged model, to be loaded like any other, in `ema` below a model's folder."""
 
         def save(folder: str) -> None:
-            self.model.save_pretrained(folder)
+            merged(self.model).save_pretrained(folder)
             processor.save_pretrained(folder)
 
         replace_model(Path(output_dir) / EMA_FOLDER, save)

@@ -1,0 +1,68 @@
+"""Models with adapters of PEFT, such as LoRA's: what is saved of them in the end is the whole model."""
+
+import copy
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from ..io import read_json, write_json
+
+ADAPTER_FOLDER = "adapter"
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model is PEFT's, or has an adapter by `add_adapter` of transformers."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return True
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """A model without adapters: a copy in which they are part of the weights. One that has none is given back as it is.
+
+    It loads without PEFT, and where the weights that the adapters were trained on are not at hand.
+    """
+    if not has_adapter(model):
+        return model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    whole = copy.deepcopy(model)
+    if not isinstance(whole, PreTrainedModel):
+        return whole.merge_and_unload()
+    for name, module in list(whole.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            whole.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            whole.set_submodule(name, module.modules_to_save[module.active_adapter])
+    whole._hf_peft_config_loaded = False  # else only adapters would be saved
+    del whole.peft_config
+    return whole
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+    """Loads the weights of an adapter by `add_adapter`, which transformers' Trainer saves and does not load."""
+    from peft import set_peft_model_state_dict
+
+    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    named = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    set_peft_model_state_dict(model, named, adapter_name=model.active_adapters()[0])
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Saves a model's adapters alone, without a path of this machine in their configuration."""
+    model.save_pretrained(folder)
+    (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's template, with the path of the base model
+    for path in Path(folder).rglob("adapter_config.json"):
+        config = read_json(path)
+        base = config.get("base_model_name_or_path")
+        if base is not None and (Path(base).is_absolute() or Path(base).exists()):
+            write_json(path, config | {"base_model_name_or_path": None})
