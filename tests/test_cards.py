@@ -1,6 +1,7 @@
 """Model cards say what the run measured, all of it as it was, and nothing else."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -405,7 +406,65 @@ def test_what_is_wrong_is_told(tmp_path):
         make_card(tmp_path)
     make_student().save_pretrained(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"results.json cannot be read"):
+        make_card(tmp_path)
+
+
+HOSTILE = "a|b `c` <script>alert(1)</script> *d* {{ 7*7 }} {% raw %}\n\n---\nlicense: mine\n# Owned\n```\n\x00\u202e"
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "x" * 100_000, "Käfer 🪲", "", "]( http://a )[", "$$x$$"])
+def test_foreign_text_is_shown_as_it_is(student_folder, text):
+    """Names from data, recipes and teachers of others are neither Markdown, HTML, YAML nor templates of the card."""
+    record = results(student_folder)
+    teacher = record["teacher"] | {"backbone": text, "source": text, "accuracies": {text: 0.5}}
+    names = [f"{label} {text}" for label in range(10)]
+    change_results(
+        student_folder,
+        recipe={"name": text, "overrides": {"data_dir": text}},
+        data=record["data"] | {"dataset": text, "group_rule": text, "imbalance_type": text, "subset_sha256": text},
+        teacher=teacher,
+        settings=record["settings"] | {"auto_augment": text, text: text},
+        hardware=record["hardware"] | {"device": text},
+        versions={text: text},
+        last=record["last"] | {"accuracies": {text: {"overall": 0.5, text: 0.25}}},
+    )
+    config = json.loads((student_folder / "config.json").read_text()) | {"hidden_size": text}
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    (student_folder / "config.json").write_text(json.dumps(config))
+    (student_folder / "README.md").unlink(missing_ok=True)
+    path = write_card(student_folder, license=text or "mit", tags=[text])
+    card = path.read_text(encoding="utf-8")
+    assert metadata_load(path)["license"] == (text or "mit")
+    body = card.partition("\n---\n")[2]
+    assert len(body) < 30_000
+    plain_body = re.sub(r"`[^`\n]*`|```.*?```", "", body.replace("\\`", ""), flags=re.DOTALL)
+    for forbidden in ("<script", "\n# Owned", "\nlicense:", "\n---\n", "\x00", "\u202e", " 49 "):
+        assert forbidden not in plain_body
+    headings = [line for line in body.splitlines() if re.match("#{1,2} ", line)]
+    assert headings[0].startswith("# DeiT-LT student") and not any("Owned" in line for line in headings[1:])
+    assert {len(row) for row in tables(section(card, "## Training"))} == {2}
+    assert is_generated(card)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [1],
+        None,
+        "text",
+        {"id2label": ["a"]},
+        {"id2label": {"a": "b"}},
+        {"class_counts": "many"},
+        {"class_counts": [1, None]},
+        {"class_groups": [1]},
+        {"class_groups": {"head": ["a"]}},
+        {"architectures": "x"},
+    ],
+)
+def test_a_configuration_of_odd_types_is_refused_in_a_sentence(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read: it holds a|has a \w+ that no model)"):
         make_card(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -192,6 +193,15 @@ def test_a_classifier_with_one_expert_gets_one_column(tmp_path):
     assert "training image" not in html
     assert "&lt;b&gt;bold" in html
     assert "<b>bold" not in html
+
+
+def test_an_example_that_is_a_link_is_not_served(model_folder, tmp_path):
+    """A cloned repository can have links to any file of this machine."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (tmp_path / "private").write_text("key")
+    (folder / "examples" / "key.png").symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match=r"key\.png is a link to .*private"):
+        build_demo(folder)
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path, model_folder):

@@ -26,6 +26,7 @@ from deitlt_hf import (
     FlatTeacherForImageClassification,
 )
 from deitlt_hf.data import image_processor
+from deitlt_hf.hub.push import check_folder
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NAMES = [f"species {label}" for label in range(10)]
@@ -288,6 +289,64 @@ def test_compiles_as_one_graph(training):
     torch.testing.assert_close(ours.logits, expected.logits, atol=1e-6, rtol=0)
     gradients = [torch.autograd.grad(outputs.loss, model.cls_classifier.weight)[0] for outputs in (ours, expected)]
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def lora(kind):
+    """A student with adapters: a model of PEFT, or one by transformers' own `add_adapter`."""
+    torch.manual_seed(0)
+    heads = ["cls_classifier", "distillation_classifier"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], modules_to_save=heads)
+    student = make_student(drop_path_rate=0.0)
+    if kind == "PEFT":
+        return get_peft_model(student, config)
+    student.add_adapter(config)
+    return student
+
+
+@pytest.mark.parametrize("kind", ["PEFT", "add_adapter"])
+def test_a_trainer_saves_a_student_with_adapters_as_a_plain_folder(tmp_path, digits, kind):
+    """Which predicts, is pushed and has a card; checkpoints are adapters, from which a run goes on to the same bytes."""
+
+    def trained(resume=None):
+        args = DeiTLTTrainingArguments(
+            output_dir=str(tmp_path / "student"),
+            distillation="none",
+            max_steps=2,
+            warmup_epochs=0,
+            learning_rate=1e-2,
+            per_device_train_batch_size=32,
+            repeated_augmentation=1,
+            train_crop="padded",
+            ema_decay=0.5,
+            save_strategy="steps",
+            save_steps=1,
+            save_adapter=True,
+        )
+        data = {"train_dataset": digits["train"], "eval_dataset": digits["test"].select(range(20))}
+        trainer = DeiTLTTrainer(model=lora(kind), args=args, processing_class=image_processor(8), **data)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.create_model_card()
+        return trainer.model.eval()
+
+    model, folder = trained(), tmp_path / "student"
+    check_folder(folder)
+    assert "adapter_model.safetensors" in [path.name for path in (folder / "checkpoint-1").iterdir()]
+    AutoModelForImageClassification.from_pretrained(folder / "ema")
+    native = AutoModelForImageClassification.from_pretrained(folder).eval()
+    expected = model(pixel_values=IMAGES).logits
+    torch.testing.assert_close(native(IMAGES).logits, expected, atol=1e-5, rtol=0)
+    assert (expected - make_student(drop_path_rate=0.0).eval()(IMAGES).logits).abs().max() > 1e-3
+    for path in (
+        path for path in folder.rglob("*") if path.suffix in (".md", ".json") and "checkpoint" not in str(path)
+    ):
+        assert str(tmp_path) not in path.read_text(), path
+    again = PeftModel.from_pretrained(lora("PEFT").unload(), folder / "adapter").eval()
+    torch.testing.assert_close(again(pixel_values=IMAGES).logits, expected, atol=1e-5, rtol=0)
+
+    weights = (folder / "model.safetensors").read_bytes()
+    trained(resume=str(folder / "checkpoint-1"))
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_lora_trains_attention_projections_and_heads_only(tmp_path):

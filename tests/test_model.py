@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -31,6 +32,8 @@ from deitlt_hf import (
     FlatTeacherConfig,
     FlatTeacherForImageClassification,
 )
+from deitlt_hf.data import image_processor
+from deitlt_hf.data.transforms import model_processor
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -504,6 +507,28 @@ def test_import_is_lazy():
 
 
 # ---- What a configuration says of its classes ----
+
+
+def test_code_says_which_version_it_needs(tmp_path, student, monkeypatch):
+    """Before 5.9 the blocks of transformers' DeiT are others: their weights would be new ones, without a word."""
+    student.save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers, "__version__", "5.8.1")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ImportError, match=r"needs transformers 5\.9 or newer, and this is 5\.8\.1; .*loads without"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.num_labels == 10
+
+
+@pytest.mark.parametrize("make", [image_processor, lambda size: model_processor(FlatTeacherConfig(image_size=size))])
+def test_image_processor_is_one_that_all_versions_take(tmp_path, make):
+    """DeiT's own refuses `shortest_edge` in transformers 4; benchmarks/versions.py runs them."""
+    make(32).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert written["image_processor_type"] == "BitImageProcessor"
+    taken = {"crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean"}
+    taken |= {"image_std", "resample", "rescale_factor", "size", "image_processor_type"}
+    assert set(written) <= taken
+    assert written["size"] == {"shortest_edge": 32}
 
 
 @pytest.fixture(params=["student", "teacher"])

@@ -106,8 +106,8 @@ class LongTailTrainingArguments(TrainingArguments):
     )
     save_adapter: bool = _option(
         False,
-        "Of a model with adapters of PEFT, save them in the folder 'adapter' too. The model itself is saved whole, with "
-        "the adapters merged into its weights.",
+        "Save the adapters of a PEFT model too, in the folder 'adapter'. The model itself is saved whole in any case, "
+        "with the adapters merged into its weights.",
     )
     loss_normalization: str = _option(
         "global",
