@@ -3,10 +3,10 @@
     python benchmarks/versions.py
     python benchmarks/versions.py --versions 4.57.6 5.0.0 --installed /tmp/versions
 
-Each version is installed, without what it depends on but tokenizers and huggingface_hub, into a folder of its own, which
-is removed before the next one unless --installed keeps it. A process that has it first on its path, and cannot import
-deitlt_hf, loads a student in four ways and teachers in the one that they have. What it says is compared with this
-environment's own classes. On a CPU, with random weights.
+Each version is installed, without what it depends on but tokenizers and huggingface_hub, into a folder of its own,
+which is removed before the next one unless --installed keeps it. A process that has it first on its path, and cannot
+import deitlt_hf, loads a student in four ways and teachers in the one that they have. What it says is compared with
+this environment's own classes. On a CPU, with random weights.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main():
 
 
 def make_models(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Saves a student and two teachers with random weights, and images; gives the scores of our own classes by model."""
+    """Saves a student and two teachers with random weights, and images; gives our own classes' scores by model."""
     import numpy as np
     import torch
     from PIL import Image

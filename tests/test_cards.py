@@ -442,7 +442,8 @@ def test_foreign_text_is_shown_as_it_is(student_folder, text):
     for forbidden in ("<script", "\n# Owned", "\nlicense:", "\n---\n", "\x00", "\u202e", " 49 "):
         assert forbidden not in plain_body
     headings = [line for line in body.splitlines() if re.match("#{1,2} ", line)]
-    assert headings[0].startswith("# DeiT-LT student") and not any("Owned" in line for line in headings[1:])
+    assert headings[0].startswith("# DeiT-LT student")
+    assert not any("Owned" in line for line in headings[1:])
     assert {len(row) for row in tables(section(card, "## Training"))} == {2}
     assert is_generated(card)
 
