@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from transformers import pipeline
 
 from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.commands.evaluate import main as evaluate
+from deitlt_hf.commands.export import main as export
+from deitlt_hf.commands.model_cards import main as model_cards
 from deitlt_hf.commands.predict import _parsed, main
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.predict import find_images, load_classifier, predict_images
@@ -177,6 +181,26 @@ def test_wrong_input_is_told_in_a_sentence(model, images, tmp_path, arguments, e
     places = {"model": model, "images": images, "empty": tmp_path / "empty"}
     with pytest.raises(error, match=sentence):
         main([argument.format(**places) for argument in arguments])
+
+
+DEIT = '{"model_type": "deit", "id2label": %s}'
+ODD = ("[1]", "null", "7", '"text"', "{", DEIT % '["a"]', DEIT % '{"a": "b"}')
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_configuration_that_is_none_is_refused_by_every_command(model, images, tmp_path, content):
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "config.json").write_text(content)
+    for command, options in (
+        (main, [str(images / "b.png")]),
+        (evaluate, ["--recipe", "digits_lt", "--use_cpu", "true"]),
+        (export, ["--output", str(tmp_path / "out")]),
+        (model_cards, []),
+    ):
+        with pytest.raises((ValueError, OSError), match=r"config\.json|config file|id2label") as caught:
+            command(["--model", str(folder), *options])
+        assert len(str(caught.value)) < 600
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -648,6 +648,23 @@ def test_pickled_weights_are_refused(hub, folder):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, r"names 3 classes, but .*classifier\.weight has 10"),
+        ({"id2label": None}, "names 2 classes"),
+        ({"model_type": None}, "has a model_type that no model is saved with"),
+        ({"auto_map": ["x"]}, "auto_map in .* is no object"),
+    ],
+)
+def test_a_configuration_that_is_not_of_the_weights(hub, folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        push_folder(folder, "zoo/digits")
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("place", ["", "ema"])
 def test_a_folder_that_is_being_written_is_refused(hub, folder, place):
     (folder / place / ".saving" / "model").mkdir(parents=True)

@@ -44,7 +44,7 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
     folder = Path(folder)
     if repo_id is not None:
         validate_repo_id(repo_id)
-    config = _config(folder)
+    config = read_config(folder)
     record = own_record(folder)
     is_recorded = _is_of(record, folder)
     facts = CardFacts(record if is_recorded else {}, config)
@@ -218,14 +218,20 @@ def own_record(folder: Path) -> Any:
     return read_json(path, object) if path.is_file() else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The configuration of a model, in which what a card tells has the types that it should have."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a model.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be read, or what a card says of it has other types than models are saved with.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model.")
     config = read_json(path)
     names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
     is_right = {
+        "model_type": isinstance(config.get("model_type"), str),
         "id2label": isinstance(names, dict) and sorted(names) == sorted(map(str, range(len(names)))),
         "class_counts": not counts or _are_whole(counts),
         "class_groups": isinstance(groups, dict) and all(map(_are_whole, groups.values())),
@@ -233,7 +239,7 @@ def _config(folder: Path) -> dict[str, Any]:
     }
     for name, right in is_right.items():
         if not right:
-            shown = one_line(config[name], 60)
+            shown = one_line(config.get(name), 60)
             raise ValueError(f"{path} has a {name} that no model is saved with ({shown}); save the model again.")
     return config
 

@@ -252,8 +252,15 @@ def model_config(path: str) -> dict[str, Any]:
     try:
         config = PreTrainedConfig.get_config_dict(path)[0]
         if not isinstance(config, dict):
-            raise ValueError(f"the config.json of {path!r} holds a {type(config).__name__}, not an object.")
+            raise TypeError
+        names = config.get("id2label") or {}
+        if not isinstance(names, dict) or not all(str(label).isdecimal() for label in names):
+            raise ValueError(
+                f"the id2label of {path!r} is {str(names)[:60]}, not names by label; save the model again."
+            )
         return config
+    except TypeError as error:  # also of get_config_dict itself
+        raise ValueError(f"the config.json of {path!r} does not hold an object; save the model again.") from error
     except OSError as error:
         # Of `outputs/typo` transformers would say that the Hub cannot be reached, or that one should log in there.
         if not Path(path).exists() and Path(path).parent.is_dir():

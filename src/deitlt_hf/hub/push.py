@@ -24,6 +24,7 @@ from .cards import (
     is_generated,
     join_metadata,
     own_record,
+    read_config,
     write_card,
 )
 from .handler import add_handler, check_handler
@@ -31,6 +32,7 @@ from .mending import mend_folder
 from .onnx import MODEL_FILE, QUANTIZED_FILE
 
 _MODEL = ("config.json", "preprocessor_config.json")
+_HEAD = "classifier.weight"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "model-*-of-*.safetensors")
 _CODE = ("configuration_*.py", "modeling_*.py")
@@ -109,7 +111,7 @@ def push_folder(
         raise ValueError(f"card=False writes no card, so leave {', '.join(metadata)} out.")
     if handler:
         check_handler(folder)
-    model_type = read_json(folder / "config.json").get("model_type")
+    model_type = read_config(folder)["model_type"]
     repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token, model_type=model_type)
     for place in _places(folder):
         mended = mend_folder(place)
@@ -231,6 +233,7 @@ def _check_model(folder: Path) -> None:
     for name in _MODEL:
         if not (folder / name).is_file():
             raise _not_whole(folder, name)
+    classes: dict[str, int] = {}
     for path in weight_files(folder) or [folder / "model.safetensors"]:
         if path.suffix != ".safetensors":
             raise ValueError(
@@ -242,12 +245,18 @@ def _check_model(folder: Path) -> None:
         try:
             with safe_open(path, "np") as file:
                 found = set(file.keys())
+                classes |= {name: file.get_slice(name).get_shape()[0] for name in found if name.endswith(_HEAD)}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from error
         lacking = sorted(_indexed(folder, path.name) - found)
         if lacking:
             raise ValueError(f"{path} lacks {lacking[0]!r}, which {_INDEX} says is there; save the model again.")
-    references = read_json(folder / "config.json").get("auto_map") or {}
+    config = read_config(folder)
+    named = len(config.get("id2label") or range(2))  # transformers does not write its default, of two
+    for name, number in classes.items():
+        if number != named:
+            raise ValueError(f"{folder} names {named} classes, but {name} has {number}; save the model again.")
+    references = config.get("auto_map") or {}
     if not isinstance(references, dict):
         raise ValueError(f"auto_map in {folder / 'config.json'} is no object; save the model again.")
     for reference in references.values():
