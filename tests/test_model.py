@@ -513,7 +513,6 @@ def test_code_says_which_version_it_needs(tmp_path, student, monkeypatch):
     """Before 5.9 the blocks of transformers' DeiT are others: their weights would be new ones, without a word."""
     student.save_pretrained(tmp_path)
     monkeypatch.setattr(transformers, "__version__", "5.8.1")
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     with pytest.raises(ImportError, match=r"needs transformers 5\.9 or newer, and this is 5\.8\.1; .*loads without"):
         AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.num_labels == 10

@@ -11,7 +11,7 @@ OLDEST = (5, 9)
 if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
     raise ImportError(
         f"the code of DeiT-LT needs transformers {'.'.join(map(str, OLDEST))} or newer, and this is {__version__}; "
-        "update transformers, or leave trust_remote_code out: the model loads without its own code in 4.41 and newer."
+        "update transformers, or leave trust_remote_code out: the model loads without its own code from 4.41 on."
     )
 
 logger = logging.get_logger(__name__)

@@ -9,22 +9,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import nn
-from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.deit.modeling_deit import (
-    DeiTAttention,
-    DeiTEmbeddings,
-    DeiTLayer,
-    DeiTModel,
-    DeiTPreTrainedModel,
-    eager_attention_forward,
-)
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_deitlt import DeiTLTConfig
+
+try:  # what transformers does not promise to keep
+    from transformers import initialization as init
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.deit.modeling_deit import (
+        DeiTAttention,
+        DeiTEmbeddings,
+        DeiTLayer,
+        DeiTModel,
+        DeiTPreTrainedModel,
+        eager_attention_forward,
+    )
+    from transformers.utils.generic import can_return_tuple
+except ImportError as error:
+    raise ImportError(
+        f"the code of DeiT-LT does not know transformers {transformers.__version__} ({error}); use 5.9 to 5.24, or "
+        "leave trust_remote_code out: the model loads without its own code."
+    ) from error
 
 _WHOLE_OUTPUTS = ("output_hidden_states", "output_attentions")  # what has all tokens of the last block
 

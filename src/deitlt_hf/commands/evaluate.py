@@ -17,6 +17,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from ..hub.mending import mend_folder
 from ..io import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
@@ -110,6 +111,7 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     if args.fused_output is not None:
         fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
         processor.save_pretrained(args.fused_output)
+        mend_folder(args.fused_output)
         print(f"The mean of the heads in {args.fused_output} is the fusion.")
     return accuracies
 

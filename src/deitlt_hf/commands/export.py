@@ -18,6 +18,7 @@ from ..analysis.observe import predict
 from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from ..hub.mending import mend_folder
 from ..hub.onnx import (
     MODEL_FILE,
     QUANTIZED_FILE,
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files["ONNX int8"] = quantize(files["ONNX float32"])
     for path in configurations:
         shutil.copyfile(path, folder / Path(path).name)
+    if configurations:
+        mend_folder(folder)
     if args.recipe is not None:
         forms = {"torch": model} | {name: OnnxClassifier(path) for name, path in files.items()}
         show(compare(forms, args.model, data, data_args))

@@ -106,13 +106,13 @@ def example_images(model: str | PathLike, folder: str | PathLike | None = None) 
 
     Raises:
         FileNotFoundError: If a folder is given and has no images.
+        ValueError: If one of the model folder's is a link to a file elsewhere.
     """
     Image.init()
     types = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     paths = sorted(path for path in Path(folder or Path(model, "examples")).glob("*") if path.suffix.lower() in types)
-    if not folder:  # of a stranger's model, all of whose examples are served
-        for path in paths:
-            check_link(path, model)
+    for path in [] if folder else paths:  # of a model that may be a stranger's, and whose examples are served
+        check_link(path, model)
     if folder and not paths:
         raise FileNotFoundError(f"there are no images in --examples {str(folder)!r}; give a folder that holds some.")
     return paths[:MAX_EXAMPLES]
