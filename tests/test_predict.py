@@ -184,7 +184,7 @@ def test_wrong_input_is_told_in_a_sentence(model, images, tmp_path, arguments, e
 
 
 DEIT = '{"model_type": "deit", "id2label": %s}'
-ODD = ("[1]", "null", "7", '"text"', "{", DEIT % '["a"]', DEIT % '{"a": "b"}')
+ODD = ("[1]", "null", "7", '"text"', "{", "{}", DEIT % '["a"]', DEIT % '{"a": "b"}', DEIT % '{"1": "b"}')
 
 
 @pytest.mark.parametrize("content", ODD)

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..io import atomic_write, one_line, read_json, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
 from .card_facts import CardFacts, code, plain, quoted, table
+from .handler import check_config
 
 CARD_FILE, RESULTS_FILE, CURVES_FILE = "README.md", "results.json", "training_curves.png"
 _PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
@@ -229,24 +230,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model.")
     config = read_json(path)
-    names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
-    is_right = {
-        "model_type": isinstance(config.get("model_type"), str),
-        "id2label": isinstance(names, dict) and sorted(names) == sorted(map(str, range(len(names)))),
-        "class_counts": not counts or _are_whole(counts),
-        "class_groups": isinstance(groups, dict) and all(map(_are_whole, groups.values())),
-        "architectures": isinstance(config.get("architectures") or [], list),
-    }
-    for name, right in is_right.items():
-        if not right:
-            shown = one_line(config.get(name), 60)
-            raise ValueError(f"{path} has a {name} that no model is saved with ({shown}); save the model again.")
+    check_config(config, str(path))
     return config
-
-
-def _are_whole(values: Any) -> bool:
-    """Whether these are numbers of classes, or of their images."""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _signature(body: str) -> str:

@@ -247,18 +247,12 @@ def model_config(path: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If it cannot be had from the Hub, and looks like a mistyped path of a folder.
         OSError: If it cannot be had.
-        ValueError: If it is no object.
+        ValueError: If it is no object, or as [`check_config`].
     """
     try:
         config = PreTrainedConfig.get_config_dict(path)[0]
         if not isinstance(config, dict):
             raise TypeError
-        names = config.get("id2label") or {}
-        if not isinstance(names, dict) or not all(str(label).isdecimal() for label in names):
-            raise ValueError(
-                f"the id2label of {path!r} is {str(names)[:60]}, not names by label; save the model again."
-            )
-        return config
     except TypeError as error:  # also of get_config_dict itself
         raise ValueError(f"the config.json of {path!r} does not hold an object; save the model again.") from error
     except OSError as error:
@@ -268,6 +262,37 @@ def model_config(path: str) -> dict[str, Any]:
                 f"there is no folder {path!r}, and no model of that name could be had from the Hub."
             ) from error
         raise
+    check_config(config, f"the config.json of {path!r}")
+    return config
+
+
+def check_config(config: dict[str, Any], place: str) -> None:
+    """Checks the types of what is read of a configuration beside the model: its type, classes and groups.
+
+    Args:
+        config: Content of a `config.json`.
+        place: What errors call it.
+
+    Raises:
+        ValueError: If a field has another type than models are saved with.
+    """
+    names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
+    is_right = {
+        "model_type": isinstance(config.get("model_type"), str),
+        "id2label": isinstance(names, dict) and {*names} == {str(label) for label in range(len(names))},
+        "class_counts": not counts or _are_whole(counts),
+        "class_groups": isinstance(groups, dict) and all(map(_are_whole, groups.values())),
+        "architectures": isinstance(config.get("architectures") or [], list),
+    }
+    for name, right in is_right.items():
+        if not right:
+            shown = " ".join(str(config.get(name))[:60].split())
+            raise ValueError(f"{place} has a {name} that no model is saved with ({shown}); save the model again.")
+
+
+def _are_whole(values: Any) -> bool:
+    """Whether these are numbers of classes, or of their images."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def load_native(path: str) -> PreTrainedModel:
