@@ -175,7 +175,7 @@ class CardFacts:
         words += ["--data_dir", "DIR"] * bool(self.data.get("local_files"))
         for name, value in self.overrides.items():
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        command = " ".join(shlex.join(words).split())
+        command = _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", " ".join(shlex.join(words).split()))
         return command if len(command) <= LONGEST_COMMAND else None
 
     @property
