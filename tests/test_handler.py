@@ -26,6 +26,7 @@ from timm.models import save_for_hf
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -557,6 +558,16 @@ def test_images_of_several_sizes_get_their_own_answers(tmp_path):
             entry["label"] for entry in expected["predictions"]
         ]
         assert result["predictions"][0]["score"] == pytest.approx(expected["predictions"][0]["score"], abs=1e-6)
+
+
+def test_attention_where_transformers_cannot_switch_it(handler, monkeypatch):
+    """As in 4.41 to 4.53, which many endpoints have; the weights are in memory once there too."""
+    monkeypatch.delattr(PreTrainedModel, "set_attn_implementation")
+    observed, pixels = handler_module._observed(handler.model), torch.randn(2, 3, 8, 8)
+    pairs = zip(handler.model.parameters(), observed.parameters(), strict=True)
+    assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
+    found, expected = (model(pixels, output_attentions=True).attentions for model in (observed, handler._observed))
+    torch.testing.assert_close(found, expected)
 
 
 def test_counts_and_groups_of_other_classes_are_left_out(folder, tmp_path):
