@@ -219,7 +219,7 @@ def check_folder(folder: str | Path) -> None:
 def _places(folder: Path) -> list[Path]:
     """The folders of a push that have a model: its own, and that of the moving average, if there is one."""
     average = folder / "ema"
-    return [folder, average] if (average / "config.json").exists() else [folder]
+    return [folder, average] if (average / "config.json").exists() or weight_files(average) else [folder]
 
 
 def _check_model(folder: Path) -> None:
