@@ -347,7 +347,7 @@ def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Datas
 def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     kept = {}
     for name, split in splits.items():
-        errors = [error for error, _ in decode_all(split)]
+        errors = [found.error for found in decode_all(split)]
         for error in filter(None, errors):
             logger.warning("left out: %s", error)
         kept[name] = split.select([row for row, error in enumerate(errors) if error is None])

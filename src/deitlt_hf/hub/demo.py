@@ -149,7 +149,7 @@ class Explanation:
         Raises:
             ValueError: If it is no image that can be read.
         """
-        picture = read_image(image, "Your image")
+        picture = read_image(image, "Your image", self._handler.background)
         (answer,) = self._answer(picture)
         return self._page.render(
             answer=answer,
