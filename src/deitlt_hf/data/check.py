@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow
 
 from ..io import one_line
-from .images import Decoded, decode_all, source_rows
+from .images import ROWS_A_TASK, Decoded, decode_all, source_rows
 from .loading import subset_hash, training_counts
 from .long_tail import ShotGroups, class_counts
 
@@ -124,11 +123,12 @@ def _tests_of_classes(test: datasets.Dataset, names: list[str]) -> Iterator[str]
 
 def _paths(data: datasets.DatasetDict) -> Iterator[str]:
     """Images without bytes and path, and files that are empty, unreadable, or there twice."""
+    paths = {}
     for split, rows in data.items():
-        empty = source_rows(rows)[_is_empty(_cells(rows))].tolist()
+        paths[split], empty = _stored_paths(rows)
         if empty:
-            yield f"{len(empty):,} {split} images are empty, without bytes and path: rows {_some(map(str, empty))}"
-    paths = {split: _stored_paths(rows) for split, rows in data.items()}
+            numbers = _some(map(str, source_rows(rows)[empty]))
+            yield f"{len(empty):,} {split} images are empty, without bytes and path: rows {numbers}"
     sizes = {path: _size(path) for split in paths.values() for path in split}
     broken = [path for path, size in sizes.items() if size is None]
     if broken:
@@ -153,22 +153,21 @@ def _size(path: str) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) and os.access(path, os.R_OK) else None
 
 
-def _cells(rows: datasets.Dataset) -> pyarrow.StructArray:
+def _stored_paths(rows: datasets.Dataset) -> tuple[list[str], list[int]]:
+    """Paths of the images that are files of their own, and rows that have neither bytes nor a path."""
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False)).with_format("arrow")
-    return images[:].column("image").combine_chunks()
-
-
-def _is_empty(cells: pyarrow.StructArray) -> np.ndarray:
-    has = [cells.field(name).is_valid().to_numpy(zero_copy_only=False) for name in ("bytes", "path")]
-    return ~cells.is_valid().to_numpy(zero_copy_only=False) | ~(has[0] | has[1])
-
-
-def _stored_paths(rows: datasets.Dataset) -> list[str]:
-    """Paths of the images that are files of their own."""
-    cells = _cells(rows)
-    stored = cells.field("bytes").is_valid().to_pylist()
-    paths = zip(cells.field("path").to_pylist(), stored, strict=True)
-    return [path for path, inside in paths if not inside and path is not None]
+    paths, empty = [], []
+    for start, batch in enumerate(images.iter(ROWS_A_TASK)):
+        cells = batch.column("image").combine_chunks()
+        # Flattened, the parts are null where the cell is.
+        parts = dict(zip((field.name for field in cells.type), cells.flatten(), strict=True))
+        found = zip(parts["bytes"].is_valid().to_pylist(), parts["path"].to_pylist(), strict=True)
+        for row, (inside, path) in enumerate(found, start=start * ROWS_A_TASK):
+            if path and not inside:
+                paths.append(path)
+            elif not inside:
+                empty.append(row)
+    return paths, empty
 
 
 def _decode_all(data: datasets.DatasetDict, background: str | None) -> tuple[dict[str, str], list[str]]:

@@ -33,6 +33,7 @@ REDUCING_GAP = 2.0  # a region of a JPEG is decoded no smaller than this many ti
 CACHED_SIDE = 64  # images of at most this side are kept decoded
 CACHE_BYTES = 2**30
 ROWS_A_TASK = 256
+BINARY = ("binary", "large_binary", "binary_view")
 ADVICE = " Repair or remove it, or pass --skip_bad_images."
 
 
@@ -132,6 +133,38 @@ def decoder_versions() -> dict[str, str]:
     """What decodes images, by package: pixels of another decoder, or version, can differ by a few grey levels."""
     packages = ["pillow"] if decode_jpeg is None else ["pillow", "torchvision"]
     return {package: version(package) for package in packages}
+
+
+def holds_images(feature) -> bool:
+    """Whether a column has the type of encoded images: `datasets.Image`, bytes, or a struct of bytes and path."""
+    if isinstance(feature, dict):
+        feature = feature.get("bytes")
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in BINARY
+
+
+def as_image_column(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Gives a column of encoded images, or of their paths, the type `datasets.Image`.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    feature = rows.features[column]
+    if isinstance(feature, datasets.Image):
+        return rows
+    if not holds_images(feature) and getattr(feature, "dtype", "") not in ("string", "large_string"):
+        raise ValueError(
+            f"the column {column!r} has the type {one_line(feature)}, which is not that of images (bytes, or a struct "
+            "of bytes and path) or of their paths; name another with image_column."
+        )
+    if "_view" in str(feature):  # of polars, which pyarrow casts only to bytes and text
+        rows = rows.cast_column(column, _without_views(feature))
+    return rows.cast_column(column, datasets.Image())
+
+
+def _without_views(feature):
+    if isinstance(feature, dict):
+        return {name: _without_views(part) for name, part in feature.items()}
+    return datasets.Value(feature.dtype.removesuffix("_view"))
 
 
 def open_image(image: Mapping[str, Any] | None, place: str = "", background: str | None = None) -> EncodedImage:

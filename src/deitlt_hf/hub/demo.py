@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from ..analysis.figures import COLOURS
-from .handler import FORMATS, EndpointHandler, read_image
+from .handler import EndpointHandler, image_suffixes, read_image
 
 if TYPE_CHECKING:
     import gradio
@@ -106,8 +106,7 @@ def example_images(model: str | PathLike, folder: str | PathLike | None = None) 
     Raises:
         FileNotFoundError: If a folder is given and has no images.
     """
-    Image.init()
-    types = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    types = image_suffixes()
     paths = sorted(path for path in Path(folder or Path(model, "examples")).glob("*") if path.suffix.lower() in types)
     if folder and not paths:
         raise FileNotFoundError(f"there are no images in --examples {str(folder)!r}; give a folder that holds some.")

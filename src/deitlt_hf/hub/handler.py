@@ -38,7 +38,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 MAX_BATCH = 64
 MAX_REQUEST_PIXELS = 2**27  # of all images of a request together, as they are decoded
-REDUCED_FROM = 2**24  # pixels; JPEGs of more are decoded at a fraction of their size
+REDUCED_FROM = 2**24  # pixels; the processor takes eight times their bytes
 MAX_DOWNLOAD = 20 * 2**20  # bytes
 MAX_URL = 8192  # characters
 WAIT = 10  # seconds for each answer of another server
@@ -111,8 +111,8 @@ class EndpointHandler:
         # One after the other: of large images only one is in memory.
         prepared, left = [], MAX_REQUEST_PIXELS
         for name, source in _fetched(inputs):
-            image = read_image(source, name, self.background, left)
-            left -= image.width * image.height
+            image, pixels = _read(source, name, self.background, left)
+            left -= pixels
             prepared.append(self._processed(image))
         return self.classify(prepared, top_k, attention)
 
@@ -500,23 +500,25 @@ def _has_orientation(kind: bytes, content: bytes) -> bool:
 # ---- Reading images ----
 
 
-def read_image(
-    source: ImageSource, name: str, background: str | None = None, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
+def read_image(source: ImageSource, name: str, background: str | None = None) -> Image.Image:
     """Reads an image, upright and in RGB, as in training.
 
-    Of an animation it is the first frame, and 16 bits a channel are scaled to 8. A JPEG of more than 16.8 million
-    pixels is decoded at a half, a quarter or an eighth of its size, so that at least 4.2 million are left.
+    Of an animation it is the first frame, and 16 bits a channel are scaled to 8. An image of more than 16.8 million
+    pixels is reduced to a half, a quarter or an eighth of its sides: of these at least 4.2 million are left.
 
     Args:
         source: A PIL image, the bytes of a file, base64, or an http(s) URL.
         name: What errors call it.
         background: As for [`upright_rgb`].
-        max_pixels: Pixels that are left of what a request may have.
 
     Raises:
         ValueError: If it cannot be read, has more than 89 million pixels, or one side is more than 100 times the other.
     """
+    return _read(source, name, background, MAX_PIXELS)[0]
+
+
+def _read(source: ImageSource, name: str, background: str | None, max_pixels: int) -> tuple[Image.Image, int]:
+    """As [`read_image`], and how many pixels were decoded for it, which is no more than `max_pixels`."""
     if isinstance(source, str):
         source = _download(source, name) if _is_url(source) else _decode(source, name)
     if not isinstance(source, Image.Image | bytes):
@@ -525,25 +527,20 @@ def read_image(
     try:
         image = source if isinstance(source, Image.Image) else open_encoded(source)
         check_size(*image.size)
-        if isinstance(source, bytes):
-            _reduce(image)
-        if image.width * image.height > max_pixels:
+        step = next((step for step in (1, 2, 4) if image.width * image.height <= step**2 * REDUCED_FROM), 8)
+        if step > 1 and isinstance(source, bytes) and image.format in ("JPEG", "MPO"):
+            image.draft(image.mode, (image.width // step, image.height // step))  # which decodes no more than that
+            step = 1
+        pixels = image.width * image.height
+        if pixels > max_pixels:
             raise ValueError(
                 f"with it the images of the request have more than {MAX_REQUEST_PIXELS} pixels; send fewer or smaller"
             )
-        return upright_rgb(image, background)
+        upright = upright_rgb(image, background)
+        return upright if step == 1 else upright.reduce(step), pixels
     except Exception as error:  # a damaged file can raise anything
         what = " ".join(str(error)[:1000].split()).rstrip(".")[:300] or type(error).__name__
         raise ValueError(f"{name} cannot be read as an image: {what}.") from error
-
-
-def _reduce(image: Image.Image) -> None:
-    """Lets a large JPEG be decoded at a fraction of its size, which takes less time and memory."""
-    step = 1
-    while image.width * image.height > step**2 * REDUCED_FROM and step < 8:
-        step *= 2
-    if image.format in ("JPEG", "MPO") and step > 1:
-        image.draft(image.mode, (image.width // step, image.height // step))
 
 
 def _decode(text: str, name: str) -> bytes:
