@@ -188,7 +188,7 @@ def _decode_all(data: datasets.DatasetDict, background: str | None) -> tuple[dic
     transparent = sum(result.is_transparent for result in whole)
     flat = sum(result.is_flat for result in whole)
     if transparent:
-        how = "left out: give --background" if background is None else f"over {background}"
+        how = "left out; --background white shows what it hides" if background is None else f"over {background}"
         lines["transparency"] = f"in {transparent:,} images, {how}"
     if flat:
         of_these = sum(result.is_flat and result.is_transparent for result in whole)

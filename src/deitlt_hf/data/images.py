@@ -85,12 +85,13 @@ class EncodedImage:
             return pixels
 
     def traits(self) -> tuple[bool, bool]:
-        """Whether it is transparent somewhere or may be, and whether it has several frames."""
+        """Whether the decoded image is transparent somewhere, and whether it has several frames."""
         try:
             several = getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"  # with its previews
         except Exception:  # of a damaged second frame, which is not read
             several = True
-        return is_transparent(self._opened), several
+        alpha = self._opened.getchannel("A").getextrema() if "A" in self._opened.getbands() else (0, 0)
+        return is_transparent(self._opened) and alpha[0] < 255, several
 
     def decode_region(self, region: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray | None:
         """Decodes a JPEG at a fraction of its size and resizes a region of it, if that is much smaller.
