@@ -1,11 +1,13 @@
 """`deitlt data check` and `show`, as a user runs them."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
@@ -73,7 +75,7 @@ def test_check_names_what_is_wrong(tmp_path):
         "3 of 10 train images: cannot read the image",
         "it has no bytes",
         "truncated",
-        "it has more than 178956970 pixels",
+        "its pixels are more than 89478485",
         "2 images have the same bytes in training and testing",
         "deitlt train-teacher: an epoch has 10 images, fewer than one batch of 64 (1 process(es) x 64); lower",
         "deitlt distill: repeated augmentation draws rounds of 256 images, but the training set has only 10; pass",
@@ -285,7 +287,7 @@ def test_a_deep_check_of_files_with_many_names(tmp_path):
             save_image(tmp_path / split / name / "ein Bild.png", len(name + split))
     (tmp_path / "train" / "冬" / "schlecht.png").write_bytes(b"x")
     output = run("check", "--recipe", "image_folder", "--data_dir", tmp_path, "--deep", code=1)
-    assert "schlecht.png: it is of no known format" in " ".join(output.split())
+    assert "schlecht.png: it is damaged, or of none of the formats" in " ".join(output.split())
     assert "largest class    冬: 2" in output
 
 
@@ -295,4 +297,33 @@ def test_check_names_broken_links(tmp_path):
             save_image(tmp_path / split / name / "0.png", len(split + name))
     (tmp_path / "train" / "cat" / "1.png").symlink_to(tmp_path / "nowhere.png")
     output = run("check", "--recipe", "image_folder", "--data_dir", tmp_path, code=1)
-    assert "1 files cannot be opened (broken links?)" in output
+    assert "1 files cannot be read (broken links" in output
+
+
+def test_check_counts_what_is_not_seen(tmp_path):
+    """Empty cells stop a run. Transparency, flat images and frames do not, but a user wants to know of them."""
+    clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4))
+    flat = Image.new("RGBA", (8, 8), (0, 0, 0, 255))
+    flat.putpixel((3, 3), (0, 0, 0, 0))
+    frames = io.BytesIO()
+    clear.convert("RGB").save(frames, "GIF", save_all=True, append_images=[flat.convert("RGB")])
+    cells = []
+    for image in (clear, flat):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        cells.append({"bytes": file.getvalue()})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [*cells, *cells, {"bytes": frames.getvalue()}, None], "label": [0, 1] * 3}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    command = ("check", "--recipe", "image_folder", "--data_dir", tmp_path, "--deep")
+    for options, shown, flat_images in (
+        ((), "left out; --background white shows what it hides", 4),
+        (("--background", "white"), "over #ffffff", 0),
+    ):
+        output = " ".join(run(*command, *options, code=1).split())
+        assert "1 train images are empty, without bytes and path: rows 5" in output
+        assert "1 of 6 train images: row 5 of the column image is empty" in output
+        assert f"transparency in 8 images, {shown}" in output
+        assert ("one flat colour" in output) == bool(flat_images)
+        assert "several frames in 2 images" in output

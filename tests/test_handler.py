@@ -38,7 +38,7 @@ from transformers import (
 from conftest import make_student
 from deitlt_hf import FlatTeacherConfig
 from deitlt_hf.analysis.attention import attention_rollout
-from deitlt_hf.data import image_processor
+from deitlt_hf.data import image_processor, image_rule
 from deitlt_hf.data.images import decode_image
 from deitlt_hf.hub import handler as handler_module
 from deitlt_hf.hub.handler import EndpointHandler, add_handler, read_image
@@ -395,7 +395,7 @@ def png_header(width, height):
     ("data", "sentence"),
     [
         (png_header(10_000, 10_000), "its 10000 x 10000 pixels are more than 89478485"),
-        (png_header(100_000, 100_000), "decompression bomb"),
+        (png_header(100_000, 100_000), "its pixels are more than 89478485"),
         (encoded(Image.new("L", (1010, 10))), "of its 1010 x 10 pixels one side is more than 100 times the other"),
         (encoded(image_of(1, (64, 64)), "JPEG")[:-800], "truncated"),
         (encoded(image_of(1, (64, 64)))[:-800], "truncated"),
@@ -407,6 +407,41 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(handler, data, sentence):
     with pytest.raises(ValueError, match=rf"^inputs cannot be read as an image: .*({sentence})") as refusal:
         handler({"inputs": data})
     assert "\n" not in str(refusal.value)
+
+
+def test_the_rule_of_what_an_image_is_has_one_text():
+    """The handler travels alone, so it has a copy of the rule that the package reads images by."""
+    beginning = "# Not all that Pillow reads"
+    rule = Path(image_rule.__file__).read_text()
+    assert rule[rule.index(beginning) :].strip() in Path(handler_module.__file__).read_text()
+
+
+def test_a_request_has_a_limit_of_pixels(handler, monkeypatch):
+    """Of a PNG of few bytes each image can have 89 million; no more is decoded than a request may have."""
+    monkeypatch.setattr(handler_module, "MAX_REQUEST_PIXELS", 1000)
+    decoded = []
+    upright_rgb = handler_module.upright_rgb
+    monkeypatch.setattr(handler_module, "upright_rgb", lambda *args: (decoded.append(1), upright_rgb(*args))[1])
+    images = [encoded(Image.new("RGB", (20, 20)))] * 3
+    assert len(handler({"inputs": images[:2]})) == 2
+    decoded.clear()
+    with pytest.raises(ValueError, match=r"^inputs\[2\] cannot be read .* than 1000 pixels; send fewer or smaller\.$"):
+        handler({"inputs": images})
+    assert len(decoded) == 2
+    assert handler({"inputs": images[0]})
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_large_images_are_reduced(monkeypatch, kind):
+    """The processor would take eight times their bytes; what it makes of them stays nearly the same."""
+    image = image_of(3, (8, 6)).resize((800, 600), Image.BICUBIC)
+    data = encoded(image, kind)
+    whole = read_image(data, "inputs")
+    monkeypatch.setattr(handler_module, "REDUCED_FROM", 800 * 600 // 4 - 1)
+    reduced = read_image(data, "inputs")
+    assert (whole.size, reduced.size) == ((800, 600), (200, 150))
+    views = [np.asarray(image.resize((40, 30), Image.BICUBIC)).astype(int) for image in (whole, reduced)]
+    assert np.abs(views[0] - views[1]).mean() < 1
 
 
 # ---- URLs ----

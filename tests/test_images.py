@@ -1,6 +1,7 @@
 """Images as they come: each kind is decoded, or refused in one sentence that names it."""
 
 import io
+import os
 import random
 import struct
 import subprocess
@@ -9,12 +10,24 @@ import zlib
 
 import datasets
 import numpy as np
+import PIL
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
+from transformers import AutoImageProcessor
 
+from deitlt_hf import (
+    FlatTeacherConfig,
+    FlatTeacherForImageClassification,
+    FlatTeacherTrainer,
+    FlatTeacherTrainingArguments,
+)
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, load_long_tailed, train_transform
-from deitlt_hf.data.images import EncodedImage, decode_image
+from deitlt_hf.data.images import EncodedImage, decode_image, decoder_versions
+from deitlt_hf.data.loading import standard_columns
+from deitlt_hf.hub.predict import load_classifier
 
 RANDOM = np.random.RandomState(0)
 
@@ -81,18 +94,6 @@ def test_sixteen_bits_are_scaled(dtype, kind):
     assert np.abs(pixels[..., 0] - values / 257).max() <= 0.5
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_photographs_on_their_side(orientation, kind):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(picture(), kind, exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    image = EncodedImage(data, "photo")
-    assert image.size == upright.size
-    assert difference(image.decode(), upright).max() == 0
-
-
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_first_frame_of_an_animation(kind):
     frames = [Image.new("RGB", (20, 10), color) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
@@ -123,12 +124,12 @@ def cut(kind):
     ("data", "message"),
     [
         (b"", "it has no bytes"),
-        (b"<html>404 not found</html>", "it is of no known format"),
+        (b"<html>404 not found</html>", "of none of the formats AVIF"),
         (cut("JPEG"), "incomplete or truncated"),
         (cut("PNG"), "truncated"),
         (cut("WEBP"), "(decod|truncated|read)"),
         (cut("GIF"), "truncated"),
-        (bomb(), "it has more than 178956970 pixels"),
+        (bomb(), "its pixels are more than 89478485"),
         (bomb(9_500), "its 9500 x 9500 pixels are more than 89478485"),
         (encoded(Image.fromarray(RANDOM.rand(4, 4).astype(np.float32)), "TIFF"), "floating-point numbers, whose range"),
         (encoded(Image.fromarray(np.full((4, 4), -7, np.int32)), "TIFF"), "values from -7 to -7 do not fit 16 bits"),
@@ -258,7 +259,7 @@ def test_small_images_are_decoded_once(monkeypatch):
     dataset = ImageDataset(data, "image", "label")
     opened = []
     open_image = module.open_image
-    monkeypatch.setattr(module, "open_image", lambda image: (opened.append(1), open_image(image))[1])
+    monkeypatch.setattr(module, "open_image", lambda *args: (opened.append(1), open_image(*args))[1])
     passes = [[dataset[row]["image"].copy() for row in range(6)] for _ in range(3)]
     assert len(opened) == 6 + 2  # the one of another size, each time
     for first, second in zip(*passes[:2], strict=True):
@@ -285,3 +286,253 @@ def test_orientation_that_is_text():
     data = encoded(picture(), "JPEG", exif=exif)
     assert Image.open(io.BytesIO(data)).getexif()[0x0112] == "top"
     assert decode(data).shape == (48, 64, 3)
+
+
+# ---- One rule of what an image is ----
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO", "GIF", "BMP", "JPEG2000", "PPM"])
+def test_the_size_is_that_of_the_decoded_image(kind):
+    """Pillow's readers of TIFF turn an image by themselves, others do not; crops are chosen by the size."""
+    for orientation in range(1, 9):
+        for size, mode in (((33, 64), "RGB"), ((7, 5), "RGB"), ((40, 3), "L")):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = encoded(picture(*size).convert(mode), kind, exif=exif)
+            upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+            image = EncodedImage(data, "photo")
+            assert image.size == upright.size
+            assert difference(image.decode(), upright).max() == 0
+            train_transform(image_processor(8))(EncodedImage(data, "photo"))
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg"])
+def test_regions_of_a_turned_tiff(compression):
+    """Of a camera's TIFF on its side, the transform saw crops of another shape than it chose."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(picture(400, 300), "TIFF", exif=exif, compression=compression)
+    transform = train_transform(image_processor(32), auto_augment=None, random_erasing=0)
+    for seed in range(10):
+        results = []
+        for image in (EncodedImage(data, "photo"), EncodedImage(data, "photo").decode()):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            results.append(transform(image))
+        assert torch.equal(*results)
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+LARGE = zlib.compress(bytes(3 * 2**20))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (chunk(b"iCCP", b"name\0\0" + LARGE), b""),
+        (chunk(b"zTXt", b"key\0\0" + LARGE), b""),
+        (b"", chunk(b"zTXt", b"key\0\0" + LARGE)),
+        (chunk(b"iTXt", b"key\0\1\0\0\0" + LARGE), b""),
+        (chunk(b"zTXt", b"Raw profile type exif\0\0" + LARGE), b""),
+        (chunk(b"zTXt", b"key\0\7"), b""),
+        (chunk(b"tEXt", b"key\0text")[:-1] + b"?", b""),
+        (chunk(b"pHYs", b""), b""),
+        (chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"), b""),
+    ],
+    ids=["profile", "text", "text after", "utf-8", "exif", "method", "checksum", "density", "damaged exif"],
+)
+def test_a_png_whose_pixels_are_whole_is_read(before, after):
+    """Pillow refuses images for texts and profiles that are large or damaged."""
+    image = picture()
+    whole = encoded(image)
+    assert difference(decode(whole[:33] + before + whole[33:-12] + after + whole[-12:]), image).max() == 0
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_orientation_in_a_text_of_a_png_counts(compressed):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>', zip=compressed)
+    data = encoded(picture(), pnginfo=texts)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert upright.size == (48, 64)
+    assert difference(decode(data), upright).max() == 0
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0rubbish", b"Exif\0\0MM\0*\xff\xff\xff\xff"])
+def test_damaged_exif_says_nothing(exif):
+    data = encoded(picture(), "JPEG", exif=exif)
+    assert difference(decode(data), Image.open(io.BytesIO(data))).max() == 0
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF"])
+def test_formats_that_are_not_listed_are_not_opened(kind):
+    with pytest.raises(ValueError, match="of none of the formats AVIF, BMP"):
+        decode(encoded(picture(), kind))
+
+
+@pytest.mark.parametrize("size", [(1000, 1), (1, 101)])
+def test_a_line_of_pixels_is_refused(size):
+    with pytest.raises(ValueError, match="one side is more than 100 times the other"):
+        decode(encoded(Image.new("RGB", size)))
+
+
+def see_through(mode):
+    """An image of every transparency, and how it is to be saved."""
+    image = picture(16, 16).convert("RGBA")
+    image.putalpha(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))
+    options = {"P": {"transparency": bytes(range(256))}, "L": {"transparency": 7}, "RGB": {"transparency": (1, 2, 3)}}
+    return image.convert(mode), options.get(mode, {})
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_a_background_shows_through(mode, recwarn):
+    """And without one the pixels are those of transformers' pipeline; Pillow's warning of palettes does not come."""
+    image, options = see_through(mode)
+    data = encoded(image, **options)
+    opened = Image.open(io.BytesIO(data)).convert("RGBA")
+    red = Image.alpha_composite(Image.new("RGBA", image.size, "red"), opened)
+    assert difference(decode_image({"bytes": data, "path": None}, "red"), red).max() == 0
+    pixels = decode(data)
+    assert not [warning for warning in recwarn if "Palette" in str(warning.message)]
+    assert difference(pixels, Image.open(io.BytesIO(data))).max() == 0
+
+
+def test_a_background_of_sixteen_bits():
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    data = encoded(Image.fromarray(values), transparency=77 * 257)
+    pixels = decode_image({"bytes": data, "path": None}, "white")
+    assert np.array_equal(pixels[..., 0], np.where(np.arange(256) == 77, 255, np.arange(256)).reshape(16, 16))
+
+
+@pytest.mark.parametrize("text", ["whitish", "#12", "", "12,13"])
+def test_an_unknown_background_is_refused(text):
+    with pytest.raises(ValueError, match="background must be a colour such as white"):
+        image_processor(8, background=text)
+
+
+def test_a_background_is_kept_with_the_processor(tmp_path):
+    image_processor(8, background="white").save_pretrained(tmp_path)
+    assert AutoImageProcessor.from_pretrained(tmp_path).background == "#ffffff"
+    assert not hasattr(image_processor(8), "background")
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, message in ((tmp_path / "pipe.png", "not a file"), (tmp_path, "not a file"), ("/dev/zero", "not a file")):
+        with pytest.raises(ValueError, match=f"cannot read the image {path}: it is {message}"):
+            decode_image({"bytes": None, "path": str(path)})
+
+
+def test_an_empty_cell_is_named_by_its_row(tmp_path, caplog):
+    rows = rows_of([{"bytes": encoded(picture(100, 80))} if row != 5 else None for row in range(12)])
+    rows.save_to_disk(str(tmp_path))
+    data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.25)
+    split, place = next(
+        (split, rows["source_index"].index(5)) for split, rows in data.items() if 5 in rows["source_index"]
+    )
+    with pytest.raises(ValueError, match="row 5 of the column image is empty"):
+        ImageDataset(data[split], "image", "label")[place]
+    skipped = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.25, skip_bad_images=True)
+    assert sum(map(len, skipped.values())) == 11
+    assert "row 5 of the column image is empty" in caplog.text
+    assert "left out 1 unreadable images" in caplog.text
+
+
+def test_a_broken_image_of_a_data_set_is_named_by_its_row():
+    rows = rows_of([{"bytes": encoded(picture(100, 80))}, {"bytes": b"rubbish" * 1000, "path": "a.png"}])
+    with pytest.raises(ValueError, match=r"a\.png \(row 1 of the column image\): it is damaged") as error:
+        ImageDataset(rows, "image", "label")[1]
+    assert len(str(error.value)) < 400
+
+
+def test_what_decodes_is_named():
+    assert decoder_versions()["pillow"] == PIL.__version__
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+        pyarrow.struct([("path", pyarrow.large_string()), ("bytes", pyarrow.large_binary())]),
+        pyarrow.struct([("bytes", pyarrow.binary_view())]),
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.binary_view(),
+        pyarrow.string(),
+        pyarrow.large_string(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("column", ["image", "picture"])
+def test_tables_of_other_libraries_are_read(tmp_path, kind, column):
+    """Without the metadata of datasets, a column of images has no type of its own."""
+    data = encoded(picture())
+    (tmp_path / "a.png").write_bytes(data)
+    is_path = str(kind).removeprefix("large_") == "string"
+    cell = "a.png" if is_path else {"bytes": data, "path": "a.png"} if pyarrow.types.is_struct(kind) else data
+    if pyarrow.types.is_struct(kind) and kind.get_field_index("path") < 0:
+        cell = {"bytes": data}
+    table = pyarrow.table({column: pyarrow.array([cell] * 8, kind), "label": ["a", "b"] * 4})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    named = {"image_column": column, "label_column": "label"} if is_path and column == "picture" else {}
+    splits = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.25, **named)
+    assert difference(ImageDataset(splits["test"], "image", "label")[0]["image"], picture_of(data)).max() == 0
+
+
+def picture_of(data):
+    return Image.open(io.BytesIO(data))
+
+
+def test_a_column_of_something_else_is_refused():
+    rows = datasets.Dataset.from_dict({"image": [1, 2], "label": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"'image' has the type .*int64.* not that of images"):
+        standard_columns(datasets.DatasetDict(train=rows), "image", "label")
+
+
+def test_files_that_are_no_images_are_counted(tmp_path, caplog):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for name in ("a.png", "b.png"):
+            (tmp_path / label / name).write_bytes(encoded(picture()))
+        for name in ("a.HEIC", "b.heic", "c.eps", "nothing", ".hidden"):
+            (tmp_path / label / name).write_bytes(b"x")
+    (tmp_path / "loose.png").write_bytes(encoded(picture()))
+    data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
+    assert sum(map(len, data.values())) == 4
+    assert "files that are not read: 4 .heic, 2 without a suffix, 2 .eps" in caplog.text
+    assert "1 images are in no class folder" in caplog.text
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "a.png").write_bytes(encoded(picture()))
+    with open(os.fsencode(tmp_path) + b"/dog/caf\xe9.png", "wb") as file:
+        file.write(encoded(picture()))
+    with pytest.raises(ValueError, match=r"caf\\xe9\.png' is not UTF-8; rename it"):
+        load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
+
+
+@pytest.mark.parametrize("background", [None, "#00ff00"])
+def test_training_evaluation_and_serving_see_the_same_background(tmp_path, background):
+    """The processor carries it from the trainer to the saved folder, and from there to whatever answers."""
+    image = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    rows = rows_of([{"bytes": encoded(image)}] * 8)
+    trainer = FlatTeacherTrainer(
+        model=FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=2)),
+        args=FlatTeacherTrainingArguments(
+            output_dir=str(tmp_path), warmup_epochs=0, per_device_train_batch_size=4, report_to=[], use_cpu=True
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=image_processor(8, mean=(0, 0, 0), std=(1, 1, 1), background=background),
+    )
+    colour = [200, 0, 0] if background is None else [0, 255, 0]
+    assert trainer.train_dataset._image(0)[0, 0].tolist() == colour
+    assert trainer.eval_dataset[0]["image"][0, 0].tolist() == colour
+    trainer.save_model()
+    shown = load_classifier(str(tmp_path)).prepare(encoded(image), "image")
+    assert shown[0, :, 0, 0].tolist() == pytest.approx([value / 255 for value in colour])

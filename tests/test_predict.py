@@ -305,6 +305,17 @@ def test_patterns_and_files_are_found_in_the_order_of_the_command_line(images):
     assert found[1:-1] == sorted(map(str, images.rglob("[!.]*.png")))
 
 
+def test_files_that_are_no_images_are_counted(model, images, tmp_path, capsys):
+    shutil.copy(images / "b.png", tmp_path)
+    for name in ("a.heic", "b.HEIC", "c"):
+        (tmp_path / name).write_bytes(b"x")
+    main(["--model", model, str(tmp_path)])
+    assert "warning: files that are not read: 2 .heic, 1 without a suffix" in capsys.readouterr().err
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"no images in .*files that are not read: 2 \.heic"):
+        main(["--model", model, str(tmp_path)])
+
+
 def test_files_are_taken_a_batch_at_a_time(model, images):
     """As many files as there are must fit: the next are opened only when the last have been answered."""
     taken = []

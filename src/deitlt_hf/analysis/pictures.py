@@ -13,7 +13,7 @@ from torch import nn
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import training_counts
-from ..data.transforms import ImageFormat
+from ..data.transforms import ImageFormat, model_processor
 from ..io import check_can_be_folder
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
@@ -50,7 +50,9 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "classes.png", folder / "images.png"]
         _draw_classes(pyplot, data["train"], groups, recipe, files[0])
-        _draw_images(pyplot, _training_images(recipe, data, groups, model_args, args), recipe, files[1])
+        _draw_images(
+            pyplot, _training_images(recipe, data, groups, model_args, args, data_args.background), recipe, files[1]
+        )
     return files
 
 
@@ -113,7 +115,9 @@ class _Onlooker(nn.Module):
         return SimpleNamespace(logits=torch.zeros(len(pixel_values), self.config.num_labels))
 
 
-def _training_images(recipe: str, data, groups, model_args: StudentArguments, args) -> dict[str, tuple]:
+def _training_images(
+    recipe: str, data, groups, model_args: StudentArguments, args, background: str | None
+) -> dict[str, tuple]:
     """Rows of images in [0, 1] and of captions, made by the trainer itself."""
     names = data["train"].features["label"].names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
@@ -127,7 +131,13 @@ def _training_images(recipe: str, data, groups, model_args: StudentArguments, ar
     values = {key: value for key, value in load_recipe(recipe)["teacher"].items() if key in known}
     teacher = _Onlooker(TeacherArguments(**values).config("ce", **labels))
     trainer = DeiTLTTrainer(
-        model=student, teacher=teacher, args=args, train_dataset=data["train"], eval_dataset=data["test"], groups=groups
+        model=student,
+        teacher=teacher,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        groups=groups,
+        processing_class=model_processor(student.config, args.image_resize, background),
     )
     rows = {}
     drw = args.drw_start_epoch

@@ -117,8 +117,8 @@ def analyze(
     Raises:
         ValueError: If the model has no attention over patches.
     """
-    dataset = ImageDataset(data["test"], "image", "label")
     collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
+    dataset = ImageDataset(data["test"], "image", "label", background=collate.background)
     observed = observe(model, dataset, collate, num_images, label_order=label_order)
     names = data["test"].features["label"].names
     found, intervals, per_class = {}, {}, {}
@@ -151,7 +151,7 @@ def analyze(
         findings["teacher_agreement"] = agreement
     pictures += _of_tokens(observed, groups, findings)
     if sharpness_images > 0:
-        train = ImageDataset(data["train"], "image", "label")
+        train = ImageDataset(data["train"], "image", "label", background=collate.background)
         images = images_of_groups(model, train, collate, groups, sharpness_images, label_order)
         pictures.append(_of_weights(model, images, findings))
     pictures += _of_images(model, observed, dataset, collate, names, groups)

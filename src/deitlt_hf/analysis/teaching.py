@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from ..data.transforms import model_processor
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
@@ -57,7 +58,8 @@ def teacher_agreement(
         # Copies of an image would tell nothing more, and need a round of them.
         command_line += ["--repeated_augmentation", "1"]
         _, _, _, args = parse_arguments("student", classes, command_line)
-        settings = results_of(model.name_or_path).get("settings", {})
+        record = results_of(model.name_or_path)
+        settings, background = record.get("settings", {}), record.get("data", {}).get("background")
         for name in _SHOWN:
             setattr(args, name, settings.get(name, getattr(args, name)))
         teaches, processor = load_classifier(teacher), None
@@ -71,6 +73,7 @@ def teacher_agreement(
             train_dataset=data["train"],
             eval_dataset=data["test"].select(spread_rows(len(data["test"]), num_batches * args.eval_batch_size)),
             groups=groups,
+            processing_class=model_processor(model.config, args.image_resize, background),
         )
         shares = {}
         for name, loader in (

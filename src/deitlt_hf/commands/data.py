@@ -53,7 +53,7 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     file = None if counts_file is None else check_file("--counts", counts_file)
     kind, source = arguments.source()
     data = arguments.load(source)
-    report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep)
+    report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep, arguments.background)
     report.problems.extend(training_problems(name, argv, len(data["train"])))
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for label, text in report.lines.items():

@@ -84,13 +84,13 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     if data_args.streaming:
         raise ValueError("fusions are fitted on the training images at hand; leave --streaming out.")
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoImageProcessor.from_pretrained(path)
+    collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
     data = data_args.load()
     check_class_order(data["train"].features["label"].names, model.config, f"model {path}")
     counts, groups = training_counts(data["train"]), data_args.groups(data)
     fitted = data["train"].select(balanced_rows(data["train"]["label"][:]))
     seen = {
-        split: predict(model, ImageDataset(images, "image", "label"), ImageCollator(processor))
+        split: predict(model, ImageDataset(images, "image", "label", background=collate.background), collate)
         for split, images in (("train", fitted), ("test", data["test"]))
     }
     if "cls" not in seen["test"][1]:
@@ -110,7 +110,7 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     show(ExpertTable("fusions, fitted on the training images", accuracies, groups, tested))
     if args.fused_output is not None:
         fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
-        processor.save_pretrained(args.fused_output)
+        collate.image_processor.save_pretrained(args.fused_output)
         mend_folder(args.fused_output)
         print(f"The mean of the heads in {args.fused_output} is the fusion.")
     return accuracies

@@ -51,7 +51,8 @@ def compare(networks: Mapping[str, nn.Module], path: str, data: Mapping, data_ar
     collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
     accuracies = {}
     for name, network in networks.items():
-        labels, logits = predict(network, ImageDataset(data["test"], "image", "label"), collate)
+        images = ImageDataset(data["test"], "image", "label", background=collate.background)
+        labels, logits = predict(network, images, collate)
         for expert, values in logits.items():
             accuracies[f"{name}: {expert}"] = group_accuracies(values.argmax(axis=1), labels, groups)
     counts = class_counts(labels, data["test"].features["label"].num_classes).tolist()

@@ -11,13 +11,16 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from ..data.files import not_read
 from ..hub.predict import find_images, load_classifier, predict_images
+from ..io import one_line
 from ..training.report import quiet_log
 from .parser import command_parser
 
@@ -33,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("standard output is closed; results that nobody wants can go to /dev/null.")
     if min(args.top_k, args.batch_size) < 1:
         raise ValueError("--top_k and --batch_size must be 1 or more.")
-    paths = find_images(args.images)
+    others = Counter()
+    paths = find_images(args.images, others)
     total = None
     if "-" not in args.images:  # others than standard input are listed first, to know how many there are
         paths = list(paths)
@@ -41,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paths = iter(paths)
     first = next(paths, None)
     if first is None:
-        raise ValueError(f"no images in {', '.join(map(repr, args.images))}; give files, or folders with images.")
+        found = f" ({not_read(others)})" if others else ""
+        raise ValueError(
+            f"no images in {one_line(', '.join(map(repr, args.images)))}; give files, or folders with images{found}."
+        )
     try:
         is_complete = _classify(args, itertools.chain([first], paths), total)
     except BrokenPipeError:  # who reads the results, `head` for one, has enough of them
@@ -50,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; the results so far are printed.", file=sys.stderr)
         sys.exit(130)
+    if others:
+        print(f"warning: {not_read(others)}.", file=sys.stderr)
     if not is_complete:
         sys.exit(1)
 

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))
         data = data_args.load()
         names = data["train"].features["label"].names
-        dataset = ImageDataset(data["train"], "image", "label")
+        dataset = ImageDataset(data["train"], "image", "label", background=collate.background)
         measured = sharpness_of_groups(
             model,
             dataset,

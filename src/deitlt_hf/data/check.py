@@ -1,16 +1,18 @@
 """Tells in seconds what a data set holds, what is missing and, on request, which images cannot be decoded."""
 
 import os
+import stat
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 
-from .images import decode_all
+from ..io import one_line
+from .images import ROWS_A_TASK, Decoded, decode_all, source_rows
 from .loading import subset_hash, training_counts
 from .long_tail import ShotGroups, class_counts
 
@@ -49,6 +51,7 @@ def check_data(
     data: Mapping[str, datasets.Dataset],
     groups: ShotGroups,
     deep: bool = False,
+    background: str | None = None,
 ) -> Report:
     """Looks at a data set.
 
@@ -59,6 +62,7 @@ def check_data(
         data: `train` and `test` as they are trained on.
         groups: Head, mid and tail.
         deep: Decode every image, on all cores, and look for images that are for training and for testing.
+        background: Colour that shows through transparent pixels.
 
     Returns:
         What it is; without problems it can be trained on.
@@ -90,9 +94,9 @@ def check_data(
         return Report(lines, problems)
     problems += _paths(data)
     if deep:
-        text, found = _decode_all(data)
-        lines["decoded"] = text
-        problems += found
+        found, wrong = _decode_all(data, background)
+        lines |= found
+        problems += wrong
     return Report(lines, problems)
 
 
@@ -118,12 +122,17 @@ def _tests_of_classes(test: datasets.Dataset, names: list[str]) -> Iterator[str]
 
 
 def _paths(data: datasets.DatasetDict) -> Iterator[str]:
-    """Files that are empty, or there twice."""
-    paths = {split: _stored_paths(rows) for split, rows in data.items()}
+    """Images without bytes and path, and files that are empty, unreadable, or there twice."""
+    paths = {}
+    for split, rows in data.items():
+        paths[split], empty = _stored_paths(rows)
+        if empty:
+            numbers = _some(map(str, source_rows(rows)[empty]))
+            yield f"{len(empty):,} {split} images are empty, without bytes and path: rows {numbers}"
     sizes = {path: _size(path) for split in paths.values() for path in split}
     broken = [path for path, size in sizes.items() if size is None]
     if broken:
-        yield f"{len(broken):,} files cannot be opened (broken links?): {_some(broken)}"
+        yield f"{len(broken):,} files cannot be read (broken links, no permission, no files?): {_some(broken)}"
     empty = [path for path, size in sizes.items() if size == 0]
     if empty:
         yield f"{len(empty):,} files are empty: {_some(empty)}"
@@ -136,34 +145,60 @@ def _paths(data: datasets.DatasetDict) -> Iterator[str]:
 
 
 def _size(path: str) -> int | None:
+    """Bytes of a file; None if it cannot be read, or is a folder, a pipe or a device."""
     try:
-        return os.path.getsize(path)
-    except OSError:
+        found = os.stat(path)
+    except (OSError, ValueError):
         return None
+    return found.st_size if stat.S_ISREG(found.st_mode) and os.access(path, os.R_OK) else None
 
 
-def _stored_paths(rows: datasets.Dataset) -> list[str]:
-    """Paths of the images that are files of their own."""
+def _stored_paths(rows: datasets.Dataset) -> tuple[list[str], list[int]]:
+    """Paths of the images that are files of their own, and rows that have neither bytes nor a path."""
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False)).with_format("arrow")
-    column = images[:].column("image").combine_chunks()
-    stored = column.field("bytes").is_valid().to_pylist()
-    return [path for path, inside in zip(column.field("path").to_pylist(), stored, strict=True) if not inside]
+    paths, empty = [], []
+    for start, batch in enumerate(images.iter(ROWS_A_TASK)):
+        cells = batch.column("image").combine_chunks()
+        # Flattened, the parts are null where the cell is.
+        parts = dict(zip((field.name for field in cells.type), cells.flatten(), strict=True))
+        found = zip(parts["bytes"].is_valid().to_pylist(), parts["path"].to_pylist(), strict=True)
+        for row, (inside, path) in enumerate(found, start=start * ROWS_A_TASK):
+            if path and not inside:
+                paths.append(path)
+            elif not inside:
+                empty.append(row)
+    return paths, empty
 
 
-def _decode_all(data: datasets.DatasetDict) -> tuple[str, list[str]]:
+def _decode_all(data: datasets.DatasetDict, background: str | None) -> tuple[dict[str, str], list[str]]:
     started, problems, seen = time.perf_counter(), [], {}
+    whole: list[Decoded] = []
     for split, rows in data.items():
-        results = decode_all(rows)
-        bad = [error for error, _ in results if error is not None]
+        results = decode_all(rows, background)
+        whole += [result for result in results if result.error is None]
+        bad = [result.error for result in results if result.error is not None]
         if bad:
             problems.append(f"{len(bad):,} of {len(rows):,} {split} images: {'; '.join(bad[:NAMED])}")
-        seen[split] = [digest for error, digest in results if error is None]
+        seen[split] = [result.digest for result in results if result.error is None]
     both = len(set(seen["train"]) & set(seen["test"]))
     if both:
         problems.append(f"{both:,} images have the same bytes in training and testing")
     total = sum(map(len, data.values()))
-    return f"{total:,} images, {total / (time.perf_counter() - started):,.0f} a second", problems
+    lines = {"decoded": f"{total:,} images, {total / (time.perf_counter() - started):,.0f} a second"}
+    transparent = sum(result.is_transparent for result in whole)
+    flat = sum(result.is_flat for result in whole)
+    if transparent:
+        how = "left out; --background white shows what it hides" if background is None else f"over {background}"
+        lines["transparency"] = f"in {transparent:,} images, {how}"
+    if flat:
+        of_these = sum(result.is_flat and result.is_transparent for result in whole)
+        lines["one flat colour"] = f"{flat:,} images, {of_these:,} of them with transparency"
+    frames = sum(result.has_frames for result in whole)
+    if frames:
+        lines["several frames"] = f"in {frames:,} images, of which the first is read"
+    return lines, problems
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Iterable[str]) -> str:
+    names = [one_line(name) for name in names]
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")

@@ -7,21 +7,23 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
-from PIL import Image
 
-from ..io import file_errors
+from ..io import MAX_QUOTED, file_errors, one_line
+from .image_rule import FORMATS, image_suffixes
 
 logger = logging.getLogger(__name__)
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "validation", "valid", "val", "eval", "dev")
 MISSING_NAMED = 3
+KINDS_NAMED = 8
 
 
 class Split(NamedTuple):
@@ -32,6 +34,9 @@ class Split(NamedTuple):
 
     def dataset(self, names: Sequence[str]) -> datasets.Dataset:
         """Makes the data set, without looking into the files."""
+        for path in self.paths:
+            if not path.isascii():  # by far the fastest question
+                _check_utf8(path)
         features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
         rows = datasets.Dataset.from_dict({"image": self.paths, "label": self.labels}, features=features)
         return rows.cast_column("image", datasets.Image())
@@ -86,25 +91,43 @@ def _folders(folder: Path) -> list[str]:
 
 def _scan(folder: Path) -> dict[str, list[str]]:
     """Image files of each class folder, sorted."""
-    Image.init()
-    suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
-    classes, without = {}, []
+    suffixes = image_suffixes()
+    classes, without, others = {}, [], Counter()
     for name in _folders(folder):
-        paths = [
+        files = [
             os.path.join(root, file)
             for root, _, files in os.walk(folder / name, followlinks=True)
             for file in files
-            if file.lower().endswith(suffixes) and not file.startswith(".")
+            if not file.startswith(".")
         ]
+        paths = [path for path in files if path.lower().endswith(suffixes)]
+        others.update(os.path.splitext(path)[1].lower() for path in files if not path.lower().endswith(suffixes))
         if paths:
             classes[name] = sorted(paths)
-        elif any(files for _, _, files in os.walk(folder / name)):
+        elif files:
             without.append(name)
+    if others:
+        logger.warning("%s: %s", folder, not_read(others))
+    loose = sum(entry.name.lower().endswith(suffixes) for entry in os.scandir(folder))
+    if loose:
+        logger.warning("%s: %d images are in no class folder, and are not read", folder, loose)
     if without:
         logger.warning(
             "%d folders of %s have files but no images, left out: %s", len(without), folder, named(without[:5])
         )
     return classes
+
+
+def not_read(suffixes: Mapping[str, int]) -> str:
+    """What is said of files that are no images by their names, counted by suffix."""
+    kinds = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    counted = ", ".join(
+        f"{number} {one_line(suffix, 20) or 'without a suffix'}" for suffix, number in kinds[:KINDS_NAMED]
+    )
+    return (
+        f"files that are not read: {counted}{', ...' if len(kinds) > KINDS_NAMED else ''}; images among them must be "
+        f"converted to {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, with such a suffix"
+    )
 
 
 def _class_split(classes: Mapping[str, list[str]], names: Sequence[str]) -> Split:
@@ -328,4 +351,11 @@ def _locate(folder: Path, paths: Iterable[str], may_be_flat: bool) -> Iterator[s
 
 def named(paths: Iterable[Path | str]) -> str:
     """Paths in a sentence."""
-    return ", ".join(str(path) for path in paths)
+    return ", ".join(one_line(path) for path in paths)
+
+
+def _check_utf8(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name of {os.fsencode(path)!r:.{MAX_QUOTED}} is not UTF-8; rename it.") from error

@@ -2,18 +2,20 @@
 
 import contextlib
 import hashlib
-import io
 import mmap
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 try:
@@ -22,13 +24,16 @@ try:
 except ImportError:
     decode_jpeg = None
 
+from ..io import one_line
+from .image_rule import is_transparent, open_encoded, orientation_of, upright_rgb
+
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
 REDUCING_GAP = 2.0  # a region of a JPEG is decoded no smaller than this many times its result
 CACHED_SIDE = 64  # images of at most this side are kept decoded
 CACHE_BYTES = 2**30
 ROWS_A_TASK = 256
+BINARY = ("binary", "large_binary", "binary_view")
 ADVICE = " Repair or remove it, or pass --skip_bad_images."
 
 
@@ -38,29 +43,24 @@ class EncodedImage:
     Args:
         source: Its bytes, or the path of its file.
         name: What errors call it.
+        background: Colour that shows through transparent pixels; None leaves transparency out.
 
     Attributes:
-        size: Width and height in pixels, upright.
+        size: Width and height in pixels, upright: those of the decoded array.
 
     Raises:
-        ValueError: If it is no image, or has more than 89 million pixels; the message names it.
+        ValueError: If it is no image, or larger or longer than the limits of `image_rule`; the message names it.
     """
 
-    def __init__(self, source: bytes | str, name: str):
-        self.name = name
-        with self._errors(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            self.data = bytearray(source if isinstance(source, bytes) else Path(source).read_bytes())
-            if not self.data:
-                raise ValueError("it has no bytes")
-            self._opened = Image.open(io.BytesIO(self.data))
+    def __init__(self, source: bytes | str, name: str, background: str | None = None):
+        self.name, self.background = name, background
+        with self._errors():
+            self.data = bytearray(source if isinstance(source, bytes) else _read_file(source))
+            self._opened = open_encoded(self.data)
+            orientation = orientation_of(self._opened)
+            self._is_jpeg = self._opened.format in ("JPEG", "MPO") and orientation == 1
             width, height = self._opened.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS}")
-            orientation = self._opened.getexif().get(0x0112, 1)
-            self._orientation = orientation if isinstance(orientation, int) else 1  # some cameras write text
-        self._is_jpeg = self._opened.format in ("JPEG", "MPO") and self._orientation == 1
-        self.size = (height, width) if 5 <= self._orientation <= 8 else (width, height)
+            self.size = (height, width) if orientation >= 5 else (width, height)
 
     def decode(self) -> np.ndarray:
         """Decodes the whole image.
@@ -74,8 +74,24 @@ class EncodedImage:
         with self._errors():
             if self._is_jpeg and decode_jpeg is not None:
                 data = torch.frombuffer(self.data, dtype=torch.uint8)
-                return decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-            return np.asarray(_eight_bits(ImageOps.exif_transpose(self._opened)).convert("RGB"))
+                pixels = decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+            else:
+                pixels = np.asarray(upright_rgb(self._opened, self.background))
+            height, width, _ = pixels.shape
+            if (width, height) != self.size:  # regions are chosen by it
+                raise ValueError(
+                    f"its header says {self.size[0]} x {self.size[1]} pixels, but it has {width} x {height}"
+                )
+            return pixels
+
+    def traits(self) -> tuple[bool, bool]:
+        """Whether the decoded image is transparent somewhere, and whether it has several frames."""
+        try:
+            several = getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"  # with its previews
+        except Exception:  # of a damaged second frame, which is not read
+            several = True
+        alpha = self._opened.getchannel("A").getextrema() if "A" in self._opened.getbands() else (0, 0)
+        return is_transparent(self._opened) and alpha[0] < 255, several
 
     def decode_region(self, region: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray | None:
         """Decodes a JPEG at a fraction of its size and resizes a region of it, if that is much smaller.
@@ -108,82 +124,145 @@ class EncodedImage:
         try:
             yield
         except Exception as error:
-            what = str(error).strip().rstrip(".") or type(error).__name__
-            if isinstance(error, Image.UnidentifiedImageError):
-                what = "it is of no known format"
-            elif isinstance(error, Image.DecompressionBombError):
-                what = f"it has more than {2 * MAX_PIXELS} pixels"
-            elif "decode_jpeg" in what:
+            what = (getattr(error, "strerror", None) or str(error)).strip().rstrip(".") or type(error).__name__
+            if "decode_jpeg" in what:
                 what = what.split(", ")[-1]
-            raise ValueError(f"cannot read the image {self.name}: {what}.{ADVICE}") from error
+            raise ValueError(f"cannot read the image {one_line(self.name)}: {one_line(what)}.{ADVICE}") from error
 
 
-def open_image(image: Mapping[str, Any]) -> EncodedImage:
-    """Opens an image of a `datasets.Image(decode=False)` column: `bytes` and `path`, the bytes first if both are there.
+def decoder_versions() -> dict[str, str]:
+    """What decodes images, by package: pixels of another decoder, or version, can differ by a few grey levels."""
+    packages = ["pillow"] if decode_jpeg is None else ["pillow", "torchvision"]
+    return {package: version(package) for package in packages}
+
+
+def holds_images(feature) -> bool:
+    """Whether a column has the type of encoded images: `datasets.Image`, bytes, or a struct of bytes and path."""
+    if isinstance(feature, dict):
+        feature = feature.get("bytes")
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in BINARY
+
+
+def as_image_column(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Gives a column of encoded images, or of their paths, the type `datasets.Image`.
 
     Raises:
-        ValueError: As for [`EncodedImage`].
+        ValueError: If it holds something else.
     """
-    source = image["bytes"] if image["bytes"] is not None else image["path"]
-    return EncodedImage(source, image["path"] or "(embedded in the data set)")
+    feature = rows.features[column]
+    if isinstance(feature, datasets.Image):
+        return rows
+    if not holds_images(feature) and getattr(feature, "dtype", "") not in ("string", "large_string"):
+        raise ValueError(
+            f"the column {column!r} has the type {one_line(feature)}, which is not that of images (bytes, or a struct "
+            "of bytes and path) or of their paths; name another with image_column."
+        )
+    if "_view" in str(feature):  # of polars, which pyarrow casts only to bytes and text
+        rows = rows.cast_column(column, _without_views(feature))
+    return rows.cast_column(column, datasets.Image())
 
 
-def decode_image(image: Mapping[str, Any]) -> np.ndarray:
+def _without_views(feature):
+    if isinstance(feature, dict):
+        return {name: _without_views(part) for name, part in feature.items()}
+    return datasets.Value(feature.dtype.removesuffix("_view"))
+
+
+def open_image(image: Mapping[str, Any] | None, place: str = "", background: str | None = None) -> EncodedImage:
+    """Opens an image of a `datasets.Image(decode=False)` column: `bytes` and `path`, the bytes first if both are there.
+
+    Args:
+        image: The cell.
+        place: Where the cell is, for errors, such as "row 17 of the column image".
+        background: As for [`EncodedImage`].
+
+    Raises:
+        ValueError: As for [`EncodedImage`], or if the cell is empty.
+    """
+    data, path = (image.get("bytes"), image.get("path")) if image is not None else (None, None)
+    if data is None and not path:
+        raise ValueError(f"{place or 'an image of the data set'} is empty, without bytes and path.{ADVICE}")
+    if data is None:
+        return EncodedImage(path, path, background)
+    name = f"{path} ({place})" if path and place else path or (f"in {place}" if place else "(embedded in the data set)")
+    return EncodedImage(data, name, background)
+
+
+def decode_image(image: Mapping[str, Any] | None, background: str | None = None) -> np.ndarray:
     """Decodes an image of a `datasets.Image(decode=False)` column into upright RGB; uint8 of shape (height, width, 3).
-
-    Of an animation it is the first frame. Transparency is left out and 16 bits a channel are scaled to 8.
 
     Raises:
         ValueError: If it cannot be read; the message names the file.
     """
-    return open_image(image).decode()
+    return open_image(image, background=background).decode()
 
 
-def decode_all(rows: datasets.Dataset) -> list[tuple[str | None, bytes | None]]:
+class Decoded(NamedTuple):
+    """What was found by decoding an image.
+
+    Args:
+        error: What is wrong with it, or None.
+        digest: Of its bytes; None if something is wrong.
+        is_transparent: Whether it has transparency.
+        is_flat: Whether it is of one colour, as it is trained on.
+        has_frames: Whether it has several frames, of which the first is read.
+    """
+
+    error: str | None
+    digest: bytes | None = None
+    is_transparent: bool = False
+    is_flat: bool = False
+    has_frames: bool = False
+
+
+def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[Decoded]:
     """Decodes every image of a data set, on all cores.
 
     Args:
         rows: Has the column `image`.
-
-    Returns:
-        For each row what is wrong with its image, or None, and a digest of its bytes.
+        background: As for [`EncodedImage`].
     """
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    with ProcessPoolExecutor(initializer=_keep, initargs=(images,)) as pool:
+    with ProcessPoolExecutor(initializer=_keep, initargs=(images, source_rows(rows), background)) as pool:
         tasks = pool.map(_decode_some, range(0, len(images), ROWS_A_TASK))
         return [result for task in tasks for result in task]
 
 
-_images: datasets.Dataset  # of a process of `decode_all`, which gets them once
+def source_rows(dataset: datasets.Dataset) -> np.ndarray:
+    """Where each row of a data set is in its source, if it is known, else in the data set; counted from 0."""
+    if "source_index" not in dataset.column_names:
+        return np.arange(len(dataset))
+    return np.asarray(dataset.with_format("numpy")["source_index"][:])
 
 
-def _keep(images: datasets.Dataset) -> None:
-    global _images
-    _images = images
+_job: tuple  # of a process of `decode_all`, which gets it once
 
 
-def _decode_some(start: int) -> list[tuple[str | None, bytes | None]]:
-    results: list[tuple[str | None, bytes | None]] = []
-    for row in range(start, min(start + ROWS_A_TASK, len(_images))):
+def _keep(*job) -> None:
+    global _job
+    _job = job
+
+
+def _decode_some(start: int) -> list[Decoded]:
+    images, places, background = _job
+    results = []
+    for row in range(start, min(start + ROWS_A_TASK, len(images))):
         try:
-            image = open_image(_images[row]["image"])
-            image.decode()
-            results.append((None, hashlib.blake2b(image.data, digest_size=16).digest()))
+            image = open_image(images[row]["image"], f"row {places[row]} of the column image", background)
+            pixels = image.decode().reshape(-1, 3)
         except ValueError as error:
-            results.append((str(error).removesuffix(ADVICE), None))
+            results.append(Decoded(str(error).removesuffix(ADVICE)))
+            continue
+        digest = hashlib.blake2b(image.data, digest_size=16).digest()
+        transparent, frames = image.traits()
+        results.append(Decoded(None, digest, transparent, bool((pixels == pixels[0]).all()), frames))
     return results
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16 bits to 8, which Pillow would clip."""
-    if image.mode == "F":
-        raise ValueError("it holds floating-point numbers, whose range is not known; save it with 8 or 16 bits")
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65_535:
-        raise ValueError(f"its values from {values.min()} to {values.max()} do not fit 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+def _read_file(path: str) -> bytes:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device could have no end
+        raise ValueError("it is not a file")
+    return Path(path).read_bytes()
 
 
 class ImageDataset(Dataset):
@@ -198,6 +277,7 @@ class ImageDataset(Dataset):
         views: Transforms from an [`EncodedImage`] or a decoded one (uint8, of shape (height, width, 3)), by the name
             of the model input that they make. Without any, the row has the decoded image itself under `image`, for
             [`ImageCollator`].
+        background: As for [`EncodedImage`].
     """
 
     def __init__(
@@ -206,11 +286,14 @@ class ImageDataset(Dataset):
         image_column: str,
         label_column: str,
         views: Mapping[str, Callable[[EncodedImage | np.ndarray], torch.Tensor]] | None = None,
+        background: str | None = None,
     ):
         # Decoding is ours: datasets' own does not say which file is broken.
         images = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.images = images.with_format("arrow")  # the fastest way to a row
         self.views = views or {}
+        self.background = background
+        self.column, self._rows = image_column, source_rows(dataset)
         self.labels = np.asarray(dataset[label_column][:])
         self._cache = self._make_cache()
 
@@ -237,7 +320,8 @@ class ImageDataset(Dataset):
         return pixels[index]
 
     def _open(self, index: int) -> EncodedImage:
-        return open_image(self.images[index].column(0)[0].as_py())
+        place = f"row {self._rows[index]} of the column {self.column}"
+        return open_image(self.images[index].column(0)[0].as_py(), place, self.background)
 
     def _make_cache(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Memory for all images, and which are there; None if the first image is large, or they are too many."""
@@ -256,10 +340,15 @@ class ImageDataset(Dataset):
 
 
 class ImageCollator:
-    """Stacks rows into a batch; decoded images go through the image processor, as they will at inference."""
+    """Stacks rows into a batch; decoded images go through the image processor, as they will at inference.
+
+    Attributes:
+        background: The processor's, which images are to be decoded with; see [`EncodedImage`].
+    """
 
     def __init__(self, image_processor):
         self.image_processor = image_processor
+        self.background = getattr(image_processor, "background", None)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "image" not in rows[0]:

@@ -22,7 +22,7 @@ from .files import (
     load_lists,
     split_folders,
 )
-from .images import decode_all
+from .images import as_image_column, decode_all, holds_images
 from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
 from .tables import LABEL_COLUMNS, encode_labels, find_shards, find_tables, load_tables
 
@@ -230,6 +230,8 @@ def find_columns(
             )
         if name is None:
             names = [key for key, feature in dataset.features.items() if isinstance(feature, feature_type)]
+            if not names and kind == "image":
+                names = [key for key, feature in dataset.features.items() if holds_images(feature)]
             if not names and kind == "label":
                 names = [key for key in [find_split(dataset.column_names, LABEL_COLUMNS)] if key is not None]
             if len(names) != 1:
@@ -278,6 +280,7 @@ def standard_columns(
         split = split.select_columns(list(columns)).rename_columns(
             {old: new for old, new in zip(columns, ("image", "label"), strict=True) if old != new}
         )
+        split = as_image_column(split, "image")
         standard[name] = split.add_column("source_index", np.arange(len(split)))
     if not all(isinstance(split.features["label"], datasets.ClassLabel) for split in standard.values()):
         standard = _encode_classes(standard)
@@ -347,7 +350,7 @@ def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Datas
 def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     kept = {}
     for name, split in splits.items():
-        errors = [error for error, _ in decode_all(split)]
+        errors = [found.error for found in decode_all(split)]
         for error in filter(None, errors):
             logger.warning("left out: %s", error)
         kept[name] = split.select([row for row, error in enumerate(errors) if error is None])

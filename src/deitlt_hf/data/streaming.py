@@ -104,6 +104,7 @@ class StreamedImages(IterableDataset):
         seed: Of order and augmentation, which differ by epoch. Both depend on the number of workers, which share the
             shards.
         slices: Batches of an optimiser step.
+        background: As for [`EncodedImage`].
 
     Raises:
         ValueError: If there are fewer images than a batch of all processes.
@@ -119,8 +120,10 @@ class StreamedImages(IterableDataset):
         num_repeats: int = 1,
         seed: int = 0,
         slices: int = 1,
+        background: str | None = None,
     ):
         self.split, self.views, self.batch_size, self.num_repeats = split, views, batch_size, num_repeats
+        self.background = background
         images = len(split)
         if num_repeats > 1:
             check_repeats(images)
@@ -161,7 +164,7 @@ class StreamedImages(IterableDataset):
             seen = found = False
             for row in split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size):
                 seen = True
-                image = self._open(row[self.split.image_column])
+                image = self._open(row[self.split.image_column], row[self.split.label_column])
                 label = self.split.label_of.get(row[self.split.label_column])
                 if label is None:
                     raise ValueError(f"the stream has a label that was not counted: {row[self.split.label_column]!r}.")
@@ -177,9 +180,9 @@ class StreamedImages(IterableDataset):
                     "--dataloader_num_workers, or make more shards."
                 )
 
-    def _open(self, image: Mapping) -> np.ndarray | EncodedImage | None:
+    def _open(self, image: Mapping | None, label) -> np.ndarray | EncodedImage | None:
         try:
-            opened = open_image(image)
+            opened = open_image(image, f"an image of the stream with the label {label!r}", self.background)
             # An image that several transforms look at is decoded once.
             return (
                 opened

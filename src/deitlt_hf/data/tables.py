@@ -158,7 +158,12 @@ def embeds_images(path: Path) -> bool:
     """Whether a table is a parquet file with the images in it."""
     if path.suffix.lower() != ".parquet":
         return False
-    return any(str(field.type).startswith("struct<bytes") for field in _schema(path))
+    types = {field.name: field.type for field in _schema(path)}
+    if any(pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 for kind in types.values()):
+        return True
+    # Bytes beside paths are something else.
+    paths = [name for name, kind in types.items() if name.lower() in PATH_COLUMNS and "string" in str(kind)]
+    return not paths and any("binary" in str(kind) for kind in types.values())
 
 
 def sibling_tables(path: Path) -> list[str]:

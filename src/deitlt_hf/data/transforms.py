@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor, BitImageProcessor, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .augment import on_arrays
+from .image_rule import colour
 from .images import EncodedImage
 
 TRAIN_CROPS = ("random_resized", "padded")
@@ -27,6 +28,7 @@ def image_processor(
     resize_size: int | None = None,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    background: str | None = None,
 ) -> BitImageProcessor:
     """Makes the processor used in evaluation, and saved for inference.
 
@@ -39,9 +41,11 @@ def image_processor(
             image size for 224 pixels and more, as in the paper, and the image size itself below.
         mean: Mean for normalisation, one value a channel. ImageNet's, for every data set, as in the paper.
         std: Standard deviation for normalisation.
+        background: Colour that shows through transparent pixels of training images, and later of the model's: a name
+            of CSS or `#rrggbb`, kept in the processor. None leaves transparency out, as transformers' pipeline does.
 
     Raises:
-        ValueError: If the resized image would be smaller than the crop.
+        ValueError: If the resized image would be smaller than the crop, or the colour is unknown.
     """
     if resize_size is None:
         resize_size = image_size * 256 // 224 if image_size >= 224 else image_size
@@ -50,21 +54,27 @@ def image_processor(
             f"images cannot be resized to {resize_size} and cropped to image_size {image_size}; resize to {image_size} "
             "or more."
         )
-    return BitImageProcessor(
+    processor = BitImageProcessor(
         size={"shortest_edge": resize_size},
         crop_size={"height": image_size, "width": image_size},
         image_mean=list(mean),
         image_std=list(std),
         do_convert_rgb=True,
     )
+    if background is not None:
+        processor.background = colour(background)  # which transformers saves and loads as it is
+    return processor
 
 
-def model_processor(config: PreTrainedConfig, resize_size: int | None = None) -> BitImageProcessor:
+def model_processor(
+    config: PreTrainedConfig, resize_size: int | None = None, background: str | None = None
+) -> BitImageProcessor:
     """Makes the processor for a model of this package, which tells its image size and perhaps mean and std.
 
     Args:
         config: The model's configuration.
         resize_size: As for [`image_processor`].
+        background: As for [`image_processor`].
 
     Raises:
         ValueError: If the resized image would be smaller than the model's, or the configuration tells no size.
@@ -75,7 +85,7 @@ def model_processor(config: PreTrainedConfig, resize_size: int | None = None) ->
             "(processing_class=image_processor(SIZE))."
         )
     mean, std = getattr(config, "image_mean", IMAGENET_DEFAULT_MEAN), getattr(config, "image_std", IMAGENET_DEFAULT_STD)
-    return image_processor(config.image_size, resize_size, mean, std)
+    return image_processor(config.image_size, resize_size, mean, std, background)
 
 
 @dataclass(frozen=True)

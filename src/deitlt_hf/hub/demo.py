@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 
 from ..analysis.figures import COLOURS
 from ..io import check_link
-from .handler import FORMATS, EndpointHandler, read_image
+from .handler import EndpointHandler, image_suffixes, read_image
 
 if TYPE_CHECKING:
     import gradio
@@ -108,8 +108,7 @@ def example_images(model: str | PathLike, folder: str | PathLike | None = None) 
         FileNotFoundError: If a folder is given and has no images.
         ValueError: If one of the model folder's is a link to a file elsewhere.
     """
-    Image.init()
-    types = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    types = image_suffixes()
     paths = sorted(path for path in Path(folder or Path(model, "examples")).glob("*") if path.suffix.lower() in types)
     for path in [] if folder else paths:  # of a model that may be a stranger's, and whose examples are served
         check_link(path, model)
@@ -153,7 +152,7 @@ class Explanation:
         Raises:
             ValueError: If it is no image that can be read.
         """
-        picture = read_image(image, "Your image")
+        picture = read_image(image, "Your image", self._handler.background)
         (answer,) = self._answer(picture)
         return self._page.render(
             answer=answer,

@@ -5,17 +5,17 @@ import itertools
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
-from .handler import FORMATS, EndpointHandler
+from .handler import EndpointHandler, image_suffixes
 
 
 def load_classifier(path: str) -> EndpointHandler:
@@ -33,22 +33,23 @@ def load_classifier(path: str) -> EndpointHandler:
     return EndpointHandler(path)
 
 
-def find_images(entries: Iterable[str]) -> Iterator[str]:
+def find_images(entries: Iterable[str], others: Counter | None = None) -> Iterator[str]:
     """Paths of images, in the order of what is asked for, and as often.
 
     Args:
         entries: Files; folders, for the images in and below them; patterns such as `photos/**/*.jpg`; `-` for entries
             from standard input, one a line. Links to folders are followed, but no entry gives a folder twice. What is
             none of these is taken for a file; reading it will fail, as will a folder that cannot be listed.
+        others: Counts the files in folders whose names are not those of images, by suffix.
     """
     for entry in entries:
         if entry == "-":
-            yield from find_images(line for line in _standard_input() if line not in ("", "-"))
+            yield from find_images((line for line in _standard_input() if line not in ("", "-")), others)
         elif os.path.lexists(entry):
-            yield from _images_in(entry)
+            yield from _images_in(entry, others)
         else:
             matches = sorted(_matches(entry)) or [entry]
-            yield from _once(image for match in matches for image in _images_in(match))
+            yield from _once(image for match in matches for image in _images_in(match, others))
 
 
 def predict_images(
@@ -94,20 +95,23 @@ def _standard_input() -> Iterator[str]:
     return (os.fsdecode(line.rstrip(b"\r\n")) for line in (sys.stdin.buffer if sys.stdin else ()))
 
 
-def _images_in(path: str) -> Iterator[str]:
+def _images_in(path: str, others: Counter | None) -> Iterator[str]:
     """The images in and below a folder, and what of it cannot be listed; all else is itself."""
     if not os.path.isdir(path):
         yield path
         return
-    Image.init()
-    suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS)
+    suffixes = image_suffixes()
     for folder, files in _walk(path):
         if files is None:
             yield folder
             continue
         for file in sorted(files):
-            if file.lower().endswith(suffixes) and not file.startswith("."):
+            if file.startswith("."):
+                continue
+            if file.lower().endswith(suffixes):
                 yield os.path.join(folder, file)
+            elif others is not None:
+                others[os.path.splitext(file)[1].lower()] += 1
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str] | None]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
+from ..data.image_rule import colour
 from ..data.loading import load_source, long_tailed_splits, training_counts
 from ..data.long_tail import ShotGroups, shot_groups
 from ..data.streaming import load_streamed
@@ -45,6 +46,13 @@ class DataArguments:
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes in label order, or a file with them."}
     )
+    background: str | None = field(
+        default=None,
+        metadata={
+            "help": "Colour that shows through transparent pixels, such as white or #ff8000; the model keeps it. None: "
+            "transparency is left out, as transformers' pipeline does."
+        },
+    )
     skip_bad_images: bool = field(default=False, metadata={"help": "Leave out images that cannot be read."})
     streaming: bool = field(
         default=False,
@@ -66,6 +74,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        if self.background is not None:
+            self.background = colour(self.background)
         if self.group_boundaries is not None and self.group_rule != "auto":
             raise ValueError(
                 f"group_boundaries {self.group_boundaries} and group_rule {self.group_rule!r} both say how classes are "
@@ -119,6 +129,8 @@ class DataArguments:
         names = ["dataset"] if self.imbalance_ratio is None else ["dataset", *_SUBSET]
         name = without_folders(self.dataset)
         is_local = self.data_dir is not None or name != self.dataset
+        if self.background is not None:
+            names.append("background")
         return {field: getattr(self, field) for field in names} | {"dataset": name, "local_files": is_local}
 
     def groups(self, data: Mapping) -> ShotGroups:

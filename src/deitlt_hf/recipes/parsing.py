@@ -186,6 +186,8 @@ def command_line_errors() -> Iterator[None]:
     if torch.distributed.is_available():
         # Else DDP imports it later, and the defaults of its functions keep the group that is open then.
         importlib.import_module("torch.distributed.nn")
+    if hasattr(sys.stdout, "reconfigure"):  # names of files and classes need not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         _leave_group()

@@ -18,7 +18,7 @@ def outliving(loader: DataLoader) -> DataLoader:
     return loader
 
 
-def as_images(dataset, views: Mapping[str, TrainTransform] | None = None, args=None):
+def as_images(dataset, background: str | None, views: Mapping[str, TrainTransform] | None = None, args=None):
     """Rows of model inputs, of what the data loaders give; what has such rows already is taken as it is."""
     if isinstance(dataset, StreamedSplit):
         return StreamedImages(
@@ -30,10 +30,11 @@ def as_images(dataset, views: Mapping[str, TrainTransform] | None = None, args=N
             args.repeats,
             args.data_seed,
             args.gradient_accumulation_steps,
+            background,
         )
     if not isinstance(dataset, Dataset):
         return dataset
-    return ImageDataset(dataset, *find_columns(dataset), views)
+    return ImageDataset(dataset, *find_columns(dataset), views, background)
 
 
 def match_labels(config, dataset: Dataset) -> None:

@@ -144,6 +144,7 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
         train_dataset=data["train"],
         eval_dataset=data["test"],
         groups=data_args.groups(data),
+        processing_class=model_processor(model.config, args.image_resize, data_args.background),
         **kwargs,
     )
     trainer.results.dataset = data_args.record()
@@ -235,9 +236,11 @@ def _teacher_of_recipe(
         settings = args.method_settings()
         for name in PRECISIONS:  # of a teacher that is there it is no matter
             settings.pop(name)
-        wanted = {"images (subset)": subset_hash(data["train"])} | settings | architecture(config)
+        wanted = {"images (subset)": subset_hash(data["train"]), "background": data_args.background}
+        wanted |= settings | architecture(config)
         # Records that were written before architectures were have none.
-        had = {"images (subset)": record["data"]["subset_sha256"]} | record["settings"] | record.get("architecture", {})
+        had = {"images (subset)": record["data"]["subset_sha256"], "background": record["data"].get("background")}
+        had |= record["settings"] | record.get("architecture", {})
         for name, value in wanted.items():
             if had.get(name, value) != value:
                 raise ValueError(

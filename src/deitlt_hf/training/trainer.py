@@ -102,12 +102,13 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             model.config.class_groups = self.groups
 
         self.views = {} if train_dataset is None else self.train_views(args, processing_class)
+        collator = ImageCollator(processing_class)
         super().__init__(
             model=model,
             args=args,
-            data_collator=ImageCollator(processing_class),
-            train_dataset=as_images(train_dataset, self.views, args),
-            eval_dataset=as_images(eval_dataset),
+            data_collator=collator,
+            train_dataset=as_images(train_dataset, collator.background, self.views, args),
+            eval_dataset=as_images(eval_dataset, collator.background),
             processing_class=processing_class,
             compute_metrics=self.expert_metrics,
             **kwargs,
@@ -493,7 +494,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def _matching_images(self, dataset):
         if isinstance(dataset, Dataset):
             match_labels(self.model.config, dataset)
-        return as_images(dataset)
+        return as_images(dataset, getattr(self.processing_class, "background", None))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert, prints the table, and during training records it in `results.json`."""
