@@ -287,7 +287,7 @@ def test_broken_competition_files(tmp_path):
     with pytest.raises(ValueError, match=r"val2018\.json is not an iNaturalist annotation file .* lacks 'annotations'"):
         load_long_tailed("inat18", str(tmp_path))
     (tmp_path / "val2018.json").write_text("{")
-    with pytest.raises(ValueError, match=r"val2018\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"val2018\.json cannot be read: "):
         load_long_tailed("inat18", str(tmp_path))
 
 
@@ -635,7 +635,7 @@ def test_labels_that_are_missing(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     rows = {"image": [Image.new("RGB", (4, 4))] * 3, "label": ["b", None, "a"]}
     datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "disk")
-    with pytest.raises(ValueError, match=r"the train split has 1 images without a label \(empty\)"):
+    with pytest.raises(ValueError, match=r"the train split: 1 of 3 images have no label \(None\)"):
         load_long_tailed(data_dir=str(tmp_path / "disk"), test_fraction=0.34)
 
 
@@ -714,7 +714,7 @@ def test_values_of_a_split_column_that_mean_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["images/cat_0.png,1", "images/cat_1.png,"], r"all\.csv: 1 of 2 train images have no label"),
+        (["images/cat_0.png,1", "images/cat_1.png,"], r"all\.csv: 1 of 2 images have no label"),
         (["images/cat_0.png,1", "", "images/cat_1.png,2"], None),
         (["images/cat_0.png,1.0", "images/cat_1.png,10.0", "images/cat_2.png,2.0"], None),
     ],

@@ -1,7 +1,6 @@
 """Training images from shards that do not fit the disk: read in order, shuffled in a window, shared by processes."""
 
 import itertools
-import json
 import logging
 import re
 from collections import Counter
@@ -14,13 +13,14 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..io import file_errors
+from ..io import file_errors, read_json
 from .damage import check_shards
 from .files import TEST_NAMES, find_split
 from .images import EncodedImage, open_image
+from .labels import check_class_names, encode_labels, refuse_missing
 from .loading import find_columns, standard_columns, with_classes
 from .sampling import ROUND, check_repeats, image_seeds, seed_streams, whole_steps
-from .tables import embeds_images, encode_labels, find_shards, find_tables, sibling_tables
+from .tables import embeds_images, find_shards, find_tables, sibling_tables
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ class StreamedSplit:
         feature = (stream.features or {}).get(label_column)
         if isinstance(feature, datasets.ClassLabel):
             names = feature.names
+            check_class_names(names, "the stream")
+            missing = {str(key): count for key, count in counts.items() if key is None or key == -1}
+            if missing:
+                refuse_missing("the stream", missing, sum(counts.values()))
             self.label_of = {label: label for label in range(len(names))}
             # A file that goes by names may have numbers as names, in another order than the labels.
             by_name = any(isinstance(key, str) for key in counts)
@@ -67,10 +71,10 @@ class StreamedSplit:
                 others = [key for key in counts if not re.fullmatch(r"-?\d+", str(key))]
                 _refuse_others(others, "labels are whole numbers")
                 counts = {int(key): count for key, count in counts.items()}
-            names, labels = encode_labels({"train": list(counts)})
+            names, labels = encode_labels({"train": list(counts)}, {"train": "the stream"})
             self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
             self.class_counts = np.zeros(len(names), np.int64)
-            self.class_counts[labels["train"]] = list(counts.values())
+            np.add.at(self.class_counts, labels["train"], list(counts.values()))
         empty = [names[label] for label in np.flatnonzero(self.class_counts == 0)]
         if empty:
             raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")
@@ -253,13 +257,9 @@ def _refuse_others(keys: Sequence, known: str) -> None:
 
 
 def _read_counts(path: str) -> dict:
-    try:
-        with file_errors(path):
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    content = read_json(Path(path).expanduser(), object)
     counts = dict(enumerate(content)) if isinstance(content, list) else content
-    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+    if not isinstance(counts, dict) or not all(type(count) is int and count >= 0 for count in counts.values()):
         raise ValueError(f"{path} must hold a list of counts, or an object from class to count.")
     return counts
 
