@@ -1,8 +1,7 @@
-"""Tells in seconds what a data set holds, what is missing and, on request, which images cannot be decoded."""
+"""Finds in seconds what a data set holds, what is missing and, on request, which images cannot be decoded."""
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +9,9 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 
+from ..io import one_line
 from .images import decode_all
+from .labels import look_alikes
 from .loading import subset_hash, training_counts
 from .long_tail import ShotGroups, class_counts
 
@@ -84,6 +85,9 @@ def check_data(
         "subset": f"sha256 {subset_hash(data['train'])}",
     }
     problems = [*_against_benchmark(name, source, len(names)), *_tests_of_classes(data["test"], names)]
+    problems += [f"classes whose names look alike: {pair}" for pair in look_alikes(names)[:NAMED]]
+    if len(names) > 2 and counts.max() == 1:
+        problems.append("no class has more than one training image; are the labels those of classes?")
     if not isinstance(data["train"], datasets.Dataset):
         if deep:
             raise ValueError("a stream cannot be decoded beforehand; leave out --deep, and see --skip_bad_images.")
@@ -120,34 +124,49 @@ def _tests_of_classes(test: datasets.Dataset, names: list[str]) -> Iterator[str]
 def _paths(data: datasets.DatasetDict) -> Iterator[str]:
     """Files that are empty, or there twice."""
     paths = {split: _stored_paths(rows) for split, rows in data.items()}
-    sizes = {path: _size(path) for split in paths.values() for path in split}
-    broken = [path for path, size in sizes.items() if size is None]
+    known = {path: _status(path) for split in paths.values() for path in split.values()}
+    broken = [path for path, status in known.items() if status is None]
     if broken:
         yield f"{len(broken):,} files cannot be opened (broken links?): {_some(broken)}"
-    empty = [path for path, size in sizes.items() if size == 0]
+    empty = [path for path, status in known.items() if status is not None and status.st_size == 0]
     if empty:
         yield f"{len(empty):,} files are empty: {_some(empty)}"
-    both = sorted(set(paths["train"]) & set(paths["test"]))
+
+    def file_of(path: str) -> object:  # the same by any link to it
+        status = known[path]
+        return path if status is None else (status.st_dev, status.st_ino)
+
+    tested = {file_of(path) for path in paths["test"].values()}
+    both = sorted({path for path in paths["train"].values() if file_of(path) in tested})
     if both:
         yield f"{len(both):,} images are for training and for testing: {_some(both)}"
-    twice = [path for path, times in Counter(paths["train"]).items() if times > 1]
+    labels_of: dict[object, list[int]] = {}
+    labels = data["train"]["label"][:]
+    for row, path in paths["train"].items():
+        labels_of.setdefault(file_of(path), []).append(labels[row])
+    first = {file_of(path): path for path in paths["train"].values()}
+    twice = [first[file] for file, found in labels_of.items() if len(found) > 1]
     if twice:
         yield f"{len(twice):,} training images are listed more than once: {_some(twice)}"
+    several = [first[file] for file, found in labels_of.items() if len(set(found)) > 1]
+    if several:
+        yield f"{len(several):,} training images are of several classes: {_some(several)}"
 
 
-def _size(path: str) -> int | None:
+def _status(path: str) -> os.stat_result | None:
     try:
-        return os.path.getsize(path)
+        return os.stat(path)
     except OSError:
         return None
 
 
-def _stored_paths(rows: datasets.Dataset) -> list[str]:
-    """Paths of the images that are files of their own."""
+def _stored_paths(rows: datasets.Dataset) -> dict[int, str]:
+    """Paths of the images that are files of their own, by row."""
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False)).with_format("arrow")
     column = images[:].column("image").combine_chunks()
     stored = column.field("bytes").is_valid().to_pylist()
-    return [path for path, inside in zip(column.field("path").to_pylist(), stored, strict=True) if not inside]
+    pairs = zip(column.field("path").to_pylist(), stored, strict=True)
+    return {row: path for row, (path, inside) in enumerate(pairs) if not inside and path is not None}
 
 
 def _decode_all(data: datasets.DatasetDict) -> tuple[str, list[str]]:
@@ -166,4 +185,4 @@ def _decode_all(data: datasets.DatasetDict) -> tuple[str, list[str]]:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return ", ".join(one_line(name, 100) for name in names[:NAMED]) + (", ..." if len(names) > NAMED else "")
