@@ -4,8 +4,9 @@ deitlt data check --recipe imagenet_lt --data_dir DIR [--deep]
 deitlt data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
 
 `check` prints what is there, what is missing and what is wrong, also what the training of the recipe's teacher and
-student would refuse, with one process, and takes every field of both too; `--deep` decodes every image. It ends with 1
-if something is wrong. `show` draws the classes and what student and teacher see, and takes every field of a student too.
+student would refuse, with one process; `--deep` decodes every image. It takes every field of teacher and student, and
+ends with 1 if something is wrong. `show` draws the classes and what student and teacher see, and takes every field of a
+student.
 """
 
 import contextlib

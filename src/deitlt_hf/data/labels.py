@@ -35,7 +35,7 @@ def encode_labels(
     not count. Truth values are the classes `False` and `True`.
 
     Args:
-        labels: Labels of each split.
+        labels: Labels of each split, or how often each is there.
         sources: Where the labels of a split are from, for messages.
 
     Returns:
@@ -78,6 +78,13 @@ def encode_labels(
     return [str(item) for item in ordered], encoded
 
 
+def class_of(value: object, indices: Mapping[str, int]) -> int | None:
+    """The index of the class that a label of a column stands for, by its name; None if there is none of that name."""
+    text = str(value).strip()
+    whole = text.partition(".")[0] if _WHOLE.fullmatch(text) else text
+    return indices.get(text, indices.get(whole))
+
+
 def _plain(values: Sequence) -> list:
     """Labels as Python's own objects."""
     values = np.asarray(values).tolist() if isinstance(values, np.ndarray) else values
@@ -86,17 +93,19 @@ def _plain(values: Sequence) -> list:
 
 def _classes(values: Sequence, place: str) -> dict:
     """The class of each label of a split: a stripped text, a whole number, or a truth value."""
-    values = _plain(values)
-    for kind in {type(value): value for value in values}.values():
-        if not isinstance(kind, (str, int, float, type(None))):
+    values = values if isinstance(values, Mapping) else _plain(values)
+    kinds = {type(value): value for value in values}
+    for kind, value in kinds.items():
+        if not issubclass(kind, (str, int, float, type(None))):
             raise ValueError(
-                f"{place}: a label is {one_line(repr(kind), 60)} ({type(kind).__name__}); labels are names or whole "
-                "numbers from 0 on, one for each image."
+                f"{place}: a label is {one_line(repr(value), 60)} ({kind.__name__}); labels are names or whole numbers "
+                "from 0 on, one for each image."
             )
-    if {bool} < {type(value) for value in values} - {type(None)}:
+    if {bool} < set(kinds) - {type(None)}:
         raise ValueError(f"{place}: labels are of several types (truth values and others); use one of them.")
+    counts = Counter(values)
     classes, missing, fractions = {}, Counter(), []
-    for value, times in Counter(values).items():
+    for value, times in counts.items():
         item = value.strip() if isinstance(value, str) else value
         if item is None or item != item or item == "" or item in MISSING_WORDS or _is_negative(item):
             missing[repr(value) if isinstance(value, str) and not _is_negative(item) else str(value)] += times
@@ -105,7 +114,7 @@ def _classes(values: Sequence, place: str) -> dict:
         else:
             classes[value] = int(item) if isinstance(item, float) else item
     if missing:
-        refuse_missing(place, missing, len(values))
+        refuse_missing(place, missing, sum(counts.values()))
     if fractions:
         _refuse_fractions(place, sorted(fractions))
     return classes
@@ -137,7 +146,7 @@ def refuse_missing(place: str, missing: Mapping[str, int], total: int) -> None:
     shown = ", ".join(one_line(word, 40) or "''" for word in list(missing)[:_NAMED])
     raise ValueError(
         f"{place}: {sum(missing.values()):,} of {total:,} images have no label ({shown}); give each a class, or remove "
-        "them (a class of that name needs another; --test_split names another test split)."
+        "them (a class of that name needs another; test_split names another test split)."
     )
 
 
@@ -183,7 +192,7 @@ def check_class_names(names: Sequence[str], source: str) -> None:
         if name.strip() in MISSING_WORDS or _is_negative(name.strip()):
             raise ValueError(
                 f"{source} has a class {name!r}, which stands for images without a label; remove them, or rename the "
-                "class (--class_names)."
+                "class."
             )
     if len(set(names)) < len(names):
         name, times = Counter(names).most_common(1)[0]

@@ -17,7 +17,7 @@ from ..io import file_errors, read_json
 from .damage import check_shards
 from .files import TEST_NAMES, find_split
 from .images import EncodedImage, open_image
-from .labels import check_class_names, encode_labels, refuse_missing
+from .labels import check_class_names, class_of, encode_labels, refuse_missing
 from .loading import find_columns, standard_columns, with_classes
 from .sampling import ROUND, check_repeats, image_seeds, seed_streams, whole_steps
 from .tables import embeds_images, find_shards, find_tables, sibling_tables
@@ -50,6 +50,7 @@ class StreamedSplit:
         shuffle_buffer: int = 2048,
         skip_bad_images: bool = False,
     ):
+        self._indices: dict[str, int] = {}
         feature = (stream.features or {}).get(label_column)
         if isinstance(feature, datasets.ClassLabel):
             names = feature.names
@@ -71,8 +72,9 @@ class StreamedSplit:
                 others = [key for key in counts if not re.fullmatch(r"-?\d+", str(key))]
                 _refuse_others(others, "labels are whole numbers")
                 counts = {int(key): count for key, count in counts.items()}
-            names, labels = encode_labels({"train": list(counts)}, {"train": "the stream"})
+            names, labels = encode_labels({"train": counts}, {"train": "the stream"})
             self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
+            self._indices = {name: label for label, name in enumerate(names)}  # a file of counts goes by names
             self.class_counts = np.zeros(len(names), np.int64)
             np.add.at(self.class_counts, labels["train"], list(counts.values()))
         empty = [names[label] for label in np.flatnonzero(self.class_counts == 0)]
@@ -89,6 +91,11 @@ class StreamedSplit:
 
     def __len__(self) -> int:
         return int(self.class_counts.sum())
+
+    def label(self, value: object) -> int | None:
+        """The class index of a label as the stream has it; None of one that was not counted."""
+        found = self.label_of.get(value)
+        return class_of(value, self._indices) if found is None and self._indices else found
 
 
 class StreamedImages(IterableDataset):
@@ -166,7 +173,7 @@ class StreamedImages(IterableDataset):
             for row in split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size):
                 seen = True
                 image = self._open(row[self.split.image_column])
-                label = self.split.label_of.get(row[self.split.label_column])
+                label = self.split.label(row[self.split.label_column])
                 if label is None:
                     raise ValueError(f"the stream has a label that was not counted: {row[self.split.label_column]!r}.")
                 if image is None:

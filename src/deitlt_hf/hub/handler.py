@@ -241,8 +241,8 @@ def is_hub_id(name: str) -> bool:
 
     What is in the Hub's cache is an id in any case, so that a folder named like an organisation does no harm.
     """
-    if Path(name).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is None:
-        return False
+    if Path(name).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is None or name.startswith("outputs/"):
+        return False  # outputs is where training writes by default
     return not Path(name).parent.is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 

@@ -50,10 +50,12 @@ def match_labels(config, dataset: Dataset) -> None:
     _, column = find_columns(dataset)
     feature = dataset.features[column]
     if not isinstance(feature, ClassLabel):
+        how = f'dataset.class_encode_column("{column}")'
+        if "int" in feature.dtype:
+            how = f'dataset.cast_column("{column}", ClassLabel(num_classes={config.num_labels})), or names= for its names'
         raise ValueError(
-            f"the labels in column {column!r} are plain values ({feature.dtype}) without names of classes: give "
-            f'dataset.class_encode_column("{column}"), or for numbers from 0 on '
-            f'dataset.cast_column("{column}", ClassLabel(names=[...])), the same for training and testing.'
+            f"the labels in column {column!r} are plain values ({feature.dtype}) without classes: give {how}, the same "
+            "for training and testing."
         )
     if isinstance(dataset, Dataset):
         check_indices(dataset.with_format(None)[column][:], feature.names, "the data set")
