@@ -52,7 +52,9 @@ def match_labels(config, dataset: Dataset) -> None:
     if not isinstance(feature, ClassLabel):
         how = f'dataset.class_encode_column("{column}")'
         if "int" in feature.dtype:
-            how = f'dataset.cast_column("{column}", ClassLabel(num_classes={config.num_labels})), or names= for its names'
+            how = (
+                f'dataset.cast_column("{column}", ClassLabel(num_classes={config.num_labels})), or names= for its names'
+            )
         raise ValueError(
             f"the labels in column {column!r} are plain values ({feature.dtype}) without classes: give {how}, the same "
             "for training and testing."
