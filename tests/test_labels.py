@@ -10,9 +10,10 @@ from test_sources import save_image
 
 from conftest import make_student
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
-from deitlt_hf.data import load_long_tailed
+from deitlt_hf.data import image_processor, load_long_tailed
 from deitlt_hf.data.labels import check_class_names, encode_labels, look_alikes
 from deitlt_hf.recipes import DataArguments
+from deitlt_hf.training.run import evaluate
 
 NAN = float("nan")
 
@@ -165,6 +166,18 @@ def test_counts_of_a_streams_decimal_labels_are_read(tmp_path):
     arguments = DataArguments(data_dir=str(tmp_path), streaming=True, class_counts=str(tmp_path / "counts.json"))
     split = arguments.load()["train"]
     assert [split.label(value) for value in (10.0, 2.0, 3.0)] == [1, 0, None]
+
+
+def test_a_model_is_evaluated_by_the_names_of_its_classes(tmp_path):
+    """One of version 0.1.0 has numbered class folders in alphabetical order."""
+    write("class folders", tmp_path / "data", [2, 10, 10])
+    model = make_student(num_labels=2, num_hidden_layers=1, id2label={0: "10", 1: "2"}, label2id={"10": 0, "2": 1})
+    model.save_pretrained(tmp_path / "model")
+    image_processor(8).save_pretrained(tmp_path / "model")
+    args = DeiTLTTrainingArguments(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
+    evaluated = evaluate(str(tmp_path / "model"), DataArguments(data_dir=str(tmp_path / "data")), args)
+    assert evaluated.eval_dataset.labels.tolist() == [1, 0, 0]
+    assert evaluated.groups["mid"] + evaluated.groups["tail"] == [0, 1]
 
 
 # ---- Data sets that are given to the trainers ----

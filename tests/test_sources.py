@@ -804,6 +804,14 @@ def test_folders_without_images_are_told(tmp_path, caplog):
     assert "have files but no images, left out: bat" in caplog.text
 
 
+def test_images_beside_class_folders_are_reported(tmp_path, caplog):
+    for path in ("a/0.png", "a/1.png", "b/0.png", "b/1.png", "loose.png"):
+        save_image(tmp_path / path)
+    assert len(load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)["train"]) == 2
+    assert "1 images are in" in caplog.text
+    assert "beside its class folders, and left out: loose.png" in caplog.text
+
+
 def test_splits_whose_classes_are_named_or_ordered_differently(tmp_path):
     def split(feature, labels):
         features = datasets.Features({"image": datasets.Image(), "label": feature})
@@ -899,7 +907,7 @@ def test_hugging_faces_image_folder(tmp_path, kind, column, labels):
         load_long_tailed(data_dir=str(tmp_path), test_fraction=0.2)
 
 
-def test_the_test_folder_of_an_image_folder_goes_before_its_validation(tmp_path):
+def test_the_test_folder_of_an_image_folder_overrides_its_validation(tmp_path):
     write_metadata(tmp_path, splits=("train", "validation", "test"))
     assert shade(load_long_tailed(data_dir=str(tmp_path))["test"][0]) == 200
 

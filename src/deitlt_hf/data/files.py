@@ -4,6 +4,7 @@ Each becomes splits with the columns `image` (paths) and `label`; no image is op
 """
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -111,8 +112,6 @@ def images_below(folder: str | Path, seen: set[tuple[int, int]] | None = None) -
     Raises:
         ValueError: If what is named like an image is a pipe or the like, which may have no end.
     """
-    Image.init()
-    suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
     seen = set() if seen is None else set(seen)
     found, links, folders, linked = [], [], [str(folder)], []
     while folders or linked:
@@ -126,7 +125,7 @@ def images_below(folder: str | Path, seen: set[tuple[int, int]] | None = None) -
             for entry in entries:
                 if entry.is_dir():
                     (linked if entry.is_symlink() else folders).append(entry.path)
-                elif entry.name.lower().endswith(suffixes) and not entry.name.startswith("."):
+                elif _is_image(entry.name):
                     if entry.is_symlink():
                         links.append(entry.path)
                     elif entry.is_file():
@@ -142,6 +141,16 @@ def images_below(folder: str | Path, seen: set[tuple[int, int]] | None = None) -
             real.add(target)
             found.append(path)
     return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_suffixes()) and not name.startswith(".")
+
+
+@functools.cache
+def _suffixes() -> tuple[str, ...]:
+    Image.init()
+    return tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
 
 
 def _folders(folder: Path) -> list[str]:
@@ -172,6 +181,14 @@ def _scan(folder: Path) -> dict[str, list[str]]:
             classes[name] = paths
         elif any(files for _, _, files in os.walk(folder / name)):
             without.append(name)
+    loose = [entry.name for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name)]
+    if classes and loose:
+        logger.warning(
+            "%d images are in %s itself, beside its class folders, and left out: %s",
+            len(loose),
+            folder,
+            named(sorted(loose)[:MISSING_NAMED]),
+        )
     if without:
         logger.warning(
             "%d folders of %s have files but no images, left out: %s", len(without), folder, named(without[:5])
