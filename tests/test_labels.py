@@ -61,23 +61,27 @@ TABLES = ("csv", "jsonl", "parquet", "saved", "stream")
 NAMED = ("class folders", "named classes")
 
 
-@pytest.mark.parametrize("reader", [*TABLES, "metadata", "parquet of paths", *NAMED])
-@pytest.mark.parametrize("labels", [["a", "nan", "b"], ["0", "1", "-1"], ["a", " ", "b"]], ids=["nan", "-1", "space"])
+@pytest.mark.parametrize(
+    ("reader", "labels"),
+    [
+        *((reader, ["a", "nan", "b"]) for reader in (*TABLES, "metadata", "parquet of paths", *NAMED)),
+        *((reader, labels) for reader in ("csv", "class folders") for labels in (["0", "1", "-1"], ["a", " ", "b"])),
+    ],
+)
 def test_what_stands_for_no_label_is_refused_alike(tmp_path, reader, labels):
     write(reader, tmp_path, labels)
     with pytest.raises(ValueError, match=r"have no label|stands for images without a label|empty name"):
         read(reader, tmp_path)
 
 
-@pytest.mark.parametrize("reader", TABLES)
 @pytest.mark.parametrize(
-    ("labels", "message"),
+    ("reader", "labels", "message"),
     [
-        ([0.0, 1.0, NAN], "1 of 3 images have no label"),
-        (["a", None, "b"], "1 of 3 images have no label"),
-        ([0.5, 1.0, 2.0], "no whole numbers"),
+        *((reader, [0.0, 1.0, NAN], "1 of 3 images have no label") for reader in TABLES),
+        ("jsonl", ["a", None, "b"], "1 of 3 images have no label"),
+        ("saved", [-1, 0, 1], r"1 of 3 images have no label \(-1\)"),
+        ("parquet", [0.5, 1.0, 2.0], "no whole numbers"),
     ],
-    ids=["nan", "null", "fraction"],
 )
 def test_values_that_are_no_label_are_refused_alike(tmp_path, reader, labels, message):
     write(reader, tmp_path, labels)
@@ -85,20 +89,16 @@ def test_values_that_are_no_label_are_refused_alike(tmp_path, reader, labels, me
         read(reader, tmp_path)
 
 
-@pytest.mark.parametrize("reader", [*TABLES, "class folders"])
 @pytest.mark.parametrize(
-    ("labels", "names"),
+    ("reader", "labels", "names"),
     [
-        ([10, 2, 0], ["0", "2", "10"]),
-        ([10.0, 2.0, 0.0], ["0", "2", "10"]),
-        (["b", "a", "10"], ["10", "a", "b"]),
-        ([True, False, True], ["False", "True"]),
+        *((reader, [10, 2, 0], ["0", "2", "10"]) for reader in (*TABLES, "metadata", "class folders")),
+        ("csv", [10.0, 2.0, 0.0], ["0", "2", "10"]),
+        ("saved", ["b", "a", "10"], ["10", "a", "b"]),
+        ("jsonl", [True, False, True], ["False", "True"]),
     ],
-    ids=["numbers", "decimals", "names", "truth"],
 )
 def test_classes_have_the_same_order_in_every_reader(tmp_path, reader, labels, names):
-    if reader == "class folders" and isinstance(labels[0], float):
-        labels = [int(label) for label in labels]
     write(reader, tmp_path, labels)
     assert read(reader, tmp_path).features["label"].names == names
 
