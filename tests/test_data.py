@@ -267,7 +267,7 @@ def test_splits_with_other_classes(tmp_path):
 
     data = datasets.DatasetDict({"train": split(["cat", "dog"]), "test": split(["cat", "eel"])})
     data.save_to_disk(tmp_path / "disk")
-    with pytest.raises(ValueError, match=r"only in train \['dog'\], only in test \['eel'\]"):
+    with pytest.raises(ValueError, match=r"classes that the training split does not have: 'eel'"):
         load_long_tailed(data_dir=str(tmp_path / "disk"))
 
 
@@ -283,7 +283,7 @@ def test_test_split_without_labels(tmp_path):
         }
     )
     data.save_to_disk(tmp_path / "disk")
-    with pytest.raises(ValueError, match=r"the test split has images without a label \(-1\); name another"):
+    with pytest.raises(ValueError, match=r"the test split: 2 of 2 images have no label \(-1\)"):
         load_long_tailed(data_dir=str(tmp_path / "disk"))
     assert load_long_tailed(data_dir=str(tmp_path / "disk"), test_split="validation")["test"]["label"][:] == [1, 0]
 

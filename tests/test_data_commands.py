@@ -21,6 +21,7 @@ from deitlt_hf.commands.data import check
 from deitlt_hf.commands.data import main as main_of_data
 from deitlt_hf.data.check import BENCHMARKS, Benchmark
 from deitlt_hf.recipes import DataArguments, parse_arguments
+from deitlt_hf.training.schedule import low_peak
 
 
 def run(*command, code=0):
@@ -145,8 +146,6 @@ def test_show_takes_a_students_fields_in_any_order(tmp_path):
     drawn = tmp_path / "pictures"
     with pytest.raises(ValueError, match="distillation must be one of"):
         main_of_data(["--recipe", "digits_lt", "--distillation", "wrong", "show", "--out", str(drawn)])
-    with pytest.raises(ValueError, match="unknown field 'distillation'"):
-        main_of_data(["--recipe", "digits_lt", "--distillation", "hard", "check"])
     assert not drawn.exists()
 
 
@@ -327,3 +326,63 @@ def test_check_counts_what_is_not_seen(tmp_path):
         assert f"transparency in 8 images, {shown}" in output
         assert ("one flat colour" in output) == bool(flat_images)
         assert "several frames in 2 images" in output
+
+
+def test_check_takes_the_fields_that_its_advice_names(tmp_path, capsys):
+    """It said to pass --repeated_augmentation 1, and refused that."""
+    for split in ("train", "test"):
+        for index in range(24):
+            save_image(
+                tmp_path / "images" / split / f"class {index % 2}" / f"{index}.png", index + 100 * (split == "test")
+            )
+    (tmp_path / "mine.yaml").write_text(
+        "teacher: {num_train_epochs: 4, lr_drop_epochs: 5, lr_drops: 0.1}\nstudent: {num_train_epochs: 4}\n"
+    )
+    words = ["--recipe", str(tmp_path / "mine.yaml"), "--data_dir", str(tmp_path / "images")]
+    advised: list[str] = []
+    for advice, fields in (
+        ("pass --repeated_augmentation 1", ["--repeated-augmentation=1"]),
+        ("lower per_device_train_batch_size", ["--per_device_train_batch_size", "8"]),
+        ("warmup_epochs 0 for none", ["--warmup_epochs", "0"]),
+        ("lr_drop_epochs [5.0] are not all before", ["--lr_drop_epochs", "2"]),
+    ):
+        assert check([*words, *advised], deep=False, counts_file=None) == 1
+        assert advice in " ".join(capsys.readouterr().out.split())
+        advised += fields
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", *words, *advised])
+    assert ended.value.code == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "mine.yaml: ready to train on" in output
+    assert (
+        "note deitlt distill: the peak learning rate 7.81e-06 is too small for a student that starts from scr" in output
+    )
+    assert check([*words, *advised, "--learning_rate", "1e-3"], deep=False, counts_file=None) == 0
+    assert "note" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unknown field 'repeated_augmentations'"):
+        check([*words, "--repeated_augmentations", "1"], deep=False, counts_file=None)
+
+
+@pytest.mark.parametrize(
+    ("rate", "init_from", "is_low"), [(1.56e-5, None, True), (1e-4, None, False), (1e-5, "DIR", False)]
+)
+def test_a_peak_learning_rate_that_is_too_small(rate, init_from, is_low):
+    assert (low_peak(rate, init_from) is not None) == is_low
+
+
+def test_check_sees_files_by_any_link_and_classes_that_share_them(tmp_path, capsys):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            save_image(tmp_path / split / name / "0.png", len(split + name))
+    (tmp_path / "train" / "cat" / "1.png").symlink_to(tmp_path / "test" / "cat" / "0.png")
+    (tmp_path / "train" / "cat" / "2.png").hardlink_to(tmp_path / "train" / "dog" / "0.png")
+    save_image(tmp_path / "train" / "Cat" / "0.png")
+    assert check(["--recipe", "image_folder", "--data_dir", str(tmp_path)], deep=False, counts_file=None) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "1 images are for training and for testing: ",
+        "1 training images are listed more than once: ",
+        "1 training images are of several classes: ",
+        "classes whose names look alike: 'Cat' and 'cat'",
+    ):
+        assert text in output, text

@@ -24,7 +24,9 @@ from deitlt_hf.commands.export import main as export
 from deitlt_hf.commands.model_cards import main as model_cards
 from deitlt_hf.commands.predict import _parsed, main
 from deitlt_hf.data import image_processor
+from deitlt_hf.hub.handler import is_hub_id
 from deitlt_hf.hub.predict import find_images, load_classifier, predict_images
+from deitlt_hf.training import run
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -346,3 +348,24 @@ def test_commands_of_the_serving_page_are_understood():
     assert len(commands) == 3
     for command in commands:
         assert _parsed(shlex.split(command)).images
+
+
+@pytest.mark.parametrize("name", ["outputs/nope", "models/nope", "./nope", "/nope", "nope", "nope/", "~/nope"])
+def test_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch, name):
+    """Offline, five requests were made before the error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    for load in (load_classifier, run.load_model, run.load_classifier, lambda path: run.check_start(path, {})):
+        with pytest.raises(FileNotFoundError, match=r"no model folder"):
+            load(name)
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("org/name-1.5")
+    (tmp_path / "org").mkdir()
+    assert not is_hub_id("org/name-1.5")
+    monkeypatch.setattr("deitlt_hf.hub.handler.try_to_load_from_cache", lambda *_: "config.json")
+    assert is_hub_id("org/name-1.5")

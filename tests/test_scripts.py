@@ -469,7 +469,7 @@ def test_evaluate_and_teacher_refuse(refused, tmp_path):
     sentence = refused("train_teacher.py", "--recipe", tmp_path / "broken.yaml")
     assert re.search(r"unknown field 'backbon' in recipe .* \(did you mean 'backbone'\?\)", sentence)
     (tmp_path / "broken.yaml").write_text("[1, 2")
-    assert "is not valid YAML" in refused("train_teacher.py", "--recipe", tmp_path / "broken.yaml")
+    assert "cannot be read: " in refused("train_teacher.py", "--recipe", tmp_path / "broken.yaml")
 
 
 def test_help_lists_every_field(monkeypatch, capsys):

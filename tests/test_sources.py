@@ -14,6 +14,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,8 +24,10 @@ from PIL import Image
 from test_data import write_idx
 
 from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
+from deitlt_hf.data.images import decode_image
+from deitlt_hf.data.labels import encode_labels
 from deitlt_hf.data.loading import load_source
-from deitlt_hf.data.tables import encode_labels
+from deitlt_hf.data.streaming import load_streamed
 from deitlt_hf.recipes import DataArguments, load_recipe, parse_arguments, recipe_names
 
 RANDOM = np.random.RandomState(0)
@@ -287,7 +291,7 @@ def test_broken_competition_files(tmp_path):
     with pytest.raises(ValueError, match=r"val2018\.json is not an iNaturalist annotation file .* lacks 'annotations'"):
         load_long_tailed("inat18", str(tmp_path))
     (tmp_path / "val2018.json").write_text("{")
-    with pytest.raises(ValueError, match=r"val2018\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"val2018\.json cannot be read: "):
         load_long_tailed("inat18", str(tmp_path))
 
 
@@ -635,7 +639,7 @@ def test_labels_that_are_missing(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     rows = {"image": [Image.new("RGB", (4, 4))] * 3, "label": ["b", None, "a"]}
     datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "disk")
-    with pytest.raises(ValueError, match=r"the train split has 1 images without a label \(empty\)"):
+    with pytest.raises(ValueError, match=r"the train split: 1 of 3 images have no label \(None\)"):
         load_long_tailed(data_dir=str(tmp_path / "disk"), test_fraction=0.34)
 
 
@@ -714,7 +718,7 @@ def test_values_of_a_split_column_that_mean_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["images/cat_0.png,1", "images/cat_1.png,"], r"all\.csv: 1 of 2 train images have no label"),
+        (["images/cat_0.png,1", "images/cat_1.png,"], r"all\.csv: 1 of 2 images have no label"),
         (["images/cat_0.png,1", "", "images/cat_1.png,2"], None),
         (["images/cat_0.png,1.0", "images/cat_1.png,10.0", "images/cat_2.png,2.0"], None),
     ],
@@ -800,6 +804,14 @@ def test_folders_without_images_are_told(tmp_path, caplog):
     assert "have files but no images, left out: bat" in caplog.text
 
 
+def test_images_beside_class_folders_are_reported(tmp_path, caplog):
+    for path in ("a/0.png", "a/1.png", "b/0.png", "b/1.png", "loose.png"):
+        save_image(tmp_path / path)
+    assert len(load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)["train"]) == 2
+    assert "1 images are in" in caplog.text
+    assert "beside its class folders, and left out: loose.png" in caplog.text
+
+
 def test_splits_whose_classes_are_named_or_ordered_differently(tmp_path):
     def split(feature, labels):
         features = datasets.Features({"image": datasets.Image(), "label": feature})
@@ -852,3 +864,307 @@ def test_labels_stay_apart(labels, names):
     assert found == names
     texts = [str(int(label)) if isinstance(label, float) else label for label in labels]
     assert [found[index] for index in indices["train"]] == texts
+
+
+# ---- Layouts that are taken for what they are, or refused ----
+
+
+def write_metadata(folder, kind="csv", splits=("train", "validation"), column="file_name", labels=("b", "a")):
+    """Hugging Face's documented layout of image folders: images, and a file with a row for each."""
+    for number, split in enumerate(splits):
+        rows = []
+        for index in range(4):
+            save_image(folder / split / f"{index:04d}.png", 100 * number + index)
+            rows.append({column: f"{index:04d}.png", "label": labels[index % 2]})
+        path = folder / split / f"metadata.{kind}"
+        if kind == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        elif kind == "jsonl":
+            path.write_text("\n".join(map(json.dumps, rows)))
+        else:
+            path.write_text("\n".join([f"{column},label", *(",".join(map(str, row.values())) for row in rows)]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "labels"),
+    [
+        ("csv", "file_name", ("b", "a")),
+        ("jsonl", "image_file_name", (1, 0)),
+        ("parquet", "photo_file_name", (1, 0)),
+    ],
+)
+def test_hugging_faces_image_folder(tmp_path, kind, column, labels):
+    """Its folders of splits became the classes "train" and "validation"."""
+    write_metadata(tmp_path, kind, column=column, labels=labels)
+    name, _ = load_source(data_dir=str(tmp_path))
+    assert name == f"tables (train/metadata.{kind}, validation/metadata.{kind})"
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert data["train"].features["label"].names == sorted(map(str, labels))
+    assert [(shade(row), row["label"]) for row in data["train"]] == [(0, 1), (1, 0), (2, 1), (3, 0)]
+    assert [shade(row) for row in data["test"]] == [100, 101, 102, 103]
+    with pytest.raises(ValueError, match="the splits train, validation; leave out test_fraction"):
+        load_long_tailed(data_dir=str(tmp_path), test_fraction=0.2)
+
+
+def test_the_test_folder_of_an_image_folder_overrides_its_validation(tmp_path):
+    write_metadata(tmp_path, splits=("train", "validation", "test"))
+    assert shade(load_long_tailed(data_dir=str(tmp_path))["test"][0]) == 200
+
+
+def test_metadata_and_images_that_do_not_fit(tmp_path):
+    write_metadata(tmp_path)
+    save_image(tmp_path / "train" / "more" / "5.png")
+    with pytest.raises(ValueError, match=r"train/metadata\.csv has no row for 1 of the images .*more/5\.png"):
+        load_long_tailed(data_dir=str(tmp_path))
+    (tmp_path / "train" / "more" / "5.png").unlink()
+    (tmp_path / "train" / "0001.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 8 images are not in .*: train/0001\.png"):
+        load_long_tailed(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "labels.csv"])
+def test_metadata_of_all_splits_in_one_file(tmp_path, name):
+    """Test images were mixed into training with test_fraction."""
+    lines = ["file_name,label"]
+    for split in ("train", "test"):
+        for index in range(4):
+            save_image(tmp_path / split / f"{index}.png", index + 100 * (split == "test"))
+            lines.append(f"{split}/{index}.png,{'ab'[index % 2]}")
+    (tmp_path / name).write_text("\n".join(lines))
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert [[shade(row) for row in data[split]] for split in ("train", "test")] == [[0, 1, 2, 3], [100, 101, 102, 103]]
+    with pytest.raises(ValueError, match="the splits train, test; leave out test_fraction"):
+        load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
+
+
+def test_metadata_beside_class_folders(tmp_path):
+    """With labels it has them, as in `datasets`; without any the folders have."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            save_image(tmp_path / split / name / "0.png")
+        (tmp_path / split / "metadata.csv").write_text("file_name,caption\na/0.png,x\nb/0.png,y")
+    assert load_long_tailed(data_dir=str(tmp_path))["train"].features["label"].names == ["a", "b"]
+    for split in ("train", "test"):
+        (tmp_path / split / "metadata.csv").write_text("file_name,label\na/0.png,cat\nb/0.png,dog")
+    assert load_long_tailed(data_dir=str(tmp_path))["train"].features["label"].names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        ["train/0.png", "train/1.png", "validation/0.png", "validation/1.png"],
+        ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png", "val/cat/0.png", "val/dog/0.png"],
+        ["train/0.png", "train/1.png"],
+        ["Train_images/0.png", "test_images/1.png"],
+    ],
+    ids=["flat", "classes and val", "train alone", "words"],
+)
+def test_folders_of_splits_do_not_become_classes(tmp_path, images):
+    """What the error advises is what is read afterwards."""
+    for index, path in enumerate(images):
+        save_image(tmp_path / path, index)
+    for options in ({}, {"test_fraction": 0.4}):
+        with pytest.raises(ValueError, match=r"would be read as a class, but is named like a split\. Put images below"):
+            load_long_tailed(data_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("layout", ["folders", "list", "table", "column"])
+def test_a_split_that_is_given_is_kept(tmp_path, layout):
+    """By folders in paths, or by a column: a fraction would have mixed test images into training."""
+    paths = []
+    for number, split in enumerate(("train", "val")):
+        for index in range(4):
+            place = f"{'ab'[index % 2]}/{split}" if layout == "folders" else split
+            paths.append(f"{place}/{index}.png")
+            save_image(tmp_path / paths[-1], 100 * number + index)
+    if layout == "list":
+        (tmp_path / "train.txt").write_text("\n".join(f"{path} {index % 2}" for index, path in enumerate(paths)))
+    elif layout == "table":
+        lines = [f"{path};{'ab'[index % 2]}" for index, path in enumerate(paths)]
+        (tmp_path / "train.csv").write_text("\n".join(["path;label", *lines]))
+    elif layout == "column":
+        images = datasets.Dataset.from_dict({"image": [str(tmp_path / path) for path in paths]})
+        images = images.cast_column("image", datasets.Image()).add_column("label", list("abab" * 2))
+        images.add_column("split", [path.split("/")[0] for path in paths]).save_to_disk(tmp_path / "saved")
+    folder = str(tmp_path / "saved" if layout == "column" else tmp_path)
+    data = load_long_tailed(data_dir=folder)
+    assert sorted(map(shade, data["train"])) == [0, 1, 2, 3]
+    assert sorted(map(shade, data["test"])) == [100, 101, 102, 103]
+    with pytest.raises(ValueError, match="leave out test_fraction"):
+        load_long_tailed(data_dir=folder, test_fraction=0.5)
+
+
+def test_paths_of_which_some_are_for_testing(tmp_path):
+    for path in ("a/0.png", "b/0.png", "a/test/1.png"):
+        save_image(tmp_path / path)
+    (tmp_path / "all.csv").write_text("path,label\na/0.png,a\nb/0.png,b\na/test/1.png,a")
+    with pytest.raises(ValueError, match="some images are below a folder that is named like a test split"):
+        load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
+
+
+# ---- Images inside parquet, by any library ----
+
+
+def encoded(value):
+    stream = io.BytesIO()
+    Image.new("RGB", (5, 4), (value,) * 3).save(stream, "PNG")
+    return stream.getvalue()
+
+
+STRUCTURE = pyarrow.struct([("path", pyarrow.large_string()), ("bytes", pyarrow.large_binary())])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [{"bytes": encoded(value), "path": None} for value in range(4)],
+        pyarrow.array([{"bytes": encoded(value), "path": "a.png"} for value in range(4)], STRUCTURE),
+        [{"bytes": encoded(value)} for value in range(4)],
+        [encoded(value) for value in range(4)],
+        pyarrow.array([encoded(value) for value in range(4)], pyarrow.large_binary()),
+    ],
+    ids=["pandas", "polars", "bytes alone", "binary", "large binary"],
+)
+@pytest.mark.parametrize("name", ["image", "pixels"])
+def test_parquet_with_images_of_other_libraries(tmp_path, column, name):
+    """No metadata say that they are images; naming the column said the same again."""
+    for split in ("train", "test"):
+        table = pyarrow.table({name: column, "label": list("abab")})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    for options in ({}, {"image_column": name}):
+        data = load_long_tailed(data_dir=str(tmp_path), **options)
+        assert [(shade(row), row["label"]) for row in data["test"]] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    streamed = load_streamed("any", str(tmp_path))[1]["train"]
+    assert streamed.class_counts.tolist() == [2, 2]
+    assert decode_image(next(iter(streamed.stream))[name]).shape == (4, 5, 3)
+
+
+def test_bytes_in_messages_are_bounded(tmp_path):
+    """A column of bytes beside one of other paths gave a message of a megabyte."""
+    rows = {"file": [b"x" * 10**6] * 2, "label": [0, 1], "words": [["a"], ["b"]]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet")
+    for options in ({"label_column": "words"}, {"image_column": "label"}, {"label_column": "file"}, {}):
+        with pytest.raises((ValueError, OSError)) as error:
+            load_long_tailed(data_dir=str(tmp_path), **options)
+        assert len(str(error.value)) < 500
+
+
+# ---- Links, pipes and files that are something else ----
+
+
+def test_links_that_lead_round_give_every_image_once(tmp_path):
+    """A loop below a class made 492 images of 12."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            for index in range(3):
+                save_image(tmp_path / split / name / f"{index}.png", index)
+    place = tmp_path / "train" / "a"
+    (place / "self").symlink_to(place)
+    (place / "deep").mkdir()
+    (place / "deep" / "up").symlink_to(tmp_path)
+    (place / "again.png").symlink_to(place / "0.png")
+    (tmp_path / "train" / "round").symlink_to(tmp_path / "train")
+    elsewhere = save_image(tmp_path.parent / f"{tmp_path.name} elsewhere" / "9.png", 9)
+    for name in ("in.png", "once more.png"):
+        (tmp_path / "train" / "b" / name).symlink_to(elsewhere)
+    data = load_long_tailed(data_dir=str(tmp_path))
+    assert data["train"].features["label"].names == ["a", "b"]
+    assert sorted(map(shade, data["train"])) == [0, 0, 1, 1, 2, 2, 9]
+
+
+def test_pipes_do_not_stop_the_reader(tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            save_image(tmp_path / split / name / "0.png")
+    os.mkfifo(tmp_path / "train.txt")
+    os.mkfifo(tmp_path / "train.csv")
+    os.mkfifo(tmp_path / "train" / "metadata.csv")
+    assert load_source(data_dir=str(tmp_path))[0] == "class folders"
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
+    with pytest.raises(ValueError, match=r"a/pipe\.png is not a file"):
+        load_source(data_dir=str(tmp_path))
+    (tmp_path / "train.txt").unlink()
+    (tmp_path / "train.txt").write_text("train/a/0.png 0\ntrain/b/0.png 1\ntrain/a/pipe.png 0")
+    with pytest.raises(FileNotFoundError, match="1 of 3 images are not in"):
+        load_source(data_dir=str(tmp_path))
+
+
+def test_names_that_are_no_text(tmp_path):
+    for name in ("a", "b"):
+        save_image(tmp_path / name / "0.png")
+    Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/\xff.png")).touch()
+    with pytest.raises(ValueError, match=r"udcff\.png' is no text in UTF-8; rename"):
+        load_source(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("all.csv", "path,label\na.png,1".encode("utf-16"), "all.csv is not text in UTF-8"),
+        ("all.csv", "path,label\na.png,1".encode("utf-16-le"), "all.csv is not text in UTF-8.*NUL bytes"),
+        ("all.csv", b'path,label\na.png,"a\nb.png,b', "line 3 of .*all.csv cannot be read: .*quote"),
+        ("all.csv", b"path,label\na.png," + b"x" * 140_000, "line 2 of .*all.csv cannot be read: field larger"),
+        ("all.csv", b"a.png,1\nb.png,2", r"the columns are a\.png, 1 \(its first line is the header\)"),
+        ("all.csv", b"path,label\n", "all.csv has no rows"),
+        ("all.csv", b"", "all.csv is empty"),
+        ("all.csv", b"path,label,split\na.png,a,train\nb.png,b,", "1 of 2 rows have no split"),
+        ("all.csv", b"path,label\n,a", "1 of 1 rows name no image"),
+        (
+            "all.csv",
+            b"path," + b",".join(b"c%d" % index for index in range(9000)) + b"\n" + b"," * 9000,
+            "cannot tell the label column",
+        ),
+        ("all.jsonl", b'{"path": "a.png", "label": 1}\n["a.png", 1]', "line 2 of .*all.jsonl is a list"),
+        ("all.jsonl", b'{"path": "a.png", "label": 1}\n{"path"', "line 2 of .*all.jsonl is not valid JSON"),
+        ("all.jsonl", b'{"path": "a.png", "label": 1}\n' + b"[" * 10**5, "all.jsonl cannot be read: .*too deeply"),
+        ("train2018.json", b"[" * 10**5, "train2018.json cannot be read: .*too deeply"),
+        ("train2018.json", b"[1]", "train2018.json is not an iNaturalist annotation file"),
+        ("train.txt", b"a.png 0\nb.png 10000000", "9,999,999 classes without images, 1 the first"),
+        ("train.txt", b"a.png 1\nb.png 2", "1 classes without images, 0 the first"),
+        ("train.txt", b"a.png 0\nb.png 99999999999999999999", "line 2 of .*train.txt is not"),
+        ("train.txt", b"a.png 0\nb\0.png 1", "train.txt is not text in UTF-8"),
+        ("train.tar", bytes(10240), "train.tar is an empty tar file"),
+    ],
+)
+def test_files_that_are_something_else_end_in_a_sentence(tmp_path, file, content, message):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_long_tailed(data_dir=str(tmp_path))
+    assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("form", ["semicolons", "tabs", "CRLF", "absolute", "dots"])
+def test_tables_and_lists_as_others_write_them(tmp_path, form):
+    write_table_images(tmp_path)
+    paths = [f"images/{name}_{index}.png" for name in ("cat", "dog") for index in range(3)]
+    if form in ("absolute", "dots"):
+        other = tmp_path if form == "absolute" else f"../{tmp_path.name}"
+        lines = [f"{other}/{path} {row // 3}" if row % 2 else f"{path} {row // 3}" for row, path in enumerate(paths)]
+        (tmp_path / "train.txt").write_text("\n".join(lines))
+    else:
+        mark, end = {"semicolons": (";", "\n"), "tabs": ("\t", "\n"), "CRLF": (",", "\r\n")}[form]
+        lines = ["path,label", *(f"{path},{['cat', 'dog'][row // 3]}" for row, path in enumerate(paths))]
+        (tmp_path / "all.csv").write_bytes(end.join(lines).replace(",", mark).encode())
+    data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.34)
+    assert len(data["train"]) == 4
+    assert all(shade(row) // 40 == row["label"] for row in data["train"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- data", "has the sections"),
+        ("data: {dataset: a, dataset: b}", "'dataset' is there twice"),
+        ("data: " + "[" * 5000, "nested too deeply"),
+        ("data: {a: &a [x, x], b: &b [*a, *a], dataset: [*b, *b]}", "b of data must be a number"),
+        ("data: {1: 2}", "1 of data must be a number"),
+        ("teacher_losses: {ldam: 5}", "ldam must have fields"),
+        ("data: {dataset: a\0}", "is not text in UTF-8"),
+    ],
+)
+def test_recipes_that_are_none(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(str(tmp_path / "recipe.yaml"))
+    assert len(str(error.value)) < 700

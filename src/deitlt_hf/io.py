@@ -89,6 +89,22 @@ def _content_errors() -> tuple[type[Exception], ...]:
     )
 
 
+def read_text(path: str | PathLike) -> str:
+    """The text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is a pipe or the like, which may have no end, or is not text in UTF-8.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is not a file.")
+    with file_errors(path):
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError(f"{path} is not text in UTF-8; save it as UTF-8 (it has NUL bytes).")
+    return text
+
+
 def read_json(path: str | PathLike, kind: type = dict) -> Any:
     """The content of a JSON file.
 
@@ -101,7 +117,7 @@ def read_json(path: str | PathLike, kind: type = dict) -> Any:
         ValueError: If it is not JSON, or of another type.
     """
     with file_errors(path):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     if not isinstance(content, kind):
         raise ValueError(f"{path} cannot be read: it holds a {type(content).__name__}, not a {kind.__name__}.")
     return content

@@ -24,6 +24,7 @@ from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
 from ..training.report import show
 from ..training.run import SIZES, check_start, load_classifier
+from ..training.schedule import low_peak
 
 # A parameter: weight, gradient, and AdamW's two moments, or momentum and what SAM puts back; in float32.
 STATE_BYTES = 16
@@ -350,6 +351,8 @@ def print_budgets(
         _, _, teacher_args, taught = parse_arguments("teacher", sections, command_line)
         teacher = teacher_model(teacher_args.config(loss, num_labels=classes), taught)
         _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, taught)
+    if note := low_peak(args.learning_rate, student_args.init_from):
+        show(f"Note: {note}")
     student = student_model(student_args, classes, teacher, args)
     _show_budgets(f"student, {student_args.image_size} px", student, plan, images, args)
 

@@ -41,13 +41,15 @@ def parse_with_fields(
             words = values if isinstance(values, list) else [values]
             rest.extend([option_string, *(word for word in words if word is not None)])  # None: a flag without a value
 
-    fields = HfArgumentParser(classes, add_help=False)
-    fields.add_argument("--recipe")
-    for field in fields._actions:
-        names = [name for name in field.option_strings if name not in parser._option_string_actions]
-        if names:
-            options = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            parser.add_argument(*names, nargs=field.nargs, action=LeaveAside, **options)
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("--recipe")
+    # One parser for each class: teacher and student share fields, and a parser takes a name once.
+    for fields in (recipe, *(HfArgumentParser(cls, add_help=False) for cls in classes)):
+        for field in fields._actions:
+            names = [name for name in field.option_strings if name not in parser._option_string_actions]
+            if names:
+                options = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+                parser.add_argument(*names, nargs=field.nargs, action=LeaveAside, **options)
     known, unknown = parser.parse_known_args(arguments)
     return known, rest + unknown
 

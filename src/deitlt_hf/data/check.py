@@ -1,9 +1,8 @@
-"""Tells in seconds what a data set holds, what is missing and, on request, which images cannot be decoded."""
+"""Finds in seconds what a data set holds, what is missing and, on request, which images cannot be decoded."""
 
 import os
 import stat
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 
 from ..io import one_line
 from .images import ROWS_A_TASK, Decoded, decode_all, source_rows
+from .labels import look_alikes
 from .loading import subset_hash, training_counts
 from .long_tail import ShotGroups, class_counts
 
@@ -88,6 +88,9 @@ def check_data(
         "subset": f"sha256 {subset_hash(data['train'])}",
     }
     problems = [*_against_benchmark(name, source, len(names)), *_tests_of_classes(data["test"], names)]
+    problems += [f"classes whose names look alike: {pair}" for pair in look_alikes(names)[:NAMED]]
+    if len(names) > 2 and counts.max() == 1:
+        problems.append("no class has more than one training image; are the labels those of classes?")
     if not isinstance(data["train"], datasets.Dataset):
         if deep:
             raise ValueError("a stream cannot be decoded beforehand; leave out --deep, and see --skip_bad_images.")
@@ -125,38 +128,52 @@ def _paths(data: datasets.DatasetDict) -> Iterator[str]:
     """Images without bytes and path, and files that are empty, unreadable, or there twice."""
     paths = {}
     for split, rows in data.items():
-        paths[split], empty = _stored_paths(rows)
-        if empty:
-            numbers = _some(map(str, source_rows(rows)[empty]))
-            yield f"{len(empty):,} {split} images are empty, without bytes and path: rows {numbers}"
-    sizes = {path: _size(path) for split in paths.values() for path in split}
-    broken = [path for path, size in sizes.items() if size is None]
+        paths[split], absent = _stored_paths(rows)
+        if absent:
+            numbers = _some(map(str, source_rows(rows)[absent]))
+            yield f"{len(absent):,} {split} images are empty, without bytes and path: rows {numbers}"
+    known = {path: _status(path) for split in paths.values() for path in split.values()}
+    broken = [path for path, status in known.items() if status is None]
     if broken:
         yield f"{len(broken):,} files cannot be read (broken links, no permission, no files?): {_some(broken)}"
-    empty = [path for path, size in sizes.items() if size == 0]
+    empty = [path for path, status in known.items() if status is not None and status.st_size == 0]
     if empty:
         yield f"{len(empty):,} files are empty: {_some(empty)}"
-    both = sorted(set(paths["train"]) & set(paths["test"]))
+
+    def file_of(path: str) -> object:  # the same by any link to it
+        status = known[path]
+        return path if status is None else (status.st_dev, status.st_ino)
+
+    tested = {file_of(path) for path in paths["test"].values()}
+    both = sorted({path for path in paths["train"].values() if file_of(path) in tested})
     if both:
         yield f"{len(both):,} images are for training and for testing: {_some(both)}"
-    twice = [path for path, times in Counter(paths["train"]).items() if times > 1]
+    labels_of: dict[object, list[int]] = {}
+    labels = data["train"]["label"][:]
+    for row, path in paths["train"].items():
+        labels_of.setdefault(file_of(path), []).append(labels[row])
+    first = {file_of(path): path for path in paths["train"].values()}
+    twice = [first[file] for file, found in labels_of.items() if len(found) > 1]
     if twice:
         yield f"{len(twice):,} training images are listed more than once: {_some(twice)}"
+    several = [first[file] for file, found in labels_of.items() if len(set(found)) > 1]
+    if several:
+        yield f"{len(several):,} training images are of several classes: {_some(several)}"
 
 
-def _size(path: str) -> int | None:
-    """Bytes of a file; None if it cannot be read, or is a folder, a pipe or a device."""
+def _status(path: str) -> os.stat_result | None:
+    """The status of a file; None if it cannot be read, or is a folder, a pipe or a device."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) and os.access(path, os.R_OK) else None
+    return found if stat.S_ISREG(found.st_mode) and os.access(path, os.R_OK) else None
 
 
-def _stored_paths(rows: datasets.Dataset) -> tuple[list[str], list[int]]:
-    """Paths of the images that are files of their own, and rows that have neither bytes nor a path."""
+def _stored_paths(rows: datasets.Dataset) -> tuple[dict[int, str], list[int]]:
+    """Paths of the images that are files of their own, by row, and rows that have neither bytes nor a path."""
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False)).with_format("arrow")
-    paths, empty = [], []
+    paths, empty = {}, []
     for start, batch in enumerate(images.iter(ROWS_A_TASK)):
         cells = batch.column("image").combine_chunks()
         # Flattened, the parts are null where the cell is.
@@ -164,7 +181,7 @@ def _stored_paths(rows: datasets.Dataset) -> tuple[list[str], list[int]]:
         found = zip(parts["bytes"].is_valid().to_pylist(), parts["path"].to_pylist(), strict=True)
         for row, (inside, path) in enumerate(found, start=start * ROWS_A_TASK):
             if path and not inside:
-                paths.append(path)
+                paths[row] = path
             elif not inside:
                 empty.append(row)
     return paths, empty

@@ -1,4 +1,4 @@
-"""Tar files that are cut short."""
+"""Tar files that are cut short or empty."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +7,16 @@ TAR_BLOCK = 512  # bytes; a tar file is whole blocks, and ends with empty ones
 
 
 def check_shards(shards: Mapping[str, Sequence[str]]) -> None:
-    """Checks that no tar file is cut short, where readers may stop without an error.
+    """Checks that no tar file is cut short, where readers may stop without an error, and that none is empty.
 
     Raises:
-        ValueError: If one is; the message names it.
+        ValueError: If one is, or is not a file; the message names it.
     """
     for path in (Path(path) for paths in shards.values() for path in paths):
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file (a pipe or device?); remove it.")
         with path.open("rb") as file:
+            is_empty = not any(file.read(TAR_BLOCK))
             size = file.seek(0, 2)
             file.seek(max(size - TAR_BLOCK, 0))
             if size % TAR_BLOCK or file.read() != bytes(TAR_BLOCK):
@@ -21,3 +24,5 @@ def check_shards(shards: Mapping[str, Sequence[str]]) -> None:
                     f"{path} is not a whole tar file: it does not end as one does (cut short, or compressed?); copy it "
                     "again."
                 )
+            if is_empty:
+                raise ValueError(f"{path} is an empty tar file: it begins with zeros; remove it, or copy it again.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ..io import file_errors
+from ..io import file_errors, one_line
 from .arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
 from .class_lists import read_class_names
 from .damage import check_shards
@@ -20,14 +20,18 @@ from .files import (
     load_annotations,
     load_class_folders,
     load_lists,
+    named,
     split_folders,
+    split_of,
 )
-from .images import as_image_column, decode_all, holds_images
+from .images import as_image_column, decode_all
+from .labels import check_class_names, check_indices, encode_labels, look_alikes
 from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
-from .tables import LABEL_COLUMNS, encode_labels, find_shards, find_tables, load_tables
+from .tables import LABEL_COLUMNS, PATH_COLUMNS, find_metadata, find_shards, find_tables, load_tables
 
 logger = logging.getLogger(__name__)
 
+_BINARY = ("binary", "large_binary", "binary_view")
 # Names for data that come from a folder and have no public copy to load.
 FOLDER_ONLY = ("imagefolder", "imagenet_lt", "inat18", "places_lt")
 # Data sets whose classes the authors' heads have in order of decreasing training count.
@@ -69,8 +73,9 @@ def load_source(
         dataset: `digits` (scikit-learn's, embedded: 1,797 images of 8 x 8 pixels), or the id of a data set on the Hub.
             With `data_dir` it is only a name.
         data_dir: Read from this folder instead. By what it holds: list files (see [`load_lists`]); MNIST-style IDX
-            files; CIFAR's python version; what `save_to_disk` wrote; class folders below `train` and `test`; an
-            iNaturalist competition; tables (CSV, TSV, parquet) with paths or images; webdataset shards; class folders.
+            files; CIFAR's python version; what `save_to_disk` wrote; Hugging Face's `metadata.csv` (or `.jsonl`,
+            `.parquet`) beside images; class folders below `train` and `test`; an iNaturalist competition; tables (CSV,
+            TSV, JSON lines, parquet) with paths or images; webdataset shards; class folders.
         train_list: List file of the training images, here or in `data_dir`; by default found by its name.
         test_list: List file of the test images.
         image_column: Column with the images; by default one with a usual name. Layouts without columns (folders, lists,
@@ -91,31 +96,35 @@ def load_source(
         if dataset == "digits":
             return "scikit-learn's digits", load_digits()
         with file_errors(dataset):
-            return f"{dataset} from the Hub", datasets.load_dataset(dataset)
+            return f"{dataset} from the Hub", _by_split_column(datasets.load_dataset(dataset))
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
     if (image_column or label_column) and (tables := find_tables(folder, image_column, label_column)):
-        return f"tables ({_names(tables)})", load_tables(folder, tables, image_column, label_column)
+        loaded = load_tables(folder, tables, image_column, label_column)
+        return f"tables ({_names(folder, tables)})", _by_split_column(loaded)
     columns = {"image": image_column or "image", "label": label_column or "label"}
     if lists := find_lists(folder, train_list, test_list):
-        return f"list files ({_names(lists)})", load_lists(folder, lists).rename_columns(columns)
+        return f"list files ({_names(folder, lists)})", load_lists(folder, lists).rename_columns(columns)
     if any(folder.glob(f"{IDX_STEMS['train']}-images-idx3-ubyte*")):
         return "IDX files", load_idx(folder).rename_columns(columns)
     if cifar := cifar_folder(folder):
         return "CIFAR's python version", load_cifar(cifar).rename_columns(columns)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        loaded = datasets.load_from_disk(str(folder))
+        with file_errors(folder):
+            loaded = datasets.load_from_disk(str(folder))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
-        return "a saved data set", splits
+        return "a saved data set", _by_split_column(splits)
+    if metadata := find_metadata(folder):
+        return f"tables ({_names(folder, metadata)})", _by_split_column(load_tables(folder, metadata))
     if {"train"} < set(split_folders(folder)):
         return "class folders", load_class_folders(folder).rename_columns(columns)
     if annotations := find_annotations(folder):
-        return f"iNaturalist annotations ({_names(annotations)})", load_annotations(folder, annotations).rename_columns(
-            columns
-        )
+        return f"iNaturalist annotations ({_names(folder, annotations)})", load_annotations(
+            folder, annotations
+        ).rename_columns(columns)
     if tables := find_tables(folder):
-        return f"tables ({_names(tables)})", load_tables(folder, tables)
+        return f"tables ({_names(folder, tables)})", _by_split_column(load_tables(folder, tables))
     if shards := find_shards(folder):
         check_shards(shards)
         with file_errors(folder):
@@ -125,8 +134,26 @@ def load_source(
     return "class folders", load_class_folders(folder).rename_columns(columns)
 
 
-def _names(files: dict[str, Path]) -> str:
-    return ", ".join(path.name for path in files.values())
+def _names(folder: Path, files: dict[str, Path]) -> str:
+    return named(path.relative_to(folder) if path.is_relative_to(folder) else path for path in files.values())
+
+
+def _by_split_column(splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Parts a single split by its column `split`, if that has the name of a training and of a test split."""
+    if len(splits) != 1:
+        return splits
+    rows = next(iter(splits.values()))
+    column = find_split(rows.column_names, ["split"])
+    if column is None or getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
+        return splits
+    values = rows.with_format(None)[column][:]
+    parts = [value and (split_of(value) or value) for value in values]
+    if "train" not in parts or not set(parts) & set(TEST_NAMES):
+        return splits
+    if None in parts or "" in parts:
+        raise ValueError(f"{sum(not part for part in parts):,} rows have no {column}; give each one.")
+    indices = {part: [row for row, value in enumerate(parts) if value == part] for part in dict.fromkeys(parts)}
+    return datasets.DatasetDict({part: rows.select(chosen) for part, chosen in indices.items()})
 
 
 def long_tailed_splits(
@@ -179,7 +206,10 @@ def long_tailed_splits(
         splits = _drop_unreadable(splits)
     names = splits["train"].features["label"].names
     if len(names) < 2:
-        raise ValueError(f"the data have {len(names)} class ({', '.join(names)}); a classifier needs at least two.")
+        raise ValueError(
+            f"the data have {len(names)} class ({one_line(', '.join(names), 100)}); a classifier needs at least two. "
+            "Is data_dir the folder with the classes?"
+        )
     if max_per_class is not None and imbalance_ratio is None:
         raise ValueError("max_per_class needs an imbalance_ratio (1 for classes of the same size).")
     if imbalance_ratio is not None:
@@ -189,7 +219,8 @@ def long_tailed_splits(
         splits["train"] = splits["train"].select(indices)
     empty = [names[label] for label in np.flatnonzero(training_counts(splits["train"]) == 0)]
     if empty:
-        raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")
+        shown = one_line(", ".join(empty[:5]), 200)
+        raise ValueError(f"classes without a training image: {shown} ({len(empty)} in all).")
     return splits
 
 
@@ -202,7 +233,7 @@ def training_counts(split) -> np.ndarray:
     if not isinstance(split, datasets.Dataset):
         return split.class_counts
     column = find_columns(split)[1]
-    return class_counts(split[column][:], split.features[column].num_classes)
+    return class_counts(split.with_format(None)[column][:], split.features[column].num_classes)
 
 
 def subset_hash(split) -> str | None:
@@ -217,35 +248,78 @@ def find_columns(
 ) -> tuple[str, str]:
     """Finds the image and the label column of a data set: by their types, else a label column by its name.
 
+    A column of images has the type `Image`, or else holds their bytes, in a structure (`bytes`, `path`) or plain.
+
     Raises:
-        ValueError: If a named column is missing, or there is not exactly one of the type; it lists what there is.
+        ValueError: If a named column is missing or holds no images, or there is not exactly one of the type; it lists
+            what there is.
     """
-    wanted = {"image": (image_column, datasets.Image), "label": (label_column, datasets.ClassLabel)}
-    found = []
-    for kind, (name, feature_type) in wanted.items():
-        if name is not None and name not in dataset.column_names:
+    return _image_column(dataset, image_column), _label_column(dataset, label_column)
+
+
+def _image_column(dataset: datasets.Dataset, given: str | None) -> str:
+    _check_column(dataset, given, "image")
+    kinds = {name: _image_kind(feature) for name, feature in dataset.features.items()}
+    if given is not None:
+        if kinds[given] is None:
             raise ValueError(
-                f"no {kind} column {name!r}; the columns are {_describe_columns(dataset)}. Name one of "
-                f"them with {kind}_column."
+                f"the column {given!r} holds no images; the columns are {_describe_columns(dataset)}. Name another "
+                f'with image_column; of paths of files, dataset.cast_column("{given}", datasets.Image()) makes images.'
             )
-        if name is None:
-            names = [key for key, feature in dataset.features.items() if isinstance(feature, feature_type)]
-            if not names and kind == "image":
-                names = [key for key, feature in dataset.features.items() if holds_images(feature)]
-            if not names and kind == "label":
-                names = [key for key in [find_split(dataset.column_names, LABEL_COLUMNS)] if key is not None]
-            if len(names) != 1:
-                raise ValueError(
-                    f"cannot tell the {kind} column: {len(names)} columns have type {feature_type.__name__}; the "
-                    f"columns are {_describe_columns(dataset)}. Name it with {kind}_column."
-                )
-            name = names[0]
-        found.append(name)
-    return tuple(found)
+        return given
+    found = next((names for kind in range(3) if (names := [name for name in kinds if kinds[name] == kind])), [])
+    named_so = find_split(found, PATH_COLUMNS) if len(found) > 1 and kinds[found[0]] > 0 else None
+    if len(found) != 1 and named_so is None:
+        raise ValueError(
+            f"cannot tell the image column: {len(found)} columns have type Image; the columns are "
+            f"{_describe_columns(dataset)}. Name it with image_column; of paths of files, "
+            "dataset.cast_column(NAME, datasets.Image()) makes images."
+        )
+    return named_so or found[0]
+
+
+def _image_kind(feature) -> int | None:
+    """0 of the type `Image`, 1 of a structure with the bytes of images, 2 of plain bytes; None of no images."""
+    if isinstance(feature, datasets.Image):
+        return 0
+    if isinstance(feature, dict):
+        is_image = getattr(feature.get("bytes"), "dtype", None) in _BINARY and set(feature) <= {"bytes", "path"}
+        return 1 if is_image else None
+    return 2 if getattr(feature, "dtype", None) in _BINARY else None
+
+
+def _label_column(dataset: datasets.Dataset, given: str | None) -> str:
+    _check_column(dataset, given, "label")
+    names = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    found = (
+        [given]
+        if given
+        else names or [name for name in [find_split(dataset.column_names, LABEL_COLUMNS)] if name is not None]
+    )
+    if len(found) != 1:
+        raise ValueError(
+            f"cannot tell the label column: {len(names)} columns have type ClassLabel; the columns are "
+            f"{_describe_columns(dataset)}. Name it with label_column."
+        )
+    if not isinstance(dataset.features[found[0]], datasets.Value | datasets.ClassLabel):
+        raise ValueError(
+            f"the label column {found[0]!r} does not hold one label for each image; the columns are "
+            f"{_describe_columns(dataset)}. Name another with label_column."
+        )
+    return found[0]
+
+
+def _check_column(dataset: datasets.Dataset, name: str | None, kind: str) -> None:
+    if name is not None and name not in dataset.column_names:
+        raise ValueError(
+            f"no {kind} column {name!r}; the columns are {_describe_columns(dataset)}. Name one of them with "
+            f"{kind}_column."
+        )
 
 
 def _describe_columns(dataset: datasets.Dataset) -> str:
-    return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items())
+    columns = (f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items())
+    return one_line(", ".join(columns))
 
 
 def _choose_splits(
@@ -261,8 +335,8 @@ def _choose_splits(
     if train is None or test is None:
         missing = "train" if train is None else f"test ({test_split or ' or '.join(TEST_NAMES)})"
         raise ValueError(
-            f"the data have no {missing} split; the splits are {', '.join(splits)}. In an image folder put the images "
-            "below train/CLASS/ and test/CLASS/, or give test_fraction to set a share of each class apart."
+            f"the data have no {missing} split; the splits are {one_line(', '.join(splits))}. In an image folder put "
+            "the images below train/CLASS/ and test/CLASS/, or give test_fraction to set a share of each class apart."
         )
     return datasets.DatasetDict({"train": splits[train], "test": splits[test]})
 
@@ -277,32 +351,28 @@ def standard_columns(
     standard = {}
     for name, split in splits.items():
         columns = find_columns(split, image_column, label_column)
-        split = split.select_columns(list(columns)).rename_columns(
-            {old: new for old, new in zip(columns, ("image", "label"), strict=True) if old != new}
+        split = (
+            split.with_format(None)
+            .select_columns(list(columns))
+            .rename_columns({old: new for old, new in zip(columns, ("image", "label"), strict=True) if old != new})
         )
         split = as_image_column(split, "image")
         standard[name] = split.add_column("source_index", np.arange(len(split)))
+    if class_names is not None:
+        class_names = read_class_names(class_names) if isinstance(class_names, str) else list(class_names)
+        check_class_names(class_names, "class_names")
     if not all(isinstance(split.features["label"], datasets.ClassLabel) for split in standard.values()):
         standard = _encode_classes(standard)
     for name, split in standard.items():
-        missing = split["label"][:].count(None)
-        if missing:
-            raise ValueError(f"the {name} split has {missing} images without a label (empty).")
-        if min(split["label"][:], default=0) < 0:
-            raise ValueError(f"the {name} split has images without a label (-1); name another with test_split.")
+        names = split.features["label"].names
+        check_indices(split["label"][:], class_names or names, f"the {name} split", len(names))
     if class_names is not None:
-        given = read_class_names(class_names) if isinstance(class_names, str) else list(class_names)
-        standard = {name: _rename_classes(split, given) for name, split in standard.items()}
-    names = [split.features["label"].names for split in standard.values()]
-    if sorted(names[0]) == sorted(names[-1]):
-        classes = next(iter(standard.values())).features["label"]
-        return datasets.DatasetDict({name: with_classes(split, classes) for name, split in standard.items()})
-    if names[0] != names[-1]:
-        raise ValueError(
-            "the train and test splits have different classes: only in train "
-            f"{sorted(set(names[0]) - set(names[-1]))[:5]}, only in test {sorted(set(names[-1]) - set(names[0]))[:5]}."
-        )
-    return datasets.DatasetDict(standard)
+        standard = {name: _rename_classes(split, class_names) for name, split in standard.items()}
+    classes = standard.get("train", next(iter(standard.values()))).features["label"]
+    alike = look_alikes(classes.names)
+    if alike:
+        logger.warning("classes whose names look alike: %s (%d in all)", ", ".join(alike[:5]), len(alike))
+    return datasets.DatasetDict({name: with_classes(split, classes) for name, split in standard.items()})
 
 
 def _encode_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
@@ -310,12 +380,10 @@ def _encode_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.D
     values = {}
     for name, split in splits.items():
         labels, feature = split["label"][:], split.features["label"]
-        is_named = isinstance(feature, datasets.ClassLabel)
-        values[name] = [feature.names[label] for label in labels] if is_named else labels
-    for name, labels in values.items():
-        missing = labels.count(None)
-        if missing:
-            raise ValueError(f"the {name} split has {missing} images without a label (empty).")
+        if isinstance(feature, datasets.ClassLabel):
+            indices = check_indices(labels, feature.names, f"the {name} split").tolist()
+            labels = [feature.names[label] for label in indices]
+        values[name] = labels
     names, labels = encode_labels(values)
     features = datasets.ClassLabel(names=names)
     return {
@@ -328,15 +396,19 @@ def with_classes(split: datasets.Dataset, classes: datasets.ClassLabel) -> datas
     """The same rows, with the labels that other classes give to their names.
 
     Raises:
-        ValueError: If they have not all names.
+        ValueError: If they lack a name of which the split has images.
     """
     names = split.features["label"].names
     if names == classes.names:
         return split
-    unknown = sorted(set(names) - set(classes.names))
+    labels = np.asarray(split["label"][:], dtype=np.int64)
+    unknown = [names[label] for label in np.unique(labels) if names[label] not in set(classes.names)]
     if unknown:
-        raise ValueError(f"the test split has classes that the training split has not: {unknown[:5]}.")
-    labels = [classes.str2int(names[label]) for label in split["label"]]
+        shown = one_line(", ".join(map(repr, unknown[:5])), 200)
+        raise ValueError(
+            f"the test split has classes that the training split does not have: {shown} ({len(unknown)} in all)."
+        )
+    labels = [classes.str2int(names[label]) for label in labels]
     return split.remove_columns("label").add_column("label", labels).cast_column("label", classes)
 
 

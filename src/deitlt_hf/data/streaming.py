@@ -1,7 +1,6 @@
 """Training images from shards that do not fit the disk: read in order, shuffled in a window, shared by processes."""
 
 import itertools
-import json
 import logging
 import re
 from collections import Counter
@@ -14,13 +13,14 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..io import file_errors
+from ..io import file_errors, read_json
 from .damage import check_shards
 from .files import TEST_NAMES, find_split
 from .images import EncodedImage, open_image
+from .labels import check_class_names, class_of, encode_labels, refuse_missing
 from .loading import find_columns, standard_columns, with_classes
 from .sampling import ROUND, check_repeats, image_seeds, seed_streams, whole_steps
-from .tables import embeds_images, encode_labels, find_shards, find_tables, sibling_tables
+from .tables import embeds_images, find_shards, find_tables, sibling_tables
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,14 @@ class StreamedSplit:
         shuffle_buffer: int = 2048,
         skip_bad_images: bool = False,
     ):
+        self._indices: dict[str, int] = {}
         feature = (stream.features or {}).get(label_column)
         if isinstance(feature, datasets.ClassLabel):
             names = feature.names
+            check_class_names(names, "the stream")
+            missing = {str(key): count for key, count in counts.items() if key is None or key == -1}
+            if missing:
+                refuse_missing("the stream", missing, sum(counts.values()))
             self.label_of = {label: label for label in range(len(names))}
             # A file that goes by names may have numbers as names, in another order than the labels.
             by_name = any(isinstance(key, str) for key in counts)
@@ -67,10 +72,11 @@ class StreamedSplit:
                 others = [key for key in counts if not re.fullmatch(r"-?\d+", str(key))]
                 _refuse_others(others, "labels are whole numbers")
                 counts = {int(key): count for key, count in counts.items()}
-            names, labels = encode_labels({"train": list(counts)})
+            names, labels = encode_labels({"train": counts}, {"train": "the stream"})
             self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
+            self._indices = {name: label for label, name in enumerate(names)}  # a file of counts goes by names
             self.class_counts = np.zeros(len(names), np.int64)
-            self.class_counts[labels["train"]] = list(counts.values())
+            np.add.at(self.class_counts, labels["train"], list(counts.values()))
         empty = [names[label] for label in np.flatnonzero(self.class_counts == 0)]
         if empty:
             raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")
@@ -85,6 +91,11 @@ class StreamedSplit:
 
     def __len__(self) -> int:
         return int(self.class_counts.sum())
+
+    def label(self, value: object) -> int | None:
+        """The class index of a label as the stream has it; None of one that was not counted."""
+        found = self.label_of.get(value)
+        return class_of(value, self._indices) if found is None and self._indices else found
 
 
 class StreamedImages(IterableDataset):
@@ -165,7 +176,7 @@ class StreamedImages(IterableDataset):
             for row in split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size):
                 seen = True
                 image = self._open(row[self.split.image_column], row[self.split.label_column])
-                label = self.split.label_of.get(row[self.split.label_column])
+                label = self.split.label(row[self.split.label_column])
                 if label is None:
                     raise ValueError(f"the stream has a label that was not counted: {row[self.split.label_column]!r}.")
                 if image is None:
@@ -256,13 +267,9 @@ def _refuse_others(keys: Sequence, known: str) -> None:
 
 
 def _read_counts(path: str) -> dict:
-    try:
-        with file_errors(path):
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    content = read_json(Path(path).expanduser(), object)
     counts = dict(enumerate(content)) if isinstance(content, list) else content
-    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+    if not isinstance(counts, dict) or not all(type(count) is int and count >= 0 for count in counts.values()):
         raise ValueError(f"{path} must hold a list of counts, or an object from class to count.")
     return counts
 

@@ -11,6 +11,7 @@ import http.client
 import io
 import ipaddress
 import os
+import re
 import shutil
 import socket
 import time
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageColor
 from transformers import (
     AutoConfig,
@@ -249,27 +251,33 @@ def _check_folder(folder: str | os.PathLike) -> None:
         raise FileNotFoundError(f"{str(folder)!r} is no model folder: there is no config.json in it.")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether the name of a model is `ORG/NAME` on the Hub, not a path: no folder of that name or named ORG is here.
+
+    What is in the Hub's cache is an id in any case, so that a folder named like an organisation does no harm.
+    """
+    if Path(name).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is None or name.startswith("outputs/"):
+        return False  # outputs is where training writes by default
+    return not Path(name).parent.is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def model_config(path: str) -> dict[str, Any]:
-    """What the configuration of a model folder or Hub repository says.
+    """What the configuration of a model folder or Hub repository says; of a path, the Hub is not asked.
 
     Raises:
-        FileNotFoundError: If it cannot be had from the Hub, and looks like a mistyped path of a folder.
+        FileNotFoundError: If it is the path of a folder that is not there.
         OSError: If it cannot be had.
         ValueError: If it is no object, or as [`check_config`].
     """
+    path = str(path)
+    if not Path(path).is_dir() and not is_hub_id(path):
+        raise FileNotFoundError(f"there is no model folder {path!r}.")
     try:
         config = PreTrainedConfig.get_config_dict(path)[0]
         if not isinstance(config, dict):
             raise TypeError
     except TypeError as error:  # also of get_config_dict itself
         raise ValueError(f"the config.json of {path!r} does not hold an object; save the model again.") from error
-    except OSError as error:
-        # Of `outputs/typo` transformers would say that the Hub cannot be reached, or that one should log in there.
-        if not Path(path).exists() and Path(path).parent.is_dir():
-            raise FileNotFoundError(
-                f"there is no folder {path!r}, and no model of that name could be had from the Hub."
-            ) from error
-        raise
     check_config(config, f"the config.json of {path!r}")
     return config
 
@@ -314,8 +322,8 @@ def load_native(path: str) -> PreTrainedModel:
 
 def _load(path: str | os.PathLike) -> tuple[BaseImageProcessor, PreTrainedModel]:
     name = str(path)
-    if Path(path).is_absolute() or name.startswith(".") or name.count("/") != 1 or Path(path).exists():
-        _check_folder(path)  # all others are ids on the Hub
+    if not is_hub_id(name):
+        _check_folder(path)
     try:
         model_config(name)
         return AutoImageProcessor.from_pretrained(name), load_native(name)

@@ -25,8 +25,9 @@ class DataArguments:
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Read images from this folder: class folders, list files, iNaturalist's JSON, CSV or parquet "
-            "tables, webdataset shards, CIFAR's or MNIST's files, or a saved data set."
+            "help": "Read images from this folder: class folders, Hugging Face's image folders with metadata, list "
+            "files, iNaturalist's JSON, tables (CSV, JSON lines, parquet), webdataset shards, CIFAR's or MNIST's "
+            "files, or a saved data set."
         },
     )
     imbalance_ratio: float | None = field(

@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..io import file_errors
+from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
 from .arguments import DataArguments, without_folders
 from .usage import BriefParser
@@ -56,25 +56,50 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
-        with file_errors(name_or_path):
-            text = Path(name_or_path).read_text(encoding="utf-8")
+        text = read_text(name_or_path)
     else:
         raise FileNotFoundError(
             f"no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; give the path of a YAML file, or one "
             f"of {', '.join(recipe_names())}."
         )
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {name_or_path!r} is not valid YAML: {' '.join(str(error).split())}.") from error
+    with file_errors(f"recipe {name_or_path!r}"):
+        recipe = yaml.load(text, _Loader)
     sections = {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
     sections = {key: {} if value is None else value for key, value in sections.items()}
     wrong = [key for key in sections if key not in SECTIONS]
     if not sections or wrong or not all(isinstance(value, dict) for value in sections.values()):
         raise ValueError(
-            f"recipe {name_or_path!r} has the sections {list(sections)}; they can be {', '.join(SECTIONS)}."
+            f"recipe {name_or_path!r} has the sections {one_line(list(sections))}; they can be {', '.join(SECTIONS)}, "
+            "each with fields and their values."
         )
+    for section, values in sections.items():
+        _check_values(values if section == "teacher_losses" else {section: values}, f"recipe {name_or_path!r}")
     return {section: sections.get(section, {}) for section in SECTIONS}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that are there twice, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{one_line(twice)!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _check_values(sections: dict[str, Any], recipe: str) -> None:
+    """Refuses values in values, which no field has, and which can be more than any memory holds."""
+    for section, values in sections.items():
+        if not isinstance(values, dict | None):
+            raise ValueError(f"{recipe}: {one_line(section, 60)} must have fields and their values.")
+        for name, value in (values or {}).items():
+            items = value if isinstance(value, list) else [value]
+            if not isinstance(name, str) or not all(isinstance(item, str | int | float | None) for item in items):
+                raise ValueError(
+                    f"{recipe}: {one_line(name, 60)} of {one_line(section, 60)} must be a number, a text, or a list of "
+                    "these."
+                )
 
 
 def recipe_description(name: str) -> str:

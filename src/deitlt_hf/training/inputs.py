@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 
 from ..data.images import ImageDataset
+from ..data.labels import check_indices
 from ..data.loading import find_columns
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
@@ -32,8 +33,11 @@ def as_images(dataset, background: str | None, views: Mapping[str, TrainTransfor
             args.gradient_accumulation_steps,
             background,
         )
+    if isinstance(dataset, DatasetDict | IterableDataset):
+        _check_kind(dataset)
     if not isinstance(dataset, Dataset):
         return dataset
+    dataset = dataset.with_format(None)
     return ImageDataset(dataset, *find_columns(dataset), views, background)
 
 
@@ -41,15 +45,24 @@ def match_labels(config, dataset: Dataset) -> None:
     """Names the model's labels after the data, or checks that they agree.
 
     Raises:
-        ValueError: If they do not, or the data are no `datasets.Dataset`.
+        ValueError: If they do not, or the data are no `datasets.Dataset` of images with classes.
     """
-    if not isinstance(dataset, Dataset | StreamedSplit):
-        raise ValueError(
-            f"train_dataset and eval_dataset must each be a datasets.Dataset (or a StreamedSplit), got "
-            f"{type(dataset).__name__}."
-        )
+    _check_kind(dataset)
     _, column = find_columns(dataset)
-    names = dataset.features[column].names
+    feature = dataset.features[column]
+    if not isinstance(feature, ClassLabel):
+        how = f'dataset.class_encode_column("{column}")'
+        if "int" in feature.dtype:
+            how = (
+                f'dataset.cast_column("{column}", ClassLabel(num_classes={config.num_labels})), or names= for its names'
+            )
+        raise ValueError(
+            f"the labels in column {column!r} are plain values ({feature.dtype}) without classes: give {how}, the same "
+            "for training and testing."
+        )
+    if isinstance(dataset, Dataset):
+        check_indices(dataset.with_format(None)[column][:], feature.names, "the data set")
+    names = feature.names
     if len(names) != config.num_labels:
         raise ValueError(f"the model has {config.num_labels} classes but the data have {len(names)}.")
     model_names = [config.id2label[label] for label in range(len(names))]
@@ -61,4 +74,32 @@ def match_labels(config, dataset: Dataset) -> None:
         raise ValueError(
             f"the model's label {label} is {model_names[label]!r} but the data's is {names[label]!r}; model and data "
             "need the same classes in the same order."
+        )
+
+
+def _check_kind(dataset) -> None:
+    """Refuses what a trainer cannot take for a data set.
+
+    Raises:
+        ValueError: If it is none, or has a transform, which would be left aside.
+    """
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise ValueError(
+            f"train_dataset and eval_dataset must each be one datasets.Dataset, got a {type(dataset).__name__} of "
+            f"{', '.join(dataset)}; give one of these splits each, such as data['train']."
+        )
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "a datasets.IterableDataset is not taken as it is: train on deitlt_hf.data.streaming.StreamedSplit("
+            "dataset, image_column, label_column, counts), and evaluate on a datasets.Dataset."
+        )
+    if not isinstance(dataset, Dataset | StreamedSplit):
+        raise ValueError(
+            f"train_dataset and eval_dataset must each be a datasets.Dataset (or a StreamedSplit), got "
+            f"{type(dataset).__name__}."
+        )
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            "the data set has a transform (set_transform or with_transform), which the trainer would leave aside, "
+            "since it makes the transforms; give dataset.with_format(None)."
         )

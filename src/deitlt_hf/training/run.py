@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import ClassLabel, Dataset
 from transformers import AutoImageProcessor, DeiTConfig, PreTrainedModel, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
-from ..data.loading import SORTED_BY_AUTHORS, subset_hash, training_counts
+from ..data.loading import SORTED_BY_AUTHORS, subset_hash, training_counts, with_classes
 from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
 from ..hub import load_original_student
@@ -27,6 +28,7 @@ from .checkpoints import whole_checkpoint
 from .distillation import DeiTLTTrainer
 from .publishing import hub_options
 from .report import RESULTS_FILE, architecture, check_output_dir, goes_on_in, quiet_log, run_files
+from .schedule import low_peak
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
 
@@ -84,6 +86,8 @@ def distill(
         check_start(model_args.init_from, (args.recipe or {}).get("overrides", {}))
     data = data_args.load()
     args.check_data(len(data["train"]))
+    if note := low_peak(args.learning_rate, model_args.init_from):
+        _say(args, f"Note: {note}")
     data_args.groups(data)
     set_seed(args.seed)
     student = _student(model_args, data)
@@ -107,6 +111,9 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
     data = data_args.load()
+    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    if isinstance(data["train"], Dataset) and sorted(names) == sorted(data["test"].features["label"].names):
+        data = {split: with_classes(rows, ClassLabel(names=names)) for split, rows in data.items()}
     trainer_class = DeiTLTTrainer if isinstance(model, DeiTLTForImageClassification) else FlatTeacherTrainer
     if trainer_class is FlatTeacherTrainer:
         args = FlatTeacherTrainingArguments(**{name: getattr(args, name) for name in EVALUATION_FIELDS})
@@ -293,8 +300,6 @@ def _config_of(path: str) -> dict:
     """What the configuration of a folder or Hub repository says."""
     if Path(path).is_file():
         raise ValueError(f"{path} is a file; convert it to a model folder first, with 'deitlt convert'.")
-    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
-        raise FileNotFoundError(f"there is no model folder {path!r}.")
     return model_config(path)
 
 
