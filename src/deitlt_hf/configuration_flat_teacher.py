@@ -25,8 +25,8 @@ class FlatTeacherConfig(PreTrainedConfig):
             else 1. It does not change the logits.
         class_counts: Training images of each class, in label order, when known.
         class_groups: Class indices of each group, such as head, mid and tail, when known.
-        class_map: For a teacher converted from the authors' checkpoint, the row of its head there for each class, if
-            they differ.
+        class_map: For an LDAM teacher converted from the authors' checkpoint, the row of its head there for each class,
+            if they differ.
 
     Raises:
         ValueError: If the backbone or classifier is unknown, mean and std do not have one value a channel, or
