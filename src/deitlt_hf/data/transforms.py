@@ -227,6 +227,7 @@ def train_transform(
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     hflip: float = 0.5,
     random_erasing: float = 0.25,
+    color_jitter: float = 0.0,
 ) -> TrainTransform:
     """Makes the training transform: timm's, with the paper's defaults.
 
@@ -237,6 +238,8 @@ def train_transform(
         auto_augment: Policy in timm's notation; None for none.
         hflip: Probability of a horizontal flip.
         random_erasing: Probability of random erasing (pixel noise, one area).
+        color_jitter: Random change of brightness, contrast and saturation by up to this share; timm has it without a
+            policy only.
 
     Raises:
         ValueError: If the crop or the policy is unknown, or the processor's images are not square.
@@ -252,7 +255,7 @@ def train_transform(
             size,
             is_training=True,
             hflip=hflip,
-            color_jitter=None,
+            color_jitter=color_jitter or None,
             auto_augment=auto_augment,
             interpolation="bicubic",
             mean=images.mean,

@@ -96,6 +96,9 @@ class LongTailTrainingArguments(TrainingArguments):
     )
     train_crop: str = _option("random_resized", f"Random crop in training: {' or '.join(TRAIN_CROPS)} (by an eighth).")
     auto_augment: str | None = _option("rand-m9-mstd0.5-inc1", "Augmentation policy in timm's notation, or 'none'.")
+    color_jitter: float = _option(
+        0.0, "Random change of brightness, contrast and saturation by up to this share; only without auto_augment."
+    )
     hflip: float = _option(0.5, "Probability of a horizontal flip.")
     random_erasing: float = _option(0.25, "Probability of random erasing.")
     ema_decay: float | None = _option(
@@ -136,6 +139,8 @@ class LongTailTrainingArguments(TrainingArguments):
         if self.auto_augment in ("none", ""):
             self.auto_augment = None
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
+        _check(self, "color_jitter", self.color_jitter >= 0, "0 or more")
+        _check(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
         for name in ("auto_find_batch_size", "prediction_loss_only"):
             _check(
                 self, name, not getattr(self, name), "left off (the batch and what is evaluated are the method's own)"
@@ -325,7 +330,12 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     paco_queue: int = _option(1024, "Keys of earlier batches that PaCo compares with. 1024 for CIFAR, else 8192.")
     paco_momentum: float = _option(0.999, "Share of the old weights in PaCo's momentum encoder.")
     sam_rho: list[float] = _option(
-        [0.05], "Radius of SAM's perturbation: one value, or one for each stage of the backbone; 0 for plain SGD."
+        [0.05], "Radius of SAM's perturbation of all weights: one value, or one a phase of training; 0 for plain SGD."
+    )
+    sam_rho_epochs: list[float] = _option(
+        [0.0],
+        "Epoch (from 0) from which on each value of sam_rho holds, such as 0 5 60; the first is 0. One value holds for "
+        "the whole run.",
     )
     sam_adaptive: bool = _option(False, "Scale the perturbation by the weights (ASAM).")
     sam_per_process: bool = _option(
@@ -360,25 +370,37 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         smooths = self.teacher_loss == "ce" or self.label_smoothing_factor == 0
         _check(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
         _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
+        if len(self.sam_rho) == 1:
+            self.sam_rho_epochs = [0.0]
+        if len(self.sam_rho) != len(self.sam_rho_epochs):
+            raise ValueError(
+                f"sam_rho {self.sam_rho} and sam_rho_epochs {self.sam_rho_epochs} must have as many values: each value "
+                "of sam_rho holds from its epoch on (a single one for the whole run)."
+            )
+        phases = self.sam_rho_epochs[0] == 0 and _increases(self.sam_rho_epochs)
+        _check(self, "sam_rho_epochs", phases, "increasing from 0")
         if len(self.lr_drop_epochs) != len(self.lr_drops):
             raise ValueError(
                 f"lr_drop_epochs {self.lr_drop_epochs} and lr_drops {self.lr_drops} must have as many values."
             )
-        increasing = all(first < second for first, second in itertools.pairwise(self.lr_drop_epochs))
-        _check(self, "lr_drop_epochs", increasing, "increasing")
+        _check(self, "lr_drop_epochs", _increases(self.lr_drop_epochs), "increasing")
 
     def check_data(self, num_images: int) -> None:
-        """Checks that training images and epochs suffice, and that the learning rate drops within them.
+        """Checks that training images and epochs suffice, and that learning rate and rho change within them.
 
         Raises:
             ValueError: If they do not.
         """
         super().check_data(num_images)
-        if self.max_steps <= 0 and self.lr_drop_epochs and self.lr_drop_epochs[-1] >= self.num_train_epochs:
-            raise ValueError(
-                f"lr_drop_epochs {self.lr_drop_epochs} are not all before the end of training at epoch "
-                f"{self.num_train_epochs:g}; change one of them."
-            )
+        if self.max_steps > 0:
+            return
+        for name in ("lr_drop_epochs", "sam_rho_epochs"):
+            epochs = getattr(self, name)
+            if epochs and epochs[-1] >= self.num_train_epochs:
+                raise ValueError(
+                    f"{name} {epochs} are not all before the end of training at epoch {self.num_train_epochs:g}; "
+                    "change one of them."
+                )
 
 
 def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:
@@ -402,6 +424,10 @@ def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tup
             f"per_device_train_batch_size {batch_size}; change one of them."
         )
     return batch_size, global_batch_size // (batch_size * processes)
+
+
+def _increases(values: Sequence[float]) -> bool:
+    return all(first < second for first, second in itertools.pairwise(values))
 
 
 def _default(name: str):

@@ -159,7 +159,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def train_views(self, args: LongTailTrainingArguments, processor) -> dict[str, TrainTransform]:
         """Training transforms, by the name of the model input that each makes."""
-        transform = train_transform(processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing)
+        transform = train_transform(
+            processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing, args.color_jitter
+        )
         return {"pixel_values": transform}
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
