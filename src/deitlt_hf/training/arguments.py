@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..data.sampling import ROUND, check_repeats
@@ -106,10 +107,25 @@ class LongTailTrainingArguments(TrainingArguments):
         "Keep an exponential moving average of the weights with this decay, evaluate it too and save it in the folder "
         "'ema'. 0.99996 in the authors' code, whose reported numbers are those of the weights themselves.",
     )
-    loss_normalization: str = _option(
-        "global",
-        "What a weighted mean divides by: 'global', the weights of the whole batch of an optimiser step, so that "
-        "processes and accumulation do not change it; 'per_process', those of each slice, as in the authors' code.",
+    as_published: bool = _option(
+        False,
+        "Train as the authors' loop does where this package does otherwise: loss_normalization per_process, "
+        "partial_steps true, ema_every_slice true; for students teacher_antialias false, fp16 on a GPU, and a learning "
+        "rate that moves when theirs does.",
+    )
+    loss_normalization: str | None = _option(
+        None,
+        "What a mean divides by: 'global' (the default), images or weights of the whole batch of an optimiser step, so "
+        "that processes and accumulation do not change it; 'per_process', those of each slice, and then the number of "
+        "slices of a whole step, as in the authors' code.",
+    )
+    partial_steps: bool | None = _option(
+        None,
+        "Take what is left of an epoch after whole optimiser steps too: a step of fewer slices, the last of which may "
+        "have fewer images. By default it is left out, as it would differ with each number of processes.",
+    )
+    ema_every_slice: bool | None = _option(
+        None, "Update the moving average with every accumulation slice; by default with every optimiser step."
     )
     on_nonfinite: str = _option(
         "stop",
@@ -136,6 +152,7 @@ class LongTailTrainingArguments(TrainingArguments):
     seed: int = _option(0, "Seed of initialisation, augmentation and order.")
 
     def __post_init__(self):
+        self._decide_arrangement()
         if self.auto_augment in ("none", ""):
             self.auto_augment = None
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
@@ -197,6 +214,29 @@ class LongTailTrainingArguments(TrainingArguments):
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
         else:
             self.learning_rate = given_learning_rate
+
+    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+        """What `as_published` decides, by field: this package's way and the authors'."""
+        return {
+            "loss_normalization": ("global", "per_process"),
+            "partial_steps": (False, True),
+            "ema_every_slice": (False, True),
+        }
+
+    def _decide_arrangement(self) -> None:
+        """Fills the fields of [`arrangements`] that were not given; the one place where `as_published` decides them.
+
+        Raises:
+            ValueError: If one was given that is not as published.
+        """
+        for name, ways in self.arrangements().items():
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, ways[self.as_published])
+            elif self.as_published and value != ways[True]:
+                raise ValueError(
+                    f"{name} {value!r} is not as published, which is {ways[True]!r}; leave {name} or as_published out."
+                )
 
     @property
     def repeats(self) -> int:
@@ -270,12 +310,25 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     mixing_in_drw: bool = _option(
         False, "Go on with mixing and label smoothing in the DRW phase (ImageNet-LT, iNaturalist) or stop (CIFAR)."
     )
+    teacher_antialias: bool | None = _option(
+        None,
+        "Smooth the student's image before it is made smaller for the teacher, as Pillow does; the authors' version of "
+        "torchvision did not, for tensors.",
+    )
+    # Not bool | None, with which the command line would not take a bare --fp16.
+    fp16: bool = _option(None, "Train in half precision, on a GPU, with a scaled loss; the authors do.")
     label_smoothing_factor: float = _option(0.1, "Label smoothing of the CLS head's targets.")
     repeated_augmentation: int = _option(3, "Copies of an image in a batch; 1 for plain shuffling.")
     weight_decay: float = _option(0.05, "Weight decay of AdamW; none on biases, norms, tokens and positions.")
 
     def __post_init__(self):
         super().__post_init__()
+        precision = "fp16" if self.fp16 else "no"
+        if self.as_published and self.mixed_precision != precision:
+            raise ValueError(
+                f"as_published trains in {'half' if self.fp16 else 'full'} precision on this device, not in "
+                f"{self.mixed_precision}; leave bf16 (and the launcher's mixed_precision) or as_published out."
+            )
         # Refuses values outside their range here, before a teacher is trained for them.
         DistillationLoss(self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
@@ -300,6 +353,10 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
             check_repeats(num_images)
             num_images -= num_images % ROUND
         super().check_data(num_images)
+
+    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+        on_gpu = torch.cuda.is_available() and not self.use_cpu  # a CPU has no half precision
+        return super().arrangements() | {"teacher_antialias": (True, False), "fp16": (False, on_gpu)}
 
     @property
     def repeats(self) -> int:
@@ -384,6 +441,10 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
                 f"lr_drop_epochs {self.lr_drop_epochs} and lr_drops {self.lr_drops} must have as many values."
             )
         _check(self, "lr_drop_epochs", _increases(self.lr_drop_epochs), "increasing")
+
+    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+        # PaCo's loader drops an incomplete batch, that of Saddle-LongTail takes it.
+        return super().arrangements() | {"partial_steps": (False, self.teacher_loss != "paco")}
 
     def check_data(self, num_images: int) -> None:
         """Checks that training images and epochs suffice, and that learning rate and rho change within them.
