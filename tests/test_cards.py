@@ -23,6 +23,7 @@ from deitlt_hf import (
 from deitlt_hf.commands.distill import main as distill
 from deitlt_hf.commands.model_cards import CARDS
 from deitlt_hf.commands.model_cards import main as make_model_cards
+from deitlt_hf.hub.card_facts import CardFacts
 from deitlt_hf.hub.cards import is_generated, make_card, recipe_card, write_card
 from deitlt_hf.recipes import load_recipe, recipe_names
 
@@ -145,6 +146,20 @@ def test_card_tells_how_the_teacher_was_trained_and_what_it_knows(trained):
         "- Teacher: resnet20 (`teacher`), loss `ce`, SAM with rho 0.05, 8 epochs, trained on the same images." in text
     )
     assert f"overall {100 * record['accuracies']['overall']:.1f}" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sam_rho": [0.05]}, "rho 0.05,"),
+        ({"sam_rho": [0.05], "sam_rho_epochs": [0.0]}, "rho 0.05,"),
+        ({"sam_rho": [0.05, 0.1], "sam_rho_epochs": [0.0, 5.0]}, "rho 0.05, 0.1 from epoch 5,"),
+        ({"sam_rho": [0.05, 0.1, 0.5, 0.5]}, "rho 0.05, 0.1, 0.5, 0.5 by stage of the backbone,"),  # an old record
+    ],
+)
+def test_card_tells_when_each_rho_holds(settings, words):
+    record = {"backbone": "resnet20", "training": {"settings": settings | {"num_train_epochs": 9}}}
+    assert f"SAM with {words} 9 epochs" in CardFacts({"teacher": record}, {}).teacher
 
 
 def test_no_token_or_path_of_the_user_is_in_card_or_record(trained):
@@ -515,6 +530,8 @@ def test_what_the_paper_reports_is_never_said_to_be_measured(name):
     assert ("### Reported by the paper" in card.text) == (recipe in PAPER)
     if recipe in PAPER:
         assert tables(section(card, "## Accuracy"))[-1] == [f"{value:.1f}" for value in PAPER[recipe]]
+        assert "with a PaCo + SAM teacher, at the best epoch on the test set" in section(card, "## Accuracy")
+        assert "loss `paco`, SAM with rho 0.05, 400 epochs" in section(card, "## Training")
     student = load_recipe(recipe)["student"]
     assert f"{student['num_train_epochs']} epochs" in card.text
 

@@ -221,14 +221,43 @@ def test_class_order_from_counts_or_a_given_map(sorted_file, tmp_path, caplog):
     torch.testing.assert_close(in_order(images).logits[:, MAP], model(images).logits)
 
 
-def test_teacher_in_the_order_of_the_data(reference):
-    counts = [20 - abs(label - 9) for label in range(20)]
+TEACHER_COUNTS = [20 - abs(label - 9) for label in range(20)]
+TEACHER_NAMES = [f"class {label}" for label in range(20)]
+
+
+def test_a_paco_teacher_is_in_the_order_of_the_data(reference, tmp_path, caplog):
+    """With counts, with names, or with neither: DeiT-LT maps its predictions to the order of the students' heads."""
     weights = paco_state_dict(reference["teacher_paco_imagenet"])
-    ordered = load_original_teacher(weights, class_counts=counts)
-    class_map = decreasing_count_map(counts)
-    assert ordered.config.class_map == class_map.tolist()
-    assert torch.equal(ordered.classifier.weight, weights["module.linear.weight"][class_map])
-    assert torch.equal(ordered.classifier.bias, weights["module.linear.bias"][class_map])
+    for given in ({}, {"class_counts": TEACHER_COUNTS}, {"class_names": TEACHER_NAMES}):
+        loaded = load_original_teacher(weights, **given)
+        assert loaded.config.class_map is None
+        assert loaded.config.class_counts == given.get("class_counts")
+        assert torch.equal(loaded.classifier.weight, weights["module.linear.weight"])
+        assert torch.equal(loaded.classifier.bias, weights["module.linear.bias"])
+    assert "order" not in caplog.text
+    class_map = decreasing_count_map(TEACHER_COUNTS).tolist()
+    with pytest.raises(ValueError, match="whose head is in the data set's order as it is; leave class_map"):
+        convert_original(weights, tmp_path / "teacher", class_map=class_map)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_an_ldam_teacher_of_imagenet_lt_comes_back_in_the_order_of_the_data(reference, caplog):
+    """Saddle-LongTail's: torchvision's ResNet-50 with a cosine classifier `fc`, in order of decreasing count."""
+    paco = paco_state_dict(reference["teacher_paco_imagenet"])
+    prefix = "module.encoder_q."
+    weights = {f"module.{name.removeprefix(prefix)}": paco[name] for name in paco if name.startswith(prefix)}
+    weights = {name: tensor for name, tensor in weights.items() if ".fc." not in name}
+    weights["module.fc.weight"] = normal(400, (2048, 20))
+    ordered = load_original_teacher({"state_dict": weights}, class_counts=TEACHER_COUNTS, class_names=TEACHER_NAMES)
+    class_map = decreasing_count_map(TEACHER_COUNTS).tolist()
+    assert ordered.config.class_map == class_map
+    assert (ordered.config.backbone, ordered.config.classifier) == ("timm/resnet50", "cosine")
+    assert torch.equal(ordered.classifier.weight, weights["module.fc.weight"].T[class_map])
+    with pytest.raises(ValueError, match="orders its classes by decreasing training count, so these names"):
+        load_original_teacher({"state_dict": weights}, class_names=TEACHER_NAMES)
+    as_in_file = load_original_teacher({"state_dict": weights})
+    assert "orders its classes by decreasing training count" in caplog.text
+    assert torch.equal(as_in_file.classifier.weight[class_map], ordered.classifier.weight)
 
 
 @pytest.mark.parametrize(

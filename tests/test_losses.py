@@ -143,7 +143,7 @@ def paco_by_hand(logits, queries, labels, keys, key_labels, counts, alpha, beta,
             for other in range(len(others))
             if other != image
         }
-        total = gamma * sum(centres) + sum(similar.values())
+        total = sum(centres) + gamma * sum(similar.values())
         terms = [(beta, math.log(centres[label] / total))]
         terms += [(alpha, math.log(similar[other] / total)) for other in similar if other_labels[other] == label]
         losses.append(-sum(weight * term for weight, term in terms) / sum(weight for weight, _ in terms))

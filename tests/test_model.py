@@ -407,15 +407,15 @@ def test_configuration_survives_a_round_trip_with_every_field(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "stages"),
+    "config",
     [
-        ({"backbone": "resnet20"}, 3),
-        ({"backbone": "resnet32", "classifier": "cosine"}, 3),
-        ({"backbone": "timm/resnet18", "image_size": 64}, 4),
-        ({"backbone": "timm/resnetblur18", "image_size": 64}, 4),  # with buffers that no file has
+        {"backbone": "resnet20"},
+        {"backbone": "resnet32", "classifier": "cosine"},
+        {"backbone": "timm/resnet18", "image_size": 64},
+        {"backbone": "timm/resnetblur18", "image_size": 64},  # with buffers that no file has
     ],
 )
-def test_teacher_survives_a_round_trip(tmp_path, config, stages):
+def test_teacher_survives_a_round_trip(tmp_path, config):
     torch.manual_seed(0)
     teacher = FlatTeacherForImageClassification(FlatTeacherConfig(**config, num_labels=4)).eval()
     teacher.save_pretrained(tmp_path)
@@ -423,10 +423,6 @@ def test_teacher_survives_a_round_trip(tmp_path, config, stages):
     images = torch.randn(2, 3, teacher.config.image_size, teacher.config.image_size)
     loaded = FlatTeacherForImageClassification.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(images).logits, teacher(images).logits)
-    assert len(teacher.stages()) == stages
-    parameters = [parameter for stage in teacher.stages() for parameter in stage]
-    assert {id(p) for p in parameters} == {id(p) for p in teacher.parameters()}
-    assert len(parameters) == len(list(teacher.parameters()))
     if config.get("classifier") == "cosine":
         assert teacher(1000 * images).logits.abs().max() <= 1.0 + 1e-6
 

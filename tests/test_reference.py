@@ -1,12 +1,14 @@
 """Numerical parity with the original implementations."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from conftest import FIXTURES
 from deitlt_hf.data import (
     class_counts,
     decreasing_count_map,
@@ -17,6 +19,8 @@ from deitlt_hf.data.sampling import TrainBatches
 from deitlt_hf.losses import DistillationLoss, LDAMLoss, PaCoLoss, effective_number_weights
 from deitlt_hf.training import SAM
 from deitlt_hf.training.schedule import warmup_cosine
+
+PACO_WEIGHTS = ("alpha", "beta", "gamma", "temperature")
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -55,6 +59,31 @@ def test_paco_loss(reference):
     key_labels = torch.cat([labels, torch.tensor(values["queue_labels"])])
     loss = PaCoLoss(values["counts"], **options)(torch.tensor(values["logits"]), queries, labels, keys, key_labels)
     assert loss.item() == pytest.approx(values["loss"], abs=1e-5)
+
+
+PACO = json.loads((FIXTURES / "paco_values.json").read_text())
+
+
+@pytest.mark.parametrize("case", PACO["cases"], ids=lambda case: "-".join(str(case[name]) for name in PACO_WEIGHTS))
+def test_paco_weighs_what_the_original_weighs(case):
+    """Its gamma weighs the images in the denominator: with another value than 1, what weighs the centres differs."""
+    batch, queue, features, classes = PACO["batch"], PACO["queue"], PACO["features"], len(PACO["counts"])
+    logits, queries, keys = (
+        torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+        for seed, shape in enumerate([(batch, classes), (batch, features), (batch + queue, features)])
+    )
+    labels, queued = (
+        torch.from_numpy(np.random.RandomState(seed).randint(0, classes, n)) for seed, n in ((3, batch), (4, queue))
+    )
+    logits.requires_grad_()
+    queries.requires_grad_()
+    criterion = PaCoLoss(PACO["counts"], **{name: case[name] for name in PACO_WEIGHTS})
+    pair = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    loss = criterion(logits, pair[0], labels, pair[1], torch.cat([labels, queued]))
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
+    torch.testing.assert_close(logits.grad, torch.tensor(case["logits_gradient"]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(queries.grad, torch.tensor(case["queries_gradient"]), atol=1e-6, rtol=1e-5)
 
 
 def test_long_tailed_subsets(reference):

@@ -43,7 +43,8 @@ def make_trainer(kind, folder, digits, teacher, **values):
     values = {
         "teacher_loss": kind,
         "paco_queue": 70,
-        "sam_rho": [0.1],
+        "sam_rho": [0.1, 0.4],
+        "sam_rho_epochs": [0, 0.6],
         "num_train_epochs": 2,
         "auto_augment": "rand-m9-mstd0.5-inc1" if kind == "paco" else None,
         "drw_start_epoch": 1,

@@ -21,7 +21,7 @@ from conftest import filled_state_dict, make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.hub.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
-from deitlt_hf.recipes.parsing import parse_arguments, teacher_folder
+from deitlt_hf.recipes.parsing import parse_arguments, recipe_description, teacher_folder
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from deitlt_hf.training.arguments import TEACHER_LOSSES
 from deitlt_hf.training.teacher import _check_heads
@@ -513,7 +513,8 @@ def test_recipes_have_teachers_of_every_loss(name, loss, tmp_path):
     _check_heads(args.teacher_loss, config)
     assert (args.drw_start_epoch is None) == (args.teacher_loss in ("paco", "logit_adjusted"))
     assert max(args.sam_rho) > 0
-    assert len(args.sam_rho) in (1, 4)
+    epochs = args.num_train_epochs
+    assert all(epoch < epochs for epoch in (*args.sam_rho_epochs, *args.lr_drop_epochs, args.drw_start_epoch or 0))
     assert set(load_recipe(name)["teacher_losses"]) <= set(TEACHER_LOSSES)
 
 
@@ -542,16 +543,20 @@ def test_empty_parts_of_a_recipe_are_left_out(tmp_path):
 
 
 def test_the_command_line_goes_before_what_a_loss_changes(tmp_path):
-    model, args = teacher_arguments(
-        "cifar10_lt_rho100", tmp_path, "--teacher_loss", "paco", "--num_train_epochs", "390", "--projection_size", "16"
+    _, args = teacher_arguments(
+        "cifar10_lt_rho100", tmp_path, "--teacher_loss", "ldam", "--num_train_epochs", "190", "--sam_rho", "0.3"
     )
-    assert (args.num_train_epochs, args.learning_rate, args.lr_drop_epochs) == (390, 0.05, [320, 360])
+    assert (args.num_train_epochs, args.learning_rate, args.lr_drop_epochs) == (190, 0.1, [160, 180])
+    assert args.sam_rho == [0.3]
+    model, args = teacher_arguments("inat18", tmp_path, "--projection_size", "16", "--sam_rho", "0.3")
     assert model.config("paco", num_labels=10).projection_size == 16
+    args = teacher_arguments("inat18", tmp_path, "--teacher_loss", "ldam", "--sam_rho", "0")[1]
+    assert (args.sam_rho, args.sam_rho_epochs) == ([0], [0]), "one radius holds for the whole run"
 
 
 def test_teachers_of_other_losses_have_folders_of_their_own():
     """The one that `train_teacher.py` makes is the one that `distill.py` looks for."""
-    for loss, folder in ((None, "teacher"), ("ldam", "teacher"), ("paco", "teacher_paco")):
+    for loss, folder in ((None, "teacher"), ("paco", "teacher"), ("ldam", "teacher_ldam")):
         assert teacher_folder("cifar10_lt_rho100", loss) == folder
         command = ["--recipe", "cifar10_lt_rho100", *([] if loss is None else ["--teacher_loss", loss])]
         classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
@@ -559,27 +564,34 @@ def test_teachers_of_other_losses_have_folders_of_their_own():
         assert Path(args.output_dir) == Path("outputs", "cifar10_lt_rho100", folder)
 
 
-# From the papers of the teachers and their authors' code: epochs, peak learning rate, batch, weight decay, rho.
+# From run.sh and the training scripts of Saddle-LongTail, and from sh/ and the training scripts of PaCo: epochs, peak
+# learning rate, batch, weight decay, rho and the epochs from which it holds, warm-up, drops and DRW.
+PHASES = [0, 5, 60]
 TEACHERS = {
-    ("cifar10_lt_rho100", "ldam"): (200, 0.1, 128, 2e-4, [0.8]),
-    ("cifar10_lt_rho100", "ce"): (200, 0.1, 128, 2e-4, [0.5]),
-    ("cifar100_lt_rho50", "ce"): (200, 0.1, 128, 2e-4, [0.8]),
-    ("cifar100_lt_rho50", "paco"): (400, 0.05, 128, 5e-4, None),
-    ("imagenet_lt", "ldam"): (90, 0.2, 256, 2e-4, [0.05, 0.1, 0.5, 0.5]),
-    ("imagenet_lt", "paco"): (400, 0.02, 128, 5e-4, None),
-    ("inat18", "ldam"): (90, 0.1, 256, 1e-4, [0.05, 0.1, 0.5, 0.5]),
-    ("inat18", "ce"): (90, 0.1, 256, 1e-4, [0.05, 0.1, 0.1, 0.2]),
-    ("inat18", "paco"): (400, 0.02, 128, 1e-4, None),
+    ("cifar10_lt_rho100", "ldam"): (200, 0.1, 128, 2e-4, [0.8], [0], 5, [160, 180], 160),
+    ("cifar10_lt_rho100", "ce"): (200, 0.1, 128, 2e-4, [0.5], [0], 5, [160, 180], 160),
+    ("cifar100_lt_rho50", "ldam"): (200, 0.1, 128, 2e-4, [0.8], [0], 5, [160, 180], 160),
+    ("cifar100_lt_rho50", "ce"): (200, 0.1, 128, 2e-4, [0.8], [0], 5, [160, 180], 160),
+    ("cifar100_lt_rho50", "paco"): (400, 0.05, 128, 5e-4, [0.05], [0], 10, [321, 361], None),
+    ("imagenet_lt", "ldam"): (90, 0.2, 256, 2e-4, [0.05, 0.1, 0.5], PHASES, 0, [], 60),
+    ("imagenet_lt", "ce"): (90, 0.2, 256, 2e-4, [0.05, 0.1, 0.5], PHASES, 0, [], 60),
+    ("imagenet_lt", "paco"): (400, 0.02, 128, 5e-4, [0.05], [0], 10, [], None),
+    ("inat18", "ldam"): (90, 0.1, 256, 1e-4, [0.05, 0.1, 0.5], PHASES, 0, [], 60),
+    ("inat18", "ce"): (90, 0.1, 256, 2e-4, [0.05, 0.1, 0.2], [0, 5, 75], 0, [], 60),
+    ("inat18", "paco"): (400, 0.02, 128, 1e-4, [0.05], [0], 10, [], None),
 }
 
 
 @pytest.mark.parametrize(("name", "loss"), TEACHERS)
 def test_recipes_have_the_teachers_values(name, loss, tmp_path):
     model, args = teacher_arguments(name, tmp_path, "--teacher_loss", loss)
-    epochs, learning_rate, batch, weight_decay, rho = TEACHERS[name, loss]
-    values = (args.num_train_epochs, args.learning_rate, args.global_batch_size, args.weight_decay)
-    assert values == (epochs, learning_rate, batch, weight_decay)
-    assert rho is None or args.sam_rho == rho
+    assert TEACHERS[name, loss] == (
+        *(args.num_train_epochs, args.learning_rate, args.global_batch_size, args.weight_decay),
+        *(args.sam_rho, args.sam_rho_epochs, args.warmup_epochs, args.lr_drop_epochs, args.drw_start_epoch),
+    )
+    if loss == "ldam":
+        assert (args.ldam_margin, args.color_jitter) == ((0.5, 0) if model.image_size == 32 else (0.3, 0.4))
+        assert (args.ldam_scale, args.auto_augment, args.random_erasing) == (30, None, 0)
     if loss == "paco":
         small = model.image_size == 32
         expected = (1024, 0.05, 0.01, 32) if small else (8192, 0.2, 0.05, 128)
@@ -597,6 +609,13 @@ PAPER = {
     "imagenet_lt": (1400, 1200, 5e-4, 2048, [390, 835], True),
     "inat18": (1000, 900, 5e-4, 2048, [842, 4543], True),
 }
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers_are_of_paco_teachers(name, tmp_path):
+    """Every training script of DeiT-LT has `--paco`."""
+    assert teacher_arguments(name, tmp_path)[1].teacher_loss == "paco"
+    assert "best epoch on the test set, with a PaCo + SAM teacher" in recipe_description(name)
 
 
 @pytest.mark.parametrize("name", PAPER)

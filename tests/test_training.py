@@ -801,7 +801,30 @@ def test_sam_trains_in_mixed_precision(tmp_path, digits):
         assert not torch.equal(parameter, before[name]), name
 
 
-def test_sam_radius_by_stage():
+def test_sam_radius_by_phase_of_training(tmp_path, digits, monkeypatch):
+    """All weights climb by the radius of the epoch; a phase of radius 0 is plain SGD."""
+    trainer = teacher_trainer(
+        tmp_path, digits, num_train_epochs=3, max_steps=16, sam_rho=[0.1, 0.0, 0.5], sam_rho_epochs=[0, 0.5, 2]
+    )
+    assert trainer.plan()["optimiser"] == "SGD, SAM rho 0.1, 0 from epoch 0.5, 0.5 from epoch 2"
+    used, ascend = [], SAM.ascend
+
+    def note(optimizer):
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        ascend(optimizer)
+        moved = [parameter - value for parameter, value in zip(trainer.model.parameters(), before, strict=True)]
+        used.append((trainer.state.global_step, torch.linalg.vector_norm(torch.cat([m.flatten() for m in moved]))))
+
+    monkeypatch.setattr(SAM, "ascend", note)
+    trainer.train()
+    # Seven steps an epoch: the radius is that of the epoch in which a step begins.
+    assert [(step, round(length.item(), 3)) for step, length in used] == [
+        *((step, 0.1) for step in range(4)),
+        *((step, 0.5) for step in range(14, 16)),
+    ]
+
+
+def test_sam_radius_by_group():
     """The perturbation's length in each group is its own rho times its share of the gradient."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -858,8 +881,6 @@ def test_sam_without_ascending_is_its_base_and_its_state_resumes():
 def test_teacher_arguments_refuse(tmp_path, digits):
     with pytest.raises(ValueError, match=r"lr_drop_epochs \[160\] and lr_drops \[\]"):
         teacher_trainer(tmp_path, digits, lr_drop_epochs=[160])
-    with pytest.raises(ValueError, match="sam_rho has 2 values, but the model has 3 stages"):
-        teacher_trainer(tmp_path, digits, sam_rho=[0.1, 0.2])
     with pytest.raises(ValueError, match="sam_rho must be one or more values, none negative"):
         teacher_trainer(tmp_path, digits, sam_rho=[-1])
     for values, message in (
@@ -871,14 +892,25 @@ def test_teacher_arguments_refuse(tmp_path, digits):
         ({"warmup_steps": 5}, "warmup_steps must be left as it is"),
         ({"ldam_scale": -1}, "ldam_scale must be above 0, got -1"),
         ({"ldam_margin": 0}, "ldam_margin must be above 0, got 0"),
+        ({"color_jitter": -1}, "color_jitter must be 0 or more, got -1"),
+        ({"color_jitter": 0.4, "auto_augment": "rand-m9"}, "color_jitter must be 0 with auto_augment, got 0.4"),
+        ({"sam_rho": [0.1, 0.2]}, r"sam_rho \[0.1, 0.2\] and sam_rho_epochs \[0.0\] must have as many values"),
+        (
+            {"sam_rho": [0.1, 0.2], "sam_rho_epochs": [5, 60]},
+            r"sam_rho_epochs must be increasing from 0, got \[5",
+        ),
+        ({"sam_rho": [0.1, 0.2], "sam_rho_epochs": [0, 0]}, r"sam_rho_epochs must be increasing from 0, got \[0, 0\]"),
         ({"momentum": 5}, r"momentum must be in \[0, 1\), got 5"),
         ({"teacher_loss": "paco", "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 with teacher_loss"),
     ):
         with pytest.raises(ValueError, match=message):
             teacher_trainer(tmp_path, digits, **values)
-    late = teacher_trainer(tmp_path, digits, num_train_epochs=5, lr_drop_epochs=[3, 5], lr_drops=[0.1, 0.01])
-    with pytest.raises(ValueError, match=r"lr_drop_epochs \[3, 5\] are not all before the end of training at epoch 5"):
-        late.train()
+    for values, message in (
+        ({"lr_drop_epochs": [3, 5], "lr_drops": [0.1, 0.01]}, r"lr_drop_epochs \[3, 5\] are not all before the end"),
+        ({"sam_rho": [0.1, 0.2], "sam_rho_epochs": [0, 5]}, r"sam_rho_epochs \[0, 5\] are not all before the end"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            teacher_trainer(tmp_path, digits, num_train_epochs=5, **values).train()
     with pytest.raises(ValueError, match="'ldam' needs a cosine classifier, the model's is linear"):
         teacher_trainer(tmp_path, digits, teacher_loss="ldam")
     cosine = FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=10)
@@ -911,7 +943,8 @@ def test_ldam_teacher_with_drops_trains(tmp_path, digits):
         drw_start_epoch=6,
         lr_drop_epochs=[6, 7],
         lr_drops=[0.1, 0.01],
-        sam_rho=[0.1, 0.1, 0.2],
+        sam_rho=[0.1, 0.2],
+        sam_rho_epochs=[0, 7],
         hflip=0,
         logging_steps=1,
     )

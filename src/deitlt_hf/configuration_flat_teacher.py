@@ -34,8 +34,8 @@ class FlatTeacherConfig(PreTrainedConfig):
             for LDAM, else 1.
         class_counts: Training images of each class, in label order, when known.
         class_groups: Class indices of each group, such as head, mid and tail, when known.
-        class_map: For a teacher converted from the authors' checkpoint, the row of its head there for each class, if
-            they differ.
+        class_map: For an LDAM teacher converted from the authors' checkpoint, the row of its head there for each class,
+            if they differ.
         **kwargs: Fields that every configuration has, such as `num_labels` and `id2label`.
 
     Raises:

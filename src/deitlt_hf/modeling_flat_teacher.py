@@ -144,21 +144,6 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def stages(self) -> list[list[nn.Parameter]]:
-        """Parameters by stage, from the image to the logits: the stem joins the first stage, the heads the last.
-
-        A backbone whose stages are not called `layer1`, `layer2`, ... is one stage.
-        """
-        names = [name for name, _ in self.backbone.named_children() if name.startswith("layer")]
-        stages = [[] for _ in names] or [[]]
-        for name, parameter in self.named_parameters():
-            parts = name.split(".")
-            if parts[0] != "backbone":
-                stages[-1].append(parameter)
-            else:
-                stages[names.index(parts[1]) if parts[1] in names else 0].append(parameter)
-        return stages
-
     def folded(self) -> "FlatTeacherForImageClassification":
         """Makes a copy for inference on a CPU: batch norms folded into the convolutions before them, channels last.
 

@@ -15,7 +15,7 @@ from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
-from ..data.sampling import ROUND, whole_steps
+from ..data.sampling import ROUND, batches_of_epoch
 from ..data.transforms import ImageFormat
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
@@ -246,6 +246,7 @@ def budget(
     reductions: int = 1,
     max_steps: int = -1,
     pairs_images: bool = False,
+    partial_steps: bool = False,
 ) -> Budget:
     """Works out what a run takes with data-parallel training.
 
@@ -265,6 +266,7 @@ def budget(
         reductions: Sums of the gradients in a step; 2 with SAM.
         max_steps: Optimiser steps of the run instead of `epochs`, if above 0.
         pairs_images: Whether a GPU's batch is mixed, and so must be even.
+        partial_steps: Whether what is left of an epoch after whole steps makes a step.
 
     Raises:
         ValueError: If the batch cannot be shared out, or the images are fewer than one.
@@ -273,10 +275,11 @@ def budget(
     if pairs_images and batch_size % 2:
         raise ValueError(f"mixing pairs the images of a batch, of which {gpus} GPUs have {batch_size} each.")
     drawn = images // ROUND * ROUND if num_repeats > 1 else images
-    batches = whole_steps(drawn, batch_size, gpus, accumulation)
+    sizes = batches_of_epoch(drawn, batch_size, gpus, accumulation, partial_steps)
+    batches = len(sizes)
     if batches == 0:
         raise ValueError(f"{images} training images are fewer than one batch of {gpus} x {batch_size}.")
-    per_epoch = batches * batch_size * gpus
+    per_epoch = sum(sizes) * gpus
     per_epoch_steps = math.ceil(batches / accumulation)
     steps = max_steps if max_steps > 0 else math.ceil(epochs * per_epoch_steps)
     slice_seconds = model.training_flops * batch_size / (gpu.flops * utilisation)
@@ -381,6 +384,7 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
                 reductions=2 if is_teacher and max(args.sam_rho) > 0 else 1,
                 max_steps=args.max_steps,
                 pairs_images=not is_teacher and args.mixes,
+                partial_steps=args.partial_steps,
             )
         except ValueError as error:
             reasons.append(str(error))

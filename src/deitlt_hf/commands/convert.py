@@ -1,7 +1,8 @@
 """Converts a checkpoint of the DeiT-LT authors, student or teacher, to a folder that transformers loads.
 
 deitlt convert student.pth out/student --recipe cifar10_lt_rho100
-deitlt convert paco.pth.tar out/teacher --class_names names.txt --class_map out/student
+deitlt convert paco.pth.tar out/teacher --class_names names.txt
+deitlt convert ldam.pth.tar out/ldam_teacher --class_names names.txt --class_map out/student
 deitlt convert saved_by_0.1.0 out/student
 
 Of a folder that an earlier version saved it makes one as this version saves it: the same weights, with an image

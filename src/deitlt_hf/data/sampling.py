@@ -6,6 +6,7 @@ processes and accumulation slices share them. Not so what is done to a whole sli
 mixing, which follow from the step, the slice and the process.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sized
 from typing import Any
@@ -82,6 +83,18 @@ def whole_steps(num_images: int, batch_size: int, num_processes: int = 1, slices
     return batches - batches % slices if batches >= slices else batches
 
 
+def batches_of_epoch(num_images: int, batch_size: int, num_processes: int, slices: int, partial: bool) -> list[int]:
+    """Images in each batch of a process: of [`whole_steps`], or with `partial` of all that a process has.
+
+    An incomplete batch has an even number of images, since mixing pairs them.
+    """
+    if not partial:
+        return [batch_size] * whole_steps(num_images, batch_size, num_processes, slices)
+    whole, rest = divmod(num_images // num_processes, batch_size)
+    rest -= rest % 2
+    return [batch_size] * whole + [rest] * (rest > 0)
+
+
 class TrainBatches(Sampler[list[tuple[int, int]]]):
     """The batches of one process: images, each with the seed of its augmentation.
 
@@ -95,6 +108,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         slices: Batches of an optimiser step.
         num_repeats: Copies of each image; see [`repeated_augmentation_order`].
         seed: Of order and augmentation, which differ by epoch.
+        partial: Take what is left after whole optimiser steps too; see [`batches_of_epoch`].
 
     Raises:
         ValueError: If images are to be repeated and there are fewer than one round of 256.
@@ -109,20 +123,21 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         slices: int = 1,
         num_repeats: int = 1,
         seed: int = 0,
+        partial: bool = False,
     ):
-        self.num_images, self.batch_size, self.rank, self.num_processes = num_images, batch_size, rank, num_processes
+        self.num_images, self.rank, self.num_processes = num_images, rank, num_processes
         self.num_repeats, self.seed, self.epoch = num_repeats, seed, 0
         if num_repeats > 1:
             check_repeats(num_images)
             num_images = num_images // ROUND * ROUND
-        self.num_batches = whole_steps(num_images, batch_size, num_processes, slices)
+        self.sizes = batches_of_epoch(num_images, batch_size, num_processes, slices, partial)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass that of `epoch`."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_batches
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if self.num_repeats > 1:
@@ -130,10 +145,10 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         else:
             order = shuffled_order(self.num_images, self.epoch, self.seed)
         seeds = image_seeds(len(order), self.seed, self.epoch)
-        mine = slice(self.rank, self.num_batches * self.batch_size * self.num_processes, self.num_processes)
-        draws = list(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
-        for start in range(0, len(draws), self.batch_size):
-            yield draws[start : start + self.batch_size]
+        mine = slice(self.rank, sum(self.sizes) * self.num_processes, self.num_processes)
+        draws = zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
+        for size in self.sizes:
+            yield list(itertools.islice(draws, size))
 
 
 def image_seeds(number: int, *key: int) -> np.ndarray:

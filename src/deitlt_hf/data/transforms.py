@@ -240,6 +240,7 @@ def train_transform(
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     hflip: float = 0.5,
     random_erasing: float = 0.25,
+    color_jitter: float = 0.0,
 ) -> TrainTransform:
     """Makes the training transform: timm's, with the paper's defaults.
 
@@ -250,6 +251,8 @@ def train_transform(
         auto_augment: Policy in timm's notation; None for none.
         hflip: Probability of a horizontal flip.
         random_erasing: Probability of random erasing (pixel noise, one area).
+        color_jitter: Random change of brightness, contrast and saturation by up to this share; timm has it without a
+            policy only.
 
     Raises:
         ValueError: If the crop or the policy is unknown, or the processor's images are not square.
@@ -265,7 +268,7 @@ def train_transform(
             size,
             is_training=True,
             hflip=hflip,
-            color_jitter=None,
+            color_jitter=color_jitter or None,
             auto_augment=auto_augment,
             interpolation="bicubic",
             mean=images.mean,
@@ -287,16 +290,19 @@ def weak_transform(processor: BitImageProcessor, hflip: float = 0.5) -> TrainTra
     return train_transform(processor, crop="padded", auto_augment=None, hflip=hflip, random_erasing=0.0)
 
 
-def resize_and_renormalize(pixel_values: torch.Tensor, source: ImageFormat, target: ImageFormat) -> torch.Tensor:
+def resize_and_renormalize(
+    pixel_values: torch.Tensor, source: ImageFormat, target: ImageFormat, antialias: bool = True
+) -> torch.Tensor:
     """Makes one model's normalised batch another's: bicubic resizing, then the other mean and standard deviation.
 
     Args:
         pixel_values: Normalised images; (batch, channels, height, width), of any height and width.
         source: The model that they were made for.
         target: The model that they are made for now.
+        antialias: Smooth before making smaller, as Pillow does.
     """
     if pixel_values.shape[-2:] != target.size:
-        pixel_values = _resize(pixel_values, target.size)
+        pixel_values = _resize(pixel_values, target.size, antialias)
     if (source.mean, source.std) != (target.mean, target.std):
         old_mean, old_std, new_mean, new_std = (
             _channels(values, pixel_values.device).to(pixel_values.dtype).view(-1, 1, 1)
@@ -316,8 +322,8 @@ def _tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
-def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(images, size, mode="bicubic", antialias=True)
+def _resize(images: torch.Tensor, size: tuple[int, int], antialias: bool = True) -> torch.Tensor:
+    return F.interpolate(images, size, mode="bicubic", antialias=antialias)
 
 
 def _random_resized_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:

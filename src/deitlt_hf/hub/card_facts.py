@@ -317,5 +317,14 @@ def _flatness(settings: Mapping[str, Any]) -> list[str]:
     parts = [f"loss {code(settings['teacher_loss'])}"] if "teacher_loss" in settings else []
     rho = settings.get("sam_rho")
     if rho is not None:
-        parts.append(f"SAM with rho {', '.join(f'{value:g}' for value in rho)}" if any(rho) else "SGD without SAM")
+        radius = in_phases(rho, settings.get("sam_rho_epochs"))
+        parts.append(f"SAM with rho {radius}" if any(rho) else "SGD without SAM")
     return parts
+
+
+def in_phases(values: Sequence[float], epochs: Sequence[float] | None) -> str:
+    """Values and the epochs from which on they hold; without epochs, in old records, by stage of the backbone."""
+    if epochs is None:
+        return ", ".join(f"{value:g}" for value in values) + " by stage of the backbone" * (len(values) > 1)
+    first, *later = zip(values, epochs, strict=True)
+    return ", ".join([f"{first[0]:g}", *(f"{value:g} from epoch {epoch:g}" for value, epoch in later)])

@@ -93,15 +93,18 @@ def student_to_original(state_dict: StateDict) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class TeacherLayout:
-    """State dict of a CNN teacher: a ResNet behind a prefix, and `linear`.
+    """State dict of a CNN teacher: a ResNet behind a prefix, and a classifier.
 
     Args:
         prefix: Of the backbone's names.
-        may_be_cosine: Whether `linear` without a bias is a cosine classifier; its weight is (features, classes) there.
+        may_be_cosine: Whether a classifier without a bias is a cosine classifier; its weight is (features, classes)
+            there.
+        classifier: Its name.
     """
 
     prefix: str
     may_be_cosine: bool
+    classifier: str = "linear"
 
     def sizes(self, state_dict: StateDict) -> dict[str, Any]:
         """Fields of [`FlatTeacherConfig`] that the authors' tensors tell.
@@ -118,22 +121,22 @@ class TeacherLayout:
         num_channels = state_dict[f"{self.prefix}conv1.weight"].shape[1]
         if num_channels != 3:
             raise ValueError(f"it takes images of {num_channels} channels; only RGB is known here")
-        cosine = self.may_be_cosine and "linear.bias" not in state_dict
+        cosine = self.may_be_cosine and f"{self.classifier}.bias" not in state_dict
         return {
             "backbone": backbone,
             "classifier": "cosine" if cosine else "linear",
             "image_size": 224 if backbone.startswith("timm/") else 32,
             "num_channels": num_channels,
-            "num_labels": state_dict["linear.weight"].shape[1 if cosine else 0],
+            "num_labels": state_dict[f"{self.classifier}.weight"].shape[1 if cosine else 0],
         }
 
     def to_ours(self, state_dict: StateDict) -> dict[str, torch.Tensor]:
         """Gives the authors' parameters our names."""
-        return self._swap(state_dict, ("linear.", self.prefix), ("classifier.", "backbone."))
+        return self._swap(state_dict, (f"{self.classifier}.", self.prefix), ("classifier.", "backbone."))
 
     def to_original(self, state_dict: StateDict) -> dict[str, torch.Tensor]:
         """The inverse of [`to_ours`]."""
-        return self._swap(state_dict, ("classifier.", "backbone."), ("linear.", self.prefix))
+        return self._swap(state_dict, ("classifier.", "backbone."), (f"{self.classifier}.", self.prefix))
 
     def _swap(self, state_dict: StateDict, old: tuple[str, str], new: tuple[str, str]) -> dict[str, torch.Tensor]:
         """Swaps the prefixes of classifier and backbone."""
@@ -148,6 +151,7 @@ class TeacherLayout:
 
 PACO_LAYOUT = TeacherLayout("encoder_q.", may_be_cosine=False)
 LDAM_LAYOUT = TeacherLayout("", may_be_cosine=True)
+LDAM_RESNET50_LAYOUT = TeacherLayout("", may_be_cosine=True, classifier="fc")  # of ImageNet-LT and iNaturalist
 
 
 def _student_modules(depth: int) -> dict[str, str]:

@@ -1,4 +1,9 @@
-"""The authors' checkpoints in and out: students, PaCo and LDAM teachers. timm's distilled DeiTs are laid out alike."""
+"""The authors' checkpoints in and out: students, PaCo and LDAM teachers. timm's distilled DeiTs are laid out alike.
+
+Heads of their students (DeiT-LT, `datasets.py`), and of their LDAM teachers of ImageNet-LT and iNaturalist
+(Saddle-LongTail, `datasets/imagenet.py` and `ina2018.py`), are ordered by decreasing training count. Heads of their
+PaCo teachers are in the data set's order: DeiT-LT maps the teacher's prediction (`losses.py`, `--map-targets`).
+"""
 
 import argparse
 import dataclasses
@@ -22,7 +27,15 @@ from ..io import check_can_be_folder
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from .checkpoint_files import read_checkpoint
-from .layouts import LDAM_LAYOUT, PACO_LAYOUT, StateDict, student_sizes, student_to_original, student_to_ours
+from .layouts import (
+    LDAM_LAYOUT,
+    LDAM_RESNET50_LAYOUT,
+    PACO_LAYOUT,
+    StateDict,
+    student_sizes,
+    student_to_original,
+    student_to_ours,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +47,7 @@ STUDENT, PACO_TEACHER, LDAM_TEACHER = "a student", "a PaCo teacher", "an LDAM te
 _PACO_TRAINING_ONLY = ("queue", "encoder_k.", "linear_k.", "encoder_q.fc.")
 # What a student's tensors do not tell of its configuration.
 _NOT_IN_TENSORS = ("num_attention_heads", "layer_norm_eps")
-# Data sets whose classes the authors' code sorts by decreasing training count.
+# Data sets whose classes the students' code sorts by decreasing training count.
 _SORTED_DATA_SETS = ("IMAGENETLT", "INAT18")
 
 
@@ -80,14 +93,15 @@ def load_original_teacher(
     class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> FlatTeacherForImageClassification:
-    """Loads a teacher from the authors' file: PaCo (ResNet-32 or ResNet-50) or LDAM (ResNet-32).
+    """Loads a teacher from the authors' file: PaCo or LDAM (ResNet-32 or ResNet-50).
 
-    Which it is, and its sizes, are read from the tensors. For the order of the classes see [`load_original_student`]:
-    a teacher's file has no class map, but the student's map is the teacher's too.
+    Which it is, and its sizes, are read from the tensors. The head of an LDAM teacher of ImageNet-LT or iNaturalist is
+    in the order of the students' heads, see [`load_original_student`], whose map is this teacher's too. The head of a
+    PaCo teacher is in the data set's order as it is.
 
     Args:
         source: The file, or a state dict.
-        class_map: For each class its row in the file's head.
+        class_map: For each class its row in the file's head; not for a PaCo teacher.
         class_counts: Training images of each class, in label order.
         class_names: Names of the classes, in label order.
 
@@ -244,7 +258,8 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
         class_counts=_integers(about.get("cls_num_list"), f"cls_num_list of {name}"),
         config=content["config"] if isinstance(content.get("config"), dict) else {},
         is_sorted=about.get("data_set") in _SORTED_DATA_SETS
-        or (kind == PACO_TEACHER and any(key.startswith("encoder_q.layer4.") for key in state_dict)),
+        if kind == STUDENT
+        else kind == LDAM_TEACHER and any(key.startswith("layer4.") for key in state_dict),
     )
 
 
@@ -276,6 +291,8 @@ def _kind(name: str, state_dict: StateDict) -> str:
     ):
         if typical <= modules:
             return kind
+    if {"layer1", "fc"} <= modules and "fc.bias" not in state_dict:
+        return LDAM_TEACHER
     raise ValueError(
         f"{name} is neither a DeiT-LT student nor a PaCo or LDAM teacher; its tensors begin with {_listed(state_dict)}."
     )
@@ -307,8 +324,15 @@ def _student(
 
 def _teacher(checkpoint: _Checkpoint, class_map, class_counts, class_names) -> FlatTeacherForImageClassification:
     layout = PACO_LAYOUT if checkpoint.kind == PACO_TEACHER else LDAM_LAYOUT
+    if checkpoint.kind == LDAM_TEACHER and "linear.weight" not in checkpoint.state_dict:
+        layout = LDAM_RESNET50_LAYOUT
     sizes, num_labels = _sizes(checkpoint, layout.sizes)
     classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
+    if checkpoint.kind == PACO_TEACHER and classes["class_map"] not in (None, list(range(num_labels))):
+        raise ValueError(
+            f"{checkpoint.name} holds {PACO_TEACHER}, whose head is in the data set's order as it is; leave class_map "
+            "out. The map of a student's file is of the heads of students and of LDAM teachers."
+        )
     model = FlatTeacherForImageClassification(FlatTeacherConfig(**sizes | classes))
     return _fill(model, checkpoint, layout.to_ours, layout.to_original)
 

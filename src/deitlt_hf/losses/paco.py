@@ -20,7 +20,7 @@ class PaCoLoss(nn.Module):
         class_counts: Training images of each class.
         alpha: Weight of an image of the same class as a positive; 0.01 for the CIFAR teachers of DeiT-LT.
         beta: Weight of the class's centre as a positive.
-        gamma: Weight of the centres in the denominator.
+        gamma: Weight of the images in the denominator, beside centres of weight 1.
         temperature: What similarities of images are divided by; 0.05 for CIFAR, 0.2 for ImageNet-LT and iNaturalist.
         class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
         reduction: `mean` (divided by the weights' sum), `sum` or `none`.
@@ -74,7 +74,7 @@ class PaCoLoss(nn.Module):
         similarities = similarities.masked_fill(itself, -torch.inf)
         centres = logits.float() + self.log_prior
         # A weight of terms in a denominator is an addend to what is exponentiated.
-        terms = torch.cat([centres + math.log(self.gamma), similarities], dim=1)
+        terms = torch.cat([centres, similarities + math.log(self.gamma)], dim=1)
         log_denominator = terms.logsumexp(dim=1, keepdim=True)
 
         same_class = (labels[:, None] == torch.cat([labels, key_labels])) & ~itself

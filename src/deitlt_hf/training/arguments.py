@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..data.sampling import ROUND, check_repeats
@@ -97,6 +98,9 @@ class LongTailTrainingArguments(TrainingArguments):
     )
     train_crop: str = _option("random_resized", f"Random crop in training: {' or '.join(TRAIN_CROPS)} (by an eighth).")
     auto_augment: str | None = _option("rand-m9-mstd0.5-inc1", "Augmentation policy in timm's notation, or 'none'.")
+    color_jitter: float = _option(
+        0.0, "Random change of brightness, contrast and saturation by up to this share; only without auto_augment."
+    )
     hflip: float = _option(0.5, "Probability of a horizontal flip.")
     random_erasing: float = _option(0.25, "Probability of random erasing.")
     ema_decay: float | None = _option(
@@ -109,10 +113,25 @@ class LongTailTrainingArguments(TrainingArguments):
         "Save the adapters of a PEFT model too, in the folder 'adapter'. The model itself is saved whole in any case, "
         "with the adapters merged into its weights.",
     )
-    loss_normalization: str = _option(
-        "global",
-        "What a weighted mean divides by: 'global', the weights of the whole batch of an optimiser step, so that "
-        "processes and accumulation do not change it; 'per_process', those of each slice, as in the authors' code.",
+    as_published: bool = _option(
+        False,
+        "Train as the authors' loop does where this package does otherwise: loss_normalization per_process, "
+        "partial_steps true, ema_every_slice true; for students teacher_antialias false, fp16 on a GPU, and a learning "
+        "rate that moves when theirs does.",
+    )
+    loss_normalization: str | None = _option(
+        None,
+        "What a mean divides by: 'global' (the default), images or weights of the whole batch of an optimiser step, so "
+        "that processes and accumulation do not change it; 'per_process', those of each slice, and then the number of "
+        "slices of a whole step, as in the authors' code.",
+    )
+    partial_steps: bool | None = _option(
+        None,
+        "Take what is left of an epoch after whole optimiser steps too: a step of fewer slices, the last of which may "
+        "have fewer images. By default it is left out, as it would differ with each number of processes.",
+    )
+    ema_every_slice: bool | None = _option(
+        None, "Update the moving average with every accumulation slice; by default with every optimiser step."
     )
     on_nonfinite: str = _option(
         "stop",
@@ -139,9 +158,12 @@ class LongTailTrainingArguments(TrainingArguments):
     seed: int = _option(0, "Seed of initialisation, augmentation and order.")
 
     def __post_init__(self):
+        self._decide_arrangement()
         if self.auto_augment in ("none", ""):
             self.auto_augment = None
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
+        _check(self, "color_jitter", self.color_jitter >= 0, "0 or more")
+        _check(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
         for name in ("auto_find_batch_size", "prediction_loss_only"):
             _check(
                 self, name, not getattr(self, name), "left off (the batch and what is evaluated are the method's own)"
@@ -198,6 +220,29 @@ class LongTailTrainingArguments(TrainingArguments):
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
         else:
             self.learning_rate = given_learning_rate
+
+    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+        """What `as_published` decides, by field: this package's way and the authors'."""
+        return {
+            "loss_normalization": ("global", "per_process"),
+            "partial_steps": (False, True),
+            "ema_every_slice": (False, True),
+        }
+
+    def _decide_arrangement(self) -> None:
+        """Fills the fields of [`arrangements`] that were not given; the one place where `as_published` decides them.
+
+        Raises:
+            ValueError: If one was given that is not as published.
+        """
+        for name, ways in self.arrangements().items():
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, ways[self.as_published])
+            elif self.as_published and value != ways[True]:
+                raise ValueError(
+                    f"{name} {value!r} is not as published, which is {ways[True]!r}; leave {name} or as_published out."
+                )
 
     @property
     def repeats(self) -> int:
@@ -271,12 +316,25 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     mixing_in_drw: bool = _option(
         False, "Go on with mixing and label smoothing in the DRW phase (ImageNet-LT, iNaturalist) or stop (CIFAR)."
     )
+    teacher_antialias: bool | None = _option(
+        None,
+        "Smooth the student's image before it is made smaller for the teacher, as Pillow does; the authors' version of "
+        "torchvision did not, for tensors.",
+    )
+    # Not bool | None, with which the command line would not take a bare --fp16.
+    fp16: bool = _option(None, "Train in half precision, on a GPU, with a scaled loss; the authors do.")
     label_smoothing_factor: float = _option(0.1, "Label smoothing of the CLS head's targets.")
     repeated_augmentation: int = _option(3, "Copies of an image in a batch; 1 for plain shuffling.")
     weight_decay: float = _option(0.05, "Weight decay of AdamW; none on biases, norms, tokens and positions.")
 
     def __post_init__(self):
         super().__post_init__()
+        precision = "fp16" if self.fp16 else "no"
+        if self.as_published and self.mixed_precision != precision:
+            raise ValueError(
+                f"as_published trains in {'half' if self.fp16 else 'full'} precision on this device, not in "
+                f"{self.mixed_precision}; leave bf16 (and the launcher's mixed_precision) or as_published out."
+            )
         # Refuses values outside their range here, before a teacher is trained for them.
         DistillationLoss(self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
@@ -301,6 +359,10 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
             check_repeats(num_images)
             num_images -= num_images % ROUND
         super().check_data(num_images)
+
+    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+        on_gpu = torch.cuda.is_available() and not self.use_cpu  # a CPU has no half precision
+        return super().arrangements() | {"teacher_antialias": (True, False), "fp16": (False, on_gpu)}
 
     @property
     def repeats(self) -> int:
@@ -331,7 +393,12 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     paco_queue: int = _option(1024, "Keys of earlier batches that PaCo compares with. 1024 for CIFAR, else 8192.")
     paco_momentum: float = _option(0.999, "Share of the old weights in PaCo's momentum encoder.")
     sam_rho: list[float] = _option(
-        [0.05], "Radius of SAM's perturbation: one value, or one for each stage of the backbone; 0 for plain SGD."
+        [0.05], "Radius of SAM's perturbation of all weights: one value, or one a phase of training; 0 for plain SGD."
+    )
+    sam_rho_epochs: list[float] = _option(
+        [0.0],
+        "Epoch (from 0) from which on each value of sam_rho holds, such as 0 5 60; the first is 0. One value holds for "
+        "the whole run.",
     )
     sam_adaptive: bool = _option(False, "Scale the perturbation by the weights (ASAM).")
     sam_per_process: bool = _option(
@@ -366,25 +433,41 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         smooths = self.teacher_loss == "ce" or self.label_smoothing_factor == 0
         _check(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
         _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
+        if len(self.sam_rho) == 1:
+            self.sam_rho_epochs = [0.0]
+        if len(self.sam_rho) != len(self.sam_rho_epochs):
+            raise ValueError(
+                f"sam_rho {self.sam_rho} and sam_rho_epochs {self.sam_rho_epochs} must have as many values: each value "
+                "of sam_rho holds from its epoch on (a single one for the whole run)."
+            )
+        phases = self.sam_rho_epochs[0] == 0 and _increases(self.sam_rho_epochs)
+        _check(self, "sam_rho_epochs", phases, "increasing from 0")
         if len(self.lr_drop_epochs) != len(self.lr_drops):
             raise ValueError(
                 f"lr_drop_epochs {self.lr_drop_epochs} and lr_drops {self.lr_drops} must have as many values."
             )
-        increasing = all(first < second for first, second in itertools.pairwise(self.lr_drop_epochs))
-        _check(self, "lr_drop_epochs", increasing, "increasing")
+        _check(self, "lr_drop_epochs", _increases(self.lr_drop_epochs), "increasing")
+
+    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+        # PaCo's loader drops an incomplete batch, that of Saddle-LongTail takes it.
+        return super().arrangements() | {"partial_steps": (False, self.teacher_loss != "paco")}
 
     def check_data(self, num_images: int) -> None:
-        """Checks that training images and epochs suffice, and that the learning rate drops within them.
+        """Checks that training images and epochs suffice, and that learning rate and rho change within them.
 
         Raises:
             ValueError: If they do not.
         """
         super().check_data(num_images)
-        if self.max_steps <= 0 and self.lr_drop_epochs and self.lr_drop_epochs[-1] >= self.num_train_epochs:
-            raise ValueError(
-                f"lr_drop_epochs {self.lr_drop_epochs} are not all before the end of training at epoch "
-                f"{self.num_train_epochs:g}; change one of them."
-            )
+        if self.max_steps > 0:
+            return
+        for name in ("lr_drop_epochs", "sam_rho_epochs"):
+            epochs = getattr(self, name)
+            if epochs and epochs[-1] >= self.num_train_epochs:
+                raise ValueError(
+                    f"{name} {epochs} are not all before the end of training at epoch {self.num_train_epochs:g}; "
+                    "change one of them."
+                )
 
 
 def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:
@@ -408,6 +491,10 @@ def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tup
             f"per_device_train_batch_size {batch_size}; change one of them."
         )
     return batch_size, global_batch_size // (batch_size * processes)
+
+
+def _increases(values: Sequence[float]) -> bool:
+    return all(first < second for first, second in itertools.pairwise(values))
 
 
 def _default(name: str):

@@ -131,7 +131,8 @@ class DeiTLTTrainer(LongTailTrainer):
         The images are resized and re-normalised if the teacher takes them otherwise.
         """
         with torch.inference_mode(), self.accelerator.autocast():
-            images = resize_and_renormalize(pixel_values, self.student_format, self.teacher_format)
+            antialias = self.args.teacher_antialias
+            images = resize_and_renormalize(pixel_values, self.student_format, self.teacher_format, antialias)
             logits = self.teacher(images).logits[:, self._label_order]
         return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
 

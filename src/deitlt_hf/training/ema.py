@@ -18,14 +18,15 @@ class MovingAverage(TrainerCallback):
 
     Args:
         decay: Share of the old average in an update.
+        every_slice: Update it with every accumulation slice, as the authors do; else with every optimiser step.
 
     Attributes:
         model: The averaged model; None before training.
         checkpoint: What training will go on from; without an average in it, one starts from its weights.
     """
 
-    def __init__(self, decay: float):
-        self.decay = decay
+    def __init__(self, decay: float, every_slice: bool = False):
+        self.decay, self.every_slice = decay, every_slice
         self.model: PreTrainedModel | None = None
         self.checkpoint: str | None = None
 
@@ -42,6 +43,10 @@ class MovingAverage(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._average.update(model)
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        if self.every_slice:
+            self._average.update(model)
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Writes the average beside the other files of a checkpoint."""

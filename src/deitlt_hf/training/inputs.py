@@ -22,6 +22,8 @@ def outliving(loader: DataLoader) -> DataLoader:
 def as_images(dataset, background: str | None, views: Mapping[str, TrainTransform] | None = None, args=None):
     """Rows of model inputs, of what the data loaders give; what has such rows already is taken as it is."""
     if isinstance(dataset, StreamedSplit):
+        if args.partial_steps:
+            raise ValueError("partial_steps needs all images at hand; leave it (and as_published) or --streaming out.")
         return StreamedImages(
             dataset,
             views,

@@ -12,7 +12,10 @@ from transformers.utils import cached_file
 
 RESULTS_FILE = "results.json"
 # What matters of a teacher's training to who reads of its student; "epochs" in records of before 0.1.0.
-_TEACHER_SETTINGS = ("teacher_loss", "sam_rho", "sam_adaptive", "num_train_epochs", "epochs", "drw_start_epoch", "seed")
+_TEACHER_SETTINGS = (
+    *("teacher_loss", "sam_rho", "sam_rho_epochs", "sam_adaptive"),
+    *("num_train_epochs", "epochs", "drw_start_epoch", "seed"),
+)
 
 
 def hardware(args: TrainingArguments) -> dict[str, str | int]:

@@ -143,7 +143,7 @@ def load_classifier(path: str) -> PreTrainedModel:
 
 
 def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
-    if data_args.dataset in SORTED_BY_AUTHORS:  # for an export to their order
+    if trainer_class is DeiTLTTrainer and data_args.dataset in SORTED_BY_AUTHORS:  # for an export to their order
         model.config.class_map = decreasing_count_map(training_counts(data["train"])).tolist()
     trainer = trainer_class(
         model=model,

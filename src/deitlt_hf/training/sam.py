@@ -24,7 +24,7 @@ class SAM(Optimizer):
     With a `GradScaler`, which leaves out the step after an overflow, call [`restore`] before its `step`.
 
     Args:
-        base_optimizer: Does the step. Its parameter groups are shared; a group's own `rho` goes before the argument.
+        base_optimizer: Does the step. Its parameter groups are shared; a group's own `rho` overrides the argument.
         rho: Radius of the neighbourhood, in weight space; 0.05 in the paper of SAM, 0.8 for the CIFAR teachers of
             DeiT-LT.
         adaptive: Scale the perturbation of each weight by its magnitude (ASAM; Kwon et al., ICML 2021).

@@ -22,6 +22,24 @@ def warmup_cosine(
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
 
 
+def published_epoch(step: int, batches: int, slices: int) -> float:
+    """The epoch that the authors' scheduler is at in an optimiser step (DeiT-LT, `engine.py` and `main.py`).
+
+    They move it with the first slice of a step, and with the last batch of an epoch once more. Without accumulation it
+    moves after an epoch, to the number of that epoch.
+
+    Args:
+        step: Counted from 0, over all epochs.
+        batches: Of a process in an epoch.
+        slices: Of a whole step.
+    """
+    epoch, step = divmod(step, math.ceil(batches / slices))
+    if slices == 1:
+        return max(epoch - 1, 0)
+    first = step * slices
+    return epoch + (first if first + slices < batches else batches - 1) / batches
+
+
 def warmup_drops(
     epoch: float,
     *,

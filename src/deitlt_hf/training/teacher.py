@@ -1,5 +1,6 @@
 """The teacher's trainer: SGD with SAM and deferred re-weighting."""
 
+import bisect
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from ..hub.card_facts import in_phases
 from ..losses import LDAMLoss, LogitAdjustedLoss, PaCoLoss
 from .arguments import FlatTeacherTrainingArguments
 from .contrast import MomentumContrast
@@ -24,7 +26,8 @@ CONTRAST_FILE = "momentum_contrast.safetensors"
 class FlatTeacherTrainer(LongTailTrainer):
     """Trains a flat teacher: cross entropy, LDAM, logit adjustment or PaCo, with deferred re-weighting, under SAM.
 
-    The perturbation follows the gradient of the whole batch, over accumulation slices and processes; with
+    All weights are perturbed, within a radius that can change by phase of training (`sam_rho`, `sam_rho_epochs`). The
+    perturbation follows the gradient of the whole batch, over accumulation slices and processes; with
     `sam_per_process` each process has one of its own, that of its share of the batch. Batch-norm statistics are those
     of the unperturbed pass.
 
@@ -32,13 +35,12 @@ class FlatTeacherTrainer(LongTailTrainer):
     keys, and with a queue of the keys of earlier batches, of all processes; the same keys serve both passes of SAM.
 
     Args:
-        model: A [`FlatTeacherForImageClassification`], or any image classifier if `sam_rho` is one value.
+        model: A [`FlatTeacherForImageClassification`], or any image classifier.
         args: A [`FlatTeacherTrainingArguments`].
         **kwargs: As for [`LongTailTrainer`].
 
     Raises:
-        ValueError: If `sam_rho` has neither one value nor one for each stage of the model, or the loss needs another
-            classifier or projection.
+        ValueError: If the loss needs another classifier or projection.
     """
 
     experts = {"teacher": "logits"}
@@ -47,12 +49,6 @@ class FlatTeacherTrainer(LongTailTrainer):
         super().__init__(model=model, args=args, **kwargs)
         if max(args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("SAM needs whole gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
-        self._stages = model.stages() if hasattr(model, "stages") else [list(model.parameters())]
-        if len(args.sam_rho) not in (1, len(self._stages)):
-            raise ValueError(
-                f"sam_rho has {len(args.sam_rho)} values, but the model has {len(self._stages)} stages; give one value "
-                "or one a stage."
-            )
         self.contrast = None
         if self.train_dataset is not None:
             _check_heads(args.teacher_loss, model.config)
@@ -69,13 +65,17 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            args, rhos = self.args, self.args.sam_rho
-            if len(rhos) == 1:
-                rhos = rhos * len(self._stages)
-            groups = [{"params": stage, "rho": rho} for stage, rho in zip(self._stages, rhos, strict=True)]
-            sgd = torch.optim.SGD(groups, args.learning_rate, args.momentum, weight_decay=args.weight_decay)
-            self.optimizer = SAM(sgd, adaptive=args.sam_adaptive) if max(rhos) > 0 else sgd
+            args, model = self.args, model or self.model
+            sgd = torch.optim.SGD(model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
+            has_sam = max(args.sam_rho) > 0
+            self.optimizer = SAM(sgd, args.sam_rho[0], args.sam_adaptive) if has_sam else sgd
         return self.optimizer
+
+    @property
+    def rho(self) -> float:
+        """SAM's radius in the current phase."""
+        phase = bisect.bisect_right(self.args.sam_rho_epochs, self.state.epoch or 0.0)
+        return self.args.sam_rho[phase - 1]
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
         args = self.args
@@ -92,8 +92,11 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # out of Accelerate's wrapper
-        if not isinstance(optimizer, SAM):
+        rho = self.rho
+        if not isinstance(optimizer, SAM) or rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
+        for group in optimizer.param_groups:
+            group["rho"] = rho
         with self._gradients_stay(model, self.args.sam_per_process):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -177,7 +180,7 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def plan(self) -> dict[str, str]:
         args = self.args
-        rho = ", ".join(f"{value:g}" for value in args.sam_rho)
+        rho = in_phases(args.sam_rho, args.sam_rho_epochs)
         lines = {"optimiser": f"SGD, SAM rho {rho}" if max(args.sam_rho) > 0 else "SGD", "loss": args.teacher_loss}
         if args.drw_start_epoch is not None:
             lines["phases"] = f"re-weighted from epoch {self.drw_start()}"

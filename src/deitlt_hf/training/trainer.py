@@ -37,7 +37,7 @@ from .memory import keep_freed_memory
 from .publishing import PublishingTrainer
 from .report import Results, check_output_dir, claim_output_dir, goes_on_in, only_run, print_plan, show
 from .resuming import EpochOrder, MissedEvaluation, steps_per_epoch
-from .schedule import warmup_cosine
+from .schedule import published_epoch, warmup_cosine
 from .watch import RunFile, RunLog
 
 # Of an optimiser's parameter groups, beside the learning rate.
@@ -126,7 +126,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.add_callback(EpochOrder())
         self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
-        self.ema = None if self.args.ema_decay is None else MovingAverage(self.args.ema_decay)
+        decay = self.args.ema_decay
+        self.ema = None if decay is None else MovingAverage(decay, self.args.ema_every_slice)
         for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema, MissedEvaluation(self)):
             if callback is not None:
                 self.add_callback(callback)
@@ -160,7 +161,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def train_views(self, args: LongTailTrainingArguments, processor) -> dict[str, TrainTransform]:
         """Training transforms, by the name of the model input that each makes."""
-        transform = train_transform(processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing)
+        transform = train_transform(
+            processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing, args.color_jitter
+        )
         return {"pixel_values": transform}
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
@@ -177,6 +180,15 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def plan(self) -> dict[str, str]:
         """Lines for the screen before the first step, beside those that both trainers have."""
         return {}
+
+    def _published_plan(self) -> dict[str, str]:
+        """For the plan: what `as_published` came to on this device."""
+        if not self.args.as_published:
+            return {}
+        words = [f"{name} {getattr(self.args, name)}" for name in self.args.arrangements()]
+        if self.args.device.type != "cuda":
+            words.append("full precision, as this device has no half precision")
+        return {"as published": ", ".join(words)}
 
     def drw_start(self) -> str:
         """The epoch of deferred re-weighting for the plan, and whether `max_steps` ends the run before it."""
@@ -217,7 +229,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         streamed = isinstance(self.train_dataset, StreamedImages)  # this process's share
         self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
         steps_per_epoch = self.steps_per_epoch()
-        plan = self.plan()
+        plan = self._published_plan() | self.plan()
         with only_run(self.args.output_dir) if self.args.should_save else contextlib.nullcontext():
             claim_output_dir(self.args.output_dir, self.args.overwrite, resuming, self.accelerator)
             self.results.start(self, None if checkpoint is None else step_of_checkpoint(checkpoint))
@@ -291,6 +303,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
                 args.gradient_accumulation_steps,
                 args.repeats,
                 args.data_seed,
+                args.partial_steps,
             )
             dataset, batches = SeededImages(dataset), {"batch_sampler": sampler}
         # Accelerate would share it out among the processes once more.
@@ -331,7 +344,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_guard.note(loss, self.state.global_step + 1)
         self._slice += 1
-        return self._finite(loss)
+        return self._finite(loss) / self._window_weight
 
     def _finite(self, value: torch.Tensor) -> torch.Tensor:
         """For a mean in the logs: one update that is left out must not spoil it."""
@@ -344,7 +357,14 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # DistributedDataParallel averages over processes what has to be a sum.
-        return self.compute_training_loss(model, inputs) * self.accelerator.num_processes
+        return self.compute_training_loss(model, inputs) * self.accelerator.num_processes * self._window_weight
+
+    @property
+    def _window_weight(self) -> float:
+        """What the gradient of a step of fewer slices is multiplied by: the authors divide by the slices of a whole."""
+        if self.args.loss_normalization == "global":
+            return 1.0
+        return len(self._window) / self.args.gradient_accumulation_steps
 
     def training_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the loss is computed from: a batch of the data loader on the device, normalised and prepared."""
@@ -375,11 +395,16 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The method's own schedule, as a function of the epoch; one update an optimiser step."""
         if self.lr_scheduler is None:
+            slices, batches = self.args.gradient_accumulation_steps, len(self.get_train_dataloader())
             steps_per_epoch = self.steps_per_epoch()
             epochs = num_training_steps / steps_per_epoch
+
+            def epoch_of(step: int) -> float:
+                return published_epoch(step, batches, slices) if self.args.as_published else step / steps_per_epoch
+
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: self.learning_rate_at(step / steps_per_epoch, epochs) / self.args.learning_rate,
+                lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.learning_rate,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler

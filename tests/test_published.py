@@ -1,0 +1,188 @@
+"""The arrangement of the authors' training loop, held against figures of that loop itself."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from torch.utils.data import Dataset as RowsOfTensors
+
+from conftest import FIXTURES, filled_state_dict
+from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
+from deitlt_hf.data.sampling import TrainBatches
+from deitlt_hf.hub import load_original_student, load_original_teacher
+from deitlt_hf.hub.layouts import student_to_original
+from deitlt_hf.training import FlatTeacherTrainingArguments
+from deitlt_hf.training.schedule import published_epoch
+
+FIGURES = json.loads((FIXTURES / "published_loop.json").read_text())
+
+
+class Rows(RowsOfTensors):
+    """The images and labels of the run that the figures are of."""
+
+    def __init__(self):
+        values = FIGURES["settings"]
+        shape = (values["images"], 3, values["image_size"], values["image_size"])
+        self.images = torch.from_numpy(np.random.RandomState(500).standard_normal(shape).astype(np.float32))
+        shares = 0.6 ** np.arange(values["classes"])
+        self.labels = np.random.RandomState(501).choice(values["classes"], len(self.images), p=shares / shares.sum())
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+
+
+class WatchedTrainer(DeiTLTTrainer):
+    """Notes losses and learning rates, and mixes each slice by its number, as was done for the figures."""
+
+    slices, losses, rates = 0, (), ()
+
+    def seed_slice(self, index, purpose=0):
+        super().seed_slice(index, purpose)
+        if purpose == 1:
+            np.random.seed(self.slices)
+            self.slices += 1
+
+    def training_step(self, *args):
+        loss = super().training_step(*args)
+        self.losses = (*self.losses, loss.item() * len(self._window))
+        if self.accelerator.sync_gradients:
+            self.rates = (*self.rates, self.optimizer.param_groups[0]["lr"])
+        return loss
+
+
+def published_trainer(folder, **values):
+    settings, rows = FIGURES["settings"], Rows()
+    args = DeiTLTTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings["epochs"],
+        drw_start_epoch=settings["drw_start_epoch"],
+        warmup_epochs=settings["warmup_epochs"],
+        learning_rate_per_512=settings["lr_per_512"],
+        per_device_train_batch_size=settings["batch_size"],
+        gradient_accumulation_steps=settings["slices"],
+        ema_decay=settings["ema_decay"],
+        logging_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        use_cpu=True,
+        **values,
+    )
+    student = load_original_student(
+        filled_state_dict(FIGURES["student_keys"]), num_attention_heads=2, drop_path_rate=0.0
+    )
+    teacher = load_original_teacher(filled_state_dict(FIGURES["teacher_keys"], seed=3))
+    teacher.config.image_size = settings["teacher_size"]
+    features = Features(image=Image(), label=ClassLabel(settings["classes"]))
+    columns = {"image": [np.zeros((1, 1, 3), np.uint8)] * len(rows), "label": rows.labels}
+    data = Dataset.from_dict(columns, features=features)
+    trainer = WatchedTrainer(model=student, args=args, teacher=teacher, train_dataset=data)
+    assert trainer.class_counts == FIGURES["counts"]
+    trainer.train_dataset = rows
+    return trainer
+
+
+def furthest(model, expected):
+    """Largest distance of what the figures tell of each tensor: its length and its first three values."""
+    weights = student_to_original(model.state_dict())
+    assert weights.keys() == expected.keys()
+    found = {name: [tensor.double().norm().item(), *tensor.flatten()[:3].tolist()] for name, tensor in weights.items()}
+    return max(abs(a - b) for name, values in expected.items() for a, b in zip(found[name], values, strict=True))
+
+
+def test_the_published_arrangement_takes_the_authors_steps(tmp_path, capsys):
+    """36 updates of their loop: warm-up, cosine, mixing, DRW without mixing, incomplete steps and batches, EMA."""
+    trainer = published_trainer(tmp_path, as_published=True)
+    trainer.train()
+    assert len(trainer.rates) == FIGURES["updates"]
+    np.testing.assert_allclose(trainer.rates, FIGURES["learning_rates"], rtol=0, atol=4e-16)
+    np.testing.assert_allclose(trainer.losses, FIGURES["losses"], rtol=0, atol=4e-6)
+    assert furthest(trainer.model, FIGURES["weights"]) < 2e-5
+    assert furthest(trainer.averaged_model, FIGURES["ema"]) < 2e-5
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "partial_steps True" in text
+    assert "teacher_antialias False, fp16 False, full precision, as this device has no half precision" in text
+    settings = trainer.results.content["settings"]
+    assert settings["as_published"]
+    assert (settings["loss_normalization"], settings["ema_every_slice"]) == ("per_process", True)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    windows = np.split(np.array(trainer.losses), np.flatnonzero(np.arange(len(trainer.losses)) % 22 % 4 == 0)[1:])
+    np.testing.assert_allclose(logged, [window.mean() for window in windows], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other", [{"teacher_antialias": True}, {"loss_normalization": "global"}, {"partial_steps": False}]
+)
+def test_each_part_of_the_arrangement_matters(tmp_path, other):
+    """The test above would not see a part that does nothing."""
+    parts = {"loss_normalization": "per_process", "partial_steps": True, "teacher_antialias": False}
+    trainer = published_trainer(tmp_path, **{**parts, **other}, max_steps=30)
+    trainer.train()
+    shared = min(len(trainer.losses), len(FIGURES["losses"]))
+    assert np.abs(np.array(trainer.losses[:shared]) - FIGURES["losses"][:shared]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loss_normalization": "global"}, "loss_normalization 'global' is not as published, which is 'per_process'"),
+        ({"partial_steps": False}, "partial_steps False is not as published"),
+        ({"ema_every_slice": False}, "ema_every_slice False is not as published"),
+        ({"teacher_antialias": True}, "teacher_antialias True is not as published"),
+        ({"fp16": True}, "fp16 True is not as published, which is False"),
+        ({"bf16": True}, "as_published trains in full precision on this device, not in bf16"),
+    ],
+)
+def test_what_contradicts_it_is_refused(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        DeiTLTTrainingArguments(output_dir=str(tmp_path), as_published=True, use_cpu=True, **values)
+
+
+def test_half_precision_on_a_gpu(tmp_path, monkeypatch):
+    """Only where the arguments are those of a GPU; the default stays full precision there."""
+    args = DeiTLTTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert args.arrangements()["fp16"] == (False, False)
+    args.use_cpu = False
+    assert args.arrangements()["fp16"] == (False, True)
+
+
+def test_the_package_s_own_arrangement_stays(tmp_path):
+    args = DeiTLTTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert (args.loss_normalization, args.partial_steps, args.ema_every_slice) == ("global", False, False)
+    assert (args.teacher_antialias, args.fp16) == (True, False)
+
+
+@pytest.mark.parametrize(("loss", "partial"), [("paco", False), ("ldam", True), ("ce", True)])
+def test_teachers_take_incomplete_batches_as_their_authors_do(tmp_path, loss, partial):
+    args = FlatTeacherTrainingArguments(output_dir=str(tmp_path), teacher_loss=loss, as_published=True)
+    assert (args.partial_steps, args.loss_normalization) == (partial, "per_process")
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "repeats", "batches", "last"),
+    [
+        (12_406, 2, 3, 48, 128),  # CIFAR-10-LT, ratio 100
+        (10_847, 2, 3, 42, 128),  # CIFAR-100-LT, ratio 100: 11 steps of 4 slices in place of 10
+        (115_846, 4, 3, 226, 128),  # ImageNet-LT
+        (437_513, 4, 3, 855, 64),  # iNaturalist: half a batch at the end
+        (1_001, 2, 1, 4, 116),  # without repeats an even number of what a process has
+    ],
+)
+def test_batches_of_the_published_epochs(images, processes, repeats, batches, last):
+    sampler = TrainBatches(images, 128, 1, processes, 4, repeats, partial=True)
+    found = list(sampler)
+    assert len(found) == len(sampler) == batches
+    assert [len(batch) for batch in found] == [128] * (batches - 1) + [last]
+    assert len(TrainBatches(images, 128, 1, processes, 4, repeats)) == (batches - (last < 128)) // 4 * 4
+
+
+def test_the_authors_scheduler():
+    """Two epochs of 5 batches in steps of 2: it moves with the first slice, and with an epoch's last batch again."""
+    assert [published_epoch(step, 5, 2) for step in range(6)] == [0.0, 0.4, 0.8, 1.0, 1.4, 1.8]
+    assert [published_epoch(step, 4, 2) for step in range(4)] == [0.0, 0.75, 1.0, 1.75]
+    assert [published_epoch(step, 2, 1) for step in range(6)] == [0, 0, 0, 0, 1, 1]
