@@ -145,6 +145,18 @@ def read_record(path: str | PathLike) -> RunRecord:
     return record
 
 
+def find_record(folder: str | PathLike) -> RunRecord | None:
+    """The record of a run in a folder; None if there is no such file, or if another program's is called so.
+
+    Raises:
+        ValueError: As [`read_record`].
+    """
+    path = Path(folder) / RESULTS_FILE
+    if not path.is_file() or not is_of_run(read_json(path, object)):
+        return None
+    return read_record(path)
+
+
 def is_of_run(record: Any) -> bool:
     """Whether the content of a JSON file is a record of this package; other programs call files so too."""
     return isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("settings", "data"))

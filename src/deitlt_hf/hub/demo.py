@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from ..analysis.figures import COLOURS
-from .handler import FORMATS, EndpointHandler, read_image
+from .handler import FORMATS, read_image
+from .predict import load_classifier
 
 if TYPE_CHECKING:
     import gradio
@@ -135,7 +136,7 @@ class Explanation:
     def __init__(self, model: str | PathLike):
         from jinja2 import Environment
 
-        self._handler = EndpointHandler(model)
+        self._handler = load_classifier(model)
         self.has_experts = self._tell_experts(model)
         self._most_frequent = max(filter(None, self._handler.training_images), default=None)
         page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from ..io import weights_digest
+from ..records import RESULTS_FILE, find_record
 from .cards import (
     CARD_FILE,
     CURVES_FILE,
-    RESULTS_FILE,
     given_metadata,
     is_generated,
     join_metadata,
@@ -208,8 +208,8 @@ def check_folder(folder: str | Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from error
-    record = read_json(folder / RESULTS_FILE)
-    if isinstance(record, dict) and record.get("finished") is False:
+    record = find_record(folder)
+    if record is not None and record.get("finished") is False:
         raise ValueError(
             f"the run in {folder} is not finished; go on with --resume_from_checkpoint auto, and push its end."
         )
