@@ -122,7 +122,9 @@ def _one_sentence(path: str | PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a pickle of garbage can raise anything
-        if isinstance(error, OSError) and error.filename is not None:  # of the system; torch's of a cut file has no name
+        if (
+            isinstance(error, OSError) and error.filename is not None
+        ):  # of the system; torch's of a cut file has no name
             raise
         raise ValueError(f"{path} cannot be loaded: {_what_is_wrong(Path(path), error)}.") from error
 
