@@ -2,13 +2,19 @@
 
 import errno
 import json
+import os
+import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from safetensors.torch import save_file
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from conftest import make_student
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
@@ -16,27 +22,36 @@ from deitlt_hf.training.checkpoints import (
     MANIFEST,
     STAGING,
     begin_checkpoint,
+    checkpoints_in,
     damage,
     finish_checkpoint,
     newest_checkpoint,
+    remove_old_checkpoints,
     whole_checkpoint,
 )
 
 
-def write_checkpoint(output_dir, step, content=b"weights"):
+def write_checkpoint(output_dir, step, weight=0.0, left_out=()):
+    """Files as transformers writes them, but small."""
     staged = begin_checkpoint(output_dir) / f"checkpoint-{step}"
     (staged / "deeper").mkdir(parents=True)
-    (staged / "model.safetensors").write_bytes(content)
-    (staged / "deeper" / "state.pt").write_bytes(b"state")
+    save_file({"weight": torch.full((2,), weight)}, staged / "model.safetensors")
+    (staged / "deeper" / "state.bin").write_bytes(b"state")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"python": random.getstate(), "numpy": np.random.get_state()}, staged / name)
+    TrainerState(global_step=step, train_batch_size=8).save_to_json(str(staged / "trainer_state.json"))
+    for name in left_out:
+        (staged / name).unlink()
     return finish_checkpoint(staged, output_dir)
 
 
 def test_a_finished_checkpoint_is_whole_and_replaces_another(tmp_path):
     first = write_checkpoint(tmp_path, 3)
     assert damage(first) is None
-    assert set(json.loads((first / MANIFEST).read_text())) == {"model.safetensors", "deeper/state.pt"}
-    assert write_checkpoint(tmp_path, 3, b"others") == first
-    assert (first / "model.safetensors").read_bytes() == b"others"
+    assert {"model.safetensors", "deeper/state.bin"} < set(json.loads((first / MANIFEST).read_text()))
+    before = (first / "model.safetensors").read_bytes()
+    assert write_checkpoint(tmp_path, 3, 1.0) == first
+    assert (first / "model.safetensors").read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
@@ -45,11 +60,12 @@ def truncate(checkpoint):
 
 
 def change(checkpoint):
-    (checkpoint / "model.safetensors").write_bytes(b"weightS")
+    content = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(content[:-1] + b"S")
 
 
 def remove(checkpoint):
-    (checkpoint / "deeper" / "state.pt").unlink()
+    (checkpoint / "deeper" / "state.bin").unlink()
 
 
 def remove_manifest(checkpoint):
@@ -61,11 +77,11 @@ def tear_manifest(checkpoint):
 
 
 DAMAGES = {
-    truncate: "model.safetensors has 6 bytes instead of 7",
+    truncate: "model.safetensors has 6 bytes instead of",
     change: "model.safetensors has changed since it was written",
-    remove: "deeper/state.pt is missing",
+    remove: "deeper/state.bin is missing",
     remove_manifest: "it has no manifest.json",
-    tear_manifest: "its manifest.json is not valid JSON",
+    tear_manifest: "its manifest.json is not a JSON object",
 }
 
 
@@ -84,6 +100,110 @@ def test_a_damaged_checkpoint_is_left_out_and_named(tmp_path, harm):
     else:
         with pytest.raises(ValueError, match=f"cannot go on from the checkpoint {torn}: {DAMAGES[harm]}"):
             whole_checkpoint(str(torn))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "what"),
+    [
+        ({}, "does not list trainer_state.json"),
+        ([], "is not a JSON object"),
+        ({"../other": {"size": 1, "sha256": ""}}, r"names a file outside of it, \.\./other"),
+        ({"/etc/passwd": {"size": 1, "sha256": ""}}, "names a file outside of it, /etc/passwd"),
+        ({"model.safetensors": 7}, "does not say what model.safetensors should be"),
+        ({"model.safetensors": {"size": "x" * 9999, "sha256": 1}}, r"instead of x+\.\.\.$"),
+    ],
+)
+def test_a_manifest_that_says_too_little_is_damaged(tmp_path, manifest, what):
+    checkpoint = write_checkpoint(tmp_path, 3)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    assert re.search(what, damage(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+def test_what_going_on_needs_must_be_there(tmp_path, name):
+    """Also if the manifest agrees: else a run goes on without its optimiser, to another end, without a word."""
+    what = "weights" if name.startswith("model") else name
+    checkpoint = write_checkpoint(tmp_path, 3, left_out=[name])
+    assert f"does not list {what}" in damage(checkpoint)
+    (checkpoint / MANIFEST).unlink()  # as plain transformers writes them
+    if name in ("trainer_state.json", "model.safetensors"):
+        with pytest.raises(ValueError, match=f"it has no {what}"):
+            whole_checkpoint(str(checkpoint))
+    else:
+        with pytest.warns(UserWarning, match=f"has no {name}: these begin again"):
+            whole_checkpoint(str(checkpoint))
+
+
+def hostile(path):
+    torch.save({"state": Harm()}, path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def of_something_else(path):
+    torch.save([1, 2], path)
+
+
+class Harm:
+    def __reduce__(self):
+        return (os.system, ("touch harm",))
+
+
+@pytest.mark.parametrize("harm", [hostile, cut, empty, of_something_else])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_nothing_of_a_hostile_or_damaged_file_is_run(tmp_path, monkeypatch, name, harm):
+    """One sentence that names the file, without torch's advice to switch its guard off."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = write_checkpoint(tmp_path, 3)
+    if name == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+        torch.save({"weight": torch.zeros(2)}, checkpoint / name)
+    harm(checkpoint / name)
+    (checkpoint / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=name) as told:
+        whole_checkpoint(str(checkpoint))
+    assert "weights_only" not in str(told.value)
+    assert "\n" not in str(told.value)
+    assert not Path("harm").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"\xff\x00", b'{"global_step": "3"}', b'{"global_step": 3, "from_the_future": 1}',
+                b'{"global_step": 3, "train_batch_size": 8, "log_history": [1]}']
+)  # fmt: skip
+def test_a_damaged_state_of_the_trainer_is_named(tmp_path, content):
+    checkpoint = write_checkpoint(tmp_path, 3)
+    (checkpoint / "trainer_state.json").write_bytes(content)
+    (checkpoint / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"trainer_state\.json"):
+        whole_checkpoint(str(checkpoint))
+
+
+def test_checkpoints_are_ordered_by_step_whatever_the_clock_says(tmp_path):
+    """Else a clock that was wrong has every new checkpoint removed as soon as it is written."""
+    for step in (9, 10, 2):
+        write_checkpoint(tmp_path, step)
+    for step, days in ((9, 2), (10, 0), (2, 1)):
+        os.utime(tmp_path / f"checkpoint-{step}", (time.time() + 86400 * days,) * 2)
+    (tmp_path / "checkpoint-99-by-hand").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
+    remove_old_checkpoints(tmp_path, 2, None)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    write_checkpoint(tmp_path, 11)
+    remove_old_checkpoints(tmp_path, 2, str(tmp_path / "checkpoint-9"))
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
+    remove_old_checkpoints(tmp_path, None, None, step=9)  # the run has gone another way from an earlier step
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9"]
+    assert (tmp_path / "checkpoint-99-by-hand").is_dir()
 
 
 def test_a_run_without_a_checkpoint_begins_and_a_finished_model_is_kept(tmp_path):
@@ -140,7 +260,8 @@ def test_a_run_that_dies_while_saving_goes_on_from_the_checkpoint_before(tmp_pat
         fail_at(patched, 6, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             make_trainer(tmp_path, digits).train()
-    assert checkpoints(tmp_path) == [STAGING, "checkpoint-2", "checkpoint-4"]
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    (tmp_path / STAGING).mkdir()  # as a process leaves it that is killed
     trainer, counter = make_trainer(tmp_path, digits), Steps()
     trainer.add_callback(counter)
     trainer.train(resume_from_checkpoint="auto")

@@ -1,18 +1,28 @@
 """A run that is interrupted ends with the weights of one that was not, bit for bit."""
 
 import json
+import logging
 import multiprocessing
+import shutil
+import warnings
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_training import StopAt, student_trainer, teacher_trainer
 from transformers import TrainerCallback
 
 from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
-from deitlt_hf.io import weights_digest
+from deitlt_hf.data import load_long_tailed
+from deitlt_hf.data.loading import images_hash
+from deitlt_hf.io import file_sha256, weights_digest
+from deitlt_hf.records import read_record
+from deitlt_hf.training.watch import read_log
 
 STUDENT = {
     "num_train_epochs": 4,
@@ -215,3 +225,308 @@ def test_workers_end_with_training(tmp_path, digits):
     """Collected as garbage later, each would be waited for."""
     student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1, dataloader_num_workers=2).train()
     assert multiprocessing.active_children() == []
+
+
+# ---- The end of a run ----
+
+SHORT = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "drw_start_epoch": None}
+
+
+def short(kind, folder, data, **values):
+    """A run that ends in the middle of an epoch of seven steps, where no checkpoint would be due."""
+    values = {"max_steps": 9, **SHORT, **values}
+    if kind == "student":
+        return student_trainer(folder, data, distillation="none", **values)
+    return teacher_trainer(folder, data, **values)
+
+
+def run(trainer, resume=None):
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    return trainer
+
+
+def content_of(folder):
+    return {path.relative_to(folder): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+LENGTHS = {"max_steps": {}, "epochs": {"max_steps": -1, "num_train_epochs": 1.25}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits):
+    """Folders of finished runs, not to be changed."""
+    folders = {}
+    for kind in ("student", "teacher"):
+        for length, values in LENGTHS.items():
+            folders[kind, length] = folder = tmp_path_factory.mktemp(f"{kind}-{length}")
+            run(short(kind, folder, digits, **values, ema_decay=0.9 if kind == "student" else None))
+    return folders
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_a_finished_run_that_goes_on_does_nothing(finished, digits, capsys, kind, length):
+    """transformers begins the epoch that holds the last step, takes one more step, and the model has other bytes."""
+    folder = finished[kind, length]
+    before, ema = content_of(folder), 0.9 if kind == "student" else None
+    for resume in ("auto", True, str(folder / "checkpoint-9")):
+        trainer = short(kind, folder, digits, **LENGTHS[length], ema_decay=ema)
+        assert trainer.train(resume_from_checkpoint=resume).global_step == 9
+        assert content_of(folder) == before
+        assert capsys.readouterr().out.count("is finished, with 9 steps: nothing is left to train.") == 1
+        assert_same(weights(trainer), load_file(folder / "model.safetensors"))
+    if ema is not None:
+        assert_same(trainer.averaged_model.state_dict(), load_file(folder / "ema" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_a_run_that_was_killed_before_its_model_was_saved_saves_it_once(finished, tmp_path, digits, kind):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[kind, "epochs"], folder)
+    (folder / "model.safetensors").unlink()
+    record = read_record(folder)
+    del record["weights_sha256"]
+    (folder / "results.json").write_text(json.dumps(record | {"finished": False}))
+    checkpoint = (folder / "checkpoint-9" / "manifest.json").read_bytes()
+    trainer = run(
+        short(kind, folder, digits, **LENGTHS["epochs"], ema_decay=0.9 if kind == "student" else None), "auto"
+    )
+    assert trainer.state.global_step == 9
+    assert (folder / "checkpoint-9" / "manifest.json").read_bytes() == checkpoint
+    assert weights_digest(folder) == weights_digest(finished[kind, "epochs"])
+    assert read_record(folder)["weights_sha256"] == weights_digest(folder)
+
+
+def test_a_finished_run_without_checkpoints_has_nothing_to_do_either(finished, tmp_path, digits):
+    """Its record may be of 0.1.0, which did not count the steps."""
+    shutil.copytree(finished["student", "max_steps"], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    record = read_record(tmp_path / "run")
+    for name in ("steps", "schema"):
+        del record[name]
+    for name in ("classes", "images_sha256"):
+        del record["data"][name]
+    (tmp_path / "run" / "results.json").write_text(json.dumps(record))
+    before = content_of(tmp_path / "run")
+    short("student", tmp_path / "run", digits).train(resume_from_checkpoint="auto")
+    assert content_of(tmp_path / "run") == before
+    with pytest.raises(ValueError, match="no whole checkpoint to go on from"):
+        short("student", tmp_path / "run", digits, max_steps=11).train(resume_from_checkpoint="auto")
+
+
+def test_a_run_can_be_made_longer_but_not_shorter(finished, tmp_path, digits):
+    shutil.copytree(finished["student", "max_steps"], tmp_path / "run")
+    before = content_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="has taken 9 steps, more than the 5 of this run"):
+        short("student", tmp_path / "run", digits, max_steps=5).train(resume_from_checkpoint="auto")
+    assert content_of(tmp_path / "run") == before
+    trainer = short("student", tmp_path / "run", digits, max_steps=11)
+    with pytest.warns(UserWarning, match="goes on with max_steps 11; it began with 9"):
+        trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 11
+
+
+def test_true_needs_a_checkpoint_and_auto_does_not(tmp_path, digits):
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .* 'auto' begins without one"):
+        short("student", tmp_path, digits).train(resume_from_checkpoint=True)
+    assert list(tmp_path.iterdir()) == []
+    assert short("student", tmp_path, digits, max_steps=1).train(resume_from_checkpoint="auto").global_step == 1
+
+
+def test_going_another_way_from_an_early_checkpoint_leaves_none_of_the_former(finished, tmp_path, digits):
+    """Else the next `auto` would take up the former course at its later step."""
+    shutil.copytree(finished["student", "max_steps"], tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-8"
+    trainer = short("student", tmp_path / "run", digits, max_steps=9, save_strategy="no", callbacks=None)
+    trainer.add_callback(AtEnd())
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-8", "checkpoint-9"]
+
+
+class AtEnd(TrainerCallback):
+    """Asks for a checkpoint after every step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+def test_a_plain_resume_says_nothing_of_its_arguments(tmp_path, digits):
+    """Steps that are given as a share of the run are those of its checkpoint; others that are given count."""
+    values = {"eval_strategy": "steps", "eval_steps": 0.5, "save_steps": 0.25, "logging_steps": 0.1}
+    trainer = short("student", tmp_path, digits, **values)
+    trainer.add_callback(StopAt(7))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again = short("student", tmp_path, digits, **values)
+            again.add_callback(StopAt(8))
+            with pytest.raises(KeyboardInterrupt):
+                again.train(resume_from_checkpoint="auto")
+    finally:
+        logger.removeHandler(handler)
+    assert not [message for message in messages if "do not match" in message]
+    assert not [warning for warning in caught if "goes on" in str(warning.message)]
+    other = short("student", tmp_path, digits, **{**values, "save_steps": 7, "save_total_limit": None})
+    other.train(resume_from_checkpoint="auto")
+    assert (other.state.eval_steps, other.state.save_steps, other.args.eval_steps) == (5, 7, 0.5)
+
+
+# ---- What a run is ----
+
+
+@pytest.fixture(scope="module")
+def folder_data(tmp_path_factory):
+    """Class folders with images of noise."""
+    place = tmp_path_factory.mktemp("data")
+    random = np.random.RandomState(0)
+    for split, number in (("train", 8), ("test", 2)):
+        for name in ("ant", "bee", "cat"):
+            (place / split / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = random.randint(0, 255, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(place / split / name / f"{index}.bmp")
+    return place
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory, folder_data):
+    folder = tmp_path_factory.mktemp("cut")
+    trainer = make_small(folder, folder_data)
+    trainer.add_callback(StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return folder
+
+
+def make_small(folder, data_dir, options=None, **values):
+    data = load_long_tailed("imagefolder", str(data_dir), **(options or {}))
+    values = {"per_device_train_batch_size": 4, "max_steps": 4, **SHORT, **values}
+    return student_trainer(folder, data, model=make_student(num_labels=3), distillation="none", **values)
+
+
+def rename_class(place):
+    """Labels shift: the trained heads would stand for other classes."""
+    for split in ("train", "test"):
+        (place / split / "ant").rename(place / split / "zebra")
+
+
+def replace_image(place):
+    """Of the same name and size in bytes."""
+    path = place / "train" / "bee" / "3.bmp"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + bytes(255 - byte for byte in content[-4:]))
+
+
+def rename_image(place):
+    (place / "train" / "bee" / "3.bmp").rename(place / "train" / "bee" / "99.bmp")
+
+
+def remove_image(place):
+    (place / "train" / "bee" / "3.bmp").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "values", "what", "old"),
+    [
+        *((rename_class, {}, {}, "trained on other classes (label 0 was 'ant' and is 'bee')", old) for old in (0, 1)),
+        *((remove_image, {}, {}, "trained on other images (class 'bee' had 8, and has 7)", old) for old in (0, 1)),
+        (replace_image, {}, {}, "trained on other images (files, names or labels differ)", 0),  # 0.1.0 does not know
+        (rename_image, {}, {}, "trained on other images (files, names or labels differ)", 0),
+        (None, {"imbalance_ratio": 2}, {}, "trained on other images (class 'bee' had 8, and has 5)", 0),
+        *((None, {}, {"cls_loss": "bce"}, "begun with cls_loss ce, not bce", old) for old in (0, 1)),
+    ],
+)
+def test_another_run_is_refused_before_anything_is_written(
+    folder_data, cut_run, tmp_path, change, options, values, what, old
+):
+    shutil.copytree(folder_data, tmp_path / "data")
+    shutil.copytree(cut_run, tmp_path / "run")
+    if old:  # as 0.1.0 wrote it
+        (tmp_path / "run" / "checkpoint-2" / "results.json").unlink()
+        manifest = json.loads((tmp_path / "run" / "checkpoint-2" / "manifest.json").read_text())
+        del manifest["results.json"]
+        (tmp_path / "run" / "checkpoint-2" / "manifest.json").write_text(json.dumps(manifest))
+        record = read_record(tmp_path / "run")
+        del record["data"]["classes"], record["data"]["images_sha256"], record["schema"]
+        (tmp_path / "run" / "results.json").write_text(json.dumps(record))
+    if change is not None:
+        change(tmp_path / "data")
+    before = content_of(tmp_path / "run")
+    trainer = make_small(tmp_path / "run", tmp_path / "data", options, **values)
+    with pytest.raises(ValueError, match="is of another run") as told:
+        trainer.train(resume_from_checkpoint="auto")
+    assert what in str(told.value)
+    assert content_of(tmp_path / "run") == before
+    elsewhere = make_small(tmp_path / "other", tmp_path / "data", options, **values)
+    with pytest.raises(ValueError, match="is of another run"):
+        elsewhere.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_the_same_images_elsewhere_are_the_same_run(folder_data, cut_run, tmp_path):
+    shutil.copytree(folder_data, tmp_path / "moved")
+    shutil.copytree(cut_run, tmp_path / "run")
+    assert make_small(tmp_path / "run", tmp_path / "moved").train(resume_from_checkpoint="auto").global_step == 4
+
+
+def test_what_identifies_images_in_tables(digits):
+    train = digits["train"]
+    assert images_hash(train) == images_hash(train.select(range(len(train))))
+    swapped = [1, 0, *range(2, len(train))]
+    assert len({images_hash(data) for data in (train, train.select(swapped), train.select(range(9)))}) == 3
+    labels = train.remove_columns("label").add_column("label", [0] * len(train))
+    assert images_hash(labels.cast_column("label", datasets.ClassLabel(num_classes=10))) != images_hash(train)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b'{"finished": fal', b"[1]", b"\xff\x00", b'{"settings": {"sam_rho": 1}, "data": {}}'],
+    ids=["empty", "cut", "list", "binary", "odd"],
+)  # fmt: skip
+def test_a_damaged_record_costs_a_sentence_and_not_the_run(folder_data, cut_run, tmp_path, text):
+    """A power loss may leave the record so; the checkpoints have one of their own."""
+    shutil.copytree(cut_run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_bytes(text)
+    (tmp_path / "run" / "log.jsonl").write_bytes(b'{"step": 1, "loss": 1.0, "epoch": 0.1}\n[1]\n\xff\n{"step": 2, "lo')
+    with pytest.warns(UserWarning, match="damaged|without this record") as told:
+        make_small(tmp_path / "run", folder_data).train(resume_from_checkpoint="auto")
+    sentences = [str(warning.message) for warning in told]
+    assert any("results.json" in sentence for sentence in sentences)
+    assert any("log.jsonl has 3 damaged line(s)" in sentence for sentence in sentences)
+    record = read_record(tmp_path / "run")
+    assert record["finished"]
+    assert record["resumed"]
+    assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl") if "loss" in entry] == [1, 4]
+
+
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(folder_data, cut_run, tmp_path):
+    """A checkpoint of plain transformers can have any."""
+    shutil.copytree(cut_run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / "manifest.json").unlink()
+    torch.save({"state": {}, "param_groups": []}, checkpoint / "optimizer.pt")
+    before = content_of(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"the state of the optimiser or of the schedule in .*checkpoint-2 is not of this"
+    ):
+        make_small(tmp_path / "run", folder_data).train(resume_from_checkpoint=str(checkpoint))
+    assert content_of(tmp_path / "run") == before
+
+
+def test_remains_without_weights_are_replaced(folder_data, tmp_path, capsys):
+    """Of a run that was interrupted before its first checkpoint; a finished record may be all that is kept."""
+    trainer = make_small(tmp_path, folder_data)
+    trainer.add_callback(StopAt(1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not any(tmp_path.glob("checkpoint-*"))
+    make_small(tmp_path, folder_data, max_steps=1, alpha=0.3, save_strategy="no").train()
+    assert "ended before its first checkpoint; it is replaced" in capsys.readouterr().out
+    assert read_record(tmp_path)["settings"]["alpha"] == 0.3
+    with pytest.raises(FileExistsError, match=r"holds another run \(results.json\)"):
+        make_small(tmp_path, folder_data).train()

@@ -285,9 +285,11 @@ def wait_for(process, text):
     raise AssertionError(process.stderr.read()[-3000:])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(tmp_path, processes):
-    """Real processes. All of a group are told, twice, the loaders' too; or only one rank is."""
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)], ids=str
+)
+def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(tmp_path, processes, number):
+    """Real processes. All of a group get it, twice, the loaders' too; or only one rank does."""
     command = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
     ]  # fmt: skip
@@ -306,35 +308,52 @@ def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(tmp_path, processes)
     ) as process:
         wait_for(process, "step 5/")
         if processes == 1:
-            os.killpg(process.pid, signal.SIGTERM)
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, number)
+            os.killpg(process.pid, number)
         else:
             children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
             os.kill(int(children.stdout.split()[0]), signal.SIGTERM)
         asked = time.monotonic()
-        wait_for(process, "Stopped by SIGTERM after step")
+        wait_for(process, f"Stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'} after step")
         assert time.monotonic() - asked < 20
         process.communicate(timeout=60)
-    assert process.returncode == (143 if processes == 1 else 1)  # torchrun's own
+    assert process.returncode == (128 + number if processes == 1 else 1)  # torchrun's own
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     assert damage(checkpoint) is None
     assert json.loads((tmp_path / "results.json").read_text())["finished"] is False
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_sigterm_is_given_back(tmp_path, digits):
-    before = signal.getsignal(signal.SIGTERM)
-    student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1).train()
-    assert signal.getsignal(signal.SIGTERM) is before
+def test_signals_are_given_back(tmp_path, digits):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    student_trainer(tmp_path, digits, distillation="none", max_steps=1).train()
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 class AskToStop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, number=signal.SIGTERM, times=1):
+        self.step, self.number, self.times = step, number, times
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_second_one_ends_at_once(tmp_path, digits, capfd, monkeypatch):
+    values = {"distillation": "none", "eval_strategy": "no"}
+    with pytest.raises(KeyboardInterrupt):
+        student_trainer(tmp_path / "one", digits, **values, callbacks=[AskToStop(3, signal.SIGINT)]).train()
+    assert damage(tmp_path / "one" / "checkpoint-3") is None
+    output = capfd.readouterr()
+    assert "Stopped by Ctrl-C after step 3" in output.out
+    assert "press it again to end at once" in output.err
+    monkeypatch.setattr("deitlt_hf.training.guards.SAME_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        student_trainer(tmp_path / "two", digits, **values, callbacks=[AskToStop(3, signal.SIGINT, times=2)]).train()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["log.jsonl", "results.json"]
+    assert "Stopped" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("step", [7, 9])

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.check import BENCHMARKS
@@ -23,7 +23,7 @@ from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_los
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
 from ..training.report import show
-from ..training.run import SIZES, check_start, load_classifier
+from ..training.run import SIZES, check_start, load_classifier, load_processor
 from ..training.schedule import low_peak
 
 # A parameter: weight, gradient, and AdamW's two moments, or momentum and what SAM puts back; in float32.
@@ -345,7 +345,7 @@ def print_budgets(
     teacher = None
     if args.distillation != "none" and student_args.teacher is not None:
         model = load_classifier(student_args.teacher)
-        size = ImageFormat.of(AutoImageProcessor.from_pretrained(student_args.teacher)).size[0]
+        size = ImageFormat.of(load_processor(student_args.teacher)).size[0]
         teacher = Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0)
     elif args.distillation != "none":
         loss = student_args.teacher_loss or own_loss(recipe)

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import Environment
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
 from ..io import check_can_be_folder, nan_to_null
+from ..training.run import load_processor
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
 from .attention import attention_rollout, eager_attention
@@ -117,7 +118,7 @@ def analyze(
     Raises:
         ValueError: If the model has no attention over patches.
     """
-    collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
+    collate = ImageCollator(load_processor(path))
     dataset = ImageDataset(data["test"], "image", "label", background=collate.background)
     observed = observe(model, dataset, collate, num_images, label_order=label_order)
     names = data["test"].features["label"].names

@@ -5,14 +5,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.transforms import model_processor
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.provenance import results_of
-from ..training.run import load_classifier
+from ..training.run import load_classifier, load_processor
 from .observe import HEADS, spread_rows
 
 # Settings of a run that make the images of what student and teacher see.
@@ -64,7 +64,7 @@ def teacher_agreement(
             setattr(args, name, settings.get(name, getattr(args, name)))
         teaches, processor = load_classifier(teacher), None
         if not isinstance(teaches, FlatTeacherForImageClassification):
-            processor = AutoImageProcessor.from_pretrained(teacher)
+            processor = load_processor(teacher)
         trainer = DeiTLTTrainer(
             model=model,
             args=args,

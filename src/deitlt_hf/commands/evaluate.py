@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 
 import torch
-from transformers import AutoImageProcessor
 
 from ..analysis.fusion import RULES, balanced_rows, fit_fusion, fold
 from ..analysis.observe import predict
@@ -23,7 +22,7 @@ from ..recipes import DataArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
 from ..training.distillation import check_class_order
 from ..training.report import run_files, show
-from ..training.run import EVALUATION_FIELDS, evaluate, load_model
+from ..training.run import EVALUATION_FIELDS, evaluate, load_model, load_processor
 from .output import json_output
 
 # Of the fields of a run those that an evaluation goes by; others would be taken and left aside.
@@ -84,7 +83,7 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     if data_args.streaming:
         raise ValueError("fusions are fitted on the training images at hand; leave --streaming out.")
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
+    collate = ImageCollator(load_processor(path))
     data = data_args.load()
     check_class_order(data["train"].features["label"].names, model.config, f"model {path}")
     counts, groups = training_counts(data["train"]), data_args.groups(data)

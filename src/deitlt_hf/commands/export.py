@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 from ..analysis.observe import predict
@@ -32,7 +31,7 @@ from ..io import check_can_be_folder, weights_digest
 from ..recipes import DataArguments, data_help, parse_arguments
 from ..training.distillation import check_class_order
 from ..training.report import quiet_log, run_files, show
-from ..training.run import load_model
+from ..training.run import load_model, load_processor
 from .parser import command_parser
 
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
@@ -48,7 +47,7 @@ def compare(networks: Mapping[str, nn.Module], path: str, data: Mapping, data_ar
         data_args: What they are.
     """
     groups = data_args.groups(data)
-    collate = ImageCollator(AutoImageProcessor.from_pretrained(path))
+    collate = ImageCollator(load_processor(path))
     accuracies = {}
     for name, network in networks.items():
         images = ImageDataset(data["test"], "image", "label", background=collate.background)

@@ -4,11 +4,11 @@ deitlt model-cards
 deitlt model-cards --model outputs/digits_lt/student --repo_id ORG/deitlt-digits --license cc-by-4.0
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..hub.cards import recipe_card, save_card, write_card
+from ..records import read_record
 from .parser import add_card_options, card_metadata, command_parser
 
 CARDS = {  # recipe by card
@@ -51,7 +51,7 @@ def write_recipe_cards(folder: Path) -> None:
     """Writes the card of every model in [`CARDS`], with what was measured of it."""
     for name, recipe in CARDS.items():
         measured = folder / "results" / f"{name}.json"
-        results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
+        results = read_record(measured) if measured.is_file() else None
         _tell(save_card(recipe_card(recipe, name, results), folder / f"{name}.md"))
 
 

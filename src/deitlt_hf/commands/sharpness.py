@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoImageProcessor
 
 from ..analysis.sharpness import sharpness_of_groups
 from ..data.images import ImageCollator, ImageDataset
 from ..recipes import DataArguments, parse_arguments
 from ..training.distillation import label_order
 from ..training.report import quiet_log, show
-from ..training.run import load_classifier
+from ..training.run import load_classifier, load_processor
 from .output import json_output
 
 
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("the sharpness needs images at hand; leave --streaming out.")
     with json_output(args.json) as write:
         model = load_classifier(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")
-        collate = ImageCollator(AutoImageProcessor.from_pretrained(args.model))
+        collate = ImageCollator(load_processor(args.model))
         data = data_args.load()
         names = data["train"].features["label"].names
         dataset = ImageDataset(data["train"], "image", "label", background=collate.background)

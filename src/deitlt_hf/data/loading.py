@@ -1,6 +1,9 @@
 """Where images come from: every source ends as a `DatasetDict` with `image`, `label` and `source_index` columns."""
 
+import contextlib
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -237,10 +240,42 @@ def training_counts(split) -> np.ndarray:
 
 
 def subset_hash(split) -> str | None:
-    """Tells whether two runs train on the same images: of the chosen rows, or of a stream's counts; None if unknown."""
+    """SHA-256 of the rows that were chosen of a source, or of a stream's counts; None if they are not known.
+
+    It says that two runs chose alike, from the same source or from its copy on another machine; [`images_hash`] says
+    that the images are the same.
+    """
     if not isinstance(split, datasets.Dataset):
         return indices_hash(split.class_counts)
     return indices_hash(split["source_index"][:]) if "source_index" in split.column_names else None
+
+
+def images_hash(split, contents: int = 4096) -> str | None:
+    """SHA-256 of what a training split holds: whether a run that goes on sees the images that it began with.
+
+    It covers the label and the file name (with its folder's) of every image, in order, the size of every image that is
+    a file, and the whole content of some spread evenly over the split: of all, where there are no more than that.
+
+    Args:
+        split: A `datasets.Dataset` with an image and a label column, or a [`StreamedSplit`], of which it is not known.
+        contents: How many images are read.
+    """
+    if not isinstance(split, datasets.Dataset):
+        return None
+    image, label = find_columns(split)
+    digest = hashlib.sha256(np.asarray(split[label][:], "<i8").tobytes())
+    images = split.select_columns(image).cast_column(image, datasets.Image(decode=False))
+    paths = images.flatten()[f"{image}.path"][:]  # the column alone: bytes of images beside it are not read
+    for path in paths:
+        digest.update(repr(path and os.path.normpath(path).split(os.sep)[-2:]).encode())
+        with contextlib.suppress(OSError, TypeError):  # of images inside of a table or an archive
+            digest.update(os.stat(path).st_size.to_bytes(8, "little"))
+    for row in np.linspace(0, len(paths) - 1, min(contents, len(paths))).astype(int).tolist():
+        content = images[row][image]["bytes"]
+        with contextlib.suppress(OSError, TypeError):
+            content = Path(paths[row]).read_bytes() if content is None else content
+        digest.update(hashlib.sha256(content or b"").digest())
+    return digest.hexdigest()
 
 
 def find_columns(

@@ -188,7 +188,7 @@ class CardFacts:
         """Whether the weights are of the phase in which rare classes weigh more; False if that is not known."""
         start, last = self.settings.get("drw_start_epoch"), self.results.get("last")
         if last:
-            end = last["epoch"] * self.results.get("saved_step", last["step"]) / last["step"]
+            end = last["epoch"] * self.results.get("saved_step", last["step"]) / max(last["step"], 1)
         else:
             end = self.settings.get("num_train_epochs") if self.settings.get("max_steps", -1) <= 0 else None
         return start is not None and end is not None and end > start

@@ -14,10 +14,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..io import atomic_write, one_line, read_json, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
+from ..records import RESULTS_FILE, RunRecord, find_record
 from .card_facts import CardFacts, code, plain, quoted, table
 from .handler import check_config
 
-CARD_FILE, RESULTS_FILE, CURVES_FILE = "README.md", "results.json", "training_curves.png"
+CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
 _PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
 _MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits it:"
 _TAGS = ("vision", "deit-lt", "long-tailed")
@@ -40,13 +41,13 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
 
     Raises:
         FileNotFoundError: If the folder has no model.
-        ValueError: If `repo_id` is not the name of a repository, or a file is not valid JSON.
+        ValueError: If `repo_id` is not the name of a repository, or a file is damaged.
     """
     folder = Path(folder)
     if repo_id is not None:
         validate_repo_id(repo_id)
     config = read_config(folder)
-    record = own_record(folder)
+    record = find_record(folder)
     is_recorded = _is_of(record, folder)
     facts = CardFacts(record if is_recorded else {}, config)
     if name is None:
@@ -57,7 +58,7 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
         metadata,
         location=repo_id or (folder.name if folder.is_absolute() else folder.as_posix()),
         is_recorded=is_recorded,
-        has_other_record=record is not None and not is_recorded,
+        has_other_record=(folder / RESULTS_FILE).is_file() and not is_recorded,
         curves=CURVES_FILE if is_recorded and (folder / CURVES_FILE).is_file() else None,
     )
 
@@ -203,20 +204,10 @@ def _title(facts: CardFacts) -> str:
     return f"{kind}, {facts.dataset}" if facts.dataset else kind
 
 
-def _is_of(record: Any, folder: Path) -> bool:
+def _is_of(record: RunRecord | None, folder: Path) -> bool:
     """Whether the record of a run says that it is of the weights in a folder."""
-    digest = record.get("weights_sha256") if isinstance(record, dict) else None
+    digest = (record or {}).get("weights_sha256")
     return digest is not None and digest == weights_digest(folder)
-
-
-def own_record(folder: Path) -> Any:
-    """Content of a folder's `results.json`; None if there is none.
-
-    Raises:
-        ValueError: If it is not valid JSON.
-    """
-    path = folder / RESULTS_FILE
-    return read_json(path, object) if path.is_file() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,18 +1,23 @@
 """Reading checkpoint files of unknown origin without running code of them."""
 
 import argparse
+import contextlib
 import pathlib
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers.trainer_pt_utils import safe_globals
+from transformers.utils import CONFIG_NAME
+
+from ..io import read_json, weight_files
 
 # What the authors' files hold beside tensors and plain values: their command line (with a path) and numpy's numbers. A
 # pair gives the name in the file; numpy 1 and 2 keep the same function in different modules.
@@ -38,19 +43,71 @@ def read_checkpoint(path: str | PathLike) -> Mapping[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {str(path)!r}.")
-    try:
+    with _one_sentence(path):
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_ALLOWED):
-            # Mapping the file into memory leaves the optimiser's state, two thirds of a student's file, on the disk.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
-    except OSError:
-        raise
-    except Exception as error:  # a pickle of garbage can raise anything
-        raise ValueError(f"{path} cannot be loaded: {_what_is_wrong(Path(path), error)}.") from error
+            content = _load(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the weights of a network.")
     return content
+
+
+def check_readable(path: str | PathLike) -> None:
+    """Checks that transformers can read a file of weights or of a run's state, and that nothing in it would be run.
+
+    Tensors stay on the disk; of a pickle plain values and numpy's states of random generators are let in beside them.
+
+    Raises:
+        ValueError: If it is damaged, is not a dictionary, or holds other objects.
+    """
+    with _one_sentence(path):
+        if Path(path).suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return
+        with safe_globals():
+            content = _load(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary.")
+
+
+def check_model_files(folder: str | PathLike) -> None:
+    """Checks the files of a model folder that a model and an image processor are loaded from.
+
+    Raises:
+        FileNotFoundError: If the folder has no configuration, or a part of the weights is missing.
+        ValueError: If a file is damaged, or holds something else than it should.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: there is no {CONFIG_NAME} in it.")
+    for name in (CONFIG_NAME, "preprocessor_config.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    for path in weight_files(folder):
+        check_readable(path)
+
+
+@contextlib.contextmanager
+def _one_sentence(path: str | PathLike) -> Iterator[None]:
+    """Says in one sentence why a file cannot be loaded.
+
+    Raises:
+        ValueError: In place of what torch or safetensors raise.
+    """
+    try:
+        yield
+    except Exception as error:  # a pickle of garbage can raise anything
+        if (
+            isinstance(error, OSError) and error.filename is not None
+        ):  # of the system; torch's of a cut file has no name
+            raise
+        raise ValueError(f"{path} cannot be loaded: {_what_is_wrong(Path(path), error)}.") from error
+
+
+def _load(path: str | PathLike) -> Any:
+    # Mapping the file into memory leaves the optimiser's state, two thirds of a student's file, on the disk.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
 
 
 def _is_plain_zip(path: str | PathLike) -> bool:

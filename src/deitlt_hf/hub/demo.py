@@ -15,7 +15,8 @@ from transformers import BaseImageProcessor
 
 from ..analysis.figures import COLOURS
 from ..io import check_link
-from .handler import EndpointHandler, image_suffixes, read_image
+from .handler import image_suffixes, read_image
+from .predict import load_classifier
 
 if TYPE_CHECKING:
     import gradio
@@ -138,7 +139,7 @@ class Explanation:
     def __init__(self, model: str | PathLike):
         from jinja2 import Environment
 
-        self._handler = EndpointHandler(model)
+        self._handler = load_classifier(model)
         self.has_experts = self._tell_experts(model)
         self._most_frequent = max(filter(None, self._handler.training_images), default=None)
         page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

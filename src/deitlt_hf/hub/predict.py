@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
+from .checkpoint_files import check_model_files
 from .handler import EndpointHandler, image_suffixes
 
 
@@ -26,8 +27,10 @@ def load_classifier(path: str) -> EndpointHandler:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds no image classifier.
+        ValueError: If it holds no image classifier, or a file is damaged.
     """
+    if Path(path).is_dir():
+        check_model_files(path)
     AutoConfig.register(FlatTeacherConfig.model_type, FlatTeacherConfig, exist_ok=True)
     AutoModelForImageClassification.register(FlatTeacherConfig, FlatTeacherForImageClassification, exist_ok=True)
     return EndpointHandler(path)

@@ -16,14 +16,13 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from safetensors import SafetensorError, safe_open
 
 from ..io import check_link, read_json, weight_files, weights_digest
+from ..records import RESULTS_FILE, find_record
 from .cards import (
     CARD_FILE,
     CURVES_FILE,
-    RESULTS_FILE,
     given_metadata,
     is_generated,
     join_metadata,
-    own_record,
     read_config,
     write_card,
 )
@@ -209,8 +208,8 @@ def check_folder(folder: str | Path) -> None:
         _check_model(place)
     for name in sorted(_published(folder)):
         check_link(folder / name, folder)
-    record = own_record(folder)
-    if isinstance(record, dict) and record.get("finished") is False:
+    record = find_record(folder)
+    if record is not None and record.get("finished") is False:
         raise ValueError(
             f"the run in {folder} is not finished; go on with --resume_from_checkpoint auto, and push its end."
         )

@@ -226,8 +226,9 @@ def command_line_errors() -> Iterator[None]:
             sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted.", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:  # else the run has said how it ended
+            print("interrupted.", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
 
 

@@ -2,23 +2,41 @@
 
 import copy
 import json
+import math
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..io import file_sha256, sync_to_disk
+from ..hub.checkpoint_files import check_readable
+from ..io import file_sha256, one_line, read_json, sync_to_disk, weight_files
 from .adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged, save_adapter
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
+MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)(\.replaced)?")
+# What a checkpoint must have, and what a run needs to go on as if it had not been interrupted, by their names in files:
+# of plain training, FSDP ("pytorch_model_fsdp_0/", "optimizer_0/") and DeepSpeed ("global_step8/").
+_NEEDED = {
+    TRAINER_STATE_NAME: (TRAINER_STATE_NAME,),
+    "weights": (*MODEL_FILES, "pytorch_model*/*", "global_step*/*"),
+}
+_OF_GOING_ON = {
+    "optimizer.pt": ("optimizer.pt", "optimizer.bin", "optimizer*/*", "global_step*/*"),
+    "scheduler.pt": ("scheduler.pt", "global_step*/*"),
+    "rng_state.pth": ("rng_state*.pth",),
+}
 
 
 def begin_checkpoint(output_dir: str | Path) -> Path:
@@ -80,6 +98,9 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
             f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and go on "
             "with --resume_from_checkpoint auto."
         ) from error
+    except KeyboardInterrupt:
+        shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+        raise
 
 
 def _replace_files(staged: Path, output_dir: str | Path) -> None:
@@ -90,28 +111,87 @@ def _replace_files(staged: Path, output_dir: str | Path) -> None:
     shutil.rmtree(staged.parent)
 
 
-def remove_old_checkpoints(output_dir: str | Path, limit: int | None, best: str | None) -> None:
-    """Keeps as many checkpoints as wanted, by the time of writing: always the last one and the best one."""
-    rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in a folder in the order of their steps; clocks and copies of files have no say."""
+    found = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found[path] = (int(match[1]), match[2] is None)
+    return sorted(found, key=found.get)
+
+
+def remove_old_checkpoints(
+    output_dir: str | Path, limit: int | None, best: str | None, step: int | None = None
+) -> None:
+    """Keeps as many checkpoints as wanted, those with the most steps, and always the best one.
+
+    Args:
+        output_dir: The folder of the checkpoints.
+        limit: How many to keep, at least one; None or 0 for all.
+        best: The checkpoint with the best evaluation.
+        step: The step that the run has come to: later checkpoints are of another course of it, and are removed.
+    """
+    found = checkpoints_in(output_dir)
+    if step is not None:
+        for path in [path for path in found if step_in_name(path) > step]:
+            found.remove(path)
+            shutil.rmtree(path)
+    protected = {Path(path) for path in (*found[-1:], *[best] * (best is not None))}
+    surplus = len(found) - max(limit, len(protected & set(found))) if limit else 0
+    for path in [path for path in found if path not in protected][: max(surplus, 0)]:
+        shutil.rmtree(path)
+
+
+def step_in_name(checkpoint: str | Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(_NAME.fullmatch(Path(checkpoint).name)[1])
 
 
 def damage(checkpoint: str | Path) -> str | None:
-    """What is wrong with a checkpoint; None if its files are those of its manifest."""
+    """What is wrong with a checkpoint, in words; None if a run can go on from it as it was."""
     checkpoint = Path(checkpoint)
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except FileNotFoundError:
+    if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
     except ValueError:
-        return f"its {MANIFEST} is not valid JSON"
+        return f"its {MANIFEST} is not a JSON object"
     for name, entry in manifest.items():
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            return f"its {MANIFEST} names a file outside of it, {one_line(name, 80)}"
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            return f"its {MANIFEST} does not say what {one_line(name, 80)} should be"
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+            return f"{name} has {path.stat().st_size} bytes instead of {one_line(entry['size'], 40)}"
         if file_sha256(path) != entry["sha256"]:
             return f"{name} has changed since it was written"
+    for what in (*_NEEDED, *_OF_GOING_ON):
+        if not _has(what, manifest):
+            why = " (save_only_model leaves it out)" if what in _OF_GOING_ON else ""
+            return f"its {MANIFEST} does not list {what}{why}"
+    return _unreadable(checkpoint)
+
+
+def _has(what: str, names: Iterable[str]) -> bool:
+    """Whether one of a checkpoint's files is of a kind."""
+    patterns = (_NEEDED | _OF_GOING_ON)[what]
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    """What cannot be read of a checkpoint, in words."""
+    try:
+        read_state(checkpoint)
+        states = [path for pattern in ("*.pt", "rng_state*.pth", "optimizer.bin", "*.safetensors")
+                  for path in sorted(checkpoint.glob(pattern))]  # fmt: skip
+        for path in dict.fromkeys([*weight_files(checkpoint), *states]):
+            check_readable(path)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error).rstrip(".")
     return None
 
 
@@ -124,36 +204,92 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
         ValueError: If all are damaged, or there are none beside a finished model, which a new run would write over.
     """
     folder = Path(output_dir)
-    found = list(reversed(sort_checkpoints(str(folder)))) if folder.is_dir() else []
+    found = list(reversed(checkpoints_in(folder)))
     for path in found:
         wrong = damage(path)
         if wrong is None:
-            return path
+            return str(path)
         warnings.warn(f"the checkpoint {path} is left out: {wrong}.", stacklevel=2)
-    if found or any(folder.glob("model*.safetensors")):
+    if found or has_model(folder):
         raise ValueError(
             f"{output_dir} has no whole checkpoint to go on from; choose another --output_dir, or pass --overwrite."
         )
     return None
 
 
+def has_model(folder: str | Path) -> bool:
+    """Whether a folder has the weights of a model, also of one without a checkpoint."""
+    return any(any(Path(folder).glob(pattern)) for pattern in MODEL_FILES)
+
+
 def whole_checkpoint(path: str) -> str:
-    """The path of a checkpoint to go on from; one without a manifest, as transformers writes them, is taken as it is.
+    """The path of a checkpoint to go on from.
+
+    One without a manifest, as transformers writes them, is taken as it is; a warning says what it lacks.
 
     Raises:
-        ValueError: If it is damaged, or no folder.
+        ValueError: If it is damaged, is no folder, or has no weights or no step.
     """
-    wrong = damage(path) if (Path(path) / MANIFEST).is_file() else None
-    if not Path(path).is_dir():
+    folder = Path(path)
+    if not folder.is_dir():
         wrong = "there is no such folder"
+    elif (folder / MANIFEST).is_file():
+        wrong = damage(folder)
+    else:
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        wrong = next((f"it has no {what}" for what in _NEEDED if not _has(what, names)), None) or _unreadable(folder)
+        missing = [what for what in _OF_GOING_ON if not _has(what, names)]
+        if wrong is None and missing:
+            warnings.warn(
+                f"the checkpoint {path} has no {', no '.join(missing)}: these begin again, and the run will not end as "
+                "an uninterrupted one.",
+                stacklevel=2,
+            )
     if wrong is not None:
         raise ValueError(f"cannot go on from the checkpoint {path}: {wrong}.")
     return str(path)
 
 
-def step_of_checkpoint(folder: str | Path) -> int:
-    """The step after which a checkpoint was written."""
-    return TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).global_step
+def read_state(checkpoint: str | Path) -> TrainerState:
+    """What transformers keeps of a run in a checkpoint: its step, its logs, its best evaluation.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it cannot be read.
+    """
+    path = Path(checkpoint) / TRAINER_STATE_NAME
+    content = read_json(path)
+    try:
+        state = TrainerState(**content)
+    except TypeError as error:  # fields that this version of transformers does not have
+        raise ValueError(f"{path} cannot be read: {one_line(error)}.") from error
+    wanted = {"global_step": int, "train_batch_size": int, "log_history": list}
+    wrong = next((name for name, kind in wanted.items() if type(getattr(state, name)) is not kind), None)
+    if wrong is None and not all(isinstance(entry, dict) and "step" in entry for entry in state.log_history):
+        wrong = "log_history"
+    if wrong is None and not isinstance(state.best_model_checkpoint, str | None):
+        wrong = "best_model_checkpoint"
+    if wrong is not None:
+        raise ValueError(f"{path} cannot be read: its {wrong} is {one_line(repr(getattr(state, wrong)), 60)}.")
+    return state
+
+
+def of_first_process(is_first: bool, find: Callable[[], Any]) -> Any:
+    """What the first process finds, in all processes; what it raises is raised in all.
+
+    Raises:
+        ValueError, OSError: As the function.
+    """
+    found: list[Any] = [None, None]
+    if is_first:
+        try:
+            found = [find(), None]
+        except (ValueError, OSError) as error:
+            found = [None, error]
+    found, error = broadcast_object_list(found)
+    if error is not None:
+        raise error
+    return found
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -183,6 +319,9 @@ class WholeCheckpointTrainer(Trainer):
                 f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
                 f"{' '.join(str(error).split())}; those before are as they were."
             ) from error
+        except KeyboardInterrupt:
+            shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+            raise
         finally:
             self._staging = None
 
@@ -195,7 +334,8 @@ class WholeCheckpointTrainer(Trainer):
         if not self.args.should_save:
             return
         finish_checkpoint(staged, output_dir)
-        remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        remove_old_checkpoints(output_dir, self.args.save_total_limit, best, self.state.global_step)
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -260,10 +400,38 @@ class WholeCheckpointTrainer(Trainer):
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint at a path, or for True and `auto` the newest; None to begin with the first step."""
-        found = [None]
-        if wanted and self.args.should_save:
-            newest = wanted is True or wanted == "auto"
-            found = [newest_checkpoint(self.args.output_dir) if newest else whole_checkpoint(wanted)]
-        return broadcast_object_list(found)[0]
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """Takes up a run at its step; at its last step there is no epoch left.
+
+        Of the loop of transformers 5.23: it begins the epoch that holds the step, and takes one more step of it; it
+        compares steps that are given as a share of the run with their number in the checkpoint; it keeps the numbers of
+        the checkpoint though others are given; and it forgets the best checkpoint of a folder that was moved.
+        """
+        given = self.args
+        self.args = copy.copy(given)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            share = getattr(given, name)
+            if share is not None and share < 1:
+                setattr(self.args, name, math.ceil(max_steps * share))
+        try:
+            begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        finally:
+            self.args = given
+        self.state.compute_steps(given, max_steps)
+        if self.state.best_model_checkpoint is None and self.state.best_global_step:
+            best = Path(given.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Loads their states.
+
+        Raises:
+            ValueError: If they are of another optimiser or model.
+        """
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"the state of the optimiser or of the schedule in {checkpoint} is not of this run: {one_line(error)}."
+            ) from error

@@ -3,11 +3,18 @@
 import math
 import os
 import signal
+import sys
 import threading
+import time
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
+
+# Within so many seconds several SIGINTs are one Ctrl-C: a terminal sends one, and torchrun another to its processes.
+SAME_SECONDS = 1.0
+STOPPED = "stopped with a checkpoint."  # what the KeyboardInterrupt of a run says that ended in good order
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -95,7 +102,10 @@ class NonFiniteGuard(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends a run on SIGTERM with a checkpoint at the end of the step, as a scheduler or a preempted machine asks.
+    """Ends a run on SIGTERM or SIGINT with a checkpoint at the end of the step.
+
+    A scheduler or a preempted machine sends the first, Ctrl-C the second, to all processes of a terminal. A second
+    Ctrl-C ends the process at once.
 
     All processes stop after the same step, whenever the signal reaches each: with every step they add up who was asked
     to, and look at the sum of the step before, for which none has to wait.
@@ -106,9 +116,11 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.requested = self.stopped = False
+        self._signal = signal.SIGTERM
+        self._requested_at = 0.0
+        self._speaks = False
         self._votes: list[tuple[torch.Tensor, torch.Event | None]] = []
-        self._former = signal.SIG_DFL
-        self._is_set = False
+        self._former: dict[int, Any] = {}
 
     def vote(self, device: torch.device) -> torch.Tensor:
         """1 if this process was asked to stop, else 0; to be added up over the processes."""
@@ -125,13 +137,42 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.requested = self.stopped = False
+        self._signal = signal.SIGTERM
+        self._speaks = state.is_world_process_zero
         self._votes.clear()
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self._former = signal.signal(signal.SIGTERM, self._request) or signal.SIG_DFL
-            self._is_set = True
+            self._former = {
+                number: signal.signal(number, self._request) or signal.SIG_DFL
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
 
     def _request(self, signum, frame) -> None:
-        self.requested = True
+        now = time.monotonic()
+        if signum == signal.SIGINT and self.requested and now - self._requested_at > SAME_SECONDS:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self._requested_at, self._signal = True, now, signal.Signals(signum)
+            if signum == signal.SIGINT and self._speaks:
+                # Not `print`, which may be at work where the signal came.
+                os.write(
+                    2, b"\nCtrl-C: a checkpoint is written at the end of the step; press it again to end at once.\n"
+                )
+
+    @property
+    def name(self) -> str:
+        """Of the signal that this process was sent; SIGTERM if it was another process."""
+        return "Ctrl-C" if self._signal == signal.SIGINT else "SIGTERM"
+
+    def end(self) -> NoReturn:
+        """Ends as a process does that was sent the signal.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C.
+            SystemExit: With code 143, after SIGTERM.
+        """
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt(STOPPED)
+        sys.exit(128 + self._signal)
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size == 1:
@@ -150,17 +191,18 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
     def restore(self) -> None:
-        """Gives the signal back to whoever had it."""
-        if self._is_set:
-            signal.signal(signal.SIGTERM, self._former)
-            self._is_set = False
+        """Gives the signals back to what handled them before."""
+        for number, former in self._former.items():
+            signal.signal(number, former)
+        self._former = {}
 
 
 def outlive_signals(worker: int) -> None:
-    """Makes a data loader's process ignore SIGTERM, which can be sent to all of a run's processes, but from its parent.
+    """Makes a data loader's process ignore SIGINT, and SIGTERM of others than its parent.
 
     Its batches are needed to the end of the step.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux; who sent a signal is not told elsewhere
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey_parent, daemon=True).start()

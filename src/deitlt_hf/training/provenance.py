@@ -1,8 +1,8 @@
 """Where a run was done, and whom its student learned from: for `results.json` and the model card."""
 
 import contextlib
-import json
 import platform
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import cached_file
 
-RESULTS_FILE = "results.json"
+from ..io import read_json, weights_digest
+from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
+
 # What matters of a teacher's training to who reads of its student; "epochs" in records of before 0.1.0.
 _TEACHER_SETTINGS = (
     *("teacher_loss", "sam_rho", "sam_rho_epochs", "sam_adaptive"),
@@ -60,17 +62,19 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
         "source": Path(path).name if path and Path(path).exists() else path or None,
         "model": type(teacher).__name__,
         "backbone": getattr(teacher.config, "backbone", None) or teacher.config.model_type,
+        "weights_sha256": weights_digest(path) if path and Path(path).is_dir() else None,
         "accuracies": None if accuracies is None else dict(accuracies),
         "training": training if own else None,
     }
 
 
-def results_of(path: str) -> dict:
+def results_of(path: str) -> RunRecord:
     """The record of a run in a model's folder or Hub repository; empty if there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         file = path and cached_file(path, RESULTS_FILE, _raise_exceptions_for_missing_entries=False)
-        record = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-        # Others call files so too.
-        if isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("settings", "data")):
-            return record
+        if file and is_of_run(read_json(file)):  # others call files so too
+            try:
+                return read_record(file)
+            except ValueError as error:
+                warnings.warn(f"what is known of {path} is left out: {error}", stacklevel=2)
     return {}

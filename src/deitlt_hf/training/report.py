@@ -1,12 +1,10 @@
 """What a run tells its user: the plan before the first step, tables, and `results.json`."""
 
 import contextlib
-import json
 import math
 import platform
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +17,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
-from transformers import PreTrainedConfig
 
 from ..data.transforms import ImageFormat
 from ..io import check_can_be_folder, weights_digest, write_json
+from ..records import RESULTS_FILE, SCHEMA, RunRecord, is_of_run, read_record
+from .checkpoints import MODEL_FILES, checkpoints_in, has_model
 from .ema import EMA_FOLDER
-from .provenance import RESULTS_FILE, hardware
+from .provenance import hardware
+from .resuming import architecture
 from .watch import CURVES_FILE, LOG_FILE
 
 LOCK_FILE = ".lock"
@@ -50,8 +50,18 @@ def show(renderable) -> None:
 def run_files(output_dir: str | Path) -> list[str]:
     """Names of the files that show that a folder holds a run."""
     folder = Path(output_dir)
-    patterns = (RESULTS_FILE, "checkpoint-*", "model*.safetensors")
+    patterns = (RESULTS_FILE, "checkpoint-*", *MODEL_FILES)
     return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+
+
+def is_abandoned(output_dir: str | Path) -> bool:
+    """Whether a folder has no more of a run than the record of its beginning: nothing that anyone would miss."""
+    if has_model(output_dir) or checkpoints_in(output_dir):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        record = read_record(output_dir)
+        return is_of_run(record) and record.get("finished") is False
+    return False
 
 
 def goes_on_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> bool:
@@ -69,7 +79,7 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) ->
     """
     check_can_be_folder(output_dir)
     found = run_files(output_dir)
-    if found and not overwrite and not resuming:
+    if found and not overwrite and not resuming and not is_abandoned(output_dir):
         raise FileExistsError(
             f"{output_dir} holds another run ({', '.join(found[:3])}); choose another --output_dir, go on with "
             "--resume_from_checkpoint auto, or replace it with --overwrite."
@@ -103,31 +113,22 @@ def only_run(output_dir: str | Path) -> Iterator[None]:
 def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator) -> None:
     """Removes checkpoints, results and log of a run that is to be replaced, once every process has checked the folder.
 
-    A finished model stays until the new one is saved over it.
+    What a run left that was interrupted before its first checkpoint is replaced too. A finished model stays until the
+    new one is saved over it.
     """
     accelerator.wait_for_everyone()
-    if overwrite and not resuming and accelerator.is_main_process:
+    abandoned = not resuming and is_abandoned(output_dir)
+    if abandoned and accelerator.is_main_process:
+        print(
+            f"{output_dir} has the record of a run that ended before its first checkpoint; it is replaced.", flush=True
+        )
+    if (overwrite or abandoned) and not resuming and accelerator.is_main_process:
         for checkpoint in Path(output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
         for name in (RESULTS_FILE, LOG_FILE, CURVES_FILE):
             (Path(output_dir) / name).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-
-
-def architecture(config: PreTrainedConfig) -> dict:
-    """What a configuration says of the model, without its labels and what training adds."""
-    added = (
-        "id2label",
-        "label2id",
-        "class_counts",
-        "class_groups",
-        "class_map",
-        "architectures",
-        "transformers_version",
-        "dtype",
-    )
-    return {name: value for name, value in config.to_diff_dict().items() if name not in (*added, "logit_scale")}
 
 
 class Results:
@@ -155,32 +156,31 @@ class Results:
         """Step of the last evaluation."""
         return self.content.get("last", {}).get("step")
 
-    def start(self, trainer, resumed_step: int | None) -> None:
-        """Begins the record; a run that goes on after a step keeps what was measured up to it."""
+    def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
+        """Begins the record.
+
+        Args:
+            trainer: Of the run.
+            resumed_step: The step that it goes on after; None for one that begins.
+            former: The record of a run that goes on. What was measured up to its step is kept.
+        """
         args, config = trainer.args, trainer.model.config
-        if resumed_step is not None and self.path.is_file():
-            self.content = json.loads(self.path.read_text())
-            for name in ("last", "best"):  # evaluations of what is trained once more are of other weights
-                if self.content.get(name, {}).get("step", 0) > resumed_step:
-                    del self.content[name]
-            for name, value in args.method_settings().items():
-                before = self.content.get("settings", {}).get(name, value)
-                if before != value:
-                    warnings.warn(f"the run goes on with {name} {value}; it began with {before}.", stacklevel=2)
+        self.content = dict(former or {})
+        for name in ("last", "best"):  # evaluations of what is trained once more are of other weights
+            if resumed_step is not None and self.content.get(name, {}).get("step", 0) > resumed_step:
+                del self.content[name]
         self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
         self.content.pop("weights_sha256", None)
         names = [config.id2label[label] for label in range(config.num_labels)]
         self.content |= {
+            "schema": SCHEMA,
             "model": type(trainer.model).__name__,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "finished": False,
             "resumed": self.content.get("resumed") if self._was_finished else resumed_step is not None,
             "recipe": args.recipe,
             "data": {
-                **self.dataset,
-                "train_images": sum(trainer.class_counts),
-                "class_counts": trainer.class_counts,
-                "subset_sha256": trainer.subset_sha256,
+                **self.data_of(trainer),
                 "groups": {name: [names[label] for label in group] for name, group in trainer.groups.items()},
                 "group_rule": trainer.group_rule,
                 "test_images": 0 if trainer.eval_dataset is None else len(trainer.eval_dataset),
@@ -197,18 +197,45 @@ class Results:
             "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         }
 
-    def record(self, epoch: float, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
+    def data_of(self, trainer) -> dict:
+        """What identifies the training images of a run."""
+        config = trainer.model.config
+        return {
+            **self.dataset,
+            "train_images": sum(trainer.class_counts),
+            "classes": [config.id2label[label] for label in range(config.num_labels)],
+            "class_counts": trainer.class_counts,
+            "subset_sha256": trainer.subset_sha256,
+            "images_sha256": trainer.images_sha256,
+        }
+
+    def finished_steps(self) -> int | None:
+        """Steps of a finished run whose model is in the folder, as it was saved; None if something is left to do."""
+        try:
+            record = read_record(self.path)
+        except (OSError, ValueError):
+            return None
+        digest = record.get("weights_sha256")
+        if not record.get("finished") or digest is None or digest != weights_digest(self.path.parent):
+            return None
+        return record.get("steps", record.get("last", {}).get("step"))  # 0.1.0 wrote no `steps`
+
+    def record(self, epoch: float | None, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
         """Notes an evaluation: the last one always, the best one if the first expert is ahead overall."""
-        entry = {"epoch": epoch, "step": step, "accuracies": {expert: dict(row) for expert, row in accuracies.items()}}
+        entry = {
+            "epoch": epoch or 0.0,
+            "step": step,
+            "accuracies": {expert: dict(row) for expert, row in accuracies.items()},
+        }
         self.content["last"] = entry
         if "best" not in self.content or _overall(entry) > _overall(self.content["best"]):
             self.content["best"] = entry
 
-    def finish(self, seconds: float, saved_step: int) -> None:
-        """Marks the run as complete, after seconds of this process, with the weights of a step."""
+    def finish(self, seconds: float, steps: int, saved_step: int) -> None:
+        """Marks the run as complete, after seconds of this process and so many steps, with the weights of a step."""
         if not self._was_finished:  # else there was nothing left to train
             self.content["train_seconds"] = round(seconds, 1)
-        self.content |= {"finished": True, "saved_step": saved_step}
+        self.content |= {"finished": True, "steps": steps, "saved_step": saved_step}
         self.write()
 
     def saved(self, folder: str | Path) -> None:
@@ -217,9 +244,9 @@ class Results:
             self.content["weights_sha256"] = weights_digest(folder)
             self.write()
 
-    def write(self) -> None:
-        """Writes the file whole or not at all."""
-        write_json(self.path, self.content)
+    def write(self, folder: str | Path | None = None) -> None:
+        """Writes the file whole or not at all; into another folder too, such as that of a checkpoint."""
+        write_json(self.path if folder is None else Path(folder) / RESULTS_FILE, self.content)
 
 
 def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:

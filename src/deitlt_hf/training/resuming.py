@@ -1,11 +1,180 @@
-"""What a run that goes on has to find out from its step: the epoch, and what was left undone."""
+"""What a run that goes on has to find out: whether it is the same run, its epoch, and what was left undone."""
 
+import json
 import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
 
 from ..data.streaming import StreamedImages
+from ..io import nan_to_null, one_line, read_json
+from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
+
+# Settings that cannot change on the way: what was trained, or the optimiser's state, would be of another loss.
+_FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue")
+# Parts of an architecture that have no weights.
+_WITHOUT_WEIGHTS = {"drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
+# What a configuration has beside the architecture: labels, and what training adds.
+_ADDED = {
+    *("id2label", "label2id", "class_counts", "class_groups", "class_map", "logit_scale"),
+    *("architectures", "transformers_version", "dtype"),
+}
+
+
+class Beginning(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: What it goes on from; None for the first step.
+        step: The step of that; None for a run that begins.
+        is_finished: Whether nothing is left to do, and the model is in the output folder.
+        record: What the run recorded before; None without a record.
+    """
+
+    checkpoint: str | None = None
+    step: int | None = None
+    is_finished: bool = False
+    record: RunRecord | None = None
+
+
+def architecture(config: PreTrainedConfig) -> dict:
+    """What a configuration says of the model, without its labels and what training adds."""
+    return {name: value for name, value in config.to_diff_dict().items() if name not in _ADDED}
+
+
+def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: dict[str, Any]) -> None:
+    """Refuses to go on with a run of other classes, images, model or loss; warns of other settings.
+
+    Args:
+        folder: The checkpoint, or the finished model.
+        record: What the run recorded.
+        trainer: Of the run that is to go on.
+        data: What is known of its images, as in the record.
+
+    Raises:
+        ValueError: If it is another run.
+    """
+    record = record or {}
+    other = next(_of_another_run(read_configuration(folder), record, trainer, data), None)
+    if other is not None:
+        raise ValueError(
+            f"{folder} is of another run: {other}. Go on with what it began with, or choose another --output_dir, or "
+            "begin again with --overwrite."
+        )
+    # As they were written and read: a list for a tuple.
+    now = json.loads(
+        json.dumps(nan_to_null(trainer.args.method_settings() | _free(architecture(trainer.model.config))))
+    )
+    before = record.get("settings", {}) | _free(record.get("architecture", {}))
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            warnings.warn(f"the run goes on with {name} {value}; it began with {before[name]}.", stacklevel=2)
+    teacher, taught_by = trainer.results.teacher or {}, record.get("teacher") or {}
+    for name in ("model", "backbone", "weights_sha256"):
+        if taught_by.get(name, teacher.get(name)) != teacher.get(name):
+            warnings.warn(
+                f"the run goes on with another teacher: {name} {teacher.get(name)}; it began with {taught_by[name]}.",
+                stacklevel=2,
+            )
+            break
+
+
+def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
+    """What makes a run another one, in words."""
+    had, settings = record.get("data", {}), trainer.args.method_settings()
+    yield from other_classes(class_names(config) or had.get("classes") or data["classes"], data["classes"])
+    model = record.get("model")
+    if model not in (None, type(trainer.model).__name__):
+        yield f"its model is a {one_line(model, 60)}, not a {type(trainer.model).__name__}"
+    then = record.get("architecture") or {name: value for name, value in config.items() if name not in _ADDED}
+    for name, value in json.loads(json.dumps(architecture(trainer.model.config))).items():
+        if name not in _WITHOUT_WEIGHTS and then.get(name, value) != value:
+            yield f"its {name} is {one_line(then[name], 60)}, not {one_line(value, 60)}"
+    for name in _FIXED:
+        before = record.get("settings", {}).get(name)
+        if before is not None and name in settings and before != settings[name]:
+            yield f"it was begun with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
+    counts = had.get("class_counts") or config.get("class_counts")
+    if isinstance(counts, list) and counts != data["class_counts"]:
+        if len(counts) != len(data["class_counts"]):
+            yield f"it was trained on {len(counts)} classes, and the data have {len(data['class_counts'])}"
+        label = next(label for label, pair in enumerate(zip(counts, data["class_counts"])) if len(set(pair)) > 1)  # noqa: B905
+        yield (
+            f"it was trained on other images (class {data['classes'][label]!r} had {counts[label]}, and has "
+            f"{data['class_counts'][label]})"
+        )
+    for name, what in (("subset_sha256", "other rows were chosen"), ("images_sha256", "files, names or labels differ")):
+        if had.get(name) is not None and data[name] is not None and had[name] != data[name]:
+            chosen = [
+                f"{field} was {had[field]} and is {value}"
+                for field, value in data.items()
+                if field.startswith(("imbalance", "max_", "subset_seed")) and had.get(field, value) != value
+            ]
+            yield f"it was trained on other images ({', '.join(chosen) or what})"
+
+
+def other_classes(before: list[str], now: list[str]) -> Iterator[str]:
+    """In words, how the classes of two runs differ; nothing if they are the same in the same order."""
+    if len(before) != len(now):
+        yield f"it was trained on {len(before)} classes, and the data have {len(now)}"
+    elif before != now:
+        label = next(label for label, pair in enumerate(zip(before, now, strict=True)) if len(set(pair)) > 1)
+        yield f"it was trained on other classes (label {label} was {before[label]!r} and is {now[label]!r})"
+
+
+def former_records(folder: str | Path, output_dir: str | Path | None) -> tuple[RunRecord | None, RunRecord | None]:
+    """What a run recorded before, without damaged records, which are named.
+
+    Args:
+        folder: The checkpoint that it goes on from, or the finished model.
+        output_dir: The folder of the run; None if the checkpoint is of another.
+
+    Returns:
+        The record of the checkpoint, or, as those of 0.1.0 have none, that of the folder above; and the record of the
+        run's folder, which may be newer, or else the other.
+    """
+    folder, found = Path(folder), {}
+    above = folder if (folder / RESULTS_FILE).is_file() or folder == Path(output_dir or "") else folder.parent
+    for place in dict.fromkeys([folder, above, Path(output_dir or folder)]):
+        if (place / RESULTS_FILE).is_file():
+            try:
+                found[place] = read_record(place)
+            except ValueError as error:
+                warnings.warn(f"the run goes on without this record: {error}", stacklevel=2)
+    found = {place: record for place, record in found.items() if is_of_run(record)}
+    at_step = found.get(folder) or found.get(above)
+    return at_step, found.get(Path(output_dir or folder)) or at_step
+
+
+def read_configuration(folder: str | Path) -> dict:
+    """The content of a folder's `config.json`; empty without one."""
+    path = Path(folder) / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def class_names(config: dict) -> list[str]:
+    """Names of the classes in order, as a configuration has them; empty if it has none."""
+    labels = config.get("id2label")
+    fits = isinstance(labels, dict) and all(str(label) in labels for label in range(len(labels)))
+    return [str(labels[str(label)]) for label in range(len(labels))] if fits else []
+
+
+def _free(architecture: dict) -> dict:
+    return {name: value for name, value in architecture.items() if name in _WITHOUT_WEIGHTS}
+
+
+class BeginRun(TrainerCallback):
+    """Begins the record of a run once its checkpoint has been read: what is refused until then leaves no trace."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_record()
 
 
 def steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:

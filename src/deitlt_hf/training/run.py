@@ -1,33 +1,36 @@
 """Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
 
+import contextlib
 import gc
-import json
-import signal
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
-from transformers import AutoImageProcessor, DeiTConfig, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, BaseImageProcessor, DeiTConfig, PreTrainedModel, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
-from ..data.loading import SORTED_BY_AUTHORS, subset_hash, training_counts, with_classes
+from ..data.loading import SORTED_BY_AUTHORS, images_hash, subset_hash, training_counts, with_classes
 from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
 from ..hub import load_original_student
+from ..hub.cards import CARD_FILE
+from ..hub.checkpoint_files import check_model_files
 from ..hub.handler import load_native, model_config
 from ..hub.push import prepare_repository
+from ..io import one_line
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments, teacher_folder
+from ..records import RESULTS_FILE, RunRecord, read_record
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
-from .checkpoints import whole_checkpoint
+from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer
 from .publishing import hub_options
-from .report import RESULTS_FILE, architecture, check_output_dir, goes_on_in, quiet_log, run_files
+from .report import check_output_dir, goes_on_in, is_abandoned, quiet_log, run_files
+from .resuming import architecture, class_names, other_classes, read_configuration
 from .schedule import low_peak
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
@@ -97,7 +100,7 @@ def distill(
         path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
         teacher = load_classifier(path)
         if not isinstance(teacher, FlatTeacherForImageClassification):  # which tells by itself what it takes
-            processor = AutoImageProcessor.from_pretrained(path)
+            processor = load_processor(path)
     return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher, teacher_processor=processor)
 
 
@@ -121,7 +124,7 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
         model=model,
         args=args,
         eval_dataset=data["test"],
-        processing_class=AutoImageProcessor.from_pretrained(path),
+        processing_class=load_processor(path),
         groups=data_args.groups(data),
     )
     trainer.evaluate()
@@ -131,15 +134,42 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
 def load_model(path: str) -> PreTrainedModel:
     """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does."""
     if any(name in STUDENTS for name in _config_of(path).get("architectures") or []):
-        return DeiTLTForImageClassification.from_pretrained(path)
+        with loading(path):
+            return DeiTLTForImageClassification.from_pretrained(path)
     return load_classifier(path)
 
 
 def load_classifier(path: str) -> PreTrainedModel:
     """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm."""
-    if _config_of(path).get("model_type") == FlatTeacherConfig.model_type:
-        return FlatTeacherForImageClassification.from_pretrained(path)
-    return load_native(path)
+    is_flat_teacher = _config_of(path).get("model_type") == FlatTeacherConfig.model_type
+    with loading(path):
+        return FlatTeacherForImageClassification.from_pretrained(path) if is_flat_teacher else load_native(path)
+
+
+def load_processor(path: str) -> BaseImageProcessor:
+    """Loads the image processor of a model folder or Hub repository."""
+    with loading(path):
+        return AutoImageProcessor.from_pretrained(path)
+
+
+@contextlib.contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Says in one sentence why a model, its configuration or its image processor cannot be loaded.
+
+    The files of a folder are looked at first: nothing in them is run, and the sentence names the one that is damaged.
+
+    Raises:
+        FileNotFoundError: If the folder has no model.
+        ValueError: If it cannot be loaded.
+    """
+    if Path(path).is_dir():
+        check_model_files(path)
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # fields of a configuration that are of another type can raise anything
+        raise ValueError(f"{path} cannot be loaded as an image classifier: {one_line(error).rstrip('.')}.") from error
 
 
 def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
@@ -156,11 +186,14 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
     )
     trainer.results.dataset = data_args.record()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.create_model_card()
+    if not trainer.beginning.is_finished or args.push_to_hub:
+        trainer.save_model()
+    if not trainer.beginning.is_finished or not (Path(args.output_dir) / CARD_FILE).is_file():
+        trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()  # what the first process saves, the others may load next
     if trainer.was_asked_to_stop():  # too late to stop training, but nothing else is begun
-        sys.exit(128 + signal.SIGTERM)
+        _say(args, f"The signal came after the last step: the model is in {args.output_dir}.")
+        trainer.stop_signal.end()
     return trainer
 
 
@@ -175,9 +208,10 @@ def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClass
     if Path(path).is_file():
         like = model_args.config(**labels)
         return load_original_student(path, class_names=names, num_labels=len(names), like=like, **options)
-    student, info = DeiTLTForImageClassification.from_pretrained(
-        path, **labels, **options, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    with loading(path):
+        student, info = DeiTLTForImageClassification.from_pretrained(
+            path, **labels, **options, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)  # the heads are new
     if missing:
         raise ValueError(
@@ -208,7 +242,8 @@ def check_start(path: str, changed: Mapping[str, Any]) -> DeiTConfig | None:
             f"{path} is a model of type {content.get('model_type')!r}; a student starts from a DeiT (model_type "
             f"{DeiTConfig.model_type!r}), such as facebook/deit-base-distilled-patch16-224."
         )
-    config = DeiTConfig.from_dict(content)
+    with loading(path):
+        config = DeiTConfig.from_dict(content)
     for name in SIZES:
         if name in changed and changed[name] != getattr(config, name):
             raise ValueError(
@@ -229,7 +264,7 @@ def _teacher_of_recipe(
     for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers"):
         command_line += [f"--{name}", str(getattr(student_args, name))]
     command_line += ["--report_to", *(student_args.report_to or ["none"])]
-    found = run_files(folder)
+    found = [] if is_abandoned(folder) else run_files(folder)
     if RESULTS_FILE in found:
         command_line += ["--resume_from_checkpoint", "auto"]
     classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
@@ -238,23 +273,34 @@ def _teacher_of_recipe(
         changed = student_args.recipe["overrides"]
         args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
     if RESULTS_FILE in found:
-        record = json.loads((folder / RESULTS_FILE).read_text())
+        record = _record_of_teacher(folder)
         config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
         settings = args.method_settings()
         for name in PRECISIONS:  # of a teacher that is there it is no matter
             settings.pop(name)
-        wanted = {"images (subset)": subset_hash(data["train"]), "background": data_args.background}
-        wanted |= settings | architecture(config)
-        # Records that were written before architectures were have none.
-        had = {"images (subset)": record["data"]["subset_sha256"], "background": record["data"].get("background")}
-        had |= record["settings"] | record.get("architecture", {})
+        known = record.get("data", {})
+        classes = data["train"].features["label"].names
+        other = next(
+            other_classes(known.get("classes") or class_names(read_configuration(folder)) or classes, classes), None
+        )
+        if other is not None:
+            raise ValueError(
+                f"{folder} has a teacher of other classes: {other}; pass it as --teacher if it is the one to learn "
+                "from, or move it away to have the recipe's trained."
+            )
+        wanted = {"images (subset)": subset_hash(data["train"]), "images (content)": images_hash(data["train"])}
+        wanted |= {"background": data_args.background} | settings | architecture(config)
+        # Records of earlier versions lack some of these.
+        had = {"images (subset)": known.get("subset_sha256"), "images (content)": known.get("images_sha256")}
+        had = {name: value for name, value in had.items() if value is not None}
+        had |= {"background": known.get("background")} | record.get("settings", {}) | record.get("architecture", {})
         for name, value in wanted.items():
             if had.get(name, value) != value:
                 raise ValueError(
                     f"the teacher in {folder} was trained with {name} {had[name]}, but the recipe has {value}; pass it "
                     "as --teacher if it is the one to learn from, or move it away to have the recipe's trained."
                 )
-        if record["finished"] and any(name.startswith("model") for name in found):
+        if record.get("finished") and has_model(folder):
             _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
             return str(folder)
         _say(student_args, f"No --teacher given: going on with the recipe's, which was interrupted, in {folder}.")
@@ -275,6 +321,23 @@ def _teacher_of_recipe(
     train_teacher(data_args, model_args, args, data)
     gc.collect()  # of several processes; what joins them must not be left to the end of the interpreter, which aborts
     return str(folder)
+
+
+def _record_of_teacher(folder: Path) -> RunRecord:
+    """The record of the recipe's teacher; if that of the folder is damaged, that of its newest checkpoint.
+
+    Raises:
+        ValueError: If there is none that can be read.
+    """
+    try:
+        return read_record(folder)
+    except ValueError as error:
+        checkpoint = None if has_model(folder) else newest_checkpoint(folder)
+        if checkpoint is not None and (Path(checkpoint) / RESULTS_FILE).is_file():
+            return read_record(checkpoint)
+        raise ValueError(
+            f"{error} The teacher in {folder} can be passed as --teacher, or moved away to have the recipe's trained."
+        ) from error
 
 
 def _say(args, text: str) -> None:

@@ -1,14 +1,13 @@
 """What the trainers of student and teacher share."""
 
 import contextlib
+import math
 import shutil
-import signal
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..data.images import ImageCollator
-from ..data.loading import subset_hash, training_counts
+from ..data.loading import images_hash, subset_hash, training_counts
 from ..data.long_tail import shot_groups
 from ..data.sampling import SeededImages, TrainBatches, seed_streams
 from ..data.streaming import StreamedImages
@@ -28,7 +28,7 @@ from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..hub.cards import write_card
 from ..losses import effective_number_weights
 from .arguments import LongTailTrainingArguments
-from .checkpoints import WholeCheckpointTrainer, step_of_checkpoint
+from .checkpoints import WholeCheckpointTrainer, newest_checkpoint, of_first_process, read_state, whole_checkpoint
 from .ema import EMA_FOLDER, MovingAverage
 from .experts import ExpertEvaluation
 from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
@@ -36,7 +36,15 @@ from .inputs import as_images, match_labels, outliving
 from .memory import keep_freed_memory
 from .publishing import PublishingTrainer
 from .report import Results, check_output_dir, claim_output_dir, goes_on_in, only_run, print_plan, show
-from .resuming import EpochOrder, MissedEvaluation, steps_per_epoch
+from .resuming import (
+    Beginning,
+    BeginRun,
+    EpochOrder,
+    MissedEvaluation,
+    check_same_run,
+    former_records,
+    steps_per_epoch,
+)
 from .schedule import published_epoch, warmup_cosine
 from .watch import RunFile, RunLog
 
@@ -52,7 +60,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     - losses are normalised over the whole batch of an optimiser step, whatever accumulation and processes cut it into;
     - order, augmentation, mixing and dropped paths follow from seed, epoch and step: an interrupted run that goes on
       ends as it would have ended;
-    - a loss that is not finite stops the run before a checkpoint is written; SIGTERM stops it after one;
+    - a loss that is not finite stops the run before a checkpoint is written; SIGTERM and Ctrl-C stop it after one;
+    - a run that goes on must have the classes, images, model and loss that it began with, and a finished one does
+      nothing;
     - every evaluation reports head, mid and tail classes for each expert: as metrics, as a table and in `results.json`,
       where the last and the best epoch stand apart; every log is a line of `log.jsonl` too;
     - a moving average of the weights can be kept (`ema_decay`), which is evaluated beside them and saved in `ema`;
@@ -87,7 +97,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:
                 match_labels(model.config, dataset)
-        self.subset_sha256 = None
+        self.subset_sha256 = self.images_sha256 = None  # the latter is found out when training begins
+        self._train_split = train_dataset
         if train_dataset is not None:
             model.config.class_counts = training_counts(train_dataset).tolist()
             self.subset_sha256 = subset_hash(train_dataset)
@@ -122,6 +133,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.results = Results(self.args.output_dir)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        self.add_callback(BeginRun(self))
         self.add_callback(RunLog())
         self.add_callback(EpochOrder())
         self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
@@ -132,6 +144,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             if callback is not None:
                 self.add_callback(callback)
         self.resumed_from: str | None = None
+        self.beginning = Beginning()
+        self._plan: dict[str, str] = {}
+        self._resuming = False
         if train_dataset is not None:
             self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
             self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
@@ -212,31 +227,94 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains, evaluates at the end, and keeps `results.json`; otherwise as the parent's.
 
+        A run that is finished, whose model is in the folder, is left as it is: the model is loaded, nothing is written.
+
+        Args:
+            resume_from_checkpoint: A checkpoint to go on from; True for the newest whole one of the output folder, and
+                `auto` for the same, or the first step if there is none.
+            **kwargs: As for the parent's.
+
         Raises:
-            ValueError: If the training set is smaller than one batch, or a phase begins after the last epoch (with
-                `max_steps` the plan tells what is not reached).
+            ValueError: If the training set is smaller than one batch, a phase begins after the last epoch (with
+                `max_steps` the plan says what is not reached), there is no whole checkpoint, or it is of another run:
+                of other classes, images, model or loss, or of more steps than are wanted.
             FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten, or
                 another run is writing there.
             FloatingPointError: If the loss or a weight is not finite.
             SystemExit: With code 143, after a checkpoint, if the process was sent SIGTERM.
+            KeyboardInterrupt: After a checkpoint, upon Ctrl-C; upon a second one at once.
         """
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset.")
         # All that can be refused is refused before anything of another run is touched.
-        resuming = goes_on_in(self.args.output_dir, resume_from_checkpoint)
-        check_output_dir(self.args.output_dir, self.args.overwrite, resuming)
-        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        self._resuming = goes_on_in(self.args.output_dir, resume_from_checkpoint)
+        check_output_dir(self.args.output_dir, self.args.overwrite, self._resuming)
         streamed = isinstance(self.train_dataset, StreamedImages)  # this process's share
         self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
-        steps_per_epoch = self.steps_per_epoch()
-        plan = self._published_plan() | self.plan()
         with only_run(self.args.output_dir) if self.args.should_save else contextlib.nullcontext():
-            claim_output_dir(self.args.output_dir, self.args.overwrite, resuming, self.accelerator)
-            self.results.start(self, None if checkpoint is None else step_of_checkpoint(checkpoint))
-            if self.is_world_process_zero():
-                self.results.write()
-                print_plan(self, steps_per_epoch, plan)
-            return self._train_and_evaluate(checkpoint, **kwargs)
+            self._plan = self._published_plan() | self.plan()
+            first = self.is_world_process_zero()
+            self.images_sha256 = of_first_process(first, lambda: images_hash(self._train_split))
+            self.beginning = of_first_process(first, lambda: self._find_beginning(resume_from_checkpoint))
+            if self.beginning.is_finished:
+                return self._load_finished()
+            return self._train_and_evaluate(self.beginning.checkpoint, **kwargs)
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        args = self.args
+        return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch())
+
+    def _find_beginning(self, wanted: str | bool | None) -> Beginning:
+        """Finds what a run goes on from, and checks that it is the same run."""
+        if not wanted:
+            return Beginning()
+        output_dir, newest, total = self.args.output_dir, wanted in (True, "auto"), self.total_steps()
+        data = self.results.data_of(self)
+        finished = self.results.finished_steps() if self._resuming else None
+        checkpoint = None
+        if finished is None or not newest:
+            checkpoint = newest_checkpoint(output_dir) if newest else whole_checkpoint(wanted)
+            if checkpoint is None and wanted is True:
+                raise ValueError(f"there is no checkpoint in {output_dir} to go on from; 'auto' begins without one.")
+            if checkpoint is None:
+                return Beginning()
+        steps = finished if checkpoint is None else read_state(checkpoint).global_step
+        at_step, record = former_records(checkpoint or output_dir, output_dir if self._resuming else None)
+        check_same_run(checkpoint or output_dir, at_step, self, data)
+        if steps > total:
+            raise ValueError(
+                f"{checkpoint or output_dir} has taken {steps} steps, more than the {total} of this run; go on from an "
+                "earlier checkpoint, or make the run longer."
+            )
+        if finished == steps == total:
+            return Beginning(checkpoint, steps, True, record)
+        if checkpoint is None:  # a finished run that is made longer
+            checkpoint = newest_checkpoint(output_dir)
+            steps = read_state(checkpoint).global_step
+        return Beginning(checkpoint, steps, False, record)
+
+    def begin_record(self) -> None:
+        """Claims the output folder, begins `results.json` and prints the plan, before the first step."""
+        claim_output_dir(self.args.output_dir, self.args.overwrite, self._resuming, self.accelerator)
+        self.results.start(self, self.beginning.step, self.beginning.record)
+        if self.is_world_process_zero():
+            self.results.write()
+            print_plan(self, self.steps_per_epoch(), self._plan)
+
+    def _load_finished(self) -> TrainOutput:
+        """Takes the model of a run that has nothing left to do, as if it had just trained it."""
+        output_dir, steps = self.args.output_dir, self.beginning.step
+        self._load_from_checkpoint(output_dir)
+        if self.ema is not None and (Path(output_dir) / EMA_FOLDER).is_dir():
+            self.ema.on_train_begin(self.args, self.state, self.control, model=self.model)
+            self._load_from_checkpoint(str(Path(output_dir) / EMA_FOLDER), self.ema.model)
+        self.state.global_step = self.state.max_steps = steps
+        self.state.epoch = steps / self.steps_per_epoch()
+        self.results.content = dict(self.beginning.record)
+        if self.is_world_process_zero():
+            print(f"The run in {output_dir} is finished, with {steps} steps: nothing is left to train.", flush=True)
+        return TrainOutput(steps, 0.0, {})
 
     def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
         started = time.perf_counter()
@@ -258,9 +336,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.stop_signal.restore()
             self.end_workers()
         if self.stop_signal.stopped:
-            sys.exit(self._stopped_by_signal())
+            self._stopped_by_signal()
         if self.is_world_process_zero():
-            self.results.finish(time.perf_counter() - started, self.saved_step)
+            self.results.finish(time.perf_counter() - started, self.state.global_step, self.saved_step)
         return output
 
     @property
@@ -270,18 +348,18 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
 
     def was_asked_to_stop(self) -> bool:
-        """Whether any process was sent SIGTERM in training, also after its last step."""
+        """Whether any process was sent SIGTERM or SIGINT in training, also after its last step."""
         return bool(self.accelerator.reduce(self.stop_signal.vote(self.args.device), "sum").item() > 0)
 
-    def _stopped_by_signal(self) -> int:
-        """Tells how to go on; gives the exit code of a process that was ended by SIGTERM."""
+    def _stopped_by_signal(self) -> NoReturn:
+        """Says how to go on, and ends as a process does that was sent the signal."""
+        sentence = (
+            f"Stopped by {self.stop_signal.name} after step {self.state.global_step}, with a checkpoint in "
+            f"{self.args.output_dir}; go on with --resume_from_checkpoint auto."
+        )
         if self.is_world_process_zero():
-            print(
-                f"Stopped by SIGTERM after step {self.state.global_step}, with a checkpoint in {self.args.output_dir}; "
-                "go on with --resume_from_checkpoint auto.",
-                flush=True,
-            )
-        return 128 + signal.SIGTERM
+            print(sentence, flush=True)
+        self.stop_signal.end()
 
     def end_workers(self) -> None:
         """Ends the data loaders' processes. Collected as garbage, in any order, each would be waited for 5 seconds."""
@@ -467,8 +545,10 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.args.should_save and self._staging is None:
             self._save_average(output_dir or self.args.output_dir)
             self.results.saved(output_dir or self.args.output_dir)
-        elif self.args.should_save and self.ema is not None:
-            self.ema.save_checkpoint(output_dir)
+        elif self.args.should_save:
+            self.results.write(output_dir)
+            if self.ema is not None:
+                self.ema.save_checkpoint(output_dir)
         if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
             self.push_to_hub()
 

@@ -127,14 +127,22 @@ def _line(entry: Mapping) -> str:
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The entries of a `log.jsonl`, up to a line that was cut off."""
-    entries = []
-    if Path(path).is_file():
-        for line in Path(path).read_text().splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
+    """The entries of a `log.jsonl`; lines that are damaged are left out, with one warning."""
+    entries, damaged = [], []
+    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+        else:
+            damaged.append(number)
+    if damaged:
+        warnings.warn(
+            f"{path} has {len(damaged)} damaged line(s) that are left out, first line {damaged[0]}.", stacklevel=2
+        )
     return entries
 
 
@@ -175,12 +183,17 @@ def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: f
         figure.savefig(part, dpi=110, format="png")
 
 
+def _is_number(value: object) -> bool:
+    """Whether a value of a log can be drawn; a line of the file may hold anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _draw_lines(axis, title: str, entries: Sequence[Mapping], names: Mapping[str, str], scale: float = 1) -> None:
     for name, label in names.items():
         points = [
             (entry["epoch"], scale * entry[name])
             for entry in entries
-            if entry.get(name) is not None and "epoch" in entry
+            if _is_number(entry.get(name)) and _is_number(entry.get("epoch"))
         ]
         marker = "." if len(points) < 40 else None
         axis.plot(*zip(*points, strict=True) if points else ((), ()), label=label, marker=marker, linewidth=1.2)

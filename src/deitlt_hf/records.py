@@ -1,0 +1,207 @@
+"""The record of a run, `results.json`: its fields and their types, and the one reader of such files."""
+
+import types
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Required, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from .io import one_line, read_json
+
+RESULTS_FILE = "results.json"
+SCHEMA = 1  # records of 0.1.0 have no number, and the same fields but `schema`, `steps`, `images_sha256` and `classes`
+_LARGEST = 1e13  # of a number that is shown: more seconds than `timedelta` takes, more parameters than anyone has
+
+
+class Evaluation(TypedDict):
+    """What was measured after a step; accuracies are fractions by expert and group, null without test images."""
+
+    epoch: float
+    step: int
+    accuracies: dict[str, dict[str, float | None]]
+
+
+class Recipe(TypedDict, total=False):
+    """Where the settings come from, and what the command line changed."""
+
+    name: str
+    overrides: dict[str, Any]
+
+
+class Data(TypedDict, total=False):
+    """The training images."""
+
+    dataset: str
+    imbalance_ratio: float | None
+    local_files: bool
+    train_images: int
+    test_images: int
+    classes: list[str]
+    class_counts: list[int]
+    subset_sha256: str | None
+    images_sha256: str | None
+    groups: dict[str, list[str]]
+    group_rule: str
+
+
+class Settings(TypedDict, total=False):
+    """What decides the result of a run. Only those fields are here that something reads."""
+
+    num_train_epochs: float
+    epochs: float  # of records before 0.1.0
+    max_steps: int
+    drw_start_epoch: float | None
+    global_batch_size: int
+    learning_rate: float
+    teacher_loss: str
+    sam_rho: list[float]
+    distillation: str
+    teacher_view: str
+    train_crop: str
+    auto_augment: str | None
+    hflip: float
+    random_erasing: float
+    mixup: float
+    cutmix: float
+    mixup_switch: float
+    mixup_probability: float
+
+
+class Training(TypedDict, total=False):
+    """How a student's teacher was trained."""
+
+    recipe: Recipe | None
+    settings: Required[Settings]
+    finished: bool | None
+    subset_sha256: str | None
+
+
+class Teacher(TypedDict, total=False):
+    """A student's teacher."""
+
+    source: str | None
+    model: str
+    backbone: Required[str]
+    weights_sha256: str | None
+    accuracies: dict[str, float | None] | None
+    training: Training | None
+
+
+class Hardware(TypedDict, total=False):
+    """What a run was done on."""
+
+    device: Required[str]
+    devices: int
+    threads: int
+
+
+class RunRecord(TypedDict, total=False):
+    """The content of a `results.json`. Other fields may stand beside these, such as those of a benchmark."""
+
+    schema: int
+    model: str
+    parameters: int
+    finished: bool
+    resumed: bool | None
+    steps: int
+    saved_step: int
+    train_seconds: float
+    weights_sha256: str
+    recipe: Recipe | None
+    data: Data
+    teacher: Teacher | None
+    settings: Settings
+    architecture: dict[str, Any]
+    processes: dict[str, int]
+    hardware: Hardware
+    versions: dict[str, str]
+    last: Evaluation
+    best: Evaluation
+
+
+def read_record(path: str | PathLike) -> RunRecord:
+    """Reads the record of a run.
+
+    Args:
+        path: The file, or the folder that has it.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not JSON, a field has another type than its own, or a newer version wrote it.
+    """
+    path = Path(path)
+    path = path / RESULTS_FILE if path.is_dir() else path
+    record = read_json(path)
+    wrong = _mismatch(record, RunRecord, "")
+    if wrong is None:
+        for name in ("last", "best"):
+            rows = record.get(name, {"accuracies": {"": {"overall": None}}})["accuracies"].values()
+            if not rows or not all("overall" in row for row in rows):
+                wrong = f"{name}.accuracies has no overall accuracy"
+    if wrong is None and record.get("schema", SCHEMA) > SCHEMA:
+        wrong = f"a newer version of deitlt-hf wrote it (schema {record['schema']}; this one knows {SCHEMA})"
+    if wrong is not None:
+        raise ValueError(f"{path} is not a record of a run that can be read: {wrong}; mend it or move it away.")
+    return record
+
+
+def find_record(folder: str | PathLike) -> RunRecord | None:
+    """The record of a run in a folder; None if there is no such file, or if another program's is called so.
+
+    Raises:
+        ValueError: As [`read_record`].
+    """
+    path = Path(folder) / RESULTS_FILE
+    if not path.is_file() or not is_of_run(read_json(path, object)):
+        return None
+    return read_record(path)
+
+
+def is_of_run(record: Any) -> bool:
+    """Whether the content of a JSON file is a record of this package; other programs call files so too."""
+    return isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("settings", "data"))
+
+
+def _mismatch(value: Any, wanted: Any, place: str) -> str | None:
+    """The first value that is not of its type, in words; None if all are."""
+    origin = get_origin(wanted)
+    if wanted is Any:
+        return None
+    if origin in (Union, types.UnionType):
+        found = [_mismatch(value, option, place) for option in get_args(wanted) if option is not type(None)]
+        return None if value is None or None in found else found[0]
+    if is_typeddict(wanted):
+        if not isinstance(value, Mapping):
+            return _of_type(value, "an object", place)
+        missing = sorted(wanted.__required_keys__ - value.keys())
+        if missing:
+            return f"{_inside(place, missing[0])} is missing"
+        hints = get_type_hints(wanted)
+        parts = ((value[name], hint, _inside(place, name)) for name, hint in hints.items() if name in value)
+    elif origin is dict:
+        if not isinstance(value, Mapping):
+            return _of_type(value, "an object", place)
+        parts = ((item, get_args(wanted)[1], _inside(place, one_line(name, 40))) for name, item in value.items())
+    elif origin is list:
+        if not isinstance(value, list):
+            return _of_type(value, "a list", place)
+        parts = ((item, get_args(wanted)[0], f"{place}[{index}]") for index, item in enumerate(value))
+    elif wanted in (int, float):
+        is_number = isinstance(value, int | wanted) and not isinstance(value, bool)
+        fits = is_number and abs(value) < _LARGEST  # not so for NaN either
+        return None if fits else _of_type(value, "a whole number" if wanted is int else "a number", place)
+    else:
+        return (
+            None
+            if isinstance(value, wanted)
+            else _of_type(value, {str: "a text", bool: "true or false"}[wanted], place)
+        )
+    return next((wrong for part in parts if (wrong := _mismatch(*part)) is not None), None)
+
+
+def _inside(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _of_type(value: Any, wanted: str, place: str) -> str:
+    return f"{place or 'it'} is {one_line(repr(value), 60)}, not {wanted}"
