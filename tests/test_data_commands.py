@@ -299,7 +299,7 @@ def test_check_names_broken_links(tmp_path):
     assert "1 files cannot be read (broken links" in output
 
 
-def test_check_counts_what_is_not_seen(tmp_path):
+def test_check_counts_what_is_not_seen(tmp_path, capsys):
     """Empty cells stop a run. Transparency, flat images and frames do not, but a user wants to know of them."""
     clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4))
     flat = Image.new("RGBA", (8, 8), (0, 0, 0, 255))
@@ -315,12 +315,12 @@ def test_check_counts_what_is_not_seen(tmp_path):
     rows = {"image": [*cells, *cells, {"bytes": frames.getvalue()}, None], "label": [0, 1] * 3}
     for split in ("train", "test"):
         datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / f"{split}.parquet"))
-    command = ("check", "--recipe", "image_folder", "--data_dir", tmp_path, "--deep")
     for options, shown, flat_images in (
         ((), "left out; --background white shows what it hides", 4),
         (("--background", "white"), "over #ffffff", 0),
     ):
-        output = " ".join(run(*command, *options, code=1).split())
+        assert check(["--recipe", "image_folder", "--data_dir", str(tmp_path), *options], True, None) == 1
+        output = " ".join(capsys.readouterr().out.split())
         assert "1 train images are empty, without bytes and path: rows 5" in output
         assert "1 of 6 train images: row 5 of the column image is empty" in output
         assert f"transparency in 8 images, {shown}" in output

@@ -76,8 +76,10 @@ def test_a_folder_as_csv_keeps_its_results_beside_a_broken_file(model, images):
     done = predict("--model", model, "--csv", "--experts", "--top_k", "2", "--batch_size", "3", images)
     assert done.returncode == 1
     errors = done.stderr.decode().splitlines()
-    assert errors[0].startswith(f"error: '{images}/broken.png' cannot be read as an image: Truncated File Read")
-    assert errors[1:] == ["error: 1 of 9 images could not be read."]
+    assert errors[0].startswith(f"error: '{images}/broken.png' cannot be read as an image: it is damaged")
+    assert errors[1] == "error: 1 of 9 images could not be read."
+    assert errors[2].startswith("warning: files that are not read: 1 .txt;")
+    assert len(errors) == 3
     rows = list(csv.DictReader(io.StringIO(done.stdout.decode(), newline="")))
     assert {row["image"] for row in rows} == {f"{images}/{name}" for name in NAMES}
     assert [row["rank"] for row in rows] == ["1", "2"] * len(NAMES)

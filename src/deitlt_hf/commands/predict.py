@@ -51,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     try:
         is_complete = _classify(args, itertools.chain([first], paths), total)
+        if others:
+            print(f"warning: {not_read(others)}.", file=sys.stderr)
     except BrokenPipeError:  # who reads the results, `head` for one, has enough of them
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         is_complete = False
     except KeyboardInterrupt:
         print("interrupted; the results so far are printed.", file=sys.stderr)
         sys.exit(130)
-    if others:
-        print(f"warning: {not_read(others)}.", file=sys.stderr)
     if not is_complete:
         sys.exit(1)
 
