@@ -31,6 +31,8 @@ def as_images(dataset, views: Mapping[str, TrainTransform] | None = None, args=N
             args.data_seed,
             args.gradient_accumulation_steps,
         )
+    if isinstance(dataset, dict):
+        return {name: as_images(images) for name, images in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
     return ImageDataset(dataset, *find_columns(dataset), views)
@@ -40,12 +42,18 @@ def match_labels(config, dataset: Dataset) -> None:
     """Names the model's labels after the data, or checks that they agree.
 
     Raises:
-        ValueError: If they do not, or the data are no `datasets.Dataset`.
+        ValueError: If they do not, the data are no `datasets.Dataset`, or the model is made for another problem than to
+            choose one class.
     """
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"the model's config has problem_type {problem!r}, but an image has one class here; set it to None."
+        )
     if not isinstance(dataset, Dataset | StreamedSplit):
         raise ValueError(
-            f"train_dataset and eval_dataset must each be a datasets.Dataset (or a StreamedSplit), got "
-            f"{type(dataset).__name__}."
+            "train_dataset and eval_dataset must each be a datasets.Dataset (or a StreamedSplit, which the recipes' "
+            f"streaming makes), got {type(dataset).__name__}."
         )
     _, column = find_columns(dataset)
     names = dataset.features[column].names

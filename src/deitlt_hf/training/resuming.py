@@ -34,7 +34,10 @@ class MissedEvaluation(TrainerCallback):
             steps = steps_per_epoch(train_dataloader, args)
         if state.global_step == 0 or args.eval_strategy == "no" or state.global_step % steps:
             return
-        if not any(entry["step"] == state.global_step and "eval_accuracy" in entry for entry in state.log_history):
+        if not any(
+            entry["step"] == state.global_step and any(name.startswith("eval_") for name in entry)
+            for entry in state.log_history
+        ):
             trainer = self.trainer
             if trainer._determine_best_metric(trainer.evaluate(), trial=None) and trainer.resumed_from is not None:
                 state.best_model_checkpoint = trainer.resumed_from

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
 from ..losses import LDAMLoss, LogitAdjustedLoss, PaCoLoss
 from .arguments import FlatTeacherTrainingArguments
 from .contrast import MomentumContrast
+from .provenance import without_wrapper
 from .sam import SAM
 from .schedule import warmup_drops
 from .trainer import LongTailTrainer
@@ -34,32 +36,50 @@ class FlatTeacherTrainer(LongTailTrainer):
     Args:
         model: A [`FlatTeacherForImageClassification`], or any image classifier if `sam_rho` is one value.
         args: A [`FlatTeacherTrainingArguments`].
-        **kwargs: As for [`LongTailTrainer`].
+        **kwargs: As for [`LongTailTrainer`]. An optimiser that is given is wrapped in SAM, if `sam_rho` is not 0, with
+            its own groups and learning rates; one that is SAM already is taken as it is.
 
     Raises:
         ValueError: If `sam_rho` has neither one value nor one for each stage of the model, or the loss needs another
             classifier or projection.
     """
 
+    arguments_class = FlatTeacherTrainingArguments
     experts = {"teacher": "logits"}
 
-    def __init__(self, model, args: FlatTeacherTrainingArguments, **kwargs):
+    def __init__(self, model=None, args: FlatTeacherTrainingArguments | None = None, **kwargs):
+        self.contrast = None
         super().__init__(model=model, args=args, **kwargs)
         if max(args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("SAM needs whole gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
-        self._stages = model.stages() if hasattr(model, "stages") else [list(model.parameters())]
-        if len(args.sam_rho) not in (1, len(self._stages)):
+        if self.optimizer is not None:
+            self.optimizer = self._under_sam(self.optimizer)
+        self._make_contrast()
+
+    def prepare_model(self, model):
+        """Checks the heads too, and that `sam_rho` has one value or one for each stage."""
+        model, args = super().prepare_model(model), self.args
+        stages = len(_stages(model))
+        if len(args.sam_rho) not in (1, stages):
             raise ValueError(
-                f"sam_rho has {len(args.sam_rho)} values, but the model has {len(self._stages)} stages; give one value "
-                "or one a stage."
+                f"sam_rho has {len(args.sam_rho)} values, but the model has {stages} stages; give one value or one a "
+                "stage."
             )
-        self.contrast = None
-        if self.train_dataset is not None:
+        if self._datasets[0] is not None:
             _check_heads(args.teacher_loss, model.config)
             if args.teacher_loss == "ldam":
                 model.config.logit_scale = args.ldam_scale
-            if args.teacher_loss == "paco":
-                self.contrast = MomentumContrast(model, args.paco_queue, args.paco_momentum)
+        return model
+
+    def _make_contrast(self) -> None:
+        args = self.args
+        if self.train_dataset is not None and args.teacher_loss == "paco":
+            self.contrast = MomentumContrast(self.model.to(args.device), args.paco_queue, args.paco_momentum)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        if self.model_init is not None:  # the model is another than that of before
+            self._make_contrast()
+        return super()._prepare_for_training(*args, **kwargs)
 
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
@@ -69,13 +89,40 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            args, rhos = self.args, self.args.sam_rho
-            if len(rhos) == 1:
-                rhos = rhos * len(self._stages)
-            groups = [{"params": stage, "rho": rho} for stage, rho in zip(self._stages, rhos, strict=True)]
-            sgd = torch.optim.SGD(groups, args.learning_rate, args.momentum, weight_decay=args.weight_decay)
-            self.optimizer = SAM(sgd, adaptive=args.sam_adaptive) if max(rhos) > 0 else sgd
+            args, stages = self.args, _stages(self.model)
+            rhos = args.sam_rho * len(stages) if len(args.sam_rho) == 1 else args.sam_rho
+            groups = [{"params": stage, "rho": rho} for stage, rho in zip(stages, rhos, strict=True)]
+            if self.optimizer_cls_and_kwargs is None:
+                optimizer = torch.optim.SGD(groups, args.learning_rate, args.momentum, weight_decay=args.weight_decay)
+            else:
+                optimizer_class, kwargs = self.optimizer_cls_and_kwargs
+                groups = [{"weight_decay": args.weight_decay, **group} for group in groups]
+                optimizer = optimizer_class(groups, **{"lr": args.learning_rate, **kwargs})
+            self.optimizer = self._under_sam(optimizer)
         return self.optimizer
+
+    def _under_sam(self, optimizer: Optimizer) -> Optimizer:
+        """An optimiser as `sam_rho` wants it; one that is SAM already stays as it is.
+
+        Raises:
+            ValueError: If there is a radius for each stage, but groups of parameters of another's.
+        """
+        args = self.args
+        if isinstance(optimizer, SAM) or max(args.sam_rho) == 0:
+            return optimizer
+        if len(args.sam_rho) > 1 and not all("rho" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"sam_rho {args.sam_rho} is by stage, but the optimizer that was given has groups of its own; give one "
+                "value, or each of its groups a 'rho'."
+            )
+        return SAM(optimizer, args.sam_rho[0], adaptive=args.sam_adaptive)
+
+    def optimizer_plan(self):
+        if self.optimizer is not None:
+            return super().optimizer_plan()
+        name = "SGD" if self.optimizer_cls_and_kwargs is None else super().optimizer_plan()
+        rho = ", ".join(f"{value:g}" for value in self.args.sam_rho)
+        return f"{name}, SAM with rho {rho}" if max(self.args.sam_rho) > 0 else name
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
         args = self.args
@@ -91,7 +138,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # out of Accelerate's wrapper
+        optimizer = without_wrapper(self.optimizer)
         if not isinstance(optimizer, SAM):
             return super().training_step(model, inputs, num_items_in_batch)
         with self._gradients_stay(model, self.args.sam_per_process):
@@ -177,11 +224,15 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def plan(self) -> dict[str, str]:
         args = self.args
-        rho = ", ".join(f"{value:g}" for value in args.sam_rho)
-        lines = {"optimiser": f"SGD, SAM rho {rho}" if max(args.sam_rho) > 0 else "SGD", "loss": args.teacher_loss}
+        lines = {"loss": args.teacher_loss}
         if args.drw_start_epoch is not None:
             lines["phases"] = f"re-weighted from epoch {self.drw_start()}"
         return lines
+
+
+def _stages(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters by stage, of those models that have stages."""
+    return model.stages() if hasattr(model, "stages") else [list(model.parameters())]
 
 
 def _check_heads(loss: str, config: PreTrainedConfig) -> None:
