@@ -152,6 +152,8 @@ class FlatTeacherForImageClassification(PreTrainedModel):
                 stages[names.index(parts[1]) if parts[1] in names else 0].append(parameter)
         return stages
 
+    @torch.inference_mode(False)  # what is kept must be of use outside of it, and fails in it for some sizes only
+    @torch.no_grad()
     def folded(self) -> "FlatTeacherForImageClassification":
         """Makes a copy for inference on a CPU: batch norms folded into the convolutions before them, channels last.
 
@@ -161,7 +163,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         copied = deepcopy(self).eval().requires_grad_(False)
         if any(isinstance(module, nn.BatchNorm2d) for module in copied.backbone.modules()):
             # It runs a stranger's code on symbols in place of tensors, which fails in as many ways as there is code.
-            with contextlib.suppress(Exception), torch.inference_mode():
+            with contextlib.suppress(Exception):
                 from torch.fx.experimental.optimization import fuse  # may move: only this is lost then
 
                 fused, size = fuse(copied.backbone), self.config.image_size
@@ -179,12 +181,23 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             pixel_values: Normalised images; (batch, channels, height, width).
             labels: Class indices (batch,) or probabilities (batch, num_labels); with them the output has the cross
                 entropy as its loss, of a cosine classifier that of the cosines times `config.loss_scale`.
+
+        Raises:
+            ValueError: If labels are given to a model whose `problem_type` is another than to choose one class.
         """
+        _check_problem(self.config, labels)
         features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
         loss = None if labels is None else F.cross_entropy(self.config.loss_scale * logits.float(), labels)
         projections = None if self.projection is None else self.projection(features)
         return FlatTeacherOutput(loss=loss, logits=logits, projections=projections)
+
+
+def _check_problem(config: FlatTeacherConfig, labels: torch.Tensor | None) -> None:
+    if labels is not None and config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"problem_type {config.problem_type!r} has no loss here: an image has one class. Set it to None."
+        )
 
 
 FlatTeacherForImageClassification.register_for_auto_class("AutoModelForImageClassification")
