@@ -145,12 +145,11 @@ class LongTailTrainingArguments(TrainingArguments):
         if self.report_to is None:
             self.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
         self._made_learning_rate: float | None = None  # what the last one was made to be, if it was not given
+        self._made_data_seed: int | None = None
         self._batch: tuple[int | None, int, int] | None = None  # global, of a process, and slices, as they fitted last
         given_learning_rate, self.learning_rate = self.learning_rate, self.learning_rate or 0.0  # is compared with 0
         super().__post_init__()
         self.learning_rate = given_learning_rate
-        if self.data_seed is None:
-            self.data_seed = self.seed
         # New workers every epoch cost more than a small epoch itself.
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
@@ -211,6 +210,8 @@ class LongTailTrainingArguments(TrainingArguments):
             slices = self.learning_rate_slices or self.gradient_accumulation_steps
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
             self._made_learning_rate = self.learning_rate
+        if self.data_seed in (None, self._made_data_seed):
+            self.data_seed = self._made_data_seed = self.seed
         return self
 
     def set_training(self, *args, **kwargs):

@@ -372,6 +372,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         plan = self._common_plan() | self.plan()
         with only_run(folder) if self.args.should_save else contextlib.nullcontext():
             claim_output_dir(folder, self.args.overwrite, resuming, self.accelerator)
+            if checkpoint is None:
+                self.results.content = {}  # of what this trainer trained before
             self.results.start(self, None if checkpoint is None else step_of_checkpoint(checkpoint))
             if self.is_world_process_zero():
                 self.results.write()
