@@ -89,7 +89,7 @@ ARGUMENTS: Mapping[str, str] = {
 # Of the teachers' trainer, beside those.
 TEACHER_ARGUMENTS: Mapping[str, str] = dict.fromkeys(
     ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    Refused("teachers are trained with SGD; in Python the trainer takes any optimiser"),
+    Refused("teachers are trained with SGD"),
 )
 
 PARAMETERS: Mapping[str, str] = {
