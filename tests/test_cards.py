@@ -143,7 +143,8 @@ def test_card_tells_how_the_teacher_was_trained_and_what_it_knows(trained):
     assert record["accuracies"] == pytest.approx(own["last"]["accuracies"]["teacher"], abs=2e-3)
     text = section(ModelCard.load(trained / "student" / "README.md"), "## Training")
     assert (
-        "- Teacher: resnet20 (`teacher`), loss `ce`, SAM with rho 0.05, 8 epochs, trained on the same images." in text
+        "- Teacher: resnet20 (`teacher`), loss `ce`, SGD, SAM with rho 0.05, 8 epochs, trained on the same images."
+        in text
     )
     assert f"overall {100 * record['accuracies']['overall']:.1f}" in text
 

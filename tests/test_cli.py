@@ -54,6 +54,31 @@ def test_help_lists_the_fields_of_a_recipes_data(name, capsys):
 
 
 @pytest.mark.parametrize(
+    ("word", "field"),
+    [
+        ("--epochs", "num_train_epochs"),
+        ("--num-epochs", "num_train_epochs"),
+        ("--batch_size=64", "global_batch_size"),
+        ("--lr", "learning_rate"),
+        ("--imgsz", "image_size"),
+        ("--workers", "dataloader_num_workers"),
+        ("--wd", "weight_decay"),
+        ("--drop-path", "drop_path_rate"),
+        ("--imb_factor", "imbalance_ratio"),
+        ("--learning_rat", "learning_rate"),
+    ],
+)
+def test_options_of_other_packages_name_ours(tmp_path, word, field):
+    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    with pytest.raises(ValueError, match=rf"in the command line \(did you mean '{field}'\?\)"):
+        parse_arguments("student", classes, ["--recipe", "digits_lt", word, "1"])
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"student: {{{word.lstrip('-').partition('=')[0]}: 1}}\n")
+    with pytest.raises(ValueError, match=rf"mine.yaml' \(did you mean '{field}'\?\)"):
+        parse_arguments("student", classes, ["--recipe", str(recipe)])
+
+
+@pytest.mark.parametrize(
     ("section", "classes", "command"),
     [
         ("data", (DataArguments,), "deitlt data --help"),
@@ -161,26 +186,29 @@ def test_a_wrong_command_line_is_told_in_two_lines(words, usage, message, capsys
     ],
 )
 def test_help_hides_fields_that_are_refused(section, classes, capsys):
-    values = {
-        "auto_find_batch_size": "true",
-        "prediction_loss_only": "true",
-        "lr_scheduler_type": "cosine",
-        "lr_scheduler_kwargs": '{"power": 2}',
-        "warmup_steps": "5",
-        "train_sampling_strategy": "sequential",
-        "dataloader_drop_last": "true",
-    }
+    values = {"auto_find_batch_size": "true", "lr_scheduler_kwargs": '{"power": 2}', "warmup_steps": "5"}
     with pytest.raises(SystemExit):
         parse_arguments(section, classes, ["--help"], "Its own help.")
     text = capsys.readouterr().out
     assert "--learning_rate " in text
+    for name in (*classes[-1].refused, "do_train", "do_predict"):
+        assert f"--{name} " not in text
+    with pytest.raises(ValueError, match="do_predict has no effect here"):
+        parse_arguments(section, classes, ["--recipe", "digits_lt", "--do_predict", "true"])
     for name, value in values.items():
-        assert f"--{name}" not in text
         with pytest.raises(ValueError, match=f"^{name} must be left "):
             parse_arguments(section, classes, ["--recipe", "digits_lt", f"--{name}", value])
 
 
-@pytest.mark.parametrize(("word", "hint"), [("distil", "did you mean 'distill'"), ("xyz", "deitlt --help lists all")])
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("distil", "did you mean 'distill'"),
+        ("train", "did you mean 'distill'"),
+        ("val", "did you mean 'evaluate'"),
+        ("xyz", "deitlt --help lists all"),
+    ],
+)
 def test_an_unknown_command(word, hint, capsys):
     with pytest.raises(SystemExit) as ended:
         main([word])

@@ -153,6 +153,20 @@ def test_start_from_a_student_with_other_classes():
         assert torch.equal(other.deit.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_of_a_model_that_was_wrapped(tmp_path, prefix):
+    """torch.compile, DataParallel and others prefix the names of weights, nested in any order."""
+    _, weights = small_weights()
+    torch.save({prefix + name: weight for name, weight in weights.items()}, tmp_path / "wrapped.pth")
+    expected = load_original_student(weights).state_dict()
+    loaded = load_original_student(tmp_path / "wrapped.pth").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+    blocks = {name.replace("blocks.0.", "blocks.0._orig_mod."): weight for name, weight in weights.items()}
+    assert load_original_student(blocks).state_dict().keys() == expected.keys()
+    with pytest.raises(ValueError, match="weights both of a model and of one that is wrapped"):
+        load_original_student(weights | {prefix + "cls_token": weights["cls_token"]})
+
+
 def test_moving_average_on_request(student_file, tmp_path):
     raw, ema = load_original_student(student_file), load_original_student(student_file, ema=True)
     for name, tensor in raw.state_dict().items():

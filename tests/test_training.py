@@ -518,11 +518,6 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
         ({"min_learning_rate": -1}, "min_learning_rate must be 0 or more, got -1"),
         ({"learning_rate": None, "learning_rate_per_512": 0}, "learning_rate_per_512 must be above 0, got 0"),
         ({"learning_rate": None, "learning_rate_slices": -4}, "learning_rate_slices must be 1 or more, got -4"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size must be left off"),
-        ({"prediction_loss_only": True}, "prediction_loss_only must be left off"),
-        ({"lr_scheduler_kwargs": {"power": 2}}, "lr_scheduler_kwargs must be left as it is"),
-        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy must be left as it is"),
-        ({"dataloader_drop_last": True}, r"dataloader_drop_last must be left as it is \(batches and their order are"),
     ],
 )
 def test_arguments_refuse(tmp_path, values, message):

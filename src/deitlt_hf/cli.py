@@ -24,6 +24,15 @@ COMMANDS = {  # what to type, the module in `deitlt_hf.commands`, and what it do
     "model-cards": ("model_cards", "write the card of a model folder, or those of the recipes"),
     "push": ("push", "put a model folder on the Hugging Face Hub"),
 }
+# What other packages call these.
+ALIASES = {
+    **dict.fromkeys(("train", "fit", "finetune", "train-student"), "distill"),
+    **dict.fromkeys(("val", "validate", "test", "eval", "benchmark"), "evaluate"),
+    **dict.fromkeys(("infer", "inference", "classify"), "predict"),
+    **dict.fromkeys(("upload", "push-to-hub"), "push"),
+    **dict.fromkeys(("serve", "app", "gradio"), "demo"),
+    **dict.fromkeys(("check", "dataset"), "data"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with command_line_errors():
             importlib.import_module(f".commands.{COMMANDS[name][0]}", __package__).main(rest)
     else:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        alias = ALIASES.get(name.replace("_", "-"))
+        nearest = [alias] if alias else difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "deitlt --help lists all."
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         sys.exit(2)

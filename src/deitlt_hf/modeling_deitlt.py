@@ -267,8 +267,12 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
 
         Raises:
             ValueError: If the images have another number of channels, or another size and
-                `interpolate_pos_encoding` is False.
+                `interpolate_pos_encoding` is False; or if labels are given to a model whose `problem_type` is another
+                than to choose one class.
         """
+        if labels is not None and self.config.problem_type not in (None, "single_label_classification"):
+            problem = self.config.problem_type
+            raise ValueError(f"problem_type {problem!r} has no loss here: an image has one class. Set it to None.")
         if class_tokens_only is None:
             asked = (kwargs.get(name, getattr(self.config, name, False)) for name in _WHOLE_OUTPUTS)
             class_tokens_only = not any(asked)

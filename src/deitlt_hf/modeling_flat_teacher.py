@@ -144,6 +144,8 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @torch.inference_mode(False)  # what is kept must be of use outside of it, and fails in it for some sizes only
+    @torch.no_grad()
     def folded(self) -> "FlatTeacherForImageClassification":
         """Makes a copy for inference on a CPU: batch norms folded into the convolutions before them, channels last.
 
@@ -153,7 +155,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         copied = deepcopy(self).eval().requires_grad_(False)
         if any(isinstance(module, nn.BatchNorm2d) for module in copied.backbone.modules()):
             # It runs a stranger's code on symbols in place of tensors, which fails in as many ways as there is code.
-            with contextlib.suppress(Exception), torch.inference_mode():
+            with contextlib.suppress(Exception):
                 from torch.fx.experimental.optimization import fuse  # may move: only this is lost then
 
                 fused, size = fuse(copied.backbone), self.config.image_size
@@ -177,7 +179,11 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             labels: Class indices (batch,) or probabilities (batch, num_labels); with them the output has the cross
                 entropy as its loss.
             return_dict: False for a tuple of what the output has. None: as the configuration says.
+
+        Raises:
+            ValueError: If labels are given to a model whose `problem_type` is another than to choose one class.
         """
+        _check_problem(self.config, labels)
         features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
         if self.config.logit_scale != 1.0:
@@ -186,6 +192,13 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         projections = None if self.projection is None else self.projection(features)
         output = FlatTeacherOutput(loss=loss, logits=logits, projections=projections)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _check_problem(config: FlatTeacherConfig, labels: torch.Tensor | None) -> None:
+    if labels is not None and config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"problem_type {config.problem_type!r} has no loss here: an image has one class. Set it to None."
+        )
 
 
 FlatTeacherForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -204,11 +204,28 @@ class CardFacts:
             parts.append(f"{settings['global_batch_size']:,} images a step")
         if settings.get("learning_rate"):
             parts.append(f"learning rate {settings['learning_rate']:.3g}")
-        return ", ".join(parts + _flatness(settings)) or None
+        return ", ".join(parts + _flatness(settings, self.optimizer)) or None
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether a teacher was trained with SAM; True of one whose training is not recorded."""
+        if self.optimizer is not None:
+            return self.optimizer["sam"] is not None
+        return any(self.settings.get("sam_rho", [True]))
+
+    @property
+    def optimizer(self) -> Mapping[str, Any] | None:
+        """The record of the optimiser that ran; None in records of before 0.2.0, which have its arguments only."""
+        return (self.results.get("ran") or {}).get("optimizer")
 
     def setting_rows(self) -> list[list[str]]:
-        """Table of what decided the result."""
-        return [["setting", "value"], *([code(name), code(value)] for name, value in self.settings.items())]
+        """Table of what decided the result; a given optimiser or scheduler is in place of the arguments."""
+        settings, ran = dict(self.settings), self.results.get("ran") or {}
+        if "optimizer" in ran.get("given", ()):
+            settings |= {"optimizer": optimizer_name(ran["optimizer"]), **ran["optimizer"]["settings"]}
+        if "scheduler" in ran.get("given", ()):
+            settings["scheduler"] = ran["scheduler"]["class"]
+        return [["setting", "value"], *([code(name), code(value)] for name, value in settings.items())]
 
     @property
     def learns_from_labels_alone(self) -> bool:
@@ -227,7 +244,7 @@ class CardFacts:
         training = record.get("training")
         if training is None:
             return f"{parts[0]}; how it was trained is not recorded"
-        parts += _flatness(training["settings"]) + _length(training["settings"])
+        parts += _flatness(training["settings"], training.get("optimizer")) + _length(training["settings"])
         if training.get("finished") is False:
             parts.append("whose training was not finished")
         if training.get("subset_sha256"):
@@ -262,6 +279,16 @@ class CardFacts:
     def versions(self) -> str:
         """Of the libraries it was trained with."""
         return plain(", ".join(f"{name} {number}" for name, number in self.results.get("versions", {}).items()))
+
+
+def optimizer_name(record: Mapping[str, Any]) -> str:
+    """An optimiser's record in words, such as `SGD, SAM with rho 0.1`."""
+    package, *_, name = str(record["class"]).split(".")
+    name += f" of {package}" if package not in ("torch", "__main__") else ""
+    if record.get("sam") is None:
+        return name
+    rho = ", ".join(f"{value:g}" for value in record["sam"]["rho"])
+    return f"{name}, {'ASAM' if record['sam']['adaptive'] else 'SAM'} with rho {rho}"
 
 
 def percent(fraction: float | None) -> str:
@@ -312,9 +339,11 @@ def _length(settings: Mapping[str, Any]) -> list[str]:
     return [] if epochs is None else [f"{epochs:g} epochs"]
 
 
-def _flatness(settings: Mapping[str, Any]) -> list[str]:
-    """Loss and optimiser of a teacher; a student's settings have neither."""
+def _flatness(settings: Mapping[str, Any], optimizer: Mapping[str, Any] | None = None) -> list[str]:
+    """Loss of a teacher, and the optimiser."""
     parts = [f"loss {code(settings['teacher_loss'])}"] if "teacher_loss" in settings else []
+    if optimizer is not None:
+        return [*parts, optimizer_name(optimizer)]
     rho = settings.get("sam_rho")
     if rho is not None:
         radius = in_phases(rho, settings.get("sam_rho_epochs"))

@@ -151,7 +151,8 @@ def _metadata(facts: CardFacts, name: str, given: Mapping[str, Any]) -> ModelCar
     results = _eval_results(facts) if facts.is_finished else []
     if results:
         own |= {"model_name": name, "eval_results": results}
-    tags = {"tags": [*_TAGS, _KIND_TAGS["teacher" if facts.is_teacher else "student"]]}
+    kind = [_KIND_TAGS["student"]] if not facts.is_teacher else [_KIND_TAGS["teacher"]] * facts.is_flat
+    tags = {"tags": [*_TAGS, *kind]}
     return ModelCardData(**own | join_metadata(tags, given))
 
 

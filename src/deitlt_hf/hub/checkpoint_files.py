@@ -29,6 +29,8 @@ _ALLOWED = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("int32", "int64", "float32", "float64")),
 ]
+# Names of the one submodule of what is wrapped around a module.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def read_checkpoint(path: str | PathLike) -> Mapping[str, Any]:
@@ -108,6 +110,21 @@ def _one_sentence(path: str | PathLike) -> Iterator[None]:
 def _load(path: str | PathLike) -> Any:
     # Mapping the file into memory leaves the optimiser's state, two thirds of a student's file, on the disk.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
+
+
+def strip_wrappers(state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Weights under the names that the model itself gives them, without those of modules wrapped around it.
+
+    `module.` is of DataParallel, DistributedDataParallel and timm's moving average, `_orig_mod.` of `torch.compile`,
+    the others of FSDP and activation checkpointing; they can be nested, and around parts of a model.
+
+    Raises:
+        ValueError: If two weights have one name then.
+    """
+    stripped = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in state_dict}
+    if len(stripped) < len(state_dict):
+        raise ValueError(f"{name} has weights both of a model and of one that is wrapped; save one of them.")
+    return {short: state_dict[key] for short, key in stripped.items()}
 
 
 def _is_plain_zip(path: str | PathLike) -> bool:

@@ -26,7 +26,7 @@ from ..data.transforms import model_processor
 from ..io import check_can_be_folder
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
-from .checkpoint_files import read_checkpoint
+from .checkpoint_files import read_checkpoint, strip_wrappers
 from .layouts import (
     LDAM_LAYOUT,
     LDAM_RESNET50_LAYOUT,
@@ -239,7 +239,7 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
         raise ValueError(
             f"{name} has no weights below {' or '.join(map(repr, keys))}; what it has is {_listed(wrong) or 'empty'}."
         )
-    state_dict = {key.removeprefix("module."): tensor for key, tensor in weights.items()}
+    state_dict = strip_wrappers(weights, name)
     kind = _kind(name, state_dict)
     # The authors keep the classes in their command line, `export_original_student` keeps them beside the weights.
     args = content.get("args")

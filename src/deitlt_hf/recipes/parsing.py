@@ -30,11 +30,45 @@ SECTIONS = ("data", "teacher", "teacher_losses", "student")
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
 # Fields of the data that say where they are, or that are long.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
-# Fields of transformers that the method has not, and refuses; no help lists them.
-_REFUSED = (
-    *("auto_find_batch_size", "prediction_loss_only", "train_sampling_strategy", "dataloader_drop_last"),
-    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-)
+# Fields of transformers that only a script of the user's reads.
+_FOR_SCRIPTS = ("do_train", "do_eval", "do_predict")
+# What options of timm, ultralytics and the authors' code are called here.
+_ALIASES = {
+    **dict.fromkeys(("epochs", "num_epochs", "epoch", "max_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("batch_size", "batch", "total_batch_size"), "global_batch_size"),
+    **dict.fromkeys(("train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("eval_batch_size", "val_batch_size", "validation_batch_size"), "per_device_eval_batch_size"),
+    **dict.fromkeys(("lr", "lr0", "peak_lr"), "learning_rate"),
+    **dict.fromkeys(("min_lr", "lrf"), "min_learning_rate"),
+    **dict.fromkeys(("warmup_lr", "warmup_lr_init"), "warmup_learning_rate"),
+    **dict.fromkeys(("imgsz", "img_size", "input_size", "resolution"), "image_size"),
+    **dict.fromkeys(("workers", "num_workers"), "dataloader_num_workers"),
+    **dict.fromkeys(("wd",), "weight_decay"),
+    **dict.fromkeys(("opt", "optimizer"), "optim"),
+    **dict.fromkeys(("smoothing", "label_smoothing"), "label_smoothing_factor"),
+    **dict.fromkeys(("drop_path",), "drop_path_rate"),
+    **dict.fromkeys(("aa", "augment"), "auto_augment"),
+    **dict.fromkeys(("reprob", "erasing"), "random_erasing"),
+    **dict.fromkeys(("clip_grad", "grad_clip"), "max_grad_norm"),
+    **dict.fromkeys(
+        ("grad_accum_steps", "accum_iter", "accumulation_steps", "accumulate"), "gradient_accumulation_steps"
+    ),
+    **dict.fromkeys(("model_ema_decay", "ema"), "ema_decay"),
+    **dict.fromkeys(("amp",), "bf16"),
+    **dict.fromkeys(("device", "cpu"), "use_cpu"),
+    **dict.fromkeys(("output", "out", "save_dir", "outdir"), "output_dir"),
+    **dict.fromkeys(("resume",), "resume_from_checkpoint"),
+    **dict.fromkeys(("exist_ok",), "overwrite"),
+    **dict.fromkeys(("finetune", "pretrained", "weights", "initial_checkpoint"), "init_from"),
+    **dict.fromkeys(("data", "data_path", "root"), "data_dir"),
+    **dict.fromkeys(("teacher_path", "teacher_model"), "teacher"),
+    **dict.fromkeys(("log_interval", "print_freq"), "logging_steps"),
+    **dict.fromkeys(("save_period", "save_freq"), "save_steps"),
+    **dict.fromkeys(("imb_factor", "imb_ratio"), "imbalance_ratio"),
+    **dict.fromkeys(("num_heads", "heads"), "num_attention_heads"),
+    **dict.fromkeys(("depth", "layers"), "num_hidden_layers"),
+    **dict.fromkeys(("rho",), "sam_rho"),
+}
 
 
 class _RecipeParser(BriefParser, HfArgumentParser):
@@ -162,7 +196,8 @@ def parse_arguments(
     )
     _add_recipe(parser)
     _allow_none(parser, classes)
-    _hide_refused(parser)
+    refused = {name for cls in classes for name in getattr(cls, "refused", ())}
+    _hide(parser, refused.union(_FOR_SCRIPTS))
     parser.usage = parser.format_usage().removeprefix("usage: ")  # in the help, too
     first = BriefParser(add_help=False, allow_abbrev=False, usage=parser.usage)
     listed_by = "--help"
@@ -173,7 +208,7 @@ def parse_arguments(
     for field in ("teacher_loss", "group_rule"):
         first.add_argument(f"--{field}", f"--{field.replace('_', '-')}")  # HfArgumentParser takes both
     given = first.parse_known_args(argv)[0]
-    name = given.recipe
+    name, values = given.recipe, {}
     if name is not None:
         recipe = load_recipe(name)
         known = {field.name for cls in classes for field in fields(cls) if field.init}
@@ -196,9 +231,12 @@ def parse_arguments(
     names = (word.removeprefix("--").split("=")[0] for word in rest)
     _refuse_unknown(names, options, "the command line", listed_by=listed_by)
     changed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(key)}
-    for values in filled:
-        if hasattr(values, "method_settings"):
-            values.recipe = {"name": Path(name).name, "overrides": _deciding(changed, filled)}
+    for field in _FOR_SCRIPTS:
+        if field in changed or field in values:
+            raise ValueError(f"{field} has no effect here; it is for scripts that read it themselves. Leave it out.")
+    for arguments in filled:
+        if hasattr(arguments, "method_settings"):
+            arguments.recipe = {"name": Path(name).name, "overrides": _deciding(changed, filled)}
     return name, *filled
 
 
@@ -271,8 +309,9 @@ def _allow_none(parser: argparse.ArgumentParser, classes: Iterable[type]) -> Non
                 action.type = _or_none(action.type)
 
 
-def _hide_refused(parser: argparse.ArgumentParser) -> None:
-    for name in _REFUSED:
+def _hide(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Leaves fields out of the help."""
+    for name in names:
         if f"--{name}" in parser._option_string_actions:
             parser._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
 
@@ -306,5 +345,7 @@ def _refuse_unknown(
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    known = list(known)
+    matches = [alias for alias in (_ALIASES.get(name.lower().replace("-", "_")),) if alias in known]
+    matches = matches or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

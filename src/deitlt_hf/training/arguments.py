@@ -5,8 +5,8 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -15,6 +15,7 @@ from ..data.sampling import ROUND, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import TEACHER_LOSSES
 from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
+from . import inherited
 
 TEACHER_VIEWS = ("student", "weak")
 PRECISIONS = ("bf16", "fp16")
@@ -60,15 +61,18 @@ def _option(default, help: str):
 class LongTailTrainingArguments(TrainingArguments):
     """What the two trainers share: batch arithmetic, schedule, augmentation, deferred re-weighting, evaluation.
 
-    Only fields that [`~transformers.TrainingArguments`] lacks, or whose default differs, are here.
+    Only fields that [`~transformers.TrainingArguments`] lacks, or whose default differs, are here; what becomes of each
+    of the others, `inherited.py` says.
 
     Attributes:
         recipe: Name of the recipe that the values come from, and what the command line changed of it (`overrides`).
+        refused: Fields that must be left as they are, with the reasons.
 
     Raises:
         ValueError: If a value is outside its range, or `global_batch_size` cannot be made of whole batches.
     """
 
+    refused: ClassVar[Mapping[str, str]] = inherited.refused(inherited.ARGUMENTS)
     recipe: Mapping | None = field(default=None, init=False, repr=False)
     global_batch_size: int | None = _option(
         None,
@@ -145,9 +149,12 @@ class LongTailTrainingArguments(TrainingArguments):
         "whole process, and cannot be undone in it.",
     )
 
-    remove_unused_columns: bool = _option(False, "Kept off: the data set makes the model's inputs itself.")
+    remove_unused_columns: bool = _option(False, "Left off: the data set makes the model's inputs itself.")
     max_grad_norm: float = _option(0.0, "Gradient clipping; 0 for none, as in the paper.")
-    logging_nan_inf_filter: bool = _option(False, "Kept off: a loss that is not finite stops the run.")
+    logging_nan_inf_filter: bool = _option(False, "Left off: a loss that is not finite stops the run.")
+    logging_steps: float = _option(
+        0.02, "Steps between two lines of the log; below 1 a share of the run. By default there are 50 lines."
+    )
     report_to: None | str | list[str] = _option(
         None, "Where to report to: trackio, tensorboard, wandb, none, ... By default trackio, if that is installed."
     )
@@ -158,68 +165,109 @@ class LongTailTrainingArguments(TrainingArguments):
     seed: int = _option(0, "Seed of initialisation, augmentation and order.")
 
     def __post_init__(self):
-        self._decide_arrangement()
-        if self.auto_augment in ("none", ""):
-            self.auto_augment = None
-        train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
-        _check(self, "color_jitter", self.color_jitter >= 0, "0 or more")
-        _check(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
-        for name in ("auto_find_batch_size", "prediction_loss_only"):
-            _check(
-                self, name, not getattr(self, name), "left off (the batch and what is evaluated are the method's own)"
-            )
-        for name in ("hflip", "random_erasing", "label_smoothing_factor"):
-            _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        _check(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
-        _check(self, "seed", self.seed >= 0, "0 or more")
-        _check(self, "data_seed", (self.data_seed or 0) >= 0, "0 or more")
-        _check_choice(self, "loss_normalization", ("global", "per_process"))
-        _check_choice(self, "on_nonfinite", ("stop", "skip"))
-        _check_choice(self, "hub_strategy", ("end",))
-        _check(self, "nonfinite_limit", self.nonfinite_limit >= 0, "0 or more")
+        self.check()
+        inherited.check_needs(self)
         if self.report_to is None:
             self.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
-        _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            _check(self, name, getattr(self, name) >= 1, "1 or more")
-        _check(self, "global_batch_size", self.global_batch_size is None or self.global_batch_size >= 1, "1 or more")
-        _check_left(
-            self,
-            ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-            "the schedule is the method's own, with warmup_epochs",
-        )
-        _check_left(
-            self, ("train_sampling_strategy", "dataloader_drop_last"), "batches and their order are the method's own"
-        )
-        for name in ("warmup_epochs", "drw_start_epoch"):
-            _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
-        for name in ("min_learning_rate", "warmup_learning_rate"):
-            _check(self, name, getattr(self, name) >= 0, "0 or more")
-        _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
-        _check(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
-        slices = self.learning_rate_slices
-        _check(self, "learning_rate_slices", slices is None or slices >= 1, "1 or more")
-        if self.drw_start_epoch == math.inf:
-            self.drw_start_epoch = None
-        given_learning_rate = self.learning_rate
-        self.learning_rate = self.learning_rate or 0.0  # the parent compares it with 0
+        self._made_learning_rate: float | None = None  # what the last one was made to be, if it was not given
+        self._made_data_seed: int | None = None
+        self._batch: tuple[int | None, int, int] | None = None  # global, of a process, and slices, as they fitted last
+        given_learning_rate, self.learning_rate = self.learning_rate, self.learning_rate or 0.0  # is compared with 0
         super().__post_init__()
-        self.remove_unused_columns = False
-        self.logging_nan_inf_filter = False
-        if self.data_seed is None:
-            self.data_seed = self.seed
+        self.learning_rate = given_learning_rate
         # New workers every epoch cost more than a small epoch itself.
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         # Without a terminal there is a log, where progress bars are noise.
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+        self.settle()
 
-        self._divide_global_batch()
-        if given_learning_rate is None:
+    def check(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: If one is outside its range, or is to be left as it is.
+        """
+        inherited.check_left(self, self.refused)
+        self._decide_arrangement()
+        if self.auto_augment in ("none", ""):
+            self.auto_augment = None
+        if self.drw_start_epoch == math.inf:
+            self.drw_start_epoch = None
+        train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
+        _check(self, "color_jitter", self.color_jitter >= 0, "0 or more")
+        _check(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
+        for name in ("hflip", "random_erasing", "label_smoothing_factor"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        _check(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
+        for name in ("seed", "data_seed", "warmup_epochs", "drw_start_epoch", "nonfinite_limit"):
+            _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
+        for name in ("min_learning_rate", "warmup_learning_rate"):
+            _check(self, name, getattr(self, name) >= 0, "0 or more")
+        _check_choice(self, "loss_normalization", ("global", "per_process"))
+        _check_choice(self, "on_nonfinite", ("stop", "skip"))
+        _check_choice(self, "hub_strategy", ("end",))
+        _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _check(self, name, getattr(self, name) >= 1, "1 or more")
+        for name in ("global_batch_size", "learning_rate_slices"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        _check(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
+
+    def settle(self) -> "LongTailTrainingArguments":
+        """Makes batch and learning rate fit what was set since they last did, and checks all values again.
+
+        The trainers call it: values can be set one by one, by `set_training`, or by a search for hyperparameters.
+
+        Raises:
+            ValueError: If a value is outside its range or has no effect, or `global_batch_size` cannot be made of whole
+                batches.
+        """
+        self.check()
+        inherited.check_values(self)
+        if "optim" not in self.refused:
+            inherited.check_optimizer(self)
+        batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        if batch != self._batch:
+            if self._batch is not None and self.global_batch_size == self._batch[0]:
+                self.global_batch_size = None  # what it is made of was set
+            self._divide_global_batch()
+            self._batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        if self.learning_rate in (None, self._made_learning_rate):
             slices = self.learning_rate_slices or self.gradient_accumulation_steps
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
-        else:
-            self.learning_rate = given_learning_rate
+            self._made_learning_rate = self.learning_rate
+        if self.data_seed in (None, self._made_data_seed):
+            self.data_seed = self._made_data_seed = self.seed
+        return self
+
+    def set_training(self, *args, **kwargs):
+        """As in transformers; the global batch is then what the batch and the accumulation make."""
+        return super().set_training(*args, **kwargs).settle()
+
+    def set_dataloader(self, *args, **kwargs):
+        """As in transformers; the global batch is then what the batch and the accumulation make."""
+        super().set_dataloader(*args, **kwargs)
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        return self.settle()
+
+    def set_push_to_hub(self, model_id: str, strategy: str = "end", **kwargs):
+        """As in transformers; what is pushed is the finished model."""
+        super().set_push_to_hub(model_id, strategy, **kwargs)
+        self.check()
+        return self
+
+    def set_lr_scheduler(self, *args, **kwargs):
+        """Refuses: there is no other schedule than the method's.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "set_lr_scheduler has no effect: the schedule is the method's own; set num_train_epochs, warmup_epochs and "
+            "min_learning_rate, or give the trainer a scheduler with its optimizer."
+        )
 
     def arrangements(self) -> dict[str, tuple[Any, Any]]:
         """What `as_published` decides, by field: this package's way and the authors'."""
@@ -327,14 +375,8 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     repeated_augmentation: int = _option(3, "Copies of an image in a batch; 1 for plain shuffling.")
     weight_decay: float = _option(0.05, "Weight decay of AdamW; none on biases, norms, tokens and positions.")
 
-    def __post_init__(self):
-        super().__post_init__()
-        precision = "fp16" if self.fp16 else "no"
-        if self.as_published and self.mixed_precision != precision:
-            raise ValueError(
-                f"as_published trains in {'half' if self.fp16 else 'full'} precision on this device, not in "
-                f"{self.mixed_precision}; leave bf16 (and the launcher's mixed_precision) or as_published out."
-            )
+    def check(self) -> None:
+        super().check()
         # Refuses values outside their range here, before a teacher is trained for them.
         DistillationLoss(self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
@@ -343,11 +385,21 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("mixup_switch", "mixup_probability"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+
+    def settle(self) -> "DeiTLTTrainingArguments":
+        super().settle()
+        precision = "fp16" if self.fp16 else "no"
+        if self.as_published and self.mixed_precision != precision:
+            raise ValueError(
+                f"as_published trains in {'half' if self.fp16 else 'full'} precision on this device, not in "
+                f"{self.mixed_precision}; leave bf16 (and the launcher's mixed_precision) or as_published out."
+            )
         if self.mixes and self.train_batch_size % 2:
             raise ValueError(
                 "Mixup and CutMix pair the images of a batch, so per_device_train_batch_size must be even, got "
                 f"{self.train_batch_size}."
             )
+        return self
 
     def check_data(self, num_images: int) -> None:
         """Checks that training images and epochs suffice; repeated augmentation takes whole rounds of images.
@@ -382,6 +434,10 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     The learning rate falls by `lr_drops` at `lr_drop_epochs`, or follows a cosine without them.
     """
 
+    refused: ClassVar[Mapping[str, str]] = {
+        **LongTailTrainingArguments.refused,
+        **inherited.refused(inherited.TEACHER_ARGUMENTS),
+    }
     teacher_loss: str = _option(
         "ce",
         "Loss: ce, ldam (with a cosine classifier), logit_adjusted (balanced softmax), or paco (with projection_size).",
@@ -418,8 +474,8 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     auto_augment: str | None = _option(None, "Augmentation policy in timm's notation, or 'none'.")
     random_erasing: float = _option(0.0, "Probability of random erasing.")
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         _check_choice(self, "teacher_loss", TEACHER_LOSSES)
         _check(self, "paco_alpha", self.paco_alpha >= 0, "0 or more")
         _check(self, "paco_temperature", self.paco_temperature > 0, "above 0")
@@ -428,8 +484,6 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         for name in ("ldam_margin", "ldam_scale"):
             _check(self, name, getattr(self, name) > 0, "above 0")
         _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
-        _check_left(self, ("optim", "optim_args", *adam), "teachers are trained with SGD")
         smooths = self.teacher_loss == "ce" or self.label_smoothing_factor == 0
         _check(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
         _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
@@ -497,19 +551,9 @@ def _increases(values: Sequence[float]) -> bool:
     return all(first < second for first, second in itertools.pairwise(values))
 
 
-def _default(name: str):
-    """What one of transformers' fields is if it is not given."""
-    return next(field.default for field in fields(TrainingArguments) if field.name == name)
-
-
 def _check(args: TrainingArguments, name: str, fits: bool, wanted: str) -> None:
     if not fits:
         raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)!r}.")
-
-
-def _check_left(args: TrainingArguments, names: Sequence[str], why: str) -> None:
-    for name in names:
-        _check(args, name, getattr(args, name) == _default(name), f"left as it is ({why})")
 
 
 def _check_choice(args: TrainingArguments, name: str, choices: Sequence[str]) -> None:

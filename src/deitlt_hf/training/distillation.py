@@ -1,6 +1,7 @@
 """The DeiT-LT trainer: a dual-token student learns from labels and from a frozen flat teacher."""
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,13 +10,15 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DeiTForImageClassificationWithTeacher, PreTrainedConfig, PreTrainedModel
 
+from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.long_tail import class_counts
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize, weak_transform
 from ..evaluation import group_accuracies
 from ..losses import DistillationLoss
+from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from .arguments import DeiTLTTrainingArguments
 from .provenance import teacher_record
@@ -33,12 +36,12 @@ class DeiTLTTrainer(LongTailTrainer):
     - `token_similarity`: cosine of the final CLS and DIST tokens.
 
     Args:
-        model: The student.
+        model: The student. A `DeiTForImageClassificationWithTeacher` of transformers is made one, on the same weights.
         args: A [`DeiTLTTrainingArguments`].
         teacher: An image classifier that knows the student's classes by name, in any order and perhaps among others;
             one whose classes have no names must have as many, in the same order. Needed to train unless
-            `args.distillation` is `none`. It is frozen, and never saved with the student. With `args.fold_teacher` a
-            faster copy of it, as it is now, teaches.
+            `args.distillation` is `none`. It is frozen, in float32, and never saved with the student. With
+            `args.fold_teacher` a faster copy of it, as it is now, teaches.
         teacher_processor: Image processor that says in which size and normalisation the teacher takes images. None: a
             [`FlatTeacherForImageClassification`] tells it itself; another teacher takes what the student does.
         **kwargs: As for [`LongTailTrainer`].
@@ -48,12 +51,13 @@ class DeiTLTTrainer(LongTailTrainer):
             chance on the test images.
     """
 
+    arguments_class = DeiTLTTrainingArguments
     experts = {"mean": "logits", "cls": "cls_logits", "distillation": "distillation_logits"}
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: DeiTLTTrainingArguments,
+        model: PreTrainedModel | None = None,
+        args: DeiTLTTrainingArguments | None = None,
         teacher: PreTrainedModel | None = None,
         teacher_processor=None,
         **kwargs,
@@ -65,19 +69,27 @@ class DeiTLTTrainer(LongTailTrainer):
                 teacher_processor = model_processor(teacher.config)
             self.student_format = ImageFormat.of(self.processing_class)
             self.teacher_format = ImageFormat.of(teacher_processor) if teacher_processor else self.student_format
-            names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+            config = self.model.config
+            names = [config.id2label[label] for label in range(config.num_labels)]
             self._label_order = label_order(names, teacher.config).to(self.args.device)
-            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device, torch.float32)
             plain = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
             if args.fold_teacher and plain and isinstance(teacher, FlatTeacherForImageClassification):
                 self.teacher = teacher.folded()
+
+    def prepare_model(self, model):
+        return super().prepare_model(as_student(model))
+
+    def make_losses(self):
+        super().make_losses()
+        args = self.args
         self.mixup = Mixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
             prob=args.mixup_probability,
             switch_prob=args.mixup_switch,
             label_smoothing=args.label_smoothing_factor,
-            num_classes=model.config.num_labels,
+            num_classes=self.model.config.num_labels,
         )
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> DistillationLoss:
@@ -191,7 +203,8 @@ class DeiTLTTrainer(LongTailTrainer):
             ValueError: If its balanced accuracy is within two standard errors of chance.
         """
         predictions, labels = [], []
-        for batch in self.get_eval_dataloader():
+        first = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+        for batch in self.get_eval_dataloader(first):
             predicted = self.teacher_logits(batch["pixel_values"].to(self.args.device)).argmax(dim=1)
             gathered = self.accelerator.gather_for_metrics((predicted, batch["labels"].to(self.args.device)))
             predictions.append(gathered[0].cpu())
@@ -208,6 +221,34 @@ class DeiTLTTrainer(LongTailTrainer):
                 "size and normalisation?"
             )
         return accuracies
+
+
+def as_student(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as one that can be trained as a student; it keeps its parameters, also where its class changes.
+
+    Raises:
+        ValueError: If it does not have the two heads of a student.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    # By name: the class that a folder brings along is another one.
+    if any(cls.__name__ == DeiTLTForImageClassification.__name__ for cls in type(base).__mro__):
+        return model
+    if base is not model or not isinstance(model, DeiTForImageClassificationWithTeacher):
+        raise ValueError(
+            f"a student has two heads, but a {type(base).__name__} was given; give a DeiTLTForImageClassification, or "
+            "transformers' DeiTForImageClassificationWithTeacher, which is made one."
+        )
+    config = DeiTLTConfig.from_dict(model.config.to_dict(), attn_implementation=model.config._attn_implementation)
+    with torch.device("meta"):
+        student = DeiTLTForImageClassification(config)
+    student.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    student.name_or_path = model.name_or_path
+    warnings.warn(
+        f"the {type(model).__name__} is trained as a DeiTLTForImageClassification on the same weights, with stochastic "
+        f"depth {config.drop_path_rate:g}; the trainer's model is that one.",
+        stacklevel=2,
+    )
+    return student.train(model.training)
 
 
 def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teacher") -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Evaluation of several experts in one pass."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,12 +29,14 @@ class ExpertEvaluation:
     averaged_model: PreTrainedModel | None
     last_table: ExpertTable
 
+    _keeps_logits = False
+
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predicted classes of each expert in place of logits, a few bytes an image, and the prediction's loss.
+        """Predicted classes of each expert, a few bytes an image, and the prediction's loss.
 
         The loss is a last column: as a mean of batches, as transformers takes it, it would count the images twice that
-        fill up the last batches of several processes.
+        fill up the last batches of several processes. Where somebody needs the logits, they come second in a pair.
         """
         inputs = self._prepare_inputs(inputs)
         pixel_values, labels = inputs["pixel_values"], inputs["labels"]
@@ -43,19 +46,80 @@ class ExpertEvaluation:
                 all_outputs.append(self.averaged_model(pixel_values=pixel_values))
         loss = F.cross_entropy(all_outputs[0].logits.float(), labels, reduction="none")
         columns = [outputs[field].argmax(dim=1) for outputs in all_outputs for field in self.experts.values()]
-        return None, torch.stack([*columns, loss], dim=1), labels
+        counted = torch.stack([*columns, loss], dim=1)
+        if not self._keeps_logits:
+            return None, counted, labels
+        if ignore_keys is None:
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
+        kept = tuple(value for name, value in all_outputs[0].items() if name not in (*ignore_keys, "loss"))
+        return None, (counted, kept[0] if len(kept) == 1 else kept), labels
 
-    def evaluation_loop(self, *args, **kwargs):
-        """As the parent's; the predictions are classes, (images, experts)."""
-        output = super().evaluation_loop(*args, **kwargs)
-        if output.predictions is None:
-            return output
-        return output._replace(predictions=output.predictions[:, :-1].astype(np.int64))
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+        """As the parent's, with the metrics of the experts beside those of the user's `compute_metrics`.
 
-    def expert_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Loss and accuracies of each expert, overall and by group; they make the table too."""
-        classes, losses = prediction.predictions[:, :-1].astype(np.int64), prediction.predictions[:, -1]
-        labels = prediction.label_ids
+        The predictions are those of transformers: the logits, and what else of the output `ignore_keys` leaves. They
+        are kept for `predict` and `compute_metrics` only.
+        """
+        compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
+        self._keeps_logits = description == "Prediction" or compute is not None
+        self.compute_metrics = lambda prediction: self._all_metrics(prediction, compute)
+        if preprocess is not None and self._keeps_logits:
+            self.preprocess_logits_for_metrics = lambda pair, labels: (pair[0], preprocess(pair[1], labels))
+        elif preprocess is not None:
+            self.preprocess_logits_for_metrics = None
+        try:
+            with self._evaluated_dtype():
+                output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            predictions = output.predictions[1] if self._keeps_logits and output.predictions is not None else None
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = compute, preprocess
+            self._keeps_logits = False
+        return output._replace(predictions=predictions)
+
+    @contextlib.contextmanager
+    def _evaluated_dtype(self) -> Iterator[None]:
+        """Gives the weights the dtype of `bf16_full_eval` or `fp16_full_eval` for the time being.
+
+        transformers converts the model for good: what is trained next or saved would be the converted one.
+        """
+        dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
+        if dtype is None or self.is_in_train:
+            yield
+            return
+        models = [model for model in (self.model, self.averaged_model) if model is not None]
+        modules = [module for model in models for module in model.modules()]
+        held = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+        data = [(tensor, tensor.data) for model in models for tensor in model.parameters()]
+        try:
+            for model in models:
+                model.to(dtype=dtype, device=self.args.device)
+            yield
+        finally:
+            for module, parameters, buffers in held:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
+            for parameter, values in data:
+                parameter.data = values
+
+    def _all_metrics(self, prediction: EvalPrediction, compute: Callable | None) -> dict[str, float]:
+        """The experts' metrics, and over them the user's of the logits (images, classes)."""
+        kept = self._keeps_logits
+        counted, logits = prediction.predictions if kept else (prediction.predictions, None)
+        metrics = self.expert_metrics(counted, prediction.label_ids)
+        if compute is None:
+            return metrics
+        losses = counted[:, -1] if "loss" in self.args.include_for_metrics else None
+        given = EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=losses)
+        return metrics | compute(given)
+
+    def expert_metrics(self, counted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Loss and accuracies of each expert, overall and by group; they make the table too.
+
+        Args:
+            counted: Predicted class of each expert, and the loss; (images, experts + 1).
+            labels: True classes; (images,).
+        """
+        classes, losses = counted[:, :-1].astype(np.int64), counted[:, -1]
         experts = [*self.experts, *(f"ema_{expert}" for expert in self.experts if self.averaged_model is not None)]
         accuracies = {
             expert: group_accuracies(classes[:, column], labels, self.groups) for column, expert in enumerate(experts)

@@ -35,8 +35,10 @@ def as_images(dataset, background: str | None, views: Mapping[str, TrainTransfor
             args.gradient_accumulation_steps,
             background,
         )
-    if isinstance(dataset, DatasetDict | IterableDataset):
+    if isinstance(dataset, DatasetDict | IterableDatasetDict | IterableDataset):
         _check_kind(dataset)
+    if isinstance(dataset, dict):
+        return {name: as_images(images, background) for name, images in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
     dataset = dataset.with_format(None)
@@ -47,8 +49,14 @@ def match_labels(config, dataset: Dataset) -> None:
     """Names the model's labels after the data, or checks that they agree.
 
     Raises:
-        ValueError: If they do not, or the data are no `datasets.Dataset` of images with classes.
+        ValueError: If they do not, the data are no `datasets.Dataset`, or the model is made for another problem than to
+            choose one class.
     """
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"the model's config has problem_type {problem!r}, but an image has one class here; set it to None."
+        )
     _check_kind(dataset)
     _, column = find_columns(dataset)
     feature = dataset.features[column]

@@ -1,17 +1,23 @@
-"""Where a run was done, and whom its student learned from: for `results.json` and the model card."""
+"""What ran, where, and which teacher a student learned from: for `results.json` and the model card."""
 
 import contextlib
 import platform
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.utils import cached_file
 
+from ..data import images
 from ..io import read_json, weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
+from .sam import SAM
 
 # What matters of a teacher's training to who reads of its student; "epochs" in records of before 0.1.0.
 _TEACHER_SETTINGS = (
@@ -38,6 +44,90 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+class WhatRan(TrainerCallback):
+    """Records at the start of training what the objects are that do it, which arguments do not always say."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        teacher = getattr(trainer, "teacher", None)
+        evaluated = "bfloat16" if args.bf16_full_eval else "float16" if args.fp16_full_eval else None
+        trainer.results.content["ran"] = {
+            "dtype": dtype_of(trainer.model),
+            "teacher_dtype": None if teacher is None else dtype_of(teacher),
+            "evaluation_dtype": evaluated or dtype_of(trainer.model),
+            "mixed_precision": trainer.accelerator.mixed_precision,
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "compiled": bool(args.torch_compile),
+            "optimizer": optimizer_record(trainer.optimizer),
+            "scheduler": {
+                "class": class_name(without_wrapper(trainer.lr_scheduler)),
+                "of_the_method": "scheduler" not in trainer._given,
+            },
+            "given": list(trainer._given),
+            "jpeg_decoder": jpeg_decoder(),
+        }
+        if state.is_world_process_zero:
+            trainer.results.write()
+
+
+def without_wrapper(optimizer):
+    """An optimiser or scheduler out of Accelerate's wrapper."""
+    for name in ("optimizer", "scheduler"):
+        if type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    return optimizer
+
+
+def class_name(thing: Any) -> str:
+    """Module and name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Dtypes of a model's parameters, the most frequent one alone if it is the only one."""
+    return ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
+
+
+def optimizer_record(optimizer: Optimizer) -> dict[str, Any]:
+    """Class and settings of an optimiser; of one under SAM those of the wrapped one, and SAM's.
+
+    Settings that differ between its parameter groups are lists; `lr` is the peak.
+    """
+    optimizer, sam = without_wrapper(optimizer), None
+    if isinstance(optimizer, SAM):
+        rhos = [group["rho"] for group in optimizer.param_groups]
+        sam = {"rho": rhos[:1] if len(set(rhos)) == 1 else rhos, "adaptive": optimizer.adaptive}
+        optimizer = optimizer.base_optimizer
+    names = dict.fromkeys(name for group in optimizer.param_groups for name in group)
+    settings = {}
+    for name in names:
+        if name in ("params", "param_names", "initial_lr", "rho"):
+            continue
+        key = "initial_lr" if name == "lr" and "initial_lr" in optimizer.param_groups[0] else name
+        values = [_plain(group.get(key)) for group in optimizer.param_groups]
+        settings[name] = values[0] if all(value == values[0] for value in values) else values
+    return {"class": class_name(optimizer), "settings": settings, "sam": sam}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | bool | int | float | None) else str(value)
+
+
+def jpeg_decoder() -> str:
+    """The library that decodes JPEGs here, whose pixels differ from those of others by rounding."""
+    library = "pillow" if images.decode_jpeg is None else "torchvision"
+    return f"{library} {version(library)}"
+
+
 def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | None) -> dict:
     """What there is to know of a student's teacher.
 
@@ -54,6 +144,7 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
     training = {
         "recipe": own.get("recipe"),
         "settings": {name: settings[name] for name in _TEACHER_SETTINGS if name in settings},
+        "optimizer": (own.get("ran") or {}).get("optimizer"),
         "finished": own.get("finished"),
         "subset_sha256": own.get("data", {}).get("subset_sha256"),
     }

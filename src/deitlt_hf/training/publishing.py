@@ -32,6 +32,7 @@ class PublishingTrainer(Trainer):
     def push_to_hub(
         self,
         commit_message: str = "End of training",
+        blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
@@ -43,6 +44,7 @@ class PublishingTrainer(Trainer):
 
         Args:
             commit_message: First line of the commit.
+            blocking: Left at True: the folder must not change while it is pushed.
             token: A token that may write there.
             revision: Branch to push to.
             private: Make a new repository private.
@@ -56,6 +58,8 @@ class PublishingTrainer(Trainer):
             ValueError: If `hub_model_id` is no name of a repository.
             OSError: If it cannot be pushed. The model is saved, and the message says how to push it later.
         """
+        if not blocking:
+            raise ValueError("push_to_hub cannot be done with blocking=False; leave it at True.")
         args = self.args
         options = hub_options(args, token, private, revision)
         if self.state.global_step == 0 and run_files(args.output_dir):

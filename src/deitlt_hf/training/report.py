@@ -28,7 +28,7 @@ from .resuming import architecture
 from .watch import CURVES_FILE, LOG_FILE
 
 LOCK_FILE = ".lock"
-LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm")
+LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
 
 
 def quiet_log(quiet: bool | None = None) -> None:
@@ -183,10 +183,10 @@ class Results:
                 **self.data_of(trainer),
                 "groups": {name: [names[label] for label in group] for name, group in trainer.groups.items()},
                 "group_rule": trainer.group_rule,
-                "test_images": 0 if trainer.eval_dataset is None else len(trainer.eval_dataset),
+                "test_images": trainer.test_images,
             },
             "teacher": self.teacher,
-            "settings": args.method_settings(),
+            "settings": trainer.settings(),
             "architecture": architecture(config),
             "processes": {
                 "processes": args.world_size,
@@ -264,7 +264,7 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
         "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
         "groups": trainer.group_rule,
         "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",
-        "test images": f"{len(trainer.eval_dataset):,}" if trainer.eval_dataset is not None else "none",
+        "test images": f"{trainer.test_images:,}" if trainer.test_images else "none",
         "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "
         f"{args.gradient_accumulation_steps} accumulation step(s)",
         "learning rate": f"{args.learning_rate:.3g} at its peak, {args.warmup_epochs:g} epochs of warm-up",

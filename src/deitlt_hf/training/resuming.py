@@ -66,9 +66,7 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
             "begin again with --overwrite."
         )
     # As they were written and read: a list for a tuple.
-    now = json.loads(
-        json.dumps(nan_to_null(trainer.args.method_settings() | _free(architecture(trainer.model.config))))
-    )
+    now = json.loads(json.dumps(nan_to_null(trainer.settings() | _free(architecture(trainer.model.config)))))
     before = record.get("settings", {}) | _free(record.get("architecture", {}))
     for name, value in now.items():
         if before.get(name, value) != value:
@@ -85,7 +83,7 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
 
 def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
     """What makes a run another one, in words."""
-    had, settings = record.get("data", {}), trainer.args.method_settings()
+    had, settings = record.get("data", {}), trainer.settings()
     yield from other_classes(class_names(config) or had.get("classes") or data["classes"], data["classes"])
     model = record.get("model")
     if model not in (None, type(trainer.model).__name__):
@@ -203,7 +201,10 @@ class MissedEvaluation(TrainerCallback):
             steps = steps_per_epoch(train_dataloader, args)
         if state.global_step == 0 or args.eval_strategy == "no" or state.global_step % steps:
             return
-        if not any(entry["step"] == state.global_step and "eval_accuracy" in entry for entry in state.log_history):
+        if not any(
+            entry["step"] == state.global_step and any(name.startswith("eval_") for name in entry)
+            for entry in state.log_history
+        ):
             trainer = self.trainer
             if trainer._determine_best_metric(trainer.evaluate(), trial=None) and trainer.resumed_from is not None:
                 state.best_model_checkpoint = trainer.resumed_from

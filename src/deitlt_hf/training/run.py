@@ -210,7 +210,7 @@ def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClass
         return load_original_student(path, class_names=names, num_labels=len(names), like=like, **options)
     with loading(path):
         student, info = DeiTLTForImageClassification.from_pretrained(
-            path, **labels, **options, ignore_mismatched_sizes=True, output_loading_info=True
+            path, **labels, **options, dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
         )
     missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)  # the heads are new
     if missing:

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
 from ..hub.card_facts import in_phases
 from ..losses import LDAMLoss, LogitAdjustedLoss, PaCoLoss
 from .arguments import FlatTeacherTrainingArguments
 from .contrast import MomentumContrast
+from .provenance import without_wrapper
 from .sam import SAM
 from .schedule import warmup_drops
 from .trainer import LongTailTrainer
@@ -37,25 +39,43 @@ class FlatTeacherTrainer(LongTailTrainer):
     Args:
         model: A [`FlatTeacherForImageClassification`], or any image classifier.
         args: A [`FlatTeacherTrainingArguments`].
-        **kwargs: As for [`LongTailTrainer`].
+        **kwargs: As for [`LongTailTrainer`]. An optimiser that is given is wrapped in SAM, if `sam_rho` is not 0, with
+            its own groups and learning rates; one that is SAM already is taken as it is.
 
     Raises:
         ValueError: If the loss needs another classifier or projection.
     """
 
+    arguments_class = FlatTeacherTrainingArguments
     experts = {"teacher": "logits"}
 
-    def __init__(self, model, args: FlatTeacherTrainingArguments, **kwargs):
+    def __init__(self, model=None, args: FlatTeacherTrainingArguments | None = None, **kwargs):
+        self.contrast = None
         super().__init__(model=model, args=args, **kwargs)
         if max(args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("SAM needs whole gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
-        self.contrast = None
-        if self.train_dataset is not None:
+        if self.optimizer is not None:
+            self.optimizer = self._under_sam(self.optimizer)
+        self._make_contrast()
+
+    def prepare_model(self, model):
+        """Checks the heads too."""
+        model, args = super().prepare_model(model), self.args
+        if self._datasets[0] is not None:
             _check_heads(args.teacher_loss, model.config)
             if args.teacher_loss == "ldam":
                 model.config.logit_scale = args.ldam_scale
-            if args.teacher_loss == "paco":
-                self.contrast = MomentumContrast(model, args.paco_queue, args.paco_momentum)
+        return model
+
+    def _make_contrast(self) -> None:
+        args = self.args
+        if self.train_dataset is not None and args.teacher_loss == "paco":
+            self.contrast = MomentumContrast(self.model.to(args.device), args.paco_queue, args.paco_momentum)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        if self.model_init is not None:  # the model is another than that of before
+            self._make_contrast()
+        return super()._prepare_for_training(*args, **kwargs)
 
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
@@ -65,11 +85,31 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            args, model = self.args, model or self.model
-            sgd = torch.optim.SGD(model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
-            has_sam = max(args.sam_rho) > 0
-            self.optimizer = SAM(sgd, args.sam_rho[0], args.sam_adaptive) if has_sam else sgd
+            args, parameters = self.args, [*(model or self.model).parameters()]
+            if self.optimizer_cls_and_kwargs is None:
+                optimizer = torch.optim.SGD(
+                    parameters, args.learning_rate, args.momentum, weight_decay=args.weight_decay
+                )
+            else:
+                optimizer_class, kwargs = self.optimizer_cls_and_kwargs
+                group = {"params": parameters, "weight_decay": args.weight_decay}
+                optimizer = optimizer_class([group], **{"lr": args.learning_rate, **kwargs})
+            self.optimizer = self._under_sam(optimizer)
         return self.optimizer
+
+    def _under_sam(self, optimizer: Optimizer) -> Optimizer:
+        """An optimiser as `sam_rho` wants it; one that is SAM already stays as it is."""
+        self._has_own_rho = isinstance(optimizer, SAM)
+        if self._has_own_rho or max(self.args.sam_rho) == 0:
+            return optimizer
+        return SAM(optimizer, self.args.sam_rho[0], self.args.sam_adaptive)
+
+    def optimizer_plan(self):
+        if self.optimizer is not None:
+            return super().optimizer_plan()
+        name = "SGD" if self.optimizer_cls_and_kwargs is None else super().optimizer_plan()
+        rho = in_phases(self.args.sam_rho, self.args.sam_rho_epochs)
+        return f"{name}, SAM with rho {rho}" if max(self.args.sam_rho) > 0 else name
 
     @property
     def rho(self) -> float:
@@ -91,12 +131,12 @@ class FlatTeacherTrainer(LongTailTrainer):
         )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # out of Accelerate's wrapper
-        rho = self.rho
-        if not isinstance(optimizer, SAM) or rho == 0:
+        optimizer = without_wrapper(self.optimizer)
+        if isinstance(optimizer, SAM) and not self._has_own_rho:
+            for group in optimizer.param_groups:
+                group["rho"] = self.rho
+        if not isinstance(optimizer, SAM) or all(group["rho"] == 0 for group in optimizer.param_groups):
             return super().training_step(model, inputs, num_items_in_batch)
-        for group in optimizer.param_groups:
-            group["rho"] = rho
         with self._gradients_stay(model, self.args.sam_per_process):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -180,11 +220,15 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def plan(self) -> dict[str, str]:
         args = self.args
-        rho = in_phases(args.sam_rho, args.sam_rho_epochs)
-        lines = {"optimiser": f"SGD, SAM rho {rho}" if max(args.sam_rho) > 0 else "SGD", "loss": args.teacher_loss}
+        lines = {"loss": args.teacher_loss}
         if args.drw_start_epoch is not None:
             lines["phases"] = f"re-weighted from epoch {self.drw_start()}"
         return lines
+
+
+def _stages(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters by stage, of those models that have stages."""
+    return model.stages() if hasattr(model, "stages") else [list(model.parameters())]
 
 
 def _check_heads(loss: str, config: PreTrainedConfig) -> None:

@@ -5,18 +5,18 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast, send_to_device
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers import GreedyLR, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..data.images import ImageCollator
@@ -25,15 +25,19 @@ from ..data.long_tail import shot_groups
 from ..data.sampling import SeededImages, TrainBatches, seed_streams
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform, model_processor, train_transform
+from ..hub.card_facts import optimizer_name
 from ..hub.cards import write_card
 from ..losses import effective_number_weights
+from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import WholeCheckpointTrainer, newest_checkpoint, of_first_process, read_state, whole_checkpoint
 from .ema import EMA_FOLDER, MovingAverage
 from .experts import ExpertEvaluation
 from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
+from .inherited import check_parameters
 from .inputs import as_images, match_labels, outliving
 from .memory import keep_freed_memory
+from .provenance import WhatRan, optimizer_record
 from .publishing import PublishingTrainer
 from .report import Results, check_output_dir, claim_output_dir, goes_on_in, only_run, print_plan, show
 from .resuming import (
@@ -69,48 +73,61 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     - a folder that holds another run is not written to;
     - `push_to_hub` in the arguments pushes the finished model, in one commit; checkpoints stay in the folder.
 
+    - what is trained has float32 weights, whatever they were loaded in, and an evaluation changes none.
+
     Args:
         model: The model to train. It takes the names of its labels from the data if it has none.
         args: Training arguments.
         train_dataset: Training images or a [`StreamedSplit`] of them. Not needed for evaluation alone.
-        eval_dataset: Test images.
+        eval_dataset: Test images, or several sets of them by name: `results.json` and checks take the first.
         processing_class: Image processor for evaluation; by default made from the model's image size.
         groups: Class indices of head, mid and tail; by default those of [`shot_groups`].
-        **kwargs: As for [`~transformers.Trainer`].
+        model_init: Makes the model, instead of `model`; each call of `train` then starts with a new one, as
+            `hyperparameter_search` needs.
+        optimizers: An optimiser of the model's parameters, or None, and a scheduler of it, or None for the method's
+            schedule, scaled to the optimiser's learning rates.
+        **kwargs: As for [`~transformers.Trainer`]. Metrics of `compute_metrics` stand beside the trainer's own.
 
     Raises:
-        ValueError: If data and model do not fit each other.
+        ValueError: If data, model and optimiser do not fit each other, or a parameter has no effect (`inherited.py`).
     """
+
+    arguments_class = LongTailTrainingArguments
+    _given: tuple[str, ...] = ()  # of optimizer and scheduler those that were given
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: LongTailTrainingArguments,
+        model: PreTrainedModel | None = None,
+        args: LongTailTrainingArguments | None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         processing_class=None,
         groups: Mapping[str, Sequence[int]] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        optimizers=(None, None),
         **kwargs,
     ):
+        check_parameters(kwargs)
+        for name in ("data_collator", "compute_loss_func"):
+            kwargs.pop(name, None)
+        if (model is None) == (model_init is None):
+            raise ValueError("give either a model or model_init.")
+        if not isinstance(args, self.arguments_class):
+            raise ValueError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}.")
+        if args.include_for_metrics and kwargs.get("compute_metrics") is None:
+            raise ValueError(f"include_for_metrics {args.include_for_metrics} has no effect without compute_metrics.")
+        self.args, self.model_init = args.settle(), model_init
+        self._datasets = (train_dataset, eval_dataset)
+        self.subset_sha256 = self.images_sha256 = self.class_counts = None  # the second is found when training begins
+        self.groups = groups
+        if model is None:
+            set_seed(args.seed)
+            model = self.call_model_init()
+        else:
+            model = self.prepare_model(model)
         if processing_class is None:
             processing_class = model_processor(model.config, args.image_resize)
-        for dataset in (train_dataset, eval_dataset):
-            if dataset is not None:
-                match_labels(model.config, dataset)
-        self.subset_sha256 = self.images_sha256 = None  # the latter is found out when training begins
-        self._train_split = train_dataset
-        if train_dataset is not None:
-            model.config.class_counts = training_counts(train_dataset).tolist()
-            self.subset_sha256 = subset_hash(train_dataset)
-        self.class_counts = getattr(model.config, "class_counts", None)
-        if groups is None:
-            if self.class_counts is None:
-                raise ValueError("without a train_dataset, and class_counts in the model's config, give groups.")
-            groups = shot_groups(self.class_counts)
-        self.group_rule = getattr(groups, "rule", "as given")
-        self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
-        if train_dataset is not None:
-            model.config.class_groups = self.groups
+        self._take_optimizers(model, *optimizers, kwargs.get("optimizer_cls_and_kwargs"))
 
         self.views = {} if train_dataset is None else self.train_views(args, processing_class)
         collator = ImageCollator(processing_class)
@@ -121,11 +138,16 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             train_dataset=as_images(train_dataset, collator.background, self.views, args),
             eval_dataset=as_images(eval_dataset, collator.background),
             processing_class=processing_class,
-            compute_metrics=self.expert_metrics,
+            optimizers=optimizers,
             **kwargs,
         )
+        self.model_init = model_init  # not given above: the model is made
         if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("a moving average needs whole weights; leave out DeepSpeed and FSDP, or ema_decay.")
+        if (self.args.bf16_full_eval or self.args.fp16_full_eval) and (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled
+        ):
+            raise ValueError("bf16_full_eval and fp16_full_eval need whole weights; leave out DeepSpeed and FSDP.")
         if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
         self.loss_is_scaled_for_ga = True  # by `loss_denominators`, which are those of the whole accumulated batch
@@ -136,10 +158,12 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.add_callback(BeginRun(self))
         self.add_callback(RunLog())
         self.add_callback(EpochOrder())
+        self.add_callback(WhatRan(self))
         self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
         decay = self.args.ema_decay
         self.ema = None if decay is None else MovingAverage(decay, self.args.ema_every_slice)
+        self._check_best_metric()
         for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema, MissedEvaluation(self)):
             if callback is not None:
                 self.add_callback(callback)
@@ -147,14 +171,112 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.beginning = Beginning()
         self._plan: dict[str, str] = {}
         self._resuming = False
-        if train_dataset is not None:
-            self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
-            self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
+        self.run_dir = self.args.output_dir
+        self.make_losses()
         self._window: list[dict[str, Any]] = []
         self._slice = 0
         self._logged: dict[str, torch.Tensor] = {}
         self._steps_logged = 0
         self._recording = False
+
+    def prepare_model(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Makes a model fit to be trained, and names its classes after the data.
+
+        Returns:
+            The same model, or another one with its parameters.
+
+        Raises:
+            ValueError: If it has other classes than the data, or is made for another problem.
+        """
+        train_dataset, eval_dataset = self._datasets
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            if dataset is not None:
+                match_labels(model.config, dataset)
+        if train_dataset is None:
+            self.class_counts = getattr(model.config, "class_counts", None)
+        elif self.class_counts is None:
+            self.class_counts, self.subset_sha256 = training_counts(train_dataset).tolist(), subset_hash(train_dataset)
+        if self.groups is None:
+            if self.class_counts is None:
+                raise ValueError("without a train_dataset, and class_counts in the model's config, give groups.")
+            self.groups = shot_groups(self.class_counts)
+        self.group_rule = getattr(self.groups, "rule", getattr(self, "group_rule", "as given"))
+        self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in self.groups.items()}
+        if train_dataset is not None:
+            model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
+            model.config.return_dict = True
+            model.to(torch.float32)  # transformers 5 loads the dtype of the file, in which small updates are lost
+            if self.args.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+                raise ValueError(
+                    f"activation_checkpointing: a {type(model).__name__} does not support it; leave it out."
+                )
+        return model
+
+    def call_model_init(self, trial=None):
+        return self.prepare_model(super().call_model_init(trial))
+
+    def _take_optimizers(self, model: PreTrainedModel, optimizer, scheduler, optimizer_cls_and_kwargs) -> None:
+        """Checks an optimiser and a scheduler that were given.
+
+        Raises:
+            ValueError: If they are not of the model, or not of each other.
+        """
+        if optimizer_cls_and_kwargs is not None and optimizer is not None:
+            raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")
+        if self.model_init is not None and (optimizer is not None or scheduler is not None):
+            raise ValueError("optimizers are of one model, but model_init makes others; give optimizer_cls_and_kwargs.")
+        if scheduler is not None and (
+            optimizer is None or scheduler.optimizer.param_groups is not optimizer.param_groups
+        ):
+            raise ValueError("the scheduler of optimizers must be of the optimizer that is given with it.")
+        if isinstance(scheduler, ReduceLROnPlateau | GreedyLR) and self.args.metric_for_best_model is None:
+            raise ValueError(f"a {type(scheduler).__name__} needs metric_for_best_model to follow; give it.")
+        if optimizer is not None:
+            own = {id(parameter) for parameter in model.parameters()}
+            if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+                raise ValueError(
+                    "the optimizer has parameters that are not the model's; make it of model.parameters()."
+                )
+        given = {"optimizer": optimizer or optimizer_cls_and_kwargs, "scheduler": scheduler}
+        self._given = tuple(name for name, value in given.items() if value is not None)
+
+    def make_losses(self) -> None:
+        """Makes of the arguments what the training loss is computed with."""
+        if self._datasets[0] is not None:
+            self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
+            self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
+
+    def _hp_search_setup(self, trial):
+        """Has the values of a trial reach all that is made of arguments."""
+        super()._hp_search_setup(trial)
+        if trial is None or self.hp_search_backend is None:
+            return
+        self.args.settle()
+        self._train_batch_size = self.args.train_batch_size
+        self.views = self.train_views(self.args, self.processing_class)
+        background = self.data_collator.background
+        self.train_dataset = as_images(self._datasets[0], background, self.views, self.args)
+        self.make_losses()
+
+    def _check_best_metric(self) -> None:
+        """Checks that an evaluation will have the metric that says which checkpoint is best.
+
+        Raises:
+            ValueError: If it will not.
+        """
+        wanted = self.args.metric_for_best_model
+        if wanted is None or self.eval_dataset is None or self.compute_metrics is not None:
+            return
+        experts = [*self.experts, *(f"ema_{expert}" for expert in self.experts if self.ema is not None)]
+        known = [
+            "loss",
+            "accuracy",
+            *(f"{expert}_{group}" for expert in experts for group in ("overall", *self.groups)),
+        ]
+        if isinstance(self.eval_dataset, dict):
+            known = [f"{name}_{metric}" for name in self.eval_dataset for metric in known]
+        if wanted.removeprefix("eval_") not in known:
+            raise ValueError(f"metric_for_best_model {wanted!r} is not measured; choose one of {', '.join(known)}.")
 
     # ---- What subclasses give ----
 
@@ -205,6 +327,35 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             words.append("full precision, as this device has no half precision")
         return {"as published": ", ".join(words)}
 
+    def optimizer_plan(self) -> str:
+        """The optimiser in words: what was given, or what the arguments say."""
+        if self.optimizer is not None:
+            return optimizer_name(optimizer_record(self.optimizer))
+        if self.optimizer_cls_and_kwargs is not None:
+            return getattr(self.optimizer_cls_and_kwargs[0], "__name__", "given")
+        return str(getattr(self.args.optim, "value", self.args.optim))
+
+    def _common_plan(self) -> dict[str, str]:
+        lines = {"optimiser": self.optimizer_plan()}
+        if "scheduler" in self._given:
+            lines["learning rate"] = f"by the {type(self.lr_scheduler).__name__} that was given"
+        elif "optimizer" in self._given and self.optimizer is not None:
+            rates = sorted({group["lr"] for group in self.optimizer.param_groups})
+            lines["learning rate"] = f"{', '.join(f'{rate:.3g}' for rate in rates)} of the optimiser at its peak"
+        if self.args.save_only_model and self.args.save_strategy != "no":
+            lines["checkpoints"] = "the model only (save_only_model): the run cannot be resumed"
+        return lines
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result of this run: the arguments, but for those that a given optimiser replaces."""
+        replaced = set()
+        if "optimizer" in self._given:
+            replaced = {"optim", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "sam_rho", "sam_adaptive"}
+            replaced |= {"learning_rate", "weight_decay"} if self.optimizer_cls_and_kwargs is None else set()
+        if "scheduler" in self._given:
+            replaced |= {"min_learning_rate", "warmup_epochs", "warmup_learning_rate", "lr_drop_epochs", "lr_drops"}
+        return {name: value for name, value in self.args.method_settings().items() if name not in replaced}
+
     def drw_start(self) -> str:
         """The epoch of deferred re-weighting for the plan, and whether `max_steps` ends the run before it."""
         start, steps = self.args.drw_start_epoch, self.args.max_steps
@@ -246,15 +397,19 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset.")
+        self.args.settle()
+        self._hp_search_setup(kwargs.get("trial"))
+        self.run_dir = self._get_output_dir(kwargs.get("trial"))  # of a trial, one of its own
+        self.results.path, self.run_file.folder = Path(self.run_dir) / RESULTS_FILE, Path(self.run_dir)
         # All that can be refused is refused before anything of another run is touched.
-        self._resuming = goes_on_in(self.args.output_dir, resume_from_checkpoint)
-        check_output_dir(self.args.output_dir, self.args.overwrite, self._resuming)
+        self._resuming = goes_on_in(self.run_dir, resume_from_checkpoint)
+        check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
         streamed = isinstance(self.train_dataset, StreamedImages)  # this process's share
         self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
-        with only_run(self.args.output_dir) if self.args.should_save else contextlib.nullcontext():
-            self._plan = self._published_plan() | self.plan()
+        with only_run(self.run_dir) if self.args.should_save else contextlib.nullcontext():
+            self._plan = self._common_plan() | self._published_plan() | self.plan()
             first = self.is_world_process_zero()
-            self.images_sha256 = of_first_process(first, lambda: images_hash(self._train_split))
+            self.images_sha256 = of_first_process(first, lambda: images_hash(self._datasets[0]))
             self.beginning = of_first_process(first, lambda: self._find_beginning(resume_from_checkpoint))
             if self.beginning.is_finished:
                 return self._load_finished()
@@ -269,7 +424,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """Finds what a run goes on from, and checks that it is the same run."""
         if not wanted:
             return Beginning()
-        output_dir, newest, total = self.args.output_dir, wanted in (True, "auto"), self.total_steps()
+        output_dir, newest, total = self.run_dir, wanted in (True, "auto"), self.total_steps()
         data = self.results.data_of(self)
         finished = self.results.finished_steps() if self._resuming else None
         checkpoint = None
@@ -296,7 +451,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def begin_record(self) -> None:
         """Claims the output folder, begins `results.json` and prints the plan, before the first step."""
-        claim_output_dir(self.args.output_dir, self.args.overwrite, self._resuming, self.accelerator)
+        claim_output_dir(self.run_dir, self.args.overwrite, self._resuming, self.accelerator)
         self.results.start(self, self.beginning.step, self.beginning.record)
         if self.is_world_process_zero():
             self.results.write()
@@ -304,7 +459,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def _load_finished(self) -> TrainOutput:
         """Takes the model of a run that has nothing left to do, as if it had just trained it."""
-        output_dir, steps = self.args.output_dir, self.beginning.step
+        output_dir, steps = self.run_dir, self.beginning.step
         self._load_from_checkpoint(output_dir)
         if self.ema is not None and (Path(output_dir) / EMA_FOLDER).is_dir():
             self.ema.on_train_begin(self.args, self.state, self.control, model=self.model)
@@ -493,17 +648,18 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         wanted = [
             {name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in self.optimizer.param_groups
         ]
+        rates = list(getattr(self.lr_scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
         # What came with the checkpoint is as it was; what is asked for now counts.
         for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(values)
         scheduler = self.lr_scheduler
-        if scheduler.base_lrs == [self.args.learning_rate] * len(scheduler.base_lrs):
+        if "scheduler" in self._given or scheduler.base_lrs == rates:
             return
-        scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
-        for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"] = self.args.learning_rate
-            group["lr"] = self.args.learning_rate * factor(scheduler.last_epoch)
+        scheduler.base_lrs = rates
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = rate
+            group["lr"] = rate * factor(scheduler.last_epoch)
 
     # ---- Logging ----
 
@@ -597,18 +753,43 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return outliving(super().get_test_dataloader(self._matching_images(test_dataset)))
 
     def _matching_images(self, dataset):
-        if isinstance(dataset, Dataset):
+        if isinstance(dataset, Dataset | IterableDataset):
             match_labels(self.model.config, dataset)
         return as_images(dataset, getattr(self.processing_class, "background", None))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Evaluates every expert, prints the table, and during training records it in `results.json`."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self._recording:
-            self.results.record(self.state.epoch, self.state.global_step, self.last_table.accuracies)
+        """Evaluates every expert and prints the table; the trainer's own test images in training are recorded too.
+
+        Args:
+            eval_dataset: Other test images than the trainer's, or several sets of them by name.
+            ignore_keys: Fields of the model's output that `compute_metrics` does not get.
+            metric_key_prefix: Begins the name of each metric; of several sets, their names follow.
+        """
+        wanted = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(wanted, dict):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            tables = {"": self.last_table}
+        else:
+            metrics, tables = {}, {}
+            for name, images in wanted.items():
+                images = name if eval_dataset is None else images  # by name the workers are kept
+                metrics |= super().evaluate(images, ignore_keys, f"{metric_key_prefix}_{name}")
+                tables[name] = self.last_table
+        if self._recording and eval_dataset is None:
+            self.results.record(self.state.epoch, self.state.global_step, next(iter(tables.values())).accuracies)
+            if isinstance(wanted, dict):
+                self.results.content["last"]["sets"] = {name: table.accuracies for name, table in tables.items()}
         if self.is_world_process_zero():
-            if self._recording:
+            if self._recording and eval_dataset is None:
                 self.results.write()
-            self.last_table.title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
-            show(self.last_table)
+            for name, table in tables.items():
+                title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
+                table.title = f"{title}, {name}" if name else title
+                show(table)
         return metrics
+
+    @property
+    def test_images(self) -> int:
+        """Their number, over all sets."""
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return sum(len(images) for images in sets if images is not None)
