@@ -116,7 +116,7 @@ def colour(text: str) -> str:
     """
     try:
         red, green, blue = ImageColor.getrgb(text)[:3]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"background must be a colour such as white or #ff8000, got {str(text)[:80]!r}") from error
     return f"#{red:02x}{green:02x}{blue:02x}"
 
