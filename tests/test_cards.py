@@ -405,7 +405,7 @@ def test_what_is_wrong_is_told(tmp_path):
         make_card(tmp_path)
     make_student().save_pretrained(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"results.json cannot be read"):
         make_card(tmp_path)
 
 
