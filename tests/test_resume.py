@@ -500,7 +500,7 @@ def test_a_damaged_record_costs_a_sentence_and_not_the_run(folder_data, cut_run,
     record = read_record(tmp_path / "run")
     assert record["finished"]
     assert record["resumed"]
-    assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl") if "loss" in entry] == [1, 4]
+    assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl") if "loss" in entry] == [1, 3, 4]
 
 
 def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(folder_data, cut_run, tmp_path):
