@@ -31,6 +31,7 @@ from deitlt_hf import (
 from deitlt_hf.analysis.budget import OVERHEAD_BYTES, student_model
 from deitlt_hf.data import load_long_tailed
 from deitlt_hf.recipes import StudentArguments
+from deitlt_hf.records import read_record
 
 CONFIGURATIONS = ROOT / "scripts" / "accelerate"
 SHORT = ["--recipe", "digits_lt", "--num_train_epochs", "40", "--drw_start_epoch", "30", "--logging_steps", "10"]
@@ -60,7 +61,7 @@ def check_run(name: str, place: Path) -> dict:
         return {"passed": False, "error": (done.stderr.strip().splitlines() or ["?"])[-1]}
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
-    results = json.loads((folder / "results.json").read_text())
+    results = read_record(folder)
     accuracy = results["last"]["accuracies"]["mean"]["overall"]
     return {
         "passed": losses[-1] < losses[0],

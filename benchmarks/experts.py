@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from series import GROUPS, RESULTS, ROOT, mean_and_deviation, run, slug, write_record
 
+from deitlt_hf.records import read_record
+
 # What a student learns from, with the same epochs and the same end of mixing. With beta 0 all class weights are 1.
 STUDENTS = {
     "DeiT-LT": [],
@@ -41,7 +43,7 @@ class Series:
         command = [ROOT / "scripts" / script, "--recipe", self.recipe, "--output_dir", self.folder(name, seed)]
         command += ["--seed", seed, "--subset_seed", seed, "--overwrite", *arguments, *self.data_arguments]
         run(*command)
-        write_record(self.record(name, seed), json.loads((self.folder(name, seed) / "results.json").read_text()))
+        write_record(self.record(name, seed), read_record(self.folder(name, seed)))
 
     def results(self, seeds: list[int]) -> dict[str, list[dict]]:
         """Results of all methods by seed, after the runs that are missing."""

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from series import GROUPS, RESULTS, ROOT, mean_and_deviation, run, write_record
 
+from deitlt_hf.records import read_record
+
 RECIPE = "fashion_mnist_lt_tiny"
 SETTINGS = ["--image_size", 14, "--num_train_epochs", 60, "--warmup_epochs", 5, "--global_batch_size", 64]
 SETTINGS += ["--eval_strategy", "no", "--save_strategy", "no"]
@@ -47,7 +49,7 @@ def measure(loss: str, rho: float, seed: int, data_dir: str, threads: int) -> No
     flatness = folder / "sharpness.json"
     command = ["-m", "deitlt_hf.cli", "sharpness", *data, "--model", folder, "--json", flatness, *FLATNESS]
     run(*command, threads=threads)
-    results = json.loads((folder / "results.json").read_text())
+    results = read_record(folder)
     results |= {"peak_memory_mib": memory, "sharpness": json.loads(flatness.read_text())}
     write_record(record, results)
 

@@ -193,15 +193,15 @@ def test_resuming_what_has_ended_leaves_its_record(tmp_path, digits, teacher):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_hidden_layers": 4}, r"it has no .* \(and 15 other weights\)"),
-        ({"num_hidden_layers": 2}, r"it also has .* \(and 15 other weights\)"),
-        ({"hidden_size": 32}, r"it has another size of .* \(and \d+ other weights\)"),
+        ({"num_hidden_layers": 4}, "its num_hidden_layers is 3, not 4"),
+        ({"num_hidden_layers": 2}, "its num_hidden_layers is 3, not 2"),
+        ({"hidden_size": 32}, "its hidden_size is 16, not 32"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, digits, config, message):
     student_trainer(tmp_path, digits, distillation="none", save_strategy="epoch", num_train_epochs=1).train()
     trainer = student_trainer(tmp_path, digits, model=make_student(**config), distillation="none")
-    with pytest.raises(ValueError, match=rf"checkpoint-7 is not of this model: {message}"):
+    with pytest.raises(ValueError, match=rf"checkpoint-7 is of another run: {message}"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -501,7 +501,7 @@ def test_a_damaged_record_costs_a_sentence_and_not_the_run(folder_data, cut_run,
     record = read_record(tmp_path / "run")
     assert record["finished"]
     assert record["resumed"]
-    assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl") if "loss" in entry] == [1, 4]
+    assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl") if "loss" in entry] == [1, 3, 4]
 
 
 def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(folder_data, cut_run, tmp_path):

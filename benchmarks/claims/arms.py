@@ -13,6 +13,7 @@ import numpy as np
 from filelock import FileLock
 
 from deitlt_hf.io import weights_digest
+from deitlt_hf.records import read_record
 
 sys.path.append(str(Path(__file__).parent.parent))
 from series import ROOT, run, write_record
@@ -311,7 +312,7 @@ class Runs:
             raise ValueError(f"{folder} has a run with other arguments or teacher; move it away to begin anew.")
         write_record(begun, made_of)
         run(*command, threads=self.threads)
-        results = json.loads((folder / "results.json").read_text()) | made_of
+        results = read_record(folder) | made_of
         write_record(kept, results)
         return results
 
