@@ -336,7 +336,8 @@ def test_check_takes_the_fields_that_its_advice_names(tmp_path, capsys):
                 tmp_path / "images" / split / f"class {index % 2}" / f"{index}.png", index + 100 * (split == "test")
             )
     (tmp_path / "mine.yaml").write_text(
-        "teacher: {num_train_epochs: 4, lr_drop_epochs: 5, lr_drops: 0.1}\nstudent: {num_train_epochs: 4}\n"
+        "teacher: {num_train_epochs: 4, lr_drop_epochs: 5, lr_drops: 0.1}\n"
+        "student: {num_train_epochs: 4, per_device_train_batch_size: 32}\n"
     )
     words = ["--recipe", str(tmp_path / "mine.yaml"), "--data_dir", str(tmp_path / "images")]
     advised: list[str] = []
