@@ -359,7 +359,7 @@ def test_models_are_made_for_each_trial_of_a_search(tmp_path, digits):
         assert trainer.mixup.cutmix_alpha == 0.5
         assert len(trainer._window[0]["labels"]) == batch
         assert record_of(tmp_path / f"run-{number}")["settings"]["global_batch_size"] == batch
-        first = trainer.model
+        first, trainer.model, trainer.model_wrapped = trainer.model, None, None  # as Optuna's backend does
     assert not (tmp_path / "results.json").exists()
 
 
