@@ -368,6 +368,7 @@ def test_callbacks_find_their_state_in_a_checkpoint(tmp_path, digits):
     values = {
         "restore_callback_states_from_checkpoint": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3,
         "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "accuracy",
+        "save_total_limit": 3,
     }  # fmt: skip
     patient = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1.0)
     trainer_of(tmp_path, digits, trainer={"callbacks": [patient]}, **values).train()
