@@ -343,12 +343,13 @@ def test_other_images_in_training_are_not_the_runs_evaluation(tmp_path, digits):
     assert "last" not in trainer.results.content
 
 
-def test_models_are_made_for_each_trial_of_a_search(tmp_path, digits):
+def test_models_are_made_for_each_trial_of_a_search(tmp_path, digits, monkeypatch):
     """What a search sets reaches batch, loss and mixing; each trial has its own folder and begins with a new model."""
     parameters = {"model_init": lambda: make_student()}
     trainer = trainer_of(tmp_path, digits, trainer=parameters, max_steps=1, ema_decay=0.5)
     first = trainer.model
     trainer.hp_search_backend = "wandb"
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # which takes the trials of installed backends
     trainer._get_output_dir = lambda trial: str(tmp_path / f"run-{trial['number']}") if trial else str(tmp_path)
     for number, batch in enumerate((16, 32)):
         trial = {"number": number, "per_device_train_batch_size": batch, "alpha": 0.25, "mixup": 0.0, "cutmix": 0.5}
@@ -359,7 +360,7 @@ def test_models_are_made_for_each_trial_of_a_search(tmp_path, digits):
         assert trainer.mixup.cutmix_alpha == 0.5
         assert len(trainer._window[0]["labels"]) == batch
         assert record_of(tmp_path / f"run-{number}")["settings"]["global_batch_size"] == batch
-        first = trainer.model
+        first, trainer.model, trainer.model_wrapped = trainer.model, None, None  # as Optuna's backend does
     assert not (tmp_path / "results.json").exists()
 
 
@@ -367,6 +368,7 @@ def test_callbacks_find_their_state_in_a_checkpoint(tmp_path, digits):
     values = {
         "restore_callback_states_from_checkpoint": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3,
         "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "accuracy",
+        "save_total_limit": 3,
     }  # fmt: skip
     patient = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1.0)
     trainer_of(tmp_path, digits, trainer={"callbacks": [patient]}, **values).train()

@@ -398,6 +398,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset.")
         self.args.settle()
+        if self.model is None:  # Optuna's backend frees it after a trial
+            self.model = self.model_wrapped = self.call_model_init(kwargs.get("trial"))
         self._hp_search_setup(kwargs.get("trial"))
         self.run_dir = self._get_output_dir(kwargs.get("trial"))  # of a trial, one of its own
         self.results.path, self.run_file.folder = Path(self.run_dir) / RESULTS_FILE, Path(self.run_dir)
