@@ -34,6 +34,7 @@ class Data(TypedDict, total=False):
     dataset: str
     imbalance_ratio: float | None
     local_files: bool
+    background: str | None
     train_images: int
     test_images: int
     classes: list[str]

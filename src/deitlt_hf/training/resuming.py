@@ -92,6 +92,8 @@ def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, An
     for name, value in json.loads(json.dumps(architecture(trainer.model.config))).items():
         if name not in _WITHOUT_WEIGHTS and then.get(name, value) != value:
             yield f"its {name} is {one_line(then[name], 60)}, not {one_line(value, 60)}"
+    if had and had.get("background") != data.get("background"):
+        yield f"transparent pixels were {_shown(had.get('background'))}, and are {_shown(data.get('background'))}"
     for name in _FIXED:
         before = record.get("settings", {}).get(name)
         if before is not None and name in settings and before != settings[name]:
@@ -113,6 +115,10 @@ def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, An
                 if field.startswith(("imbalance", "max_", "subset_seed")) and had.get(field, value) != value
             ]
             yield f"it was trained on other images ({', '.join(chosen) or what})"
+
+
+def _shown(background: str | None) -> str:
+    return "left out" if background is None else f"over {background}"
 
 
 def other_classes(before: list[str], now: list[str]) -> Iterator[str]:
@@ -181,7 +187,7 @@ def steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:
 
 
 class EpochOrder(TrainerCallback):
-    """Tells the training data which epoch begins. transformers 5.23 does not reach those of a resumed run."""
+    """Sets the epoch of the training data. transformers 5.23 does not reach those of a resumed run."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset
