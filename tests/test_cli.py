@@ -99,7 +99,7 @@ def test_an_unknown_field_names_the_help_that_lists_all(section, classes, comman
     [
         ("{sam_rho: 0.05}", {"sam_rho": [0.05]}),
         ("{sam_rho: 5e-2}", {"sam_rho": [0.05]}),
-        ("{sam_rho: [0.1, 0.2]}", {"sam_rho": [0.1, 0.2]}),
+        ("{sam_rho: [0.1, 0.2], sam_rho_epochs: [0, 5]}", {"sam_rho": [0.1, 0.2], "sam_rho_epochs": [0, 5]}),
         ("{lr_drop_epochs: 3, lr_drops: 0.1}", {"lr_drop_epochs": [3], "lr_drops": [0.1]}),
         ("{sam_rho: much}", "sam_rho of recipe .* must be a list of numbers, got 'much'"),
     ],

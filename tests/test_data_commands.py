@@ -73,6 +73,7 @@ def test_check_names_what_is_wrong(tmp_path):
         "1 files are empty: ",
         "1 images are for training and for testing: ",
         "1 training images are listed more than once: ",
+        "1 training images are of several classes: ",
         "3 of 10 train images: cannot read the image",
         "it has no bytes",
         "truncated",
@@ -81,7 +82,7 @@ def test_check_names_what_is_wrong(tmp_path):
         "deitlt train-teacher: an epoch has 10 images, fewer than one batch of 64 (1 process(es) x 64); lower",
         "deitlt distill: repeated augmentation draws rounds of 256 images, but the training set has only 10; pass",
         "deitlt distill: an epoch has 10 images, fewer than one batch of 128 (1 process(es) x 128); lower",
-        "12 problem(s)",
+        "13 problem(s)",
     ):
         assert text in output, text
     assert "decoded" not in run(*command, code=1)
@@ -336,7 +337,7 @@ def test_check_takes_the_fields_that_its_advice_names(tmp_path, capsys):
                 tmp_path / "images" / split / f"class {index % 2}" / f"{index}.png", index + 100 * (split == "test")
             )
     (tmp_path / "mine.yaml").write_text(
-        "teacher: {num_train_epochs: 4, lr_drop_epochs: 5, lr_drops: 0.1}\n"
+        "teacher: {num_train_epochs: 4, lr_drop_epochs: 5.0, lr_drops: 0.1}\n"
         "student: {num_train_epochs: 4, per_device_train_batch_size: 32}\n"
     )
     words = ["--recipe", str(tmp_path / "mine.yaml"), "--data_dir", str(tmp_path / "images")]

@@ -197,10 +197,10 @@ def test_a_missing_model_is_named(path):
         EndpointHandler(path)
 
 
-def test_a_mistyped_folder_is_not_only_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
-    with pytest.raises(ValueError, match="there is no folder 'outputs/typo', and no model of that name could be had"):
+    with pytest.raises(FileNotFoundError, match="'outputs/typo' is no model folder: it does not exist"):
         EndpointHandler("outputs/typo")
 
 

@@ -488,7 +488,7 @@ def picture_of(data):
 
 def test_a_column_of_something_else_is_refused():
     rows = datasets.Dataset.from_dict({"image": [1, 2], "label": ["a", "b"]})
-    with pytest.raises(ValueError, match=r"'image' has the type .*int64.* not that of images"):
+    with pytest.raises(ValueError, match="'image' holds no images"):
         standard_columns(datasets.DatasetDict(train=rows), "image", "label")
 
 
@@ -503,7 +503,7 @@ def test_files_that_are_no_images_are_counted(tmp_path, caplog):
     data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
     assert sum(map(len, data.values())) == 4
     assert "files that are not read: 4 .heic, 2 without a suffix, 2 .eps" in caplog.text
-    assert "1 images are in no class folder" in caplog.text
+    assert "beside its class folders, and left out: loose.png" in caplog.text
 
 
 def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
@@ -512,7 +512,7 @@ def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
         (tmp_path / label / "a.png").write_bytes(encoded(picture()))
     with open(os.fsencode(tmp_path) + b"/dog/caf\xe9.png", "wb") as file:
         file.write(encoded(picture()))
-    with pytest.raises(ValueError, match=r"caf\\xe9\.png' is not UTF-8; rename it"):
+    with pytest.raises(ValueError, match=r"caf\\udce9\.png' is no text in UTF-8; rename the file"):
         load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
 
 

@@ -143,7 +143,10 @@ def test_readme_names_every_recipe_and_only_scripts_that_exist():
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        file, _, anchor = link.partition("#")
+        assert (ROOT / file).exists(), link
+        headings = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), flags=re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_flags_of_the_data_page_are_understood(tmp_path, monkeypatch):
@@ -157,7 +160,7 @@ def test_flags_of_the_data_page_are_understood(tmp_path, monkeypatch):
     for command in commands:
         words = re.sub(r"--deep|--(out|counts) \S+", "", command).split()
         parse_arguments("data", (DataArguments,), words)
-    known = {field.name for field in dataclasses.fields(DataArguments)}
+    known = {field.name for cls in (DataArguments, DeiTLTTrainingArguments) for field in dataclasses.fields(cls)}
     for flag in flags:
         name = flag.split()[0].removeprefix("--")
         assert name in known | {"recipe", "deep", "out", "counts"}, flag
@@ -216,7 +219,7 @@ def test_commands_of_the_scale_page_are_understood():
     flags = [*re.findall(r"^\| `--([a-z0-9_]+)", page, flags=re.MULTILINE), *re.findall(r"`--([a-z0-9_]+)[ `]", page)]
     assert len(flags) >= 10
     for flag in flags:
-        assert flag in known | {"utilisation", "streaming"}, flag
+        assert flag in known | {"help", "utilisation", "streaming"}, flag
     commands = re.findall(r"scripts/(distill|plan)\.py (--[^#\n]*)$", page, flags=re.MULTILINE)
     assert len(commands) >= 6
     for script, arguments in commands:

@@ -248,7 +248,8 @@ def _first_line(path: str | os.PathLike) -> bytes:
 
 def _check_folder(folder: str | os.PathLike) -> None:
     if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is no model folder: there is no config.json in it.")
+        why = "there is no config.json in it" if Path(folder).is_dir() else "it does not exist"
+        raise FileNotFoundError(f"{str(folder)!r} is no model folder: {why}.")
 
 
 def is_hub_id(name: str) -> bool:

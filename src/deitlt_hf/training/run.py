@@ -363,6 +363,8 @@ def _config_of(path: str) -> dict:
     """What the configuration of a folder or Hub repository says."""
     if Path(path).is_file():
         raise ValueError(f"{path} is a file; convert it to a model folder first, with 'deitlt convert'.")
+    if Path(path).is_dir():
+        check_model_files(path)
     return model_config(path)
 
 
