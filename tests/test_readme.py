@@ -146,7 +146,9 @@ def test_readme_names_every_recipe_and_only_scripts_that_exist():
         file, _, anchor = link.partition("#")
         assert (ROOT / file).exists(), link
         headings = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), flags=re.MULTILINE) if anchor else []
-        assert not anchor or anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in {
+            re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings
+        }
 
 
 def test_flags_of_the_data_page_are_understood(tmp_path, monkeypatch):
@@ -186,7 +188,7 @@ def test_the_small_folder_of_the_data_page(tmp_path, monkeypatch, capsys):
         assert ended.value.code == code
         assert expected in capsys.readouterr().out
     main(["plan", "--recipe", "small.yaml", "--data_dir", "DIR"])
-    assert re.search(r" 300 .* 1,000 ", capsys.readouterr().out, flags=re.DOTALL)
+    assert re.search(r" 200 .* 1,000 ", capsys.readouterr().out, flags=re.DOTALL)
 
 
 def test_analysis_page():

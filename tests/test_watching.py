@@ -91,6 +91,7 @@ def test_normalisation_of_the_authors(tmp_path, digits):
     """The mean of the slices' own weighted means, each divided by the weights in that slice alone."""
     batch, model = fixed_batch(digits), make_student(drop_path_rate=0.0)
     values = {"distillation": "none", "drw_start_epoch": 0, "mixing_in_drw": False, "per_device_train_batch_size": 16}
+    values["gradient_accumulation_steps"] = 4
     trainer = student_trainer(tmp_path, digits, model=model, loss_normalization="per_process", **values)
     loss, found = gradients(trainer, batch, 4)
     model.zero_grad()

@@ -266,7 +266,8 @@ def images_hash(split, contents: int = 4096) -> str | None:
     split = split.with_format(None)
     digest = hashlib.sha256(np.asarray(split[label][:], "<i8").tobytes())
     images = split.select_columns(image).cast_column(image, datasets.Image(decode=False))
-    paths = images.flatten().with_format(None)[f"{image}.path"][:]  # the column alone: bytes of images beside it are not read
+    # The column alone: bytes of images beside it are not read.
+    paths = images.flatten().with_format(None)[f"{image}.path"][:]
     for path in paths:
         digest.update(repr(path and os.path.normpath(path).split(os.sep)[-2:]).encode())
         with contextlib.suppress(OSError, TypeError):  # of images inside of a table or an archive
