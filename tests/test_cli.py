@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -230,3 +231,11 @@ def test_errors_are_one_sentence():
     assert done.returncode == 1
     assert done.stderr.startswith("error: no recipe 'inat' (did you mean 'inat18'?)")
     assert "Traceback" not in done.stderr
+
+
+def test_warnings_of_a_command_are_one_line_without_our_code():
+    own, former = sys.modules[main.__module__].__file__, warnings.formatwarning
+    with command_line_errors():
+        assert warnings.formatwarning("the seed changed.", UserWarning, own, 7) == "warning: the seed changed.\n"
+        assert warnings.formatwarning("old", FutureWarning, "/a/b.py", 7) == "/a/b.py:7: warning: old\n"
+    assert warnings.formatwarning is former

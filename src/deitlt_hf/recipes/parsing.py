@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib.resources import files
@@ -251,6 +252,8 @@ def command_line_errors() -> Iterator[None]:
         importlib.import_module("torch.distributed.nn")
     if hasattr(sys.stdout, "reconfigure"):  # names of files and classes need not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = _format_warning
     try:
         yield
         _leave_group()
@@ -258,7 +261,7 @@ def command_line_errors() -> Iterator[None]:
         if os.environ.get("DEITLT_TRACEBACK"):
             raise
         if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(5)  # an error of all processes is told by the first, upon which the launcher ends the others
+            time.sleep(5)  # an error of all processes is reported by the first, upon which the launcher ends the others
         sentence = str(error)
         if "Original Traceback" in sentence:  # from a data loader's worker: the error itself is on the last line
             sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
@@ -268,6 +271,14 @@ def command_line_errors() -> Iterator[None]:
         if not interrupt.args:  # else the run has said how it ended
             print("interrupted.", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        warnings.formatwarning = formatwarning
+
+
+def _format_warning(message, category, filename, lineno, line=None) -> str:
+    """A warning on one line; of this package without the place in its code, which says nothing to a user."""
+    place = "" if Path(filename).is_relative_to(Path(__file__).parents[1]) else f"{filename}:{lineno}: "
+    return f"{place}warning: {message}\n"
 
 
 def _leave_group() -> None:

@@ -36,6 +36,7 @@ _RUNNING = {
     "hub_strategy",
     "keep_freed_memory",
     "fold_teacher",
+    "logging_steps",
 }
 # Fields of transformers, as they are there, that change what a run ends with, if only in its digits.
 _OF_TRANSFORMERS = {
