@@ -345,6 +345,7 @@ def test_runs_leave_records_and_are_not_repeated(claims, tmp_path, monkeypatch, 
     monkeypatch.setattr(arms, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(arms.Runs, "folder", lambda self, seed, arm: tmp_path / "outputs" / f"{arm}{seed}")
     monkeypatch.setitem(arms.SETTINGS, "tiny", tiny_setting(arms))
+    monkeypatch.setattr(arms, "SHARPNESS", ("--num_images", 16, "--num_vectors", 1))
     monkeypatch.setattr(sys, "argv", ["run.py", "--setting", "tiny"])
     with pytest.raises(SystemExit) as ended:
         run.main()

@@ -25,6 +25,7 @@ SHORT = ("--overwrite", "--eval_strategy", "no", "--save_strategy", "no", "--dat
 # For runs of days: the recipe's workers and checkpoints, from the newest of which they go on.
 LONG = ("--resume_from_checkpoint", "auto")
 DISTILL = "scripts/distill.py"
+SHARPNESS = ("--num_images", 256, "--num_vectors", 16)
 LABELS = "teacher-labels"  # name of the records of what a seed's teachers say
 
 
@@ -253,8 +254,7 @@ class Runs:
             if path.exists():
                 return
             if is_first and not self.setting.holds_out:
-                sharpness = ["-m", "deitlt_hf.cli", "sharpness", "--num_images", 256, "--num_vectors", 16]
-                results["sharpness"] = self._look(seed, folder, *sharpness)
+                results["sharpness"] = self._look(seed, folder, "-m", "deitlt_hf.cli", "sharpness", *SHARPNESS)
             write_record(path, results)
 
     def study(self, seed: int, name: str) -> None:
