@@ -6,6 +6,7 @@ import json
 from dataclasses import fields
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from test_training import fixed_batch, student_arguments
@@ -252,6 +253,7 @@ def test_the_optimiser_that_ran_is_recorded_and_its_rates_stay_after_a_resume(tm
 
     trainer().train()
     record = record_of(tmp_path)
+    assert record["ran"]["image_decoders"]["pillow"] == PIL.__version__
     assert record["ran"]["optimizer"]["class"].startswith("timm.optim.")
     assert "optim" not in record["settings"]
     assert record["ran"]["optimizer"]["settings"]["lr"] == 2e-3

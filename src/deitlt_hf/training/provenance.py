@@ -4,7 +4,6 @@ import contextlib
 import platform
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.utils import cached_file
 
-from ..data import images
+from ..data.images import decoder_versions
 from ..io import read_json, weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .sam import SAM
@@ -68,7 +67,7 @@ class WhatRan(TrainerCallback):
                 "of_the_method": "scheduler" not in trainer._given,
             },
             "given": list(trainer._given),
-            "jpeg_decoder": jpeg_decoder(),
+            "image_decoders": decoder_versions(),
         }
         if state.is_world_process_zero:
             trainer.results.write()
@@ -120,12 +119,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | bool | int | float | None) else str(value)
-
-
-def jpeg_decoder() -> str:
-    """The library that decodes JPEGs here, whose pixels differ from those of others by rounding."""
-    library = "pillow" if images.decode_jpeg is None else "torchvision"
-    return f"{library} {version(library)}"
 
 
 def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | None) -> dict:

@@ -226,11 +226,6 @@ class FlatTeacherTrainer(LongTailTrainer):
         return lines
 
 
-def _stages(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Parameters by stage, of those models that have stages."""
-    return model.stages() if hasattr(model, "stages") else [list(model.parameters())]
-
-
 def _check_heads(loss: str, config: PreTrainedConfig) -> None:
     """Checks that a model has the classifier and the projection that a loss is made for."""
     classifier, projection_size = getattr(config, "classifier", "linear"), getattr(config, "projection_size", 0)
