@@ -44,7 +44,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4",
         "scikit-learn>=1.4",
-        "timm>=1.0.20",
+        "timm>=1.0.27",
         "torch>=2.6",
         "torchvision>=0.21",
         "transformers>=5.23,<6",

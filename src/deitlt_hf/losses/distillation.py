@@ -1,13 +1,17 @@
 """The DeiT-LT loss: labels for the CLS head, a flat teacher for the DIST head."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-DISTILLATION_TYPES = ("hard", "soft", "none")
-CLS_LOSSES = ("ce", "bce")
+from .logit_adjustment import LogitAdjustedLoss
+
+SOFT_TYPES = ("soft", "soft_sum")
+DISTILLATION_TYPES = ("hard", *SOFT_TYPES, "none")
+CLS_LOSSES = ("ce", "bce", "logit_adjusted")
 
 
 class DistillationLossOutput(NamedTuple):
@@ -29,16 +33,20 @@ class DistillationLoss(nn.Module):
         alpha: Share of the DIST head's part, in [0, 1]; 0.5 in the paper.
         distillation: `hard`, cross entropy with the teacher's prediction (the paper); `soft`, Kullback-Leibler
             divergence from the teacher's probabilities, times temperature squared, averaged over images and classes
-            as in the authors' code; `none`, cross entropy with the labels: two tokens, no teacher.
-        temperature: Softens both distributions of `soft`.
-        cls_loss: `ce`, cross entropy; `bce`, binary cross entropy, averaged over images and classes.
-        class_weights: Weights of the DIST head's targets, (classes,): deferred re-weighting. For `soft` they tilt the
-            teacher's distribution, `p_c * w_c` renormalised. (The authors' code multiplies the log-probabilities
+            as in the authors' code; `soft_sum`, the same summed over classes, as strong as `hard` (Hinton et al.,
+            2015); `none`, cross entropy with the labels: two tokens, no teacher.
+        temperature: Softens both distributions of `soft` and `soft_sum`.
+        cls_loss: `ce`, cross entropy; `bce`, binary cross entropy, averaged over images and classes;
+            `logit_adjusted`, cross entropy of logits that are adjusted by the classes' shares (balanced softmax, see
+            [`LogitAdjustedLoss`]).
+        class_weights: Weights of the DIST head's targets, (classes,): deferred re-weighting. For soft labels they tilt
+            the teacher's distribution, `p_c * w_c` renormalised. (The authors' code multiplies the log-probabilities
             instead; their results are all with `hard`.)
         reweight_cls: Apply the class weights to the CLS head too (an ablation; needs `cls_loss="ce"`).
+        class_counts: Training images of each class, for `cls_loss="logit_adjusted"`.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or `class_counts` are missing.
     """
 
     def __init__(
@@ -49,6 +57,7 @@ class DistillationLoss(nn.Module):
         cls_loss: str = "ce",
         class_weights: torch.Tensor | None = None,
         reweight_cls: bool = False,
+        class_counts: Sequence[int] | torch.Tensor | None = None,
     ):
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
@@ -61,11 +70,14 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"temperature must be positive, got {temperature}.")
         if reweight_cls and cls_loss != "ce":
             raise ValueError("reweight_cls needs cls_loss='ce'.")
+        if cls_loss == "logit_adjusted" and class_counts is None:
+            raise ValueError("cls_loss='logit_adjusted' needs class_counts; got None.")
         self.alpha = alpha
         self.distillation = distillation
         self.temperature = temperature
         self.cls_loss = cls_loss
         self.reweight_cls = reweight_cls
+        self.logit_adjusted = LogitAdjustedLoss(class_counts, reduction="sum") if cls_loss == "logit_adjusted" else None
         self.register_buffer("class_weights", class_weights)
 
     def forward(
@@ -99,11 +111,13 @@ class DistillationLoss(nn.Module):
             cls_targets = _probabilities(labels, cls_logits.shape[1])
             cls_sum = F.binary_cross_entropy_with_logits(cls_logits, cls_targets, reduction="sum")
             cls_sum = cls_sum / cls_logits.shape[1]
+        elif self.logit_adjusted is not None:
+            cls_sum = self.logit_adjusted(cls_logits, labels)
         else:
             cls_sum = _cross_entropy_sum(cls_logits, labels, self.class_weights if self.reweight_cls else None)
 
-        if self.distillation == "soft":
-            distillation_sum = self._soft_sum(distillation_logits, teacher_logits)
+        if self.distillation in SOFT_TYPES:
+            distillation_sum = self._divergence(distillation_logits, teacher_logits)
         else:
             targets = self._distillation_targets(labels, teacher_logits)
             distillation_sum = _cross_entropy_sum(distillation_logits, targets, self.class_weights)
@@ -116,7 +130,7 @@ class DistillationLoss(nn.Module):
         """What the sums of the CLS and DIST parts of this batch are divided by, (2,): its size or sum of weights."""
         batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
         cls_total = self._weight_sum(labels) if self.reweight_cls and self.class_weights is not None else batch_size
-        if self.class_weights is None or self.distillation == "soft":
+        if self.class_weights is None or self.distillation in SOFT_TYPES:
             return torch.stack([cls_total, batch_size])
         return torch.stack([cls_total, self._weight_sum(self._distillation_targets(labels, teacher_logits))])
 
@@ -128,13 +142,13 @@ class DistillationLoss(nn.Module):
     def _distillation_targets(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
         return labels if self.distillation == "none" else teacher_logits.argmax(dim=1)
 
-    def _soft_sum(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    def _divergence(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         student = F.log_softmax(logits / self.temperature, dim=1)
         teacher = F.log_softmax(teacher_logits.float() / self.temperature, dim=1)
         if self.class_weights is not None:
             teacher = F.log_softmax(teacher + self.class_weights.log(), dim=1)
         divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
-        return divergence * self.temperature**2 / logits.shape[1]
+        return divergence * self.temperature**2 / (logits.shape[1] if self.distillation == "soft" else 1)
 
 
 def _check_teacher(distillation: str, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor) -> None:

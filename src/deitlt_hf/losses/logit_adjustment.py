@@ -43,7 +43,7 @@ class LogitAdjustedLoss(nn.Module):
 
         Args:
             logits: (batch, classes).
-            labels: Class indices; (batch,).
+            labels: Class indices (batch,), or probabilities (batch, classes).
         """
         return F.cross_entropy(
             logits.float() + self.adjustment, labels, weight=self.class_weights, reduction=self.reduction

@@ -16,6 +16,7 @@ from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import TEACHER_LOSSES
 from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
 from . import inherited
+from .optimizers import MUON
 
 TEACHER_VIEWS = ("student", "weak")
 PRECISIONS = ("bf16", "fp16")
@@ -174,8 +175,13 @@ class LongTailTrainingArguments(TrainingArguments):
         self._made_data_seed: int | None = None
         self._batch: tuple[int | None, int, int] | None = None  # global, of a process, and slices, as they fitted last
         given_learning_rate, self.learning_rate = self.learning_rate, self.learning_rate or 0.0  # is compared with 0
+        given_optim = self.optim
+        if given_optim == MUON:  # which transformers does not know
+            self.optim = type(self).optim
         super().__post_init__()
         self.learning_rate = given_learning_rate
+        if given_optim == MUON:
+            self.optim = MUON
         # New workers every epoch cost more than a small epoch itself.
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
@@ -343,10 +349,15 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
 
     alpha: float = _option(0.5, "Share of the DIST head's loss.")
     distillation: str = _option(
-        "hard", f"What the DIST head learns from: {', '.join(DISTILLATION_TYPES)} (the labels)."
+        "hard",
+        f"What the DIST head learns from: {', '.join(DISTILLATION_TYPES)} (the labels). soft is averaged over classes, "
+        "as in the authors' code; soft_sum is summed, as strong as hard.",
     )
     temperature: float = _option(1.0, "Temperature of soft distillation.")
-    cls_loss: str = _option("ce", f"Loss of the CLS head: {' or '.join(CLS_LOSSES)}.")
+    cls_loss: str = _option(
+        "ce",
+        f"Loss of the CLS head: {', '.join(CLS_LOSSES)} (balanced softmax: logits adjusted by the classes' shares).",
+    )
     reweight_cls: bool = _option(False, "Re-weight the CLS head's loss too in the DRW phase.")
     teacher_view: str = _option(
         "student",
@@ -374,12 +385,18 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     fp16: bool = _option(None, "Train in half precision, on a GPU, with a scaled loss; the authors do.")
     label_smoothing_factor: float = _option(0.1, "Label smoothing of the CLS head's targets.")
     repeated_augmentation: int = _option(3, "Copies of an image in a batch; 1 for plain shuffling.")
-    weight_decay: float = _option(0.05, "Weight decay of AdamW; none on biases, norms, tokens and positions.")
+    weight_decay: float = _option(0.05, "Weight decay; none on biases, norms, tokens and positions.")
+    optim: str = _option(
+        TrainingArguments.optim,
+        "Optimiser: one of transformers', or muon (timm's, for the matrices of the blocks; AdamW for the rest, at the "
+        "same learning rate).",
+    )
 
     def check(self) -> None:
         super().check()
         # Refuses values outside their range here, before a teacher is trained for them.
-        DistillationLoss(self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
+        values = (self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
+        DistillationLoss(*values, class_counts=[1])  # the trainer knows them
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
         _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
         for name in ("mixup", "cutmix"):

@@ -21,6 +21,7 @@ from ..losses import DistillationLoss
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from .arguments import DeiTLTTrainingArguments
+from .optimizers import MUON, muon
 from .provenance import teacher_record
 from .trainer import LongTailTrainer
 
@@ -94,9 +95,16 @@ class DeiTLTTrainer(LongTailTrainer):
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> DistillationLoss:
         args = self.args
-        return DistillationLoss(
-            args.alpha, args.distillation, args.temperature, args.cls_loss, class_weights, args.reweight_cls
+        criterion = DistillationLoss(
+            args.alpha,
+            args.distillation,
+            args.temperature,
+            args.cls_loss,
+            class_weights,
+            args.reweight_cls,
+            self.class_counts,
         )
+        return criterion.to(args.device)
 
     def train(self, *args, **kwargs):
         """Trains; see [`LongTailTrainer`].
@@ -121,6 +129,13 @@ class DeiTLTTrainer(LongTailTrainer):
         """Leaves tokens and position embeddings without weight decay, as DeiT does."""
         free = ("cls_token", "distillation_token", "position_embeddings")
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(free)]
+
+    def create_optimizer(self, model=None):
+        """As the parent's, and Muon, which transformers lacks."""
+        if self.optimizer is None and self.args.optim == MUON:
+            model = self.model if model is None else model
+            self.optimizer = muon(model, self.args, set(self.get_decay_parameter_names(model)))
+        return super().create_optimizer(model)
 
     # ---- Loss ----
 

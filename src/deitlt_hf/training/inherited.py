@@ -12,6 +12,8 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 from transformers.debug_utils import DebugOption
 
+from .optimizers import MUON, Muon, muon_settings
+
 WORKS = "as in transformers"
 SET = "with a default or a meaning of the method's own, in arguments.py or trainer.py"
 FOR_SCRIPTS = "read by a script of the user's, so without effect on a command line"
@@ -28,7 +30,7 @@ _METRICS = Refused("the metrics are of all test images together, and always comp
 ARGUMENTS: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "optim", "optim_args"),
+            *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "optim_args"),
             *("adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32"),
             *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_accumulation_steps"),
             *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
@@ -56,7 +58,7 @@ ARGUMENTS: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *("learning_rate", "weight_decay", "label_smoothing_factor", "max_grad_norm", "seed", "data_seed"),
+            *("learning_rate", "weight_decay", "label_smoothing_factor", "max_grad_norm", "optim", "seed", "data_seed"),
             *("logging_steps", "report_to", "disable_tqdm", "eval_strategy", "save_total_limit", "hub_strategy"),
             *("dataloader_pin_memory", "dataloader_persistent_workers", "ddp_find_unused_parameters"),
         ),
@@ -199,6 +201,8 @@ def _made_of(args: TrainingArguments, **changed) -> tuple:
     args = copy.copy(args)
     for name, value in changed.items():
         setattr(args, name, value)
+    if args.optim == MUON:
+        return Muon, muon_settings(args)
     try:
         return Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:

@@ -1,0 +1,62 @@
+"""Muon for the matrices of a vision transformer's blocks, AdamW for its other parameters."""
+
+from collections.abc import Collection
+from typing import Any
+
+from timm.optim import Muon
+from torch import nn
+from transformers import TrainingArguments
+
+MUON = "muon"  # as a value of `optim`
+_HEADS = ("cls_classifier", "distillation_classifier")
+
+
+def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) -> Muon:
+    """Muon (Jordan et al., 2024) for the linear layers of the blocks, and AdamW for all else.
+
+    Embeddings, tokens, norms, biases and classifiers are AdamW's, as in Jordan's own code. An update of Muon has the
+    size of one of AdamW (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4), so
+    that one learning rate and one weight decay serve both.
+
+    Args:
+        model: A student.
+        args: With `learning_rate`, `weight_decay`, and Adam's betas and epsilon.
+        decayed: Names of the parameters with weight decay.
+
+    Returns:
+        timm's implementation, with up to four parameter groups.
+    """
+    matrices = {
+        f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear and not _is_head(name)
+    }
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name in matrices, name in decayed), []).append(parameter)
+    return Muon(
+        [
+            {
+                "params": parameters,
+                "weight_decay": args.weight_decay if has_decay else 0.0,
+                "use_muon": is_matrix,
+                "nesterov": is_matrix,  # of the fallback it would make NAdamW
+            }
+            for (is_matrix, has_decay), parameters in groups.items()
+        ],
+        lr=args.learning_rate,
+        **muon_settings(args),
+    )
+
+
+def muon_settings(args: TrainingArguments) -> dict[str, Any]:
+    """What arguments set of Muon and its AdamW, beside learning rate and weight decay."""
+    return {
+        "momentum": 0.95,
+        "adjust_lr_fn": "match_rms_adamw",
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+
+
+def _is_head(name: str) -> bool:
+    return any(part in _HEADS for part in name.split("."))
