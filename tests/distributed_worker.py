@@ -1,9 +1,12 @@
 """One of several processes: which images it gets, and its gradient of a fixed batch. Run by `test_distributed.py`."""
 
 import sys
+from functools import partial
+from unittest import mock
 
 import torch
 from accelerate import PartialState
+from timm.optim import muon
 from torch.distributed.fsdp import fully_shard
 
 from conftest import make_student
@@ -18,6 +21,7 @@ from deitlt_hf import (
 from deitlt_hf.data import load_long_tailed
 
 GLOBAL_BATCH = 32
+ITERATION = muon.zeropower_via_newtonschulz
 
 
 def fixed_batch():
@@ -127,13 +131,24 @@ def evaluated_statistics(folder):
     return seen["mean"]
 
 
-def sharded_gradients(folder):
-    """Gradients of a student whose weights are shared out (FSDP2), whole again."""
+def sharded_step(folder):
+    """Gradients of a student whose weights are shared out (FSDP2), and weights after a step of Muon, whole again."""
     _, trainer = next(make_trainers(f"{folder}/sharded"))
     for layer in trainer.model.deit.layers:
         fully_shard(layer)
     fully_shard(trainer.model)
-    return {name: gradient.full_tensor() for name, gradient in gradients_of_a_step(trainer, wrap=False).items()}
+    gradients = {name: gradient.full_tensor() for name, gradient in gradients_of_a_step(trainer, wrap=False).items()}
+    return {"gradients": gradients, "stepped": weights_after_muon(trainer)}
+
+
+def weights_after_muon(trainer):
+    """Weights after a step of Muon that iterates in float32: in bfloat16, small singular values are rounding's."""
+    trainer.optimizer, trainer.args.optim = None, "muon"
+    optimizer = trainer.create_optimizer()
+    with mock.patch.object(muon, "zeropower_via_newtonschulz", partial(ITERATION, dtype=torch.float32)):
+        optimizer.step()
+    weights = dict(trainer.model.named_parameters()).items()
+    return {name: getattr(weight, "full_tensor", weight.clone)().detach() for name, weight in weights}
 
 
 def uneven_evaluation(folder):
@@ -158,7 +173,7 @@ def main():
     accumulated = dict(make_trainers(folder, accumulation=2))["sam"]
     assert accumulated.args.gradient_accumulation_steps == 2
     found["sam, accumulated"] = {"gradients": gradients_of_a_step(accumulated)}
-    found["sharded"] = {"gradients": sharded_gradients(folder)}
+    found["sharded"] = sharded_step(folder)
     found["evaluation"] = uneven_evaluation(folder)
     found["repeated"] = repeated_augmentation_order(folder)
     found["paco"] = paco_queue(folder)

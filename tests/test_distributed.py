@@ -17,7 +17,14 @@ from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification
 from deitlt_hf.data import class_counts, load_long_tailed
 from deitlt_hf.losses import effective_number_weights
-from distributed_worker import GLOBAL_BATCH, fixed_batch, gradients_of_a_step, make_trainers, uneven_evaluation
+from distributed_worker import (
+    GLOBAL_BATCH,
+    fixed_batch,
+    gradients_of_a_step,
+    make_trainers,
+    uneven_evaluation,
+    weights_after_muon,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +56,14 @@ def test_gradient_does_not_depend_on_the_arrangement(two_ranks, tmp_path, name, 
     for parameter, gradient in gradients_of_a_step(trainer).items():
         for rank in two_ranks:
             torch.testing.assert_close(rank[name]["gradients"][parameter], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_of_muon_is_the_same_where_weights_are_shared_out(two_ranks, tmp_path):
+    trainer = dict(make_trainers(str(tmp_path)))["student"]
+    gradients_of_a_step(trainer)
+    for name, weight in weights_after_muon(trainer).items():
+        for rank in two_ranks:
+            torch.testing.assert_close(rank["sharded"]["stepped"][name], weight, atol=2e-6, rtol=1e-4)
 
 
 def test_processes_can_perturb_each_on_its_own(two_ranks):

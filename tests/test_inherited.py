@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 from dataclasses import fields
 
 import numpy as np
@@ -105,6 +106,7 @@ def test_refused_arguments_are_refused(tmp_path, name):
         ({"optim_args": "momentum=0.9"}, "optim_args 'momentum=0.9' has no effect on optim 'adamw_torch_fused'"),
         ({"optim_args": "momentum"}, "optim_args 'momentum' cannot be made"),
         ({"optim": "sgd", "adam_beta2": 0.9}, "adam_beta2 has no effect on optim 'sgd'"),
+        ({"optim": "muon", "optim_args": "momentum=0.9"}, "optim_args 'momentum=0.9' has no effect on optim 'muon'"),
         ({"optim": "adamw_bnb_8bit"}, "optim 'adamw_bnb_8bit' with optim_args None cannot be made"),
         ({"dataloader_prefetch_factor": 2}, "has no effect without dataloader_num_workers"),
         ({"activation_checkpointing_kwargs": {"a": 1}}, "has no effect without activation_checkpointing"),
@@ -264,6 +266,20 @@ def test_the_optimiser_that_ran_is_recorded_and_its_rates_stay_after_a_resume(tm
     resumed = trainer(max_steps=3)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.lr_scheduler.base_lrs == [2e-3]
+
+
+def test_muon_is_in_record_plan_and_card_and_another_one_resumes_nothing(tmp_path, digits, capsys):
+    values = {"optim": "muon", "save_strategy": "steps", "save_steps": 1, "learning_rate": 2e-3}
+    trainer_of(tmp_path, digits, **values).train()
+    assert "optimiser muon" in re.sub(" +", " ", capsys.readouterr().out)
+    record = record_of(tmp_path)
+    assert record["settings"]["optim"] == "muon"
+    assert record["ran"]["optimizer"]["class"] == "timm.optim.muon.Muon"
+    assert record["ran"]["optimizer"]["settings"]["use_muon"].count(True) == 1
+    rows = dict(row for row in CardFacts(record, {}).setting_rows()[1:])
+    assert rows["`optimizer`"] == "`Muon of timm`"
+    with pytest.raises(ValueError, match=r"the state of the optimiser or of the schedule in .* is not of this"):
+        trainer_of(tmp_path, digits, **{**values, "optim": "adamw_torch", "max_steps": 3}).train("auto")
 
 
 def test_a_given_scheduler_and_class_of_optimisers_are_what_runs(tmp_path, digits, capsys):

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from deitlt_hf.losses import DistillationLoss, LDAMLoss, LogitAdjustedLoss, PaCoLoss, effective_number_weights
+from deitlt_hf.losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, SOFT_TYPES
 
 BATCH, CLASSES = 12, 5
 GENERATOR = torch.Generator().manual_seed(0)
 CLS, DIST, TEACHER = (torch.randn(BATCH, CLASSES, generator=GENERATOR) for _ in range(3))
 LABELS = torch.randint(0, CLASSES, (BATCH,), generator=GENERATOR)
 SOFT_LABELS = torch.softmax(torch.randn(BATCH, CLASSES, generator=GENERATOR), dim=1)
-WEIGHTS = effective_number_weights([100, 50, 20, 5, 2])
+COUNTS = [100, 50, 20, 5, 2]
+WEIGHTS = effective_number_weights(COUNTS)
 
 
 @given(counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=50), beta=st.sampled_from([0.0, 0.9, 0.999, 0.9999]))
@@ -53,13 +55,13 @@ def test_paco_refuses(values):
         PaCoLoss([10, 5], **values)
 
 
-@pytest.mark.parametrize("distillation", ["hard", "soft", "none"])
-@pytest.mark.parametrize("cls_loss", ["ce", "bce"])
+@pytest.mark.parametrize("distillation", DISTILLATION_TYPES)
+@pytest.mark.parametrize("cls_loss", CLS_LOSSES)
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS])
 def test_parts_add_up_over_slices_of_a_batch(distillation, cls_loss, weights, labels):
     """`F.cross_entropy(weight=...)` divides by each slice's own weight sum, which is another loss."""
-    criterion = DistillationLoss(0.3, distillation, 2.0, cls_loss, weights, reweight_cls=cls_loss == "ce")
+    criterion = DistillationLoss(0.3, distillation, 2.0, cls_loss, weights, cls_loss == "ce", class_counts=COUNTS)
     whole = criterion(CLS, DIST, labels, TEACHER)
     slices = [slice(0, 5), slice(5, 12)]
     total = sum(criterion.denominators(labels[part], TEACHER[part]) for part in slices)
@@ -81,6 +83,29 @@ def test_variants_are_what_they_are_called():
     torch.testing.assert_close(reweighted.loss, F.cross_entropy(CLS, LABELS, weight=WEIGHTS))
 
 
+def test_soft_labels_summed_over_classes_pull_as_hard_as_labels():
+    """The gradient of cross entropy with the teacher's probabilities, five times that of the authors' mean."""
+    gradients = {}
+    for distillation in ("soft", "soft_sum"):
+        student = DIST.clone().requires_grad_()
+        DistillationLoss(1.0, distillation)(CLS, student, LABELS, TEACHER).loss.backward()
+        gradients[distillation] = student.grad
+    student = DIST.clone().requires_grad_()
+    F.cross_entropy(student, TEACHER.softmax(dim=1)).backward()
+    torch.testing.assert_close(gradients["soft_sum"], student.grad)
+    torch.testing.assert_close(gradients["soft_sum"], gradients["soft"] * DIST.shape[1])
+
+
+@pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS])
+def test_logit_adjusted_cls_loss_is_balanced_softmax(labels):
+    """Ren et al., equation 4, by hand: shares of `n_c * exp(logit)`."""
+    weighted = CLS.exp() * torch.tensor(COUNTS)
+    targets = labels if labels.dim() == 2 else F.one_hot(labels, CLS.shape[1])
+    expected = -(targets * (weighted / weighted.sum(dim=1, keepdim=True)).log()).sum(dim=1).mean()
+    criterion = DistillationLoss(0.0, "none", cls_loss="logit_adjusted", class_counts=COUNTS)
+    torch.testing.assert_close(criterion(CLS, DIST, labels).loss, expected)
+
+
 def test_soft_distillation_has_its_minimum_at_the_weighted_teacher():
     criterion = DistillationLoss(1.0, "soft", 3.0, class_weights=WEIGHTS)
     target = TEACHER + 3.0 * WEIGHTS.log()
@@ -91,7 +116,7 @@ def test_soft_distillation_has_its_minimum_at_the_weighted_teacher():
 def test_no_gradient_reaches_the_teacher():
     teacher = TEACHER.clone().requires_grad_()
     student = DIST.clone().requires_grad_()
-    for distillation in ("hard", "soft"):
+    for distillation in ("hard", *SOFT_TYPES):
         DistillationLoss(0.5, distillation)(CLS, student, LABELS, teacher.detach()).loss.backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
@@ -101,8 +126,9 @@ def test_no_gradient_reaches_the_teacher():
     ("values", "message"),
     [
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
-        ({"distillation": "both"}, "distillation must be one of hard, soft, none, got 'both'"),
-        ({"cls_loss": "mse"}, "cls_loss must be one of ce, bce, got 'mse'"),
+        ({"distillation": "both"}, "distillation must be one of hard, soft, soft_sum, none, got 'both'"),
+        ({"cls_loss": "mse"}, "cls_loss must be one of ce, bce, logit_adjusted, got 'mse'"),
+        ({"cls_loss": "logit_adjusted"}, "cls_loss='logit_adjusted' needs class_counts; got None"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"reweight_cls": True, "cls_loss": "bce"}, "reweight_cls needs cls_loss='ce'"),
     ],
@@ -115,7 +141,7 @@ def test_distillation_loss_refuses(values, message):
 def test_teacher_logits_are_checked():
     with pytest.raises(ValueError, match="distillation='hard' needs teacher_logits; got None"):
         DistillationLoss()(CLS, DIST, LABELS)
-    for distillation in ("hard", "soft"):
+    for distillation in ("hard", *SOFT_TYPES):
         with pytest.raises(ValueError, match=r"teacher_logits have shape \(12, 4\), the student's \(12, 5\)"):
             DistillationLoss(distillation=distillation)(CLS, DIST, LABELS, TEACHER[:, :4])
 

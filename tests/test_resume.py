@@ -43,8 +43,9 @@ class DrawNumbers(TrainerCallback):
 
 
 def make_trainer(kind, folder, digits, teacher, **values):
-    if kind == "student":
+    if kind in ("student", "muon"):
         student = make_student(drop_path_rate=0.2)
+        values = {"optim": "muon", **values} if kind == "muon" else values
         return student_trainer(folder, digits, teacher, student, **{**STUDENT, **values})
     heads = {"paco": {"projection_size": 4}, "ldam": {"classifier": "cosine"}}[kind]
     torch.manual_seed(0)
@@ -76,8 +77,8 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(
     ("kind", "save_steps", "stop"),
-    [("student", 5, 17), ("student", 7, 15), ("paco", 5, 8), ("ldam", 3, 8)],
-    ids=["student, in an epoch", "student, between epochs", "paco", "ldam"],
+    [("student", 5, 17), ("student", 7, 15), ("muon", 5, 17), ("paco", 5, 8), ("ldam", 3, 8)],
+    ids=["student, in an epoch", "student, between epochs", "student with Muon", "paco", "ldam"],
 )
 def test_interrupted_and_undisturbed_runs_end_alike(tmp_path, digits, teacher, kind, save_steps, stop):
     """Whatever was cut off, another number of workers, and whoever else draws random numbers."""

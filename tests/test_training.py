@@ -139,7 +139,7 @@ def test_mixed_precision_and_gradient_checkpointing_train(tmp_path, digits, teac
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("distillation", ["hard", "soft", "none"])
+@pytest.mark.parametrize("distillation", ["hard", "soft", "soft_sum", "none"])
 def test_gradient_does_not_depend_on_accumulation(tmp_path, digits, teacher, distillation):
     """With class weights, the mean of the slices' weighted means is another loss."""
     batch = fixed_batch(digits)
@@ -156,7 +156,7 @@ def test_gradient_does_not_depend_on_accumulation(tmp_path, digits, teacher, dis
     outputs = model(batch["pixel_values"])
     targets = batch["labels"] if distillation == "none" else trainer.teacher_logits(batch["pixel_values"]).argmax(1)
     expected = F.cross_entropy(outputs.cls_logits, batch["labels"], weights)
-    if distillation != "soft":
+    if not distillation.startswith("soft"):
         expected = (expected + F.cross_entropy(outputs.distillation_logits, targets, weights)) / 2
         torch.testing.assert_close(loss, expected.detach())
 
@@ -279,6 +279,69 @@ def test_tokens_positions_norms_and_biases_have_no_weight_decay(tmp_path, digits
         assert (name in decayed) == matrix, name
     optimizer = trainer.create_optimizer()
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_balanced_softmax_of_cls_takes_the_counts_of_the_data(tmp_path, digits, teacher):
+    batch = fixed_batch(digits)
+    model = make_student(drop_path_rate=0.0)
+    values = {"alpha": 0.0, "drw_start_epoch": 0, "cls_loss": "logit_adjusted"}
+    trainer = student_trainer(tmp_path, digits, teacher, model, **values)
+    loss, _ = gradients(trainer, batch, 2)
+    adjusted = model(batch["pixel_values"]).cls_logits + torch.tensor(trainer.class_counts).log()
+    torch.testing.assert_close(loss, F.cross_entropy(adjusted, batch["labels"]).detach())
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path, digits):
+    model = make_student()
+    values = {"optim": "muon", "learning_rate": 3e-3, "adam_beta2": 0.99, "weight_decay": 0.1}
+    trainer = student_trainer(tmp_path, digits, model=model, distillation="none", **values)
+    optimizer = trainer.create_optimizer()
+    decayed = trainer.get_decay_parameter_names(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = []
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["momentum"]) == (3e-3, (0.9, 0.99), 0.95)
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            assert group["use_muon"] == bool(
+                re.search(r"layers\.\d+\.(attention\.\w_proj|mlp\.fc\d)\.weight$", name)
+            ), name
+            assert group["weight_decay"] == (0.1 if name in decayed else 0.0), name
+            seen.append(name)
+    assert sorted(seen) == sorted(names.values())
+    assert sum(len(group["params"]) for group in optimizer.param_groups if group["use_muon"]) == 6 * len(
+        model.deit.layers
+    )
+
+
+def test_a_step_of_muon_is_orthogonal_and_one_of_adamw_the_learning_rate(tmp_path, digits):
+    """All singular values are near 0.2 * sqrt(longer side) learning rates, so that one schedule serves both."""
+    model = make_student()
+    values = {"optim": "muon", "learning_rate": 1e-2, "weight_decay": 0.0}
+    optimizer = student_trainer(tmp_path, digits, model=model, distillation="none", **values).create_optimizer()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    steps = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    step = steps["deit.layers.0.mlp.fc1.weight"]
+    sizes = torch.linalg.svdvals(step) / (1e-2 * 0.2 * max(step.shape) ** 0.5)
+    assert sizes.min() > 0.7
+    assert sizes.max() < 1.3
+    for name in ("cls_classifier.weight", "deit.layers.0.mlp.fc1.bias", "deit.embeddings.position_embeddings"):
+        torch.testing.assert_close(steps[name].abs(), torch.full_like(steps[name], 1e-2), atol=1e-5, rtol=0)
+
+
+def test_muon_refuses_what_flattens_matrices(tmp_path, digits, monkeypatch):
+    make = DeiTLTTrainer.create_accelerator_and_postprocess
+
+    def under_deepspeed(trainer):
+        make(trainer)
+        trainer.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(DeiTLTTrainer, "create_accelerator_and_postprocess", under_deepspeed)
+    with pytest.raises(ValueError, match="optim 'muon' needs whole matrices, which DeepSpeed"):
+        student_trainer(tmp_path, digits, distillation="none", optim="muon")
 
 
 # ---- Evaluation and results ----
@@ -501,7 +564,8 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
         ({"global_batch_size": 0}, "global_batch_size must be 1 or more, got 0"),
         ({"train_crop": "middle"}, "train_crop must be one of random_resized, padded, got 'middle'"),
         ({"teacher_view": "clean"}, "teacher_view must be one of student, weak, got 'clean'"),
-        ({"distillation": "both"}, "distillation must be one of hard, soft, none, got 'both'"),
+        ({"distillation": "both"}, "distillation must be one of hard, soft, soft_sum, none, got 'both'"),
+        ({"optim": "muone"}, "optim must be one of muon, adamw_torch, .*, got 'muone'"),
         ({"alpha": -0.1}, r"alpha must be in \[0, 1\], got -0.1"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"reweight_cls": True, "cls_loss": "bce"}, "reweight_cls needs cls_loss='ce'"),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..data.sampling import ROUND, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
@@ -398,6 +399,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         values = (self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         DistillationLoss(*values, class_counts=[1])  # the trainer knows them
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
+        _check_choice(self, "optim", (MUON, *OptimizerNames))
         _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
         for name in ("mixup", "cutmix"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")

@@ -65,6 +65,13 @@ class DeiTLTTrainer(LongTailTrainer):
     ):
         self.teacher = None
         super().__init__(model=model, args=args, **kwargs)
+        if self.args.optim == MUON and (
+            self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
+        ):
+            raise ValueError(
+                "optim 'muon' needs whole matrices, which DeepSpeed and the first version of FSDP flatten; use FSDP 2 "
+                "(scripts/accelerate/fsdp2.yaml) or another optim."
+            )
         if teacher is not None:
             if teacher_processor is None and isinstance(teacher.config, FlatTeacherConfig):
                 teacher_processor = model_processor(teacher.config)

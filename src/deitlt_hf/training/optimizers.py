@@ -27,7 +27,9 @@ def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) ->
         timm's implementation, with up to four parameter groups.
     """
     matrices = {
-        f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear and not _is_head(name)
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not _is_head(name)
     }
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
