@@ -276,8 +276,7 @@ def test_muon_is_in_record_plan_and_card_and_another_one_resumes_nothing(tmp_pat
     assert record["settings"]["optim"] == "muon"
     assert record["ran"]["optimizer"]["class"] == "timm.optim.muon.Muon"
     assert record["ran"]["optimizer"]["settings"]["use_muon"].count(True) == 1
-    rows = dict(row for row in CardFacts(record, {}).setting_rows()[1:])
-    assert rows["`optimizer`"] == "`Muon of timm`"
+    assert ["`optim`", "`muon`"] in CardFacts(record, {}).setting_rows()
     with pytest.raises(ValueError, match=r"the state of the optimiser or of the schedule in .* is not of this"):
         trainer_of(tmp_path, digits, **{**values, "optim": "adamw_torch", "max_steps": 3}).train("auto")
 
