@@ -310,6 +310,7 @@ class LongTailTrainingArguments(TrainingArguments):
         classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__]
         names = {name for cls in classes for name in cls.__annotations__} | _OF_TRANSFORMERS
         settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
+        settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # of an enumeration
         return settings | {name: self.mixed_precision == name for name in PRECISIONS}  # `accelerate launch` sets it too
 
     def check_data(self, num_images: int) -> None:
