@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
 
 from ..io import atomic_write, one_line, read_json, weights_digest
@@ -24,7 +25,7 @@ _MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits
 _TAGS = ("vision", "deit-lt", "long-tailed")
 _KIND_TAGS = {"teacher": "sam", "student": "distillation"}
 # Metadata that tell of weights: those of an earlier card may be of others.
-_OF_WEIGHTS = ("datasets", "metrics", "model-index")
+_OF_WEIGHTS = ("base_model", "base_model_relation", "datasets", "metrics", "model-index")
 
 
 def make_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> ModelCard:
@@ -61,6 +62,29 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
         has_other_record=(folder / RESULTS_FILE).is_file() and not is_recorded,
         curves=CURVES_FILE if is_recorded and (folder / CURVES_FILE).is_file() else None,
     )
+
+
+def eval_results_file(folder: str | Path) -> bytes | None:
+    """The prediction's accuracy as a file of `.eval_results`, which the Hub shows on the pages of model and data set.
+
+    Args:
+        folder: The model's.
+
+    Returns:
+        YAML; None unless a finished run of these weights measured it on a data set of the Hub.
+    """
+    folder = Path(folder)
+    record = find_record(folder)
+    facts = CardFacts(record if _is_of(record, folder) else {}, read_config(folder))
+    if not (facts.is_finished and facts.hub_dataset and facts.prediction):
+        return None
+    entry = EvalResultEntry(
+        dataset_id=facts.hub_dataset,
+        task_id="image_classification",
+        value=round(100 * facts.prediction["overall"], 2),
+        notes=one_line(f"accuracy in % on the test images; trained on {facts.dataset}, one run, one seed"),
+    )
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True).encode()
 
 
 def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None) -> ModelCard:
@@ -148,6 +172,8 @@ def _metadata(facts: CardFacts, name: str, given: Mapping[str, Any]) -> ModelCar
         "datasets": facts.hub_dataset and [facts.hub_dataset],
         "metrics": ["accuracy"] if facts.evaluation else None,
     }
+    if facts.base_model:
+        own |= {"base_model": facts.base_model, "base_model_relation": "finetune"}
     results = _eval_results(facts) if facts.is_finished else []
     if results:
         own |= {"model_name": name, "eval_results": results}

@@ -20,6 +20,7 @@ from ..records import RESULTS_FILE, find_record
 from .cards import (
     CARD_FILE,
     CURVES_FILE,
+    eval_results_file,
     given_metadata,
     is_generated,
     join_metadata,
@@ -36,6 +37,7 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "model-*-of-*.safetensors")
 _CODE = ("configuration_*.py", "modeling_*.py")
 _OWN_CODE = tuple(pattern.replace("*", name) for pattern in _CODE for name in ("deitlt", "flat_teacher"))
+EVAL_FILE = ".eval_results/deitlt-hf.yaml"
 _RUN = (RESULTS_FILE, "log.jsonl", CURVES_FILE)
 _REPORT = ("report/index.html", "report/report.json", "report/*.png")
 # All that is ever pushed, beside the weights that the model loads. Checkpoints, optimiser states, pickles and hidden
@@ -57,6 +59,7 @@ _REPLACED = (
     MODEL_FILE,
     QUANTIZED_FILE,
     *_REPORT,
+    EVAL_FILE,
 )
 _TOKENS = "https://huggingface.co/settings/tokens"
 
@@ -77,11 +80,11 @@ def push_folder(
     """Puts a model folder on the Hub in one commit: the repository then has all of it, or else what it had.
 
     What goes up are the weights and what is in `PUBLISHED`, without a record, ONNX files and a report of other weights
-    than the folder's. Image processor, model code and handler of an earlier version are mended in the folder, see
-    [`mend_folder`]. What an earlier push put there under one of the names in `_REPLACED`, and the folder does not have,
-    is removed from the repository, where it would belong to another model; all else stays. A push that was interrupted,
-    or is not needed, can be repeated: weights that are on the Hub are not sent again, and without a change there is no
-    commit.
+    than the folder's, and the accuracy in the Hub's own form ([`eval_results_file`]). Image processor, model code and
+    handler of an earlier version are mended in the folder, see [`mend_folder`]. What an earlier push put there under
+    one of the names in `_REPLACED`, and the folder does not have, is removed from the repository, where it would belong
+    to another model; all else stays. A push that was interrupted, or is not needed, can be repeated: weights that are
+    on the Hub are not sent again, and without a change there is no commit.
 
     Args:
         folder: A student or teacher with its image processor, as the trainers and `convert` save them.
@@ -125,22 +128,26 @@ def push_folder(
         own = _own_card(folder)
         before = [given_metadata(text) for text in (there, own) if text is not None]
         write_card(folder, repo_id, **join_metadata(*before, metadata))
-    added = _files_to_push(folder)
+    contents: dict[str, Path | bytes] = {name: folder / name for name in _files_to_push(folder)}
+    evaluated = eval_results_file(folder)
+    if evaluated is not None:
+        contents[EVAL_FILE] = evaluated
     with _one_sentence(repo_id):
-        stale = {name for name in api.list_repo_files(repo_id, revision=revision) if _matches(name, _REPLACED)} - added
+        stale = {name for name in api.list_repo_files(repo_id, revision=revision) if _matches(name, _REPLACED)}
+        stale -= set(contents)
         if not overwrite_card and _has_card_of_others(api, repo_id, revision, folder):
             warnings.warn(
                 f"the card of {repo_id} was written or edited there and stays; --overwrite_card replaces it.",
                 stacklevel=2,
             )
-            added.discard(CARD_FILE)
+            contents.pop(CARD_FILE, None)
             stale.discard(CARD_FILE)
         # Not upload_folder, which with hf_xet makes several commits of a large folder.
         return api.create_commit(
             repo_id,
             [
                 *(CommitOperationDelete(name) for name in sorted(stale)),
-                *(CommitOperationAdd(name, folder / name) for name in sorted(added)),
+                *(CommitOperationAdd(name, content) for name, content in sorted(contents.items())),
             ],
             commit_message=commit_message,
             revision=revision,
