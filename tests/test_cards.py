@@ -274,6 +274,18 @@ def test_files_of_the_users_own_are_no_data_set_of_the_hub(student_folder):
     assert make_card(student_folder).data.datasets == ["data/photos"]
 
 
+def test_models_of_the_hub_that_a_student_came_from_are_linked(student_folder):
+    base = {"name": "inat18", "overrides": {"init_from": "facebook/deit-base-distilled-patch16-224"}}
+    teacher = results(student_folder)["teacher"] | {"source": "zoo/flat-teacher"}
+    change_results(student_folder, recipe=base, teacher=teacher)
+    card = make_card(student_folder)
+    assert card.data.base_model == "facebook/deit-base-distilled-patch16-224"
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
+    assert "[zoo/flat-teacher](https://huggingface.co/zoo/flat-teacher)" in str(card)
+    change_results(student_folder, recipe={"name": "inat18", "overrides": {"init_from": "student"}})
+    assert make_card(student_folder).data.base_model is None
+
+
 def test_a_teacher_whose_training_did_not_end_is_named_as_such(student_folder):
     assert "not finished" not in str(make_card(student_folder))
     teacher = results(student_folder)["teacher"]

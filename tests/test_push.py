@@ -15,12 +15,13 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import yaml
 from huggingface_hub import metadata_load
 
 from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.data import image_processor
-from deitlt_hf.hub.push import prepare_repository, push_folder
+from deitlt_hf.hub.push import EVAL_FILE, prepare_repository, push_folder
 from deitlt_hf.io import weights_digest
 from hub_server import Account, Entry, Hub, HubError, Repository, once, running_hub
 
@@ -143,6 +144,7 @@ USE = """
 import json, sys
 {imports}
 import torch
+import yaml
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 images = torch.load({images!r}, weights_only=True)
 models = [{load}, {load_average}]
@@ -330,6 +332,19 @@ def test_what_is_of_the_weights_goes_along(hub, folder):
     files = hub.repositories["zoo/digits"].files()
     assert {"report/index.html", "report/report.json", "onnx/model.onnx"} | RUN <= set(files)
     assert b"model-index" in files["README.md"]
+
+
+def test_the_accuracy_stands_in_the_hubs_own_form_while_it_is_of_the_weights(hub, folder):
+    record = json.loads((folder / "results.json").read_text())
+    data = record["data"] | {"dataset": "zoo/photos", "local_files": False}
+    (folder / "results.json").write_text(json.dumps(record | {"data": data}))
+    push_folder(folder, "zoo/digits")
+    (entry,) = yaml.safe_load(hub.repositories["zoo/digits"].files()[EVAL_FILE])
+    assert entry["dataset"]["id"] == "zoo/photos"
+    assert entry["value"] == pytest.approx(100 * record["last"]["accuracies"]["mean"]["overall"], abs=0.01)
+    (folder / "results.json").write_text(json.dumps(record))
+    push_folder(folder, "zoo/digits")
+    assert EVAL_FILE not in hub.repositories["zoo/digits"].files()
 
 
 def test_stars_do_not_reach_into_deeper_folders(hub, folder):
