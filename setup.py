@@ -69,6 +69,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=68",
+            "torchcodec>=0.16",
         ],
     },
 )

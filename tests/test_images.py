@@ -24,8 +24,8 @@ from deitlt_hf import (
     FlatTeacherTrainer,
     FlatTeacherTrainingArguments,
 )
-from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, load_long_tailed, train_transform
-from deitlt_hf.data.images import EncodedImage, decode_image, decoder_versions
+from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, images, load_long_tailed, train_transform
+from deitlt_hf.data.images import JPEG_DECODERS, EncodedImage, decode_image, decoder_versions, find_decoder
 from deitlt_hf.data.loading import standard_columns
 from deitlt_hf.hub.predict import load_classifier
 
@@ -143,6 +143,23 @@ def test_what_cannot_be_decoded_is_named(tmp_path, data, message):
         decode_image({"bytes": None, "path": str(path)})
     with pytest.raises(ValueError, match=rf"the image \(embedded in the data set\): .*{message}"):
         decode(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True, "quality": 60}], ids=["baseline", "progressive"])
+def test_decoders_of_jpegs_give_the_same_pixels(monkeypatch, mode, options):
+    data = encoded(picture(101, 67).convert(mode), "JPEG", **options)
+    found = {}
+    for module in JPEG_DECODERS:
+        monkeypatch.setattr(images, "_DECODER", find_decoder([module]))
+        assert decoder_versions().keys() == {"pillow", module.partition(".")[0]}
+        found[module] = decode(data)
+        with pytest.raises(ValueError, match=r"cannot read the image .*(incomplete|truncated)"):
+            decode(cut("JPEG"))
+    assert np.array_equal(*found.values())
+    monkeypatch.setattr(images, "_DECODER", find_decoder(["nowhere"]))
+    assert decoder_versions().keys() == {"pillow"}
+    assert np.abs(decode(data).astype(int) - found[module]).max() <= 4
 
 
 def test_a_missing_file_is_named():

@@ -22,6 +22,7 @@ from deitlt_hf.data import load_long_tailed
 from deitlt_hf.data.loading import images_hash
 from deitlt_hf.io import file_sha256, weights_digest
 from deitlt_hf.records import read_record
+from deitlt_hf.training import resuming
 from deitlt_hf.training.watch import read_log
 
 STUDENT = {
@@ -378,6 +379,13 @@ def test_a_plain_resume_says_nothing_of_its_arguments(tmp_path, digits):
     other = short("student", tmp_path, digits, **{**values, "save_steps": 7, "save_total_limit": None})
     other.train(resume_from_checkpoint="auto")
     assert (other.state.eval_steps, other.state.save_steps, other.args.eval_steps) == (5, 7, 0.5)
+
+
+def test_other_decoders_of_images_are_reported(finished, tmp_path, digits, monkeypatch):
+    folder = shutil.copytree(finished["student", "epochs"], tmp_path / "student")
+    monkeypatch.setattr(resuming, "decoder_versions", lambda: {"pillow": "99"})
+    with pytest.warns(UserWarning, match=r"decoded by pillow 99; it began with pillow .*, torchvision .* grey levels"):
+        short("student", folder, digits, **LENGTHS["epochs"], ema_decay=0.9).train(resume_from_checkpoint="auto")
 
 
 # ---- What a run is ----

@@ -2,12 +2,14 @@
 
 import contextlib
 import hashlib
+import importlib
 import mmap
 import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,23 +20,33 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-try:
-    # A third faster than Pillow. torchvision 0.29 says that a later version will not have it.
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
-    decode_jpeg = None
-
 from ..io import one_line
 from .image_rule import is_transparent, open_encoded, orientation_of, upright_rgb
 
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 
+# What decodes JPEGs a third faster than Pillow; the first that is installed is used. torchvision 0.29 announces that a
+# later version leaves it to torchcodec, which gives the same pixels.
+JPEG_DECODERS = ("torchvision.io", "torchcodec.decoders")
 REDUCING_GAP = 2.0  # a region of a JPEG is decoded no smaller than this many times its result
 CACHED_SIDE = 64  # images of at most this side are kept decoded
 CACHE_BYTES = 2**30
 ROWS_A_TASK = 256
 BINARY = ("binary", "large_binary", "binary_view")
 ADVICE = " Repair or remove it, or pass --skip_bad_images."
+
+
+def find_decoder(modules: Sequence[str] = JPEG_DECODERS) -> tuple[str, Callable] | None:
+    """The first of some modules that can decode JPEGs, and its function; None if none can."""
+    for module in modules:
+        # torchcodec raises OSError or RuntimeError where its libraries are not for this torch.
+        with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
+            decoders = importlib.import_module(module)
+            return module, partial(decoders.decode_jpeg, mode=decoders.ImageReadMode.RGB)
+    return None
+
+
+_DECODER = find_decoder()
 
 
 class EncodedImage:
@@ -72,9 +84,9 @@ class EncodedImage:
             ValueError: If it cannot be decoded; the message names it.
         """
         with self._errors():
-            if self._is_jpeg and decode_jpeg is not None:
+            if self._is_jpeg and _DECODER is not None:
                 data = torch.frombuffer(self.data, dtype=torch.uint8)
-                pixels = decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+                pixels = _DECODER[1](data).permute(1, 2, 0).numpy()
             else:
                 pixels = np.asarray(upright_rgb(self._opened, self.background))
             height, width, _ = pixels.shape
@@ -132,7 +144,7 @@ class EncodedImage:
 
 def decoder_versions() -> dict[str, str]:
     """What decodes images, by package: pixels of another decoder, or version, can differ by a few grey levels."""
-    packages = ["pillow"] if decode_jpeg is None else ["pillow", "torchvision"]
+    packages = ["pillow"] if _DECODER is None else ["pillow", _DECODER[0].partition(".")[0]]
     return {package: version(package) for package in packages}
 
 

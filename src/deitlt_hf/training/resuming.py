@@ -3,13 +3,14 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
 
+from ..data.images import decoder_versions
 from ..data.streaming import StreamedImages
 from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
@@ -71,6 +72,13 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
     for name, value in now.items():
         if before.get(name, value) != value:
             warnings.warn(f"the run goes on with {name} {value}; it began with {before[name]}.", stacklevel=2)
+    decoders, now = (record.get("ran") or {}).get("image_decoders"), decoder_versions()
+    if decoders not in (None, now):
+        warnings.warn(
+            f"the run goes on with images decoded by {_packages(now)}; it began with {_packages(decoders)}: pixels can "
+            "differ by a few grey levels.",
+            stacklevel=2,
+        )
     teacher, taught_by = trainer.results.teacher or {}, record.get("teacher") or {}
     for name in ("model", "backbone", "weights_sha256"):
         if taught_by.get(name, teacher.get(name)) != teacher.get(name):
@@ -115,6 +123,10 @@ def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, An
                 if field.startswith(("imbalance", "max_", "subset_seed")) and had.get(field, value) != value
             ]
             yield f"it was trained on other images ({', '.join(chosen) or what})"
+
+
+def _packages(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _shown(background: str | None) -> str:
