@@ -1151,6 +1151,18 @@ def test_tables_and_lists_as_others_write_them(tmp_path, form):
     assert all(shade(row) // 40 == row["label"] for row in data["train"])
 
 
+def test_a_recipe_has_what_it_does_not_give_from_the_one_that_it_extends(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: digits_lt\nstudent: {optim: muon, num_train_epochs: 30}")
+    (tmp_path / "shorter.yaml").write_text(
+        "extends: mine.yaml\nstudent: {num_train_epochs: 20}\nteacher_losses: {paco: {learning_rate: 0.1}}"
+    )
+    base, recipe = load_recipe("digits_lt"), load_recipe(str(tmp_path / "shorter.yaml"))
+    assert recipe["student"] == base["student"] | {"optim": "muon", "num_train_epochs": 20}
+    assert (recipe["data"], recipe["teacher"]) == (base["data"], base["teacher"])
+    paco = base["teacher_losses"]["paco"] | {"learning_rate": 0.1}
+    assert recipe["teacher_losses"] == base["teacher_losses"] | {"paco": paco}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -1161,10 +1173,13 @@ def test_tables_and_lists_as_others_write_them(tmp_path, form):
         ("data: {1: 2}", "1 of data must be a number"),
         ("teacher_losses: {ldam: 5}", "ldam must have fields"),
         ("data: {dataset: a\0}", "is not text in UTF-8"),
+        ("extends: recipe.yaml", "recipe.yaml' must extend another recipe, got 'recipe.yaml'"),
+        ("extends: [digits_lt]", "must extend another recipe"),
+        ("extends: digits", r"no recipe 'digits' \(did you mean 'digits_lt'\?\); give the path"),
     ],
 )
 def test_recipes_that_are_none(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load_recipe(str(tmp_path / "recipe.yaml"))
     assert len(str(error.value)) < 700

@@ -135,17 +135,21 @@ def candidate(title: str, *changed, rate: float = 3e-3, teacher: str | None = "c
 
 SOFT = ("--distillation", "soft_sum")
 BALANCED = ("--cls_loss", "logit_adjusted")
+OURS = (*SOFT, *NO_DRW, *BALANCED)
 CANDIDATE_STUDENTS |= {
     "adamw": Arm("AdamW, not mixed", (*batch(64, 1e-3), *length(30), *UNMIXED), "ce-0.1"),
     "muon": candidate("Muon, 3e-3, not mixed"),
     "soft": candidate("soft labels", *SOFT),
-    "soft-no-drw": candidate("soft labels, no DRW", *SOFT, *NO_DRW),
-    "soft-no-drw-balanced": candidate("soft labels, no DRW, balanced softmax for CLS", *SOFT, *NO_DRW, *BALANCED),
-    "balanced": candidate("balanced softmax for CLS", *BALANCED),
     "plain-view": candidate("no RandAugment", *PLAIN_VIEW),
-    "6e-3": candidate("6e-3", rate=6e-3),
-    "mixed": candidate("mixed", base=()),
-    "labels-muon": candidate("labels only", *ALONE, *NO_DRW, teacher=None),
+    "soft-no-drw-balanced": candidate("soft labels, no DRW, balanced softmax for CLS", *OURS),
+    # Of the best of these, what each part adds, and what may be better.
+    "ours-plain-view": candidate("the last, no RandAugment", *OURS, *PLAIN_VIEW),
+    "ours-hard": candidate("the same, hard labels", *NO_DRW, *BALANCED),
+    "ours-unbalanced": candidate("the same, cross entropy for CLS", *SOFT, *NO_DRW),
+    "ours-6e-3": candidate("the same, 6e-3", *OURS, rate=6e-3),
+    "ours-mixed": candidate("the same, mixed", *OURS, base=()),
+    "ours-adamw": Arm("the same, AdamW, 1e-3", (*batch(64, 1e-3), *length(30), *UNMIXED, *OURS), "ce-0.1"),
+    "labels-muon": candidate("labels only, balanced softmax for CLS", *ALONE, *NO_DRW, *BALANCED, teacher=None),
 }
 
 

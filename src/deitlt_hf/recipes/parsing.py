@@ -27,6 +27,7 @@ from .arguments import DataArguments, without_folders
 from .usage import BriefParser
 
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
+_ABOUT = ("description", "extends")
 # The command whose help lists the fields of a section, for commands that take these but have no list of their own.
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
 # Fields of the data that say where they are, or that are long.
@@ -82,12 +83,40 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
-    """Reads a recipe of the package by name, or any by its path.
+    """The sections of a recipe of the package by name, or of any by its path.
+
+    A recipe that `extends` another, by name or path (from its own folder), has all fields of that one but those that it
+    gives itself.
 
     Raises:
         FileNotFoundError: If there is none; the message names the nearest.
-        ValueError: If the file is not a recipe.
+        ValueError: If the file is not a recipe, or extends itself.
     """
+    return _extended(name_or_path, ())
+
+
+def _extended(name_or_path: str, extending: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """A recipe's sections, below those of the recipe that it extends; `extending` are the recipes above it."""
+    content = _read(name_or_path)
+    base = content.pop("extends", None)
+    if base is None:
+        return {section: content.get(section, {}) for section in SECTIONS}
+    if name_or_path in extending or not isinstance(base, str):
+        raise ValueError(f"recipe {name_or_path!r} must extend another recipe, got {one_line(base)!r}.")
+    beside = Path(name_or_path).parent / base
+    if base not in recipe_names() and beside.is_file():
+        base = str(beside)
+    sections = _extended(base, (*extending, name_or_path))
+    for section in SECTIONS:
+        own = content.get(section, {})
+        if section == "teacher_losses":
+            own = {loss: (sections[section].get(loss) or {}) | (values or {}) for loss, values in own.items()}
+        sections[section] = sections[section] | own
+    return sections
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    """A recipe as it is written, without its description."""
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
@@ -99,17 +128,18 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
         )
     with file_errors(f"recipe {name_or_path!r}"):
         recipe = yaml.load(text, _Loader)
-    sections = {key: value for key, value in recipe.items() if key != "description"} if isinstance(recipe, dict) else {}
-    sections = {key: {} if value is None else value for key, value in sections.items()}
+    content = recipe if isinstance(recipe, dict) else {}
+    base = {key: content[key] for key in ("extends",) if key in content}
+    sections = {key: {} if value is None else value for key, value in content.items() if key not in _ABOUT}
     wrong = [key for key in sections if key not in SECTIONS]
-    if not sections or wrong or not all(isinstance(value, dict) for value in sections.values()):
+    if not (sections or base) or wrong or not all(isinstance(value, dict) for value in sections.values()):
         raise ValueError(
             f"recipe {name_or_path!r} has the sections {one_line(list(sections))}; they can be {', '.join(SECTIONS)}, "
             "each with fields and their values."
         )
     for section, values in sections.items():
         _check_values(values if section == "teacher_losses" else {section: values}, f"recipe {name_or_path!r}")
-    return {section: sections.get(section, {}) for section in SECTIONS}
+    return base | sections
 
 
 class _Loader(yaml.SafeLoader):
