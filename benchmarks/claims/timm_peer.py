@@ -2,9 +2,9 @@
 
     python benchmarks/claims/timm_peer.py --recipe R --teacher DIR --output_dir DIR --seed 0
 
-timm's student, Mixup, optimiser, schedule and task. Images, their order and augmentation, batch, epochs and learning
-rate are those of `scripts/distill.py` with the same recipe and seed; so is the end of mixing. timm's task shows the
-teacher what the student sees, and does not re-weight classes.
+timm's student, Mixup, optimiser (AdamW, or Muon with `--optim muon`), schedule and task. Images, their order and
+augmentation, batch, epochs and learning rate are those of `scripts/distill.py` with the same recipe and seed; so is the
+end of mixing. timm's task shows the teacher what the student sees, and does not re-weight classes.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup, mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.deit import VisionTransformerDistilled
 from timm.optim import create_optimizer_v2
@@ -73,6 +73,14 @@ def make_task(student: VisionTransformerDistilled, teacher: str, alpha: float) -
     )
 
 
+def make_optimizer(model: VisionTransformerDistilled, args: DeiTLTTrainingArguments) -> torch.optim.Optimizer:
+    """timm's optimiser of a name of ours; Muon has the matrices of the blocks, as ours does."""
+    values = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if args.optim == "muon":
+        return create_optimizer_v2(model, opt="nmuon", momentum=0.95, fallback_list=("head*", "patch_embed*"), **values)
+    return create_optimizer_v2(model, opt="adamw", **values)
+
+
 @torch.no_grad()
 def predict(model: VisionTransformerDistilled, images: ImageDataset, collate: ImageCollator) -> dict[str, np.ndarray]:
     """The class that each expert gives each image."""
@@ -86,8 +94,8 @@ def predict(model: VisionTransformerDistilled, images: ImageDataset, collate: Im
 
 
 def main():
-    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
-    _, data_args, model_args, args = parse_arguments("student", classes, None, __doc__)
+    kinds = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    _, data_args, model_args, args = parse_arguments("student", kinds, None, __doc__)
     data = data_args.load()
     names, groups = data["train"].features["label"].names, data_args.groups(data)
     processor = image_processor(model_args.image_size)
@@ -99,7 +107,7 @@ def main():
     set_seed(args.seed)
     model = make_student(model_args, len(names))
     task = make_task(model, model_args.teacher, args.alpha)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = make_optimizer(model, args)
     schedule = CosineLRScheduler(
         optimizer,
         t_initial=int(args.num_train_epochs * len(batches)),
@@ -108,17 +116,20 @@ def main():
         warmup_lr_init=args.warmup_learning_rate,
         t_in_epochs=False,
     )
-    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.label_smoothing_factor, num_classes=len(names))
+    smoothing, classes = args.label_smoothing_factor, len(names)
+    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=smoothing, num_classes=classes) if args.mixes else None
     started, step = time.perf_counter(), 0
     for epoch in range(int(args.num_train_epochs)):
         batches.set_epoch(epoch)
         task.train()
         for batch in loader:
             pixel_values, targets = view.finish(batch["pixel_values"]), batch["labels"]
-            if epoch < (args.drw_start_epoch or args.num_train_epochs):
+            if epoch >= (args.drw_start_epoch or args.num_train_epochs):
+                targets = F.one_hot(targets, classes).float()
+            elif mixup is not None:
                 pixel_values, targets = mixup(pixel_values, targets)
             else:
-                targets = F.one_hot(targets, len(names)).float()
+                targets = mixup_target(targets, classes, 1.0, smoothing)
             optimizer.zero_grad()
             task(pixel_values, targets)["loss"].backward()
             optimizer.step()
