@@ -56,17 +56,22 @@ TEACHERS = {
     "ldam-sam": teacher("LDAM-DRW, SAM", "ldam", 0.1),
     "paco-sam": teacher("PaCo, SAM", "paco", 0.025),
 }
+PEER = "benchmarks/claims/timm_peer.py"
 # With beta 0 all class weights are 1. Mixing stops at the DRW epoch in all of them.
 NO_DRW = ("--drw_beta", 0)
 WEAK = ("--teacher_view", "weak")
 ALONE = ("--distillation", "none")
+UNMIXED = ("--mixup", 0, "--cutmix", 0)
+MUON = ("--optim", "muon", "--learning_rate", 3e-3)
+SOFT = ("--distillation", "soft_sum")
+BALANCED = ("--cls_loss", "logit_adjusted")
 STUDENTS = {
     "labels": Arm("labels only", ALONE + NO_DRW),
     "deit-lt": Arm("DeiT-LT", (), "ce-sam"),
     "ood": Arm("out-of-distribution view, no DRW", NO_DRW, "ce-sam"),
     "id-drw": Arm("in-distribution view, DRW", WEAK, "ce-sam"),
     "deit": Arm("plain DeiT distillation (in-distribution view, no DRW)", WEAK + NO_DRW, "ce-sam"),
-    "timm": Arm("timm's token distillation, a bare loop", (), "ce-sam", "benchmarks/claims/timm_peer.py"),
+    "timm": Arm("timm's token distillation, a bare loop", (), "ce-sam", PEER),
     "deit-lt-sgd": Arm("DeiT-LT, SGD teacher", (), "ce-sgd"),
     "labels-drw": Arm("labels, DIST with DRW", ALONE),
     "deit-lt-ldam": Arm("DeiT-LT, LDAM-SAM teacher", (), "ldam-sam"),
@@ -88,12 +93,30 @@ STUDENTS |= {f"deit-lt-{epochs}": Arm(f"DeiT-LT, {epochs} epochs", length(epochs
 # Beside the longest of them.
 LONG_LABELS = f"labels-{max(LENGTHS)}"
 STUDENTS[LONG_LABELS] = Arm(f"labels only, {max(LENGTHS)} epochs", (*ALONE, *NO_DRW, *length(max(LENGTHS))))
+# Beyond the paper, all with Muon and without mixing: the recipes `*_fast`, and what it is held against.
+BEYOND = {
+    "ours": Arm(
+        "ours: Muon, soft labels, balanced softmax for CLS",
+        (*MUON, *UNMIXED, *SOFT, *BALANCED, "--drw_start_epoch", "inf"),
+        "ce-sam",
+    ),
+    "labels-muon": Arm(
+        "labels only, Muon, balanced softmax for CLS",
+        (*MUON, *UNMIXED, *ALONE, *BALANCED, "--drw_start_epoch", "inf"),
+    ),
+    "timm-muon": Arm("timm's token distillation, Muon", (*MUON, *UNMIXED), "ce-sam", PEER),
+    "deit-lt-muon": Arm("DeiT-LT, Muon", (*MUON, *UNMIXED), "ce-sam"),
+    "ood-muon": Arm("out-of-distribution view, no DRW, Muon", (*MUON, *UNMIXED, *NO_DRW), "ce-sam"),
+    "id-drw-muon": Arm("in-distribution view, DRW, Muon", (*MUON, *UNMIXED, *WEAK), "ce-sam"),
+}
+STUDENTS |= BEYOND
 # Arms by their epochs.
 BY_LENGTH = dict(sorted({60: "deit-lt", **{epochs: f"deit-lt-{epochs}" for epochs in LENGTHS}}.items()))
 LATER = (
     *("id-unmixed", "ood-unmixed", "deit-lt-ldam", "deit-lt-paco"),
     *(f"deit-lt-{epochs}" for epochs in LENGTHS),
     LONG_LABELS,
+    *BEYOND,
 )
 SEEDS = (0, 1, 2)
 
@@ -117,8 +140,7 @@ CANDIDATE_STUDENTS = {
     f"labels-{name}": Arm(f"labels only, batch {values[0]}, {values[1]:g}", (*ALONE, *NO_DRW, *batch(*values)))
     for name, values in BATCHES.items()
 }
-# Beyond the paper: what is tried with Muon, in half the epochs. The name of each says what it changes of "muon".
-UNMIXED = ("--mixup", 0, "--cutmix", 0)
+# Beyond the paper: what is tried with Muon, in half the epochs.
 PLAIN_VIEW = ("--auto_augment", "none", "--random_erasing", 0)
 TRAINED_ON_OURS = "ce-0.1-augmented"
 CANDIDATE_TEACHERS[TRAINED_ON_OURS] = Arm(
@@ -133,8 +155,6 @@ def candidate(title: str, *changed, rate: float = 3e-3, teacher: str | None = "c
     return Arm(title, (*batch(64, rate), *length(30), "--optim", "muon", *base, *changed), teacher)
 
 
-SOFT = ("--distillation", "soft_sum")
-BALANCED = ("--cls_loss", "logit_adjusted")
 OURS = (*SOFT, *NO_DRW, *BALANCED)
 CANDIDATE_STUDENTS |= {
     "adamw": Arm("AdamW, not mixed", (*batch(64, 1e-3), *length(30), *UNMIXED), "ce-0.1"),
@@ -198,6 +218,21 @@ SETTINGS = {
         CANDIDATE_TEACHERS,
         CANDIDATE_STUDENTS,
         holds_out=True,
+    ),
+    # Not used to choose anything: the recipe digits_lt_fast, and what it is held against.
+    "digits": Setting(
+        "scikit-learn's digits, ratio 20, 119 to 5 images a class",
+        "digits_lt",
+        SEEDS,
+        {"ce-sam": TEACHERS["ce-sam"]},
+        {
+            "deit-lt": STUDENTS["deit-lt"],
+            **{
+                name: Arm(arm.title, ("--num_train_epochs", 160, *arm.arguments), arm.teacher, arm.script)
+                for name, arm in BEYOND.items()
+                if name in ("ours", "labels-muon", "timm-muon")
+            },
+        },
     ),
     # The paper's own: 1,200 epochs of ViT-B/16 at 224 px, for a GPU. The recipe's teacher is LDAM-DRW with SAM.
     "cifar10_lt": Setting(
