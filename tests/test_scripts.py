@@ -492,9 +492,24 @@ def test_recipes_fill_their_arguments(name, tmp_path):
         "student", (DataArguments, StudentArguments, DeiTLTTrainingArguments), folder
     )
     assert recipe == name
-    assert args.drw_start_epoch < args.num_train_epochs
+    assert (args.drw_start_epoch or 0) < args.num_train_epochs
     assert model.image_size % model.patch_size == 0
     assert load_recipe(name)["data"]["dataset"] == data.dataset
+
+
+FAST = [name for name in recipe_names() if name.endswith("_fast")]
+
+
+def test_every_benchmark_has_a_recipe_of_this_packages_own():
+    """All with the method that docs/claims.md tests, and the data and teacher of the benchmark."""
+    benchmarks = {name for name in recipe_names() if not name.endswith("_fast")} - {"image_folder"}
+    assert {name.removesuffix("_fast") for name in FAST} == benchmarks
+    method = ("optim", "distillation", "cls_loss", "drw_start_epoch")
+    for name in FAST:
+        recipe, base = load_recipe(name), load_recipe(name.removesuffix("_fast"))
+        assert [recipe["student"][field] for field in method] == ["muon", "soft_sum", "logit_adjusted", None]
+        assert (recipe["data"], recipe["teacher"]) == (base["data"], base["teacher"])
+        assert recipe["student"]["num_train_epochs"] <= base["student"]["num_train_epochs"]
 
 
 def teacher_arguments(name, folder, *arguments):
