@@ -228,7 +228,7 @@ SETTINGS = {
         {
             "deit-lt": STUDENTS["deit-lt"],
             **{
-                name: Arm(arm.title, ("--num_train_epochs", 160, *arm.arguments), arm.teacher, arm.script)
+                name: Arm(arm.title, ("--num_train_epochs", 120, *arm.arguments), arm.teacher, arm.script)
                 for name, arm in BEYOND.items()
                 if name in ("ours", "labels-muon", "timm-muon")
             },
