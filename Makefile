@@ -13,7 +13,7 @@ $(INSTALLED): setup.py constraints.txt
 	touch $@
 
 demo: install  ## Teacher, student and table on the embedded digits.
-	$(BIN)/python scripts/distill.py --recipe digits_lt --overwrite
+	$(BIN)/python scripts/distill.py --recipe digits_lt_fast --overwrite
 
 # One thread a worker: two workers with two threads each wait for each other.
 test: install

@@ -156,7 +156,7 @@ def candidate(title: str, *changed, rate: float = 3e-3, teacher: str | None = "c
 
 
 OURS = (*SOFT, *NO_DRW, *BALANCED)
-CANDIDATE_STUDENTS |= {
+BEYOND_CANDIDATES = {
     "adamw": Arm("AdamW, not mixed", (*batch(64, 1e-3), *length(30), *UNMIXED), "ce-0.1"),
     "muon": candidate("Muon, 3e-3, not mixed"),
     "soft": candidate("soft labels", *SOFT),
@@ -216,7 +216,7 @@ SETTINGS = {
         FASHION,
         (10,),
         CANDIDATE_TEACHERS,
-        CANDIDATE_STUDENTS,
+        CANDIDATE_STUDENTS | BEYOND_CANDIDATES,
         holds_out=True,
     ),
     # Not used to choose anything: the recipe digits_lt_fast, and what it is held against.
@@ -228,7 +228,7 @@ SETTINGS = {
         {
             "deit-lt": STUDENTS["deit-lt"],
             **{
-                name: Arm(arm.title, ("--num_train_epochs", 120, *arm.arguments), arm.teacher, arm.script)
+                name: Arm(arm.title, ("--num_train_epochs", 160, *arm.arguments), arm.teacher, arm.script)
                 for name, arm in BEYOND.items()
                 if name in ("ours", "labels-muon", "timm-muon")
             },

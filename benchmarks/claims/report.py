@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LABELS, TEACHERS, Arm
+from arms import BEYOND_CANDIDATES, CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LABELS, TEACHERS, Arm
 from claims import CLAIMS
 from evidence import EXPERTS, NOT_RUN, Claim, Evidence
 from series import GROUPS, ROOT, mean_and_deviation
@@ -170,6 +170,7 @@ def parts(evidence: Evidence) -> dict[str, str]:
         "fusions": fusions_table(evidence),
         "teacher labels": labels_table(evidence),
         "held out": held_out_table(),
+        "tried": experts_table(Evidence("held_out"), BEYOND_CANDIDATES),
     }
     for number, claim in enumerate(CLAIMS, 1):
         said = claim.verdict(evidence)
