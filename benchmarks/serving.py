@@ -1,7 +1,7 @@
 """Serving under load: errors, wrong answers, latencies and memory of the handler, beside transformers' own pipeline.
 
-    python benchmarks/serving.py --model outputs/digits_lt/student --vit_s16
-    python benchmarks/serving.py --model outputs/digits_lt/student --seconds 3
+    python benchmarks/serving.py --model outputs/digits_lt_fast/student --vit_s16
+    python benchmarks/serving.py --model outputs/digits_lt_fast/student --seconds 3
 
 A process serves the model over HTTP as Inference Endpoints do: the handler, and transformers' pipeline beside it.
 Eight clients, each with an image of its own, first ask the handler alone, which is watched for memory; then each asks

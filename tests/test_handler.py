@@ -650,7 +650,7 @@ def test_eight_clients_over_http(folder, tmp_path):
 
 def test_python_of_the_serving_page(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(folder, "outputs/digits_lt/student")
+    shutil.copytree(folder, "outputs/digits_lt_fast/student")
     image_of(0).save("image.png")
     page = (ROOT / "docs" / "serving.md").read_text()
     section = page[page.index("## Hosted inference") : page.index("## Predict")]
@@ -659,4 +659,4 @@ def test_python_of_the_serving_page(folder, tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(block, {})
     assert len(capsys.readouterr().out.splitlines()) == 4
-    assert Path("outputs/digits_lt/student/handler.py").is_file()
+    assert Path("outputs/digits_lt_fast/student/handler.py").is_file()

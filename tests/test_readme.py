@@ -36,7 +36,7 @@ def blocks(text, language="python"):
 @pytest.fixture
 def trained_folder(tmp_path, monkeypatch, teacher_folder):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(teacher_folder, tmp_path / "outputs" / "digits_lt" / "teacher")
+    shutil.copytree(teacher_folder, tmp_path / "outputs" / "digits_lt_fast" / "teacher")
     return tmp_path
 
 
@@ -49,14 +49,14 @@ def test_python_of_the_readme_runs(trained_folder, digits):
     assert (trained_folder / "outputs" / "python" / "student" / "model.safetensors").is_file()
     digits["test"][0]["image"].save(trained_folder / "image.png")
     for block in (use_plain, use_package):
-        exec(compile(block.replace("digits_lt/student", "python/student"), "README.md", "exec"), {})
+        exec(compile(block.replace("digits_lt_fast/student", "python/student"), "README.md", "exec"), {})
 
 
 def test_models_page(trained_folder, digits, reference, monkeypatch):
     """docs/hub.md from top to bottom, as one session, after the commands that it gives."""
     student = make_student(class_counts=list(range(60, 0, -6)), hidden_size=128)
-    student.save_pretrained("outputs/digits_lt/student")
-    image_processor(8).save_pretrained("outputs/digits_lt/student")
+    student.save_pretrained("outputs/digits_lt_fast/student")
+    image_processor(8).save_pretrained("outputs/digits_lt_fast/student")
     digits["test"][0]["image"].save("image.png")
     weights = student_to_original(student.state_dict())
     torch.save({"model": weights, "model_ema": weights, "args": argparse.Namespace(lr=5e-4)}, "student.pth")
@@ -78,8 +78,8 @@ def test_models_page(trained_folder, digits, reference, monkeypatch):
 def test_serving_page(trained_folder, digits):
     """docs/serving.md: its Python as one session, and its commands as far as they need nothing else."""
     student = make_student(class_counts=list(range(60, 0, -6)))
-    student.save_pretrained("outputs/digits_lt/student")
-    image_processor(8).save_pretrained("outputs/digits_lt/student")
+    student.save_pretrained("outputs/digits_lt_fast/student")
+    image_processor(8).save_pretrained("outputs/digits_lt_fast/student")
     digits["test"][0]["image"].save("image.png")
     page = (ROOT / "docs" / "serving.md").read_text()
     session = {}
@@ -95,7 +95,7 @@ def test_serving_page(trained_folder, digits):
         with contextlib.redirect_stdout(io.StringIO()) as told, pytest.raises(SystemExit):
             main([name, "--help"])
         assert all(option in told.getvalue() for option in options), command
-    main(["predict", "--model", "outputs/digits_lt/student", "image.png"])
+    main(["predict", "--model", "outputs/digits_lt_fast/student", "image.png"])
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
         assert (ROOT / "docs" / link).is_file(), link
 

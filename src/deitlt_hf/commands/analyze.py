@@ -1,7 +1,7 @@
 """Writes a report on what a model's experts know: a page, its pictures and report.json.
 
-deitlt analyze --model outputs/digits_lt/student --recipe digits_lt --output report
-deitlt analyze --model outputs/digits_lt/student --teacher outputs/digits_lt/teacher --recipe digits_lt
+deitlt analyze --model outputs/digits_lt_fast/student --recipe digits_lt --output report
+deitlt analyze --model outputs/digits_lt_fast/student --teacher outputs/digits_lt_fast/teacher --recipe digits_lt
 deitlt analyze --model M --compare M2 --recipe fashion_mnist_lt_tiny --data_dir DIR --output report
 """
 

@@ -1,6 +1,6 @@
 """Serves a web page that shows what each expert says of an image, where it looks, and how common the class was.
 
-deitlt demo --model outputs/digits_lt/student
+deitlt demo --model outputs/digits_lt_fast/student
 deitlt demo --model DIR_OR_HUB_ID --examples DIR_OF_IMAGES --port 8000
 """
 

@@ -1,7 +1,7 @@
 """Prints the table of experts of a saved student or teacher on a recipe's test images.
 
-deitlt evaluate --recipe digits_lt --model outputs/digits_lt/student
-deitlt evaluate --recipe digits_lt --model outputs/digits_lt/student --fusion all
+deitlt evaluate --recipe digits_lt --model outputs/digits_lt_fast/student
+deitlt evaluate --recipe digits_lt --model outputs/digits_lt_fast/student --fusion all
 """
 
 import copy

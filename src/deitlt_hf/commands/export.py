@@ -1,7 +1,7 @@
 """Writes a model as ONNX, in float32 and with int8 weights, and tells what each file gets right.
 
-deitlt export --model outputs/digits_lt/student
-deitlt export --model outputs/digits_lt/student --int8 --recipe digits_lt
+deitlt export --model outputs/digits_lt_fast/student
+deitlt export --model outputs/digits_lt_fast/student --int8 --recipe digits_lt
 deitlt export --model ORG/NAME --output exported --fixed_size
 """
 

@@ -1,7 +1,7 @@
 """Writes model cards: the repository's, from recipes and measured results, or that of a saved folder.
 
 deitlt model-cards
-deitlt model-cards --model outputs/digits_lt/student --repo_id ORG/deitlt-digits --license cc-by-4.0
+deitlt model-cards --model outputs/digits_lt_fast/student --repo_id ORG/deitlt-digits --license cc-by-4.0
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Classifies image files: the most likely classes of each, as text, JSON lines or CSV.
 
-deitlt predict --model outputs/digits_lt/student photo.jpg photos/ 'more/**/*.png'
-deitlt predict --model outputs/digits_lt/student --experts --csv photos/ > predictions.csv
+deitlt predict --model outputs/digits_lt_fast/student photo.jpg photos/ 'more/**/*.png'
+deitlt predict --model outputs/digits_lt_fast/student --experts --csv photos/ > predictions.csv
 find photos -newer yesterday | deitlt predict --model DIR_OR_HUB_ID --jsonl - > predictions.jsonl
 """
 

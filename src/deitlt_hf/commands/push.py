@@ -1,8 +1,8 @@
 """Puts a model folder on the Hugging Face Hub: weights, processor, code, card and results, never checkpoints.
 
-deitlt push outputs/digits_lt/student ORG/deitlt-digits
-deitlt push outputs/digits_lt/student ORG/deitlt-digits --private --revision second-try --handler
-deitlt push outputs/digits_lt/student ORG/deitlt-digits --license cc-by-4.0 --tags digits
+deitlt push outputs/digits_lt_fast/student ORG/deitlt-digits
+deitlt push outputs/digits_lt_fast/student ORG/deitlt-digits --private --revision second-try --handler
+deitlt push outputs/digits_lt_fast/student ORG/deitlt-digits --license cc-by-4.0 --tags digits
 """
 
 from collections.abc import Sequence

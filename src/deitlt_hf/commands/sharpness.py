@@ -1,6 +1,6 @@
 """Measures how flat the loss of a model is on training images, for all classes and for head, mid and tail.
 
-deitlt sharpness --recipe digits_lt --model outputs/digits_lt/teacher
+deitlt sharpness --recipe digits_lt --model outputs/digits_lt_fast/teacher
 """
 
 import dataclasses
