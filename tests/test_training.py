@@ -132,7 +132,7 @@ def test_logs_tell_the_parts_of_the_loss(tmp_path, digits, teacher):
 
 def test_mixed_precision_and_gradient_checkpointing_train(tmp_path, digits, teacher):
     trainer = student_trainer(
-        tmp_path, digits, teacher, num_train_epochs=1, bf16=True, use_cpu=True, activation_checkpointing=True
+        tmp_path, digits, teacher, num_train_epochs=1, bf16=True, use_cpu=True, gradient_checkpointing=True
     )
     trainer.train()
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
