@@ -416,8 +416,9 @@ def test_no_step_counts_labels(tmp_path, digits):
         ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=10)
     )
     for trainer in (student_trainer(tmp_path, digits), teacher_trainer(tmp_path, digits, vit, sam_rho=[0.0])):
-        batch = {"labels": torch.zeros(4, dtype=torch.int64)}
-        assert trainer._get_num_items_in_batch([batch], trainer.args.device) is None
+        trainer._get_num_items_in_batch = None  # cannot be called
+        batches, counted = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+        assert (len(batches), counted) == (1, None)
 
 
 def test_the_plan_tells_a_phase_that_is_not_reached(tmp_path, digits):
