@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED := $(VENV)/installed
-# What touches other people's APIs, in about five minutes: loading, a few steps, resume, push, handler, ONNX.
-RANGE := \
+# What touches other people's APIs, in about five minutes: loading, a few steps, resume, push, handler, ONNX. Random
+# numbers are another matter: those of a seed change between versions of torch.
+RANGE := --deselect tests/test_model.py::test_a_seed_gives_the_same_student_as_ever \
 	tests/test_model.py tests/test_inherited.py tests/test_training.py tests/test_paco.py \
 	tests/test_resume.py::test_interrupted_and_undisturbed_runs_end_alike \
 	tests/test_push.py::test_command_pushes_what_loads_in_three_ways tests/test_push.py::test_trainer_checks_before_training \

@@ -415,7 +415,8 @@ def test_no_step_counts_labels(tmp_path, digits):
     vit = ViTForImageClassification(
         ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=10)
     )
-    for trainer in (student_trainer(tmp_path, digits), teacher_trainer(tmp_path, digits, vit, sam_rho=[0.0])):
+    student = student_trainer(tmp_path, digits, distillation="none")
+    for trainer in (student, teacher_trainer(tmp_path, digits, vit, sam_rho=[0.0])):
         trainer._get_num_items_in_batch = None  # cannot be called
         batches, counted = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
         assert (len(batches), counted) == (1, None)
