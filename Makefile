@@ -11,7 +11,7 @@ RANGE := --deselect tests/test_model.py::test_a_seed_gives_the_same_student_as_e
 	tests/test_handler.py::test_scores_are_those_of_the_native_pipeline tests/test_handler.py::test_a_model_of_timm \
 	tests/test_onnx.py::test_every_way_gives_the_same_scores tests/test_onnx.py::test_int8_agrees_and_is_smaller \
 	tests/test_streaming.py::test_parquet_is_streamed_with_its_class_names
-TOOLS := hypothesis peft psutil pytest pytest-timeout pytest-xdist
+TOOLS := hypothesis matplotlib peft psutil pytest pytest-timeout pytest-xdist
 
 .PHONY: install demo test test-oldest test-newest lint format clean
 

@@ -52,7 +52,7 @@ setup(
     extras_require={
         "analysis": ["curvlinops-for-pytorch>=3", "matplotlib>=3.8"],
         "demo": ["gradio>=6.31,<7", "matplotlib>=3.8"],
-        "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.7"],
         "dev": [
             "curvlinops-for-pytorch>=3",
             "gradio>=6.31,<7",
@@ -60,7 +60,7 @@ setup(
             "matplotlib>=3.8",
             "onnx>=1.18",
             "onnxruntime>=1.20",
-            "onnxscript>=0.5",
+            "onnxscript>=0.7",
             "peft>=0.15",
             "playwright>=1.50",
             "psutil>=5",
