@@ -84,7 +84,7 @@ def test_activations_are_what_the_backward_pass_needs():
     assert activation_bytes(Layer(), 8, half=False) == 4 * (3 * 64 + 1000)
     student = make_student(image_size=32, hidden_size=96, intermediate_size=384, drop_path_rate=0.0)
     full, half = (activation_bytes(student, 32, half) for half in (False, True))
-    student.activation_checkpointing_enable()
+    student.gradient_checkpointing_enable()
     assert activation_bytes(student, 32, half=False) < full / 5
     assert full / 2 < half < full
 

@@ -38,6 +38,7 @@ from deitlt_hf.training import SAM
 from deitlt_hf.training.inherited import ARGUMENTS, PARAMETERS, TEACHER_ARGUMENTS, refused
 
 OTHER = torch.optim.SGD([torch.zeros(1)])  # of no model
+NAMES = {field.name for field in fields(TrainingArguments)}
 
 
 def trainer_of(folder, digits, model=None, trainer=None, **values):
@@ -71,7 +72,10 @@ def record_of(folder):
 
 def test_every_argument_and_parameter_of_transformers_has_a_verdict():
     """A new version of transformers must not bring an argument that nobody looked at."""
-    assert set(ARGUMENTS) == {field.name for field in fields(TrainingArguments)}
+    assert set(ARGUMENTS) >= NAMES
+    of_some_versions = {"warmup_ratio", "logging_dir", "dataloader_in_order", "dataloader_multiprocessing_context"}
+    of_some_versions |= {"activation_checkpointing", "activation_checkpointing_kwargs"}
+    assert set(ARGUMENTS) - NAMES <= of_some_versions
     assert set(TEACHER_ARGUMENTS) < set(ARGUMENTS)
     assert set(PARAMETERS) == set(inspect.signature(Trainer.__init__).parameters) - {"self"}
 
@@ -85,7 +89,7 @@ def test_public_methods_take_what_those_of_transformers_take(trainer_class):
         assert takes_any or not missing, name
 
 
-@pytest.mark.parametrize("name", refused(ARGUMENTS))
+@pytest.mark.parametrize("name", sorted(refused(ARGUMENTS).keys() & NAMES))
 def test_refused_arguments_are_refused(tmp_path, name):
     default = next(field.default for field in fields(DeiTLTTrainingArguments) if field.name == name)
     value = {"lr_scheduler_type": "cosine", "train_sampling_strategy": "sequential", "warmup_steps": 5}.get(name)
@@ -103,13 +107,14 @@ def test_refused_arguments_are_refused(tmp_path, name):
         ({"optim": "lomo"}, "optim 'lomo' cannot be used: it updates weights in the backward pass"),
         ({"optim": "galore_adamw"}, "optim 'galore_adamw' cannot be used"),
         ({"optim": "schedule_free_adamw"}, "it has no learning-rate schedule"),
-        ({"optim_args": "momentum=0.9"}, "optim_args 'momentum=0.9' has no effect on optim 'adamw_torch_fused'"),
+        # Of which torch 2.8 and newer have a fused one.
+        ({"optim_args": "momentum=0.9"}, "optim_args 'momentum=0.9' has no effect on optim 'adamw_torch"),
         ({"optim_args": "momentum"}, "optim_args 'momentum' cannot be made"),
         ({"optim": "sgd", "adam_beta2": 0.9}, "adam_beta2 has no effect on optim 'sgd'"),
         ({"optim": "muon", "optim_args": "momentum=0.9"}, "optim_args 'momentum=0.9' has no effect on optim 'muon'"),
         ({"optim": "adamw_bnb_8bit"}, "optim 'adamw_bnb_8bit' with optim_args None cannot be made"),
         ({"dataloader_prefetch_factor": 2}, "has no effect without dataloader_num_workers"),
-        ({"activation_checkpointing_kwargs": {"a": 1}}, "has no effect without activation_checkpointing"),
+        ({"gradient_checkpointing_kwargs": {"a": 1}}, "has no effect without gradient_checkpointing"),
         ({"greater_is_better": True}, "has no effect without metric_for_best_model"),
         ({"debug": "tpu_metrics_debug"}, "has no effect without a TPU"),
     ],
@@ -142,8 +147,8 @@ def test_what_a_run_could_not_measure_or_use_is_refused_before_it(tmp_path, digi
         trainer_of(tmp_path, digits, metric_for_best_model="acuracy")
     with pytest.raises(ValueError, match=r"include_for_metrics .* has no effect without compute_metrics"):
         trainer_of(tmp_path, digits, include_for_metrics=["inputs"])
-    with pytest.raises(ValueError, match="activation_checkpointing: a FlatTeacher"):
-        flat_trainer_of(tmp_path, digits, activation_checkpointing=True)
+    with pytest.raises(ValueError, match="a FlatTeacherForImageClassification cannot checkpoint activations"):
+        flat_trainer_of(tmp_path, digits, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="args must be DeiTLTTrainingArguments, got TrainingArguments"):
         DeiTLTTrainer(make_student(), TrainingArguments(str(tmp_path)), train_dataset=digits["train"])
     optimizer = torch.optim.SGD(make_student().parameters())

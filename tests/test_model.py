@@ -283,7 +283,7 @@ def test_class_tokens_alone_change_no_output_and_no_gradient(attention, checkpoi
     student = make_student(attn_implementation=attention, drop_path_rate=drop_path_rate, initializer_range=0.3)
     student = student.double().train(training)
     if checkpointing:
-        student.activation_checkpointing_enable()
+        student.gradient_checkpointing_enable()
     options = {} if mask is None else {"attention_mask": masks()[mask]}
     *expected, whole = losses_and_gradients(student, False, **options)
     *found, few = losses_and_gradients(student, True, **options)
@@ -327,7 +327,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = make_student(drop_path_rate=0.0).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model(IMAGES, labels=torch.tensor([0, 1, 2])).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -132,7 +132,7 @@ def test_logs_tell_the_parts_of_the_loss(tmp_path, digits, teacher):
 
 def test_mixed_precision_and_gradient_checkpointing_train(tmp_path, digits, teacher):
     trainer = student_trainer(
-        tmp_path, digits, teacher, num_train_epochs=1, bf16=True, use_cpu=True, activation_checkpointing=True
+        tmp_path, digits, teacher, num_train_epochs=1, bf16=True, use_cpu=True, gradient_checkpointing=True
     )
     trainer.train()
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
@@ -415,9 +415,11 @@ def test_no_step_counts_labels(tmp_path, digits):
     vit = ViTForImageClassification(
         ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=10)
     )
-    for trainer in (student_trainer(tmp_path, digits), teacher_trainer(tmp_path, digits, vit, sam_rho=[0.0])):
-        batch = {"labels": torch.zeros(4, dtype=torch.int64)}
-        assert trainer._get_num_items_in_batch([batch], trainer.args.device) is None
+    student = student_trainer(tmp_path, digits, distillation="none")
+    for trainer in (student, teacher_trainer(tmp_path, digits, vit, sam_rho=[0.0])):
+        trainer._get_num_items_in_batch = None  # cannot be called
+        batches, counted = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+        assert (len(batches), counted) == (1, None)
 
 
 def test_the_plan_tells_a_phase_that_is_not_reached(tmp_path, digits):

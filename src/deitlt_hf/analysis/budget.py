@@ -180,8 +180,9 @@ def student_model(
     teacher_flops, frozen_bytes = (0, 0) if teacher is None else (teacher.flops, 4 * teacher.parameters)
     config.drop_path_rate = 0.0  # the most that a step keeps
     model = DeiTLTForImageClassification(config)
-    if args.activation_checkpointing:
-        model.activation_checkpointing_enable()
+    if args.gradient_checkpointing:
+        # The newer name is of transformers 5.23.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     parameters = model.num_parameters()
     return Model(
         parameters=parameters,

@@ -96,7 +96,7 @@ class NonFiniteGuard(TrainerCallback):
         parts = "".join(f", {name} {value:.4g}" for name, value in trainer.logged_means().items())
         raise FloatingPointError(
             f"{what} not finite at step {step} (epoch {trainer.state.epoch or 0:.2f}, learning rate "
-            f"{trainer._get_learning_rate():.3g}{parts}); nothing was saved after it, and checkpoints in "
+            f"{trainer.optimizer.param_groups[0]['lr']:.3g}{parts}); nothing was saved after it, and checkpoints in "
             f"{trainer.args.output_dir} are from before. Lower the learning rate."
         )
 

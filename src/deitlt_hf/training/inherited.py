@@ -1,6 +1,7 @@
 """What becomes of each argument and parameter that the trainers inherit from transformers.
 
-Every name is in one table, with one of four verdicts; a test fails where transformers has a name that is missing here.
+Every name of the versions in setup.py is in one table, with one of four verdicts; a test fails where transformers has a
+name that is missing here.
 The arguments refuse, and `--help` hides, what these tables refuse.
 """
 
@@ -36,7 +37,7 @@ ARGUMENTS: Mapping[str, str] = {
             *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
             *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
             *("logging_strategy", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica"),
-            *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+            *("logging_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
             *("eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start", "eval_accumulation_steps"),
             *("include_for_metrics", "save_only_model", "save_strategy", "save_steps"),
             *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_revision"),
@@ -65,7 +66,7 @@ ARGUMENTS: Mapping[str, str] = {
         SET,
     ),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), FOR_SCRIPTS),
-    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), _SCHEDULE),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"), _SCHEDULE),
     **dict.fromkeys(("train_sampling_strategy", "dataloader_drop_last", "auto_find_batch_size"), _BATCHES),
     **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches"), _METRICS),
     "remove_unused_columns": Refused("the data set makes the model's inputs itself"),
@@ -148,13 +149,16 @@ def check_needs(args: TrainingArguments) -> None:
     """
     for name, needed in (
         ("activation_checkpointing_kwargs", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "gradient_checkpointing"),
         ("fsdp_config", "fsdp"),
         ("greater_is_better", "metric_for_best_model"),
         ("dataloader_prefetch_factor", "dataloader_num_workers"),
         ("dataloader_multiprocessing_context", "dataloader_num_workers"),
         ("dataloader_persistent_workers", "dataloader_num_workers"),
     ):
-        if getattr(args, name) not in (None, False, {}) and not getattr(args, needed):
+        if getattr(args, name, None) not in (None, False, {}) and not getattr(
+            args, needed
+        ):  # some are of newer versions
             raise ValueError(f"{name} {getattr(args, name)!r} has no effect without {needed}; give both or neither.")
 
 

@@ -88,9 +88,6 @@ class PublishingTrainer(Trainer):
         print(f"The model is on the Hub: {commit.repo_url}", flush=True)
         return commit
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Checkpoints stay where they are."""
-
 
 def hub_options(
     args: TrainingArguments, token: str | None = None, private: bool | None = None, revision: str | None = None

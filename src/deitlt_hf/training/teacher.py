@@ -56,26 +56,17 @@ class FlatTeacherTrainer(LongTailTrainer):
             raise ValueError("SAM needs whole gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
         if self.optimizer is not None:
             self.optimizer = self._under_sam(self.optimizer)
-        self._make_contrast()
 
     def prepare_model(self, model):
-        """Checks the heads too."""
+        """Checks the heads too, and makes PaCo's second encoder of the model."""
         model, args = super().prepare_model(model), self.args
         if self._datasets[0] is not None:
             _check_heads(args.teacher_loss, model.config)
             if args.teacher_loss == "ldam":
                 model.config.logit_scale = args.ldam_scale
+            if args.teacher_loss == "paco":
+                self.contrast = MomentumContrast(model.to(args.device), args.paco_queue, args.paco_momentum)
         return model
-
-    def _make_contrast(self) -> None:
-        args = self.args
-        if self.train_dataset is not None and args.teacher_loss == "paco":
-            self.contrast = MomentumContrast(self.model.to(args.device), args.paco_queue, args.paco_momentum)
-
-    def _prepare_for_training(self, *args, **kwargs):
-        if self.model_init is not None:  # the model is another than that of before
-            self._make_contrast()
-        return super()._prepare_for_training(*args, **kwargs)
 
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
@@ -193,9 +184,10 @@ class FlatTeacherTrainer(LongTailTrainer):
         labels = torch.cat([batch["labels"] for batch in self._window])
         self.contrast.enqueue(*self.accelerator.gather((keys, labels)))
 
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.contrast is not None and self.args.should_save:
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Adds what PaCo needs to go on, to a checkpoint."""
+        super().save_model(output_dir, _internal_call)
+        if self.contrast is not None and self._staging is not None and self.args.should_save:
             save_file(self.contrast.state_dict(), Path(output_dir) / CONTRAST_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint):

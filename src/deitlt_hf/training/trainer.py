@@ -6,6 +6,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,6 +140,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             eval_dataset=as_images(eval_dataset, collator.background),
             processing_class=processing_class,
             optimizers=optimizers,
+            compute_loss_func=self.compute_training_loss,  # where there is one, accumulation does not divide the loss
             **kwargs,
         )
         self.model_init = model_init  # not given above: the model is made
@@ -150,8 +152,6 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             raise ValueError("bf16_full_eval and fp16_full_eval need whole weights; leave out DeepSpeed and FSDP.")
         if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
-        self.loss_is_scaled_for_ga = True  # by `loss_denominators`, which are those of the whole accumulated batch
-        self.model_accepts_loss_kwargs = False  # else every step would count labels, and wait for the device
         self.results = Results(self.args.output_dir)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -206,10 +206,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
             model.config.return_dict = True
             model.to(torch.float32)  # transformers 5 loads the dtype of the file, in which small updates are lost
-            if self.args.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
-                raise ValueError(
-                    f"activation_checkpointing: a {type(model).__name__} does not support it; leave it out."
-                )
+            # By its name before transformers 5.23, which newer versions know too.
+            if self.args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+                raise ValueError(f"a {type(model).__name__} cannot checkpoint activations; leave that out.")
         return model
 
     def call_model_init(self, trial=None):
@@ -252,7 +251,6 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if trial is None or self.hp_search_backend is None:
             return
         self.args.settle()
-        self._train_batch_size = self.args.train_batch_size
         self.views = self.train_views(self.args, self.processing_class)
         background = self.data_collator.background
         self.train_dataset = as_images(self._datasets[0], background, self.views, self.args)
@@ -541,6 +539,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
                 args.partial_steps,
             )
             dataset, batches = SeededImages(dataset), {"batch_sampler": sampler}
+        context = getattr(args, "dataloader_multiprocessing_context", None)
         # Accelerate would share it out among the processes once more.
         return DataLoader(
             dataset,
@@ -549,8 +548,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-            in_order=args.dataloader_in_order,
+            # These two arguments are of transformers 5.15.
+            multiprocessing_context=context if args.dataloader_num_workers else None,
+            in_order=getattr(args, "dataloader_in_order", True),
             pin_memory=args.dataloader_pin_memory,
             worker_init_fn=outlive_signals,
         )
@@ -568,7 +568,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return steps_per_epoch(self.get_train_dataloader(), self.args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))  # the parent's counts labels too, and waits for the device
         self._window, self._slice = batches, 0
         if batches:
             self._prepare_window()
@@ -584,11 +584,6 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def _finite(self, value: torch.Tensor) -> torch.Tensor:
         """For a mean in the logs: one update that is left out must not spoil it."""
         return torch.where(value.isfinite(), value, 0.0) if self.args.on_nonfinite == "skip" else value
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self.nonfinite_guard.check()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # DistributedDataParallel averages over processes what has to be a sum.
@@ -670,6 +665,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self._logged[name] = self._logged.get(name, 0.0) + self._finite(value.detach())
 
     def log(self, logs, start_time=None):
+        if "loss" in logs:
+            self.nonfinite_guard.check()
         if "loss" in logs and self._logged:
             logs = {**logs, **self.logged_means(over_processes=True)}
             self._logged.clear()
@@ -709,6 +706,10 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
                 self.ema.save_checkpoint(output_dir)
         if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
             self.push_to_hub()
+
+    def _save_checkpoint(self, model, trial):
+        self.nonfinite_guard.check()
+        super()._save_checkpoint(model, trial)
 
     def _save_average(self, output_dir: str) -> None:
         if self.averaged_model is not None:
@@ -767,6 +768,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             ignore_keys: Fields of the model's output that `compute_metrics` does not get.
             metric_key_prefix: Begins the name of each metric; of several sets, their names follow.
         """
+        if self.is_in_train:
+            self.nonfinite_guard.check()
         wanted = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(wanted, dict):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
