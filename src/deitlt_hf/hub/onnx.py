@@ -109,6 +109,8 @@ def quantize(path: str | PathLike) -> Path:
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
     products = {name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") for name in node.input}
     _check_share(sum(sizes[name] for name in products & sizes.keys()), sum(sizes.values()), str(path))
+    # torch 2.7 lists the shapes of weights there too, some of which are transposed below.
+    del model.graph.value_info[:]
     quantized = _beside(path)
     with atomic_write(quantized) as part, _quiet():
         quantize_dynamic(
