@@ -332,6 +332,13 @@ def test_a_step_of_muon_is_orthogonal_and_one_of_adamw_the_learning_rate(tmp_pat
         torch.testing.assert_close(steps[name].abs(), torch.full_like(steps[name], 1e-2), atol=1e-5, rtol=0)
 
 
+def test_a_given_class_of_optimisers_overrides_muon(tmp_path, digits):
+    args = student_arguments(tmp_path, distillation="none", optim="muon")
+    given = (torch.optim.RMSprop, {"alpha": 0.5})
+    trainer = DeiTLTTrainer(make_student(), args, train_dataset=digits["train"], optimizer_cls_and_kwargs=given)
+    assert isinstance(trainer.create_optimizer(), torch.optim.RMSprop)
+
+
 def test_muon_refuses_what_flattens_matrices(tmp_path, digits, monkeypatch):
     make = DeiTLTTrainer.create_accelerator_and_postprocess
 

@@ -129,7 +129,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
     with file_errors(f"recipe {name_or_path!r}"):
         recipe = yaml.load(text, _Loader)
     content = recipe if isinstance(recipe, dict) else {}
-    base = {key: content[key] for key in ("extends",) if key in content}
+    base = {"extends": content["extends"]} if "extends" in content else {}
     sections = {key: {} if value is None else value for key, value in content.items() if key not in _ABOUT}
     wrong = [key for key in sections if key not in SECTIONS]
     if not (sections or base) or wrong or not all(isinstance(value, dict) for value in sections.values()):

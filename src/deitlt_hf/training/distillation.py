@@ -139,7 +139,7 @@ class DeiTLTTrainer(LongTailTrainer):
 
     def create_optimizer(self, model=None):
         """As the parent's, and Muon, which transformers lacks."""
-        if self.optimizer is None and self.args.optim == MUON:
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == MUON:
             model = self.model if model is None else model
             self.optimizer = muon(model, self.args, set(self.get_decay_parameter_names(model)))
         return super().create_optimizer(model)
