@@ -26,6 +26,7 @@ from deitlt_hf.commands.model_cards import main as make_model_cards
 from deitlt_hf.hub.card_facts import CardFacts
 from deitlt_hf.hub.cards import is_generated, make_card, recipe_card, write_card
 from deitlt_hf.recipes import load_recipe, recipe_names
+from deitlt_hf.training.report import read_emissions
 
 ROOT = Path(__file__).parent.parent
 CHANGED = ["--max_per_class", "50", "--num_train_epochs", "2", "--drw_start_epoch", "1"]
@@ -565,3 +566,36 @@ def test_metadata_of_every_card_of_the_repository_can_be_read():
     for path in sorted((ROOT / "model_cards").glob("*.md")):
         assert yaml.safe_load(path.read_text().split("---")[1]) == ModelCard.load(path).data.to_dict()
         assert is_generated(path.read_text())
+
+
+def test_the_energy_that_codecarbon_estimated_is_in_record_and_card(trained, student_folder):
+    """The file is codecarbon 3.3's; a resumed run has a row for each part."""
+    header = "timestamp,run_id,duration,emissions,energy_consumed,country_name,country_iso_code,cpu_model\n"
+    rows = (
+        "2026-11-28T19:36:34,a,3.1,0.0012,0.02,Canada,CAN,EPYC\n2026-11-28T20:36:34,b,3.1,0.0003,0.01,Canada,CAN,EPYC\n"
+    )
+    (student_folder / "emissions.csv").write_text(header + rows)
+    found = read_emissions(student_folder)
+    assert found == {"energy_kwh": 0.03, "grams_co2eq": 1.5, "country": "Canada"}
+    assert results(student_folder)["emissions"] is None
+    assert "co2_eq_emissions" not in make_card(student_folder).data.to_dict()
+    change_results(student_folder, emissions=found)
+    card = ModelCard.load(write_card(student_folder))
+    emissions = card.data.to_dict()["co2_eq_emissions"]
+    assert (emissions["emissions"], emissions["source"], emissions["training_type"]) == (
+        1.5,
+        "codecarbon",
+        "pre-training",
+    )
+    assert "0.03 kWh, 1.5 g CO2eq in Canada, as codecarbon estimates, without the teacher's." in card.text
+    change_results(student_folder, emissions=None)
+    assert "co2_eq_emissions" not in make_card(student_folder).data.to_dict()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"emissions\n1\n", b"energy_consumed,emissions,country_name\nx,1,A\n", b"\xff\xfe"]
+)
+def test_a_damaged_log_of_codecarbon_costs_no_run(tmp_path, content):
+    (tmp_path / "emissions.csv").write_bytes(content)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert read_emissions(tmp_path) is None

@@ -96,6 +96,14 @@ class Hardware(TypedDict, total=False):
     threads: int
 
 
+class Emissions(TypedDict):
+    """What codecarbon estimated of a run; the country decides the emissions of a kWh."""
+
+    energy_kwh: float
+    grams_co2eq: float
+    country: str
+
+
 class RunRecord(TypedDict, total=False):
     """The content of a `results.json`. Other fields may stand beside these, such as those of a benchmark."""
 
@@ -107,6 +115,7 @@ class RunRecord(TypedDict, total=False):
     steps: int
     saved_step: int
     train_seconds: float
+    emissions: Emissions | None
     weights_sha256: str
     recipe: Recipe | None
     data: Data

@@ -284,6 +284,17 @@ class CardFacts:
         return None if seconds is None else f"{timedelta(seconds=round(seconds))} (hours:minutes:seconds)"
 
     @property
+    def emissions(self) -> str | None:
+        """Energy and emissions of the run, as codecarbon estimated them."""
+        found = self.results.get("emissions")
+        if not found:
+            return None
+        return (
+            f"{found['energy_kwh']:g} kWh, {found['grams_co2eq']:g} g CO2eq in {plain(found['country'])}, "
+            "as codecarbon estimates"
+        )
+
+    @property
     def versions(self) -> str:
         """Of the libraries it was trained with."""
         return plain(", ".join(f"{name} {number}" for name, number in self.results.get("versions", {}).items()))

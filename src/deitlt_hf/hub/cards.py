@@ -25,7 +25,7 @@ _MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits
 _TAGS = ("vision", "deit-lt", "long-tailed")
 _KIND_TAGS = {"teacher": "sam", "student": "distillation"}
 # Metadata that tell of weights: those of an earlier card may be of others.
-_OF_WEIGHTS = ("base_model", "base_model_relation", "datasets", "metrics", "model-index")
+_OF_WEIGHTS = ("base_model", "base_model_relation", "co2_eq_emissions", "datasets", "metrics", "model-index")
 
 
 def make_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> ModelCard:
@@ -174,6 +174,15 @@ def _metadata(facts: CardFacts, name: str, given: Mapping[str, Any]) -> ModelCar
     }
     if facts.base_model:
         own |= {"base_model": facts.base_model, "base_model_relation": "finetune"}
+    emissions = facts.results.get("emissions")
+    if emissions:
+        own["co2_eq_emissions"] = {
+            "emissions": emissions["grams_co2eq"],
+            "source": "codecarbon",
+            "training_type": "fine-tuning" if facts.overrides.get("init_from") else "pre-training",
+            "geographical_location": one_line(emissions["country"]),
+            **({"hardware_used": one_line(facts.results["hardware"]["device"])} if facts.hardware else {}),
+        }
     results = _eval_results(facts) if facts.is_finished else []
     if results:
         own |= {"model_name": name, "eval_results": results}

@@ -1,10 +1,12 @@
 """What a run tells its user: the plan before the first step, tables, and `results.json`."""
 
 import contextlib
+import csv
 import math
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +21,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..data.transforms import ImageFormat
-from ..io import check_can_be_folder, weights_digest, write_json
-from ..records import RESULTS_FILE, SCHEMA, RunRecord, is_of_run, read_record
+from ..io import check_can_be_folder, one_line, weights_digest, write_json
+from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, is_of_run, read_record
 from .checkpoints import MODEL_FILES, checkpoints_in, has_model
 from .ema import EMA_FOLDER
 from .provenance import hardware
@@ -28,6 +30,7 @@ from .resuming import architecture
 from .watch import CURVES_FILE, LOG_FILE
 
 LOCK_FILE = ".lock"
+EMISSIONS_FILE = "emissions.csv"  # codecarbon's name
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
 
 
@@ -126,7 +129,7 @@ def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, ac
         for checkpoint in Path(output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
-        for name in (RESULTS_FILE, LOG_FILE, CURVES_FILE):
+        for name in (RESULTS_FILE, LOG_FILE, CURVES_FILE, EMISSIONS_FILE):
             (Path(output_dir) / name).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
@@ -235,6 +238,7 @@ class Results:
         """Marks the run as complete, after seconds of this process and so many steps, with the weights of a step."""
         if not self._was_finished:  # else there was nothing left to train
             self.content["train_seconds"] = round(seconds, 1)
+            self.content["emissions"] = read_emissions(self.path.parent)
         self.content |= {"finished": True, "steps": steps, "saved_step": saved_step}
         self.write()
 
@@ -247,6 +251,28 @@ class Results:
     def write(self, folder: str | Path | None = None) -> None:
         """Writes the file whole or not at all; into another folder too, such as that of a checkpoint."""
         write_json(self.path if folder is None else Path(folder) / RESULTS_FILE, self.content)
+
+
+def read_emissions(folder: str | Path) -> Emissions | None:
+    """Energy and emissions of a run, if codecarbon wrote them (`--report_to codecarbon`).
+
+    A run that was resumed has a row for each part that ended; an interrupted part has none.
+    """
+    path = Path(folder) / EMISSIONS_FILE
+    if not path.is_file():
+        return None
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {
+            "energy_kwh": float(f"{sum(float(row['energy_consumed']) for row in rows):.4g}"),
+            "grams_co2eq": float(f"{1000 * sum(float(row['emissions']) for row in rows):.4g}"),
+            "country": str(rows[-1]["country_name"]),
+        }
+    except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
+        # A finished model is worth more than its emissions.
+        warnings.warn(f"{path} cannot be read ({one_line(error)}); the record has no emissions.", stacklevel=2)
+        return None
 
 
 def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
