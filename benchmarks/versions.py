@@ -109,13 +109,31 @@ def make_models(folder: Path) -> dict[str, list[dict[str, float]]]:
     return expected
 
 
-def compare(version: str, folder: Path, installed: str | None, expected: dict) -> dict[str, str]:
+def install(version: str, folder: Path) -> Path:
+    """Installs a version into a folder of its own in `folder`, unless it is there; gives that folder."""
+    target = folder / f"transformers-{version}"
+    if not target.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:  # an interrupted pip leaves half a package
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                f"{unfinished}/whole",
+            ]
+            subprocess.run([*command, f"transformers=={version}", *VERSIONS[version]], check=True)
+            Path(unfinished, "whole").rename(target)
+    return target
+
+
+def compare(version: str, folder: Path, installed: str | Path | None, expected: dict) -> dict[str, str]:
     """What a version says in each way: that it is the same, by how much it differs, or its error."""
     with tempfile.TemporaryDirectory() as place:
-        target = Path(installed or place) / f"transformers-{version}"
-        if not target.is_dir():
-            install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
-            subprocess.run([*install, f"transformers=={version}", *VERSIONS[version]], check=True)
+        target = install(version, Path(installed or place))
         paths = {"PYTHONPATH": str(target), "HF_HOME": str(Path(place) / "cache"), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, "--answer", folder]
         process = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True)
