@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["deitlt-hf"]
+#
+# [tool.uv.sources]
+# deitlt-hf = { path = "..", editable = true }
+# ///
 """Trains a recipe's DeiT-LT student, and first the recipe's teacher if none is given."""
 
 from deitlt_hf.commands.distill import main

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, metadata_load
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageClassification
 
 from conftest import make_student
@@ -26,6 +27,7 @@ from deitlt_hf.commands.model_cards import main as make_model_cards
 from deitlt_hf.hub.card_facts import CardFacts
 from deitlt_hf.hub.cards import is_generated, make_card, recipe_card, write_card
 from deitlt_hf.recipes import load_recipe, recipe_names
+from deitlt_hf.training.provenance import started_from
 from deitlt_hf.training.report import read_emissions
 
 ROOT = Path(__file__).parent.parent
@@ -285,6 +287,19 @@ def test_models_of_the_hub_that_a_student_came_from_are_linked(student_folder):
     assert "[zoo/flat-teacher](https://huggingface.co/zoo/flat-teacher)" in str(card)
     change_results(student_folder, recipe={"name": "inat18", "overrides": {"init_from": "student"}})
     assert make_card(student_folder).data.base_model is None
+    change_results(student_folder, recipe=None, started_from="zoo/deit")  # from Python
+    assert make_card(student_folder).data.base_model == "zoo/deit"
+
+
+def test_the_hub_id_that_a_model_was_loaded_from_is_known(tmp_path, monkeypatch):
+    model = make_student()
+    assert started_from(model) is None
+    model.name_or_path = "zoo/deit"  # as from_pretrained leaves it
+    assert started_from(model) == "zoo/deit"
+    assert started_from(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == "zoo/deit"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zoo" / "deit").mkdir(parents=True)
+    assert started_from(model) is None
 
 
 def test_a_teacher_whose_training_did_not_end_is_named_as_such(student_folder):

@@ -110,6 +110,7 @@ class RunRecord(TypedDict, total=False):
     schema: int
     model: str
     parameters: int
+    started_from: str | None
     finished: bool
     resumed: bool | None
     steps: int

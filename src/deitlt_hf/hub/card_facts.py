@@ -15,7 +15,7 @@ EXPERTS = {"mean": "mean (the prediction)", "cls": "CLS token", "distillation": 
 LONGEST_COMMAND = 4000  # characters; a longer one is left out
 # Control characters, halves of characters that no encoding has, and what turns the direction of the text after it.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # paths of this machine are recorded without their folders
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # paths of this machine are recorded without their folders
 NAMED_CLASSES = 20  # of a data set with more, classes are counted only
 
 
@@ -106,7 +106,7 @@ class CardFacts:
     def hub_dataset(self) -> str | None:
         """The data's id, if they have a user's or an organisation's on the Hub."""
         name = "" if self.data.get("local_files") else self.data.get("dataset") or ""
-        return name if _HUB_ID.fullmatch(name) else None
+        return name if HUB_ID.fullmatch(name) else None
 
     def group_rows(self) -> list[list[str]]:
         """Table of the groups; with the names of classes, if they are few."""
@@ -165,8 +165,8 @@ class CardFacts:
     @property
     def base_model(self) -> str | None:
         """The Hub id of the model that a student started from, if it has one."""
-        start = str(self.overrides.get("init_from") or "")
-        return start if _HUB_ID.fullmatch(start) else None
+        start = str(self.results.get("started_from") or self.overrides.get("init_from") or "")
+        return start if HUB_ID.fullmatch(start) else None
 
     @property
     def changed(self) -> str:
@@ -247,7 +247,7 @@ class CardFacts:
             return None
         source = record.get("source")
         backbone = plain(record["backbone"])
-        linked = f"[{source}](https://huggingface.co/{source})" if source and _HUB_ID.fullmatch(source) else None
+        linked = f"[{source}](https://huggingface.co/{source})" if source and HUB_ID.fullmatch(source) else None
         parts = [f"{backbone} ({linked or code(source)})" if source else backbone]
         training = record.get("training")
         if training is None:

@@ -179,7 +179,7 @@ def _metadata(facts: CardFacts, name: str, given: Mapping[str, Any]) -> ModelCar
         own["co2_eq_emissions"] = {
             "emissions": emissions["grams_co2eq"],
             "source": "codecarbon",
-            "training_type": "fine-tuning" if facts.overrides.get("init_from") else "pre-training",
+            "training_type": "fine-tuning" if facts.base_model or facts.overrides.get("init_from") else "pre-training",
             "geographical_location": one_line(emissions["country"]),
             **({"hardware_used": one_line(facts.results["hardware"]["device"])} if facts.hardware else {}),
         }

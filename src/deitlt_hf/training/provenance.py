@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.utils import cached_file
 
 from ..data.images import decoder_versions
+from ..hub.card_facts import HUB_ID
 from ..io import read_json, weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .sam import SAM
@@ -119,6 +120,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | bool | int | float | None) else str(value)
+
+
+def started_from(model: nn.Module) -> str | None:
+    """The Hub id of the model whose weights training starts from; None of a folder, a file or new weights."""
+    name = str(getattr(model, "name_or_path", None) or "")
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | None) -> dict:

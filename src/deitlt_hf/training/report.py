@@ -25,7 +25,7 @@ from ..io import check_can_be_folder, one_line, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, is_of_run, read_record
 from .checkpoints import MODEL_FILES, checkpoints_in, has_model
 from .ema import EMA_FOLDER
-from .provenance import hardware
+from .provenance import hardware, started_from
 from .resuming import architecture
 from .watch import CURVES_FILE, LOG_FILE
 
@@ -179,6 +179,7 @@ class Results:
             "schema": SCHEMA,
             "model": type(trainer.model).__name__,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "started_from": started_from(trainer.model) or self.content.get("started_from"),
             "finished": False,
             "resumed": self.content.get("resumed") if self._was_finished else resumed_step is not None,
             "recipe": args.recipe,
