@@ -384,7 +384,7 @@ def memory(turns, way: str) -> None:
     """The largest memory of a process that does one of the things below."""
     value = None
     while turns.next(value):
-        value = run(__file__, "memory", way)
+        value = run(__file__, "memory", way).ru_maxrss / 1024
 
 
 class InARow:

@@ -45,12 +45,12 @@ def measure(loss: str, rho: float, seed: int, data_dir: str, threads: int) -> No
     folder = ROOT / "outputs" / "flat_teachers" / record.stem
     data = ["--recipe", RECIPE, "--data_dir", data_dir, "--subset_seed", seed]
     command = [ROOT / "scripts" / "train_teacher.py", *data, "--teacher_loss", loss, "--seed", seed, "--sam_rho", rho]
-    memory = run(*command, "--output_dir", folder, "--overwrite", *SETTINGS, *LOSSES[loss][0], threads=threads)
+    usage = run(*command, "--output_dir", folder, "--overwrite", *SETTINGS, *LOSSES[loss][0], threads=threads)
     flatness = folder / "sharpness.json"
     command = ["-m", "deitlt_hf.cli", "sharpness", *data, "--model", folder, "--json", flatness, *FLATNESS]
     run(*command, threads=threads)
     results = read_record(folder)
-    results |= {"peak_memory_mib": memory, "sharpness": json.loads(flatness.read_text())}
+    results |= {"peak_memory_mib": usage.ru_maxrss / 1024, "sharpness": json.loads(flatness.read_text())}
     write_record(record, results)
 
 

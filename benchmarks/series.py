@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def slug(name: str) -> str:
     return name.lower().replace(",", "").replace(" ", "_")
 
 
-def run(*command, threads: int | None = None) -> float:
+def run(*command, threads: int | None = None) -> resource.struct_rusage:
     """Runs a Python program of the repository; on Linux it is ended if this process dies.
 
     Args:
@@ -31,7 +32,7 @@ def run(*command, threads: int | None = None) -> float:
         threads: Threads that torch computes with; by default as many as it likes.
 
     Returns:
-        The memory of its largest process, in MiB.
+        What the process used: `ru_maxrss` in KiB, `ru_utime` and `ru_stime` in seconds.
 
     Raises:
         RuntimeError: If it fails; with the end of what it printed.
@@ -51,7 +52,7 @@ def run(*command, threads: int | None = None) -> float:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{errors[-2000:]}")
-    return usage.ru_maxrss / 1024
+    return usage
 
 
 def _end_with_parent() -> None:

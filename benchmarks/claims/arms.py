@@ -24,9 +24,10 @@ RESULTS = CLAIMS / "results"
 SHORT = ("--overwrite", "--eval_strategy", "no", "--save_strategy", "no", "--dataloader_num_workers", "0")
 # For runs of days: the recipe's workers and checkpoints, from the newest of which they go on.
 LONG = ("--resume_from_checkpoint", "auto")
-DISTILL = "scripts/distill.py"
+DISTILL, TEACH = "scripts/distill.py", "scripts/train_teacher.py"
 SHARPNESS = ("--num_images", 256, "--num_vectors", 16)
 LABELS = "teacher-labels"  # name of the records of what a seed's teachers say
+PRICES = RESULTS / "fashion-prices.json"  # what a step of each arm takes
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Arm:
 
 
 def teacher(title: str, loss: str, rho: float) -> Arm:
-    return Arm(title, ("--teacher_loss", loss, "--sam_rho", rho), script="scripts/train_teacher.py")
+    return Arm(title, ("--teacher_loss", loss, "--sam_rho", rho), script=TEACH)
 
 
 TEACHERS = {
@@ -109,6 +110,9 @@ BEYOND = {
     "ood-muon": Arm("out-of-distribution view, no DRW, Muon", (*MUON, *UNMIXED, *NO_DRW), "ce-sam"),
     "id-drw-muon": Arm("in-distribution view, DRW, Muon", (*MUON, *UNMIXED, *WEAK), "ce-sam"),
 }
+# The CNN that taught them, trained for as many epochs as it and a student take together; it teaches nobody.
+LONG_CNN = "ce-sam-90"
+BEYOND[LONG_CNN] = Arm("the CNN itself, 90 epochs", (*TEACHERS["ce-sam"].arguments, *length(90)), script=TEACH)
 STUDENTS |= BEYOND
 # Arms by their epochs.
 BY_LENGTH = dict(sorted({60: "deit-lt", **{epochs: f"deit-lt-{epochs}" for epochs in LENGTHS}}.items()))
@@ -146,7 +150,7 @@ TRAINED_ON_OURS = "ce-0.1-augmented"
 CANDIDATE_TEACHERS[TRAINED_ON_OURS] = Arm(
     "ce, rho 0.1, RandAugment as the student",
     ("--teacher_loss", "ce", "--sam_rho", 0.1, "--auto_augment", "rand-m9-mstd0.5-inc1", "--random_erasing", 0.25),
-    script="scripts/train_teacher.py",
+    script=TEACH,
 )
 
 
@@ -182,9 +186,9 @@ class Setting:
         recipe: Of the package.
         seeds: Of subset, initialisation and augmentation.
         teachers: Arms, by name.
-        students: Arms, by name; the most telling first.
+        students: Arms, by name; the most telling first. What they are held against is among them.
         later: Names of students that come after the others of all seeds.
-        common: Arguments of all students.
+        common: Arguments of all students that are ViTs.
         running: Arguments of all runs that change no result.
         holds_out: Test on images that are held out of the training split, and train on the rest.
     """
@@ -287,7 +291,7 @@ class Runs:
 
     def made_with(self, name: str) -> dict:
         """What decides an arm's numbers beside recipe and seed, as records have it."""
-        common = () if name in self.setting.teachers else self.setting.common
+        common = () if self.arm(name).script == TEACH else self.setting.common
         return {
             "arguments": [str(argument) for argument in (*common, *self.arm(name).arguments)],
             "threads": self.threads,

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from arms import RESULTS, Runs
+from arms import PRICES, RESULTS, Runs
 from scipy import stats
 from series import GROUPS
 
@@ -46,6 +47,19 @@ class Evidence:
         """First less second, for each seed that has both; (seeds,)."""
         ours, theirs = self.values(first), self.values(second)
         return np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+    def price(self, arm: str) -> float | None:
+        """Minutes of one CPU that an arm takes, its teacher included; None if its steps were not measured."""
+        measured = json.loads(PRICES.read_text())["seconds_per_step"] if PRICES.exists() else {}
+        teacher = self.runs.arm(arm).teacher
+        seconds = 0.0
+        for name in (arm, *([teacher] if teacher else [])):
+            like = re.sub(r"-\d+$", "", name)  # arms of other lengths have the same steps
+            records = self.records(name)
+            if like not in measured or not records:
+                return None
+            seconds += measured[like] * next(iter(records.values()))["last"]["step"]
+        return seconds / 60
 
     @cached_property
     def digest(self) -> str:
@@ -121,6 +135,7 @@ class Check:
         first: Claimed to be larger.
         second: Claimed to be smaller.
         is_claimed: Or only of interest.
+        margin: By how much the first may be behind.
         unit: Of the difference.
         decimals: Shown of it.
     """
@@ -129,6 +144,7 @@ class Check:
     first: Measure
     second: Measure
     is_claimed: bool = True
+    margin: float = 0.0
     unit: str = "points"
     decimals: int = 1
 
@@ -140,7 +156,8 @@ class Check:
             return differences, ends, ""
         # Not before all seeds are there: who may stop at any of them finds what they like.
         is_whole = len(differences) == len(evidence.runs.setting.seeds)
-        return differences, ends, verdict(*ends) if is_whole else NOT_RUN
+        low, high = (end + self.margin for end in ends)
+        return differences, ends, verdict(low, high) if is_whole else NOT_RUN
 
 
 def verdict(low: float, high: float) -> str:

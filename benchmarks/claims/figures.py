@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
-from arms import BY_LENGTH
+from arms import BY_LENGTH, LONG_CNN, LONG_LABELS, TEACH
 from evidence import EXPERTS, Evidence, accuracy, interval, rank, reach_of_uniform, sharpness, taught
 from series import GROUPS
 
@@ -39,6 +39,60 @@ def draw_bars(panels: Mapping[str, Sequence[tuple[str, str, str]]]) -> Callable:
         axes[0].set_ylabel("accuracy on test images, %")
 
     return draw
+
+
+def draw_beside_teacher(students: Mapping[str, str]) -> Callable:
+    """Draws students, by the name of their arm its label, beside the teacher of the first one."""
+
+    def draw(figure, evidence: Evidence) -> None:
+        rows = [("its teacher", [taught(next(iter(students)), group) for group in GROUPS])]
+        rows += [(label, [accuracy(arm, "mean", group) for group in GROUPS]) for arm, label in students.items()]
+        axis, width = figure.subplots(), 0.8 / len(rows)
+        for index, (label, measures) in enumerate(rows):
+            values = np.array([list(evidence.values(measure).values()) for measure in measures]).T
+            places = np.arange(len(GROUPS)) + (index - (len(rows) - 1) / 2) * width
+            colour = "#444444" if index == 0 else ARM_COLOURS[index - 1]
+            axis.bar(places, values.mean(axis=0), width, yerr=errors(values), label=label, color=colour, ecolor="black")
+        axis.set_xticks(range(len(GROUPS)), GROUPS)
+        axis.set_ylim(0, 115)  # room for the legend
+        axis.set_yticks(range(0, 101, 20))
+        axis.legend(loc="upper center", ncols=len(rows), fontsize=8)
+        axis.set_ylabel("accuracy on test images, %")
+
+    return draw
+
+
+def draw_prices(figure, evidence: Evidence) -> None:
+    """Accuracy of every student, and of the CNN, over the CPU time that it takes with its teacher."""
+    lines = {
+        "DeiT-LT, 15 to 120 epochs": list(BY_LENGTH.values()),
+        "labels only, 60 and 120 epochs": ["labels", LONG_LABELS],
+        "timm's token distillation": ["timm"],
+        "DeiT-LT, Muon": ["deit-lt-muon"],
+        "labels only, Muon": ["labels-muon"],
+        "timm's, Muon": ["timm-muon"],
+        "ours": ["ours"],
+        "the CNN, 30 and 90 epochs": ["ce-sam", LONG_CNN],
+    }
+    for axis, group in zip(figure.subplots(1, 2), ("overall", "tail"), strict=True):
+        column = GROUPS.index(group)
+        for index, (label, arms) in enumerate(lines.items()):
+            points = []
+            for arm in arms:
+                price = evidence.price(arm)
+                if price is not None:
+                    expert = "teacher" if evidence.runs.arm(arm).script == TEACH else "mean"
+                    values = evidence.accuracies(arm, expert)[:, column]
+                    points.append((price, values.mean(), errors(values[:, None]).item()))
+            if points:
+                is_ours = label == "ours"
+                style = {"marker": "*" if is_ours else "o", "markersize": 12 if is_ours else 5, "capsize": 3}
+                axis.errorbar(*zip(*points, strict=True), label=label, color=f"C{index}", **style)
+        axis.set_xlabel("minutes of one CPU thread, teacher and student")
+        axis.set_ylabel("accuracy on test images, %")
+        axis.set_title(group)
+        axis.set_xlim(left=0)
+    axis.legend(fontsize=7, loc="lower right")
 
 
 def draw_teachers(figure, evidence: Evidence) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import BEYOND_CANDIDATES, CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LABELS, TEACHERS, Arm
+from arms import BEYOND_CANDIDATES, CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LABELS, TEACH, TEACHERS, Arm
 from claims import CLAIMS
 from evidence import EXPERTS, NOT_RUN, Claim, Evidence
 from series import GROUPS, ROOT, mean_and_deviation
@@ -55,15 +55,15 @@ def experts_table(evidence: Evidence, arms: Mapping[str, Arm]) -> str:
     """Accuracies of all students, by expert."""
     rows = []
     for name, arm in arms.items():
+        number = len(evidence.records(name))
+        if not number:
+            continue
         cells = []
-        for expert in EXPERTS:
-            values = evidence.accuracies(name, expert)
-            if not len(values):
-                break
-            overall, head, mid, tail = mean_and_deviation(values)
-            cells.append(f"{overall} ({head.split()[0]} / {mid.split()[0]} / {tail.split()[0]})")
-        if cells:
-            rows.append([arm.title, *cells, str(len(values))])
+        for expert in ("", "", "teacher") if arm.script == TEACH else EXPERTS:
+            if expert:
+                overall, head, mid, tail = mean_and_deviation(evidence.accuracies(name, expert))
+            cells.append(f"{overall} ({head.split()[0]} / {mid.split()[0]} / {tail.split()[0]})" if expert else "-")
+        rows.append([arm.title, *cells, str(number)])
     return table(["student", *EXPERTS.values(), "seeds"], rows) if rows else NOTHING
 
 
@@ -106,7 +106,7 @@ def labels_table(evidence: Evidence) -> str:
 
 
 def fusions_table(evidence: Evidence, arm: str = "deit-lt") -> str:
-    """Rules that put the experts of DeiT-LT together."""
+    """Rules that put the experts of an arm's students together."""
     records = evidence.records(arm).values()
     rules = list(next(iter(records))["fusions"]) if records else []
     rows = []
@@ -115,6 +115,18 @@ def fusions_table(evidence: Evidence, arm: str = "deit-lt") -> str:
             values = [[100 * record["fusions"][rule][group] for group in GROUPS] for record in records]
             rows.append([rule.removeprefix("fusion_"), *mean_and_deviation(np.array(values))])
     return table(["rule", *GROUPS], rows) if rows else NOTHING
+
+
+def prices_table(evidence: Evidence) -> str:
+    """What the arms take and reach, the cheapest first."""
+    rows, setting = [], evidence.runs.setting
+    for name, arm in {**setting.teachers, **setting.students}.items():
+        price = evidence.price(name)
+        if price is not None:
+            values = evidence.accuracies(name, "teacher" if arm.script == TEACH else "mean")
+            rows.append((price, [arm.title, f"{price:.1f}", *mean_and_deviation(values), str(len(values))]))
+    header = ["arm", "CPU minutes", *GROUPS, "seeds"]
+    return table(header, [row for _, row in sorted(rows, key=lambda row: row[0])]) if rows else NOTHING
 
 
 def held_out_table() -> str:
@@ -168,6 +180,8 @@ def parts(evidence: Evidence) -> dict[str, str]:
         "experts in short": experts_table(evidence, {name: students[name] for name in IN_SHORT}),
         "teachers": teachers_table(evidence, TEACHERS),
         "fusions": fusions_table(evidence),
+        "fusions of ours": fusions_table(evidence, "ours"),
+        "prices": prices_table(evidence),
         "teacher labels": labels_table(evidence),
         "held out": held_out_table(),
         "tried": experts_table(Evidence("held_out"), BEYOND_CANDIDATES),
