@@ -4,10 +4,12 @@ import importlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,12 @@ def test_nothing_is_said_before_all_seeds_are_there(evidence, tmp_path):
     assert check.judge(evidence.Evidence())[2] == evidence.NOT_RUN
 
 
+def test_a_first_that_may_be_behind_by_a_margin_is_not_behind(evidence, tmp_path):
+    check = records(evidence, tmp_path, [-0.004, -0.005, -0.006])
+    said = {margin: replace(check, margin=margin).judge(evidence.Evidence())[2] for margin in (0, 0.5, 1)}
+    assert said == {0: "does not hold", 0.5: "cannot tell", 1: "holds"}
+
+
 def test_only_seeds_that_both_have_are_compared(evidence, tmp_path):
     check = records(evidence, tmp_path, [0.1, 0.2, 0.3])
     (tmp_path / "fashion-second-seed1.json").unlink()
@@ -139,9 +147,9 @@ def made_up(generator, is_teacher):
 
     if is_teacher:
         sharpness = {"overall": {"eigenvalue": generator.uniform(1, 9), "loss_rise": generator.uniform()}}
-        return {"last": {"accuracies": {"teacher": row()}}, "sharpness": sharpness}
+        return {"last": {"step": 60, "accuracies": {"teacher": row()}}, "sharpness": sharpness}
     return {
-        "last": {"accuracies": {"mean": row(), "cls": row(), "distillation": row()}},
+        "last": {"step": 600, "accuracies": {"mean": row(), "cls": row(), "distillation": row()}},
         "fusions": {"mean": row(), "fusion_logit_adjustment": row()},
         "tokens": {
             "attention_distances": generator.uniform(4, 20, (6, 4)).tolist(),
@@ -155,9 +163,12 @@ def made_up(generator, is_teacher):
 def test_all_records_make_a_whole_page(evidence, claims, tmp_path, monkeypatch):
     report, setting = claims("report"), sys.modules["arms"].SETTINGS["fashion"]
     generator = np.random.default_rng(0)
-    for arms, is_teacher in ((setting.teachers, True), (setting.students, False)):
-        for path in (report.Evidence().runs.record(seed, arm) for arm in arms for seed in setting.seeds):
-            path.write_text(json.dumps(made_up(generator, is_teacher)))
+    for name, arm in {**setting.teachers, **setting.students}.items():
+        for path in (report.Evidence().runs.record(seed, name) for seed in setting.seeds):
+            path.write_text(json.dumps(made_up(generator, is_teacher=arm.script == sys.modules["arms"].TEACH)))
+    seconds = dict.fromkeys(("ce-sam", "labels", "deit-lt", "ours"), 0.5)
+    (tmp_path / "prices.json").write_text(json.dumps({"seconds_per_step": seconds}))
+    monkeypatch.setattr(sys.modules["evidence"], "PRICES", tmp_path / "prices.json")
     views = {"out of distribution": {name: dict.fromkeys(report.SAID, 0.25) for name in setting.teachers}}
     for seed in setting.seeds:
         labels = {"images": {"head": 0.7, "mid": 0.2, "tail": 0.1}, "views": views}
@@ -174,6 +185,8 @@ def test_all_records_make_a_whole_page(evidence, claims, tmp_path, monkeypatch):
     runs = len(setting.seeds) * (len(setting.teachers) + len(setting.students))
     assert f"{runs} of {runs} runs are recorded" in page
     assert all(f"| {arm.title} |" in page for arm in (*setting.teachers.values(), *setting.students.values()))
+    assert re.search(r"^\| DeiT-LT, 120 epochs \| 5\.5 \|", page, re.MULTILINE)  # 660 steps of half a second
+    assert re.search(r"^\| the CNN itself, 90 epochs \| 0\.5 \|", page, re.MULTILINE)
     assert "| (classes of the images) |  | 70.0 ± 0.0 | 20.0 ± 0.0 | 10.0 ± 0.0 |" in page
     assert page.count("| out of distribution |") == len(setting.teachers)
     for number, claim in enumerate(report.CLAIMS, 1):
