@@ -338,7 +338,7 @@ def print_budgets(
     Raises:
         ValueError: If a batch cannot be shared out.
     """
-    start = student_args.init_from and check_start(student_args.init_from, args.recipe["overrides"])
+    start = student_args.init_from and check_start(student_args.init_from, (args.recipe or {}).get("overrides", {}))
     if start:
         student_args = replace(student_args, **{name: getattr(start, name) for name in SIZES})
     classes, images = training_images(data_args)
@@ -355,7 +355,7 @@ def print_budgets(
         _, _, teacher_args, taught = parse_arguments("teacher", sections, command_line)
         teacher = teacher_model(teacher_args.config(loss, num_labels=classes), taught)
         _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, taught)
-    if note := low_peak(args.learning_rate, student_args.init_from):
+    if note := low_peak(args.peak_learning_rate, student_args.init_from):
         show(f"Note: {note}")
     student = student_model(student_args, classes, teacher, args)
     _show_budgets(f"student, {student_args.image_size} px", student, plan, images, args)

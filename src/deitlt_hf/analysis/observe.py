@@ -74,7 +74,8 @@ def predict(
     Returns:
         True classes, (images,), and the logits of each expert, (images, classes).
     """
-    labels, logits = [], {}
+    labels: list[np.ndarray] = []
+    logits: dict[str, list[np.ndarray]] = {}
     for batch in DataLoader(dataset, batch_size, collate_fn=collate):
         outputs = model.eval()(pixel_values=batch["pixel_values"].to(model.device))
         labels.append(batch["labels"].numpy())

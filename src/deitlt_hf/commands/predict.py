@@ -36,13 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("standard output is closed; results that nobody wants can go to /dev/null.")
     if min(args.top_k, args.batch_size) < 1:
         raise ValueError("--top_k and --batch_size must be 1 or more.")
-    others = Counter()
+    others: Counter[str] = Counter()
     paths = find_images(args.images, others)
     total = None
     if "-" not in args.images:  # others than standard input are listed first, to know how many there are
-        paths = list(paths)
-        total = len(paths)
-    paths = iter(paths)
+        listed = list(paths)
+        paths, total = iter(listed), len(listed)
     first = next(paths, None)
     if first is None:
         found = f" ({not_read(others)})" if others else ""

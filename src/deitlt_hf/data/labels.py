@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _NAMED = 5
 
 
 def encode_labels(
-    labels: Mapping[str, Sequence], sources: Mapping[str, str] | None = None
+    labels: Mapping[str, Sequence | np.ndarray | Mapping[Any, int]], sources: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """Makes class indices of labels of any type, the same in all splits.
 
@@ -104,7 +105,8 @@ def _classes(values: Sequence, place: str) -> dict:
     if {bool} < set(kinds) - {type(None)}:
         raise ValueError(f"{place}: labels are of several types (truth values and others); use one of them.")
     counts = Counter(values)
-    classes, missing, fractions = {}, Counter(), []
+    classes, fractions = {}, []
+    missing: Counter[str] = Counter()
     for value, times in counts.items():
         item = value.strip() if isinstance(value, str) else value
         if item is None or item != item or item == "" or item in MISSING_WORDS or _is_negative(item):

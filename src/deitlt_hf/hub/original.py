@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from .layouts import (
 logger = logging.get_logger(__name__)
 
 Source = str | PathLike | StateDict
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 STUDENT, PACO_TEACHER, LDAM_TEACHER = "a student", "a PaCo teacher", "an LDAM teacher"
 
@@ -143,6 +144,7 @@ def convert_original(
     folder = Path(folder).expanduser()
     check_holds_no_model(folder)
     checkpoint = _open(source, ema)
+    model: PreTrainedModel
     if checkpoint.kind == STUDENT:
         model = _student(checkpoint, class_map, class_counts, class_names, **config)
     elif config:
@@ -225,12 +227,13 @@ class _Checkpoint:
 
 def _open(source: Source, ema: bool = False) -> _Checkpoint:
     """Reads a file and tells by its keys what it holds."""
+    content: Mapping[str, Any]
     if isinstance(source, Mapping):
         name, content = "the state dict", source
     else:
         name, content = str(source), read_checkpoint(source)
     keys = ("model_ema",) if ema else ("model", "state_dict")
-    weights = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+    weights: Mapping | None = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
     if ema and weights is None:
         raise ValueError(f"{name} has no moving average of the weights ('model_ema'); leave out ema.")
     weights = content if weights is None else weights
@@ -312,7 +315,7 @@ def _student(
         id2label = config.pop("id2label")
         class_names = [id2label[label] for label in range(len(id2label))]
         config["num_labels"] = len(class_names)
-    new = ()
+    new: tuple[str, ...] = ()
     if config.get("num_labels", num_labels) != num_labels:
         num_labels, new = config["num_labels"], ("head.", "head_dist.")
         kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if not name.startswith(new)}
@@ -404,15 +407,16 @@ def _classes(
 
 
 def _fill(
-    model: PreTrainedModel,
+    model: Model,
     checkpoint: _Checkpoint,
-    to_ours: Callable[[StateDict], StateDict],
+    to_ours: Callable[[StateDict], dict[str, torch.Tensor]],
     to_original: Callable[[StateDict], StateDict],
     new: tuple[str, ...] = (),
-) -> PreTrainedModel:
+) -> Model:
     """Loads a file's weights after comparing them with the model's, by the file's names; `new` prefixes stay."""
     expected = to_original(model.state_dict())
-    found = {name: tensor for name, tensor in expected.items() if name.startswith(new)} | checkpoint.state_dict
+    found = {name: tensor for name, tensor in expected.items() if name.startswith(new)}
+    found.update(checkpoint.state_dict)
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     differing = [

@@ -194,7 +194,7 @@ def prepare_repository(
         raise ValueError(f"{repo_id} is public; make it private in its settings on the Hub, or push to another.")
     if model_type and other and model_type != other:
         raise ValueError(f"{repo_id} has a model of type {other!r}, and this is a {model_type!r}; push it to another.")
-    if not has_branch:
+    if revision is not None and not has_branch:
         with _one_sentence(repo_id):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
@@ -377,9 +377,10 @@ def _one_sentence(repo_id: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        while isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
-            error = error.__cause__
-        raise OSError(f"{repo_id} was not pushed: {_reason(error)}.") from error
+        cause: BaseException = error
+        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # "Error while uploading ..."
+            cause = cause.__cause__
+        raise OSError(f"{repo_id} was not pushed: {_reason(cause)}.") from cause
 
 
 def _reason(error: BaseException) -> str:

@@ -29,6 +29,9 @@ class PaCoLoss(nn.Module):
         ValueError: If a class has no image, or beta or gamma is not above 0.
     """
 
+    log_prior: torch.Tensor
+    class_weights: torch.Tensor | None
+
     def __init__(
         self,
         class_counts: Sequence[int] | torch.Tensor,
@@ -87,4 +90,6 @@ class PaCoLoss(nn.Module):
             losses = losses * weights
             if self.reduction == "mean":
                 return losses.sum() / weights.sum()
-        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[self.reduction]()
+        if self.reduction == "none":
+            return losses
+        return losses.mean() if self.reduction == "mean" else losses.sum()

@@ -79,7 +79,9 @@ class _RecipeParser(BriefParser, HfArgumentParser):
 
 def recipe_names() -> list[str]:
     """Names of the recipes in the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in files(__package__).iterdir() if path.suffix == ".yaml")
+    return sorted(
+        path.name.removesuffix(".yaml") for path in files(__package__).iterdir() if path.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -324,7 +326,7 @@ def _leave_group() -> None:
 
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
     """Of changed values those that decide the result of a run; no token, address or folder is among them."""
-    names = set()
+    names: set[str] = set()
     for values in filled:
         has_settings = hasattr(values, "method_settings")
         names.update(values.method_settings() if has_settings else (field.name for field in fields(values)))

@@ -2,19 +2,21 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from ..data.long_tail import class_counts
+from ..data.long_tail import Integers, class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from .arguments import LongTailTrainingArguments
 
 
-class ExpertEvaluation:
+class ExpertEvaluation(Trainer):
     """The part of a [`~transformers.Trainer`] that counts what each expert of its model gets right.
 
     Attributes:
@@ -25,11 +27,17 @@ class ExpertEvaluation:
     """
 
     experts: Mapping[str, str] = {}
-    groups: Mapping[str, Sequence[int]]
-    averaged_model: PreTrainedModel | None
+    groups: Mapping[str, Integers]
     last_table: ExpertTable
+    args: LongTailTrainingArguments
+    model: PreTrainedModel
 
     _keeps_logits = False
+
+    @property
+    def averaged_model(self) -> PreTrainedModel | None:
+        """A second model that is evaluated beside the first, or None."""
+        return None
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -86,7 +94,7 @@ class ExpertEvaluation:
         if dtype is None or self.is_in_train:
             yield
             return
-        models = [model for model in (self.model, self.averaged_model) if model is not None]
+        models: list[nn.Module] = [model for model in (self.model, self.averaged_model) if model is not None]
         modules = [module for model in models for module in model.modules()]
         held = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
         data = [(tensor, tensor.data) for model in models for tensor in model.parameters()]

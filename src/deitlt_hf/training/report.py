@@ -23,6 +23,7 @@ from ..io import check_can_be_folder, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, RunRecord, is_of_run, read_record
 from .checkpoints import MODEL_FILES, checkpoints_in, has_model
 from .ema import EMA_FOLDER
+from .inputs import label_names
 from .provenance import hardware
 from .resuming import architecture
 from .watch import CURVES_FILE, LOG_FILE
@@ -171,7 +172,7 @@ class Results:
                 del self.content[name]
         self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
         self.content.pop("weights_sha256", None)
-        names = [config.id2label[label] for label in range(config.num_labels)]
+        names = label_names(config)
         self.content |= {
             "schema": SCHEMA,
             "model": type(trainer.model).__name__,

@@ -48,11 +48,12 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     arguments_class = FlatTeacherTrainingArguments
     experts = {"teacher": "logits"}
+    args: FlatTeacherTrainingArguments
 
     def __init__(self, model=None, args: FlatTeacherTrainingArguments | None = None, **kwargs):
-        self.contrast = None
+        self.contrast: MomentumContrast | None = None
         super().__init__(model=model, args=args, **kwargs)
-        if max(args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("SAM needs whole gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
         if self.optimizer is not None:
             self.optimizer = self._under_sam(self.optimizer)
@@ -79,12 +80,12 @@ class FlatTeacherTrainer(LongTailTrainer):
             args, parameters = self.args, [*(model or self.model).parameters()]
             if self.optimizer_cls_and_kwargs is None:
                 optimizer = torch.optim.SGD(
-                    parameters, args.learning_rate, args.momentum, weight_decay=args.weight_decay
+                    parameters, args.peak_learning_rate, args.momentum, weight_decay=args.weight_decay
                 )
             else:
                 optimizer_class, kwargs = self.optimizer_cls_and_kwargs
                 group = {"params": parameters, "weight_decay": args.weight_decay}
-                optimizer = optimizer_class([group], **{"lr": args.learning_rate, **kwargs})
+                optimizer = optimizer_class([group], **{"lr": args.peak_learning_rate, **kwargs})
             self.optimizer = self._under_sam(optimizer)
         return self.optimizer
 
@@ -114,7 +115,7 @@ class FlatTeacherTrainer(LongTailTrainer):
             return super().learning_rate_at(epoch, epochs)
         return warmup_drops(
             epoch,
-            peak=args.learning_rate,
+            peak=args.peak_learning_rate,
             drop_epochs=args.lr_drop_epochs,
             factors=args.lr_drops,
             warmup_epochs=args.warmup_epochs,

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,14 +15,15 @@ import torch
 from accelerate.utils import broadcast, send_to_device
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from transformers import GreedyLR, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers import BaseImageProcessor, GreedyLR, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..data.images import ImageCollator
 from ..data.loading import images_hash, subset_hash, training_counts
-from ..data.long_tail import shot_groups
+from ..data.long_tail import Integers, shot_groups
 from ..data.sampling import SeededImages, TrainBatches, seed_streams
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform, model_processor, train_transform
@@ -93,7 +94,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         ValueError: If data, model and optimiser do not fit each other, or a parameter has no effect (`inherited.py`).
     """
 
-    arguments_class = LongTailTrainingArguments
+    arguments_class: type[LongTailTrainingArguments] = LongTailTrainingArguments
+    groups: Mapping[str, list[int]]
+    group_rule: str
     _given: tuple[str, ...] = ()  # of optimizer and scheduler those that were given
 
     def __init__(
@@ -102,10 +105,10 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         args: LongTailTrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
-        processing_class=None,
-        groups: Mapping[str, Sequence[int]] | None = None,
+        processing_class: BaseImageProcessor | None = None,
+        groups: Mapping[str, Integers] | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
-        optimizers=(None, None),
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         **kwargs,
     ):
         check_parameters(kwargs)
@@ -119,8 +122,10 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             raise ValueError(f"include_for_metrics {args.include_for_metrics} has no effect without compute_metrics.")
         self.args, self.model_init = args.settle(), model_init
         self._datasets = (train_dataset, eval_dataset)
-        self.subset_sha256 = self.images_sha256 = self.class_counts = None  # the second is found when training begins
-        self.groups = groups
+        self.class_counts: list[int] | None = None
+        self.subset_sha256: str | None = None
+        self.images_sha256: str | None = None  # is found when training begins
+        self._wanted_groups = groups
         if model is None:
             set_seed(args.seed)
             model = self.call_model_init()
@@ -153,8 +158,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
         self.results = Results(self.args.output_dir)
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        for kind in (PrinterCallback, ProgressCallback):
+            self.remove_callback(kind)
         self.add_callback(BeginRun(self))
         self.add_callback(RunLog())
         self.add_callback(EpochOrder())
@@ -162,7 +167,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
         decay = self.args.ema_decay
-        self.ema = None if decay is None else MovingAverage(decay, self.args.ema_every_slice)
+        self.ema = None if decay is None else MovingAverage(decay, bool(self.args.ema_every_slice))
         self._check_best_metric()
         for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema, MissedEvaluation(self)):
             if callback is not None:
@@ -196,12 +201,13 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.class_counts = getattr(model.config, "class_counts", None)
         elif self.class_counts is None:
             self.class_counts, self.subset_sha256 = training_counts(train_dataset).tolist(), subset_hash(train_dataset)
-        if self.groups is None:
+        groups = self._wanted_groups
+        if groups is None:
             if self.class_counts is None:
                 raise ValueError("without a train_dataset, and class_counts in the model's config, give groups.")
-            self.groups = shot_groups(self.class_counts)
-        self.group_rule = getattr(self.groups, "rule", getattr(self, "group_rule", "as given"))
-        self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in self.groups.items()}
+            groups = shot_groups(self.class_counts)
+        self.group_rule = getattr(groups, "rule", "as given")
+        self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
         if train_dataset is not None:
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
             model.config.return_dict = True
@@ -242,6 +248,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def make_losses(self) -> None:
         """Makes of the arguments what the training loss is computed with."""
         if self._datasets[0] is not None:
+            assert self.class_counts is not None  # counted in `prepare_model`
             self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
             self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
 
@@ -306,7 +313,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return warmup_cosine(
             epoch,
             epochs=epochs,
-            peak=self.args.learning_rate,
+            peak=self.args.peak_learning_rate,
             minimum=self.args.min_learning_rate,
             warmup_epochs=self.args.warmup_epochs,
             warmup_start=self.args.warmup_learning_rate,
@@ -357,6 +364,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def drw_start(self) -> str:
         """The epoch of deferred re-weighting for the plan, and whether `max_steps` ends the run before it."""
         start, steps = self.args.drw_start_epoch, self.args.max_steps
+        if start is None:
+            return "inf"
         is_cut_off = 0 < steps <= start * self.steps_per_epoch()
         return f"{start:g}" + (" (max_steps ends the run before it)" if is_cut_off else "")
 
@@ -373,7 +382,12 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """The loss of the current phase."""
         return self.drw_criterion if self.in_drw else self.criterion
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Trains, evaluates at the end, and keeps `results.json`; otherwise as the parent's.
 
         A run that is finished, whose model is in the folder, is left as it is: the model is loaded, nothing is written.
@@ -381,7 +395,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         Args:
             resume_from_checkpoint: A checkpoint to go on from; True for the newest whole one of the output folder, and
                 `auto` for the same, or the first step if there is none.
-            **kwargs: As for the parent's.
+            trial: As for the parent's.
+            ignore_keys_for_eval: As for the parent's.
 
         Raises:
             ValueError: If the training set is smaller than one batch, a phase begins after the last epoch (with
@@ -397,15 +412,16 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             raise ValueError("training needs a train_dataset.")
         self.args.settle()
         if self.model is None:  # Optuna's backend frees it after a trial
-            self.model = self.model_wrapped = self.call_model_init(kwargs.get("trial"))
-        self._hp_search_setup(kwargs.get("trial"))
-        self.run_dir = self._get_output_dir(kwargs.get("trial"))  # of a trial, one of its own
+            self.model = self.model_wrapped = self.call_model_init(trial)
+        self._hp_search_setup(trial)
+        self.run_dir = self._get_output_dir(trial)  # of a trial, one of its own
         self.results.path, self.run_file.folder = Path(self.run_dir) / RESULTS_FILE, Path(self.run_dir)
         # All that can be refused is refused before anything of another run is touched.
         self._resuming = goes_on_in(self.run_dir, resume_from_checkpoint)
         check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
-        streamed = isinstance(self.train_dataset, StreamedImages)  # this process's share
-        self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
+        images = self.train_dataset
+        # What is streamed is this process's share.
+        self.args.check_data(len(images.split if isinstance(images, StreamedImages) else images))
         with only_run(self.run_dir) if self.args.should_save else contextlib.nullcontext():
             self._plan = self._common_plan() | self._published_plan() | self.plan()
             first = self.is_world_process_zero()
@@ -413,7 +429,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.beginning = of_first_process(first, lambda: self._find_beginning(resume_from_checkpoint))
             if self.beginning.is_finished:
                 return self._load_finished()
-            return self._train_and_evaluate(self.beginning.checkpoint, **kwargs)
+            return self._train_and_evaluate(self.beginning.checkpoint, trial, ignore_keys_for_eval)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
@@ -424,12 +440,13 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """Finds what a run goes on from, and checks that it is the same run."""
         if not wanted:
             return Beginning()
-        output_dir, newest, total = self.run_dir, wanted in (True, "auto"), self.total_steps()
+        output_dir, total = self.run_dir, self.total_steps()
+        given = None if wanted is True or wanted == "auto" else wanted
         data = self.results.data_of(self)
         finished = self.results.finished_steps() if self._resuming else None
         checkpoint = None
-        if finished is None or not newest:
-            checkpoint = newest_checkpoint(output_dir) if newest else whole_checkpoint(wanted)
+        if finished is None or given is not None:
+            checkpoint = newest_checkpoint(output_dir) if given is None else whole_checkpoint(given)
             if checkpoint is None and wanted is True:
                 raise ValueError(f"there is no checkpoint in {output_dir} to go on from; 'auto' begins without one.")
             if checkpoint is None:
@@ -471,7 +488,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             print(f"The run in {output_dir} is finished, with {steps} steps: nothing is left to train.", flush=True)
         return TrainOutput(steps, 0.0, {})
 
-    def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
+    def _train_and_evaluate(
+        self, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         started = time.perf_counter()
         self._recording = True
         self._logged.clear()
@@ -480,7 +499,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.ema.checkpoint = checkpoint
         self.resumed_from = checkpoint
         try:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            output = super().train(
+                resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+            )
             self.nonfinite_guard.check()
             evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
             if evaluates and self.results.last_step != self.state.global_step:
@@ -526,7 +547,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """This process's batches, all of them whole: mixing pairs their images."""
         args, dataset = self.args, self.train_dataset
         if isinstance(dataset, StreamedImages):
-            batches = {"batch_size": args.train_batch_size}
+            batches: dict[str, Any] = {"batch_size": args.train_batch_size}
         else:
             sampler = TrainBatches(
                 len(dataset),
@@ -634,7 +655,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.learning_rate,
+                lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.peak_learning_rate,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -712,17 +733,17 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         super()._save_checkpoint(model, trial)
 
     def _save_average(self, output_dir: str) -> None:
-        if self.averaged_model is not None:
+        if self.ema is not None and self.ema.model is not None:
             self.ema.save_pretrained(output_dir, self.processing_class)
         else:  # one of another run would not belong to the model beside it
             shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
 
     def _load_best_model(self):
         super()._load_best_model()
-        if self.ema is not None:
+        if self.ema is not None and self.state.best_model_checkpoint is not None:
             self.ema.load(self.state.best_model_checkpoint)
 
-    def create_model_card(self, model_name=None, **metadata):
+    def create_model_card(self, model_name: str | None = None, **metadata):  # type: ignore[override]
         """Writes the model card, `README.md`, of what this run recorded; see [`write_card`].
 
         Args:
