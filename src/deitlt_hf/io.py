@@ -220,9 +220,9 @@ def check_link(path: str | PathLike, folder: str | PathLike) -> None:
         ValueError: If it does.
     """
     target, top = Path(path).resolve(), Path(folder).resolve()
-    if target.is_relative_to(top) and target.suffix == Path(path).suffix:
-        if not any(part.startswith(".") for part in target.relative_to(top).parts):
-            return
+    is_same_kind = target.is_relative_to(top) and target.suffix == Path(path).suffix
+    if is_same_kind and not any(part.startswith(".") for part in target.relative_to(top).parts):
+        return
     if top.parent.name == "snapshots" and target.parent == top.parents[1] / "blobs":
         return
     raise ValueError(f"{path} is a link to {target}; put a copy of what it is meant to be there, or remove it.")

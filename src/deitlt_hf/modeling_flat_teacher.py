@@ -117,7 +117,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
                 config.backbone.removeprefix("timm/"), num_classes=0, in_chans=config.num_channels
             )
         # Some of timm's have another layer before the classifier.
-        features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        features: int = getattr(self.backbone, "head_hidden_size", 0) or getattr(self.backbone, "num_features", 0)
         classifier = CosineClassifier if config.classifier == "cosine" else nn.Linear
         self.classifier = classifier(features, config.num_labels)
         self.projection = None

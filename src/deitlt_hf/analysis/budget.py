@@ -189,7 +189,7 @@ def student_model(
         flops=student_flops(config),
         training_flops=3 * trained + teacher_flops,
         state_bytes=(STATE_BYTES + 4 * (args.ema_decay is not None)) * parameters + frozen_bytes,
-        activation_bytes=activation_bytes(model, config.image_size, half=True),
+        activation_bytes=activation_bytes(model, student_args.image_size, half=True),
     )
 
 

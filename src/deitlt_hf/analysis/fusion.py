@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -152,9 +153,10 @@ def fold(model: PreTrainedModel, fusion: Fusion) -> PreTrainedModel:
     The heads themselves change, so that they are the experts no more.
     """
     folded = copy.deepcopy(model)
-    heads = (folded.cls_classifier, folded.distillation_classifier)
+    shares = {"cls_classifier": fusion.cls_weights, "distillation_classifier": fusion.distillation_weights}
     with torch.no_grad():
-        for head, weights in zip(heads, (fusion.cls_weights, fusion.distillation_weights), strict=True):
+        for name, weights in shares.items():
+            head: nn.Linear = getattr(folded, name)
             weights = 2 * weights.to(head.weight)  # the mean halves
             head.weight.mul_(weights[:, None])
             head.bias.mul_(weights).add_(fusion.bias.to(head.bias))

@@ -7,6 +7,7 @@ find photos -newer yesterday | deitlt predict --model DIR_OR_HUB_ID --jsonl - > 
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import os
@@ -124,7 +125,8 @@ def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
     if not args.csv:
         return _write_text
     # A file's name is bytes that need not be text; they are written as they are.
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     columns = COLUMNS + (EXPERT_COLUMNS if args.experts else ())
     # Python before 3.13 quotes no carriage return of its own accord, and names of files can have one.
     table = csv.DictWriter(sys.stdout, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)

@@ -194,10 +194,10 @@ def open_image(image: Mapping[str, Any] | None, place: str = "", background: str
     image = image or {}
     data: bytes | None = image.get("bytes")
     path: str | None = image.get("path")
-    if data is None and not path:
-        raise ValueError(f"{place or 'an image of the data set'} is empty, without bytes and path.{ADVICE}")
-    if data is None:
+    if data is None and path:
         return EncodedImage(path, path, background)
+    if data is None:
+        raise ValueError(f"{place or 'an image of the data set'} is empty, without bytes and path.{ADVICE}")
     name = f"{path} ({place})" if path and place else path or (f"in {place}" if place else "(embedded in the data set)")
     return EncodedImage(data, name, background)
 
@@ -319,7 +319,9 @@ class ImageDataset(Dataset):
         if len(self.views) != 1 and isinstance(image, EncodedImage):
             image = image.decode()
         row: dict[str, Any] = {"labels": int(self.labels[index])}
-        return row | ({name: view(image) for name, view in self.views.items()} or {"image": image})
+        if not self.views:
+            return row | {"image": image}
+        return row | {name: view(image) for name, view in self.views.items()}
 
     def _image(self, index: int) -> EncodedImage | np.ndarray:
         if self._cache is None:

@@ -62,7 +62,7 @@ def image_processor(
         do_convert_rgb=True,
     )
     if background is not None:
-        processor.background = colour(background)  # type: ignore[attr-defined]  # is saved and loaded as it is
+        vars(processor)["background"] = colour(background)  # which transformers saves and loads as it is
     return processor
 
 
@@ -118,10 +118,10 @@ class ImageFormat:
         height, width = size.get("height") or shortest, size.get("width") or shortest
         if not height or not width:
             raise ValueError(f"{type(processor).__name__} tells no height and width of its images: {size}.")
-        mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+        mean: Sequence[float] = getattr(processor, "image_mean", None) or (0.0, 0.0, 0.0)
+        std: Sequence[float] = getattr(processor, "image_std", None) or (1.0, 1.0, 1.0)
         if not getattr(processor, "do_normalize", False):
-            channels = len(mean) if mean else 3
-            mean, std = (0.0,) * channels, (1.0,) * channels
+            mean, std = (0.0,) * len(mean), (1.0,) * len(mean)
         # Rescaling is to [0, 1] by default; a processor that does otherwise normalises other values.
         scale = 255 * getattr(processor, "rescale_factor", 1.0) if getattr(processor, "do_rescale", False) else 255
         found = cls((height, width), tuple(value / scale for value in mean), tuple(value / scale for value in std))

@@ -76,13 +76,13 @@ def eval_results_file(folder: str | Path) -> bytes | None:
     folder = Path(folder)
     record = find_record(folder)
     facts = CardFacts(record if record and _is_of(record, folder) else {}, read_config(folder))
-    accuracy = facts.prediction and facts.prediction["overall"]
-    if not (facts.is_finished and facts.hub_dataset and facts.prediction):
+    accuracy = facts.prediction.get("overall")
+    if not (facts.is_finished and facts.hub_dataset) or accuracy is None:
         return None
     entry = EvalResultEntry(
         dataset_id=facts.hub_dataset,
         task_id="image_classification",
-        value=round(100 * facts.prediction["overall"], 2),
+        value=round(100 * accuracy, 2),
         notes=one_line(f"accuracy in % on the test images; trained on {facts.dataset}, one run, one seed"),
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True).encode()

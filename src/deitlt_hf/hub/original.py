@@ -195,7 +195,7 @@ def export_original_student(model: PreTrainedModel, path: str | PathLike) -> Non
     for name, values in (("class_map", class_map), ("class_counts", counts)):
         if values is not None and len(values) != config.num_labels:
             raise ValueError(f"{name} of the model has {len(values)} entries for {config.num_labels} classes; mend it.")
-    rows = list(range(config.num_labels)) if class_map is None else np.argsort(class_map).tolist()
+    rows = list(range(len(config.id2label or ()))) if class_map is None else np.argsort(class_map).tolist()
     weights = {
         name: (tensor[rows] if name.startswith("head") else tensor).detach().cpu().contiguous()
         for name, tensor in state_dict.items()
@@ -227,16 +227,12 @@ class _Checkpoint:
 
 def _open(source: Source, ema: bool = False) -> _Checkpoint:
     """Reads a file and tells by its keys what it holds."""
-    content: Mapping[str, Any]
-    if isinstance(source, Mapping):
-        name, content = "the state dict", source
-    else:
-        name, content = str(source), read_checkpoint(source)
+    name, content = _read(source)
     keys = ("model_ema",) if ema else ("model", "state_dict")
-    weights: Mapping | None = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
-    if ema and weights is None:
+    below = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
+    if ema and not below:
         raise ValueError(f"{name} has no moving average of the weights ('model_ema'); leave out ema.")
-    weights = content if weights is None else weights
+    weights: Mapping[str, Any] = below[0] if below else content
     wrong = [str(key) for key, value in weights.items() if not isinstance(key, str) or not _is_whole(value)]
     if wrong or not weights:
         raise ValueError(
@@ -264,6 +260,13 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
         if kind == STUDENT
         else kind == LDAM_TEACHER and any(key.startswith("layer4.") for key in state_dict),
     )
+
+
+def _read(source: Source) -> tuple[str, Mapping[str, Any]]:
+    """What to call a file or state dict, and its content."""
+    if isinstance(source, Mapping):
+        return "the state dict", source
+    return str(source), read_checkpoint(source)
 
 
 def _is_whole(value: Any) -> bool:

@@ -299,12 +299,13 @@ def _published(folder: Path) -> set[str]:
 def _files_to_push(folder: Path) -> set[str]:
     """Names of the files to push; warns of those that are left out because they are of other weights."""
     found = _published(folder)
-    digest = weights_digest(folder).encode()
+    digest = weights_digest(folder)
     witnesses = {name: _witness(name) for name in found}
     of_others = {
         witness
-        for witness in set(witnesses.values()) - {None}
-        if not (folder / witness).is_file() or digest not in (folder / witness).read_bytes()
+        for witness in set(witnesses.values())
+        if witness is not None
+        and not (digest and (folder / witness).is_file() and digest.encode() in (folder / witness).read_bytes())
     }
     left_out = {name for name in found if witnesses[name] in of_others}
     if left_out:

@@ -1,7 +1,7 @@
 """Parametric contrastive learning."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -90,6 +90,5 @@ class PaCoLoss(nn.Module):
             losses = losses * weights
             if self.reduction == "mean":
                 return losses.sum() / weights.sum()
-        if self.reduction == "none":
-            return losses
-        return losses.mean() if self.reduction == "mean" else losses.sum()
+        reductions: dict[str, Callable[[], torch.Tensor]] = {"mean": losses.mean, "sum": losses.sum}
+        return losses if self.reduction == "none" else reductions[self.reduction]()

@@ -247,6 +247,7 @@ class LongTailTrainingArguments(TrainingArguments):
             self._batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         if self.learning_rate in (None, self._made_learning_rate):
             slices = self.learning_rate_slices or self.gradient_accumulation_steps
+            assert self.global_batch_size is not None  # made above
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
             self._made_learning_rate = self.learning_rate
         if self.data_seed in (None, self._made_data_seed):

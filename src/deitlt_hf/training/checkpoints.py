@@ -148,7 +148,7 @@ def remove_old_checkpoints(
 
 def step_in_name(checkpoint: str | Path) -> int:
     """The step that a checkpoint's name says."""
-    return int(_NAME.fullmatch(Path(checkpoint).name)[1])
+    return int(Path(checkpoint).name.removesuffix(".replaced").rpartition("-")[2])
 
 
 def damage(checkpoint: str | Path) -> str | None:

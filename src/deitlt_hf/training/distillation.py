@@ -167,7 +167,8 @@ class DeiTLTTrainer(LongTailTrainer):
         The images are resized and re-normalised if the teacher takes them otherwise.
         """
         with torch.inference_mode(), self.accelerator.autocast():
-            antialias = self.args.teacher_antialias
+            assert self.teacher is not None  # `train` asks for one
+            antialias = bool(self.args.teacher_antialias)
             images = resize_and_renormalize(pixel_values, self.student_format, self.teacher_format, antialias)
             logits = self.teacher(images).logits[:, self._label_order]
         return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
@@ -213,6 +214,7 @@ class DeiTLTTrainer(LongTailTrainer):
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
         accuracies = None if self.eval_dataset is None else self.check_teacher()
+        assert self.teacher is not None  # `train` asks for one
         self.results.teacher = teacher_record(self.teacher, accuracies)
         if accuracies is not None:
             text += "; test accuracy in %: " + ", ".join(
@@ -255,7 +257,8 @@ def as_student(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: If it does not have the two heads of a student.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    base_of = getattr(model, "get_base_model", None)  # of PEFT
+    base = model if base_of is None else base_of()
     # By name: the class that a folder brings along is another one.
     if any(cls.__name__ == DeiTLTForImageClassification.__name__ for cls in type(base).__mro__):
         return model

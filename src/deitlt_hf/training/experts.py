@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class ExpertEvaluation(Trainer):
     experts: Mapping[str, str] = {}
     groups: Mapping[str, Integers]
     last_table: ExpertTable
+    preprocess_logits_for_metrics: Callable | None  # which may have pairs
     args: LongTailTrainingArguments
     model: PreTrainedModel
 
@@ -78,11 +79,12 @@ class ExpertEvaluation(Trainer):
         try:
             with self._evaluated_dtype():
                 output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-            predictions = output.predictions[1] if self._keeps_logits and output.predictions is not None else None
+            kept = output.predictions if self._keeps_logits else None
+            predictions = None if kept is None else tuple(kept)[1]
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = compute, preprocess
             self._keeps_logits = False
-        return output._replace(predictions=predictions)
+        return output._replace(predictions=predictions)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def _evaluated_dtype(self) -> Iterator[None]:
@@ -111,13 +113,13 @@ class ExpertEvaluation(Trainer):
 
     def _all_metrics(self, prediction: EvalPrediction, compute: Callable | None) -> dict[str, float]:
         """The experts' metrics, and over them the user's of the logits (images, classes)."""
-        kept = self._keeps_logits
-        counted, logits = prediction.predictions if kept else (prediction.predictions, None)
-        metrics = self.expert_metrics(counted, prediction.label_ids)
+        parts: Sequence = tuple(prediction.predictions) if self._keeps_logits else [prediction.predictions]
+        counted = np.asarray(parts[0])
+        metrics = self.expert_metrics(counted, np.asarray(prediction.label_ids))
         if compute is None:
             return metrics
         losses = counted[:, -1] if "loss" in self.args.include_for_metrics else None
-        given = EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=losses)
+        given = EvalPrediction(parts[1], prediction.label_ids, inputs=prediction.inputs, losses=losses)
         return metrics | compute(given)
 
     def expert_metrics(self, counted: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -67,7 +67,7 @@ def is_abandoned(output_dir: str | Path) -> bool:
 
 def goes_on_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> bool:
     """Whether the run that is to be resumed is the folder's own; a checkpoint can be of another."""
-    if resume_from_checkpoint in (None, False, True, "auto"):
+    if resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool) or resume_from_checkpoint == "auto":
         return bool(resume_from_checkpoint)
     return Path(resume_from_checkpoint).resolve().parent == Path(output_dir).resolve()
 

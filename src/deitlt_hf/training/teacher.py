@@ -78,6 +78,7 @@ class FlatTeacherTrainer(LongTailTrainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             args, parameters = self.args, [*(model or self.model).parameters()]
+            optimizer: Optimizer
             if self.optimizer_cls_and_kwargs is None:
                 optimizer = torch.optim.SGD(
                     parameters, args.peak_learning_rate, args.momentum, weight_decay=args.weight_decay
@@ -151,15 +152,24 @@ class FlatTeacherTrainer(LongTailTrainer):
         return self.accelerator.no_sync(model) if stay else contextlib.nullcontext()
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
-        args, kwargs = self.args, {"class_weights": class_weights, "reduction": "sum"}
+        args = self.args
         if args.teacher_loss == "ce":
             return nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing_factor)
+        counts = self.class_counts
+        assert counts is not None  # there is a loss to make where there are training images
+        criterion: nn.Module
         if args.teacher_loss == "ldam":
-            criterion = LDAMLoss(self.class_counts, args.ldam_margin, args.ldam_scale, **kwargs)
+            criterion = LDAMLoss(counts, args.ldam_margin, args.ldam_scale, class_weights, "sum")
         elif args.teacher_loss == "logit_adjusted":
-            criterion = LogitAdjustedLoss(self.class_counts, **kwargs)
+            criterion = LogitAdjustedLoss(counts, class_weights=class_weights, reduction="sum")
         else:
-            criterion = PaCoLoss(self.class_counts, args.paco_alpha, temperature=args.paco_temperature, **kwargs)
+            criterion = PaCoLoss(
+                counts,
+                args.paco_alpha,
+                temperature=args.paco_temperature,
+                class_weights=class_weights,
+                reduction="sum",
+            )
         return criterion.to(args.device)
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:

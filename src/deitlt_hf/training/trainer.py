@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from ..data.images import ImageCollator
 from ..data.loading import images_hash, subset_hash, training_counts
 from ..data.long_tail import Integers, shot_groups
-from ..data.sampling import SeededImages, TrainBatches, seed_streams
+from ..data.sampling import Rows, SeededImages, TrainBatches, seed_streams
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..hub.card_facts import optimizer_name
@@ -97,6 +97,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     arguments_class: type[LongTailTrainingArguments] = LongTailTrainingArguments
     groups: Mapping[str, list[int]]
     group_rule: str
+    train_dataset: Rows | StreamedImages | None
+    eval_dataset: Rows | dict[str, Rows] | None
     _given: tuple[str, ...] = ()  # of optimizer and scheduler those that were given
 
     def __init__(
@@ -120,7 +122,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             raise ValueError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}.")
         if args.include_for_metrics and kwargs.get("compute_metrics") is None:
             raise ValueError(f"include_for_metrics {args.include_for_metrics} has no effect without compute_metrics.")
-        self.args, self.model_init = args.settle(), model_init
+        self.args = args.settle()
+        if model_init is not None:
+            self.model_init = model_init
         self._datasets = (train_dataset, eval_dataset)
         self.class_counts: list[int] | None = None
         self.subset_sha256: str | None = None
@@ -133,7 +137,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             model = self.prepare_model(model)
         if processing_class is None:
             processing_class = model_processor(model.config, args.image_resize)
-        self._take_optimizers(model, *optimizers, kwargs.get("optimizer_cls_and_kwargs"))
+        self._take_optimizers(model, model_init is not None, *optimizers, kwargs.get("optimizer_cls_and_kwargs"))
 
         self.views = {} if train_dataset is None else self.train_views(args, processing_class)
         collator = ImageCollator(processing_class)
@@ -148,7 +152,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             compute_loss_func=self.compute_training_loss,  # where there is one, accumulation does not divide the loss
             **kwargs,
         )
-        self.model_init = model_init  # not given above: the model is made
+        if model_init is not None:  # not given above: the model is made
+            self.model_init = model_init
         if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("a moving average needs whole weights; leave out DeepSpeed and FSDP, or ema_decay.")
         if (self.args.bf16_full_eval or self.args.fp16_full_eval) and (
@@ -211,16 +216,18 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if train_dataset is not None:
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
             model.config.return_dict = True
-            model.to(torch.float32)  # transformers 5 loads the dtype of the file, in which small updates are lost
+            model.float()  # transformers 5 loads the dtype of the file, in which small updates are lost
             # By its name before transformers 5.23, which newer versions know too.
             if self.args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
                 raise ValueError(f"a {type(model).__name__} cannot checkpoint activations; leave that out.")
         return model
 
     def call_model_init(self, trial=None):
-        return self.prepare_model(super().call_model_init(trial))
+        return self.prepare_model(super().call_model_init(trial))  # type: ignore[arg-type]
 
-    def _take_optimizers(self, model: PreTrainedModel, optimizer, scheduler, optimizer_cls_and_kwargs) -> None:
+    def _take_optimizers(
+        self, model: PreTrainedModel, makes_models: bool, optimizer, scheduler, optimizer_cls_and_kwargs
+    ) -> None:
         """Checks an optimiser and a scheduler that were given.
 
         Raises:
@@ -228,7 +235,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """
         if optimizer_cls_and_kwargs is not None and optimizer is not None:
             raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")
-        if self.model_init is not None and (optimizer is not None or scheduler is not None):
+        if makes_models and (optimizer is not None or scheduler is not None):
             raise ValueError("optimizers are of one model, but model_init makes others; give optimizer_cls_and_kwargs.")
         if scheduler is not None and (
             optimizer is None or scheduler.optimizer.param_groups is not optimizer.param_groups
@@ -421,7 +428,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
         images = self.train_dataset
         # What is streamed is this process's share.
-        self.args.check_data(len(images.split if isinstance(images, StreamedImages) else images))
+        self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
         with only_run(self.run_dir) if self.args.should_save else contextlib.nullcontext():
             self._plan = self._common_plan() | self._published_plan() | self.plan()
             first = self.is_world_process_zero()
@@ -452,6 +459,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             if checkpoint is None:
                 return Beginning()
         steps = finished if checkpoint is None else read_state(checkpoint).global_step
+        assert steps is not None  # without a checkpoint the run is finished
         at_step, record = former_records(checkpoint or output_dir, output_dir if self._resuming else None)
         check_same_run(checkpoint or output_dir, at_step, self, data)
         if steps > total:
@@ -463,6 +471,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             return Beginning(checkpoint, steps, True, record)
         if checkpoint is None:  # a finished run that is made longer
             checkpoint = newest_checkpoint(output_dir)
+            assert checkpoint is not None  # beside a finished model it is found, or refused
             steps = read_state(checkpoint).global_step
         return Beginning(checkpoint, steps, False, record)
 
@@ -476,14 +485,16 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def _load_finished(self) -> TrainOutput:
         """Takes the model of a run that has nothing left to do, as if it had just trained it."""
-        output_dir, steps = self.run_dir, self.beginning.step
+        output_dir, steps, record = self.run_dir, self.beginning.step, self.beginning.record
+        assert steps is not None  # of a finished run
+        assert record is not None
         self._load_from_checkpoint(output_dir)
         if self.ema is not None and (Path(output_dir) / EMA_FOLDER).is_dir():
             self.ema.on_train_begin(self.args, self.state, self.control, model=self.model)
             self._load_from_checkpoint(str(Path(output_dir) / EMA_FOLDER), self.ema.model)
         self.state.global_step = self.state.max_steps = steps
         self.state.epoch = steps / self.steps_per_epoch()
-        self.results.content = dict(self.beginning.record)
+        self.results.content = dict(record)
         if self.is_world_process_zero():
             print(f"The run in {output_dir} is finished, with {steps} steps: nothing is left to train.", flush=True)
         return TrainOutput(steps, 0.0, {})
@@ -545,21 +556,25 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's batches, all of them whole: mixing pairs their images."""
-        args, dataset = self.args, self.train_dataset
-        if isinstance(dataset, StreamedImages):
-            batches: dict[str, Any] = {"batch_size": args.train_batch_size}
+        args, images = self.args, self.train_dataset
+        if images is None:
+            raise ValueError("training needs a train_dataset.")
+        dataset: StreamedImages | SeededImages
+        batches: dict[str, Any]
+        if isinstance(images, StreamedImages):
+            dataset, batches = images, {"batch_size": args.train_batch_size}
         else:
             sampler = TrainBatches(
-                len(dataset),
+                len(images),
                 args.train_batch_size,
                 args.process_index,
                 args.world_size,
                 args.gradient_accumulation_steps,
                 args.repeats,
-                args.data_seed,
-                args.partial_steps,
+                args.seed if args.data_seed is None else args.data_seed,
+                bool(args.partial_steps),
             )
-            dataset, batches = SeededImages(dataset), {"batch_sampler": sampler}
+            dataset, batches = SeededImages(images), {"batch_sampler": sampler}
         context = getattr(args, "dataloader_multiprocessing_context", None)
         # Accelerate would share it out among the processes once more.
         return DataLoader(
@@ -653,8 +668,10 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             def epoch_of(step: int) -> float:
                 return published_epoch(step, batches, slices) if self.args.as_published else step / steps_per_epoch
 
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # is made before
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,
+                optimizer,
                 lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.peak_learning_rate,
             )
             self._created_lr_scheduler = True
@@ -663,19 +680,19 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
             return
-        wanted = [
-            {name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in self.optimizer.param_groups
-        ]
-        rates = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
+        assert optimizer is not None  # both are made before
+        assert scheduler is not None
+        wanted = [{name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in optimizer.param_groups]
+        rates = list(getattr(scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
         # What came with the checkpoint is as it was; what is asked for now counts.
-        for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
+        for group, values in zip(optimizer.param_groups, wanted, strict=True):
             group.update(values)
-        scheduler = self.lr_scheduler
         if "scheduler" in self._given or scheduler.base_lrs == rates:
             return
         scheduler.base_lrs = rates
-        for group, rate, factor in zip(self.optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+        for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
             group["initial_lr"] = rate
             group["lr"] = rate * factor(scheduler.last_epoch)
 
@@ -798,8 +815,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         else:
             metrics, tables = {}, {}
             for name, images in wanted.items():
-                images = name if eval_dataset is None else images  # by name the workers are kept
-                metrics |= super().evaluate(images, ignore_keys, f"{metric_key_prefix}_{name}")
+                chosen: Any = name if eval_dataset is None else images  # by name the workers are kept
+                metrics |= super().evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}")
                 tables[name] = self.last_table
         if self._recording and eval_dataset is None:
             self.results.record(self.state.epoch, self.state.global_step, next(iter(tables.values())).accuracies)
