@@ -47,6 +47,7 @@ test-newest:  ## The same, with the newest versions that setup.py allows.
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -58,6 +58,7 @@ setup(
             "gradio>=6.31,<7",
             "hypothesis>=6",
             "matplotlib>=3.8",
+            "mypy>=1.15",
             "onnx>=1.18",
             "onnxruntime>=1.20",
             "onnxscript>=0.7",
@@ -70,6 +71,7 @@ setup(
             "ruff>=0.12",
             "setuptools>=68",
             "torchcodec>=0.16",
+            "types-PyYAML>=6",
         ],
     },
 )

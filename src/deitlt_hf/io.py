@@ -26,7 +26,7 @@ def one_line(value: object, limit: int = MAX_QUOTED) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def check_can_be_folder(folder: str | Path) -> None:
+def check_can_be_folder(folder: str | PathLike) -> None:
     """Refuses a folder to write to that cannot be made.
 
     Raises:
@@ -220,9 +220,8 @@ def check_link(path: str | PathLike, folder: str | PathLike) -> None:
         ValueError: If it does.
     """
     target, top = Path(path).resolve(), Path(folder).resolve()
-    inside = target.relative_to(top) if target.is_relative_to(top) else None
-    is_same_kind = inside is not None and target.suffix == Path(path).suffix
-    if is_same_kind and not any(part.startswith(".") for part in inside.parts):
+    is_same_kind = target.is_relative_to(top) and target.suffix == Path(path).suffix
+    if is_same_kind and not any(part.startswith(".") for part in target.relative_to(top).parts):
         return
     if top.parent.name == "snapshots" and target.parent == top.parents[1] / "blobs":
         return

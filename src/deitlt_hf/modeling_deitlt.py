@@ -55,13 +55,13 @@ class DeiTLTImageClassifierOutput(ModelOutput):
             training stochastic depth leaves images out of them; ask for them in evaluation mode.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    cls_logits: torch.FloatTensor | None = None
-    distillation_logits: torch.FloatTensor | None = None
-    token_features: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cls_logits: torch.Tensor | None = None
+    distillation_logits: torch.Tensor | None = None
+    token_features: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class DeiTLTDropPath(nn.Module):
@@ -125,14 +125,14 @@ def attend_to_all(
         What they saw; (batch, queries, hidden_size).
     """
     # Flex and flash attention have masks of other kinds, without rows that one could take.
-    has_rows = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
-    if num_queries is None or (attention_mask is not None and not has_rows):
+    rows = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4 else None
+    if num_queries is None or (attention_mask is not None and rows is None):
         return attention(hidden_states, attention_mask, **kwargs)[0][:, :num_queries]
     heads = (-1, attention.head_dim)
     query = attention.q_proj(hidden_states[:, :num_queries].contiguous()).unflatten(-1, heads).transpose(1, 2)
     key = attention.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
     value = attention.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-    mask = attention_mask[:, :, :num_queries] if has_rows else None
+    mask = None if rows is None else rows[:, :, :num_queries]
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     dropout = attention.attention_dropout if attention.training else 0.0
     seen, _ = attend(attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling, **kwargs)
@@ -176,6 +176,7 @@ class DeiTLTLayer(DeiTLayer):
 class DeiTLTPreTrainedModel(DeiTPreTrainedModel):
     """Weight initialisation of the authors' model; loading and saving as in transformers."""
 
+    config: DeiTLTConfig
     config_class = DeiTLTConfig
     _no_split_modules = ["DeiTEmbeddings", "DeiTLTLayer"]
 
@@ -194,9 +195,10 @@ class DeiTLTPreTrainedModel(DeiTPreTrainedModel):
             # The authors leave the patch projection at torch's default, uniform in +-1/sqrt(fan_in).
             bound = 1.0 / math.sqrt(module.weight[0].numel())
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         else:
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[arg-type]
 
 
 class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
@@ -237,10 +239,11 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
 
     def __init__(self, config: DeiTLTConfig):
         super().__init__(config)
+        assert config.num_labels is not None  # there always are labels, two without names by default
         self.num_labels = config.num_labels
         self.deit = DeiTLTModel(config)
-        self.cls_classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.distillation_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.cls_classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.distillation_classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -289,7 +292,8 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
         loss = None
         if labels is not None:
             heads = (cls_logits, distillation_logits)
-            loss = sum(nn.functional.cross_entropy(logits.float(), labels) for logits in heads) / 2
+            cls_loss, other_loss = (nn.functional.cross_entropy(logits.float(), labels) for logits in heads)
+            loss = (cls_loss + other_loss) / 2
 
         return DeiTLTImageClassifierOutput(
             loss=loss,

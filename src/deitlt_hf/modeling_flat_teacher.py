@@ -20,7 +20,7 @@ from .configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
 try:
     from transformers import initialization as init
 except ImportError:  # before transformers 5 it is torch's own; since then weights that are loaded are left alone
-    from torch.nn import init
+    from torch.nn import init  # type: ignore[no-redef]
 
 
 class BasicBlock(nn.Module):
@@ -97,6 +97,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
     With a cosine classifier the logits are cosines times `config.logit_scale`.
     """
 
+    config: FlatTeacherConfig
     config_class = FlatTeacherConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
@@ -104,7 +105,9 @@ class FlatTeacherForImageClassification(PreTrainedModel):
 
     def __init__(self, config: FlatTeacherConfig):
         super().__init__(config)
+        assert config.num_labels is not None  # there always are labels, two without names by default
         self.num_labels = config.num_labels
+        self.backbone: nn.Module
         if config.backbone in CIFAR_RESNETS:
             self.backbone = CifarResNet(int(config.backbone.removeprefix("resnet")), config.num_channels)
         else:
@@ -114,7 +117,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
                 config.backbone.removeprefix("timm/"), num_classes=0, in_chans=config.num_channels
             )
         # Some of timm's have another layer before the classifier.
-        features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        features: int = getattr(self.backbone, "head_hidden_size", 0) or getattr(self.backbone, "num_features", 0)
         classifier = CosineClassifier if config.classifier == "cosine" else nn.Linear
         self.classifier = classifier(features, config.num_labels)
         self.projection = None
@@ -129,8 +132,9 @@ class FlatTeacherForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "init_non_persistent_buffers"):  # of timm's, which no file has
-            module.init_non_persistent_buffers()
+        init_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if init_buffers is not None:  # of timm's, which no file has
+            init_buffers()
         if isinstance(module, nn.Conv2d):
             # Kaiming's, by the channels that an input has a part in: of a grouped convolution, those of its group.
             fan_out = module.weight[:, 0].numel() // module.groups
@@ -139,7 +143,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Linear | CosineClassifier):
             init.kaiming_normal_(module.weight)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)

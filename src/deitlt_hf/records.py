@@ -126,6 +126,7 @@ class RunRecord(TypedDict, total=False):
     processes: dict[str, int]
     hardware: Hardware
     versions: dict[str, str]
+    ran: dict[str, Any] | None
     last: Evaluation
     best: Evaluation
 

@@ -1,19 +1,20 @@
 """Who is right where: predictions of two experts in, shares out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
+from ..data.long_tail import Integers
 from ..evaluation.accuracy import class_accuracies
 
 OUTCOMES = ("both", "only_cls", "only_distillation", "neither")
 
 
 def expert_outcomes(
-    cls_predictions: Sequence[int],
-    distillation_predictions: Sequence[int],
-    labels: Sequence[int],
-    groups: Mapping[str, Sequence[int]],
+    cls_predictions: Integers,
+    distillation_predictions: Integers,
+    labels: Integers,
+    groups: Mapping[str, Integers],
 ) -> dict[str, dict[str, float]]:
     """Share of the images for which both experts are right, only one, or neither; overall and by group of classes.
 
@@ -47,7 +48,7 @@ def expert_outcomes(
 
 
 def gain_by_class(
-    cls_predictions: Sequence[int], distillation_predictions: Sequence[int], labels: Sequence[int], num_classes: int
+    cls_predictions: Integers, distillation_predictions: Integers, labels: Integers, num_classes: int
 ) -> np.ndarray:
     """Accuracy of the DIST head less that of the CLS head, for each class; (num_classes,), NaN without test images."""
     cls, distillation = (

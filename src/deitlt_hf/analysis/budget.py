@@ -189,7 +189,7 @@ def student_model(
         flops=student_flops(config),
         training_flops=3 * trained + teacher_flops,
         state_bytes=(STATE_BYTES + 4 * (args.ema_decay is not None)) * parameters + frozen_bytes,
-        activation_bytes=activation_bytes(model, config.image_size, half=True),
+        activation_bytes=activation_bytes(model, student_args.image_size, half=True),
     )
 
 
@@ -338,7 +338,7 @@ def print_budgets(
     Raises:
         ValueError: If a batch cannot be shared out.
     """
-    start = student_args.init_from and check_start(student_args.init_from, args.recipe["overrides"])
+    start = student_args.init_from and check_start(student_args.init_from, (args.recipe or {}).get("overrides", {}))
     if start:
         student_args = replace(student_args, **{name: getattr(start, name) for name in SIZES})
     classes, images = training_images(data_args)
@@ -355,7 +355,7 @@ def print_budgets(
         _, _, teacher_args, taught = parse_arguments("teacher", sections, command_line)
         teacher = teacher_model(teacher_args.config(loss, num_labels=classes), taught)
         _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, taught)
-    if note := low_peak(args.learning_rate, student_args.init_from):
+    if note := low_peak(args.peak_learning_rate, student_args.init_from):
         show(f"Note: {note}")
     student = student_model(student_args, classes, teacher, args)
     _show_budgets(f"student, {student_args.image_size} px", student, plan, images, args)

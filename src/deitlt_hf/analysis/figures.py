@@ -5,6 +5,8 @@ from itertools import cycle
 
 import numpy as np
 
+from ..data.long_tail import Integers
+
 COLOURS = {"mean": "#4c72b0", "cls": "#dd8452", "distillation": "#55a868"}
 GROUP_COLOURS = ("#4c72b0", "#8172b3", "#c44e52", "#937860", "#64b5cd")
 OUTCOME_COLOURS = {"both": "#8c8c8c", "only_cls": "#dd8452", "only_distillation": "#55a868", "neither": "#e5e5e5"}
@@ -15,7 +17,7 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def draw_counts(axis, counts: Sequence[int], groups: Mapping[str, Sequence[int]]) -> None:
+def draw_counts(axis, counts: Integers, groups: Mapping[str, Integers]) -> None:
     """Training images of each class, the most frequent first, coloured by group."""
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")
@@ -51,7 +53,7 @@ def draw_accuracies(
     axis.legend(loc="upper center", ncols=len(figures))
 
 
-def draw_gains(axis, gains: np.ndarray, counts: Sequence[int]) -> None:
+def draw_gains(axis, gains: np.ndarray, counts: Integers) -> None:
     """Accuracy of DIST less that of CLS, for each class, against its training images."""
     counts = np.asarray(counts)
     axis.axhline(0, color="grey", linewidth=1)

@@ -6,13 +6,16 @@ are not those of the test images, with all classes counting alike: the mean over
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+from ..data.long_tail import Integers
 
 FIT_IMAGES = 20_000  # whose logits fit into memory for 8,142 classes too
 
@@ -82,8 +85,8 @@ def fit_fusion(
     cls_logits: torch.Tensor,
     distillation_logits: torch.Tensor,
     labels: torch.Tensor,
-    class_counts: Sequence[int],
-    groups: Mapping[str, Sequence[int]],
+    class_counts: Integers,
+    groups: Mapping[str, Integers],
 ) -> Fusion:
     """Fits a rule to labelled logits.
 
@@ -128,7 +131,7 @@ def fit_fusion(
     return Fusion(*(value.detach() for value in family.fusion(parameters, log_counts, group_of)))
 
 
-def balanced_rows(labels: Sequence[int], limit: int = FIT_IMAGES, seed: int = 0) -> np.ndarray:
+def balanced_rows(labels: Integers, limit: int = FIT_IMAGES, seed: int = 0) -> np.ndarray:
     """Random rows to fit a rule on, in order: all, or so many, with as many of each class as there are.
 
     Args:
@@ -150,9 +153,10 @@ def fold(model: PreTrainedModel, fusion: Fusion) -> PreTrainedModel:
     The heads themselves change, so that they are the experts no more.
     """
     folded = copy.deepcopy(model)
-    heads = (folded.cls_classifier, folded.distillation_classifier)
+    shares = {"cls_classifier": fusion.cls_weights, "distillation_classifier": fusion.distillation_weights}
     with torch.no_grad():
-        for head, weights in zip(heads, (fusion.cls_weights, fusion.distillation_weights), strict=True):
+        for name, weights in shares.items():
+            head: nn.Linear = getattr(folded, name)
             weights = 2 * weights.to(head.weight)  # the mean halves
             head.weight.mul_(weights[:, None])
             head.bias.mul_(weights).add_(fusion.bias.to(head.bias))

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
+from ..hub.onnx import OnnxClassifier
 from ..training import DeiTLTTrainer
 from .attention import attention_distances, eager_attention, token_spreads
 
@@ -56,7 +57,7 @@ def spread_rows(number: int, wanted: int) -> list[int]:
 
 @torch.no_grad()
 def predict(
-    model: PreTrainedModel,
+    model: PreTrainedModel | OnnxClassifier,
     dataset: ImageDataset,
     collate: ImageCollator,
     batch_size: int = 128,
@@ -74,7 +75,8 @@ def predict(
     Returns:
         True classes, (images,), and the logits of each expert, (images, classes).
     """
-    labels, logits = [], {}
+    labels: list[np.ndarray] = []
+    logits: dict[str, list[np.ndarray]] = {}
     for batch in DataLoader(dataset, batch_size, collate_fn=collate):
         outputs = model.eval()(pixel_values=batch["pixel_values"].to(model.device))
         labels.append(batch["labels"].numpy())
@@ -111,7 +113,7 @@ def observe(
     grid, patch_size = patch_grid(model)
     labels, logits = predict(model, dataset, collate, batch_size, label_order)
     chosen = spread_rows(len(dataset), num_images)
-    features, distances, spreads, seen = [], 0.0, 0.0, 0
+    parts, distances, spreads, seen = [], np.zeros(()), np.zeros(()), 0
     with eager_attention(model):
         for batch in DataLoader(Subset(dataset, chosen), min(batch_size, 64), collate_fn=collate):
             outputs = model.eval()(
@@ -125,9 +127,9 @@ def observe(
             spreads = spreads + number * np.stack([token_spreads(layer, *arguments) for layer in layers])
             seen += number
             hidden = [state[:, :num_tokens].float().cpu().numpy() for state in outputs.hidden_states[1:]]
-            features.append(np.stack(hidden))
+            parts.append(np.stack(hidden))
     tokens = ["cls", "distillation"][:num_tokens]
-    features = np.concatenate(features, axis=1)
+    features = np.concatenate(parts, axis=1)
     return Observed(labels, logits, features, np.array(chosen), distances / seen, spreads / seen, tokens, grid)
 
 

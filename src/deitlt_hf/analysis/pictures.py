@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..configuration_deitlt import DeiTLTConfig
 from ..configuration_flat_teacher import FlatTeacherConfig
@@ -18,6 +19,7 @@ from ..io import check_can_be_folder
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
+from ..training.inputs import label_names
 from .figures import GROUP_COLOURS
 
 COLUMNS = 8
@@ -102,17 +104,16 @@ def _draw_classes(pyplot, train, groups, title: str, file: Path) -> None:
     pyplot.close(figure)
 
 
-class _Onlooker(nn.Module):
+class _Onlooker(PreTrainedModel):
     """In the teacher's place: keeps what it is shown."""
 
     def __init__(self, config: FlatTeacherConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.seen: list[torch.Tensor] = []
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         self.seen.append(pixel_values)
-        return SimpleNamespace(logits=torch.zeros(len(pixel_values), self.config.num_labels))
+        return SimpleNamespace(logits=torch.zeros(len(pixel_values), len(label_names(self.config))))
 
 
 def _training_images(
@@ -120,7 +121,7 @@ def _training_images(
 ) -> dict[str, tuple]:
     """Rows of images in [0, 1] and of captions, made by the trainer itself."""
     names = data["train"].features["label"].names
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     size, patch = model_args.image_size, model_args.patch_size
     student = DeiTLTForImageClassification(
         DeiTLTConfig(

@@ -19,6 +19,7 @@ from jinja2 import Environment
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
+from ..data.long_tail import Integers
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
@@ -93,8 +94,8 @@ def analyze(
     path: str,
     model: PreTrainedModel,
     data: Mapping,
-    counts: Sequence[int],
-    groups: Mapping[str, Sequence[int]],
+    counts: Integers,
+    groups: Mapping[str, Integers],
     num_images: int = 512,
     resamples: int = 200,
     sharpness_images: int = 128,
@@ -149,7 +150,7 @@ def analyze(
         )
         draw = lambda axis: figures.draw_agreement(axis, agreement)  # noqa: E731
         pictures.append(_picture("teacher", "Do the experts follow the teacher?", how, draw))
-        findings["teacher_agreement"] = agreement
+        findings["teacher_agreement"] = dict(agreement)
     pictures += _of_tokens(observed, groups, findings)
     if sharpness_images > 0:
         train = ImageDataset(data["train"], "image", "label", background=collate.background)
@@ -179,9 +180,7 @@ def check_report_folder(output: str | Path) -> None:
             raise FileExistsError(f"{output / name} is not of a report of this package; choose another --output.")
 
 
-def write_report(
-    sections: Sequence[Section], recipe: str, groups: Mapping[str, Sequence[int]], output: str | Path
-) -> Path:
+def write_report(sections: Sequence[Section], recipe: str, groups: Mapping[str, Integers], output: str | Path) -> Path:
     """Writes `index.html`, which needs no other file, the pictures as PNGs, and `report.json`.
 
     Returns:
@@ -227,7 +226,7 @@ def _remove_pictures(output: Path) -> None:
 
 def _share_axes(sections: Sequence[Section]) -> None:
     """Has figures of two models reach equally high, so that they can be compared by eye."""
-    of_name = {}
+    of_name: dict[str, list] = {}
     for section in sections:
         for picture in section.pictures:
             if len(picture.figure.axes) == 1:
@@ -339,9 +338,9 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
         rows = np.flatnonzero(only & np.isin(labels, tail))[:SHOWN].tolist()
         if rows:
             cls = observed.predictions("cls")
-            captions = [(names[labels[row]], f"CLS: {names[cls[row]]}") for row in rows]
+            by_expert = [(names[labels[row]], f"CLS: {names[cls[row]]}") for row in rows]
             how = "Test images of the rarest classes that the DIST expert gets right and the CLS expert does not."
-            pictures.append(_row("only_distillation", "What only DIST knows", how, dataset, rows, captions))
+            pictures.append(_row("only_distillation", "What only DIST knows", how, dataset, rows, by_expert))
     first = [int(np.flatnonzero(np.isin(labels, np.asarray(group)))[0]) for group in groups.values()
              if np.isin(labels, np.asarray(group)).any()]  # fmt: skip
     pictures.append(_attention_maps(model, observed, dataset, collate, names, first))
@@ -392,7 +391,7 @@ def _picture(name: str, title: str, how_to_read: str, draw: Callable) -> Picture
 
 def _pictures_of(sections: Sequence[Section]) -> list[tuple[str, str, str, list[Picture | None]]]:
     """Name, title and sentence of each figure, and the figures of all models, None where one has none."""
-    rows = {}
+    rows: dict[str, tuple[str, str, str]] = {}
     for section in sections:
         for picture in section.pictures:
             rows.setdefault(picture.name, (picture.name, picture.title, picture.how_to_read))

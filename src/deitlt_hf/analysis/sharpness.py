@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.images import ImageDataset
+from ..data.long_tail import Integers
 from .attention import eager_attention
 
 BATCH = 128
@@ -102,7 +103,7 @@ def sharpness_of_groups(
     model: nn.Module,
     dataset: ImageDataset,
     collate,
-    groups: Mapping[str, Sequence[int]],
+    groups: Mapping[str, Integers],
     num_images: int,
     label_order: torch.Tensor | None = None,
     **options,
@@ -129,7 +130,7 @@ def images_of_groups(
     model: nn.Module,
     dataset: ImageDataset,
     collate,
-    groups: Mapping[str, Sequence[int]],
+    groups: Mapping[str, Integers],
     num_images: int,
     label_order: torch.Tensor | None = None,
     seed: int = 0,

@@ -2,11 +2,12 @@
 
 import itertools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel
 
+from ..data.long_tail import Integers
 from ..data.transforms import model_processor
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, parse_arguments
@@ -35,7 +36,7 @@ def teacher_agreement(
     model: PreTrainedModel,
     teacher: str,
     data: Mapping,
-    groups: Mapping[str, Sequence[int]],
+    groups: Mapping[str, Integers],
     num_batches: int = 8,
 ) -> dict[str, dict[str, float]]:
     """Share of images for which each expert predicts what the teacher does (DeiT-LT, section 4: out of distribution).

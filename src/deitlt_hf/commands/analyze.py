@@ -14,7 +14,7 @@ import torch
 
 from ..analysis.observe import check_transformer
 from ..analysis.pictures import require_matplotlib
-from ..analysis.report import REPORT_FILE, analyze, check_report_folder, write_report
+from ..analysis.report import REPORT_FILE, Section, analyze, check_report_folder, write_report
 from ..analysis.teaching import teacher_agreement
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
@@ -79,7 +79,7 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
         models.append((path, model, label_order(names, model.config, f"model {path}")))
     if args.teacher is not None and not isinstance(models[0][1], DeiTLTForImageClassification):
         raise ValueError(f"{args.model} is no DeiT-LT student; leave --teacher out.")
-    sections = []
+    sections: list[Section] = []
     for path, model, order in models:
         agreement = None
         if args.teacher is not None and not sections:

@@ -19,6 +19,7 @@ from ..hub import convert_original, read_class_map, read_class_names
 from ..hub.mending import mend_folder
 from ..hub.original import check_holds_no_model
 from ..recipes import DataArguments, parse_arguments
+from ..training.inputs import label_names
 from ..training.run import load_model
 from .parser import command_parser, parse_with_fields
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = resave(args.file, args.folder)
     else:
         model = convert_original(args.file, args.folder, args.ema, **classes)
-    names = list(model.config.id2label.values())
+    names = label_names(model.config)
     print(
         f"{args.folder}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, "
         f"{model.config.num_labels} classes ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"

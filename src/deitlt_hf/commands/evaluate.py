@@ -16,6 +16,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from ..hub.handler import on_best_device
 from ..hub.mending import mend_folder
 from ..io import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
@@ -82,7 +83,7 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     _check_free(args.fused_output)
     if data_args.streaming:
         raise ValueError("fusions are fitted on the training images at hand; leave --streaming out.")
-    model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = on_best_device(load_model(path))
     collate = ImageCollator(load_processor(path))
     data = data_args.load()
     check_class_order(data["train"].features["label"].names, model.config, f"model {path}")
@@ -99,15 +100,16 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
         for split, (_, found) in seen.items()
     }
     labels = torch.from_numpy(seen["train"][0])
-    rules = list(RULES) if args.fusion == "all" else [args.fusion]
-    fusions = {rule: fit_fusion(rule, *logits["train"], labels, counts, groups) for rule in rules}
+    rules = list(RULES) if args.fusion is None or args.fusion == "all" else [args.fusion]
+    (cls, distillation), (tested_cls, tested_distillation) = logits["train"], logits["test"]
+    fusions = {rule: fit_fusion(rule, cls, distillation, labels, counts, groups) for rule in rules}
     accuracies = {
-        rule: group_accuracies(fusion(*logits["test"]).argmax(dim=1).numpy(), seen["test"][0], groups)
+        rule: group_accuracies(fusion(tested_cls, tested_distillation).argmax(dim=1).numpy(), seen["test"][0], groups)
         for rule, fusion in fusions.items()
     }
     tested = class_counts(seen["test"][0], len(counts)).tolist()
     show(ExpertTable("fusions, fitted on the training images", accuracies, groups, tested))
-    if args.fused_output is not None:
+    if args.fused_output is not None and args.fusion is not None:
         fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
         collate.image_processor.save_pretrained(args.fused_output)
         mend_folder(args.fused_output)
@@ -131,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer = evaluate(what.model, data_args, DeiTLTTrainingArguments(**vars(run_args)))
         if not trainer.is_world_process_zero():
             return
-        accuracies = trainer.last_table.accuracies
+        accuracies = dict(trainer.last_table.accuracies)
         if fusion_args.fusion is not None:
             fused = compare_fusions(what.model, data_args, fusion_args)
             accuracies |= {f"fusion_{rule}": row for rule, row in fused.items()}

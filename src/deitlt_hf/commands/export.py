@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..analysis.observe import predict
@@ -37,7 +37,9 @@ from .parser import command_parser
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
 
 
-def compare(networks: Mapping[str, nn.Module], path: str, data: Mapping, data_args: DataArguments) -> ExpertTable:
+def compare(
+    networks: Mapping[str, PreTrainedModel | OnnxClassifier], path: str, data: Mapping, data_args: DataArguments
+) -> ExpertTable:
     """Accuracies of each expert of a model's several forms on a recipe's test images.
 
     Args:
@@ -66,17 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = load_model(args.model)
     if args.int8:
         check_quantizable(model)
-    configurations = [] if args.output is None else [cached_file(args.model, name) for name in _CONFIGURATIONS]
+    found = [] if args.output is None else [cached_file(args.model, name) for name in _CONFIGURATIONS]
+    configurations = [path for path in found if path is not None]
     if args.recipe is not None:
         _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
         data = data_args.load()
         check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
-    digest = weights_digest(Path(cached_file(args.model, "config.json")).parent)
+    config_file = cached_file(args.model, "config.json")
+    digest = None if config_file is None else weights_digest(Path(config_file).parent)
     files = {"ONNX float32": export_onnx(model, folder, not args.fixed_size, digest)}
     if args.int8:
         files["ONNX int8"] = quantize(files["ONNX float32"])
-    for path in configurations:
-        shutil.copyfile(path, folder / Path(path).name)
+    for configuration in configurations:
+        shutil.copyfile(configuration, folder / Path(configuration).name)
     if configurations:
         mend_folder(folder)
     if args.recipe is not None:

@@ -33,6 +33,7 @@ def parse_with_fields(
         The command's arguments, and the command line without them.
     """
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import DataClassType
 
     rest: list[str] = []
 
@@ -44,12 +45,18 @@ def parse_with_fields(
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("--recipe")
     # One parser for each class: teacher and student share fields, and a parser takes a name once.
-    for fields in (recipe, *(HfArgumentParser(cls, add_help=False) for cls in classes)):
+    for fields in (recipe, *(HfArgumentParser(DataClassType(cls), add_help=False) for cls in classes)):
         for field in fields._actions:
             names = [name for name in field.option_strings if name not in parser._option_string_actions]
             if names:
-                options = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-                parser.add_argument(*names, nargs=field.nargs, action=LeaveAside, **options)
+                parser.add_argument(
+                    *names,
+                    nargs=field.nargs,
+                    action=LeaveAside,
+                    dest=argparse.SUPPRESS,
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                )
     known, unknown = parser.parse_known_args(arguments)
     return known, rest + unknown
 

@@ -7,6 +7,7 @@ find photos -newer yesterday | deitlt predict --model DIR_OR_HUB_ID --jsonl - > 
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import os
@@ -36,13 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("standard output is closed; results that nobody wants can go to /dev/null.")
     if min(args.top_k, args.batch_size) < 1:
         raise ValueError("--top_k and --batch_size must be 1 or more.")
-    others = Counter()
+    others: Counter[str] = Counter()
     paths = find_images(args.images, others)
     total = None
     if "-" not in args.images:  # others than standard input are listed first, to know how many there are
-        paths = list(paths)
-        total = len(paths)
-    paths = iter(paths)
+        listed = list(paths)
+        paths, total = iter(listed), len(listed)
     first = next(paths, None)
     if first is None:
         found = f" ({not_read(others)})" if others else ""
@@ -125,7 +125,8 @@ def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
     if not args.csv:
         return _write_text
     # A file's name is bytes that need not be text; they are written as they are.
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     columns = COLUMNS + (EXPERT_COLUMNS if args.experts else ())
     # Python before 3.13 quotes no carriage return of its own accord, and names of files can have one.
     table = csv.DictWriter(sys.stdout, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from numpy._core import multiarray
 from PIL.Image import fromarray
 
 IDX_STEMS = {"train": "train", "test": "t10k"}
@@ -140,7 +141,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         module = module.replace("numpy._core", "numpy.core")
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
-            return np._core.multiarray._reconstruct
+            return multiarray._reconstruct
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes

@@ -31,7 +31,7 @@ def on_arrays(augmentation: Callable) -> Callable[[np.ndarray], np.ndarray]:
     for operation in augmentation.ops:
         if isinstance(operation, AugmentOp):
             name = operation.name.removesuffix("Increasing")
-            operation.aug_fn = FASTER.get(name) or partial(_with_pillow, operation.aug_fn)
+            operation.aug_fn = FASTER.get(name) or partial(_with_pillow, operation.aug_fn)  # type: ignore[arg-type]
     ops = np.empty(len(augmentation.ops), dtype=object)  # timm draws from it, and would make it of the list each time
     ops[:] = augmentation.ops
     augmentation.ops = ops
@@ -89,7 +89,7 @@ def equalize(pixels: np.ndarray, **_) -> np.ndarray:
         return _with_pillow(ImageOps.equalize, pixels)
     image = _image(pixels)
     counts = np.array(image.histogram()).reshape(3, 256)
-    last = counts[range(3), [high for _, high in image.getextrema()]][:, None]
+    last = counts[np.arange(3), np.array(image.getextrema())[:, 1]][:, None]
     step = (pixels.size // 3 - last) // 255
     flat = (step // 2 + counts.cumsum(axis=1) - counts) // np.maximum(step, 1)
     return _look_up(pixels, np.where(step > 0, np.minimum(flat, 255), LEVELS))
@@ -155,7 +155,7 @@ def _move(
     axis: int,
     distances: np.ndarray,
     matrix: Sequence[float],
-    fillcolor: Sequence[int],
+    fillcolor: tuple[int, ...],
     resample: int,
 ) -> np.ndarray:
     """Moves rows to the left (axis 1) or columns up (axis 0) by their distances; `matrix` says the same to Pillow."""

@@ -31,7 +31,7 @@ class Split(NamedTuple):
     """Images of a split by path, with their labels."""
 
     paths: list[str]
-    labels: Sequence
+    labels: Sequence | np.ndarray
 
     def dataset(self, names: Sequence[str]) -> datasets.Dataset:
         """Makes the data set, without looking into the files.
@@ -117,7 +117,8 @@ def images_below(
         ValueError: If what is named like an image is a pipe or the like, which may have no end.
     """
     seen = set() if seen is None else set(seen)
-    found, links, folders, linked = [], [], [str(folder)], []
+    found, links, folders = [], [], [str(folder)]
+    linked: list[str] = []
     while folders or linked:
         place = folders.pop() if folders else linked.pop()  # links last: a folder goes by its own name
         status = os.stat(place)
@@ -174,9 +175,10 @@ def _refuse_splits_as_classes(folder: Path, names: Collection[str]) -> None:
 def _scan(folder: Path) -> dict[str, list[str]]:
     """Image files of each class folder, sorted."""
     above = {(status.st_dev, status.st_ino) for status in map(os.stat, (folder, *folder.parents))}
-    classes, without, others = {}, [], Counter()
+    classes, without = {}, []
+    others: Counter[str] = Counter()
     for name in _folders(folder):
-        found = Counter()
+        found: Counter[str] = Counter()
         paths = images_below(folder / name, above, found)
         others += found
         if paths:
@@ -274,7 +276,7 @@ def load_lists(folder: Path, lists: Mapping[str, Path]) -> datasets.DatasetDict:
     relative = {split: _read_list(path) for split, path in lists.items()}
     if list(lists) == ["train"]:
         relative = _parted(relative["train"], splits_by_folder(relative["train"].paths, str(lists["train"])))
-    known = set().union(*(split.labels.tolist() for split in relative.values()))
+    known = set().union(*(map(int, split.labels) for split in relative.values()))
     num_classes = 1 + max(known)
     if len(known) < num_classes:
         gap = next(label for label in range(num_classes) if label not in known)
@@ -318,7 +320,7 @@ def _read_list(path: Path) -> Split:
 
 def _folder_names(folder: Path, split: Split, numbers: list[str]) -> list[str]:
     folders: dict[int, str] = {}
-    for path, label in zip(split.paths, split.labels.tolist(), strict=True):
+    for path, label in zip(split.paths, map(int, split.labels), strict=True):
         place = os.path.dirname(path)
         if folders.setdefault(label, place) != place:
             return numbers
@@ -378,8 +380,8 @@ def _category_names(source: Path, ids: Iterable[str]) -> list[str] | None:
     if not path.is_file():
         return None
     content = read_json(path, object)
-    categories = content.get("categories") if isinstance(content, dict) else content
     try:
+        categories = content["categories"] if isinstance(content, dict) else content
         names = {str(row["id"]): str(row["name"]) for row in categories}
     except (KeyError, TypeError):
         return None
@@ -413,9 +415,12 @@ def splits_by_folder(paths: Sequence[str], source: str) -> list[str] | None:
     """
     places = {place: os.path.normpath(place).split(os.sep) for place in set(map(os.path.dirname, paths))}
     for depth in range(max(map(len, places.values()), default=0)):
-        named_so = {place: split_of(words[depth]) if depth < len(words) else None for place, words in places.items()}
+        named_so = {}
+        for place, words in places.items():
+            if depth < len(words) and (split := split_of(words[depth])) is not None:
+                named_so[place] = split
         kinds = set(named_so.values())
-        if "train" in kinds and len(kinds) > 1 and None not in kinds:
+        if "train" in kinds and len(kinds) > 1 and len(named_so) == len(places):
             return [named_so[os.path.dirname(path)] for path in paths]
     tests = [place for place, words in places.items() if any(word.lower() in TEST_NAMES for word in words)]
     if 0 < len(tests) < len(places):

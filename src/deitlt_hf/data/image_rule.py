@@ -155,7 +155,7 @@ def _without_texts(data: bytes | bytearray) -> bytes | bytearray:
     return b"".join(kept)
 
 
-def _has_orientation(kind: bytes, content: bytes) -> bool:
+def _has_orientation(kind: bytes | bytearray, content: bytes | bytearray) -> bool:
     """Whether a chunk of a PNG is a text with the orientation in it, of a size that Pillow reads."""
     if kind not in _PNG_TEXT or not content.startswith(_PNG_ORIENTATION):
         return False

@@ -102,8 +102,8 @@ class EncodedImage:
             several = getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"  # with its previews
         except Exception:  # of a damaged second frame, which is not read
             several = True
-        alpha = self._opened.getchannel("A").getextrema() if "A" in self._opened.getbands() else (0, 0)
-        return is_transparent(self._opened) and alpha[0] < 255, several
+        opaque = "A" in self._opened.getbands() and np.asarray(self._opened.getchannel("A")).min() == 255
+        return is_transparent(self._opened) and not opaque, several
 
     def decode_region(self, region: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray | None:
         """Decodes a JPEG at a fraction of its size and resizes a region of it, if that is much smaller.
@@ -191,11 +191,13 @@ def open_image(image: Mapping[str, Any] | None, place: str = "", background: str
     Raises:
         ValueError: As for [`EncodedImage`], or if the cell is empty.
     """
-    data, path = (image.get("bytes"), image.get("path")) if image is not None else (None, None)
-    if data is None and not path:
-        raise ValueError(f"{place or 'an image of the data set'} is empty, without bytes and path.{ADVICE}")
-    if data is None:
+    image = image or {}
+    data: bytes | None = image.get("bytes")
+    path: str | None = image.get("path")
+    if data is None and path:
         return EncodedImage(path, path, background)
+    if data is None:
+        raise ValueError(f"{place or 'an image of the data set'} is empty, without bytes and path.{ADVICE}")
     name = f"{path} ({place})" if path and place else path or (f"in {place}" if place else "(embedded in the data set)")
     return EncodedImage(data, name, background)
 
@@ -316,8 +318,10 @@ class ImageDataset(Dataset):
         image = self._image(index)
         if len(self.views) != 1 and isinstance(image, EncodedImage):
             image = image.decode()
-        views = {name: view(image) for name, view in self.views.items()} or {"image": image}
-        return {"labels": int(self.labels[index]), **views}
+        row: dict[str, Any] = {"labels": int(self.labels[index])}
+        if not self.views:
+            return row | {"image": image}
+        return row | {name: view(image) for name, view in self.views.items()}
 
     def _image(self, index: int) -> EncodedImage | np.ndarray:
         if self._cache is None:

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +23,13 @@ MISSING_WORDS = frozenset(
 )
 # Whole numbers, also as text, or with ".0" as pandas writes them beside empty cells; not codes such as 007.
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0*)?")
+Labels = Sequence | np.ndarray | Mapping[Any, int]  # the last says how often each is there
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _NAMED = 5
 
 
 def encode_labels(
-    labels: Mapping[str, Sequence], sources: Mapping[str, str] | None = None
+    labels: Mapping[str, Labels], sources: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """Makes class indices of labels of any type, the same in all splits.
 
@@ -85,13 +87,13 @@ def class_of(value: object, indices: Mapping[str, int]) -> int | None:
     return indices.get(text, indices.get(whole))
 
 
-def _plain(values: Sequence) -> list:
+def _plain(values: Labels) -> list:
     """Labels as Python's own objects."""
     values = np.asarray(values).tolist() if isinstance(values, np.ndarray) else values
     return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
-def _classes(values: Sequence, place: str) -> dict:
+def _classes(values: Labels, place: str) -> dict:
     """The class of each label of a split: a stripped text, a whole number, or a truth value."""
     values = values if isinstance(values, Mapping) else _plain(values)
     kinds = {type(value): value for value in values}
@@ -104,7 +106,8 @@ def _classes(values: Sequence, place: str) -> dict:
     if {bool} < set(kinds) - {type(None)}:
         raise ValueError(f"{place}: labels are of several types (truth values and others); use one of them.")
     counts = Counter(values)
-    classes, missing, fractions = {}, Counter(), []
+    classes, fractions = {}, []
+    missing: Counter[str] = Counter()
     for value, times in counts.items():
         item = value.strip() if isinstance(value, str) else value
         if item is None or item != item or item == "" or item in MISSING_WORDS or _is_negative(item):

@@ -216,10 +216,10 @@ def long_tailed_splits(
     if max_per_class is not None and imbalance_ratio is None:
         raise ValueError("max_per_class needs an imbalance_ratio (1 for classes of the same size).")
     if imbalance_ratio is not None:
-        indices = long_tailed_indices(
+        chosen = long_tailed_indices(
             splits["train"]["label"][:], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
         )
-        splits["train"] = splits["train"].select(indices)
+        splits["train"] = splits["train"].select(chosen)
     empty = [names[label] for label in np.flatnonzero(training_counts(splits["train"]) == 0)]
     if empty:
         shown = one_line(", ".join(empty[:5]), 200)
@@ -305,7 +305,7 @@ def _image_column(dataset: datasets.Dataset, given: str | None) -> str:
             )
         return given
     found = next((names for kind in range(3) if (names := [name for name in kinds if kinds[name] == kind])), [])
-    named_so = find_split(found, PATH_COLUMNS) if len(found) > 1 and kinds[found[0]] > 0 else None
+    named_so = find_split(found, PATH_COLUMNS) if len(found) > 1 and kinds[found[0]] != 0 else None
     if len(found) != 1 and named_so is None:
         raise ValueError(
             f"cannot tell the image column: {len(found)} columns have type Image; the columns are "
@@ -445,8 +445,8 @@ def with_classes(split: datasets.Dataset, classes: datasets.ClassLabel) -> datas
         raise ValueError(
             f"the test split has classes that the training split does not have: {shown} ({len(unknown)} in all)."
         )
-    labels = [classes.str2int(names[label]) for label in labels]
-    return split.remove_columns("label").add_column("label", labels).cast_column("label", classes)
+    renumbered = [classes.str2int(names[label]) for label in labels]
+    return split.remove_columns("label").add_column("label", renumbered).cast_column("label", classes)
 
 
 def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Dataset:

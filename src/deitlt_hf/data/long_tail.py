@@ -12,9 +12,11 @@ MANY_SHOTS, FEW_SHOTS = 100, 20
 # What a class of data that count as balanced may lack of the mean: the digits have 116 to 122 images a class.
 NEARLY_BALANCED = 0.05
 
+Integers = Sequence[int] | np.ndarray  # such as labels, counts and indices
+
 
 def long_tailed_indices(
-    labels: Sequence[int],
+    labels: Integers,
     num_classes: int,
     imbalance_ratio: float,
     imbalance_type: str = "exp",
@@ -85,7 +87,7 @@ def long_tailed_indices(
     return np.concatenate(chosen)
 
 
-def stratified_split(labels: Sequence[int], test_fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: Integers, test_fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Sets a share of each class apart for testing, and at least one image.
 
     Args:
@@ -118,12 +120,12 @@ def stratified_split(labels: Sequence[int], test_fraction: float, seed: int = 0)
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
-def class_counts(labels: Sequence[int], num_classes: int | None = None) -> np.ndarray:
+def class_counts(labels: Integers, num_classes: int | None = None) -> np.ndarray:
     """Counts the images of each class; int64 of shape (num_classes,), by default as many as the largest label says."""
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes or 0)
 
 
-def decreasing_count_map(counts: Sequence[int]) -> np.ndarray:
+def decreasing_count_map(counts: Integers) -> np.ndarray:
     """The authors' class map: position of each class when classes are sorted by decreasing training count.
 
     Their ImageNet-LT and iNaturalist heads are in that order, with ties as numpy 1.24's unstable sort left them.
@@ -155,9 +157,7 @@ class ShotGroups(dict[str, np.ndarray]):
         self.rule = rule
 
 
-def shot_groups(
-    counts: Sequence[int], boundaries: tuple[int, int] | Sequence[int] | None = None, rule: str = "auto"
-) -> ShotGroups:
+def shot_groups(counts: Integers, boundaries: Sequence[int] | None = None, rule: str = "auto") -> ShotGroups:
     """Groups classes into head, mid and tail by their number of training images.
 
     Args:
@@ -174,7 +174,7 @@ def shot_groups(
         raise ValueError(f"group_rule must be one of {', '.join(GROUP_RULES)}, got {rule!r}.")
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")
-    by_shots = np.count_nonzero(counts > MANY_SHOTS), np.count_nonzero(counts >= FEW_SHOTS)
+    by_shots = int(np.count_nonzero(counts > MANY_SHOTS)), int(np.count_nonzero(counts >= FEW_SHOTS))
     if boundaries is not None:
         ends, words = tuple(boundaries), f"classes sorted by count, cut at {list(boundaries)}"
         if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= len(counts):
@@ -188,6 +188,6 @@ def shot_groups(
     return ShotGroups(dict(zip(GROUPS, np.split(order, ends), strict=True)), words)
 
 
-def indices_hash(indices: Sequence[int]) -> str:
+def indices_hash(indices: Integers) -> str:
     """SHA-256 of the int64 indices of a subset: tells whether two runs saw the same images."""
     return hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()

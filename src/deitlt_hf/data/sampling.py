@@ -8,8 +8,8 @@ mixing, which follow from the step, the slice and the process.
 
 import itertools
 import random
-from collections.abc import Iterator, Sized
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -157,6 +157,14 @@ def image_seeds(number: int, *key: int) -> np.ndarray:
     return np.random.default_rng([*key, 1]).integers(2**63, size=number)
 
 
+class Rows(Protocol):
+    """Rows that can be counted and looked up."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class SeededImages(Dataset):
     """A data set whose images are drawn with a seed: what [`TrainBatches`] asks for.
 
@@ -164,7 +172,7 @@ class SeededImages(Dataset):
         dataset: Any with an index; its transforms draw from the global streams of Python, numpy or torch.
     """
 
-    def __init__(self, dataset: Sized):
+    def __init__(self, dataset: Rows):
         self.dataset = dataset
 
     def __len__(self) -> int:

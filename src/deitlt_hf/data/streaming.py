@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -58,7 +59,7 @@ class StreamedSplit:
             missing = {str(key): count for key, count in counts.items() if key is None or key == -1}
             if missing:
                 refuse_missing("the stream", missing, sum(counts.values()))
-            self.label_of = {label: label for label in range(len(names))}
+            self.label_of: dict[Any, int] = {label: label for label in range(len(names))}
             # A file that goes by names may have numbers as names, in another order than the labels.
             by_name = any(isinstance(key, str) for key in counts)
             if set(counts) == set(map(str, range(len(names)))) and not set(counts) & set(names):
@@ -92,7 +93,7 @@ class StreamedSplit:
     def __len__(self) -> int:
         return int(self.class_counts.sum())
 
-    def label(self, value: object) -> int | None:
+    def label(self, value: Any) -> int | None:
         """The class index of a label as the stream has it; None of one that was not counted."""
         found = self.label_of.get(value)
         return class_of(value, self._indices) if found is None and self._indices else found

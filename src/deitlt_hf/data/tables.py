@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 import datasets
 import pyarrow
@@ -23,6 +24,8 @@ PATH_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "i
 LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name", "cls")
 _METADATA_COLUMN = "file_name"
 _DELIMITERS = ",;\t|"
+
+Item = TypeVar("Item")
 
 
 # ---- Finding them ----
@@ -157,8 +160,8 @@ def load_tables(
             sources[part] = f"{path} ({part})" if len(set(parts)) > 1 else str(path)
     names, labels = encode_labels({name: split.labels for name, split in splits.items()}, sources)
     encoded = {name: Split(split.paths, labels[name]) for name, split in splits.items()}
-    columns = {"image": image_column or "image", "label": label_column or "label"}
-    return located(folder, encoded, names).rename_columns(columns)
+    renamed = {"image": image_column or "image", "label": label_column or "label"}
+    return located(folder, encoded, names).rename_columns(renamed)
 
 
 def _parts(path: Path, columns: Mapping[str, list], paths: Sequence[str], name: str, is_only: bool) -> list[str]:
@@ -296,7 +299,7 @@ def _is_metadata_column(name: str) -> bool:
     return name == _METADATA_COLUMN or name.endswith(f"_{_METADATA_COLUMN}")
 
 
-def _only(items: Iterable) -> object | None:
+def _only(items: Iterable[Item]) -> Item | None:
     found = list(items)
     return found[0] if len(found) == 1 else None
 

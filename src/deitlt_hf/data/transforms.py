@@ -62,7 +62,7 @@ def image_processor(
         do_convert_rgb=True,
     )
     if background is not None:
-        processor.background = colour(background)  # which transformers saves and loads as it is
+        vars(processor)["background"] = colour(background)  # which transformers saves and loads as it is
     return processor
 
 
@@ -112,18 +112,18 @@ class ImageFormat:
         if hasattr(processor, "data_config"):  # of transformers' wrapper of timm
             config = processor.data_config
             return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
-        crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
-        size = dict(crop or processor.size or {})
+        crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+        size = dict(crop or getattr(processor, "size", None) or {})
         shortest = size.get("shortest_edge")
         height, width = size.get("height") or shortest, size.get("width") or shortest
         if not height or not width:
             raise ValueError(f"{type(processor).__name__} tells no height and width of its images: {size}.")
-        channels = len(processor.image_mean) if processor.image_mean else 3
-        mean, std = (0.0,) * channels, (1.0,) * channels
-        if processor.do_normalize:
-            mean, std = processor.image_mean, processor.image_std
+        mean: Sequence[float] = getattr(processor, "image_mean", None) or (0.0, 0.0, 0.0)
+        std: Sequence[float] = getattr(processor, "image_std", None) or (1.0, 1.0, 1.0)
+        if not getattr(processor, "do_normalize", False):
+            mean, std = (0.0,) * len(mean), (1.0,) * len(mean)
         # Rescaling is to [0, 1] by default; a processor that does otherwise normalises other values.
-        scale = 255 * processor.rescale_factor if processor.do_rescale else 255
+        scale = 255 * getattr(processor, "rescale_factor", 1.0) if getattr(processor, "do_rescale", False) else 255
         found = cls((height, width), tuple(value / scale for value in mean), tuple(value / scale for value in std))
         found._check(processor)
         return found
@@ -268,7 +268,7 @@ def train_transform(
             size,
             is_training=True,
             hflip=hflip,
-            color_jitter=color_jitter or None,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]
             auto_augment=auto_augment,
             interpolation="bicubic",
             mean=images.mean,

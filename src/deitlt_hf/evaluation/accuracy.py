@@ -1,7 +1,7 @@
 """Group accuracies and the table that shows them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..data.long_tail import Integers
 
-def class_accuracies(predictions: Sequence[int], labels: Sequence[int], num_classes: int) -> np.ndarray:
+
+def class_accuracies(predictions: Integers, labels: Integers, num_classes: int) -> np.ndarray:
     """Accuracy of each class; float64 of shape (num_classes,), NaN for a class without test images.
 
     In memory that grows with the classes, not with their square as that of a confusion matrix.
@@ -21,14 +23,12 @@ def class_accuracies(predictions: Sequence[int], labels: Sequence[int], num_clas
     return np.divide(right, totals, out=np.full(num_classes, np.nan), where=totals > 0)
 
 
-def number_of_classes(labels: Sequence[int], groups: Mapping[str, Sequence[int]]) -> int:
+def number_of_classes(labels: Integers, groups: Mapping[str, Integers]) -> int:
     """Number of the classes that test images or groups name."""
     return 1 + max(max(members, default=-1) for members in (np.asarray(labels).tolist(), *groups.values()))
 
 
-def group_accuracies(
-    predictions: Sequence[int], labels: Sequence[int], groups: Mapping[str, Sequence[int]]
-) -> dict[str, float]:
+def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[str, Integers]) -> dict[str, float]:
     """Accuracy overall and in groups of classes.
 
     `overall` is the share of images; a group's is the mean of its classes' accuracies, over the classes that have test
@@ -64,8 +64,8 @@ class ExpertTable:
 
     title: str
     accuracies: Mapping[str, Mapping[str, float]]
-    groups: Mapping[str, Sequence[int]]
-    test_counts: Sequence[int]
+    groups: Mapping[str, Integers]
+    test_counts: Integers
 
     def __rich__(self) -> Table:
         table = Table(title=escape(self.title), title_justify="left", caption="accuracy in %", caption_justify="left")

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from sklearn.metrics import f1_score
 
+from ..data.long_tail import Integers
 from .accuracy import class_accuracies, group_accuracies, number_of_classes
 
 BINS = 15  # of the calibration error, as in Guo et al. (ICML 2017)
 
 
-def calibration_error(correct: Sequence[bool], confidences: Sequence[float], bins: int = BINS) -> float:
+def calibration_error(
+    correct: Sequence[bool] | np.ndarray, confidences: Sequence[float] | np.ndarray, bins: int = BINS
+) -> float:
     """Expected calibration error (Guo et al., ICML 2017): how far accuracy is from confidence, in the mean over images.
 
     Args:
@@ -32,10 +35,10 @@ def calibration_error(correct: Sequence[bool], confidences: Sequence[float], bin
 
 
 def long_tail_figures(
-    predictions: Sequence[int],
-    labels: Sequence[int],
-    groups: Mapping[str, Sequence[int]],
-    confidences: Sequence[float] | None = None,
+    predictions: Integers,
+    labels: Integers,
+    groups: Mapping[str, Integers],
+    confidences: Sequence[float] | np.ndarray | None = None,
 ) -> dict[str, float]:
     """All figures of one expert.
 
@@ -68,7 +71,7 @@ def long_tail_figures(
 
 def bootstrap_intervals(
     figures: Callable[[np.ndarray], Mapping[str, float]],
-    labels: Sequence[int],
+    labels: Integers,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,

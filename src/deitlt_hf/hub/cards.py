@@ -50,7 +50,7 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
     config = read_config(folder)
     record = find_record(folder)
     is_recorded = _is_of(record, folder)
-    facts = CardFacts(record if is_recorded else {}, config)
+    facts = CardFacts(record if record and is_recorded else {}, config)
     if name is None:
         name = repo_id.split("/")[-1] if repo_id else _title(facts)
     return _render(
@@ -75,13 +75,14 @@ def eval_results_file(folder: str | Path) -> bytes | None:
     """
     folder = Path(folder)
     record = find_record(folder)
-    facts = CardFacts(record if _is_of(record, folder) else {}, read_config(folder))
-    if not (facts.is_finished and facts.hub_dataset and facts.prediction):
+    facts = CardFacts(record if record and _is_of(record, folder) else {}, read_config(folder))
+    accuracy = facts.prediction.get("overall")
+    if not (facts.is_finished and facts.hub_dataset) or accuracy is None:
         return None
     entry = EvalResultEntry(
         dataset_id=facts.hub_dataset,
         task_id="image_classification",
-        value=round(100 * facts.prediction["overall"], 2),
+        value=round(100 * accuracy, 2),
         notes=one_line(f"accuracy in % on the test images; trained on {facts.dataset}, one run, one seed"),
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True).encode()
@@ -97,7 +98,7 @@ def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None
     """
     paper = _PAPER.search(recipe_description(recipe))
     planned, results = _planned(recipe), results or {}
-    recorded = planned | results | {"data": planned["data"] | results.get("data", {})}
+    recorded = {**planned, **results, "data": planned["data"] | results.get("data", {})}
     return _render(
         CardFacts(recorded, {}),
         name,
@@ -166,7 +167,7 @@ def _render(facts: CardFacts, name: str, metadata: Mapping[str, Any], **about) -
 
 
 def _metadata(facts: CardFacts, name: str, given: Mapping[str, Any]) -> ModelCardData:
-    own = {
+    own: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification",
         "datasets": facts.hub_dataset and [facts.hub_dataset],

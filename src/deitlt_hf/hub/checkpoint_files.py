@@ -5,13 +5,14 @@ import contextlib
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
@@ -21,11 +22,11 @@ from ..io import read_json, weight_files
 
 # What the authors' files hold beside tensors and plain values: their command line (with a path) and numpy's numbers. A
 # pair gives the name in the file; numpy 1 and 2 keep the same function in different modules.
-_ALLOWED = [
+_ALLOWED: list[Callable | tuple[Callable, str]] = [
     argparse.Namespace,
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (multiarray.scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("int32", "int64", "float32", "float64")),
 ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -66,10 +66,10 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
     images = example_images(model, examples)
     explain = Explanation(model)
 
-    def answer(file: Mapping) -> str:
+    def answer(file: dict[str, Any]) -> str:
         try:
             # Gradio does so only where a request says of itself that it has a file.
-            check_all_files_in_cache(file)
+            check_all_files_in_cache(file)  # type: ignore[arg-type]
             return explain(Path(file["path"]).read_bytes())
         except (gr.Error, OSError) as error:
             raise gr.Error("Your image was not uploaded to this page; try again.", print_exception=False) from error

@@ -22,7 +22,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ EXPERTS = ("cls", "distillation")
 ATTENTION_IMAGES = 8  # at once; all layers' attention of an image is 23 MB for a ViT-B/16
 
 ImageSource = Image.Image | bytes | str
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class EndpointHandler:
@@ -69,10 +70,9 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str | os.PathLike = ""):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor, model = _load(path)
         self.background = getattr(self.processor, "background", None)  # as in training
-        self.model = model.to(device).eval()
+        self.model = on_best_device(model).eval()
         self._observed = _observed(self.model)
         num_labels = self.model.config.num_labels
         counts = getattr(self.model.config, "class_counts", None) or []
@@ -321,6 +321,13 @@ def load_native(path: str) -> PreTrainedModel:
     return AutoModelForImageClassification.from_pretrained(path, config=config, trust_remote_code=False)
 
 
+def on_best_device(model: Model) -> Model:
+    """The same model, on a GPU if there is one."""
+    module: torch.nn.Module = model
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
+
+
 def _load(path: str | os.PathLike) -> tuple[BaseImageProcessor, PreTrainedModel]:
     name = str(path)
     if not is_hub_id(name):
@@ -378,7 +385,9 @@ def _rollouts(attentions: Sequence[torch.Tensor] | None, grid: tuple[int, int]) 
         grid: Patches down and across.
     """
     patches = grid[0] * grid[1]
-    num_tokens = attentions[0].shape[-1] - patches if attentions else 0
+    if not attentions:
+        return {}
+    num_tokens = attentions[0].shape[-1] - patches
     if not 1 <= num_tokens <= len(EXPERTS):
         return {}
     identity = torch.eye(num_tokens + patches, device=attentions[0].device)
@@ -537,7 +546,7 @@ def _without_texts(data: bytes | bytearray) -> bytes | bytearray:
     return b"".join(kept)
 
 
-def _has_orientation(kind: bytes, content: bytes) -> bool:
+def _has_orientation(kind: bytes | bytearray, content: bytes | bytearray) -> bool:
     """Whether a chunk of a PNG is a text with the orientation in it, of a size that Pillow reads."""
     if kind not in _PNG_TEXT or not content.startswith(_PNG_ORIENTATION):
         return False
@@ -614,13 +623,13 @@ def _decode(text: str, name: str) -> bytes:
 # ---- Downloads: a server must not fetch for strangers what only it can reach ----
 
 
-def _is_url(source: ImageSource) -> bool:
+def _is_url(source: ImageSource) -> TypeGuard[str]:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
 def _fetched(sources: Sequence[ImageSource]) -> Iterator[tuple[str, ImageSource]]:
     """The images of a request with their names, one after the other; all downloads have one deadline together."""
-    seconds = DEADLINE
+    seconds: float = DEADLINE
     for index, source in enumerate(sources):
         name = f"inputs[{index}]"
         if _is_url(source):
@@ -685,9 +694,8 @@ def _reason(error: Exception) -> str:
         return f"the answer is {error.code}"
     if isinstance(error, http.client.HTTPException):
         return "its URL or the answer is not valid HTTP"
-    if isinstance(error, urllib.error.URLError):
-        error = error.reason
-    return getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    return getattr(cause, "strerror", None) or " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
 
 
 def _refuse_private(address: str) -> None:
@@ -714,7 +722,7 @@ class _PublicHTTPConnection(http.client.HTTPConnection):
     def connect(self):
         # A name is looked up once: the next time it may have another address than the one that was judged.
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        places = [address[:2] for *_, address in found]
+        places = [(str(address[0]), address[1]) for *_, address in found]
         for host, _ in places:
             _refuse_private(host)
         for place in places:
@@ -727,8 +735,8 @@ class _PublicHTTPConnection(http.client.HTTPConnection):
             raise failure
         self.sock.settimeout(_seconds_left(self.deadline))
 
-    def response_class(self, sock, **options):
-        return http.client.HTTPResponse(_TimedReader(sock, self.deadline), **options)
+    def response_class(self, sock, **options):  # type: ignore[override]
+        return http.client.HTTPResponse(_TimedReader(sock, self.deadline), **options)  # type: ignore[arg-type]
 
 
 class _PublicHTTPSConnection(http.client.HTTPSConnection, _PublicHTTPConnection):

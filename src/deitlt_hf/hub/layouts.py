@@ -32,7 +32,7 @@ _BLOCK_MODULES = {
     "mlp.fc2": "mlp.fc2",
 }
 # Blocks of each stage, and whether they are bottlenecks.
-_RESNETS = {((n, n, n), False): f"resnet{6 * n + 2}" for n in (3, 5, 7, 9)} | {
+_RESNETS: dict[tuple[tuple[int, ...], bool], str] = {((n, n, n), False): f"resnet{6 * n + 2}" for n in (3, 5, 7, 9)} | {
     ((2, 2, 2, 2), False): "timm/resnet18",
     ((3, 4, 6, 3), False): "timm/resnet34",
     ((3, 4, 6, 3), True): "timm/resnet50",
@@ -68,7 +68,7 @@ def student_sizes(state_dict: StateDict) -> dict[str, Any]:
 def student_to_ours(state_dict: StateDict) -> dict[str, torch.Tensor]:
     """Gives the authors' parameters our names, and splits queries, keys and values."""
     modules = _student_modules(_depth(state_dict, "blocks."))
-    converted = {}
+    converted: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
         parts = {name: tensor}
         if ".attn.qkv." in name:

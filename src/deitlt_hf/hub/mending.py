@@ -1,5 +1,6 @@
 """What an earlier version saved beside the weights, as this version saves it."""
 
+import inspect
 import shutil
 from os import PathLike
 from pathlib import Path
@@ -34,7 +35,7 @@ def mend_folder(folder: str | PathLike) -> list[str]:
         write_json(path, content | {"image_processor_type": "BitImageProcessor"})
         mended.append(path.name)
     for module in _CODE:
-        source = Path(module.__file__)
+        source = Path(inspect.getfile(module))
         target = folder / source.name
         if target.is_file() and handler.is_version_of(target, source) and target.read_bytes() != source.read_bytes():
             with atomic_write(target) as part:

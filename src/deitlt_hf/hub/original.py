@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from .layouts import (
 logger = logging.get_logger(__name__)
 
 Source = str | PathLike | StateDict
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 STUDENT, PACO_TEACHER, LDAM_TEACHER = "a student", "a PaCo teacher", "an LDAM teacher"
 
@@ -143,6 +144,7 @@ def convert_original(
     folder = Path(folder).expanduser()
     check_holds_no_model(folder)
     checkpoint = _open(source, ema)
+    model: PreTrainedModel
     if checkpoint.kind == STUDENT:
         model = _student(checkpoint, class_map, class_counts, class_names, **config)
     elif config:
@@ -193,7 +195,7 @@ def export_original_student(model: PreTrainedModel, path: str | PathLike) -> Non
     for name, values in (("class_map", class_map), ("class_counts", counts)):
         if values is not None and len(values) != config.num_labels:
             raise ValueError(f"{name} of the model has {len(values)} entries for {config.num_labels} classes; mend it.")
-    rows = list(range(config.num_labels)) if class_map is None else np.argsort(class_map).tolist()
+    rows = list(range(len(config.id2label or ()))) if class_map is None else np.argsort(class_map).tolist()
     weights = {
         name: (tensor[rows] if name.startswith("head") else tensor).detach().cpu().contiguous()
         for name, tensor in state_dict.items()
@@ -225,15 +227,12 @@ class _Checkpoint:
 
 def _open(source: Source, ema: bool = False) -> _Checkpoint:
     """Reads a file and tells by its keys what it holds."""
-    if isinstance(source, Mapping):
-        name, content = "the state dict", source
-    else:
-        name, content = str(source), read_checkpoint(source)
+    name, content = _read(source)
     keys = ("model_ema",) if ema else ("model", "state_dict")
-    weights = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
-    if ema and weights is None:
+    below = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
+    if ema and not below:
         raise ValueError(f"{name} has no moving average of the weights ('model_ema'); leave out ema.")
-    weights = content if weights is None else weights
+    weights: Mapping[str, Any] = below[0] if below else content
     wrong = [str(key) for key, value in weights.items() if not isinstance(key, str) or not _is_whole(value)]
     if wrong or not weights:
         raise ValueError(
@@ -261,6 +260,13 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
         if kind == STUDENT
         else kind == LDAM_TEACHER and any(key.startswith("layer4.") for key in state_dict),
     )
+
+
+def _read(source: Source) -> tuple[str, Mapping[str, Any]]:
+    """What to call a file or state dict, and its content."""
+    if isinstance(source, Mapping):
+        return "the state dict", source
+    return str(source), read_checkpoint(source)
 
 
 def _is_whole(value: Any) -> bool:
@@ -312,7 +318,7 @@ def _student(
         id2label = config.pop("id2label")
         class_names = [id2label[label] for label in range(len(id2label))]
         config["num_labels"] = len(class_names)
-    new = ()
+    new: tuple[str, ...] = ()
     if config.get("num_labels", num_labels) != num_labels:
         num_labels, new = config["num_labels"], ("head.", "head_dist.")
         kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if not name.startswith(new)}
@@ -404,15 +410,16 @@ def _classes(
 
 
 def _fill(
-    model: PreTrainedModel,
+    model: Model,
     checkpoint: _Checkpoint,
-    to_ours: Callable[[StateDict], StateDict],
+    to_ours: Callable[[StateDict], dict[str, torch.Tensor]],
     to_original: Callable[[StateDict], StateDict],
     new: tuple[str, ...] = (),
-) -> PreTrainedModel:
+) -> Model:
     """Loads a file's weights after comparing them with the model's, by the file's names; `new` prefixes stay."""
     expected = to_original(model.state_dict())
-    found = {name: tensor for name, tensor in expected.items() if name.startswith(new)} | checkpoint.state_dict
+    found = {name: tensor for name, tensor in expected.items() if name.startswith(new)}
+    found.update(checkpoint.state_dict)
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     differing = [

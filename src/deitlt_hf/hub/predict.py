@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .checkpoint_files import check_model_files
 from .handler import EndpointHandler, image_suffixes
 
 
-def load_classifier(path: str) -> EndpointHandler:
+def load_classifier(path: str | PathLike) -> EndpointHandler:
     """Loads a student, a flat teacher, or any image classifier of transformers.
 
     Args:

@@ -194,7 +194,7 @@ def prepare_repository(
         raise ValueError(f"{repo_id} is public; make it private in its settings on the Hub, or push to another.")
     if model_type and other and model_type != other:
         raise ValueError(f"{repo_id} has a model of type {other!r}, and this is a {model_type!r}; push it to another.")
-    if not has_branch:
+    if revision is not None and not has_branch:
         with _one_sentence(repo_id):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
@@ -299,12 +299,13 @@ def _published(folder: Path) -> set[str]:
 def _files_to_push(folder: Path) -> set[str]:
     """Names of the files to push; warns of those that are left out because they are of other weights."""
     found = _published(folder)
-    digest = weights_digest(folder).encode()
+    digest = weights_digest(folder)
     witnesses = {name: _witness(name) for name in found}
     of_others = {
         witness
-        for witness in set(witnesses.values()) - {None}
-        if not (folder / witness).is_file() or digest not in (folder / witness).read_bytes()
+        for witness in set(witnesses.values())
+        if witness is not None
+        and not (digest and (folder / witness).is_file() and digest.encode() in (folder / witness).read_bytes())
     }
     left_out = {name for name in found if witnesses[name] in of_others}
     if left_out:
@@ -377,9 +378,10 @@ def _one_sentence(repo_id: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        while isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
-            error = error.__cause__
-        raise OSError(f"{repo_id} was not pushed: {_reason(error)}.") from error
+        cause: BaseException = error
+        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # "Error while uploading ..."
+            cause = cause.__cause__
+        raise OSError(f"{repo_id} was not pushed: {_reason(cause)}.") from cause
 
 
 def _reason(error: BaseException) -> str:

@@ -49,6 +49,8 @@ class DistillationLoss(nn.Module):
         ValueError: If an argument is outside its range, or `class_counts` are missing.
     """
 
+    class_weights: torch.Tensor | None
+
     def __init__(
         self,
         alpha: float = 0.5,
@@ -70,14 +72,16 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"temperature must be positive, got {temperature}.")
         if reweight_cls and cls_loss != "ce":
             raise ValueError("reweight_cls needs cls_loss='ce'.")
-        if cls_loss == "logit_adjusted" and class_counts is None:
-            raise ValueError("cls_loss='logit_adjusted' needs class_counts; got None.")
         self.alpha = alpha
         self.distillation = distillation
         self.temperature = temperature
         self.cls_loss = cls_loss
         self.reweight_cls = reweight_cls
-        self.logit_adjusted = LogitAdjustedLoss(class_counts, reduction="sum") if cls_loss == "logit_adjusted" else None
+        self.logit_adjusted = None
+        if cls_loss == "logit_adjusted":
+            if class_counts is None:
+                raise ValueError("cls_loss='logit_adjusted' needs class_counts; got None.")
+            self.logit_adjusted = LogitAdjustedLoss(class_counts, reduction="sum")
         self.register_buffer("class_weights", class_weights)
 
     def forward(
@@ -103,7 +107,7 @@ class DistillationLoss(nn.Module):
         """
         cls_logits, distillation_logits = cls_logits.float(), distillation_logits.float()
         if self.distillation != "none":
-            _check_teacher(self.distillation, teacher_logits, distillation_logits)
+            teacher_logits = _checked(self.distillation, teacher_logits, distillation_logits)
         if denominators is None:
             denominators = self.denominators(labels, teacher_logits)
 
@@ -116,7 +120,7 @@ class DistillationLoss(nn.Module):
         else:
             cls_sum = _cross_entropy_sum(cls_logits, labels, self.class_weights if self.reweight_cls else None)
 
-        if self.distillation in SOFT_TYPES:
+        if self.distillation in SOFT_TYPES and teacher_logits is not None:
             distillation_sum = self._divergence(distillation_logits, teacher_logits)
         else:
             targets = self._distillation_targets(labels, teacher_logits)
@@ -129,18 +133,19 @@ class DistillationLoss(nn.Module):
     def denominators(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> torch.Tensor:
         """What the sums of the CLS and DIST parts of this batch are divided by, (2,): its size or sum of weights."""
         batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
-        cls_total = self._weight_sum(labels) if self.reweight_cls and self.class_weights is not None else batch_size
-        if self.class_weights is None or self.distillation in SOFT_TYPES:
+        if self.class_weights is None:
+            return torch.stack([batch_size, batch_size])
+        cls_total = _weight_sum(self.class_weights, labels) if self.reweight_cls else batch_size
+        if self.distillation in SOFT_TYPES:
             return torch.stack([cls_total, batch_size])
-        return torch.stack([cls_total, self._weight_sum(self._distillation_targets(labels, teacher_logits))])
-
-    def _weight_sum(self, targets: torch.Tensor) -> torch.Tensor:
-        if targets.dim() == 1:
-            return self.class_weights[targets].sum()
-        return (targets * self.class_weights).sum()
+        targets = self._distillation_targets(labels, teacher_logits)
+        return torch.stack([cls_total, _weight_sum(self.class_weights, targets)])
 
     def _distillation_targets(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
-        return labels if self.distillation == "none" else teacher_logits.argmax(dim=1)
+        if self.distillation == "none":
+            return labels
+        assert teacher_logits is not None  # all but `none` have a teacher
+        return teacher_logits.argmax(dim=1)
 
     def _divergence(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         student = F.log_softmax(logits / self.temperature, dim=1)
@@ -151,13 +156,18 @@ class DistillationLoss(nn.Module):
         return divergence * self.temperature**2 / (logits.shape[1] if self.distillation == "soft" else 1)
 
 
-def _check_teacher(distillation: str, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor) -> None:
+def _checked(distillation: str, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor) -> torch.Tensor:
     if teacher_logits is None:
         raise ValueError(f"distillation={distillation!r} needs teacher_logits; got None.")
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
             f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(student_logits.shape)}."
         )
+    return teacher_logits
+
+
+def _weight_sum(weights: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return weights[targets].sum() if targets.dim() == 1 else (targets * weights).sum()
 
 
 def _probabilities(targets: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -26,6 +26,9 @@ class LDAMLoss(nn.Module):
         ValueError: If a class has no image.
     """
 
+    margins: torch.Tensor
+    class_weights: torch.Tensor | None
+
     def __init__(
         self,
         class_counts: Sequence[int] | torch.Tensor,

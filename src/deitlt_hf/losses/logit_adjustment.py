@@ -25,6 +25,9 @@ class LogitAdjustedLoss(nn.Module):
         ValueError: If a class has no image.
     """
 
+    adjustment: torch.Tensor
+    class_weights: torch.Tensor | None
+
     def __init__(
         self,
         class_counts: Sequence[int] | torch.Tensor,

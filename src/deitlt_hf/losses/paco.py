@@ -1,7 +1,7 @@
 """Parametric contrastive learning."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ class PaCoLoss(nn.Module):
     Raises:
         ValueError: If a class has no image, or beta or gamma is not above 0.
     """
+
+    log_prior: torch.Tensor
+    class_weights: torch.Tensor | None
 
     def __init__(
         self,
@@ -87,4 +90,5 @@ class PaCoLoss(nn.Module):
             losses = losses * weights
             if self.reduction == "mean":
                 return losses.sum() / weights.sum()
-        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[self.reduction]()
+        reductions: dict[str, Callable[[], torch.Tensor]] = {"mean": losses.mean, "sum": losses.sum}
+        return losses if self.reduction == "none" else reductions[self.reduction]()

@@ -108,7 +108,7 @@ class DataArguments:
         source = source if source is not None else self.source()[1]
         if self.streaming:
             return source
-        names = self.class_names
+        names: list[str] | str | None = self.class_names
         if names is not None and len(names) == 1 and Path(names[0]).is_file():
             names = names[0]
         return long_tailed_splits(

@@ -20,6 +20,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import DataClassType
 
 from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
@@ -79,7 +80,8 @@ class _RecipeParser(BriefParser, HfArgumentParser):
 
 def recipe_names() -> list[str]:
     """Names of the recipes in the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in files(__package__).iterdir() if path.suffix == ".yaml")
+    names = [path.name for path in files(__package__).iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -185,7 +187,9 @@ def teacher_folder(recipe: str, loss: str | None) -> str:
 def data_help() -> str:
     """A text for the help of commands that hand on the fields of a recipe's data."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = HfArgumentParser(DataArguments, usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter)
+    parser = HfArgumentParser(
+        DataClassType(DataArguments), usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter
+    )
     _add_recipe(parser)
     _, _, options = parser.format_help().partition("\n")
     return f"a recipe's data:\n{options}"
@@ -220,7 +224,7 @@ def parse_arguments(
             recipe has something else where a list belongs.
     """
     parser = _RecipeParser(
-        classes,
+        map(DataClassType, classes),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -324,7 +328,7 @@ def _leave_group() -> None:
 
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
     """Of changed values those that decide the result of a run; no token, address or folder is among them."""
-    names = set()
+    names: set[str] = set()
     for values in filled:
         has_settings = hasattr(values, "method_settings")
         names.update(values.method_settings() if has_settings else (field.name for field in fields(values)))
@@ -346,7 +350,9 @@ def _allow_none(parser: argparse.ArgumentParser, classes: Iterable[type]) -> Non
         for name, hint in get_type_hints(cls).items():
             action = parser._option_string_actions.get(f"--{name}")
             kinds = (int, float, str) if cls is DataArguments else (int, float)
-            if action is not None and action.type in kinds and type(None) in get_args(hint) and not action.nargs:
+            if action is None or action.nargs or type(None) not in get_args(hint):
+                continue
+            if isinstance(action.type, type) and action.type in kinds:
                 action.type = _or_none(action.type)
 
 
@@ -371,8 +377,9 @@ def _fitting(value: Any, parser: argparse.ArgumentParser, field: str, recipe: st
     if action.nargs != "+" or value is None:
         return value
     items = value if isinstance(value, list) else [value]
+    read = action.type if callable(action.type) else str
     try:  # YAML reads 5e-2 as text
-        return [action.type(item) if isinstance(item, str) else item for item in items]
+        return [read(item) if isinstance(item, str) else item for item in items]
     except ValueError as error:
         raise ValueError(f"{field} of recipe {recipe!r} must be a list of numbers, got {value!r}.") from error
 

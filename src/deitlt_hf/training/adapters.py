@@ -24,7 +24,7 @@ def has_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
-def merged(model: nn.Module) -> PreTrainedModel:
+def merged(model: PreTrainedModel) -> PreTrainedModel:
     """A model without adapters: a copy in which they are part of the weights. One that has none is given back as it is.
 
     It loads without PEFT, and where the weights that the adapters were trained on are not at hand.
@@ -42,7 +42,8 @@ def merged(model: nn.Module) -> PreTrainedModel:
             module.merge()
             whole.set_submodule(name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
-            whole.set_submodule(name, module.modules_to_save[module.active_adapter])
+            active = module.active_adapter
+            whole.set_submodule(name, module.modules_to_save[active if isinstance(active, str) else active[0]])
     whole._hf_peft_config_loaded = False  # else only adapters would be saved
     del whole.peft_config
     return whole
@@ -57,7 +58,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     set_peft_model_state_dict(model, named, adapter_name=model.active_adapters()[0])
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Saves a model's adapters alone, without a path of this machine in their configuration."""
     model.save_pretrained(folder)
     (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's template, with the path of the base model

@@ -6,10 +6,11 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from ..data.sampling import ROUND, check_repeats
@@ -76,6 +77,8 @@ class LongTailTrainingArguments(TrainingArguments):
     """
 
     refused: ClassVar[Mapping[str, str]] = inherited.refused(inherited.ARGUMENTS)
+    if TYPE_CHECKING:  # transformers fills it
+        output_dir: str = "trainer_output"
     recipe: Mapping | None = field(default=None, init=False, repr=False)
     global_batch_size: int | None = _option(
         None,
@@ -83,7 +86,7 @@ class LongTailTrainingArguments(TrainingArguments):
         "per_device_train_batch_size an upper limit, so that a run is the same however many processes share it. None: "
         "whatever processes x batch x accumulation give.",
     )
-    learning_rate: float | None = _option(
+    learning_rate: float | None = _option(  # type: ignore[assignment]
         None, "Peak learning rate. None: learning_rate_per_512 times the images of one accumulation slice / 512."
     )
     learning_rate_per_512: float = _option(5e-4, "Learning rate for 512 images, scaled linearly. 5e-4 in the paper.")
@@ -244,6 +247,7 @@ class LongTailTrainingArguments(TrainingArguments):
             self._batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         if self.learning_rate in (None, self._made_learning_rate):
             slices = self.learning_rate_slices or self.gradient_accumulation_steps
+            assert self.global_batch_size is not None  # made above
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
             self._made_learning_rate = self.learning_rate
         if self.data_seed in (None, self._made_data_seed):
@@ -260,9 +264,9 @@ class LongTailTrainingArguments(TrainingArguments):
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         return self.settle()
 
-    def set_push_to_hub(self, model_id: str, strategy: str = "end", **kwargs):
+    def set_push_to_hub(self, model_id: str, strategy: str | HubStrategy = "end", *args, **kwargs):
         """As in transformers; what is pushed is the finished model."""
-        super().set_push_to_hub(model_id, strategy, **kwargs)
+        super().set_push_to_hub(model_id, strategy, *args, **kwargs)
         self.check()
         return self
 
@@ -299,6 +303,12 @@ class LongTailTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{name} {value!r} is not as published, which is {ways[True]!r}; leave {name} or as_published out."
                 )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, which [`settle`] makes if none was given."""
+        assert self.learning_rate is not None
+        return self.learning_rate
 
     @property
     def repeats(self) -> int:

@@ -10,17 +10,20 @@ import warnings
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.checkpoint_files import check_readable
 from ..io import file_sha256, one_line, read_json, sync_to_disk, weight_files
 from .adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged, save_adapter
+from .arguments import LongTailTrainingArguments
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
@@ -118,7 +121,7 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
         match = _NAME.fullmatch(path.name)
         if match and path.is_dir():
             found[path] = (int(match[1]), match[2] is None)
-    return sorted(found, key=found.get)
+    return sorted(found, key=found.__getitem__)
 
 
 def remove_old_checkpoints(
@@ -137,7 +140,7 @@ def remove_old_checkpoints(
         for path in [path for path in found if step_in_name(path) > step]:
             found.remove(path)
             shutil.rmtree(path)
-    protected = {Path(path) for path in (*found[-1:], *[best] * (best is not None))}
+    protected = {*found[-1:], *([] if best is None else [Path(best)])}
     surplus = len(found) - max(limit, len(protected & set(found))) if limit else 0
     for path in [path for path in found if path not in protected][: max(surplus, 0)]:
         shutil.rmtree(path)
@@ -145,7 +148,7 @@ def remove_old_checkpoints(
 
 def step_in_name(checkpoint: str | Path) -> int:
     """The step that a checkpoint's name says."""
-    return int(_NAME.fullmatch(Path(checkpoint).name)[1])
+    return int(Path(checkpoint).name.removesuffix(".replaced").rpartition("-")[2])
 
 
 def damage(checkpoint: str | Path) -> str | None:
@@ -231,6 +234,7 @@ def whole_checkpoint(path: str) -> str:
         ValueError: If it is damaged, is no folder, or has no weights or no step.
     """
     folder = Path(path)
+    wrong: str | None
     if not folder.is_dir():
         wrong = "there is no such folder"
     elif (folder / MANIFEST).is_file():
@@ -248,6 +252,11 @@ def whole_checkpoint(path: str) -> str:
     if wrong is not None:
         raise ValueError(f"cannot go on from the checkpoint {path}: {wrong}.")
     return str(path)
+
+
+def load_with_info(cls: type[Model], path: str, **options) -> tuple[Model, dict[str, Any]]:
+    """`from_pretrained`, with what it says of missing, unexpected and mismatched weights."""
+    return cls.from_pretrained(path, output_loading_info=True, **options)  # type: ignore[return-value]
 
 
 def read_state(checkpoint: str | Path) -> TrainerState:
@@ -280,15 +289,15 @@ def of_first_process(is_first: bool, find: Callable[[], Any]) -> Any:
     Raises:
         ValueError, OSError: As the function.
     """
-    found: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if is_first:
         try:
-            found = [find(), None]
+            outcome = [find(), None]
         except (ValueError, OSError) as error:
-            found = [None, error]
-    found, error = broadcast_object_list(found)
-    if error is not None:
-        raise error
+            outcome = [None, error]
+    found, raised = broadcast_object_list(outcome)
+    if raised is not None:
+        raise raised
     return found
 
 
@@ -298,6 +307,10 @@ class WholeCheckpointTrainer(Trainer):
     Raises:
         OSError: In training, if a checkpoint cannot be written; those before are as they were.
     """
+
+    args: LongTailTrainingArguments
+    model: PreTrainedModel
+    processing_class: BaseImageProcessor
 
     _staging: Path | None = None  # where a checkpoint is being written
 
@@ -379,11 +392,11 @@ class WholeCheckpointTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        loaded, info = type(model).from_pretrained(
+        loaded, info = load_with_info(
+            type(model),
             resume_from_checkpoint,
             config=copy.deepcopy(model.config),
             ignore_mismatched_sizes=True,  # is refused below
-            output_loading_info=True,
         )
         for kind, what in (("missing", "has no"), ("unexpected", "also has"), ("mismatched", "has another size of")):
             names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
@@ -397,7 +410,7 @@ class WholeCheckpointTrainer(Trainer):
     def _load_best_model(self):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
-        else:
+        elif self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):

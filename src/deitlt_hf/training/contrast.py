@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 
 class MomentumContrast(nn.Module):
@@ -21,7 +22,11 @@ class MomentumContrast(nn.Module):
         ValueError: If the queue has no place, or the momentum is outside [0, 1].
     """
 
-    def __init__(self, model: nn.Module, queue_size: int = 1024, momentum: float = 0.999):
+    keys: torch.Tensor
+    labels: torch.Tensor
+    added: torch.Tensor
+
+    def __init__(self, model: PreTrainedModel, queue_size: int = 1024, momentum: float = 0.999):
         super().__init__()
         if queue_size < 1:
             raise ValueError(f"the queue must have a place at least, got a size of {queue_size}.")

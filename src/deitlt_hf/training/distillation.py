@@ -21,6 +21,7 @@ from ..losses import DistillationLoss
 from ..modeling_deitlt import DeiTLTForImageClassification
 from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from .arguments import DeiTLTTrainingArguments
+from .inputs import label_names
 from .optimizers import MUON, muon
 from .provenance import teacher_record
 from .trainer import LongTailTrainer
@@ -54,6 +55,9 @@ class DeiTLTTrainer(LongTailTrainer):
 
     arguments_class = DeiTLTTrainingArguments
     experts = {"mean": "logits", "cls": "cls_logits", "distillation": "distillation_logits"}
+    args: DeiTLTTrainingArguments
+    criterion: DistillationLoss
+    drw_criterion: DistillationLoss
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class DeiTLTTrainer(LongTailTrainer):
         teacher_processor=None,
         **kwargs,
     ):
-        self.teacher = None
+        self.teacher: PreTrainedModel | None = None
         super().__init__(model=model, args=args, **kwargs)
         if self.args.optim == MUON and (
             self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
@@ -77,12 +81,10 @@ class DeiTLTTrainer(LongTailTrainer):
                 teacher_processor = model_processor(teacher.config)
             self.student_format = ImageFormat.of(self.processing_class)
             self.teacher_format = ImageFormat.of(teacher_processor) if teacher_processor else self.student_format
-            config = self.model.config
-            names = [config.id2label[label] for label in range(config.num_labels)]
-            self._label_order = label_order(names, teacher.config).to(self.args.device)
+            self._label_order = label_order(label_names(self.model.config), teacher.config).to(self.args.device)
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device, torch.float32)
             plain = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
-            if args.fold_teacher and plain and isinstance(teacher, FlatTeacherForImageClassification):
+            if self.args.fold_teacher and plain and isinstance(teacher, FlatTeacherForImageClassification):
                 self.teacher = teacher.folded()
 
     def prepare_model(self, model):
@@ -165,13 +167,15 @@ class DeiTLTTrainer(LongTailTrainer):
         The images are resized and re-normalised if the teacher takes them otherwise.
         """
         with torch.inference_mode(), self.accelerator.autocast():
-            antialias = self.args.teacher_antialias
+            assert self.teacher is not None  # `train` asks for one
+            antialias = bool(self.args.teacher_antialias)
             images = resize_and_renormalize(pixel_values, self.student_format, self.teacher_format, antialias)
             logits = self.teacher(images).logits[:, self._label_order]
         return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.active_criterion.denominators(batch["labels"], batch.get("teacher_logits"))
+        criterion = self.drw_criterion if self.in_drw else self.criterion
+        return criterion.denominators(batch["labels"], batch.get("teacher_logits"))
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         outputs = model(pixel_values=batch["pixel_values"])
@@ -210,6 +214,7 @@ class DeiTLTTrainer(LongTailTrainer):
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
         accuracies = None if self.eval_dataset is None else self.check_teacher()
+        assert self.teacher is not None  # `train` asks for one
         self.results.teacher = teacher_record(self.teacher, accuracies)
         if accuracies is not None:
             text += "; test accuracy in %: " + ", ".join(
@@ -224,22 +229,23 @@ class DeiTLTTrainer(LongTailTrainer):
         Raises:
             ValueError: If its balanced accuracy is within two standard errors of chance.
         """
-        predictions, labels = [], []
+        predicted_parts, label_parts = [], []
         first = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
         for batch in self.get_eval_dataloader(first):
             predicted = self.teacher_logits(batch["pixel_values"].to(self.args.device)).argmax(dim=1)
             gathered = self.accelerator.gather_for_metrics((predicted, batch["labels"].to(self.args.device)))
-            predictions.append(gathered[0].cpu())
-            labels.append(gathered[1].cpu())
-        predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
+            predicted_parts.append(gathered[0].cpu())
+            label_parts.append(gathered[1].cpu())
+        predictions, labels = torch.cat(predicted_parts).numpy(), torch.cat(label_parts).numpy()
         accuracies = group_accuracies(predictions, labels, self.groups)
         tested = class_counts(labels).nonzero()[0]
         balanced = group_accuracies(predictions, labels, {"tested": tested})["tested"]
-        chance = 1 / self.model.config.num_labels
+        num_labels = len(label_names(self.model.config))
+        chance = 1 / num_labels
         if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
             raise ValueError(
                 f"the teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on {len(labels)} test "
-                f"images of {self.model.config.num_labels} classes. Is it trained, with the same class order, image "
+                f"images of {num_labels} classes. Is it trained, with the same class order, image "
                 "size and normalisation?"
             )
         return accuracies
@@ -251,7 +257,8 @@ def as_student(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: If it does not have the two heads of a student.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    base_of = getattr(model, "get_base_model", None)  # of PEFT
+    base = model if base_of is None else base_of()
     # By name: the class that a folder brings along is another one.
     if any(cls.__name__ == DeiTLTForImageClassification.__name__ for cls in type(base).__mro__):
         return model
@@ -287,12 +294,12 @@ def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teac
     Raises:
         ValueError: If the model does not know one, or has no names and another number of classes.
     """
-    known = [config.id2label[label] for label in range(config.num_labels)]
+    known = label_names(config)
     if known == [f"LABEL_{label}" for label in range(len(known))]:
         if len(known) == len(names):
             return torch.arange(len(names))
         raise ValueError(f"the {who} has {len(known)} classes without names, but the data have {len(names)}.")
-    positions = {}
+    positions: dict[str, list[int]] = {}
     for label, name in enumerate(known):
         positions.setdefault(name, []).append(label)
     unknown = [name for name, count in Counter(names).items() if len(positions.get(name, [])) < count]
@@ -311,5 +318,5 @@ def check_class_order(names: Sequence[str], config: PreTrainedConfig, who: str =
     Raises:
         ValueError: If not.
     """
-    if label_order(names, config, who).tolist() != list(range(config.num_labels)):
+    if label_order(names, config, who).tolist() != list(range(len(label_names(config)))):
         raise ValueError(f"the {who} has the classes of the data in another order, or others beside them.")

@@ -39,6 +39,7 @@ class MovingAverage(TrainerCallback):
     def load(self, checkpoint: str | Path) -> None:
         """Takes the average of a checkpoint, if there is one in it."""
         if (Path(checkpoint) / EMA_FILE).is_file():
+            assert self.model is not None  # in training
             load_model(self.model, Path(checkpoint) / EMA_FILE, device=str(self.model.device))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -50,13 +51,17 @@ class MovingAverage(TrainerCallback):
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Writes the average beside the other files of a checkpoint."""
+        assert self.model is not None  # in training
         save_model(self.model, str(Path(folder) / EMA_FILE))
 
     def save_pretrained(self, output_dir: str | Path, processor) -> None:
         """Saves the averaged model, to be loaded like any other, in `ema` below a model's folder."""
 
+        model = self.model
+        assert model is not None  # in training
+
         def save(folder: str) -> None:
-            merged(self.model).save_pretrained(folder)
+            merged(model).save_pretrained(folder)
             processor.save_pretrained(folder)
 
         replace_model(Path(output_dir) / EMA_FOLDER, save)

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from ..data.long_tail import class_counts
+from ..data.long_tail import Integers, class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from .arguments import LongTailTrainingArguments
 
 
-class ExpertEvaluation:
+class ExpertEvaluation(Trainer):
     """The part of a [`~transformers.Trainer`] that counts what each expert of its model gets right.
 
     Attributes:
@@ -25,11 +27,18 @@ class ExpertEvaluation:
     """
 
     experts: Mapping[str, str] = {}
-    groups: Mapping[str, Sequence[int]]
-    averaged_model: PreTrainedModel | None
+    groups: Mapping[str, Integers]
     last_table: ExpertTable
+    preprocess_logits_for_metrics: Callable | None  # which may have pairs
+    args: LongTailTrainingArguments
+    model: PreTrainedModel
 
     _keeps_logits = False
+
+    @property
+    def averaged_model(self) -> PreTrainedModel | None:
+        """A second model that is evaluated beside the first, or None."""
+        return None
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -70,11 +79,12 @@ class ExpertEvaluation:
         try:
             with self._evaluated_dtype():
                 output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-            predictions = output.predictions[1] if self._keeps_logits and output.predictions is not None else None
+            kept = output.predictions if self._keeps_logits else None
+            predictions = None if kept is None else tuple(kept)[1]
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = compute, preprocess
             self._keeps_logits = False
-        return output._replace(predictions=predictions)
+        return output._replace(predictions=predictions)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def _evaluated_dtype(self) -> Iterator[None]:
@@ -86,7 +96,7 @@ class ExpertEvaluation:
         if dtype is None or self.is_in_train:
             yield
             return
-        models = [model for model in (self.model, self.averaged_model) if model is not None]
+        models: list[nn.Module] = [model for model in (self.model, self.averaged_model) if model is not None]
         modules = [module for model in models for module in model.modules()]
         held = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
         data = [(tensor, tensor.data) for model in models for tensor in model.parameters()]
@@ -103,13 +113,13 @@ class ExpertEvaluation:
 
     def _all_metrics(self, prediction: EvalPrediction, compute: Callable | None) -> dict[str, float]:
         """The experts' metrics, and over them the user's of the logits (images, classes)."""
-        kept = self._keeps_logits
-        counted, logits = prediction.predictions if kept else (prediction.predictions, None)
-        metrics = self.expert_metrics(counted, prediction.label_ids)
+        parts: Sequence = tuple(prediction.predictions) if self._keeps_logits else [prediction.predictions]
+        counted = np.asarray(parts[0])
+        metrics = self.expert_metrics(counted, np.asarray(prediction.label_ids))
         if compute is None:
             return metrics
         losses = counted[:, -1] if "loss" in self.args.include_for_metrics else None
-        given = EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=losses)
+        given = EvalPrediction(parts[1], prediction.label_ids, inputs=prediction.inputs, losses=losses)
         return metrics | compute(given)
 
     def expert_metrics(self, counted: np.ndarray, labels: np.ndarray) -> dict[str, float]:

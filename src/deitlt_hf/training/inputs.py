@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig
 
 from ..data.images import ImageDataset
 from ..data.labels import check_indices
@@ -11,6 +12,12 @@ from ..data.loading import find_columns
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
 from .guards import outlive_signals
+
+
+def label_names(config: PreTrainedConfig) -> list[str]:
+    """Names of a model's classes, in label order."""
+    names = {int(label): name for label, name in (config.id2label or {}).items()}
+    return [names[label] for label in range(len(names))]
 
 
 def outliving(loader: DataLoader) -> DataLoader:
@@ -26,7 +33,7 @@ def as_images(dataset, background: str | None, views: Mapping[str, TrainTransfor
             raise ValueError("partial_steps needs all images at hand; leave it (and as_published) or --streaming out.")
         return StreamedImages(
             dataset,
-            views,
+            views or {},
             args.train_batch_size,
             args.process_index,
             args.world_size,
@@ -45,7 +52,7 @@ def as_images(dataset, background: str | None, views: Mapping[str, TrainTransfor
     return ImageDataset(dataset, *find_columns(dataset), views, background)
 
 
-def match_labels(config, dataset: Dataset) -> None:
+def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
     """Names the model's labels after the data, or checks that they agree.
 
     Raises:
@@ -75,7 +82,7 @@ def match_labels(config, dataset: Dataset) -> None:
     names = feature.names
     if len(names) != config.num_labels:
         raise ValueError(f"the model has {config.num_labels} classes but the data have {len(names)}.")
-    model_names = [config.id2label[label] for label in range(len(names))]
+    model_names = label_names(config)
     if model_names == [f"LABEL_{label}" for label in range(len(names))]:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: label for label, name in enumerate(names)}

@@ -140,7 +140,7 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
     """
     path = teacher.name_or_path
     own = results_of(path)
-    settings = own.get("settings", {})
+    settings: Mapping[str, Any] = own.get("settings", {})
     training = {
         "recipe": own.get("recipe"),
         "settings": {name: settings[name] for name in _TEACHER_SETTINGS if name in settings},
@@ -159,7 +159,7 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
     }
 
 
-def results_of(path: str) -> RunRecord:
+def results_of(path: str | None) -> RunRecord:
     """The record of a run in a model's folder or Hub repository; empty if there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         file = path and cached_file(path, RESULTS_FILE, _raise_exceptions_for_missing_entries=False)

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 from ..hub.push import prepare_repository, push_folder
+from .arguments import LongTailTrainingArguments
 from .report import run_files
 
 
@@ -17,6 +18,10 @@ class PublishingTrainer(Trainer):
     With `push_to_hub` in its arguments, the repository and the right to write there are made sure of before training.
     """
 
+    args: LongTailTrainingArguments
+    model: PreTrainedModel
+    hub_model_id: str | None  # type: ignore[assignment]
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository `args.hub_model_id`, if there is none, and makes sure that it can be pushed to.
 
@@ -25,13 +30,17 @@ class PublishingTrainer(Trainer):
             OSError: If it cannot be pushed to.
         """
         if self.is_world_process_zero():
-            options = hub_options(self.args, token, private)
-            model_type = self.model.config.model_type
-            self.hub_model_id = prepare_repository(self.args.hub_model_id, model_type=model_type, **options)
+            self._make_repository(token, private)
 
-    def push_to_hub(
+    def _make_repository(self, token: str | None, private: bool | None) -> str:
+        options = hub_options(self.args, token, private)
+        model_type = self.model.config.model_type
+        self.hub_model_id = prepare_repository(self.args.hub_model_id, model_type=model_type, **options)
+        return self.hub_model_id
+
+    def push_to_hub(  # type: ignore[override]  # the others than the first process have no commit
         self,
-        commit_message: str = "End of training",
+        commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
@@ -73,13 +82,12 @@ class PublishingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         try:
-            if self.hub_model_id is None:
-                self.init_hf_repo(token, private)
+            repo_id = self.hub_model_id or self._make_repository(token, private)
             self.create_model_card(**card)
             # It writes the card once more, with the licence and tags that the repository's has.
             name = card.get("model_name")
             commit = push_folder(
-                args.output_dir, self.hub_model_id, commit_message=commit_message, name=name, **options
+                args.output_dir, repo_id, commit_message=commit_message or "End of training", name=name, **options
             )
         except OSError as error:
             raise OSError(
@@ -90,7 +98,7 @@ class PublishingTrainer(Trainer):
 
 
 def hub_options(
-    args: TrainingArguments, token: str | None = None, private: bool | None = None, revision: str | None = None
+    args: LongTailTrainingArguments, token: str | None = None, private: bool | None = None, revision: str | None = None
 ) -> dict[str, Any]:
     """How to push: what is given, or else as the arguments say."""
     return {
@@ -100,7 +108,7 @@ def hub_options(
     }
 
 
-def _command(args: TrainingArguments, options: Mapping[str, Any]) -> str:
+def _command(args: LongTailTrainingArguments, options: Mapping[str, Any]) -> str:
     """The command line that pushes to the same place; a token is not in it."""
     words = ["deitlt", "push", args.output_dir, args.hub_model_id or "ORG/NAME"]
     if options["private"]:

@@ -25,6 +25,7 @@ from ..io import check_can_be_folder, one_line, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, is_of_run, read_record
 from .checkpoints import MODEL_FILES, checkpoints_in, has_model
 from .ema import EMA_FOLDER
+from .inputs import label_names
 from .provenance import hardware, started_from
 from .resuming import architecture
 from .watch import CURVES_FILE, LOG_FILE
@@ -69,7 +70,7 @@ def is_abandoned(output_dir: str | Path) -> bool:
 
 def goes_on_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> bool:
     """Whether the run that is to be resumed is the folder's own; a checkpoint can be of another."""
-    if resume_from_checkpoint in (None, False, True, "auto"):
+    if resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool) or resume_from_checkpoint == "auto":
         return bool(resume_from_checkpoint)
     return Path(resume_from_checkpoint).resolve().parent == Path(output_dir).resolve()
 
@@ -174,7 +175,7 @@ class Results:
                 del self.content[name]
         self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
         self.content.pop("weights_sha256", None)
-        names = [config.id2label[label] for label in range(config.num_labels)]
+        names = label_names(config)
         self.content |= {
             "schema": SCHEMA,
             "model": type(trainer.model).__name__,

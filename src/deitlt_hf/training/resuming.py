@@ -72,14 +72,15 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
     for name, value in now.items():
         if before.get(name, value) != value:
             warnings.warn(f"the run goes on with {name} {value}; it began with {before[name]}.", stacklevel=2)
-    decoders, now = (record.get("ran") or {}).get("image_decoders"), decoder_versions()
-    if decoders not in (None, now):
+    decoders, installed = (record.get("ran") or {}).get("image_decoders"), decoder_versions()
+    if decoders not in (None, installed):
         warnings.warn(
-            f"the run goes on with images decoded by {_packages(now)}; it began with {_packages(decoders)}: pixels can "
-            "differ by a few grey levels.",
+            f"the run goes on with images decoded by {_packages(installed)}; it began with {_packages(decoders)}: "
+            "pixels can differ by a few grey levels.",
             stacklevel=2,
         )
-    teacher, taught_by = trainer.results.teacher or {}, record.get("teacher") or {}
+    teacher: Mapping[str, Any] = trainer.results.teacher or {}
+    taught_by: Mapping[str, Any] = record.get("teacher") or {}
     for name in ("model", "backbone", "weights_sha256"):
         if taught_by.get(name, teacher.get(name)) != teacher.get(name):
             warnings.warn(
@@ -91,7 +92,8 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
 
 def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
     """What makes a run another one, in words."""
-    had, settings = record.get("data", {}), trainer.settings()
+    had: Mapping[str, Any] = record.get("data", {})
+    settings = trainer.settings()
     yield from other_classes(class_names(config) or had.get("classes") or data["classes"], data["classes"])
     model = record.get("model")
     if model not in (None, type(trainer.model).__name__):
@@ -175,8 +177,9 @@ def read_configuration(folder: str | Path) -> dict:
 def class_names(config: dict) -> list[str]:
     """Names of the classes in order, as a configuration has them; empty if it has none."""
     labels = config.get("id2label")
-    fits = isinstance(labels, dict) and all(str(label) in labels for label in range(len(labels)))
-    return [str(labels[str(label)]) for label in range(len(labels))] if fits else []
+    if not isinstance(labels, dict) or not all(str(label) in labels for label in range(len(labels))):
+        return []
+    return [str(labels[str(label)]) for label in range(len(labels))]
 
 
 def _free(architecture: dict) -> dict:

@@ -26,8 +26,9 @@ from ..modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
-from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
+from .checkpoints import has_model, load_with_info, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer
+from .inputs import label_names
 from .publishing import hub_options
 from .report import check_output_dir, goes_on_in, is_abandoned, quiet_log, run_files
 from .resuming import architecture, class_names, other_classes, read_configuration
@@ -89,7 +90,7 @@ def distill(
         check_start(model_args.init_from, (args.recipe or {}).get("overrides", {}))
     data = data_args.load()
     args.check_data(len(data["train"]))
-    if note := low_peak(args.learning_rate, model_args.init_from):
+    if note := low_peak(args.peak_learning_rate, model_args.init_from):
         _say(args, f"Note: {note}")
     data_args.groups(data)
     set_seed(args.seed)
@@ -114,19 +115,16 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     if Path(path).is_dir():
         args.output_dir = path  # nothing is written, but transformers makes the folder
     data = data_args.load()
-    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    names = label_names(model.config)
     if isinstance(data["train"], Dataset) and sorted(names) == sorted(data["test"].features["label"].names):
         data = {split: with_classes(rows, ClassLabel(names=names)) for split, rows in data.items()}
-    trainer_class = DeiTLTTrainer if isinstance(model, DeiTLTForImageClassification) else FlatTeacherTrainer
-    if trainer_class is FlatTeacherTrainer:
-        args = FlatTeacherTrainingArguments(**{name: getattr(args, name) for name in EVALUATION_FIELDS})
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        eval_dataset=data["test"],
-        processing_class=load_processor(path),
-        groups=data_args.groups(data),
-    )
+    parts = {"eval_dataset": data["test"], "processing_class": load_processor(path), "groups": data_args.groups(data)}
+    trainer: LongTailTrainer
+    if isinstance(model, DeiTLTForImageClassification):
+        trainer = DeiTLTTrainer(model, args, **parts)
+    else:
+        own = FlatTeacherTrainingArguments(**{name: getattr(args, name) for name in EVALUATION_FIELDS})
+        trainer = FlatTeacherTrainer(model, own, **parts)
     trainer.evaluate()
     return trainer
 
@@ -204,13 +202,13 @@ def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClass
     path = model_args.init_from
     if path is None:
         return DeiTLTForImageClassification._from_config(model_args.config(**labels), **attention)
-    options = {"drop_path_rate": model_args.drop_path_rate, **attention}
+    options: dict[str, Any] = {"drop_path_rate": model_args.drop_path_rate, **attention}
     if Path(path).is_file():
         like = model_args.config(**labels)
         return load_original_student(path, class_names=names, num_labels=len(names), like=like, **options)
     with loading(path):
-        student, info = DeiTLTForImageClassification.from_pretrained(
-            path, **labels, **options, dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
+        student, info = load_with_info(
+            DeiTLTForImageClassification, path, **labels, **options, dtype="float32", ignore_mismatched_sizes=True
         )
     missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)  # the heads are new
     if missing:
@@ -291,9 +289,9 @@ def _teacher_of_recipe(
         wanted = {"images (subset)": subset_hash(data["train"]), "images (content)": images_hash(data["train"])}
         wanted |= {"background": data_args.background} | settings | architecture(config)
         # Records of earlier versions lack some of these.
-        had = {"images (subset)": known.get("subset_sha256"), "images (content)": known.get("images_sha256")}
-        had = {name: value for name, value in had.items() if value is not None}
-        had |= {"background": known.get("background")} | record.get("settings", {}) | record.get("architecture", {})
+        hashes = {"images (subset)": known.get("subset_sha256"), "images (content)": known.get("images_sha256")}
+        had: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
+        had |= {"background": known.get("background"), **record.get("settings", {}), **record.get("architecture", {})}
         for name, value in wanted.items():
             if had.get(name, value) != value:
                 raise ValueError(

@@ -66,7 +66,8 @@ class SAM(Optimizer):
         directions = (self._direction(parameter, scaled=True) for _, parameter in perturbed)
         # At least in float32: squares of gradients leave the range of half precision.
         norms = [torch.linalg.vector_norm(d, dtype=torch.promote_types(d.dtype, torch.float32)) for d in directions]
-        norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms])) if norms else 0.0
+        if norms:
+            norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
         for rho, parameter in perturbed:
             if rho == 0:
                 continue
@@ -79,6 +80,7 @@ class SAM(Optimizer):
 
     def _direction(self, parameter: torch.nn.Parameter, scaled: bool = False) -> torch.Tensor:
         """Where a parameter is moved; scaled as in the norm that its length is divided by."""
+        assert parameter.grad is not None  # others are not asked about
         if not self.adaptive:
             return parameter.grad
         return parameter.grad * (parameter.abs() if scaled else parameter.square())

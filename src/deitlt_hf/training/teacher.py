@@ -48,11 +48,12 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     arguments_class = FlatTeacherTrainingArguments
     experts = {"teacher": "logits"}
+    args: FlatTeacherTrainingArguments
 
     def __init__(self, model=None, args: FlatTeacherTrainingArguments | None = None, **kwargs):
-        self.contrast = None
+        self.contrast: MomentumContrast | None = None
         super().__init__(model=model, args=args, **kwargs)
-        if max(args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("SAM needs whole gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
         if self.optimizer is not None:
             self.optimizer = self._under_sam(self.optimizer)
@@ -77,14 +78,15 @@ class FlatTeacherTrainer(LongTailTrainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             args, parameters = self.args, [*(model or self.model).parameters()]
+            optimizer: Optimizer
             if self.optimizer_cls_and_kwargs is None:
                 optimizer = torch.optim.SGD(
-                    parameters, args.learning_rate, args.momentum, weight_decay=args.weight_decay
+                    parameters, args.peak_learning_rate, args.momentum, weight_decay=args.weight_decay
                 )
             else:
                 optimizer_class, kwargs = self.optimizer_cls_and_kwargs
                 group = {"params": parameters, "weight_decay": args.weight_decay}
-                optimizer = optimizer_class([group], **{"lr": args.learning_rate, **kwargs})
+                optimizer = optimizer_class([group], **{"lr": args.peak_learning_rate, **kwargs})
             self.optimizer = self._under_sam(optimizer)
         return self.optimizer
 
@@ -114,7 +116,7 @@ class FlatTeacherTrainer(LongTailTrainer):
             return super().learning_rate_at(epoch, epochs)
         return warmup_drops(
             epoch,
-            peak=args.learning_rate,
+            peak=args.peak_learning_rate,
             drop_epochs=args.lr_drop_epochs,
             factors=args.lr_drops,
             warmup_epochs=args.warmup_epochs,
@@ -150,15 +152,24 @@ class FlatTeacherTrainer(LongTailTrainer):
         return self.accelerator.no_sync(model) if stay else contextlib.nullcontext()
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
-        args, kwargs = self.args, {"class_weights": class_weights, "reduction": "sum"}
+        args = self.args
         if args.teacher_loss == "ce":
             return nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing_factor)
+        counts = self.class_counts
+        assert counts is not None  # there is a loss to make where there are training images
+        criterion: nn.Module
         if args.teacher_loss == "ldam":
-            criterion = LDAMLoss(self.class_counts, args.ldam_margin, args.ldam_scale, **kwargs)
+            criterion = LDAMLoss(counts, args.ldam_margin, args.ldam_scale, class_weights, "sum")
         elif args.teacher_loss == "logit_adjusted":
-            criterion = LogitAdjustedLoss(self.class_counts, **kwargs)
+            criterion = LogitAdjustedLoss(counts, class_weights=class_weights, reduction="sum")
         else:
-            criterion = PaCoLoss(self.class_counts, args.paco_alpha, temperature=args.paco_temperature, **kwargs)
+            criterion = PaCoLoss(
+                counts,
+                args.paco_alpha,
+                temperature=args.paco_temperature,
+                class_weights=class_weights,
+                reduction="sum",
+            )
         return criterion.to(args.device)
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,15 +15,16 @@ import torch
 from accelerate.utils import broadcast, send_to_device
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from transformers import GreedyLR, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers import BaseImageProcessor, GreedyLR, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..data.images import ImageCollator
 from ..data.loading import images_hash, subset_hash, training_counts
-from ..data.long_tail import shot_groups
-from ..data.sampling import SeededImages, TrainBatches, seed_streams
+from ..data.long_tail import Integers, shot_groups
+from ..data.sampling import Rows, SeededImages, TrainBatches, seed_streams
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..hub.card_facts import optimizer_name
@@ -93,7 +94,11 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         ValueError: If data, model and optimiser do not fit each other, or a parameter has no effect (`inherited.py`).
     """
 
-    arguments_class = LongTailTrainingArguments
+    arguments_class: type[LongTailTrainingArguments] = LongTailTrainingArguments
+    groups: Mapping[str, list[int]]
+    group_rule: str
+    train_dataset: Rows | StreamedImages | None
+    eval_dataset: Rows | dict[str, Rows] | None
     _given: tuple[str, ...] = ()  # of optimizer and scheduler those that were given
 
     def __init__(
@@ -102,10 +107,10 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         args: LongTailTrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
-        processing_class=None,
-        groups: Mapping[str, Sequence[int]] | None = None,
+        processing_class: BaseImageProcessor | None = None,
+        groups: Mapping[str, Integers] | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
-        optimizers=(None, None),
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         **kwargs,
     ):
         check_parameters(kwargs)
@@ -117,10 +122,14 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             raise ValueError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}.")
         if args.include_for_metrics and kwargs.get("compute_metrics") is None:
             raise ValueError(f"include_for_metrics {args.include_for_metrics} has no effect without compute_metrics.")
-        self.args, self.model_init = args.settle(), model_init
+        self.args = args.settle()
+        if model_init is not None:
+            self.model_init = model_init
         self._datasets = (train_dataset, eval_dataset)
-        self.subset_sha256 = self.images_sha256 = self.class_counts = None  # the second is found when training begins
-        self.groups = groups
+        self.class_counts: list[int] | None = None
+        self.subset_sha256: str | None = None
+        self.images_sha256: str | None = None  # is found when training begins
+        self._wanted_groups = groups
         if model is None:
             set_seed(args.seed)
             model = self.call_model_init()
@@ -128,7 +137,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             model = self.prepare_model(model)
         if processing_class is None:
             processing_class = model_processor(model.config, args.image_resize)
-        self._take_optimizers(model, *optimizers, kwargs.get("optimizer_cls_and_kwargs"))
+        self._take_optimizers(model, model_init is not None, *optimizers, kwargs.get("optimizer_cls_and_kwargs"))
 
         self.views = {} if train_dataset is None else self.train_views(args, processing_class)
         collator = ImageCollator(processing_class)
@@ -143,7 +152,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             compute_loss_func=self.compute_training_loss,  # where there is one, accumulation does not divide the loss
             **kwargs,
         )
-        self.model_init = model_init  # not given above: the model is made
+        if model_init is not None:  # not given above: the model is made
+            self.model_init = model_init
         if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("a moving average needs whole weights; leave out DeepSpeed and FSDP, or ema_decay.")
         if (self.args.bf16_full_eval or self.args.fp16_full_eval) and (
@@ -153,8 +163,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
         self.results = Results(self.args.output_dir)
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        for kind in (PrinterCallback, ProgressCallback):
+            self.remove_callback(kind)
         self.add_callback(BeginRun(self))
         self.add_callback(RunLog())
         self.add_callback(EpochOrder())
@@ -162,7 +172,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
         decay = self.args.ema_decay
-        self.ema = None if decay is None else MovingAverage(decay, self.args.ema_every_slice)
+        self.ema = None if decay is None else MovingAverage(decay, bool(self.args.ema_every_slice))
         self._check_best_metric()
         for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema, MissedEvaluation(self)):
             if callback is not None:
@@ -196,25 +206,28 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.class_counts = getattr(model.config, "class_counts", None)
         elif self.class_counts is None:
             self.class_counts, self.subset_sha256 = training_counts(train_dataset).tolist(), subset_hash(train_dataset)
-        if self.groups is None:
+        groups = self._wanted_groups
+        if groups is None:
             if self.class_counts is None:
                 raise ValueError("without a train_dataset, and class_counts in the model's config, give groups.")
-            self.groups = shot_groups(self.class_counts)
-        self.group_rule = getattr(self.groups, "rule", getattr(self, "group_rule", "as given"))
-        self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in self.groups.items()}
+            groups = shot_groups(self.class_counts)
+        self.group_rule = getattr(groups, "rule", "as given")
+        self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
         if train_dataset is not None:
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
             model.config.return_dict = True
-            model.to(torch.float32)  # transformers 5 loads the dtype of the file, in which small updates are lost
+            model.float()  # transformers 5 loads the dtype of the file, in which small updates are lost
             # By its name before transformers 5.23, which newer versions know too.
             if self.args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
                 raise ValueError(f"a {type(model).__name__} cannot checkpoint activations; leave that out.")
         return model
 
     def call_model_init(self, trial=None):
-        return self.prepare_model(super().call_model_init(trial))
+        return self.prepare_model(super().call_model_init(trial))  # type: ignore[arg-type]
 
-    def _take_optimizers(self, model: PreTrainedModel, optimizer, scheduler, optimizer_cls_and_kwargs) -> None:
+    def _take_optimizers(
+        self, model: PreTrainedModel, makes_models: bool, optimizer, scheduler, optimizer_cls_and_kwargs
+    ) -> None:
         """Checks an optimiser and a scheduler that were given.
 
         Raises:
@@ -222,7 +235,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """
         if optimizer_cls_and_kwargs is not None and optimizer is not None:
             raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")
-        if self.model_init is not None and (optimizer is not None or scheduler is not None):
+        if makes_models and (optimizer is not None or scheduler is not None):
             raise ValueError("optimizers are of one model, but model_init makes others; give optimizer_cls_and_kwargs.")
         if scheduler is not None and (
             optimizer is None or scheduler.optimizer.param_groups is not optimizer.param_groups
@@ -242,6 +255,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def make_losses(self) -> None:
         """Makes of the arguments what the training loss is computed with."""
         if self._datasets[0] is not None:
+            assert self.class_counts is not None  # counted in `prepare_model`
             self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
             self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
 
@@ -306,7 +320,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return warmup_cosine(
             epoch,
             epochs=epochs,
-            peak=self.args.learning_rate,
+            peak=self.args.peak_learning_rate,
             minimum=self.args.min_learning_rate,
             warmup_epochs=self.args.warmup_epochs,
             warmup_start=self.args.warmup_learning_rate,
@@ -357,6 +371,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def drw_start(self) -> str:
         """The epoch of deferred re-weighting for the plan, and whether `max_steps` ends the run before it."""
         start, steps = self.args.drw_start_epoch, self.args.max_steps
+        if start is None:
+            return "inf"
         is_cut_off = 0 < steps <= start * self.steps_per_epoch()
         return f"{start:g}" + (" (max_steps ends the run before it)" if is_cut_off else "")
 
@@ -373,7 +389,12 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """The loss of the current phase."""
         return self.drw_criterion if self.in_drw else self.criterion
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Trains, evaluates at the end, and keeps `results.json`; otherwise as the parent's.
 
         A run that is finished, whose model is in the folder, is left as it is: the model is loaded, nothing is written.
@@ -381,7 +402,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         Args:
             resume_from_checkpoint: A checkpoint to go on from; True for the newest whole one of the output folder, and
                 `auto` for the same, or the first step if there is none.
-            **kwargs: As for the parent's.
+            trial: As for the parent's.
+            ignore_keys_for_eval: As for the parent's.
 
         Raises:
             ValueError: If the training set is smaller than one batch, a phase begins after the last epoch (with
@@ -397,15 +419,16 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             raise ValueError("training needs a train_dataset.")
         self.args.settle()
         if self.model is None:  # Optuna's backend frees it after a trial
-            self.model = self.model_wrapped = self.call_model_init(kwargs.get("trial"))
-        self._hp_search_setup(kwargs.get("trial"))
-        self.run_dir = self._get_output_dir(kwargs.get("trial"))  # of a trial, one of its own
+            self.model = self.model_wrapped = self.call_model_init(trial)
+        self._hp_search_setup(trial)
+        self.run_dir = self._get_output_dir(trial)  # of a trial, one of its own
         self.results.path, self.run_file.folder = Path(self.run_dir) / RESULTS_FILE, Path(self.run_dir)
         # All that can be refused is refused before anything of another run is touched.
         self._resuming = goes_on_in(self.run_dir, resume_from_checkpoint)
         check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
-        streamed = isinstance(self.train_dataset, StreamedImages)  # this process's share
-        self.args.check_data(len(self.train_dataset.split if streamed else self.train_dataset))
+        images = self.train_dataset
+        # What is streamed is this process's share.
+        self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
         with only_run(self.run_dir) if self.args.should_save else contextlib.nullcontext():
             self._plan = self._common_plan() | self._published_plan() | self.plan()
             first = self.is_world_process_zero()
@@ -413,7 +436,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.beginning = of_first_process(first, lambda: self._find_beginning(resume_from_checkpoint))
             if self.beginning.is_finished:
                 return self._load_finished()
-            return self._train_and_evaluate(self.beginning.checkpoint, **kwargs)
+            return self._train_and_evaluate(self.beginning.checkpoint, trial, ignore_keys_for_eval)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
@@ -424,17 +447,19 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """Finds what a run goes on from, and checks that it is the same run."""
         if not wanted:
             return Beginning()
-        output_dir, newest, total = self.run_dir, wanted in (True, "auto"), self.total_steps()
+        output_dir, total = self.run_dir, self.total_steps()
+        given = None if wanted is True or wanted == "auto" else wanted
         data = self.results.data_of(self)
         finished = self.results.finished_steps() if self._resuming else None
         checkpoint = None
-        if finished is None or not newest:
-            checkpoint = newest_checkpoint(output_dir) if newest else whole_checkpoint(wanted)
+        if finished is None or given is not None:
+            checkpoint = newest_checkpoint(output_dir) if given is None else whole_checkpoint(given)
             if checkpoint is None and wanted is True:
                 raise ValueError(f"there is no checkpoint in {output_dir} to go on from; 'auto' begins without one.")
             if checkpoint is None:
                 return Beginning()
         steps = finished if checkpoint is None else read_state(checkpoint).global_step
+        assert steps is not None  # without a checkpoint the run is finished
         at_step, record = former_records(checkpoint or output_dir, output_dir if self._resuming else None)
         check_same_run(checkpoint or output_dir, at_step, self, data)
         if steps > total:
@@ -446,6 +471,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             return Beginning(checkpoint, steps, True, record)
         if checkpoint is None:  # a finished run that is made longer
             checkpoint = newest_checkpoint(output_dir)
+            assert checkpoint is not None  # beside a finished model it is found, or refused
             steps = read_state(checkpoint).global_step
         return Beginning(checkpoint, steps, False, record)
 
@@ -459,19 +485,23 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def _load_finished(self) -> TrainOutput:
         """Takes the model of a run that has nothing left to do, as if it had just trained it."""
-        output_dir, steps = self.run_dir, self.beginning.step
+        output_dir, steps, record = self.run_dir, self.beginning.step, self.beginning.record
+        assert steps is not None  # of a finished run
+        assert record is not None
         self._load_from_checkpoint(output_dir)
         if self.ema is not None and (Path(output_dir) / EMA_FOLDER).is_dir():
             self.ema.on_train_begin(self.args, self.state, self.control, model=self.model)
             self._load_from_checkpoint(str(Path(output_dir) / EMA_FOLDER), self.ema.model)
         self.state.global_step = self.state.max_steps = steps
         self.state.epoch = steps / self.steps_per_epoch()
-        self.results.content = dict(self.beginning.record)
+        self.results.content = dict(record)
         if self.is_world_process_zero():
             print(f"The run in {output_dir} is finished, with {steps} steps: nothing is left to train.", flush=True)
         return TrainOutput(steps, 0.0, {})
 
-    def _train_and_evaluate(self, checkpoint: str | None, **kwargs):
+    def _train_and_evaluate(
+        self, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         started = time.perf_counter()
         self._recording = True
         self._logged.clear()
@@ -480,7 +510,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.ema.checkpoint = checkpoint
         self.resumed_from = checkpoint
         try:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            output = super().train(
+                resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+            )
             self.nonfinite_guard.check()
             evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
             if evaluates and self.results.last_step != self.state.global_step:
@@ -524,21 +556,25 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's batches, all of them whole: mixing pairs their images."""
-        args, dataset = self.args, self.train_dataset
-        if isinstance(dataset, StreamedImages):
-            batches = {"batch_size": args.train_batch_size}
+        args, images = self.args, self.train_dataset
+        if images is None:
+            raise ValueError("training needs a train_dataset.")
+        dataset: StreamedImages | SeededImages
+        batches: dict[str, Any]
+        if isinstance(images, StreamedImages):
+            dataset, batches = images, {"batch_size": args.train_batch_size}
         else:
             sampler = TrainBatches(
-                len(dataset),
+                len(images),
                 args.train_batch_size,
                 args.process_index,
                 args.world_size,
                 args.gradient_accumulation_steps,
                 args.repeats,
-                args.data_seed,
-                args.partial_steps,
+                args.seed if args.data_seed is None else args.data_seed,
+                bool(args.partial_steps),
             )
-            dataset, batches = SeededImages(dataset), {"batch_sampler": sampler}
+            dataset, batches = SeededImages(images), {"batch_sampler": sampler}
         context = getattr(args, "dataloader_multiprocessing_context", None)
         # Accelerate would share it out among the processes once more.
         return DataLoader(
@@ -632,9 +668,11 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             def epoch_of(step: int) -> float:
                 return published_epoch(step, batches, slices) if self.args.as_published else step / steps_per_epoch
 
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # is made before
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,
-                lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.learning_rate,
+                optimizer,
+                lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.peak_learning_rate,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -642,19 +680,19 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
             return
-        wanted = [
-            {name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in self.optimizer.param_groups
-        ]
-        rates = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
+        assert optimizer is not None  # both are made before
+        assert scheduler is not None
+        wanted = [{name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in optimizer.param_groups]
+        rates = list(getattr(scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
         # What came with the checkpoint is as it was; what is asked for now counts.
-        for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
+        for group, values in zip(optimizer.param_groups, wanted, strict=True):
             group.update(values)
-        scheduler = self.lr_scheduler
         if "scheduler" in self._given or scheduler.base_lrs == rates:
             return
         scheduler.base_lrs = rates
-        for group, rate, factor in zip(self.optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+        for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
             group["initial_lr"] = rate
             group["lr"] = rate * factor(scheduler.last_epoch)
 
@@ -712,17 +750,17 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         super()._save_checkpoint(model, trial)
 
     def _save_average(self, output_dir: str) -> None:
-        if self.averaged_model is not None:
+        if self.ema is not None and self.ema.model is not None:
             self.ema.save_pretrained(output_dir, self.processing_class)
         else:  # one of another run would not belong to the model beside it
             shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
 
     def _load_best_model(self):
         super()._load_best_model()
-        if self.ema is not None:
+        if self.ema is not None and self.state.best_model_checkpoint is not None:
             self.ema.load(self.state.best_model_checkpoint)
 
-    def create_model_card(self, model_name=None, **metadata):
+    def create_model_card(self, model_name: str | None = None, **metadata):  # type: ignore[override]
         """Writes the model card, `README.md`, of what this run recorded; see [`write_card`].
 
         Args:
@@ -777,8 +815,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         else:
             metrics, tables = {}, {}
             for name, images in wanted.items():
-                images = name if eval_dataset is None else images  # by name the workers are kept
-                metrics |= super().evaluate(images, ignore_keys, f"{metric_key_prefix}_{name}")
+                chosen: Any = name if eval_dataset is None else images  # by name the workers are kept
+                metrics |= super().evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}")
                 tables[name] = self.last_table
         if self._recording and eval_dataset is None:
             self.results.record(self.state.epoch, self.state.global_step, next(iter(tables.values())).accuracies)

@@ -42,9 +42,9 @@ class RunLog(ProgressCallback):
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, **kwargs)
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
@@ -59,6 +59,7 @@ class RunLog(ProgressCallback):
 
     def _left(self, state) -> str:
         """Time to the end, if it goes on as fast as it did."""
+        assert self._begun is not None  # there is an estimate after steps only
         begun, first = self._begun
         per_step = (time.perf_counter() - begun) / (state.global_step - first)
         return str(timedelta(seconds=round(per_step * (state.max_steps - state.global_step))))
