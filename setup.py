@@ -28,7 +28,8 @@ setup(
         "deitlt_hf": ["py.typed"],
         "deitlt_hf.recipes": ["*.yaml"],
         "deitlt_hf.analysis": ["*.html"],
-        "deitlt_hf.hub": ["*.html", "*.md"],
+        "deitlt_hf.hub": ["*.md"],
+        "deitlt_hf.serving": ["*.html"],
     },
     entry_points={"console_scripts": ["deitlt=deitlt_hf.cli:main"]},
     install_requires=[

@@ -336,7 +336,7 @@ def infer(turns, way: str, number: int) -> None:
     """Forward passes of one ViT-B/16."""
     from transformers import DeiTForImageClassificationWithTeacher
 
-    from deitlt_hf.hub.onnx import OnnxClassifier, export_onnx, quantize
+    from deitlt_hf.serving.onnx import OnnxClassifier, export_onnx, quantize
 
     images = torch.randn(number, 3, 224, 224)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@
     python benchmarks/device_checks.py --only bf16 fp16 memory
 
 Half precision, torch.compile, FSDP2 and DeepSpeed through Accelerate's configuration files, steps that wait for
-nothing, and the memory of a ViT-B/16 step beside what `scripts/plan.py` says. Runs are of the digits recipe with its
+nothing, and the memory of a ViT-B/16 step beside what `deitlt plan` says. Runs are of the digits recipe with its
 teacher, cut short; they pass if they end with code 0 and a loss that fell. Without a GPU the script says so.
 """
 

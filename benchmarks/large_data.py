@@ -19,7 +19,8 @@ import psutil
 from input_pipeline import photograph
 from torch.utils.data import DataLoader
 
-from deitlt_hf.data import ImageCollator, ImageDataset, RepeatedAugmentationSampler, image_processor, train_transform
+from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, train_transform
+from deitlt_hf.data.sampling import SeededImages, TrainBatches
 from deitlt_hf.recipes import DataArguments
 
 CLASSES, IMAGES, BATCH = 8142, 437_513, 128
@@ -82,11 +83,11 @@ def main():
         groups = arguments.groups(data)
         indexed = time.perf_counter()
         processor = image_processor(224)
-        dataset = ImageDataset(data["train"], "image", "label", {"pixel_values": train_transform(processor)})
-        sampler = RepeatedAugmentationSampler(dataset, BATCH)
-        loader = DataLoader(
-            dataset, BATCH, sampler=sampler, num_workers=args.workers, collate_fn=ImageCollator(processor)
-        )
+        views = {"pixel_values": train_transform(processor)}
+        dataset = SeededImages(ImageDataset(data["train"], "image", "label", views))
+        batches = TrainBatches(len(dataset), BATCH, num_repeats=3)
+        collate = ImageCollator(processor)
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=collate)
         batch = next(iter(loader))
         ended = time.perf_counter()
         memory.ended.set()

@@ -63,7 +63,7 @@ def serve(model: str) -> None:
     from transformers import pipeline
     from transformers.utils import logging
 
-    from deitlt_hf.hub.handler import EndpointHandler
+    from deitlt_hf.serving.handler import EndpointHandler
 
     logging.disable_progress_bar()
     classifier = pipeline("image-classification", model=model)

@@ -7,7 +7,7 @@
 # ///
 """Trains a recipe's DeiT-LT student, and first the recipe's teacher if none is given."""
 
-from deitlt_hf.commands.distill import main
+from deitlt_hf.cli.distill import main
 from deitlt_hf.recipes import command_line_errors
 
 if __name__ == "__main__":

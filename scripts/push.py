@@ -1,6 +1,6 @@
 """Puts a model folder on the Hugging Face Hub: weights, processor, code, card and results, never checkpoints."""
 
-from deitlt_hf.commands.push import main
+from deitlt_hf.cli.push import main
 from deitlt_hf.recipes import command_line_errors
 
 if __name__ == "__main__":

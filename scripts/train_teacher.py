@@ -1,6 +1,6 @@
 """Trains a recipe's flat teacher."""
 
-from deitlt_hf.commands.train_teacher import main
+from deitlt_hf.cli.train_teacher import main
 from deitlt_hf.recipes import command_line_errors
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from deitlt_hf.analysis.attention import (
     token_spreads,
 )
 from deitlt_hf.analysis.features import effective_rank, singular_values, token_similarity
-from deitlt_hf.analysis.fusion import RULES, balanced_rows, fit_fusion, fold
+from deitlt_hf.console import show
 from deitlt_hf.evaluation import ExpertTable, group_accuracies
 from deitlt_hf.evaluation.accuracy import class_accuracies
+from deitlt_hf.evaluation.fusion import RULES, balanced_rows, fit_fusion, fold
 from deitlt_hf.evaluation.metrics import bootstrap_intervals, calibration_error, long_tail_figures
-from deitlt_hf.training.report import show
 
 RANDOM = np.random.RandomState(0)
 GROUPS = {"head": [0, 1], "mid": [2, 3], "tail": [4, 5]}

@@ -169,7 +169,7 @@ def test_what_a_run_refuses_is_not_planned():
 def test_a_student_that_starts_from_another_is_planned_at_its_size(tmp_path):
     make_student(hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
     done = subprocess.run(
-        [sys.executable, "scripts/plan.py", "--recipe", "cifar10_lt_rho100", "--init_from", tmp_path],
+        [sys.executable, "-m", "deitlt_hf.cli", "plan", "--recipe", "cifar10_lt_rho100", "--init_from", tmp_path],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "student, 8 px" in done.stdout
@@ -178,7 +178,7 @@ def test_a_student_that_starts_from_another_is_planned_at_its_size(tmp_path):
 
 def test_the_script_plans_a_recipe_without_its_data():
     done = subprocess.run(
-        [sys.executable, "scripts/plan.py", "--recipe", "cifar100_lt_rho100", "--gpus", "2", "3"],
+        [sys.executable, "-m", "deitlt_hf.cli", "plan", "--recipe", "cifar100_lt_rho100", "--gpus", "2", "3"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "10,847 training images of 100 classes" in done.stdout

@@ -21,14 +21,14 @@ from deitlt_hf import (
     FlatTeacherConfig,
     FlatTeacherForImageClassification,
 )
-from deitlt_hf.commands.distill import main as distill
-from deitlt_hf.commands.model_cards import CARDS
-from deitlt_hf.commands.model_cards import main as make_model_cards
+from deitlt_hf.cli.distill import main as distill
+from deitlt_hf.cli.model_cards import CARDS
+from deitlt_hf.cli.model_cards import main as make_model_cards
 from deitlt_hf.hub.card_facts import CardFacts
 from deitlt_hf.hub.cards import is_generated, make_card, recipe_card, write_card
 from deitlt_hf.recipes import load_recipe, recipe_names
 from deitlt_hf.training.provenance import started_from
-from deitlt_hf.training.report import read_emissions
+from deitlt_hf.training.results import read_emissions
 
 ROOT = Path(__file__).parent.parent
 CHANGED = ["--max_per_class", "50", "--num_train_epochs", "2", "--drw_start_epoch", "1"]

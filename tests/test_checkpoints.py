@@ -273,8 +273,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path, digits):
     """The other one is a process of its own; when it is gone, however it ended, the folder is free again."""
     code = f"""
 import time
-from deitlt_hf.training.report import only_run
-with only_run({str(tmp_path)!r}):
+from deitlt_hf.training.output_folder import run_lock
+with run_lock({str(tmp_path)!r}):
     print("locked", flush=True)
     time.sleep(60)
 """

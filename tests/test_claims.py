@@ -22,9 +22,9 @@ from scipy import stats
 
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherForImageClassification
 from deitlt_hf.analysis.attention import attention_distances
-from deitlt_hf.commands.distill import main as distill
-from deitlt_hf.data.arrays import load_idx
+from deitlt_hf.cli.distill import main as distill
 from deitlt_hf.data.sampling import seed_streams
+from deitlt_hf.data.sources.arrays import load_idx
 from deitlt_hf.data.transforms import TrainTransform
 from deitlt_hf.hub import load_original_student
 from deitlt_hf.losses import DistillationLoss

@@ -12,7 +12,7 @@ import torch
 
 from conftest import make_student
 from deitlt_hf.cli import COMMANDS, main
-from deitlt_hf.hub.layouts import student_to_original
+from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, command_line_errors, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 

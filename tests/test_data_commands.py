@@ -17,8 +17,8 @@ from test_sources import save_image, write_cifar, write_lists
 
 from deitlt_hf.analysis.figures import GROUP_COLOURS
 from deitlt_hf.cli import main
-from deitlt_hf.commands.data import check
-from deitlt_hf.commands.data import main as main_of_data
+from deitlt_hf.cli.data import check
+from deitlt_hf.cli.data import main as main_of_data
 from deitlt_hf.data.check import BENCHMARKS, Benchmark
 from deitlt_hf.recipes import DataArguments, parse_arguments
 from deitlt_hf.training.schedule import low_peak

@@ -19,10 +19,10 @@ from playwright.sync_api import sync_playwright
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from conftest import CHROMIUM, make_student
-from deitlt_hf.commands.demo import main
+from deitlt_hf.cli.demo import main
 from deitlt_hf.data import image_processor
-from deitlt_hf.hub.demo import Explanation, attention_over, build_demo, model_view, percent
-from deitlt_hf.hub.handler import EndpointHandler
+from deitlt_hf.serving.demo import Explanation, attention_over, build_demo, model_view, percent
+from deitlt_hf.serving.handler import EndpointHandler
 
 ROOT = Path(__file__).parent.parent
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -66,10 +66,10 @@ def draw(seed, size=(60, 40)):
 
 @pytest.fixture(scope="module")
 def address(model_folder, tmp_path_factory):
-    """Where `scripts/demo.py` serves the student, as a process of its own."""
+    """Where `deitlt demo` serves the student, as a process of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "scripts" / "demo.py", "--model", model_folder, "--port", str(port)]
+    command = [sys.executable, "-m", "deitlt_hf.cli", "demo", "--model", model_folder, "--port", str(port)]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("uploads"))}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         first_line = server.stdout.readline()

@@ -40,8 +40,8 @@ from deitlt_hf import FlatTeacherConfig
 from deitlt_hf.analysis.attention import attention_rollout
 from deitlt_hf.data import image_processor, image_rule
 from deitlt_hf.data.images import decode_image
-from deitlt_hf.hub import handler as handler_module
-from deitlt_hf.hub.handler import EndpointHandler, add_handler, read_image
+from deitlt_hf.serving import handler as handler_module
+from deitlt_hf.serving.handler import EndpointHandler, add_handler, read_image
 
 ROOT = Path(__file__).parent.parent
 COUNTS = [100, 80, 60, 40, 30, 20, 10, 8, 6, 4]

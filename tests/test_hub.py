@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from conftest import filled_state_dict, make_student
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherForImageClassification
-from deitlt_hf.commands.convert import main as convert
+from deitlt_hf.cli.convert import main as convert
 from deitlt_hf.data import decreasing_count_map, image_processor
 from deitlt_hf.hub import (
     convert_original,
@@ -29,8 +29,8 @@ from deitlt_hf.hub import (
     read_class_map,
     read_class_names,
 )
-from deitlt_hf.hub.checkpoint_files import read_checkpoint
-from deitlt_hf.hub.layouts import student_to_original
+from deitlt_hf.models.weight_files import read_checkpoint
+from deitlt_hf.original.layouts import student_to_original
 
 
 def normal(seed, shape):

@@ -11,9 +11,9 @@ from test_sources import save_image
 from conftest import make_student
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.data import image_processor, load_long_tailed
-from deitlt_hf.data.labels import check_class_names, encode_labels, look_alikes
+from deitlt_hf.data.sources.labels import check_class_names, encode_labels, look_alikes
 from deitlt_hf.recipes import DataArguments
-from deitlt_hf.training.run import evaluate
+from deitlt_hf.training.runs import evaluate
 
 NAN = float("nan")
 

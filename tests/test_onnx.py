@@ -15,14 +15,12 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from conftest import make_student
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
-from deitlt_hf.commands.export import main
-from deitlt_hf.commands.predict import main as predict
+from deitlt_hf.cli.export import main
+from deitlt_hf.cli.predict import main as predict
 from deitlt_hf.data import image_processor
-from deitlt_hf.hub.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
-from deitlt_hf.hub.predict import load_classifier
 from deitlt_hf.io import weights_digest
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "export_onnx.py"
+from deitlt_hf.serving.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
+from deitlt_hf.serving.predict import load_classifier
 
 
 def lively(model):
@@ -214,7 +212,17 @@ def folder(tmp_path_factory):
 
 
 def test_command_compares_on_test_images_and_says_no_more(folder, tmp_path):
-    command = [sys.executable, SCRIPT, "--model", folder, "--output", tmp_path / "out", "--int8"]
+    command = [
+        sys.executable,
+        "-m",
+        "deitlt_hf.cli",
+        "export",
+        "--model",
+        folder,
+        "--output",
+        tmp_path / "out",
+        "--int8",
+    ]
     done = subprocess.run([*command, "--recipe", "digits_lt"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in done.stdout.splitlines() if "│" in line}

@@ -18,7 +18,7 @@ from deitlt_hf import (
     FlatTeacherTrainingArguments,
 )
 from deitlt_hf.losses import PaCoLoss
-from deitlt_hf.training.contrast import MomentumContrast
+from deitlt_hf.training.momentum_encoder import MomentumContrast
 from deitlt_hf.training.teacher import CONTRAST_FILE
 
 

@@ -19,14 +19,14 @@ from transformers import pipeline
 
 from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
-from deitlt_hf.commands.evaluate import main as evaluate
-from deitlt_hf.commands.export import main as export
-from deitlt_hf.commands.model_cards import main as model_cards
-from deitlt_hf.commands.predict import _parsed, main
+from deitlt_hf.cli.evaluate import main as evaluate
+from deitlt_hf.cli.export import main as export
+from deitlt_hf.cli.model_cards import main as model_cards
+from deitlt_hf.cli.predict import _parsed, main
 from deitlt_hf.data import image_processor
-from deitlt_hf.hub.handler import is_hub_id
-from deitlt_hf.hub.predict import find_images, load_classifier, predict_images
-from deitlt_hf.training import run
+from deitlt_hf.serving.handler import is_hub_id
+from deitlt_hf.serving.predict import find_images, load_classifier, predict_images
+from deitlt_hf.training import runs as run
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -64,7 +64,7 @@ def images(tmp_path_factory):
 
 
 def predict(*arguments, stdin=None):
-    command = [sys.executable, "scripts/predict.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "deitlt_hf.cli", "predict", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, cwd=ROOT, check=False)
 
 
@@ -133,7 +133,7 @@ def test_names_from_standard_input_as_json_lines(model, images, tmp_path):
 
 
 def test_who_has_enough_results_is_let_go(model, images):
-    command = f"{sys.executable} scripts/predict.py --model {model} --jsonl --batch_size 1 - | head -n 1"
+    command = f"{sys.executable} -m deitlt_hf.cli predict --model {model} --jsonl --batch_size 1 - | head -n 1"
     done = subprocess.run(
         command, shell=True, input=f"{images}/b.png\n" * 300, capture_output=True, text=True, cwd=ROOT, check=False
     )
@@ -144,7 +144,7 @@ def test_who_has_enough_results_is_let_go(model, images):
 def test_results_come_before_the_last_file_is_known(model, images):
     """Standard input can be a process that is still looking for files."""
     process = subprocess.Popen(
-        [sys.executable, "scripts/predict.py", "--model", model, "--jsonl", "--batch_size", "1", "-"],
+        [sys.executable, "-m", "deitlt_hf.cli", "predict", "--model", model, "--jsonl", "--batch_size", "1", "-"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -295,7 +295,7 @@ def test_an_unreadable_folder_is_named_and_counted(model, unreadable_folder, cap
 
 
 def test_a_closed_output_is_told_in_a_sentence(model, images):
-    command = f"{sys.executable} scripts/predict.py --model {model} {images}/b.png >&-"
+    command = f"{sys.executable} -m deitlt_hf.cli predict --model {model} {images}/b.png >&-"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output is closed;")
@@ -369,5 +369,5 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     assert is_hub_id("org/name-1.5")
     (tmp_path / "org").mkdir()
     assert not is_hub_id("org/name-1.5")
-    monkeypatch.setattr("deitlt_hf.hub.handler.try_to_load_from_cache", lambda *_: "config.json")
+    monkeypatch.setattr("deitlt_hf.serving.handler.try_to_load_from_cache", lambda *_: "config.json")
     assert is_hub_id("org/name-1.5")

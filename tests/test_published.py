@@ -14,7 +14,7 @@ from conftest import FIXTURES, filled_state_dict
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.data.sampling import TrainBatches
 from deitlt_hf.hub import load_original_student, load_original_teacher
-from deitlt_hf.hub.layouts import student_to_original
+from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.training import FlatTeacherTrainingArguments
 from deitlt_hf.training.schedule import published_epoch
 

@@ -16,12 +16,12 @@ from test_sources import save_image
 
 from conftest import filled_state_dict, make_student
 from deitlt_hf.analysis.budget import PlanArguments
-from deitlt_hf.analysis.fusion import RULES
 from deitlt_hf.cli import main
-from deitlt_hf.commands.analyze import AnalysisArguments
-from deitlt_hf.commands.evaluate import FusionArguments
+from deitlt_hf.cli.analyze import AnalysisArguments
+from deitlt_hf.cli.evaluate import FusionArguments
 from deitlt_hf.data import image_processor
-from deitlt_hf.hub.layouts import student_to_original
+from deitlt_hf.evaluation.fusion import RULES
+from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 
@@ -197,7 +197,7 @@ def test_analysis_page():
     session = {}
     for block in blocks(page):
         exec(compile(block, "docs/analysis.md", "exec"), session)
-    commands = re.findall(r"^python scripts/(analyze|evaluate)\.py (.*)$", page, flags=re.MULTILINE)
+    commands = re.findall(r"^deitlt (analyze|evaluate) (.*)$", page, flags=re.MULTILINE)
     assert len(commands) == 4
     for script, arguments in commands:
         section, classes = "data", (AnalysisArguments, DataArguments)
@@ -222,7 +222,7 @@ def test_commands_of_the_scale_page_are_understood():
     assert len(flags) >= 10
     for flag in flags:
         assert flag in known | {"help", "utilisation", "streaming"}, flag
-    commands = re.findall(r"scripts/(distill|plan)\.py (--[^#\n]*)$", page, flags=re.MULTILINE)
+    commands = re.findall(r"(?:scripts/|deitlt )(distill|plan)(?:\.py)? (--[^#\n]*)$", page, flags=re.MULTILINE)
     assert len(commands) >= 6
     for script, arguments in commands:
         classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)

@@ -23,16 +23,16 @@ from deitlt_hf.analysis.figures import draw_images
 from deitlt_hf.analysis.observe import observe, spread_rows
 from deitlt_hf.analysis.report import Picture, Section, _share_axes
 from deitlt_hf.analysis.teaching import teacher_agreement
-from deitlt_hf.commands.analyze import AnalysisArguments, main, report
-from deitlt_hf.commands.evaluate import FusionArguments, compare_fusions
-from deitlt_hf.commands.evaluate import main as evaluate_main
+from deitlt_hf.cli.analyze import AnalysisArguments, main, report
+from deitlt_hf.cli.evaluate import FusionArguments, compare_fusions
+from deitlt_hf.cli.evaluate import main as evaluate_main
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from deitlt_hf.evaluation import METRIC_PATH
 from deitlt_hf.evaluation.metrics import long_tail_figures
 from deitlt_hf.recipes import DataArguments
+from deitlt_hf.serving.loading import load_model
 from deitlt_hf.training import DeiTLTTrainer
 from deitlt_hf.training.distillation import label_order
-from deitlt_hf.training.run import load_model
 
 DATA = {"dataset": "digits", "imbalance_ratio": 10, "max_per_class": 60}
 FIGURES = [
@@ -340,7 +340,7 @@ def test_fusions_are_compared_and_saved(student_folder, tmp_path, capsys):
 def test_evaluation_takes_its_settings_from_the_recipe_or_the_command_line(student_folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "deitlt_hf.commands.evaluate.evaluate",
+        "deitlt_hf.cli.evaluate.evaluate",
         lambda path, data_args, args: seen.append((path, args)) or SimpleNamespace(is_world_process_zero=lambda: False),
     )
     for words, size in (([], 200), (["--per_device_eval_batch_size", "9"], 9)):

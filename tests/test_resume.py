@@ -23,7 +23,7 @@ from deitlt_hf.data.loading import images_hash
 from deitlt_hf.io import file_sha256, weights_digest
 from deitlt_hf.records import read_record
 from deitlt_hf.training import resuming
-from deitlt_hf.training.watch import read_log
+from deitlt_hf.training.run_log import read_log
 
 STUDENT = {
     "num_train_epochs": 4,

@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from conftest import filled_state_dict, make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
-from deitlt_hf.hub.layouts import student_to_original
+from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
 from deitlt_hf.recipes.parsing import parse_arguments, recipe_description, teacher_folder
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
@@ -217,7 +217,7 @@ def test_the_authors_files_from_conversion_to_evaluation_and_training(tmp_path, 
     torch.save({"state_dict": filled_state_dict(reference["teacher_ldam_cifar"]["keys"])}, tmp_path / "teacher.pth.tar")
     for file, kind in (("student.pth", "DeiTLT"), ("teacher.pth.tar", "FlatTeacher")):
         folder = tmp_path / kind
-        output = run("scripts/convert_checkpoint.py", tmp_path / file, folder, "--recipe", TINY)
+        output = run("-m", "deitlt_hf.cli", "convert", tmp_path / file, folder, "--recipe", TINY)
         assert re.search(rf"{folder}: {kind}ForImageClassification, .* 10 classes \(0, 1, ...\)", output)
         assert "test images" in run("scripts/evaluate.py", "--recipe", TINY, "--model", folder)
     model = DeiTLTForImageClassification.from_pretrained(tmp_path / "DeiTLT")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.analysis.sharpness import loss_rises, sharpness, sharpness_of_groups
-from deitlt_hf.commands.sharpness import main
+from deitlt_hf.cli.sharpness import main
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 
 
@@ -127,7 +127,7 @@ def test_a_student_of_few_bits_by_command(tmp_path, digits, capsys, monkeypatch)
     """It is measured in float32; and where the figures cannot go is told before they are measured."""
     measured = []
     monkeypatch.setattr(
-        "deitlt_hf.commands.sharpness.sharpness_of_groups", lambda model, *_, **__: measured.append(model.dtype) or {}
+        "deitlt_hf.cli.sharpness.sharpness_of_groups", lambda model, *_, **__: measured.append(model.dtype) or {}
     )
     student = make_student()
     student.config.id2label = {label: str(label) for label in range(10)}

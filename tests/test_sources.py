@@ -25,8 +25,8 @@ from test_data import write_idx
 
 from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
 from deitlt_hf.data.images import decode_image
-from deitlt_hf.data.labels import encode_labels
 from deitlt_hf.data.loading import load_source
+from deitlt_hf.data.sources.labels import encode_labels
 from deitlt_hf.data.streaming import load_streamed
 from deitlt_hf.recipes import DataArguments, load_recipe, parse_arguments, recipe_names
 
@@ -664,7 +664,7 @@ def test_a_student_trained_from_list_files_exports_in_the_authors_order(tmp_path
     from deitlt_hf.hub import export_original_student
     from deitlt_hf.recipes import StudentArguments
     from deitlt_hf.training import DeiTLTTrainingArguments
-    from deitlt_hf.training.run import distill
+    from deitlt_hf.training.runs import distill
 
     write_lists(tmp_path / "data", counts=(2, 5, 3))
     trainer = distill(

@@ -12,7 +12,7 @@ import torch
 from test_sources import shade, write_shards
 from torch.utils.data import DataLoader
 
-from deitlt_hf.commands.data import check
+from deitlt_hf.cli.data import check
 from deitlt_hf.data import image_processor, train_transform
 from deitlt_hf.data.streaming import StreamedImages, StreamedSplit, load_streamed
 from deitlt_hf.recipes import DataArguments

@@ -24,8 +24,8 @@ from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherTrainer, FlatTeacherTrainingArguments
 from deitlt_hf.recipes import DataArguments, TeacherArguments, parse_arguments
 from deitlt_hf.training.checkpoints import damage
-from deitlt_hf.training.run import train_teacher
-from deitlt_hf.training.watch import read_log
+from deitlt_hf.training.run_log import read_log
+from deitlt_hf.training.runs import train_teacher
 
 ROOT = Path(__file__).parent.parent
 
@@ -264,7 +264,7 @@ def test_evaluation_alone_writes_no_log(tmp_path, digits):
 
 
 def test_lines_tell_the_time_that_is_left(tmp_path, digits, capsys, monkeypatch):
-    from deitlt_hf.training import watch
+    from deitlt_hf.training import run_log as watch
 
     clock = iter(range(0, 10_000, 10))
     monkeypatch.setattr(watch.time, "perf_counter", lambda: next(clock))

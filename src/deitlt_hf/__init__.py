@@ -6,11 +6,11 @@ __version__ = "0.1.0"
 
 # Public names and their modules. They are imported on first use, so that `import deitlt_hf` stays instant.
 _MODULES = {
-    "DeiTLTConfig": "configuration_deitlt",
-    "DeiTLTModel": "modeling_deitlt",
-    "DeiTLTForImageClassification": "modeling_deitlt",
-    "FlatTeacherConfig": "configuration_flat_teacher",
-    "FlatTeacherForImageClassification": "modeling_flat_teacher",
+    "DeiTLTConfig": "models.deitlt.configuration_deitlt",
+    "DeiTLTModel": "models.deitlt.modeling_deitlt",
+    "DeiTLTForImageClassification": "models.deitlt.modeling_deitlt",
+    "FlatTeacherConfig": "models.flat_teacher.configuration_flat_teacher",
+    "FlatTeacherForImageClassification": "models.flat_teacher.modeling_flat_teacher",
     "DeiTLTTrainer": "training",
     "DeiTLTTrainingArguments": "training",
     "FlatTeacherTrainer": "training",

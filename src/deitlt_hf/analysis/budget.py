@@ -11,19 +11,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
-from ..configuration_flat_teacher import FlatTeacherConfig
+from ..console import show
 from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
 from ..data.transforms import ImageFormat
-from ..modeling_deitlt import DeiTLTForImageClassification
-from ..modeling_flat_teacher import FlatTeacherForImageClassification
+from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
+from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments
+from ..serving.loading import load_classifier, load_processor
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
-from ..training.report import show
-from ..training.run import SIZES, check_start, load_classifier, load_processor
+from ..training.runs import SIZES, check_start
 from ..training.schedule import low_peak
 
 # A parameter: weight, gradient, and AdamW's two moments, or momentum and what SAM puts back; in float32.

@@ -6,8 +6,8 @@ from itertools import cycle
 import numpy as np
 
 from ..data.long_tail import Integers
+from ..evaluation.accuracy import COLOURS
 
-COLOURS = {"mean": "#4c72b0", "cls": "#dd8452", "distillation": "#55a868"}
 GROUP_COLOURS = ("#4c72b0", "#8172b3", "#c44e52", "#937860", "#64b5cd")
 OUTCOME_COLOURS = {"both": "#8c8c8c", "only_cls": "#dd8452", "only_distillation": "#55a868", "neither": "#e5e5e5"}
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
-from ..hub.onnx import OnnxClassifier
+from ..serving.onnx import OnnxClassifier
 from ..training import DeiTLTTrainer
 from .attention import attention_distances, eager_attention, token_spreads
 

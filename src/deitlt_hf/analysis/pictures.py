@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..configuration_deitlt import DeiTLTConfig
-from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.loading import training_counts
 from ..data.transforms import ImageFormat, model_processor
 from ..io import check_can_be_folder
-from ..modeling_deitlt import DeiTLTForImageClassification
+from ..models.deitlt.configuration_deitlt import DeiTLTConfig
+from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.inputs import label_names

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from ..data.long_tail import Integers
 from ..data.transforms import model_processor
-from ..modeling_flat_teacher import FlatTeacherForImageClassification
+from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, parse_arguments
+from ..serving.loading import load_classifier, load_processor
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.provenance import results_of
-from ..training.run import load_classifier, load_processor
 from .observe import HEADS, spread_rows
 
 # Settings of a run that make the images of what student and teacher see.

@@ -12,9 +12,9 @@ import numpy as np
 
 from ..io import one_line
 from .images import ROWS_A_TASK, Decoded, decode_all, source_rows
-from .labels import look_alikes
 from .loading import subset_hash, training_counts
 from .long_tail import ShotGroups, class_counts
+from .sources.labels import look_alikes
 
 NAMED = 5
 

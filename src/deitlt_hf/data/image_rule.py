@@ -1,6 +1,6 @@
 """One rule of what an image is, for training, evaluation and serving: formats, limits, orientation, transparency.
 
-`hub/handler.py`, which travels alone, holds a copy of all that follows the imports; a test compares the two.
+`serving/handler.py`, which travels alone, holds a copy of all that follows the imports; a test compares the two.
 """
 
 import io

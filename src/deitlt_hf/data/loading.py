@@ -11,10 +11,12 @@ import datasets
 import numpy as np
 
 from ..io import file_errors, one_line
-from .arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
-from .class_lists import read_class_names
 from .damage import check_shards
-from .files import (
+from .images import as_image_column, decode_all
+from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
+from .sources.arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
+from .sources.class_lists import read_class_names
+from .sources.files import (
     TEST_NAMES,
     TRAIN_NAMES,
     find_annotations,
@@ -27,10 +29,8 @@ from .files import (
     split_folders,
     split_of,
 )
-from .images import as_image_column, decode_all
-from .labels import check_class_names, check_indices, encode_labels, look_alikes
-from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
-from .tables import LABEL_COLUMNS, PATH_COLUMNS, find_metadata, find_shards, find_tables, load_tables
+from .sources.labels import check_class_names, check_indices, encode_labels, look_alikes
+from .sources.tables import LABEL_COLUMNS, PATH_COLUMNS, find_metadata, find_shards, find_tables, load_tables
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..io import file_errors, read_json
 from .damage import check_shards
-from .files import TEST_NAMES, find_split
 from .images import EncodedImage, open_image
-from .labels import check_class_names, class_of, encode_labels, refuse_missing
 from .loading import find_columns, standard_columns, with_classes
 from .sampling import ROUND, check_repeats, image_seeds, seed_streams, whole_steps
-from .tables import embeds_images, find_shards, find_tables, sibling_tables
+from .sources.files import TEST_NAMES, find_split
+from .sources.labels import check_class_names, class_of, encode_labels, refuse_missing
+from .sources.tables import embeds_images, find_shards, find_tables, sibling_tables
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,9 @@ from rich.text import Text
 
 from ..data.long_tail import Integers
 
+# Of the experts, in every figure and page.
+COLOURS = {"mean": "#4c72b0", "cls": "#dd8452", "distillation": "#55a868"}
+
 
 def class_accuracies(predictions: Integers, labels: Integers, num_classes: int) -> np.ndarray:
     """Accuracy of each class; float64 of shape (num_classes,), NaN for a class without test images.

@@ -1,7 +1,10 @@
-"""The authors' checkpoints, in and out."""
+"""Publication on the Hugging Face Hub: model cards and pushes.
 
-from ..data.class_lists import read_class_map, read_class_names
-from .original import convert_original, export_original_student, load_original_student, load_original_teacher
+The names of the authors' checkpoints are here too, where version 0.1.0 had them; they are [`deitlt_hf.original`]'s.
+"""
+
+from ..data import read_class_map, read_class_names
+from ..original import convert_original, export_original_student, load_original_student, load_original_teacher
 
 __all__ = [
     "convert_original",

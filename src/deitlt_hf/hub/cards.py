@@ -16,8 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..io import atomic_write, one_line, read_json, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
 from ..records import RESULTS_FILE, RunRecord, find_record
+from ..serving.handler import check_config
 from .card_facts import CardFacts, code, plain, quoted, table
-from .handler import check_config
 
 CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
 _PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")

@@ -5,9 +5,10 @@ import shutil
 from os import PathLike
 from pathlib import Path
 
-from .. import configuration_deitlt, configuration_flat_teacher, modeling_deitlt, modeling_flat_teacher
 from ..io import atomic_write, read_json, write_json
-from . import handler
+from ..models.deitlt import configuration_deitlt, modeling_deitlt
+from ..models.flat_teacher import configuration_flat_teacher, modeling_flat_teacher
+from ..serving import handler
 
 _CODE = (configuration_deitlt, modeling_deitlt, configuration_flat_teacher, modeling_flat_teacher, handler)
 

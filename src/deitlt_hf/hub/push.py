@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..io import check_link, read_json, weight_files, weights_digest
 from ..records import RESULTS_FILE, find_record
+from ..serving.handler import add_handler, check_handler
+from ..serving.onnx import MODEL_FILE, QUANTIZED_FILE
 from .cards import (
     CARD_FILE,
     CURVES_FILE,
@@ -27,9 +29,7 @@ from .cards import (
     read_config,
     write_card,
 )
-from .handler import add_handler, check_handler
 from .mending import mend_folder
-from .onnx import MODEL_FILE, QUANTIZED_FILE
 
 _MODEL = ("config.json", "preprocessor_config.json")
 _HEAD = "classifier.weight"

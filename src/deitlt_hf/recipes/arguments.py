@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..configuration_deitlt import DeiTLTConfig
-from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.image_rule import colour
 from ..data.loading import load_source, long_tailed_splits, training_counts
 from ..data.long_tail import ShotGroups, shot_groups
 from ..data.streaming import load_streamed
+from ..models.deitlt.configuration_deitlt import DeiTLTConfig
+from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 
 _SUBSET = ("imbalance_ratio", "imbalance_type", "max_per_class", "subset_seed")
 

@@ -18,8 +18,8 @@ from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerSt
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..hub.checkpoint_files import check_readable
 from ..io import file_sha256, one_line, read_json, sync_to_disk, weight_files
+from ..models.weight_files import check_readable
 from .adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged, save_adapter
 from .arguments import LongTailTrainingArguments
 

@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DeiTForImageClassificationWithTeacher, PreTrainedConfig, PreTrainedModel
 
-from ..configuration_deitlt import DeiTLTConfig
-from ..configuration_flat_teacher import FlatTeacherConfig
 from ..data.long_tail import class_counts
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize, weak_transform
 from ..evaluation import group_accuracies
 from ..losses import DistillationLoss
-from ..modeling_deitlt import DeiTLTForImageClassification
-from ..modeling_flat_teacher import FlatTeacherForImageClassification
+from ..models.deitlt.configuration_deitlt import DeiTLTConfig
+from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
+from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from .arguments import DeiTLTTrainingArguments
 from .inputs import label_names
 from .optimizers import MUON, muon

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from ..data.images import ImageDataset
-from ..data.labels import check_indices
 from ..data.loading import find_columns
+from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
 from .guards import outlive_signals

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..hub.push import prepare_repository, push_folder
 from .arguments import LongTailTrainingArguments
-from .report import run_files
+from .output_folder import run_files
 
 
 class PublishingTrainer(Trainer):

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from ..hub.card_facts import in_phases
 from ..losses import LDAMLoss, LogitAdjustedLoss, PaCoLoss
 from .arguments import FlatTeacherTrainingArguments
-from .contrast import MomentumContrast
+from .momentum_encoder import MomentumContrast
 from .provenance import without_wrapper
 from .sam import SAM
 from .schedule import warmup_drops

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, GreedyLR, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from ..console import show
 from ..data.images import ImageCollator
 from ..data.loading import images_hash, subset_hash, training_counts
 from ..data.long_tail import Integers, shot_groups
@@ -39,9 +40,10 @@ from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
 from .inherited import check_parameters
 from .inputs import as_images, match_labels, outliving
 from .memory import keep_freed_memory
+from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
 from .provenance import WhatRan, optimizer_record
 from .publishing import PublishingTrainer
-from .report import Results, check_output_dir, claim_output_dir, goes_on_in, only_run, print_plan, show
+from .results import Results, print_plan
 from .resuming import (
     Beginning,
     BeginRun,
@@ -51,8 +53,8 @@ from .resuming import (
     former_records,
     steps_per_epoch,
 )
+from .run_log import RunFile, RunLog
 from .schedule import published_epoch, warmup_cosine
-from .watch import RunFile, RunLog
 
 # Of an optimiser's parameter groups, beside the learning rate.
 _SET_BY_ARGUMENTS = {"weight_decay", "betas", "eps", "momentum", "rho"}
@@ -429,7 +431,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         images = self.train_dataset
         # What is streamed is this process's share.
         self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
-        with only_run(self.run_dir) if self.args.should_save else contextlib.nullcontext():
+        with run_lock(self.run_dir) if self.args.should_save else contextlib.nullcontext():
             self._plan = self._common_plan() | self._published_plan() | self.plan()
             first = self.is_world_process_zero()
             self.images_sha256 = of_first_process(first, lambda: images_hash(self._datasets[0]))

@@ -1,0 +1,138 @@
+"""Looks at the data of a recipe before a run.
+
+deitlt data check --recipe imagenet_lt --data_dir DIR [--deep]
+deitlt data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
+
+`check` prints what is there, what is missing and what is wrong, also what the training of the recipe's teacher and
+student would refuse, with one process; `--deep` decodes every image. It takes every field of teacher and student, and
+ends with 1 if something is wrong. `show` draws the classes and what student and teacher see, and takes every field of a
+student.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields
+
+from ..console import quiet_log
+from ..recipes import (
+    DataArguments,
+    StudentArguments,
+    TeacherArguments,
+    data_help,
+    load_recipe,
+    parse_arguments,
+)
+from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from ..training.schedule import low_peak
+from .json_output import check_file
+from .parser import command_parser, parse_with_fields
+
+STUDENT = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+TEACHER = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_parser(__doc__, data_help())
+    parser.add_argument("command", choices=["check", "show"])
+    parser.add_argument("--deep", action="store_true", help="check: decode every image")
+    parser.add_argument("--counts", help="check: write the images of each class to this JSON file")
+    parser.add_argument("--out", default="pictures", help="show: folder for the pictures")
+    args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER), arguments)
+    quiet_log()
+    if args.command == "check":
+        sys.exit(check(rest, args.deep, args.counts))
+    from ..analysis.pictures import draw_data
+
+    for path in draw_data(rest, args.out):
+        print(path)
+
+
+def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
+    """Prints a report, and writes the counts; 1 if there are problems."""
+    from rich.console import Console
+
+    from ..data.check import check_data
+    from ..data.loading import training_counts
+
+    of_training = _names(STUDENT) | _names(TEACHER)
+    # What is a field of training is for what is checked of it, and all else for the data, which refuse the unknown.
+    name, arguments = parse_arguments("data", (DataArguments,), _without(of_training - _names((DataArguments,)), argv))
+    file = None if counts_file is None else check_file("--counts", counts_file)
+    kind, source = arguments.source()
+    data = arguments.load(source)
+    report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep, arguments.background)
+    report.problems.extend(training_problems(name, argv, len(data["train"])))
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    for label, text in report.lines.items():
+        console.print(f"[bold]{label:16}[/bold] ", end="")
+        console.print(text, markup=False)
+    for note in training_notes(name, argv):
+        console.print("[yellow]note[/yellow]             ", end="")
+        console.print(note, markup=False)
+    for problem in report.problems:
+        console.print("[red]wrong[/red]            ", end="")
+        console.print(problem, markup=False)
+    console.print(f"{name}: {len(report.problems)} problem(s)" if report.problems else f"{name}: ready to train on")
+    if file is not None:
+        train = data["train"]
+        counts = dict(zip(train.features["label"].names, training_counts(train).tolist(), strict=True))
+        file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    return int(bool(report.problems))
+
+
+def training_problems(recipe: str, argv: Sequence[str], num_images: int) -> Iterator[str]:
+    """What the training of a recipe's teacher and student, as far as it has them, would refuse. Makes no folder.
+
+    Args:
+        recipe: Its name or path.
+        argv: A command line with the recipe and fields of its data, teacher and student.
+        num_images: Training images.
+    """
+    sections = load_recipe(recipe)
+    for section, command, classes in (("teacher", "train-teacher", TEACHER), ("student", "distill", STUDENT)):
+        if not sections[section]:
+            continue
+        others = (_names(STUDENT) | _names(TEACHER)) - _names(classes)
+        found = dict.fromkeys(_refusals(section, classes, _without(others, argv), num_images))
+        yield from (f"deitlt {command}: {problem}" for problem in found)
+
+
+def training_notes(recipe: str, argv: Sequence[str]) -> Iterator[str]:
+    """What the student of a recipe would not refuse, but hardly learns with."""
+    if load_recipe(recipe)["student"]:
+        argv = _without(_names(TEACHER) - _names(STUDENT), argv)
+        with contextlib.suppress(ValueError):  # which is one of the problems
+            _, _, student, args = parse_arguments("student", STUDENT, [*argv, "--use_cpu", "true"])
+            if note := low_peak(args.learning_rate, student.init_from):
+                yield f"deitlt distill: {note}"
+
+
+def _refusals(section: str, classes: Sequence[type], argv: Sequence[str], num_images: int) -> Iterator[str]:
+    try:  # this machine may not have what trains in half precision
+        args = parse_arguments(section, classes, [*argv, "--use_cpu", "true"])[-1]
+    except ValueError as error:
+        yield str(error)
+        return
+    for _ in range(2):
+        try:
+            args.check_data(num_images)
+        except ValueError as error:
+            yield str(error)
+        args.repeated_augmentation = 1  # what is wrong besides its rounds, which are checked first
+
+
+def _names(classes: Sequence[type]) -> set[str]:
+    return {of_run.name for cls in classes for of_run in fields(cls) if of_run.init}
+
+
+def _without(names: Collection[str], argv: Sequence[str]) -> list[str]:
+    """A command line without some options and their values."""
+    kept, is_kept = [], True
+    for word in argv:
+        if word.startswith("--"):
+            is_kept = word.removeprefix("--").partition("=")[0].replace("-", "_") not in names
+        if is_kept:
+            kept.append(word)
+    return kept

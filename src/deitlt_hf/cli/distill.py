@@ -1,0 +1,26 @@
+"""Trains a recipe's DeiT-LT student, and first the recipe's teacher if none is given.
+
+deitlt distill --recipe digits_lt
+accelerate launch --no_python deitlt distill --recipe fashion_mnist_lt_tiny --data_dir DIR --teacher PATH
+deitlt distill --recipe digits_lt --distillation none --output_dir outputs/labels_only
+"""
+
+from collections.abc import Sequence
+
+from ..recipes import DataArguments, StudentArguments, parse_arguments
+from ..training import DeiTLTTrainingArguments
+from ..training.runs import distill
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    recipe, data_args, model_args, args = parse_arguments("student", classes, arguments, __doc__)
+    trainer = distill(recipe, data_args, model_args, args)
+    if trainer.is_world_process_zero():
+        print(f"""
+The student is in {args.output_dir}. To use it, with nothing but transformers:
+
+    from transformers import pipeline
+    classifier = pipeline("image-classification", model="{args.output_dir}")
+    print(classifier("image.png"))
+""")

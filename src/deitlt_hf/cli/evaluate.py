@@ -1,0 +1,142 @@
+"""Prints the table of experts of a saved student or teacher on a recipe's test images.
+
+deitlt evaluate --recipe digits_lt --model outputs/digits_lt_fast/student
+deitlt evaluate --recipe digits_lt --model outputs/digits_lt_fast/student --fusion all
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+
+import torch
+
+from ..analysis.observe import predict
+from ..console import show
+from ..data.images import ImageCollator, ImageDataset
+from ..data.loading import training_counts
+from ..data.long_tail import class_counts
+from ..evaluation import ExpertTable, group_accuracies
+from ..evaluation.fusion import RULES, balanced_rows, fit_fusion, fold
+from ..hub.mending import mend_folder
+from ..io import check_can_be_folder
+from ..recipes import DataArguments, parse_arguments
+from ..serving.handler import on_best_device
+from ..serving.loading import load_model, load_processor
+from ..training import DeiTLTTrainingArguments
+from ..training.distillation import check_class_order
+from ..training.output_folder import run_files
+from ..training.runs import EVALUATION_FIELDS, evaluate
+from .json_output import json_output
+
+# Of the fields of a run those that an evaluation goes by; others would be taken and left aside.
+RunArguments = make_dataclass(
+    "RunArguments",
+    [
+        (of_run.name, of_run.type, copy.copy(of_run))
+        for of_run in fields(DeiTLTTrainingArguments)
+        if of_run.name in EVALUATION_FIELDS
+    ],
+)
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a student, a teacher, or any classifier."})
+    json: str | None = field(
+        default=None, metadata={"help": "Write the accuracies to this file too; - prints them in place of the tables."}
+    )
+
+
+@dataclass
+class FusionArguments:
+    """How the experts of a student are put together."""
+
+    fusion: str | None = field(
+        default=None,
+        metadata={
+            "help": f"'all' compares the rules that are fitted on the training images: {', '.join(RULES)}. One of them "
+            "alone is folded into the heads of the model in fused_output."
+        },
+    )
+    fused_output: str | None = field(default=None, metadata={"help": "Folder for the model with the fusion folded in."})
+
+    def __post_init__(self):
+        if self.fusion not in (None, "all", *RULES):
+            raise ValueError(f"fusion must be one of all, {', '.join(RULES)}, got {self.fusion!r}.")
+        if (self.fused_output is not None) != (self.fusion in RULES):
+            raise ValueError("one rule of --fusion and --fused_output belong together; --fusion all only compares.")
+
+
+def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) -> dict[str, dict[str, float]]:
+    """Fits fusions of a student's experts on the training images, without augmentation, and shows them on the test
+    images.
+
+    With one rule, the model with the fusion in its heads is saved in `args.fused_output`.
+
+    Returns:
+        Accuracies of each rule, see [`group_accuracies`].
+
+    Raises:
+        FileExistsError: If `args.fused_output` holds a model, or is a file.
+        ValueError: If the model has no experts or its classes in another order, or the training images are streamed.
+    """
+    _check_free(args.fused_output)
+    if data_args.streaming:
+        raise ValueError("fusions are fitted on the training images at hand; leave --streaming out.")
+    model = on_best_device(load_model(path))
+    collate = ImageCollator(load_processor(path))
+    data = data_args.load()
+    check_class_order(data["train"].features["label"].names, model.config, f"model {path}")
+    counts, groups = training_counts(data["train"]), data_args.groups(data)
+    fitted = data["train"].select(balanced_rows(data["train"]["label"][:]))
+    seen = {
+        split: predict(model, ImageDataset(images, "image", "label", background=collate.background), collate)
+        for split, images in (("train", fitted), ("test", data["test"]))
+    }
+    if "cls" not in seen["test"][1]:
+        raise ValueError(f"{path} has one expert only; a fusion needs a DeiT-LT student.")
+    logits = {
+        split: [torch.from_numpy(found[name]).double() for name in ("cls", "distillation")]
+        for split, (_, found) in seen.items()
+    }
+    labels = torch.from_numpy(seen["train"][0])
+    rules = list(RULES) if args.fusion is None or args.fusion == "all" else [args.fusion]
+    (cls, distillation), (tested_cls, tested_distillation) = logits["train"], logits["test"]
+    fusions = {rule: fit_fusion(rule, cls, distillation, labels, counts, groups) for rule in rules}
+    accuracies = {
+        rule: group_accuracies(fusion(tested_cls, tested_distillation).argmax(dim=1).numpy(), seen["test"][0], groups)
+        for rule, fusion in fusions.items()
+    }
+    tested = class_counts(seen["test"][0], len(counts)).tolist()
+    show(ExpertTable("fusions, fitted on the training images", accuracies, groups, tested))
+    if args.fused_output is not None and args.fusion is not None:
+        fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
+        collate.image_processor.save_pretrained(args.fused_output)
+        mend_folder(args.fused_output)
+        print(f"The mean of the heads in {args.fused_output} is the fusion.")
+    return accuracies
+
+
+def _check_free(folder: str | None) -> None:
+    if folder is None:
+        return
+    check_can_be_folder(folder)
+    if run_files(folder):
+        raise FileExistsError(f"{folder} holds a model or run; choose another --fused_output.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    classes = (EvaluationArguments, FusionArguments, DataArguments, RunArguments)
+    _, what, fusion_args, data_args, run_args = parse_arguments("student", classes, arguments, __doc__, partly=True)
+    _check_free(fusion_args.fused_output)
+    with json_output(what.json) as write:
+        trainer = evaluate(what.model, data_args, DeiTLTTrainingArguments(**vars(run_args)))
+        if not trainer.is_world_process_zero():
+            return
+        accuracies = dict(trainer.last_table.accuracies)
+        if fusion_args.fusion is not None:
+            fused = compare_fusions(what.model, data_args, fusion_args)
+            accuracies |= {f"fusion_{rule}": row for rule, row in fused.items()}
+        write(accuracies)

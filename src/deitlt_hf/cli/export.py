@@ -1,0 +1,126 @@
+"""Writes a model as ONNX, in float32 and with int8 weights, and tells what each file gets right.
+
+deitlt export --model outputs/digits_lt_fast/student
+deitlt export --model outputs/digits_lt_fast/student --int8 --recipe digits_lt
+deitlt export --model ORG/NAME --output exported --fixed_size
+"""
+
+import argparse
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from ..analysis.observe import predict
+from ..console import quiet_log, show
+from ..data.images import ImageCollator, ImageDataset
+from ..data.long_tail import class_counts
+from ..evaluation import ExpertTable, group_accuracies
+from ..hub.mending import mend_folder
+from ..io import check_can_be_folder, weights_digest
+from ..recipes import DataArguments, data_help, parse_arguments
+from ..serving.loading import load_model, load_processor
+from ..serving.onnx import (
+    MODEL_FILE,
+    QUANTIZED_FILE,
+    OnnxClassifier,
+    check_quantizable,
+    export_onnx,
+    quantize,
+    require_libraries,
+)
+from ..training.distillation import check_class_order
+from ..training.output_folder import run_files
+from .parser import command_parser
+
+_CONFIGURATIONS = ("config.json", "preprocessor_config.json")
+
+
+def compare(
+    networks: Mapping[str, PreTrainedModel | OnnxClassifier], path: str, data: Mapping, data_args: DataArguments
+) -> ExpertTable:
+    """Accuracies of each expert of a model's several forms on a recipe's test images.
+
+    Args:
+        networks: The forms, by what to call them.
+        path: The model, whose processor prepares the images.
+        data: Training and test images.
+        data_args: What they are.
+    """
+    groups = data_args.groups(data)
+    collate = ImageCollator(load_processor(path))
+    accuracies = {}
+    for name, network in networks.items():
+        images = ImageDataset(data["test"], "image", "label", background=collate.background)
+        labels, logits = predict(network, images, collate)
+        for expert, values in logits.items():
+            accuracies[f"{name}: {expert}"] = group_accuracies(values.argmax(axis=1), labels, groups)
+    counts = class_counts(labels, data["test"].features["label"].num_classes).tolist()
+    return ExpertTable("torch and the files", accuracies, groups, counts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args, rest = _parse(arguments)
+    require_libraries()
+    quiet_log()
+    folder = _output_folder(args.model, args.output)
+    model = load_model(args.model)
+    if args.int8:
+        check_quantizable(model)
+    found = [] if args.output is None else [cached_file(args.model, name) for name in _CONFIGURATIONS]
+    configurations = [path for path in found if path is not None]
+    if args.recipe is not None:
+        _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
+        data = data_args.load()
+        check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
+    config_file = cached_file(args.model, "config.json")
+    digest = None if config_file is None else weights_digest(Path(config_file).parent)
+    files = {"ONNX float32": export_onnx(model, folder, not args.fixed_size, digest)}
+    if args.int8:
+        files["ONNX int8"] = quantize(files["ONNX float32"])
+    for configuration in configurations:
+        shutil.copyfile(configuration, folder / Path(configuration).name)
+    if configurations:
+        mend_folder(folder)
+    if args.recipe is not None:
+        forms = {"torch": model} | {name: OnnxClassifier(path) for name, path in files.items()}
+        show(compare(forms, args.model, data, data_args))
+    for name, path in files.items():
+        print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own arguments, and the others: fields of a recipe."""
+    parser = command_parser(__doc__, data_help())
+    parser.add_argument("--model", required=True, help="folder or Hub id of a student, a teacher, or a DeiT or ViT")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help=f"where {MODEL_FILE} goes; by default the model's own folder"
+    )
+    parser.add_argument("--int8", action="store_true", help=f"write {QUANTIZED_FILE} too, with int8 weights")
+    parser.add_argument("--fixed_size", action="store_true", help="take images of the model's own size only")
+    parser.add_argument(
+        "--recipe", help="compare what torch and the files get right on this recipe's test images, see below"
+    )
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.recipe is None:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, rest
+
+
+def _output_folder(model: str, output: str | None) -> Path:
+    """The folder to write to.
+
+    Raises:
+        FileExistsError: If it holds another model, or cannot be a folder.
+        ValueError: If a model of the Hub has no output folder.
+    """
+    if output is not None:
+        check_can_be_folder(output)
+        if run_files(output):
+            raise FileExistsError(f"{output} holds a model; choose another --output, or leave it out to export that.")
+        return Path(output)
+    if not Path(model).is_dir() and model.count("/") == 1:
+        raise ValueError(f"there is no folder {model!r}; of a model on the Hub, say with --output where its files go.")
+    return Path(model)

@@ -1,0 +1,73 @@
+"""Measures how flat the loss of a model is on training images, for all classes and for head, mid and tail.
+
+deitlt sharpness --recipe digits_lt --model outputs/digits_lt_fast/teacher
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from ..analysis.sharpness import sharpness_of_groups
+from ..console import quiet_log, show
+from ..data.images import ImageCollator, ImageDataset
+from ..recipes import DataArguments, parse_arguments
+from ..serving.loading import load_classifier, load_processor
+from ..training.distillation import label_order
+from .json_output import json_output
+
+
+@dataclass
+class SharpnessArguments:
+    """What to measure."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a teacher, a student, or any classifier."})
+    num_images: int = field(default=512, metadata={"help": "Images overall, and of each group, at most."})
+    rho: float = field(default=0.05, metadata={"help": "Radius of the loss rise."})
+    num_vectors: int = field(default=32, metadata={"help": "Random vectors for the trace."})
+    seed: int = field(default=0, metadata={"help": "Of images and vectors."})
+    json: str | None = field(
+        default=None, metadata={"help": "Write the figures to this file too; - prints them in place of the table."}
+    )
+
+    def __post_init__(self):
+        for name in ("num_images", "num_vectors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not self.rho > 0:
+            raise ValueError(f"rho must be above 0, got {self.rho:g}.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    _, args, data_args = parse_arguments("data", (SharpnessArguments, DataArguments), arguments, __doc__)
+    quiet_log()
+    if data_args.streaming:
+        raise ValueError("the sharpness needs images at hand; leave --streaming out.")
+    with json_output(args.json) as write:
+        model = load_classifier(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")
+        collate = ImageCollator(load_processor(args.model))
+        data = data_args.load()
+        names = data["train"].features["label"].names
+        dataset = ImageDataset(data["train"], "image", "label", background=collate.background)
+        measured = sharpness_of_groups(
+            model,
+            dataset,
+            collate,
+            data_args.groups(data),
+            args.num_images,
+            label_order(names, model.config, "model"),
+            rho=args.rho,
+            num_vectors=args.num_vectors,
+            seed=args.seed,
+        )
+        table = Table(
+            "images of", "number", "loss", f"rise at {args.rho:g}", "eigenvalue", "trace", title=escape(str(args.model))
+        )
+        for name, found in measured.items():
+            values = (found.loss, found.loss_rise, found.eigenvalue, found.trace)
+            table.add_row(name, str(found.num_images), *(f"{value:.4g}" for value in values))
+        show(table)
+        write({name: dataclasses.asdict(found) for name, found in measured.items()})

@@ -1,0 +1,17 @@
+"""Trains a recipe's flat teacher.
+
+deitlt train-teacher --recipe digits_lt
+accelerate launch --no_python deitlt train-teacher --recipe fashion_mnist_lt_tiny --data_dir DIR --sam_rho 0.1
+"""
+
+from collections.abc import Sequence
+
+from ..recipes import DataArguments, TeacherArguments, parse_arguments
+from ..training import FlatTeacherTrainingArguments
+from ..training.runs import train_teacher
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    _, data_args, model_args, args = parse_arguments("teacher", classes, arguments, __doc__)
+    train_teacher(data_args, model_args, args)

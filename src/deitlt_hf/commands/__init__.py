@@ -1,1 +1,0 @@
-"""The commands of `deitlt`, a module each; the scripts call the same."""

@@ -1,0 +1,1 @@
+"""Readers of image data sets, one module for each kind of source."""

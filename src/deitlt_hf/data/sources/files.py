@@ -1,0 +1,483 @@
+"""Sources whose images are files: class folders, list files, iNaturalist's annotations.
+
+Each becomes splits with the columns `image` (paths) and `label`; no image is opened here.
+"""
+
+import contextlib
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+
+from ...io import one_line, read_json, read_text
+from ..image_rule import FORMATS, image_suffixes
+from .labels import check_class_names, encode_labels, sorted_names
+
+logger = logging.getLogger(__name__)
+
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "validation", "valid", "val", "eval", "dev")
+MISSING_NAMED = 3
+KINDS_NAMED = 8
+
+
+class Split(NamedTuple):
+    """Images of a split by path, with their labels."""
+
+    paths: list[str]
+    labels: Sequence | np.ndarray
+
+    def dataset(self, names: Sequence[str]) -> datasets.Dataset:
+        """Makes the data set, without looking into the files.
+
+        Raises:
+            ValueError: If a name of a file or class is no text in UTF-8.
+        """
+        for text in (*names, *self.paths):
+            if not text.isascii():
+                with contextlib.suppress(UnicodeEncodeError):
+                    text.encode()
+                    continue
+                raise ValueError(f"the name {one_line(ascii(text))} is no text in UTF-8; rename the file or folder.")
+        features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"image": self.paths, "label": self.labels}, features=features)
+        return rows.cast_column("image", datasets.Image())
+
+
+def find_split(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The first of `names` that is one of `wanted`, in the order of `wanted`, whatever its case."""
+    by_lower = {name.lower(): name for name in sorted(names, reverse=True)}
+    return next((by_lower[name.lower()] for name in wanted if name.lower() in by_lower), None)
+
+
+# ---- Class folders ----
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Folders of splits: named as one, or with such a word in their name, and with folders in them."""
+    places: dict[str, Path] = {}
+    folders = [name for name in _folders(folder) if _folders(folder / name)]
+    for name in sorted(folders, key=lambda name: name.lower() not in (*TRAIN_NAMES, *TEST_NAMES)):
+        split = split_of(name)
+        if split is not None:
+            places.setdefault(split, folder / name)
+    return dict(sorted(places.items(), key=lambda item: item[0] != "train"))
+
+
+def load_class_folders(folder: Path) -> datasets.DatasetDict:
+    """Loads images below `train/CLASS/` and `test/CLASS/`, or all in one split below `CLASS/`.
+
+    A class is a folder at that level, with whatever is below it, as in torchvision. Other files are left alone. Classes
+    in one split are parted where they all have folders of splits, `CLASS/train/` and `CLASS/test/`.
+
+    Raises:
+        FileNotFoundError: If there is no image in a class folder.
+        ValueError: If folders that are named like splits would become classes, or a class has no proper name.
+    """
+    places = split_folders(folder)
+    if "train" not in places:
+        places = {"train": folder}
+    found = {split: _scan(place) for split, place in places.items()}
+    if places["train"] == folder:
+        _refuse_splits_as_classes(folder, found["train"])
+    if not found["train"]:
+        raise FileNotFoundError(
+            f"{places['train']} has no folders with images; put them below train/CLASS/ and test/CLASS/ (test, val and "
+            "the like), or below CLASS/ and give --test_fraction."
+        )
+    names = sorted_names(name for classes in found.values() for name in classes)
+    check_class_names(names, str(folder))
+    splits = {split: _class_split(classes, names) for split, classes in found.items()}
+    if list(splits) == ["train"] and places["train"] == folder:
+        whole = splits["train"]
+        below = [os.path.relpath(path, folder).partition(os.sep)[2] for path in whole.paths]
+        splits = _parted(whole, splits_by_folder(below, str(folder)))
+    return datasets.DatasetDict({split: rows.dataset(names) for split, rows in splits.items()})
+
+
+def images_below(
+    folder: str | Path, seen: set[tuple[int, int]] | None = None, others: Counter[str] | None = None
+) -> list[str]:
+    """Paths of the image files in and below a folder, sorted; each folder once, although links can lead round.
+
+    A link to a file that is there by itself too is left out.
+
+    Args:
+        folder: Where to look.
+        seen: Folders that are not looked into, by device and inode.
+        others: Counts the files that are no images by their names, by suffix.
+
+    Raises:
+        ValueError: If what is named like an image is a pipe or the like, which may have no end.
+    """
+    seen = set() if seen is None else set(seen)
+    found, links, folders = [], [], [str(folder)]
+    linked: list[str] = []
+    while folders or linked:
+        place = folders.pop() if folders else linked.pop()  # links last: a folder goes by its own name
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        linked.sort(reverse=True)
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    (linked if entry.is_symlink() else folders).append(entry.path)
+                elif _is_image(entry.name):
+                    if entry.is_symlink():
+                        links.append(entry.path)
+                    elif entry.is_file():
+                        found.append(entry.path)
+                    else:
+                        raise ValueError(f"{entry.path} is not a file (a pipe or device?); remove it.")
+                elif others is not None and not entry.name.startswith("."):
+                    others[os.path.splitext(entry.name)[1].lower()] += 1
+    real = {os.path.realpath(path) for path in found} if links else set()
+    for path in sorted(links):
+        target = os.path.realpath(path)
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise ValueError(f"{path} is a link to what is not a file ({target}); remove it.")
+        if target not in real:
+            real.add(target)
+            found.append(path)
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(image_suffixes()) and not name.startswith(".")
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _refuse_splits_as_classes(folder: Path, names: Collection[str]) -> None:
+    """Refuses folders of splits in place of classes, in a folder without `train/CLASS/`.
+
+    A class may be called train, where the other folders are none of a split.
+    """
+    alike = [name for name in names if name.lower() in TEST_NAMES] or [name for name in names if split_of(name)]
+    if alike and (len(alike) == len(names) or alike[0].lower() in TEST_NAMES):
+        raise ValueError(
+            f"{folder} has images in the folders {one_line(', '.join(names), 100)}: {one_line(', '.join(alike), 60)} "
+            "would be read as a class, but is named like a split. Put images below train/CLASS/ and test/CLASS/, or "
+            "beside train/metadata.csv with the columns file_name and label; rename the folder if it is a class."
+        )
+
+
+def _scan(folder: Path) -> dict[str, list[str]]:
+    """Image files of each class folder, sorted."""
+    above = {(status.st_dev, status.st_ino) for status in map(os.stat, (folder, *folder.parents))}
+    classes, without = {}, []
+    others: Counter[str] = Counter()
+    for name in _folders(folder):
+        found: Counter[str] = Counter()
+        paths = images_below(folder / name, above, found)
+        others += found
+        if paths:
+            classes[name] = paths
+        elif found:
+            without.append(name)
+    if others:
+        logger.warning("%s: %s", folder, not_read(others))
+    loose = [entry.name for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name)]
+    if classes and loose:
+        logger.warning(
+            "%d images are in %s itself, beside its class folders, and left out: %s",
+            len(loose),
+            folder,
+            named(sorted(loose)[:MISSING_NAMED]),
+        )
+    if without:
+        logger.warning(
+            "%d folders of %s have files but no images, left out: %s", len(without), folder, named(without[:5])
+        )
+    return classes
+
+
+def not_read(suffixes: Mapping[str, int]) -> str:
+    """What is said of files that are no images by their names, counted by suffix."""
+    kinds = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    counted = ", ".join(
+        f"{number} {one_line(suffix, 20) or 'without a suffix'}" for suffix, number in kinds[:KINDS_NAMED]
+    )
+    return (
+        f"files that are not read: {counted}{', ...' if len(kinds) > KINDS_NAMED else ''}; images among them must be "
+        f"converted to {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, with such a suffix"
+    )
+
+
+def _class_split(classes: Mapping[str, list[str]], names: Sequence[str]) -> Split:
+    positions = {name: label for label, name in enumerate(names)}
+    ordered = sorted(classes, key=positions.__getitem__)
+    labels = np.repeat([positions[name] for name in ordered], [len(classes[name]) for name in ordered])
+    return Split([path for name in ordered for path in classes[name]], labels)
+
+
+def _parted(split: Split, parts: Sequence[str] | None) -> dict[str, Split]:
+    """A split by what each row is a part of; `train` if that is not known."""
+    if parts is None:
+        return {"train": split}
+    return {
+        part: Split(
+            [path for path, name in zip(split.paths, parts, strict=True) if name == part],
+            np.asarray(split.labels)[np.asarray(parts) == part],
+        )
+        for part in dict.fromkeys(parts)
+    }
+
+
+# ---- List files ----
+
+
+def find_lists(folder: Path, train_list: str | None = None, test_list: str | None = None) -> dict[str, Path]:
+    """Finds the list files of `train` and `test`: as given, else by name in the folder or directly below.
+
+    Raises:
+        FileNotFoundError: If a given one does not exist.
+        ValueError: If several could be the training list.
+    """
+    given = {"train": train_list, "test": test_list}
+    lists = {split: _existing(folder, name) for split, name in given.items() if name is not None}
+    texts = [path for kind in ("*.txt", "*/*.txt") for path in sorted(folder.glob(kind)) if path.is_file()]
+    candidates = [path for path in texts if re.search("train|test|val", path.stem, re.IGNORECASE) and _is_list(path)]
+    if "train" not in lists:
+        trains = [path for path in candidates if re.search("train", path.stem, re.IGNORECASE)]
+        if len(trains) > 1:
+            raise ValueError(f"{folder} has several training lists ({named(trains)}); choose one with --train_list.")
+        if not trains:
+            return {}
+        lists["train"] = trains[0]
+    if "test" not in lists:
+        others = [path for path in candidates if not re.search("train", path.stem, re.IGNORECASE)]
+        tests = [path for kind in ("test", "val") for path in others if re.search(kind, path.stem, re.IGNORECASE)]
+        if tests:
+            lists["test"] = tests[0]
+    return lists
+
+
+def load_lists(folder: Path, lists: Mapping[str, Path]) -> datasets.DatasetDict:
+    """Loads list files of lines `relative/path label`, such as those of ImageNet-LT, Places-LT and iNaturalist 2018.
+
+    A class is named after its `categories.json` entry, else after the folder that its training images are in (below
+    the folder that all share), else by its number.
+
+    Raises:
+        ValueError: If a line is not of that kind.
+        FileNotFoundError: If images are missing; the message counts them and names the first.
+    """
+    relative = {split: _read_list(path) for split, path in lists.items()}
+    if list(lists) == ["train"]:
+        relative = _parted(relative["train"], splits_by_folder(relative["train"].paths, str(lists["train"])))
+    known = set().union(*(map(int, split.labels) for split in relative.values()))
+    num_classes = 1 + max(known)
+    if len(known) < num_classes:
+        gap = next(label for label in range(num_classes) if label not in known)
+        raise ValueError(
+            f"{named(lists.values())}: {num_classes - len(known):,} classes without images, {gap} the first; labels "
+            f"must be those of 0 to {num_classes - 1:,}, all of them."
+        )
+    numbers = list(map(str, range(num_classes)))
+    names = _category_names(folder, numbers) or _folder_names(folder, relative["train"], numbers)
+    check_class_names(names, named(lists.values()))
+    return located(folder, relative, names)
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = Path(name).expanduser()
+    for candidate in (path, folder / path):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"there is no list file {name!r}, here or in {folder}.")
+
+
+def _is_list(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return re.fullmatch(r"\S.*\.[A-Za-z]\w*\s+\d+\s*", file.readline()) is not None
+
+
+def _read_list(path: Path) -> Split:
+    paths, labels = [], []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        words = line.rsplit(maxsplit=1)
+        if not words:
+            continue
+        if len(words) != 2 or re.fullmatch("[0-9]{1,18}", words[1]) is None:
+            raise ValueError(f"line {number} of {path} is not 'relative/path label': {line.strip()[:80]!r}.")
+        paths.append(words[0].strip())
+        labels.append(int(words[1]))
+    if not paths:
+        raise ValueError(f"{path} lists no images.")
+    return Split(paths, np.asarray(labels))
+
+
+def _folder_names(folder: Path, split: Split, numbers: list[str]) -> list[str]:
+    folders: dict[int, str] = {}
+    for path, label in zip(split.paths, map(int, split.labels), strict=True):
+        place = os.path.dirname(path)
+        if folders.setdefault(label, place) != place:
+            return numbers
+    if len(folders) < len(numbers) or "" in folders.values():
+        return numbers
+    # Whole paths, since some may be absolute in the file.
+    whole = [os.path.normpath(folder / folders[label]) for label in range(len(numbers))]
+    shared = os.path.commonpath(whole)
+    return [os.path.relpath(path, shared) for path in whole] if len(set(whole)) == len(numbers) else numbers
+
+
+# ---- iNaturalist's annotations ----
+
+
+def find_annotations(folder: Path) -> dict[str, Path]:
+    """Finds the annotations of an iNaturalist competition, such as `train2018.json` and `val2018.json`."""
+    found = {}
+    for split, start in (("train", "train"), ("test", "val")):
+        files = [path for path in folder.glob(f"{start}*.json") if re.fullmatch(rf"{start}\d*", path.stem)]
+        if len(files) == 1:
+            found[split] = files[0]
+    return found if "train" in found else {}
+
+
+def load_annotations(folder: Path, files: Mapping[str, Path]) -> datasets.DatasetDict:
+    """Loads an iNaturalist competition: `train2018.json`, `val2018.json`, `categories.json` and the folder of images.
+
+    Labels are the category ids in increasing order; for 2018 these are 0 to 8,141 and the labels of the list files.
+
+    Raises:
+        ValueError: If a file is not of that kind.
+        FileNotFoundError: If images are missing; the message counts them and names the first.
+    """
+    contents = {split: _annotations(path) for split, path in files.items()}
+    sources = {split: str(path) for split, path in files.items()}
+    ids, labels = encode_labels({split: categories for split, (_, categories) in contents.items()}, sources)
+    relative = {split: Split(paths, labels[split]) for split, (paths, _) in contents.items()}
+    names = _category_names(folder, ids) or _category_names(files["train"], ids) or ids
+    check_class_names(names, named(files.values()))
+    return located(folder, relative, names)
+
+
+def _annotations(path: Path) -> tuple[list[str], list[int]]:
+    """Paths of images, in the file's order, and their categories."""
+    content = read_json(path, object)
+    try:
+        category = {row["image_id"]: row["category_id"] for row in content["annotations"]}
+        paths = [os.fspath(row["file_name"]) for row in content["images"]]
+        return paths, [category[row["id"]] for row in content["images"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an iNaturalist annotation file with labels: it lacks {error}.") from error
+
+
+def _category_names(source: Path, ids: Iterable[str]) -> list[str] | None:
+    """Names from `categories.json` in a folder, or from the categories of an annotation file, if they fit."""
+    path = source / "categories.json" if source.is_dir() else source
+    if not path.is_file():
+        return None
+    content = read_json(path, object)
+    try:
+        categories = content["categories"] if isinstance(content, dict) else content
+        names = {str(row["id"]): str(row["name"]) for row in categories}
+    except (KeyError, TypeError):
+        return None
+    if not set(ids) <= set(names):
+        return None
+    chosen = [names[category] for category in ids]
+    return chosen if len(set(chosen)) == len(chosen) else None
+
+
+# ---- Shared ----
+
+
+def split_of(name: str) -> str | None:
+    """`train`, or the name of a test split, from a name that contains it as a word."""
+    words = re.split(r"[^a-z]+", name.lower())
+    if any(word.startswith("train") for word in words):
+        return "train"
+    exact = next((word for word in words if word in TEST_NAMES), None)
+    return exact or next((start for word in words for start in ("test", "valid") if word.startswith(start)), None)
+
+
+def splits_by_folder(paths: Sequence[str], source: str) -> list[str] | None:
+    """The split of each path of a single list by its folders, such as `train/` and `val/`; None if they name no splits.
+
+    Args:
+        paths: Relative paths.
+        source: Where they are from, for messages.
+
+    Raises:
+        ValueError: If some are below a folder that is named like a test split, and others below none of a split.
+    """
+    places = {place: os.path.normpath(place).split(os.sep) for place in set(map(os.path.dirname, paths))}
+    for depth in range(max(map(len, places.values()), default=0)):
+        named_so = {}
+        for place, words in places.items():
+            if depth < len(words) and (split := split_of(words[depth])) is not None:
+                named_so[place] = split
+        kinds = set(named_so.values())
+        if "train" in kinds and len(kinds) > 1 and len(named_so) == len(places):
+            return [named_so[os.path.dirname(path)] for path in paths]
+    tests = [place for place, words in places.items() if any(word.lower() in TEST_NAMES for word in words)]
+    if 0 < len(tests) < len(places):
+        raise ValueError(
+            f"{source}: some images are below a folder that is named like a test split ({min(tests)}), and others are "
+            "not below train/; say with a column or list what is for testing, or rename the folder."
+        )
+    return None
+
+
+def located(folder: Path, relative: Mapping[str, Split], names: Sequence[str]) -> datasets.DatasetDict:
+    """Data sets of splits whose paths are relative to a folder; all files are there.
+
+    Raises:
+        FileNotFoundError: If images are missing; the message counts them and names the first.
+    """
+    splits = {
+        name: Split(list(_locate(folder, split.paths, may_be_flat=name != "train")), split.labels)
+        for name, split in relative.items()
+    }
+    missing = [path for split in splits.values() for path in split.paths if path.startswith(_MISSING)]
+    if missing:
+        listed = named(one_line(path.removeprefix(_MISSING), 100) for path in missing[:MISSING_NAMED])
+        total = sum(len(split.paths) for split in splits.values())
+        raise FileNotFoundError(f"{len(missing):,} of {total:,} images are not in {folder}: {listed} are the first.")
+    return datasets.DatasetDict({name: split.dataset(list(names)) for name, split in splits.items()})
+
+
+_MISSING = "\0"
+
+
+def _locate(folder: Path, paths: Iterable[str], may_be_flat: bool) -> Iterator[str]:
+    """Whole paths, or a marked path if there is no file; each folder is listed once.
+
+    A test image may also lie without its class folder, as ImageNet's are distributed.
+    """
+    listings: dict[str, set[str]] = {}
+
+    def exists(directory: str, name: str) -> bool:
+        if directory not in listings:
+            try:
+                with os.scandir(os.path.join(folder, directory)) as entries:
+                    listings[directory] = {entry.name for entry in entries if entry.is_file()}
+            except OSError:
+                listings[directory] = set()
+        return name in listings[directory]
+
+    for path in map(os.path.normpath, paths):
+        directory, name = os.path.split(path)
+        if exists(directory, name):
+            yield os.path.join(folder, path)
+        elif may_be_flat and exists(os.path.dirname(directory), name):
+            yield os.path.join(folder, os.path.dirname(directory), name)
+        else:
+            yield _MISSING + path
+
+
+def named(paths: Iterable[Path | str]) -> str:
+    """Paths in a sentence."""
+    return ", ".join(one_line(path) for path in paths)

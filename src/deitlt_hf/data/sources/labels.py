@@ -1,0 +1,219 @@
+"""What a label is and which class index it becomes: one rule for every reader.
+
+A class has a name or a whole number from 0 on. Readers give [`encode_labels`] labels as they stand in a table, and
+[`check_class_names`] names that are given as such: of folders, of a `ClassLabel`, of a file of names.
+"""
+
+import logging
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...io import one_line
+
+logger = logging.getLogger(__name__)
+
+# What programs write for a missing value: pandas' own list, without the signed and the numbered forms of NaN.
+MISSING_WORDS = frozenset(
+    ("nan", "NaN", "NAN", "-nan", "-NaN", "None", "null", "Null", "NULL", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT")
+)
+# Whole numbers, also as text, or with ".0" as pandas writes them beside empty cells; not codes such as 007.
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0*)?")
+Labels = Sequence | np.ndarray | Mapping[Any, int]  # the last says how often each is there
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+_NAMED = 5
+
+
+def encode_labels(
+    labels: Mapping[str, Labels], sources: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Makes class indices of labels of any type, the same in all splits.
+
+    Numbers are in numerical order, also when they are text, and names in alphabetical order. Space around a name does
+    not count. Truth values are the classes `False` and `True`.
+
+    Args:
+        labels: Labels of each split, or how often each is there.
+        sources: Where the labels of a split are from, for messages.
+
+    Returns:
+        The names of the classes, in label order, and the int64 index of each image by split.
+
+    Raises:
+        ValueError: If a label is missing, negative, no whole number, or no name at all, or if names and numbers are
+            mixed. The message names the split or its source.
+    """
+    places = {split: (sources or {}).get(split, f"the {split} split") for split in labels}
+    known = {split: _classes(values, places[split]) for split, values in labels.items()}
+    classes = {item for found in known.values() for item in found.values()}
+    spellings = Counter({value: item for found in known.values() for value, item in found.items()}.values())
+    spaced = [item for item, times in spellings.items() if times > 1 and isinstance(item, str)]
+    if spaced:
+        logger.warning("labels that differ only by space around them are one class: %s", ", ".join(spaced[:_NAMED]))
+    texts = {item for item in classes if isinstance(item, str)}
+    numbers = {}
+    if texts and all(map(_NUMBER.fullmatch, texts)):
+        fractions = sorted(text for text in texts if "." in text and float(text) != int(float(text)))
+        if fractions:
+            _refuse_fractions(next(place for split, place in places.items() if fractions[0] in known[split]), fractions)
+        if all(map(_WHOLE.fullmatch, texts)):
+            numbers = {text: int(text.partition(".")[0]) for text in texts}
+            classes = {numbers.get(item, item) for item in classes}
+    if len({type(item) for item in classes}) > 1:
+        shown = ", ".join(one_line(repr(item), 40) for item in sorted(classes, key=str)[:_NAMED])
+        raise ValueError(
+            f"{' and '.join(places.values())}: labels are of several types ({shown}); a column of labels holds names "
+            "or numbers, not both."
+        )
+    ordered = sorted(classes)
+    indices = {item: label for label, item in enumerate(ordered)}
+    encoded = {
+        split: np.array(
+            [indices[numbers.get(found[value], found[value])] for value in _plain(labels[split])], dtype=np.int64
+        )
+        for split, found in known.items()
+    }
+    return [str(item) for item in ordered], encoded
+
+
+def class_of(value: object, indices: Mapping[str, int]) -> int | None:
+    """The index of the class that a label of a column stands for, by its name; None if there is none of that name."""
+    text = str(value).strip()
+    whole = text.partition(".")[0] if _WHOLE.fullmatch(text) else text
+    return indices.get(text, indices.get(whole))
+
+
+def _plain(values: Labels) -> list:
+    """Labels as Python's own objects."""
+    values = np.asarray(values).tolist() if isinstance(values, np.ndarray) else values
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
+
+
+def _classes(values: Labels, place: str) -> dict:
+    """The class of each label of a split: a stripped text, a whole number, or a truth value."""
+    values = values if isinstance(values, Mapping) else _plain(values)
+    kinds = {type(value): value for value in values}
+    for kind, value in kinds.items():
+        if not issubclass(kind, (str, int, float, type(None))):
+            raise ValueError(
+                f"{place}: a label is {one_line(repr(value), 60)} ({kind.__name__}); labels are names or whole numbers "
+                "from 0 on, one for each image."
+            )
+    if {bool} < set(kinds) - {type(None)}:
+        raise ValueError(f"{place}: labels are of several types (truth values and others); use one of them.")
+    counts = Counter(values)
+    classes, fractions = {}, []
+    missing: Counter[str] = Counter()
+    for value, times in counts.items():
+        item = value.strip() if isinstance(value, str) else value
+        if item is None or item != item or item == "" or item in MISSING_WORDS or _is_negative(item):
+            missing[repr(value) if isinstance(value, str) and not _is_negative(item) else str(value)] += times
+        elif isinstance(item, float) and not item.is_integer():
+            fractions.append(item)
+        else:
+            classes[value] = int(item) if isinstance(item, float) else item
+    if missing:
+        refuse_missing(place, missing, sum(counts.values()))
+    if fractions:
+        _refuse_fractions(place, sorted(fractions))
+    return classes
+
+
+def _is_negative(item: str | float) -> bool:
+    return re.fullmatch(r"-[0-9]*\.?[0-9]+\.?", item) is not None if isinstance(item, str) else item < 0
+
+
+def _refuse_fractions(place: str, found: Sequence) -> None:
+    shown = ", ".join(map(str, found[:_NAMED]))
+    raise ValueError(
+        f"{place}: {len(found):,} labels are no whole numbers ({shown}); is it the column of the classes? Name another "
+        "with --label_column, or rename the classes."
+    )
+
+
+def refuse_missing(place: str, missing: Mapping[str, int], total: int) -> None:
+    """Refuses images without a label.
+
+    Args:
+        place: Where they are, in words.
+        missing: How often something stands there that is no label, by what it is.
+        total: Images in all.
+
+    Raises:
+        ValueError: Always.
+    """
+    shown = ", ".join(one_line(word, 40) or "''" for word in list(missing)[:_NAMED])
+    raise ValueError(
+        f"{place}: {sum(missing.values()):,} of {total:,} images have no label ({shown}); give each a class, or remove "
+        "them (a class of that name needs another; test_split names another test split)."
+    )
+
+
+def check_indices(
+    labels: Sequence[int | None], names: Sequence[str], place: str, num_classes: int | None = None
+) -> np.ndarray:
+    """Checks that class indices are those of named classes.
+
+    Args:
+        labels: Class index of each image, of a `ClassLabel` column.
+        names: Names of the classes.
+        place: Where the labels are from, for messages.
+        num_classes: Their number, by default as many as there are names.
+
+    Returns:
+        The labels as int64.
+
+    Raises:
+        ValueError: If one is missing, -1 or beyond the classes, or a name is refused by [`check_class_names`].
+    """
+    check_class_names(names, place)
+    num_classes = len(names) if num_classes is None else num_classes
+    counts = Counter(_plain(labels))
+    missing = {str(label): times for label, times in counts.items() if label is None or label < 0}
+    if missing:
+        refuse_missing(place, missing, sum(counts.values()))
+    if counts and max(counts) >= num_classes:
+        raise ValueError(f"{place}: label {max(counts):,} is beyond its {num_classes:,} classes.")
+    return np.asarray(labels, dtype=np.int64)
+
+
+def check_class_names(names: Sequence[str], source: str) -> None:
+    """Checks that every class has a name of its own.
+
+    Raises:
+        ValueError: If a name is empty, there twice, a negative number, or what programs write for a missing value.
+    """
+    for label, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(f"{source} has the name {one_line(repr(name), 60)} for class {label}, which is no text.")
+        if not name.strip():
+            raise ValueError(f"{source} has an empty name for class {label}.")
+        if name.strip() in MISSING_WORDS or _is_negative(name.strip()):
+            raise ValueError(
+                f"{source} has a class {name!r}, which stands for images without a label; remove them, or rename the "
+                "class."
+            )
+    if len(set(names)) < len(names):
+        name, times = Counter(names).most_common(1)[0]
+        raise ValueError(f"{source} has the name {one_line(name)!r} {times} times; each class needs one of its own.")
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Names of classes in label order: as numbers if all are whole numbers, else alphabetically."""
+    names = set(names)
+    return sorted(names, key=int) if all(re.fullmatch(r"0|[1-9][0-9]*", name) for name in names) else sorted(names)
+
+
+def look_alikes(names: Iterable[str]) -> list[str]:
+    """Pairs of classes whose names differ only by case, by space or by how a letter is written, in words."""
+    first: dict[str, str] = {}
+    pairs = []
+    for name in names:
+        other = first.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+        if other != name:
+            pairs.append(f"{one_line(repr(other), 60)} and {one_line(repr(name), 60)}")
+    return pairs

@@ -1,0 +1,343 @@
+"""Sources that are tables (CSV, TSV, JSON lines, parquet) or webdataset shards."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TypeVar
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from ...io import file_errors, one_line, read_text
+from .files import Split, find_split, images_below, located, named, split_of, splits_by_folder
+from .labels import encode_labels
+
+logger = logging.getLogger(__name__)
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's layout of image folders
+PATH_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img", "jpg", "png", "webp")
+LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name", "cls")
+_METADATA_COLUMN = "file_name"
+_DELIMITERS = ",;\t|"
+
+Item = TypeVar("Item")
+
+
+# ---- Finding them ----
+
+
+def find_metadata(folder: Path, image_column: str | None = None, label_column: str | None = None) -> dict[str, Path]:
+    """Finds Hugging Face's `metadata.csv`, `.jsonl` or `.parquet`, with labels: in the folders of splits, or for all.
+
+    Raises:
+        ValueError: If a folder has several, or one cannot be read.
+    """
+    found: dict[str, Path] = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        split, path = split_of(place.name), _metadata_of(place)
+        if split is not None and path is not None:
+            if split in found:
+                raise ValueError(f"{folder} has metadata of one split twice ({found[split]}, {path}); keep one.")
+            found[split] = path
+    if "train" not in found:
+        tables = [path for path in folder.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
+        path = _metadata_of(folder) if len(tables) == 1 else None
+        found = {} if path is None else {"train": path}
+
+    def is_labelled(path: Path) -> bool:
+        columns = _column_names(path)
+        images = [name for name in columns if _is_metadata_column(name)]
+        return (image_column in columns if image_column else len(images) == 1) and (
+            label_column in columns if label_column else find_split(columns, LABEL_COLUMNS) is not None
+        )
+
+    labelled = {split: path for split, path in found.items() if is_labelled(path)}
+    if "train" not in labelled:
+        return {}
+    if len(labelled) < len(found):
+        logger.warning("left out, without labels: %s", named(set(found.values()) - set(labelled.values())))
+    return labelled
+
+
+def find_tables(folder: Path, image_column: str | None = None, label_column: str | None = None) -> dict[str, Path]:
+    """Finds tables (CSV, TSV, JSON lines, parquet): of `train` and a test split by name, or a single one for both.
+
+    Tables without the columns are left out beside others, and beside folders unless a column is named.
+
+    Raises:
+        ValueError: If no table has the columns that are named, or there are several for one split.
+    """
+    if metadata := find_metadata(folder, image_column, label_column):
+        return metadata
+    places = [*folder.iterdir(), *folder.glob("data/*.parquet")]  # the latter as on the Hub
+    tables = [path for path in sorted(places) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
+    wanted = (image_column, PATH_COLUMNS), (label_column, LABEL_COLUMNS)
+    usable = [path for path in tables if embeds_images(path, image_column) or _has_columns(path, wanted)]
+    if tables and not usable and (image_column or label_column):  # not what else is here: its labels may be others
+        columns = dict.fromkeys(_column_names(tables[0]))
+        _column(tables[0], columns, label_column, LABEL_COLUMNS, "label")
+        _column(tables[0], columns, image_column, PATH_COLUMNS, "image")
+    if usable or any(path.is_dir() for path in folder.iterdir()):
+        tables = usable
+    found: dict[str, list[Path]] = {}
+    for path in tables:
+        found.setdefault(split_of(path.name) or "train", []).append(path)
+    if any(len(paths) > 1 for paths in found.values()) and not embeds_images(tables[0], image_column):
+        doubled = next(paths for paths in found.values() if len(paths) > 1)
+        raise ValueError(f"{folder} has several tables for one split ({named(doubled)}); keep one a split.")
+    return {split: paths[0] for split, paths in found.items()} if "train" in found else {}
+
+
+def embeds_images(path: Path, image_column: str | None = None) -> bool:
+    """Whether a table is a parquet file with the images in it, as `bytes` in a structure or as plain bytes."""
+    if path.suffix.lower() != ".parquet":
+        return False
+    kinds = {field.name: field.type for field in _schema(path)}
+    if image_column in kinds:
+        return _is_structure(kinds[image_column]) or _is_binary(kinds[image_column])
+    if any(map(_is_structure, kinds.values())):
+        return True
+    named_so = find_split(kinds, PATH_COLUMNS)
+    return any(map(_is_binary, kinds.values() if named_so is None else [kinds[named_so]]))
+
+
+def sibling_tables(path: Path) -> list[str]:
+    """All parquet files of the split that one of them belongs to."""
+    split = split_of(path.name)
+    return [str(other) for other in sorted(path.parent.glob("*.parquet")) if split_of(other.name) == split]
+
+
+def find_shards(folder: Path) -> dict[str, list[str]]:
+    """Finds webdataset shards (tar files) by split, in the folder and directly below."""
+    shards: dict[str, list[str]] = {}
+    for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
+        split = split_of(path.name) or (split_of(path.parent.name) if path.parent != folder else None) or "train"
+        shards.setdefault(split, []).append(str(path))
+    return shards
+
+
+# ---- Reading them ----
+
+
+def load_tables(
+    folder: Path, tables: Mapping[str, Path], image_column: str | None = None, label_column: str | None = None
+) -> datasets.DatasetDict:
+    """Loads tables with a column of paths and one of labels; or parquet with images in it.
+
+    Paths are relative to the folder, and those of `metadata.*` to its own. A column `split` parts a single table into
+    `train` and a test split, as do folders of such names in all its paths. Label columns of any type become classes.
+
+    Raises:
+        ValueError: If a column is missing, a table cannot be read, or images of a `metadata.*` file have no row.
+        FileNotFoundError: If images are missing; the message counts them and names the first.
+    """
+    if embeds_images(tables["train"], image_column):
+        files = {split: sibling_tables(path) for split, path in tables.items()}
+        with file_errors(folder):
+            return datasets.load_dataset("parquet", data_files=files)
+    splits: dict[str, Split] = {}
+    sources: dict[str, str] = {}
+    for name, path in tables.items():
+        columns = _read_table(path)
+        image = _column(path, columns, image_column, PATH_COLUMNS, "image")
+        label = _column(path, columns, label_column, LABEL_COLUMNS, "label")
+        paths = _paths(path, columns[image], image)
+        base = path.parent
+        if path.name.lower() in METADATA_NAMES and _is_metadata_column(image):
+            _refuse_unlisted(path, paths)
+        else:
+            base = folder
+        parts = _parts(path, columns, paths, name, is_only=len(tables) == 1)
+        for part in dict.fromkeys(parts):
+            rows = [row for row, value in enumerate(parts) if value == part]
+            below = [str(PurePath(base.relative_to(folder), paths[row])) for row in rows]
+            splits[part] = Split(below, [columns[label][row] for row in rows])
+            sources[part] = f"{path} ({part})" if len(set(parts)) > 1 else str(path)
+    names, labels = encode_labels({name: split.labels for name, split in splits.items()}, sources)
+    encoded = {name: Split(split.paths, labels[name]) for name, split in splits.items()}
+    renamed = {"image": image_column or "image", "label": label_column or "label"}
+    return located(folder, encoded, names).rename_columns(renamed)
+
+
+def _parts(path: Path, columns: Mapping[str, list], paths: Sequence[str], name: str, is_only: bool) -> list[str]:
+    """The split of each row: of a column `split`, of its folder if no other table is there, or that of the table."""
+    column = find_split(columns, ["split"])
+    if column is not None:
+        values = ["" if value is None else str(value).strip() for value in columns[column]]
+        if "" in values:
+            raise ValueError(f"{path}: {values.count(''):,} of {len(values):,} rows have no {column}; give each one.")
+        return [split_of(value) or value for value in values]
+    return (splits_by_folder(paths, str(path)) if is_only else None) or [name] * len(paths)
+
+
+def _paths(path: Path, values: Sequence, column: str) -> list[str]:
+    missing = sum(value is None or value != value or str(value).strip() == "" for value in values)
+    if missing:
+        raise ValueError(f"{path}: {missing:,} of {len(values):,} rows name no image ({column}); remove them.")
+    wrong = next((value for value in values if not isinstance(value, (str, int))), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{path}: the column {column} holds {one_line(repr(wrong), 60)}, no path; name another with --image_column."
+        )
+    return [str(value).strip() for value in values]
+
+
+def _refuse_unlisted(path: Path, paths: Iterable[str]) -> None:
+    """Refuses images below the folder of a `metadata.*` file that it has no row for, as `datasets` does."""
+    listed = {(path.parent / name).resolve() for name in paths}
+    unlisted = [image for image in images_below(path.parent) if Path(image).resolve() not in listed]
+    if unlisted:
+        raise ValueError(
+            f"{path} has no row for {len(unlisted):,} of the images below its folder ({named(unlisted[:3])}); add "
+            "rows, or move the images away."
+        )
+
+
+def _read_table(path: Path) -> dict[str, list]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        with file_errors(path):
+            columns = pyarrow.parquet.read_table(path).to_pydict()
+    else:
+        columns = (_read_json_lines if suffix == ".jsonl" else _read_delimited)(path)
+    if not any(columns.values()):
+        raise ValueError(f"{path} has no rows (its first line is the header)." if columns else f"{path} is empty.")
+    return columns
+
+
+def _read_json_lines(path: Path) -> dict[str, list]:
+    rows = []
+    with file_errors(path):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} of {path} is not valid JSON: {one_line(error)}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {path} is a {type(row).__name__}, not an object with columns.")
+            rows.append(row)
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _read_delimited(path: Path) -> dict[str, list]:
+    text = read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, text.partition("\n")[0]), strict=True)
+    header: list[str] = []
+    columns: dict[str, list] = {}
+    try:
+        for row in reader:
+            if not columns:
+                header = [name.strip() for name in row]
+                columns = {name: [] for name in header}
+                if len(columns) < len(header):
+                    raise ValueError(f"{path} has two columns of the same name: {one_line(', '.join(header))}.")
+                continue
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"line {reader.line_num} of {path} has {len(row)} fields, but the header has {len(header)}."
+                )
+            for name, value in zip(columns, row, strict=True):
+                columns[name].append(value)
+    except csv.Error as error:  # a cell without its closing quote goes on to the end of the file
+        raise ValueError(
+            f"line {reader.line_num} of {path} cannot be read: {one_line(error)} (a quote that is not closed?)."
+        ) from error
+    return columns
+
+
+def _delimiter(path: Path, header: str) -> str:
+    """What parts the header: by the file's name, else the first of comma, semicolon, tab and bar that is in it."""
+    if path.suffix.lower() == ".tsv" and "\t" in header:
+        return "\t"
+    return next((mark for mark in _DELIMITERS if mark in header), ",")
+
+
+# ---- Columns ----
+
+
+def _column(path: Path, columns: Iterable[str], given: str | None, known: Sequence[str], kind: str) -> str:
+    shown = one_line(", ".join(columns))
+    if given is not None:
+        if given not in columns:
+            raise ValueError(
+                f"no {kind} column {given!r}; the columns of {path} are {shown}. Name one of "
+                f"them, or pass --{kind}_column none if the images are not those of the table."
+            )
+        return given
+    name = find_split(columns, known)
+    if name is None and kind == "image":
+        name = _only(filter(_is_metadata_column, columns))
+    if name is None:
+        raise ValueError(
+            f"cannot tell the {kind} column of {path}; the columns are {shown} (its first line is the header). Name it "
+            f"with {kind}_column."
+        )
+    return name
+
+
+def _has_columns(path: Path, wanted: Sequence[tuple[str | None, Sequence[str]]]) -> bool:
+    names = _column_names(path)
+    return all(
+        given in names
+        if given
+        else find_split(names, known) is not None
+        or (known is PATH_COLUMNS and _only(filter(_is_metadata_column, names)) is not None)
+        for given, known in wanted
+    )
+
+
+def _is_metadata_column(name: str) -> bool:
+    return name == _METADATA_COLUMN or name.endswith(f"_{_METADATA_COLUMN}")
+
+
+def _only(items: Iterable[Item]) -> Item | None:
+    found = list(items)
+    return found[0] if len(found) == 1 else None
+
+
+def _metadata_of(folder: Path) -> Path | None:
+    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{folder} has several files of metadata ({named(found)}); keep one.")
+    return found[0] if found else None
+
+
+def _column_names(path: Path) -> list[str]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _schema(path).names
+    with file_errors(path), path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = file.readline()
+        if suffix == ".jsonl":
+            try:
+                row = json.loads(first)
+            except json.JSONDecodeError:
+                return []
+            return list(row) if isinstance(row, dict) else []
+        return [name.strip() for name in next(csv.reader([first], delimiter=_delimiter(path, first)), [])]
+
+
+def _schema(path: Path) -> pyarrow.Schema:
+    with file_errors(path):
+        return pyarrow.parquet.read_schema(path)
+
+
+def _is_structure(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_struct(kind) and any(
+        field.name == "bytes" and (_is_binary(field.type) or pyarrow.types.is_null(field.type)) for field in kind
+    )
+
+
+def _is_binary(kind: pyarrow.DataType) -> bool:
+    return any(
+        test(kind) for test in (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_binary_view)
+    )

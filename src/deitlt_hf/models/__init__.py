@@ -1,0 +1,1 @@
+"""The models: one package each, whose two files travel with saved weights."""

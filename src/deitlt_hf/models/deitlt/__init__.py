@@ -1,0 +1,1 @@
+"""The student: DeiT-LT, a ViT with two output tokens."""

@@ -1,0 +1,1 @@
+"""The teacher: a CNN for classification."""

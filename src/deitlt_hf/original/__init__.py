@@ -1,0 +1,5 @@
+"""The authors' checkpoints, in and out."""
+
+from .conversion import convert_original, export_original_student, load_original_student, load_original_teacher
+
+__all__ = ["convert_original", "export_original_student", "load_original_student", "load_original_teacher"]

@@ -1,0 +1,445 @@
+"""The authors' checkpoints in and out: students, PaCo and LDAM teachers. timm's distilled DeiTs are laid out alike.
+
+Heads of their students (DeiT-LT, `datasets.py`), and of their LDAM teachers of ImageNet-LT and iNaturalist
+(Saddle-LongTail, `datasets/imagenet.py` and `ina2018.py`), are ordered by decreasing training count. Heads of their
+PaCo teachers are in the data set's order: DeiT-LT maps the teacher's prediction (`losses.py`, `--map-targets`).
+"""
+
+import argparse
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..data.long_tail import decreasing_count_map
+from ..data.sources.class_lists import check_class_names
+from ..data.transforms import model_processor
+from ..io import check_can_be_folder
+from ..models.deitlt.configuration_deitlt import DeiTLTConfig
+from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
+from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from ..models.weight_files import read_checkpoint, strip_wrappers
+from .layouts import (
+    LDAM_LAYOUT,
+    LDAM_RESNET50_LAYOUT,
+    PACO_LAYOUT,
+    StateDict,
+    student_sizes,
+    student_to_original,
+    student_to_ours,
+)
+
+logger = logging.get_logger(__name__)
+
+Source = str | PathLike | StateDict
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+STUDENT, PACO_TEACHER, LDAM_TEACHER = "a student", "a PaCo teacher", "an LDAM teacher"
+
+# A PaCo teacher predicts with its query encoder (not the projection) and the linear layer; the rest is for training.
+_PACO_TRAINING_ONLY = ("queue", "encoder_k.", "linear_k.", "encoder_q.fc.")
+# What a student's tensors do not tell of its configuration.
+_NOT_IN_TENSORS = ("num_attention_heads", "layer_norm_eps")
+# Data sets whose classes the students' code sorts by decreasing training count.
+_SORTED_DATA_SETS = ("IMAGENETLT", "INAT18")
+
+
+def load_original_student(
+    source: Source,
+    ema: bool = False,
+    class_map: Sequence[int] | None = None,
+    class_counts: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    like: DeiTLTConfig | None = None,
+    **config,
+) -> DeiTLTForImageClassification:
+    """Loads a student from the authors' file, or a distilled DeiT of timm; sizes are read from the tensors.
+
+    The authors' ImageNet-LT and iNaturalist heads are ordered by decreasing training count. Here the classes come back
+    in the data set's own order: by `class_map`, else by the map in the file, else by `class_counts`. The map is kept in
+    the configuration, and [`export_original_student`] restores the authors' order.
+
+    Args:
+        source: A `.pth` or `.safetensors` file, or a state dict such as that of timm's
+            `deit_base_distilled_patch16_224`.
+        ema: Load the moving average of the weights in place of the weights. The paper reports the weights.
+        class_map: For each class its row in the file's head.
+        class_counts: Training images of each class, in label order.
+        class_names: Names of the classes, in label order.
+        like: Has as many attention heads as a file of its width that does not tell them; otherwise they are 64 wide.
+        **config: Further fields of [`DeiTLTConfig`], such as `num_attention_heads` or `drop_path_rate`. With another
+            `num_labels` than the file's, both heads are new.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read safely, holds something else than a student, or does not fit the classes.
+    """
+    checkpoint = _open(source, ema)
+    if checkpoint.kind != STUDENT:
+        raise ValueError(f"{checkpoint.name} holds {checkpoint.kind}, not {STUDENT}; use load_original_teacher.")
+    return _student(checkpoint, class_map, class_counts, class_names, like, **config)
+
+
+def load_original_teacher(
+    source: Source,
+    class_map: Sequence[int] | None = None,
+    class_counts: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> FlatTeacherForImageClassification:
+    """Loads a teacher from the authors' file: PaCo or LDAM (ResNet-32 or ResNet-50).
+
+    Which it is, and its sizes, are read from the tensors. The head of an LDAM teacher of ImageNet-LT or iNaturalist is
+    in the order of the students' heads, see [`load_original_student`], whose map is this teacher's too. The head of a
+    PaCo teacher is in the data set's order as it is.
+
+    Args:
+        source: The file, or a state dict.
+        class_map: For each class its row in the file's head; not for a PaCo teacher.
+        class_counts: Training images of each class, in label order.
+        class_names: Names of the classes, in label order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read safely, holds something else than a teacher, or does not fit the classes.
+    """
+    checkpoint = _open(source)
+    if checkpoint.kind == STUDENT:
+        raise ValueError(f"{checkpoint.name} holds {STUDENT}, not a teacher; use load_original_student.")
+    return _teacher(checkpoint, class_map, class_counts, class_names)
+
+
+def convert_original(
+    source: Source,
+    folder: str | PathLike,
+    ema: bool = False,
+    class_map: Sequence[int] | None = None,
+    class_counts: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    **config,
+) -> PreTrainedModel:
+    """Converts a file of the authors' to a folder with a model and its image processor, for `from_pretrained`.
+
+    Args:
+        source: Any file that [`load_original_student`] or [`load_original_teacher`] takes.
+        folder: Where to write. It must not hold a model.
+        ema: See [`load_original_student`], as for the three below.
+        class_map: For each class its row in the file's head.
+        class_counts: Training images of each class, in label order.
+        class_names: Names of the classes, in label order.
+        **config: Further fields of a student's configuration.
+
+    Raises:
+        FileExistsError: If the folder holds a model, or is a file.
+        FileNotFoundError: If there is no such file.
+        ValueError: As for both.
+    """
+    folder = Path(folder).expanduser()
+    check_holds_no_model(folder)
+    checkpoint = _open(source, ema)
+    model: PreTrainedModel
+    if checkpoint.kind == STUDENT:
+        model = _student(checkpoint, class_map, class_counts, class_names, **config)
+    elif config:
+        raise ValueError(f"{checkpoint.name} holds {checkpoint.kind}, which has no {', '.join(config)} to set.")
+    else:
+        model = _teacher(checkpoint, class_map, class_counts, class_names)
+    model.save_pretrained(folder)
+    model_processor(model.config).save_pretrained(folder)
+    return model
+
+
+def check_holds_no_model(folder: str | PathLike) -> None:
+    """Refuses a folder to write a model to that has one, or cannot be made.
+
+    Raises:
+        FileExistsError: If it does.
+    """
+    check_can_be_folder(folder)
+    if any(Path(folder).glob("*.safetensors*")) or (Path(folder) / "config.json").is_file():
+        raise FileExistsError(f"{folder} holds a model; choose another folder.")
+
+
+def export_original_student(model: PreTrainedModel, path: str | PathLike) -> None:
+    """Writes a student as a file that the authors' code (`--resume`) and timm's distilled DeiTs load strictly.
+
+    The weights are below `model`. Beside them, for [`load_original_student`], are `class_map` and `cls_num_list` if
+    known, and `config`: what tensors do not tell, the number of heads and the epsilon of the layer norms. The authors'
+    code has heads of 64 and 1e-6.
+
+    Args:
+        model: A [`DeiTLTForImageClassification`], or transformers' `DeiTForImageClassificationWithTeacher`.
+        path: The file to write. Missing folders are made.
+
+    Raises:
+        ValueError: If the model is no such student, or of a kind that the authors' code does not have.
+    """
+    path, config = Path(path).expanduser(), model.config
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} would not be a safetensors file; give a name ending in .pth.")
+    try:
+        state_dict = student_to_original(model.state_dict())
+    except KeyError as error:
+        raise ValueError(f"a {type(model).__name__} is not a student with two heads: what is {error}?") from error
+    for field, value in (("hidden_act", "gelu"), ("qkv_bias", True)):
+        if getattr(config, field) != value:
+            raise ValueError(f"the authors' students have {field} {value!r}, this one {getattr(config, field)!r}.")
+    class_map, counts = (getattr(config, field, None) for field in ("class_map", "class_counts"))
+    for name, values in (("class_map", class_map), ("class_counts", counts)):
+        if values is not None and len(values) != config.num_labels:
+            raise ValueError(f"{name} of the model has {len(values)} entries for {config.num_labels} classes; mend it.")
+    rows = list(range(len(config.id2label or ()))) if class_map is None else np.argsort(class_map).tolist()
+    weights = {
+        name: (tensor[rows] if name.startswith("head") else tensor).detach().cpu().contiguous()
+        for name, tensor in state_dict.items()
+    }
+    content: dict[str, Any] = {"model": weights, "config": {field: getattr(config, field) for field in _NOT_IN_TENSORS}}
+    if class_map is not None:
+        content["class_map"] = list(class_map)
+    if counts is not None:
+        content["cls_num_list"] = [counts[label] for label in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+
+
+# ---- What a file holds ----
+
+
+@dataclasses.dataclass
+class _Checkpoint:
+    """The weights of one network, and what the file says about its classes."""
+
+    name: str
+    kind: str
+    state_dict: StateDict
+    class_map: Sequence[int] | None = None
+    class_counts: Sequence[int] | None = None  # in the order of the head
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # what tensors do not tell
+    is_sorted: bool = False  # the head, by decreasing training count
+
+
+def _open(source: Source, ema: bool = False) -> _Checkpoint:
+    """Reads a file and tells by its keys what it holds."""
+    name, content = _read(source)
+    keys = ("model_ema",) if ema else ("model", "state_dict")
+    below = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
+    if ema and not below:
+        raise ValueError(f"{name} has no moving average of the weights ('model_ema'); leave out ema.")
+    weights: Mapping[str, Any] = below[0] if below else content
+    wrong = [str(key) for key, value in weights.items() if not isinstance(key, str) or not _is_whole(value)]
+    if wrong or not weights:
+        raise ValueError(
+            f"{name} has no weights below {' or '.join(map(repr, keys))}; what it has is {_listed(wrong) or 'empty'}."
+        )
+    state_dict = strip_wrappers(weights, name)
+    kind = _kind(name, state_dict)
+    # The authors keep the classes in their command line, `export_original_student` keeps them beside the weights.
+    args = content.get("args")
+    about = {**(vars(args) if isinstance(args, argparse.Namespace) else {}), **content}
+    if kind == PACO_TEACHER:
+        state_dict = {k: tensor for k, tensor in state_dict.items() if not k.startswith(_PACO_TRAINING_ONLY)}
+    wrong = [key for key, tensor in state_dict.items() if not tensor.is_floating_point() and tensor.dim() > 0]
+    if wrong:
+        dtype = state_dict[wrong[0]].dtype
+        raise ValueError(f"{name} has weights that are no floating-point numbers: {_listed(wrong)} ({dtype}).")
+    return _Checkpoint(
+        name=name,
+        kind=kind,
+        state_dict=state_dict,
+        class_map=_integers(about.get("class_map"), f"class_map of {name}"),
+        class_counts=_integers(about.get("cls_num_list"), f"cls_num_list of {name}"),
+        config=content["config"] if isinstance(content.get("config"), dict) else {},
+        is_sorted=about.get("data_set") in _SORTED_DATA_SETS
+        if kind == STUDENT
+        else kind == LDAM_TEACHER and any(key.startswith("layer4.") for key in state_dict),
+    )
+
+
+def _read(source: Source) -> tuple[str, Mapping[str, Any]]:
+    """What to call a file or state dict, and its content."""
+    if isinstance(source, Mapping):
+        return "the state dict", source
+    return str(source), read_checkpoint(source)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether this is a tensor with all its elements in memory: dense, and not one element repeated."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return value.is_meta or value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def _integers(values: Any, name: str) -> list[int] | None:
+    """Whole numbers of a file or a user, as a list."""
+    if values is None:
+        return None
+    try:
+        if not isinstance(values, Mapping):
+            return [operator.index(value) for value in values]
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a list of whole numbers, got {str(values)[:60]}.")
+
+
+def _kind(name: str, state_dict: StateDict) -> str:
+    modules = {key.split(".")[0] for key in state_dict}
+    for kind, typical in (
+        (STUDENT, {"cls_token", "blocks"}),
+        (PACO_TEACHER, {"encoder_q", "linear"}),
+        (LDAM_TEACHER, {"layer1", "linear"}),
+    ):
+        if typical <= modules:
+            return kind
+    if {"layer1", "fc"} <= modules and "fc.bias" not in state_dict:
+        return LDAM_TEACHER
+    raise ValueError(
+        f"{name} is neither a DeiT-LT student nor a PaCo or LDAM teacher; its tensors begin with {_listed(state_dict)}."
+    )
+
+
+# ---- From a file to a model ----
+
+
+def _student(
+    checkpoint: _Checkpoint, class_map, class_counts, class_names, like=None, **config
+) -> DeiTLTForImageClassification:
+    sizes, num_labels = _sizes(checkpoint, student_sizes)
+    if like is not None and like.hidden_size == sizes["hidden_size"]:
+        sizes["num_attention_heads"] = like.num_attention_heads
+    config.pop("label2id", None)
+    if class_names is None and "id2label" in config:
+        id2label = config.pop("id2label")
+        class_names = [id2label[label] for label in range(len(id2label))]
+        config["num_labels"] = len(class_names)
+    new: tuple[str, ...] = ()
+    if config.get("num_labels", num_labels) != num_labels:
+        num_labels, new = config["num_labels"], ("head.", "head_dist.")
+        kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if not name.startswith(new)}
+        checkpoint = _Checkpoint(checkpoint.name, checkpoint.kind, kept, config=checkpoint.config)
+    classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
+    model = DeiTLTForImageClassification(DeiTLTConfig(**sizes | checkpoint.config | classes | config))
+    return _fill(model, checkpoint, student_to_ours, student_to_original, new)
+
+
+def _teacher(checkpoint: _Checkpoint, class_map, class_counts, class_names) -> FlatTeacherForImageClassification:
+    layout = PACO_LAYOUT if checkpoint.kind == PACO_TEACHER else LDAM_LAYOUT
+    if checkpoint.kind == LDAM_TEACHER and "linear.weight" not in checkpoint.state_dict:
+        layout = LDAM_RESNET50_LAYOUT
+    sizes, num_labels = _sizes(checkpoint, layout.sizes)
+    classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
+    if checkpoint.kind == PACO_TEACHER and classes["class_map"] not in (None, list(range(num_labels))):
+        raise ValueError(
+            f"{checkpoint.name} holds {PACO_TEACHER}, whose head is in the data set's order as it is; leave class_map "
+            "out. The map of a student's file is of the heads of students and of LDAM teachers."
+        )
+    model = FlatTeacherForImageClassification(FlatTeacherConfig(**sizes | classes))
+    return _fill(model, checkpoint, layout.to_ours, layout.to_original)
+
+
+def _sizes(checkpoint: _Checkpoint, sizes: Callable[[StateDict], dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """Fields of the configuration that the tensors tell, and the number of classes."""
+    try:
+        found = sizes(checkpoint.state_dict)
+    except KeyError as error:
+        raise ValueError(f"{checkpoint.name} is not the whole of {checkpoint.kind}: it lacks {error}.") from error
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{checkpoint.name} is not {checkpoint.kind} as the authors save it: {error}.") from error
+    return found, found.pop("num_labels")
+
+
+def _classes(
+    checkpoint: _Checkpoint,
+    num_labels: int,
+    class_map: Sequence[int] | None,
+    class_counts: Sequence[int] | None,
+    class_names: Sequence[str] | None,
+) -> dict[str, Any]:
+    """What the configuration says about the classes, in the data set's order."""
+    class_map = checkpoint.class_map if class_map is None else _integers(class_map, "class_map")
+    class_counts = _integers(class_counts, "class_counts")
+    if class_names is not None:
+        class_names = list(class_names)
+        check_class_names(class_names, "class_names")
+    for name, values in (
+        ("class_map", class_map),
+        ("class_counts", class_counts),
+        ("class_names", class_names),
+        ("cls_num_list of the file", checkpoint.class_counts),
+    ):
+        if values is not None and len(values) != num_labels:
+            raise ValueError(f"{name} has {len(values)} entries but {checkpoint.name} has {num_labels} classes.")
+    if class_map is None and checkpoint.is_sorted:
+        if class_counts is not None:
+            class_map = decreasing_count_map(class_counts).tolist()
+        elif class_names is not None:
+            raise ValueError(
+                f"{checkpoint.name} orders its classes by decreasing training count, so these names would name other "
+                "classes; give class_counts, or the class_map of the student."
+            )
+        else:
+            logger.warning(
+                "%s orders its classes by decreasing training count, and they stay in that order; give class_counts or "
+                "class_map to have them in the data set's.",
+                checkpoint.name,
+            )
+    if class_map is not None and sorted(class_map) != list(range(num_labels)):
+        raise ValueError(f"class_map must hold each of 0 to {num_labels - 1} once; it begins with {class_map[:5]}.")
+    if checkpoint.class_counts is not None:
+        of_file = [checkpoint.class_counts[row] for row in class_map or range(num_labels)]
+        class_counts = of_file if class_counts is None else class_counts
+        for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
+            if count != given:
+                raise ValueError(
+                    f"class {label} had {count} training images for {checkpoint.name} but has {given} in class_counts; "
+                    "these are other data, or other classes."
+                )
+    classes: dict[str, Any] = {"num_labels": num_labels, "class_map": class_map}
+    if class_counts is not None:
+        classes["class_counts"] = class_counts
+    if class_names is not None:
+        classes["id2label"] = dict(enumerate(class_names))
+        classes["label2id"] = {name: label for label, name in enumerate(class_names)}
+    return classes
+
+
+def _fill(
+    model: Model,
+    checkpoint: _Checkpoint,
+    to_ours: Callable[[StateDict], dict[str, torch.Tensor]],
+    to_original: Callable[[StateDict], StateDict],
+    new: tuple[str, ...] = (),
+) -> Model:
+    """Loads a file's weights after comparing them with the model's, by the file's names; `new` prefixes stay."""
+    expected = to_original(model.state_dict())
+    found = {name: tensor for name, tensor in expected.items() if name.startswith(new)}
+    found.update(checkpoint.state_dict)
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    differing = [
+        f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        for name, tensor in found.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    problems = [f"it lacks {_listed(missing)}"] if missing else []
+    problems += [f"it has {_listed(extra)} too"] if extra else []
+    problems += differing[:1]
+    if problems:
+        raise ValueError(f"{checkpoint.name} is not {checkpoint.kind} as the authors save it: {'; '.join(problems)}.")
+    weights = to_ours(found)
+    class_map = model.config.class_map
+    if class_map is not None:
+        weights |= {name: tensor[class_map] for name, tensor in weights.items() if "classifier." in name}
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (f" and others ({len(names)} in all)" if len(names) > 3 else "")

@@ -1,0 +1,1 @@
+"""Trained models in use: endpoint handler, prediction from files, ONNX, demo page."""

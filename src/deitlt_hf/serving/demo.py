@@ -1,0 +1,223 @@
+"""A web page that shows what each expert says of an image, where it looks, and how common its classes were in
+training."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from transformers import BaseImageProcessor
+
+from ..evaluation.accuracy import COLOURS
+from ..io import check_link
+from .handler import image_suffixes, read_image
+from .predict import load_classifier
+
+if TYPE_CHECKING:
+    import gradio
+
+TOP_K = 5
+SHOWN_PIXELS = 224  # smaller images are enlarged by a whole factor, so that their pixels stay sharp
+OPACITY = 0.6  # of attention over the image
+MAX_EXAMPLES = 12
+KEPT_SECONDS = 3600  # after which uploads are deleted
+NAMES = {"cls": "CLS", "distillation": "DIST"}
+TWO_EXPERTS = (
+    "Two experts look at every image. **CLS** learned from the labels and knows frequent classes best. **DIST** "
+    "learned from a second network, with rare classes counted more, and knows rare classes best. The answer is the "
+    "mean of both."
+)
+ONE_EXPERT = "This model has one classifier, without the two experts of DeiT-LT."
+# Gradio 6.31 gives the pictures of examples no names, without which a screen reader has nothing to read out.
+NAME_EXAMPLES = """() => {
+    const name = (image) => { image.alt = decodeURIComponent(image.src.split("/").pop()) };
+    const nameAll = () => document.querySelectorAll(".gallery-item img[alt='']").forEach(name);
+    nameAll();
+    new MutationObserver(nameAll).observe(document.body, { childList: true, subtree: true });
+}"""
+# On a phone the answer is below the examples.
+SHOW_ANSWER = '() => document.querySelector(".answer")?.scrollIntoView({ block: "nearest" })'
+
+
+def build_demo(model: str | PathLike, examples: str | PathLike | None = None) -> "gradio.Blocks":
+    """Builds the page; `build_demo(model).launch()` serves it, also as the `app.py` of a Space.
+
+    Args:
+        model: Folder or Hub id of a saved student. A classifier without two experts gets one column.
+        examples: Folder of images to try, of which the first 12 are shown; by default the model folder's `examples`,
+            if it has one.
+
+    Raises:
+        FileNotFoundError: If there are no images in `examples`.
+        OSError: If there is no such model.
+        ValueError: If the model has no attention over patches, or Gradio or matplotlib is missing.
+    """
+    try:
+        import gradio as gr
+        import matplotlib  # noqa: F401  (it is used with the first image; that it is missing is told before)
+        from gradio.processing_utils import check_all_files_in_cache
+    except ImportError as error:
+        raise ValueError("the demo needs Gradio and matplotlib: pip install 'deitlt-hf[demo]'.") from error
+    images = example_images(model, examples)
+    explain = Explanation(model)
+
+    def answer(file: dict[str, Any]) -> str:
+        try:
+            # Gradio does so only where a request says of itself that it has a file.
+            check_all_files_in_cache(file)  # type: ignore[arg-type]
+            return explain(Path(file["path"]).read_bytes())
+        except (gr.Error, OSError) as error:
+            raise gr.Error("Your image was not uploaded to this page; try again.", print_exception=False) from error
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    name = "/".join(Path(model).resolve().parts[-2:])
+    with gr.Blocks(
+        title=f"{name}: DeiT-LT", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
+    ) as demo:
+        gr.Markdown(f"# What the experts see\n`{name}`. {TWO_EXPERTS if explain.has_experts else ONE_EXPERT}")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                image = gr.Image(label="Your image", alt_text="Your image", height=300, buttons=[])
+                given = [image.upload]
+                if images:
+                    shown = gr.Examples([str(path) for path in images], image, examples_per_page=len(images))
+                    given.append(shown.load_input_event.success)
+                    demo.load(None, js=NAME_EXAMPLES)
+            with gr.Column(scale=3, min_width=280):
+                result = gr.HTML(
+                    explain.empty, html_template='<div aria-live="polite">${value}</div>', apply_default_css=False
+                )
+        for event in given:
+            # The package reads the file itself: Gradio would clip 16 bits, and has no plain messages.
+            answered = event(answer, image, result, preprocess=False, api_visibility="private")
+            answered.success(None, js=SHOW_ANSWER)
+            answered.failure(lambda: explain.empty, None, result, api_visibility="private")
+        image.clear(lambda: explain.empty, None, result, queue=False, api_visibility="private")
+    return demo
+
+
+def example_images(model: str | PathLike, folder: str | PathLike | None = None) -> list[Path]:
+    """The first images of a folder, by name; those of the model folder's `examples`, or none, if no folder is given.
+
+    Raises:
+        FileNotFoundError: If a folder is given and has no images.
+        ValueError: If one of the model folder's is a link to a file elsewhere.
+    """
+    types = image_suffixes()
+    paths = sorted(path for path in Path(folder or Path(model, "examples")).glob("*") if path.suffix.lower() in types)
+    for path in [] if folder else paths:  # of a model that may be a stranger's, and whose examples are served
+        check_link(path, model)
+    if folder and not paths:
+        raise FileNotFoundError(f"there are no images in --examples {str(folder)!r}; give a folder that holds some.")
+    return paths[:MAX_EXAMPLES]
+
+
+class Picture(NamedTuple):
+    """A picture of the page; `data` is its `data:` URL."""
+
+    caption: str
+    alt: str
+    data: str
+
+
+class Explanation:
+    """From the bytes of an image to the part of the page that explains its prediction.
+
+    Args:
+        model: Folder or Hub id of a saved model.
+
+    Raises:
+        OSError, ValueError: If there is no such model, or it has no attention over patches.
+    """
+
+    def __init__(self, model: str | PathLike):
+        from jinja2 import Environment
+
+        self._handler = load_classifier(model)
+        self.has_experts = self._tell_experts(model)
+        self._most_frequent = max(filter(None, self._handler.training_images), default=None)
+        page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        page.filters["percent"] = percent
+        self._page = page.from_string(files(__package__).joinpath("demo.html").read_text(encoding="utf-8"))
+        self.empty = self._page.render()
+
+    def __call__(self, image: bytes) -> str:
+        """The HTML of one image's explanation.
+
+        Raises:
+            ValueError: If it is no image that can be read.
+        """
+        picture = read_image(image, "Your image", self._handler.background)
+        (answer,) = self._answer(picture)
+        return self._page.render(
+            answer=answer,
+            experts={expert: name for expert, name in NAMES.items() if expert in answer},
+            colours=COLOURS,
+            most_frequent=self._most_frequent,
+            pictures=self._pictures(picture, answer["attention"]),
+        )
+
+    def _tell_experts(self, model: str | PathLike) -> bool:
+        """Whether the model has two experts; tried out, so that one that cannot be shown is told before serving."""
+        try:
+            (answer,) = self._answer(Image.new("RGB", (32, 32)))
+        except ValueError as error:
+            raise ValueError(
+                f"{str(model)!r} has no attention over patches to show; give a DeiT-LT, a DeiT or a ViT."
+            ) from error
+        return "distillation" in answer
+
+    def _answer(self, image: Image.Image) -> list[dict]:
+        return self._handler({"inputs": image, "parameters": {"top_k": TOP_K, "attention": True}})
+
+    def _pictures(self, image: Image.Image, attention: Mapping[str, Sequence[Sequence[float]]]) -> list[Picture]:
+        """The image as the model sees it, alone and under the attention of each token."""
+        seen = model_view(self._handler.processor, image)
+        pictures = [Picture("What the model sees", "The image as the model sees it", png_url(seen))]
+        for token, rows in attention.items():
+            weights = np.asarray(rows)
+            row, column = np.unravel_index(weights.argmax(), weights.shape)
+            caption = f"Where {NAMES[token]} looks"
+            place = f"row {row + 1} of {weights.shape[0]}, column {column + 1} of {weights.shape[1]}"
+            pictures.append(Picture(caption, f"{caption}: most at {place}", png_url(attention_over(seen, weights))))
+        return pictures
+
+
+def model_view(processor: BaseImageProcessor, image: Image.Image) -> Image.Image:
+    """An image as its processor resizes and crops it for the model, enlarged if it is small."""
+    pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    seen = Image.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    factor = max(1, SHOWN_PIXELS // max(seen.size))
+    return seen.resize((factor * seen.width, factor * seen.height), Image.Resampling.NEAREST)
+
+
+def attention_over(image: Image.Image, weights: np.ndarray) -> Image.Image:
+    """An image, in grey, under a map of attention from dark, the least of all patches, to bright, the most.
+
+    Args:
+        image: What the model sees.
+        weights: At least 0; (rows, columns) of patches.
+    """
+    from matplotlib import colormaps
+
+    stretched = (weights - weights.min()) / max(np.ptp(weights), np.finfo(weights.dtype).tiny)
+    heat = Image.fromarray(colormaps["inferno"](stretched, bytes=True)[..., :3])
+    return Image.blend(image.convert("L").convert("RGB"), heat.resize(image.size, Image.Resampling.BICUBIC), OPACITY)
+
+
+def png_url(image: Image.Image) -> str:
+    """An image as a `data:` URL."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def percent(score: float) -> str:
+    """A score in [0, 1], in per cent with one decimal."""
+    return f"{100 * score:.1f}\N{NO-BREAK SPACE}%"

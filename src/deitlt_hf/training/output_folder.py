@@ -1,0 +1,101 @@
+"""The output folder of a run: what it holds, who may write there, and what is removed for a new run."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..io import check_can_be_folder
+from ..records import RESULTS_FILE, is_of_run, read_record
+from .checkpoints import MODEL_FILES, checkpoints_in, has_model
+from .ema import EMA_FOLDER
+from .run_log import CURVES_FILE, LOG_FILE
+
+LOCK_FILE = ".lock"
+EMISSIONS_FILE = "emissions.csv"  # codecarbon's name
+
+
+def run_files(output_dir: str | Path) -> list[str]:
+    """Names of the files that show that a folder holds a run."""
+    folder = Path(output_dir)
+    patterns = (RESULTS_FILE, "checkpoint-*", *MODEL_FILES)
+    return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+
+
+def is_abandoned(output_dir: str | Path) -> bool:
+    """Whether a folder has no more of a run than the record of its beginning: nothing that anyone would miss."""
+    if has_model(output_dir) or checkpoints_in(output_dir):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        record = read_record(output_dir)
+        return is_of_run(record) and record.get("finished") is False
+    return False
+
+
+def goes_on_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether the run that is to be resumed is the folder's own; a checkpoint can be of another."""
+    if resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool) or resume_from_checkpoint == "auto":
+        return bool(resume_from_checkpoint)
+    return Path(resume_from_checkpoint).resolve().parent == Path(output_dir).resolve()
+
+
+def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) -> None:
+    """Refuses a folder with another run, unless that is to be overwritten or resumed.
+
+    Raises:
+        FileExistsError: If it holds one, or cannot be a folder.
+    """
+    check_can_be_folder(output_dir)
+    found = run_files(output_dir)
+    if found and not overwrite and not resuming and not is_abandoned(output_dir):
+        raise FileExistsError(
+            f"{output_dir} holds another run ({', '.join(found[:3])}); choose another --output_dir, go on with "
+            "--resume_from_checkpoint auto, or replace it with --overwrite."
+        )
+
+
+@contextlib.contextmanager
+def run_lock(output_dir: str | Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; the lock ends with the process, however that ends.
+
+    Raises:
+        FileExistsError: If another run is writing there.
+    """
+    path = Path(output_dir) / LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"another run is writing to {output_dir} at this moment; wait for it, or choose another --output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not possible on Windows, and no harm
+            path.unlink()
+        lock.release()
+
+
+def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator) -> None:
+    """Removes checkpoints, results and log of a run that is to be replaced, once every process has checked the folder.
+
+    What a run left that was interrupted before its first checkpoint is replaced too. A finished model stays until the
+    new one is saved over it.
+    """
+    accelerator.wait_for_everyone()
+    abandoned = not resuming and is_abandoned(output_dir)
+    if abandoned and accelerator.is_main_process:
+        print(
+            f"{output_dir} has the record of a run that ended before its first checkpoint; it is replaced.", flush=True
+        )
+    if (overwrite or abandoned) and not resuming and accelerator.is_main_process:
+        for checkpoint in Path(output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
+        for name in (RESULTS_FILE, LOG_FILE, CURVES_FILE, EMISSIONS_FILE):
+            (Path(output_dir) / name).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()

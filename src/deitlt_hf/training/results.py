@@ -1,0 +1,199 @@
+"""The record of a run while it is written, `results.json`, and the plan that is printed before the first step."""
+
+import csv
+import math
+import platform
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from ..console import show
+from ..data.transforms import ImageFormat
+from ..io import one_line, weights_digest, write_json
+from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
+from .inputs import label_names
+from .output_folder import EMISSIONS_FILE
+from .provenance import hardware, started_from
+from .resuming import architecture
+
+LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
+
+
+class Results:
+    """The record of a run in `results.json`: data, settings, and the accuracies of the last and of the best epoch.
+
+    Accuracies are fractions; a group without test images has null.
+
+    Args:
+        output_dir: Where the file is.
+
+    Attributes:
+        dataset: What only who loaded the images knows of them: their name, the ratio asked for.
+        teacher: What is known of a student's teacher.
+    """
+
+    def __init__(self, output_dir: str | Path):
+        self.path = Path(output_dir) / RESULTS_FILE
+        self.content: dict = {}
+        self.dataset: Mapping = {}
+        self.teacher: Mapping | None = None
+        self._was_finished = False
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the last evaluation."""
+        return self.content.get("last", {}).get("step")
+
+    def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
+        """Begins the record.
+
+        Args:
+            trainer: Of the run.
+            resumed_step: The step that it goes on after; None for one that begins.
+            former: The record of a run that goes on. What was measured up to its step is kept.
+        """
+        args, config = trainer.args, trainer.model.config
+        self.content = dict(former or {})
+        for name in ("last", "best"):  # evaluations of what is trained once more are of other weights
+            if resumed_step is not None and self.content.get(name, {}).get("step", 0) > resumed_step:
+                del self.content[name]
+        self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
+        self.content.pop("weights_sha256", None)
+        names = label_names(config)
+        self.content |= {
+            "schema": SCHEMA,
+            "model": type(trainer.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "started_from": started_from(trainer.model) or self.content.get("started_from"),
+            "finished": False,
+            "resumed": self.content.get("resumed") if self._was_finished else resumed_step is not None,
+            "recipe": args.recipe,
+            "data": {
+                **self.data_of(trainer),
+                "groups": {name: [names[label] for label in group] for name, group in trainer.groups.items()},
+                "group_rule": trainer.group_rule,
+                "test_images": trainer.test_images,
+            },
+            "teacher": self.teacher,
+            "settings": trainer.settings(),
+            "architecture": architecture(config),
+            "processes": {
+                "processes": args.world_size,
+                "per_device_train_batch_size": args.train_batch_size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            },
+            "hardware": hardware(args),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        }
+
+    def data_of(self, trainer) -> dict:
+        """What identifies the training images of a run."""
+        config = trainer.model.config
+        return {
+            **self.dataset,
+            "train_images": sum(trainer.class_counts),
+            "classes": [config.id2label[label] for label in range(config.num_labels)],
+            "class_counts": trainer.class_counts,
+            "subset_sha256": trainer.subset_sha256,
+            "images_sha256": trainer.images_sha256,
+        }
+
+    def finished_steps(self) -> int | None:
+        """Steps of a finished run whose model is in the folder, as it was saved; None if something is left to do."""
+        try:
+            record = read_record(self.path)
+        except (OSError, ValueError):
+            return None
+        digest = record.get("weights_sha256")
+        if not record.get("finished") or digest is None or digest != weights_digest(self.path.parent):
+            return None
+        return record.get("steps", record.get("last", {}).get("step"))  # 0.1.0 wrote no `steps`
+
+    def record(self, epoch: float | None, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
+        """Notes an evaluation: the last one always, the best one if the first expert is ahead overall."""
+        entry = {
+            "epoch": epoch or 0.0,
+            "step": step,
+            "accuracies": {expert: dict(row) for expert, row in accuracies.items()},
+        }
+        self.content["last"] = entry
+        if "best" not in self.content or _overall(entry) > _overall(self.content["best"]):
+            self.content["best"] = entry
+
+    def finish(self, seconds: float, steps: int, saved_step: int) -> None:
+        """Marks the run as complete, after seconds of this process and so many steps, with the weights of a step."""
+        if not self._was_finished:  # else there was nothing left to train
+            self.content["train_seconds"] = round(seconds, 1)
+            self.content["emissions"] = read_emissions(self.path.parent)
+        self.content |= {"finished": True, "steps": steps, "saved_step": saved_step}
+        self.write()
+
+    def saved(self, folder: str | Path) -> None:
+        """Notes of which weights the record of a finished run is, once they are in its folder."""
+        if self.content.get("finished") and Path(folder).resolve() == self.path.parent.resolve():
+            self.content["weights_sha256"] = weights_digest(folder)
+            self.write()
+
+    def write(self, folder: str | Path | None = None) -> None:
+        """Writes the file whole or not at all; into another folder too, such as that of a checkpoint."""
+        write_json(self.path if folder is None else Path(folder) / RESULTS_FILE, self.content)
+
+
+def read_emissions(folder: str | Path) -> Emissions | None:
+    """Energy and emissions of a run, if codecarbon wrote them (`--report_to codecarbon`).
+
+    A run that was resumed has a row for each part that ended; an interrupted part has none.
+    """
+    path = Path(folder) / EMISSIONS_FILE
+    if not path.is_file():
+        return None
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {
+            "energy_kwh": float(f"{sum(float(row['energy_consumed']) for row in rows):.4g}"),
+            "grams_co2eq": float(f"{1000 * sum(float(row['emissions']) for row in rows):.4g}"),
+            "country": str(rows[-1]["country_name"]),
+        }
+    except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
+        # A finished model is worth more than its emissions.
+        warnings.warn(f"{path} cannot be read ({one_line(error)}); the record has no emissions.", stacklevel=2)
+        return None
+
+
+def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
+    """Shows on one screen what will run."""
+    args, model = trainer.args, trainer.model
+    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_per_epoch
+    groups = (
+        f"{name} {len(group)} ({sum(trainer.class_counts[label] for label in group):,})"
+        for name, group in trainer.groups.items()
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    image_format = ImageFormat.of(trainer.processing_class)
+    lines = {
+        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, {image_format}",
+        "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
+        "groups": trainer.group_rule,
+        "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",
+        "test images": f"{trainer.test_images:,}" if trainer.test_images else "none",
+        "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "
+        f"{args.gradient_accumulation_steps} accumulation step(s)",
+        "learning rate": f"{args.learning_rate:.3g} at its peak, {args.warmup_epochs:g} epochs of warm-up",
+        "steps": f"{math.ceil(epochs * steps_per_epoch):,} in {epochs:g} epochs of {steps_per_epoch}",
+        **extra,
+        "output": str(args.output_dir),
+    }
+    table = Table.grid(padding=(0, 2))
+    for label, text in lines.items():
+        table.add_row(f"[bold]{label}[/bold]", escape(text))
+    show(Panel(table, title="This will run", title_align="left", expand=False))
+
+
+def _overall(entry: Mapping) -> float:
+    return next(iter(entry["accuracies"].values()))["overall"]

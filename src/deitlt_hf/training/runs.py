@@ -1,0 +1,316 @@
+"""Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+from transformers import DeiTConfig, PreTrainedModel, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+
+from ..console import quiet_log
+from ..data.loading import SORTED_BY_AUTHORS, images_hash, subset_hash, training_counts, with_classes
+from ..data.long_tail import decreasing_count_map
+from ..data.transforms import model_processor
+from ..hub.cards import CARD_FILE
+from ..hub.push import prepare_repository
+from ..models.deitlt.configuration_deitlt import DeiTLTConfig
+from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
+from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from ..original import load_original_student
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments, teacher_folder
+from ..records import RESULTS_FILE, RunRecord, read_record
+from ..serving.loading import load_classifier, load_model, load_processor, loading, read_model_config
+from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from .checkpoints import has_model, load_with_info, newest_checkpoint, whole_checkpoint
+from .distillation import DeiTLTTrainer
+from .inputs import label_names
+from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
+from .publishing import hub_options
+from .resuming import architecture, class_names, other_classes, read_configuration
+from .schedule import low_peak
+from .teacher import FlatTeacherTrainer
+from .trainer import LongTailTrainer
+
+SIZES = (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+EVALUATION_FIELDS = (
+    "output_dir",
+    "per_device_eval_batch_size",
+    "dataloader_num_workers",
+    "use_cpu",
+    "bf16",
+    "bf16_full_eval",
+    "fp16",
+    "fp16_full_eval",
+)
+
+
+def train_teacher(
+    data_args: DataArguments,
+    model_args: TeacherArguments,
+    args: FlatTeacherTrainingArguments,
+    data: Mapping | None = None,
+) -> FlatTeacherTrainer:
+    """Trains a recipe's teacher and saves it in `args.output_dir`."""
+    _begin(args, FlatTeacherConfig.model_type)
+    data = data or data_args.load()
+    set_seed(args.seed)
+    config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
+    return _train(FlatTeacherTrainer, FlatTeacherForImageClassification(config), args, data, data_args)
+
+
+def distill(
+    recipe: str, data_args: DataArguments, model_args: StudentArguments, args: DeiTLTTrainingArguments
+) -> DeiTLTTrainer:
+    """Trains a recipe's student and saves it in `args.output_dir`.
+
+    Without a teacher it uses the one in the folder `teacher` (`teacher_LOSS` for another loss than the recipe's) beside
+    `args.output_dir` if that was trained on the same images, and trains the recipe's there if there is none.
+    """
+    # What is wrong shows before hours of teacher training.
+    if model_args.teacher is not None and model_args.teacher_loss is not None:
+        raise ValueError("teacher_loss is for training the recipe's teacher; leave it or --teacher out.")
+    _begin(args, DeiTLTConfig.model_type)
+    if model_args.teacher is not None:
+        read_model_config(model_args.teacher)
+    if model_args.init_from is not None:
+        check_start(model_args.init_from, (args.recipe or {}).get("overrides", {}))
+    data = data_args.load()
+    args.check_data(len(data["train"]))
+    if note := low_peak(args.peak_learning_rate, model_args.init_from):
+        _say(args, f"Note: {note}")
+    data_args.groups(data)
+    set_seed(args.seed)
+    student = _student(model_args, data)
+    model_processor(student.config, args.image_resize)
+    teacher = processor = None
+    if args.distillation != "none":
+        path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
+        teacher = load_classifier(path)
+        if not isinstance(teacher, FlatTeacherForImageClassification):  # which tells by itself what it takes
+            processor = load_processor(path)
+    return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher, teacher_processor=processor)
+
+
+def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:
+    """Prints the table of a saved student, or of any classifier, on a recipe's test images.
+
+    The rows are in the trainer's `last_table`.
+    """
+    quiet_log(args.disable_tqdm)
+    model = load_model(path)
+    if Path(path).is_dir():
+        args.output_dir = path  # nothing is written, but transformers makes the folder
+    data = data_args.load()
+    names = label_names(model.config)
+    if isinstance(data["train"], Dataset) and sorted(names) == sorted(data["test"].features["label"].names):
+        data = {split: with_classes(rows, ClassLabel(names=names)) for split, rows in data.items()}
+    parts = {"eval_dataset": data["test"], "processing_class": load_processor(path), "groups": data_args.groups(data)}
+    trainer: LongTailTrainer
+    if isinstance(model, DeiTLTForImageClassification):
+        trainer = DeiTLTTrainer(model, args, **parts)
+    else:
+        own = FlatTeacherTrainingArguments(**{name: getattr(args, name) for name in EVALUATION_FIELDS})
+        trainer = FlatTeacherTrainer(model, own, **parts)
+    trainer.evaluate()
+    return trainer
+
+
+def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
+    if trainer_class is DeiTLTTrainer and data_args.dataset in SORTED_BY_AUTHORS:  # for an export to their order
+        model.config.class_map = decreasing_count_map(training_counts(data["train"])).tolist()
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        groups=data_args.groups(data),
+        processing_class=model_processor(model.config, args.image_resize, data_args.background),
+        **kwargs,
+    )
+    trainer.results.dataset = data_args.record()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if not trainer.beginning.is_finished or args.push_to_hub:
+        trainer.save_model()
+    if not trainer.beginning.is_finished or not (Path(args.output_dir) / CARD_FILE).is_file():
+        trainer.create_model_card()
+    trainer.accelerator.wait_for_everyone()  # what the first process saves, the others may load next
+    if trainer.was_asked_to_stop():  # too late to stop training, but nothing else is begun
+        _say(args, f"The signal came after the last step: the model is in {args.output_dir}.")
+        trainer.stop_signal.end()
+    return trainer
+
+
+def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClassification:
+    names = data["train"].features["label"].names
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    attention = {"attn_implementation": model_args.attn_implementation}
+    path = model_args.init_from
+    if path is None:
+        return DeiTLTForImageClassification._from_config(model_args.config(**labels), **attention)
+    options: dict[str, Any] = {"drop_path_rate": model_args.drop_path_rate, **attention}
+    if Path(path).is_file():
+        like = model_args.config(**labels)
+        return load_original_student(path, class_names=names, num_labels=len(names), like=like, **options)
+    with loading(path):
+        student, info = load_with_info(
+            DeiTLTForImageClassification, path, **labels, **options, dtype="float32", ignore_mismatched_sizes=True
+        )
+    missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)  # the heads are new
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of a DeiT ({', '.join(missing[:3])}); start from another checkpoint."
+        )
+    return student
+
+
+def check_start(path: str, changed: Mapping[str, Any]) -> DeiTConfig | None:
+    """Checks that a student can start from a model.
+
+    Args:
+        path: Folder, Hub id, or a file of weights, which is not looked into.
+        changed: Arguments of the command line. The sizes of the recipe give way to the model's, these must not.
+
+    Returns:
+        The configuration of the model; None of a file.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it is not a DeiT, or of other sizes than those asked for.
+    """
+    if Path(path).is_file():
+        return None
+    content = read_model_config(path)
+    if content.get("model_type") != DeiTConfig.model_type:
+        raise ValueError(
+            f"{path} is a model of type {content.get('model_type')!r}; a student starts from a DeiT (model_type "
+            f"{DeiTConfig.model_type!r}), such as facebook/deit-base-distilled-patch16-224."
+        )
+    with loading(path):
+        config = DeiTConfig.from_dict(content)
+    for name in SIZES:
+        if name in changed and changed[name] != getattr(config, name):
+            raise ValueError(
+                f"{path} has {name} {getattr(config, name)}, not {changed[name]}; a student that starts from it is of "
+                f"its size, so leave --{name} out."
+            )
+    return config
+
+
+def _teacher_of_recipe(
+    recipe: str, data: Mapping, data_args: DataArguments, student_args: DeiTLTTrainingArguments, loss: str | None
+) -> str:
+    """The folder of the recipe's teacher; what is missing of its training is done first."""
+    folder = Path(student_args.output_dir).parent / teacher_folder(recipe, loss)
+    command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
+    command_line += ["--teacher_loss", loss or own_loss(recipe)]
+    # How to run is as for the student; a process cannot change its precision.
+    for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers"):
+        command_line += [f"--{name}", str(getattr(student_args, name))]
+    command_line += ["--report_to", *(student_args.report_to or ["none"])]
+    found = [] if is_abandoned(folder) else run_files(folder)
+    if RESULTS_FILE in found:
+        command_line += ["--resume_from_checkpoint", "auto"]
+    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    _, _, model_args, args = parse_arguments("teacher", classes, command_line)
+    if student_args.recipe is not None:  # the images are those of the student's command line
+        changed = student_args.recipe["overrides"]
+        args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
+    if RESULTS_FILE in found:
+        record = _record_of_teacher(folder)
+        config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
+        settings = args.method_settings()
+        for name in PRECISIONS:  # of a teacher that is there it is no matter
+            settings.pop(name)
+        known = record.get("data", {})
+        classes = data["train"].features["label"].names
+        other = next(
+            other_classes(known.get("classes") or class_names(read_configuration(folder)) or classes, classes), None
+        )
+        if other is not None:
+            raise ValueError(
+                f"{folder} has a teacher of other classes: {other}; pass it as --teacher if it is the one to learn "
+                "from, or move it away to have the recipe's trained."
+            )
+        wanted = {"images (subset)": subset_hash(data["train"]), "images (content)": images_hash(data["train"])}
+        wanted |= {"background": data_args.background} | settings | architecture(config)
+        # Records of earlier versions lack some of these.
+        hashes = {"images (subset)": known.get("subset_sha256"), "images (content)": known.get("images_sha256")}
+        had: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
+        had |= {"background": known.get("background"), **record.get("settings", {}), **record.get("architecture", {})}
+        for name, value in wanted.items():
+            if had.get(name, value) != value:
+                raise ValueError(
+                    f"the teacher in {folder} was trained with {name} {had[name]}, but the recipe has {value}; pass it "
+                    "as --teacher if it is the one to learn from, or move it away to have the recipe's trained."
+                )
+        if record.get("finished") and has_model(folder):
+            _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
+            return str(folder)
+        _say(student_args, f"No --teacher given: going on with the recipe's, which was interrupted, in {folder}.")
+    elif found:
+        raise ValueError(
+            f"{folder} holds a model ({found[0]}) without a record of its training; pass it as --teacher, or move it "
+            "away to have the recipe's trained."
+        )
+    else:
+        _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
+        try:
+            args.check_data(len(data["train"]))
+        except ValueError as error:
+            raise ValueError(
+                f"the teacher's training does not fit: {error} To change it, train the teacher first: deitlt "
+                f"train-teacher --recipe {recipe} --output_dir {folder} ..."
+            ) from error
+    train_teacher(data_args, model_args, args, data)
+    gc.collect()  # of several processes; what joins them must not be left to the end of the interpreter, which aborts
+    return str(folder)
+
+
+def _record_of_teacher(folder: Path) -> RunRecord:
+    """The record of the recipe's teacher; if that of the folder is damaged, that of its newest checkpoint.
+
+    Raises:
+        ValueError: If there is none that can be read.
+    """
+    try:
+        return read_record(folder)
+    except ValueError as error:
+        checkpoint = None if has_model(folder) else newest_checkpoint(folder)
+        if checkpoint is not None and (Path(checkpoint) / RESULTS_FILE).is_file():
+            return read_record(checkpoint)
+        raise ValueError(
+            f"{error} The teacher in {folder} can be passed as --teacher, or moved away to have the recipe's trained."
+        ) from error
+
+
+def _say(args, text: str) -> None:
+    if args.process_index == 0:
+        print(text, flush=True)
+
+
+def _begin(args, model_type: str) -> None:
+    quiet_log(args.disable_tqdm)
+    check_output_dir(args.output_dir, args.overwrite, goes_on_in(args.output_dir, args.resume_from_checkpoint))
+    if args.resume_from_checkpoint not in (None, "auto"):
+        whole_checkpoint(args.resume_from_checkpoint)
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"cannot report to {', '.join(args.report_to)}: {error}") from error
+    if args.push_to_hub and args.process_index == 0:
+        prepare_repository(args.hub_model_id, model_type=model_type, **hub_options(args))
+
+
+def _num_labels(data: Mapping) -> int:
+    return data["train"].features["label"].num_classes
