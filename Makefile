@@ -13,7 +13,7 @@ RANGE := --deselect tests/test_model.py::test_a_seed_gives_the_same_student_as_e
 	tests/test_streaming.py::test_parquet_is_streamed_with_its_class_names
 TOOLS := hypothesis matplotlib peft psutil pytest pytest-timeout pytest-xdist
 
-.PHONY: install demo test test-oldest test-newest lint format clean
+.PHONY: install demo test test-oldest test-newest research-check lint format clean
 
 install: $(INSTALLED)
 
@@ -30,6 +30,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxproc
 
 test: install
 	$(PYTEST)
+
+research-check: install  ## That docs/claims.md says what the records in research/ say, and that its peer is one.
+	$(PYTEST) research
 
 # Both in environments of their own, of 6 GB each; they stay there for the next time.
 test-oldest: VENV := .venv-oldest

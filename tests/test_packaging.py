@@ -12,7 +12,7 @@ from transformers import Trainer
 from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("benchmarks", "docs", "model_cards", "scripts", "src/deitlt_hf", "tests")
+FOLDERS = ("benchmarks", "docs", "model_cards", "research", "scripts", "src/deitlt_hf", "tests")
 FILES = {
     "CHANGELOG.md",
     "CONTRIBUTING.md",

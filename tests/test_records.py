@@ -17,7 +17,7 @@ RECORD = {"settings": {"num_train_epochs": 2}, "data": {"class_counts": [3, 2]},
 
 
 def test_records_of_earlier_versions_are_read():
-    folders = ("model_cards/results", "benchmarks/claims/results", "benchmarks/results")
+    folders = ("model_cards/results", "research/results", "benchmarks/results")
     paths = [path for folder in folders for path in sorted((ROOT / folder).glob("*.json"))]
     records = [path for path in paths if is_of_run(json.loads(path.read_text()))]
     assert len(records) > 100

@@ -1,6 +1,6 @@
 """Measures the CPU time of a training step of each arm, for the accuracy over the price in `docs/claims.md`.
 
-    python benchmarks/claims/price.py --data_dir /usr/share/datasets/fashion-mnist
+    python research/price.py --data_dir /usr/share/datasets/fashion-mnist
 
 Each arm runs on one thread, for one epoch and for three, in turn with the other arms; the difference of the processes'
 CPU time is that of two epochs, without loading and evaluation. Of several rounds the median counts. Leave the machine

@@ -1,7 +1,7 @@
 """Judges the claims of the paper by the records that `run.py` left, and writes `docs/claims.md`.
 
-    python benchmarks/claims/report.py
-    python benchmarks/claims/report.py --setting cifar10_lt
+    python research/report.py
+    python research/report.py --setting cifar10_lt
 
 The first puts every table, figure and verdict of the page in its place; the text around them is written by hand and has
 no measured number. The second prints a table against the paper's, and what the teachers say of a student's images.

@@ -1,6 +1,6 @@
 """What the tokens of a student look at and hold, on test images.
 
-python benchmarks/claims/observe_tokens.py --recipe R --model DIR --json FILE
+python research/observe_tokens.py --recipe R --model DIR --json FILE
 """
 
 import argparse

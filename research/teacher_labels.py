@@ -1,6 +1,6 @@
 """What teachers say of the images that a student is trained on: how often they name each group of classes.
 
-python benchmarks/claims/teacher_labels.py --recipe R --teachers NAME=DIR ... --json FILE
+python research/teacher_labels.py --recipe R --teachers NAME=DIR ... --json FILE
 """
 
 import argparse

@@ -15,11 +15,11 @@ from filelock import FileLock
 from deitlt_hf.io import weights_digest
 from deitlt_hf.records import read_record
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from series import ROOT, run, write_record
 
-CLAIMS = Path(__file__).parent
-RESULTS = CLAIMS / "results"
+RESEARCH = Path(__file__).parent
+RESULTS = RESEARCH / "results"
 # For runs of minutes: begun anew if interrupted, with nothing seen of the test images before the last epoch.
 SHORT = ("--overwrite", "--eval_strategy", "no", "--save_strategy", "no", "--dataloader_num_workers", "0")
 # For runs of days: the recipe's workers and checkpoints, from the newest of which they go on.
@@ -57,7 +57,7 @@ TEACHERS = {
     "ldam-sam": teacher("LDAM-DRW, SAM", "ldam", 0.1),
     "paco-sam": teacher("PaCo, SAM", "paco", 0.025),
 }
-PEER = "benchmarks/claims/timm_peer.py"
+PEER = "research/timm_peer.py"
 # With beta 0 all class weights are 1. Mixing stops at the DRW epoch in all of them.
 NO_DRW = ("--drw_beta", 0)
 WEAK = ("--teacher_view", "weak")
@@ -338,7 +338,7 @@ class Runs:
             results = self._trained(seed, name)
             is_ours = self.arm(name).script == DISTILL
             if is_ours and not self.setting.holds_out:
-                results["tokens"] = self._look(seed, folder, CLAIMS / "observe_tokens.py")
+                results["tokens"] = self._look(seed, folder, RESEARCH / "observe_tokens.py")
             if is_ours:
                 results["fusions"] = self._look(seed, folder, ROOT / "scripts" / "evaluate.py", "--fusion", "all")
             write_record(self.record(seed, name), results)
@@ -353,7 +353,7 @@ class Runs:
             if path.exists() and made_of.items() <= json.loads(path.read_text()).items():
                 return
             found = folder.with_suffix(".json")
-            command = [CLAIMS / "teacher_labels.py", *self.data(seed), "--seed", seed, *made_of["arguments"]]
+            command = [RESEARCH / "teacher_labels.py", *self.data(seed), "--seed", seed, *made_of["arguments"]]
             teachers = [f"{name}={teacher}" for name, teacher in folders.items()]
             run(*command, "--teachers", *teachers, "--json", found, threads=self.threads)
             write_record(path, json.loads(found.read_text()) | made_of)

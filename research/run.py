@@ -1,10 +1,10 @@
 """Trains what the claims of the paper are judged by; `report.py` judges them.
 
-    python benchmarks/claims/run.py --data_dir /usr/share/datasets/fashion-mnist
-    python benchmarks/claims/run.py --setting held_out --data_dir /usr/share/datasets/fashion-mnist
-    python benchmarks/claims/run.py --setting cifar10_lt --data_dir DIR --jobs 1 --threads 16
+    python research/run.py --data_dir /usr/share/datasets/fashion-mnist
+    python research/run.py --setting held_out --data_dir /usr/share/datasets/fashion-mnist
+    python research/run.py --setting cifar10_lt --data_dir DIR --jobs 1 --threads 16
 
-Every run is a process of its own and leaves a record in `benchmarks/claims/results/`; what is recorded is not run
+Every run is a process of its own and leaves a record in `research/results/`; what is recorded is not run
 again, so that a series can be stopped at any time and goes on where it was. Two runs on one thread each take less than
 one after the other on two.
 """

@@ -1,6 +1,6 @@
 """The peer: timm's `TokenDistillationTask` with hard labels, in a loop as one writes it with timm.
 
-    python benchmarks/claims/timm_peer.py --recipe R --teacher DIR --output_dir DIR --seed 0
+    python research/timm_peer.py --recipe R --teacher DIR --output_dir DIR --seed 0
 
 timm's student, Mixup, optimiser (AdamW, or Muon with `--optim muon`), schedule and task. Images, their order and
 augmentation, batch, epochs and learning rate are those of `scripts/distill.py` with the same recipe and seed; so is the
