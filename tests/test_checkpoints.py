@@ -23,7 +23,7 @@ from deitlt_hf.training.checkpoints import (
     STAGING,
     begin_checkpoint,
     checkpoints_in,
-    damage,
+    find_corruption,
     finish_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
@@ -47,7 +47,7 @@ def write_checkpoint(output_dir, step, weight=0.0, left_out=()):
 
 def test_a_finished_checkpoint_is_whole_and_replaces_another(tmp_path):
     first = write_checkpoint(tmp_path, 3)
-    assert damage(first) is None
+    assert find_corruption(first) is None
     assert {"model.safetensors", "deeper/state.bin"} < set(json.loads((first / MANIFEST).read_text()))
     before = (first / "model.safetensors").read_bytes()
     assert write_checkpoint(tmp_path, 3, 1.0) == first
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(tmp_path, harm):
 def test_a_manifest_that_says_too_little_is_damaged(tmp_path, manifest, what):
     checkpoint = write_checkpoint(tmp_path, 3)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-    assert re.search(what, damage(checkpoint))
+    assert re.search(what, find_corruption(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_going_on_needs_must_be_there(tmp_path, name):
     """Also if the manifest agrees: else a run goes on without its optimiser, to another end, without a word."""
     what = "weights" if name.startswith("model") else name
     checkpoint = write_checkpoint(tmp_path, 3, left_out=[name])
-    assert f"does not list {what}" in damage(checkpoint)
+    assert f"does not list {what}" in find_corruption(checkpoint)
     (checkpoint / MANIFEST).unlink()  # as plain transformers writes them
     if name in ("trainer_state.json", "model.safetensors"):
         with pytest.raises(ValueError, match=f"it has no {what}"):
@@ -296,7 +296,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_checkpoint_before(tmp_pat
     sentence = r"the checkpoint of step 4 cannot be written to .*: \[Errno 28\] No space left on device; those before"
     with pytest.raises(OSError, match=sentence):
         make_trainer(tmp_path, digits).train()
-    assert damage(tmp_path / "checkpoint-2") is None
+    assert find_corruption(tmp_path / "checkpoint-2") is None
     assert not (tmp_path / "checkpoint-4").exists()
 
 
@@ -304,7 +304,7 @@ def test_the_last_whole_checkpoint_is_kept(tmp_path, digits):
     make_trainer(tmp_path, digits, save_total_limit=1).train()
     last = checkpoints(tmp_path)
     assert last == ["checkpoint-7"]
-    assert damage(tmp_path / last[0]) is None
+    assert find_corruption(tmp_path / last[0]) is None
 
 
 def test_the_best_checkpoint_is_found_where_it_is(tmp_path, digits):
@@ -319,7 +319,7 @@ def test_the_best_checkpoint_is_found_where_it_is(tmp_path, digits):
     )
     trainer.train()
     best = trainer.state.best_model_checkpoint
-    assert damage(best) is None
+    assert find_corruption(best) is None
     state = json.loads((tmp_path / checkpoints(tmp_path)[-1] / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == best
     saved = torch.load(tmp_path / checkpoints(tmp_path)[-1] / "scheduler.pt", weights_only=True)

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherTrainer, FlatTeacherTrainingArguments
 from deitlt_hf.recipes import DataArguments, TeacherArguments, parse_arguments
-from deitlt_hf.training.checkpoints import damage
+from deitlt_hf.training.checkpoints import find_corruption
 from deitlt_hf.training.run_log import read_log
 from deitlt_hf.training.runs import train_teacher
 
@@ -320,7 +320,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(tmp_path, processes
         process.communicate(timeout=60)
     assert process.returncode == (128 + number if processes == 1 else 1)  # torchrun's own
     (checkpoint,) = tmp_path.glob("checkpoint-*")
-    assert damage(checkpoint) is None
+    assert find_corruption(checkpoint) is None
     assert json.loads((tmp_path / "results.json").read_text())["finished"] is False
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -346,7 +346,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_second_one_ends_at_once(tmp_path, digi
     values = {"distillation": "none", "eval_strategy": "no"}
     with pytest.raises(KeyboardInterrupt):
         student_trainer(tmp_path / "one", digits, **values, callbacks=[AskToStop(3, signal.SIGINT)]).train()
-    assert damage(tmp_path / "one" / "checkpoint-3") is None
+    assert find_corruption(tmp_path / "one" / "checkpoint-3") is None
     output = capfd.readouterr()
     assert "Stopped by Ctrl-C after step 3" in output.out
     assert "press it again to end at once" in output.err

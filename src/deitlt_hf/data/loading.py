@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from ..io import file_errors, one_line
-from .damage import check_shards
+from .corruption import check_shards
 from .images import as_image_column, decode_all
 from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
 from .sources.arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx

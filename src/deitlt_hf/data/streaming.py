@@ -15,7 +15,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..io import file_errors, read_json
-from .damage import check_shards
+from .corruption import check_shards
 from .images import EncodedImage, open_image
 from .loading import find_columns, standard_columns, with_classes
 from .sampling import ROUND, check_repeats, image_seeds, seed_streams, whole_steps

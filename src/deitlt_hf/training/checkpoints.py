@@ -151,7 +151,7 @@ def step_in_name(checkpoint: str | Path) -> int:
     return int(Path(checkpoint).name.removesuffix(".replaced").rpartition("-")[2])
 
 
-def damage(checkpoint: str | Path) -> str | None:
+def find_corruption(checkpoint: str | Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if a run can go on from it as it was."""
     checkpoint = Path(checkpoint)
     if not (checkpoint / MANIFEST).is_file():
@@ -209,7 +209,7 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
     folder = Path(output_dir)
     found = list(reversed(checkpoints_in(folder)))
     for path in found:
-        wrong = damage(path)
+        wrong = find_corruption(path)
         if wrong is None:
             return str(path)
         warnings.warn(f"the checkpoint {path} is left out: {wrong}.", stacklevel=2)
@@ -238,7 +238,7 @@ def whole_checkpoint(path: str) -> str:
     if not folder.is_dir():
         wrong = "there is no such folder"
     elif (folder / MANIFEST).is_file():
-        wrong = damage(folder)
+        wrong = find_corruption(folder)
     else:
         names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         wrong = next((f"it has no {what}" for what in _NEEDED if not _has(what, names)), None) or _unreadable(folder)

@@ -105,7 +105,7 @@ class DeiTLTDropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3f}"
 
 
-def attend_to_all(
+def first_tokens_attend(
     attention: DeiTAttention,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -164,7 +164,7 @@ class DeiTLTLayer(DeiTLayer):
             if kept is not None and isinstance(mask, torch.Tensor) and len(mask) > 1:
                 mask = mask[kept]
             states = self.layernorm_before(states)
-            return self.dropout(attend_to_all(self.attention, states, mask, num_queries, **kwargs))
+            return self.dropout(first_tokens_attend(self.attention, states, mask, num_queries, **kwargs))
 
         def transform(states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
             return self.dropout(self.mlp(self.layernorm_after(states)))
