@@ -1,6 +1,7 @@
 """The trainers, on models that train in seconds."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -424,6 +425,7 @@ def test_settings_of_transformers_that_change_the_result_are_recorded(tmp_path, 
     values = {"data_seed": 5, "label_smoothing_factor": 0.2, "adam_beta2": 0.99}
     args = student_arguments(tmp_path, **values)
     assert values.items() <= args.method_settings().items()
+    assert args.method_settings().keys() <= {field.name for field in dataclasses.fields(args)}  # no constants
 
 
 def test_mixed_precision_of_the_launcher_is_recorded(tmp_path, monkeypatch):

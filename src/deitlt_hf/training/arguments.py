@@ -5,7 +5,7 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -318,7 +318,8 @@ class LongTailTrainingArguments(TrainingArguments):
     def method_settings(self) -> dict[str, Any]:
         """What decides the result of a run, by field; what only decides how it goes is left out."""
         classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__]
-        names = {name for cls in classes for name in cls.__annotations__} | _OF_TRANSFORMERS
+        own = {name for cls in classes for name in cls.__annotations__}
+        names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
         settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
         settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # of an enumeration
         return settings | {name: self.mixed_precision == name for name in PRECISIONS}  # `accelerate launch` sets it too
