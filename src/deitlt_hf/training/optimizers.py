@@ -1,4 +1,4 @@
-"""Muon for the matrices of a vision transformer's blocks, AdamW for its other parameters."""
+"""Muon optimiser for students: Muon for the weight matrices of the transformer blocks, AdamW for other parameters."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,20 +7,20 @@ from timm.optim import Muon
 from torch import nn
 from transformers import TrainingArguments
 
-MUON = "muon"  # as a value of `optim`
+MUON = "muon"  # value of the argument `optim`
 _HEADS = ("cls_classifier", "distillation_classifier")
 
 
 def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) -> Muon:
-    """Muon (Jordan et al., 2024) for the linear layers of the blocks, and AdamW for all else.
+    """Creates Muon (Jordan et al., 2024) for the linear layers of the blocks, with AdamW for all other parameters.
 
-    Embeddings, tokens, norms, biases and classifiers are AdamW's, as in Jordan's own code. An update of Muon has the
-    size of one of AdamW (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4), so
-    that one learning rate and one weight decay serve both.
+    AdamW updates embeddings, tokens, norms, biases and classifiers, as in Jordan's code. Muon's updates are scaled to
+    the size of AdamW's (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4).
+    Therefore both use the same learning rate and weight decay.
 
     Args:
         model: A student.
-        args: With `learning_rate`, `weight_decay`, and Adam's betas and epsilon.
+        args: Training arguments with `learning_rate`, `weight_decay`, and the betas and epsilon of Adam.
         decayed: Names of the parameters with weight decay.
 
     Returns:
@@ -41,7 +41,7 @@ def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) ->
                 "params": parameters,
                 "weight_decay": args.weight_decay if has_decay else 0.0,
                 "use_muon": is_matrix,
-                "nesterov": is_matrix,  # of the fallback it would make NAdamW
+                "nesterov": is_matrix,  # would turn the AdamW fallback into NAdamW
             }
             for (is_matrix, has_decay), parameters in groups.items()
         ],
@@ -51,7 +51,7 @@ def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) ->
 
 
 def muon_settings(args: TrainingArguments) -> dict[str, Any]:
-    """What arguments set of Muon and its AdamW, beside learning rate and weight decay."""
+    """Settings of Muon and of its AdamW fallback, except learning rate and weight decay."""
     return {
         "momentum": 0.95,
         "adjust_lr_fn": "match_rms_adamw",
