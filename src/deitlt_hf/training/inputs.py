@@ -31,7 +31,7 @@ def as_images(dataset, background: str | None, views: Mapping[str, TrainTransfor
     if isinstance(dataset, StreamedSplit):
         if args.partial_steps:
             raise ValueError(
-                "partial_steps does not work with --streaming; leave out partial_steps (and as_published) or --streaming."
+                "partial_steps does not work with --streaming; leave out one of them (as_published sets partial_steps)."
             )
         return StreamedImages(
             dataset,
