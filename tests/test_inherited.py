@@ -132,7 +132,7 @@ def test_values_without_effect_are_refused(tmp_path, values, message):
         ({"train_dataset": TensorDataset(torch.zeros(2))}, "must each be a datasets.Dataset .* got TensorDataset"),
         (
             {"model_init": lambda: make_student(), "optimizers": (torch.optim.SGD([torch.zeros(1)]), None)},
-            "optimizers are of one",
+            "optimizers belong to one",
         ),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "parameters that are not the model's"),
     ],
@@ -152,7 +152,7 @@ def test_what_a_run_could_not_measure_or_use_is_refused_before_it(tmp_path, digi
     with pytest.raises(ValueError, match="args must be DeiTLTTrainingArguments, got TrainingArguments"):
         DeiTLTTrainer(make_student(), TrainingArguments(str(tmp_path)), train_dataset=digits["train"])
     optimizer = torch.optim.SGD(make_student().parameters())
-    with pytest.raises(ValueError, match="the scheduler of optimizers must be of the optimizer"):
+    with pytest.raises(ValueError, match="the scheduler in optimizers must belong to the optimizer"):
         trainer_of(tmp_path, digits, trainer={"optimizers": (None, torch.optim.lr_scheduler.ConstantLR(optimizer))})
 
 

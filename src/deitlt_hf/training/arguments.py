@@ -129,8 +129,8 @@ class LongTailTrainingArguments(TrainingArguments):
     ema_decay: float | None = _option(
         None,
         "Decay of an exponential moving average of the weights. The average is evaluated with the model and saved in "
-        "the subfolder 'ema'. None: no average. The authors' code uses 0.99996, but their reported numbers are those of "
-        "the weights without averaging.",
+        "the subfolder 'ema'. None: no average. The authors' code uses 0.99996, but their reported numbers are those "
+        "of the weights without averaging.",
     )
     save_adapter: bool = _option(
         False,
@@ -152,8 +152,8 @@ class LongTailTrainingArguments(TrainingArguments):
     partial_steps: bool | None = _option(
         None,
         "Also train on the images that remain at the end of an epoch, in an optimiser step with fewer micro-batches, "
-        "of which the last may have fewer images. By default they are left out, because they would depend on the number "
-        "of processes.",
+        "of which the last may have fewer images. By default they are left out, because they would depend on the "
+        "number of processes.",
     )
     ema_every_slice: bool | None = _option(
         None,
@@ -204,10 +204,8 @@ class LongTailTrainingArguments(TrainingArguments):
         self._made_data_seed: int | None = None
         # Global batch, micro-batch and accumulation steps after the last `settle`.
         self._batch: tuple[int | None, int, int] | None = None
-        given_learning_rate, self.learning_rate = (
-            self.learning_rate,
-            self.learning_rate or 0.0,
-        )  # transformers compares it with 0
+        # transformers compares the learning rate with 0, so it must not be None there.
+        given_learning_rate, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
         given_optim = self.optim
         if given_optim == MUON:  # transformers does not know this name
             self.optim = type(self).optim
