@@ -409,7 +409,7 @@ def test_a_student_of_transformers_is_trained_on_its_own_weights(tmp_path, digit
     images = fixed_batch(digits)["pixel_values"]
     with torch.no_grad():
         expected = plain(images).logits
-    with pytest.warns(UserWarning, match="is trained as a DeiTLTForImageClassification on the same weights"):
+    with pytest.warns(UserWarning, match="is converted to a DeiTLTForImageClassification with the same weights"):
         trainer = trainer_of(tmp_path, digits, plain)
     assert isinstance(trainer.model, DeiTLTForImageClassification)
     with torch.no_grad():

@@ -212,9 +212,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         groups = self._wanted_groups
         if groups is None:
             if self.class_counts is None:
-                raise ValueError(
-                    "groups are unknown without a train_dataset or class_counts in the config; pass groups."
-                )
+                raise ValueError("without a train_dataset or class_counts in the model's config, pass groups.")
             groups = shot_groups(self.class_counts)
         self.group_rule = getattr(groups, "rule", "as given")
         self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
@@ -243,9 +241,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if optimizer_cls_and_kwargs is not None and optimizer is not None:
             raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")
         if makes_models and (optimizer is not None or scheduler is not None):
-            raise ValueError(
-                "optimizers belong to one model, not to those of model_init; pass optimizer_cls_and_kwargs."
-            )
+            raise ValueError("optimizers belong to one model; with model_init, pass optimizer_cls_and_kwargs.")
         if scheduler is not None and (
             optimizer is None or scheduler.optimizer.param_groups is not optimizer.param_groups
         ):
