@@ -106,7 +106,7 @@ def test_refused_arguments_are_refused(tmp_path, name):
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, "gradient_accumulation_kwargs"),
         ({"optim": "lomo"}, "optim 'lomo' cannot be used: it updates weights in the backward pass"),
         ({"optim": "galore_adamw"}, "optim 'galore_adamw' cannot be used"),
-        ({"optim": "schedule_free_adamw"}, "it has no learning-rate schedule"),
+        ({"optim": "schedule_free_adamw"}, "it does not use a learning-rate schedule"),
         # Of which torch 2.8 and newer have a fused one.
         ({"optim_args": "momentum=0.9"}, "optim_args 'momentum=0.9' has no effect on optim 'adamw_torch"),
         ({"optim_args": "momentum"}, "optim_args 'momentum' cannot be made"),

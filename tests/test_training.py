@@ -836,7 +836,7 @@ def test_a_resumed_run_has_the_values_that_are_asked_for(tmp_path, digits, make_
     make_trainer(tmp_path, digits, **first, **values).train()
     trainer = make_trainer(tmp_path, digits, **then, **values)
     name = next(name for name in then if name != "distillation")
-    with pytest.warns(UserWarning, match=rf"goes on with {name} {re.escape(str(then[name]))}; it began with"):
+    with pytest.warns(UserWarning, match=rf"resumes with {name} {re.escape(str(then[name]))}; it began with"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for group in trainer.optimizer.param_groups:
         assert expected.items() <= group.items()

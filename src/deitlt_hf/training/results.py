@@ -126,7 +126,7 @@ class Results:
             self.content["best"] = entry
 
     def finish(self, seconds: float, steps: int, saved_step: int) -> None:
-        """Marks the run as finished, with its training time in seconds, its steps, and the step of the saved weights."""
+        """Marks the run as finished, with training time in seconds, steps, and the step of the saved weights."""
         if not self._was_finished:  # otherwise nothing was trained
             self.content["train_seconds"] = round(seconds, 1)
             self.content["emissions"] = read_emissions(self.path.parent)
