@@ -273,6 +273,7 @@ class LongTailTrainingArguments(TrainingArguments):
                 self.global_batch_size = None  # one of its factors was set since
             self._divide_global_batch()
             self._batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        # A learning rate that was not set by the user follows the batch size.
         if self.learning_rate in (None, self._made_learning_rate):
             slices = self.learning_rate_slices or self.gradient_accumulation_steps
             assert self.global_batch_size is not None  # set above

@@ -63,6 +63,7 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
         Final path of the checkpoint.
     """
     manifest = {}
+    # All files reach the disk before the rename: after a power loss, a checkpoint in place is complete.
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
         manifest[path.relative_to(staged).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
         sync_to_disk(path)
@@ -341,7 +342,8 @@ class WholeCheckpointTrainer(Trainer):
 
     def _finish_checkpoint(self, output_dir: str) -> None:
         staged = Path(output_dir) / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.state.best_model_checkpoint == str(staged):  # in every process, because each one loads it at the end
+        # The parent recorded the staging path. Corrected in every process, because each one loads it at the end.
+        if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = os.path.join(output_dir, staged.name)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))

@@ -269,6 +269,7 @@ def as_student(model: PreTrainedModel) -> PreTrainedModel:
             "a DeiTForImageClassificationWithTeacher of transformers, which is converted."
         )
     config = DeiTLTConfig.from_dict(model.config.to_dict(), attn_implementation=model.config._attn_implementation)
+    # On the meta device, because `assign` replaces every parameter; `keep_vars` keeps the parameter objects.
     with torch.device("meta"):
         student = DeiTLTForImageClassification(config)
     student.load_state_dict(model.state_dict(keep_vars=True), assign=True)

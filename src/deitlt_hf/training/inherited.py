@@ -1,8 +1,8 @@
 """Tables that list whether each argument and parameter inherited from transformers is supported, and checks of them.
 
 Each name in the versions of transformers that setup.py allows is in one table, with one of four verdicts. A test fails
-if transformers has a name that is missing here. Names with the verdict [`Refused`] must keep their defaults, and `--help`
-hides them.
+if transformers has a name that is missing here. Names with the verdict [`Refused`] must keep their defaults, and
+`--help` hides them.
 """
 
 import copy
@@ -138,7 +138,7 @@ def check_left(values: Any, reasons: Mapping[str, str], prefix: str = "") -> Non
         is_off = all(off is None or off is False or off in ("no", "") for off in (value, default))
         if field.name in reasons and value != default and not is_off:
             why = reasons[field.name]
-            raise ValueError(f"{prefix}{field.name} must be left as it is ({why}), got {value!r}.")
+            raise ValueError(f"{prefix}{field.name} must keep its default ({why}), got {value!r}.")
 
 
 def check_needs(args: TrainingArguments) -> None:

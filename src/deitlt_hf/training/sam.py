@@ -108,4 +108,4 @@ class SAM(Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         for group, rho in zip(self.param_groups, rhos, strict=True):
-            group.setdefault("rho", rho)
+            group.setdefault("rho", rho)  # a state saved without SAM has no rho

@@ -623,6 +623,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_guard.note(loss, self.state.global_step + 1)
         self._slice += 1
+        # The logged loss is without this factor of `compute_loss`, which only the gradient needs.
         return self._finite(loss) / self._window_weight
 
     def _finite(self, value: torch.Tensor) -> torch.Tensor:
@@ -662,6 +663,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.stop_signal.count(total[-1])
         slices = len(self._window) * self.accelerator.num_processes
         for batch, denominators in zip(self._window, own, strict=True):
+            # per_process: the mean of each micro-batch, averaged over all micro-batches and processes.
             is_global = self.args.loss_normalization == "global"
             batch["denominators"] = total[:-1] if is_global else denominators * slices
         self._steps_logged += 1
@@ -699,6 +701,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             group.update(values)
         if "scheduler" in self._given or scheduler.base_lrs == rates:
             return
+        # Another learning rate was requested: rescale the schedule at the step of the checkpoint.
         scheduler.base_lrs = rates
         for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
             group["initial_lr"] = rate
