@@ -296,7 +296,7 @@ def refused(tmp_path, monkeypatch, capsys):
             r"fewer than one batch of 300",
         ),
         (["--recipe", TINY, "--repeated_augmentation", "3"], r"rounds of 256 images"),
-        (["--recipe", TINY, "--teacher", ".", "--teacher_loss", "ce"], r"leave it or --teacher out"),
+        (["--recipe", TINY, "--teacher", ".", "--teacher_loss", "ce"], r"leave out teacher_loss or --teacher"),
         (["--recipe", TINY, "--num_train_epochs", "2"], r"drw_start_epoch 2 is not before"),
         (["--recipe", TINY, "--output_dir", __file__], r"test_scripts.py is a file; choose another folder"),
         (

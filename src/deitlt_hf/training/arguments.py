@@ -101,9 +101,9 @@ class LongTailTrainingArguments(TrainingArguments):
         "micro-batch (processes x per-device batch), not by the whole batch. The paper uses 4. None: the accumulation "
         "steps of this run.",
     )
-    min_learning_rate: float = _option(1e-5, "Final learning rate of the cosine schedule.")
-    warmup_epochs: float = _option(5, "Length of the linear warm-up, in epochs.")
-    warmup_learning_rate: float = _option(1e-6, "Learning rate at the start of the warm-up.")
+    min_learning_rate: float = _option(1e-5, "Final learning rate of the cosine schedule. The paper uses 1e-5.")
+    warmup_epochs: float = _option(5, "Length of the linear warm-up, in epochs. The paper uses 5.")
+    warmup_learning_rate: float = _option(1e-6, "Learning rate at the start of the warm-up. The paper uses 1e-6.")
     drw_start_epoch: float | None = _option(
         None,
         "Epoch (counted from 0) at which deferred re-weighting (DRW) of the classes starts. None or inf: never.",
@@ -112,20 +112,23 @@ class LongTailTrainingArguments(TrainingArguments):
     image_resize: int | None = _option(
         None,
         "Length in pixels to which the shorter side is resized before the centre crop in evaluation. None: 256 / 224 "
-        "of an image size of 224 pixels or more; smaller images are resized to the image size.",
+        "of an image size of 224 pixels or more, or the image size itself if it is smaller.",
     )
     train_crop: str = _option(
         "random_resized", f"Random crop of training images: {' or '.join(TRAIN_CROPS)} (by an eighth of the size)."
     )
     auto_augment: str | None = _option(
-        "rand-m9-mstd0.5-inc1", "Augmentation policy of training images in timm's notation; 'none' disables it."
+        "rand-m9-mstd0.5-inc1",
+        "Augmentation policy of training images in timm's notation, by default the paper's; 'none' disables it.",
     )
     color_jitter: float = _option(
         0.0,
         "Largest random change of brightness, contrast and saturation, as a fraction. Must be 0 with auto_augment.",
     )
     hflip: float = _option(0.5, "Probability that a training image is flipped horizontally.")
-    random_erasing: float = _option(0.25, "Probability that a random rectangle of a training image is erased.")
+    random_erasing: float = _option(
+        0.25, "Probability that a random rectangle of a training image is erased. 0.25 in the paper."
+    )
     ema_decay: float | None = _option(
         None,
         "Decay of an exponential moving average of the weights. The average is evaluated with the model and saved in "
@@ -140,8 +143,8 @@ class LongTailTrainingArguments(TrainingArguments):
     as_published: bool = _option(
         False,
         "Reproduce the authors' training loop where this package differs from it: loss_normalization per_process, "
-        "partial_steps true, ema_every_slice true; for students also teacher_antialias false, fp16 on a GPU, and their "
-        "times of learning-rate updates.",
+        "partial_steps true, ema_every_slice true; for students also teacher_antialias false, fp16 on a GPU, and "
+        "learning-rate updates at the same times as theirs.",
     )
     loss_normalization: str | None = _option(
         None,
@@ -416,8 +419,8 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         "On a CPU, fold the batch norms of a flat teacher into its convolutions. This is faster and gives the same "
         "labels up to rounding. Has no effect in mixed precision.",
     )
-    mixup: float = _option(0.8, "Alpha of Mixup; 0 disables Mixup.")
-    cutmix: float = _option(1.0, "Alpha of CutMix; 0 disables CutMix.")
+    mixup: float = _option(0.8, "Alpha of Mixup; 0 disables Mixup. The paper uses 0.8.")
+    cutmix: float = _option(1.0, "Alpha of CutMix; 0 disables CutMix. The paper uses 1.")
     mixup_switch: float = _option(0.5, "Probability per batch of CutMix instead of Mixup, if both are enabled.")
     mixup_probability: float = _option(1.0, "Probability that a batch is mixed.")
     mixing_in_drw: bool = _option(
@@ -434,7 +437,9 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     fp16: bool = _option(
         None, "Train in fp16 mixed precision with loss scaling, on a GPU, as the authors do. Off by default."
     )
-    label_smoothing_factor: float = _option(0.1, "Amount of label smoothing of the CLS head's targets, in [0, 1].")
+    label_smoothing_factor: float = _option(
+        0.1, "Label smoothing of the CLS head's targets, in [0, 1]. The paper uses 0.1."
+    )
     repeated_augmentation: int = _option(
         3, "Number of differently augmented copies of each image in a batch; 1: plain shuffling without copies."
     )

@@ -24,9 +24,9 @@ class Refused(str):
     """Reason why values other than the default have no effect, or would break the method."""
 
 
-_BATCHES = Refused("batches and their order are the method's own")
-_SCHEDULE = Refused("the schedule is the method's own, with warmup_epochs")
-_METRICS = Refused("the metrics are of all test images together, and always computed")
+_BATCHES = Refused("the method defines batches and their order")
+_SCHEDULE = Refused("the method defines the schedule, with warmup_epochs")
+_METRICS = Refused("metrics are always computed, over all test images together")
 
 ARGUMENTS: Mapping[str, str] = {
     **dict.fromkeys(
@@ -78,13 +78,13 @@ ARGUMENTS: Mapping[str, str] = {
     "eval_use_gather_object": Refused("predictions are tensors"),
     "optim_target_modules": Refused("it is for optimisers that are refused"),
     "use_cache": Refused("a classifier generates nothing"),
-    "use_liger_kernel": Refused("it has no kernels for images"),
-    "liger_kernel_config": Refused("it has no kernels for images"),
-    "neftune_noise_alpha": Refused("its noise is for embeddings of words"),
-    "save_on_each_node": Refused("all processes read the checkpoints of the first, in one output_dir"),
+    "use_liger_kernel": Refused("it does not have kernels for images"),
+    "liger_kernel_config": Refused("Liger does not have kernels for images"),
+    "neftune_noise_alpha": Refused("its noise is for word embeddings"),
+    "save_on_each_node": Refused("all processes read the checkpoints of the main process, in one output_dir"),
     "enable_jit_checkpoint": Refused("SIGTERM ends every run with a checkpoint"),
-    "hub_always_push": Refused("what is pushed is the finished model"),
-    "ignore_data_skip": Refused("a run goes on with the images that it would have seen"),
+    "hub_always_push": Refused("only the finished model is pushed"),
+    "ignore_data_skip": Refused("a resumed run continues with the same images as an uninterrupted one"),
     "parallelism_config": Refused("the batch is divided among all processes"),
     "ddp_static_graph": Refused("accumulation and the two passes of SAM change the graph"),
 }

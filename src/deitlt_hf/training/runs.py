@@ -269,7 +269,7 @@ def _teacher_of_recipe(
             args.check_data(len(data["train"]))
         except ValueError as error:
             raise ValueError(
-                f"the teacher cannot be trained: {error} To change its arguments, train it first: deitlt "
+                f"the teacher cannot be trained: {error} To change that, train the teacher first: deitlt "
                 f"train-teacher --recipe {recipe} --output_dir {folder} ..."
             ) from error
     train_teacher(data_args, model_args, args, data)
