@@ -31,6 +31,7 @@ from deitlt_hf.evaluation import group_accuracies
 from deitlt_hf.recipes import DataArguments, StudentArguments, parse_arguments
 from deitlt_hf.serving.loading import load_classifier
 from deitlt_hf.training import DeiTLTTrainingArguments
+from deitlt_hf.training.optimizers import float32_iteration
 
 
 class Teacher(torch.nn.Module):
@@ -132,7 +133,8 @@ def main():
                 targets = mixup_target(targets, classes, 1.0, smoothing)
             optimizer.zero_grad()
             task(pixel_values, targets)["loss"].backward()
-            optimizer.step()
+            with float32_iteration():  # of Muon, as in ours on a CPU
+                optimizer.step()
             step += 1
             schedule.step_update(step)
     seconds = time.perf_counter() - started

@@ -279,7 +279,7 @@ def test_muon_is_in_record_plan_and_card_and_another_one_resumes_nothing(tmp_pat
     assert "optimiser muon" in re.sub(" +", " ", capsys.readouterr().out)
     record = record_of(tmp_path)
     assert record["settings"]["optim"] == "muon"
-    assert record["ran"]["optimizer"]["class"] == "timm.optim.muon.Muon"
+    assert record["ran"]["optimizer"]["class"] == "deitlt_hf.training.optimizers.Muon"
     assert record["ran"]["optimizer"]["settings"]["use_muon"].count(True) == 1
     assert ["`optim`", "`muon`"] in CardFacts(record, {}).setting_rows()
     with pytest.raises(ValueError, match="it was begun with optim muon, not adamw_torch"):

@@ -5,7 +5,7 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -350,7 +350,8 @@ class LongTailTrainingArguments(TrainingArguments):
     def method_settings(self) -> dict[str, Any]:
         """Values of all fields that affect the result of a run, without those that affect only its execution."""
         classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__]
-        names = {name for cls in classes for name in cls.__annotations__} | _OF_TRANSFORMERS
+        own = {name for cls in classes for name in cls.__annotations__}
+        names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
         settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
         settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations to values
         return settings | {
