@@ -17,7 +17,7 @@ _HEADS = ("cls_classifier", "distillation_classifier")
 
 @contextlib.contextmanager
 def float32_iteration() -> Iterator[None]:
-    """Context in which timm's Muon orthogonalises in float32; timm itself has no choice but bfloat16."""
+    """Context in which timm's Muon orthogonalises in float32. timm itself always uses bfloat16."""
     original = timm_muon.zeropower_via_newtonschulz
     timm_muon.zeropower_via_newtonschulz = functools.partial(original, dtype=torch.float32)
     try:
@@ -27,10 +27,10 @@ def float32_iteration() -> Iterator[None]:
 
 
 class Muon(timm.optim.Muon):
-    """timm's Muon, which orthogonalises in float32 on a CPU and in bfloat16 elsewhere.
+    """timm's Muon, with orthogonalisation in float32 on a CPU and in bfloat16 on other devices.
 
-    A CPU without instructions for bfloat16 multiplies such matrices about 40 times more slowly than float32 ones, and
-    one that has them gains nothing at the size of small students (`benchmarks/muon_step.py`).
+    A CPU without bfloat16 instructions multiplies bfloat16 matrices about 40 times more slowly than float32 matrices. A
+    CPU with these instructions gains nothing at the size of small students (`benchmarks/muon_step.py`).
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
