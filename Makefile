@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED := $(VENV)/installed
-# What touches other people's APIs, in about five minutes: loading, a few steps, resume, push, handler, ONNX. Random
-# numbers are another matter: those of a seed change between versions of torch.
+# Tests that use the APIs of other libraries, about five minutes: loading, a few steps, resume, push, handler, ONNX. The
+# test of fixed random numbers is deselected: the same seed gives other numbers in other versions of torch.
 RANGE := --deselect tests/test_model.py::test_a_seed_gives_the_same_student_as_ever \
 	tests/test_model.py tests/test_inherited.py tests/test_training.py tests/test_paco.py \
 	tests/test_resume.py::test_interrupted_and_undisturbed_runs_end_alike \
@@ -22,27 +22,27 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: install  ## Teacher, student and table on the embedded digits.
+demo: install  ## Train a teacher and a student on the embedded digits and print the table of accuracies.
 	$(BIN)/python scripts/distill.py --recipe digits_lt_fast --overwrite
 
-# One thread a worker: two workers with two threads each wait for each other.
+# One thread per worker: workers with several threads each compete for the same cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test: install
 	$(PYTEST)
 
-research-check: install  ## That docs/claims.md says what the records in research/ say, and that its peer is one.
+research-check: install  ## Check docs/claims.md against the records in research/, and that its peer is one.
 	$(PYTEST) research
 
-# Both in environments of their own, of 6 GB each; they stay there for the next time.
+# Each of the two targets creates a separate environment of 6 GB and keeps it for the next run.
 test-oldest: VENV := .venv-oldest
-test-oldest:  ## The part that touches other people's APIs, with the floors of setup.py.
+test-oldest:  ## Run the tests in RANGE with the oldest versions that setup.py allows.
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints-oldest.txt --editable ".[onnx]" $(TOOLS)
 	$(PYTEST) $(RANGE)
 
 test-newest: VENV := .venv-newest
-test-newest:  ## The same, with the newest versions that setup.py allows.
+test-newest:  ## Run the tests in RANGE with the newest versions that setup.py allows.
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade --upgrade-strategy eager --editable ".[onnx]" $(TOOLS)
 	$(PYTEST) $(RANGE)

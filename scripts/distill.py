@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # deitlt-hf = { path = "..", editable = true }
 # ///
-"""Trains a recipe's DeiT-LT student, and first the recipe's teacher if none is given."""
+"""Trains the DeiT-LT student of a recipe. Trains the teacher of the recipe first if no teacher is given."""
 
 from deitlt_hf.cli.distill import main
 from deitlt_hf.recipes import command_line_errors

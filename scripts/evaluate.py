@@ -1,4 +1,4 @@
-"""Prints the table of experts of a saved student or teacher on a recipe's test images."""
+"""Evaluates a saved student or teacher on the test images of a recipe and prints the accuracies of each expert."""
 
 from deitlt_hf.cli.evaluate import main
 from deitlt_hf.recipes import command_line_errors

@@ -1,4 +1,4 @@
-"""Puts a model folder on the Hugging Face Hub: weights, processor, code, card and results, never checkpoints."""
+"""Pushes a model folder to the Hugging Face Hub: weights, processor, code, card and results, but no checkpoints."""
 
 from deitlt_hf.cli.push import main
 from deitlt_hf.recipes import command_line_errors

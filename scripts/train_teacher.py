@@ -1,4 +1,4 @@
-"""Trains a recipe's flat teacher."""
+"""Trains the flat teacher of a recipe."""
 
 from deitlt_hf.cli.train_teacher import main
 from deitlt_hf.recipes import command_line_errors

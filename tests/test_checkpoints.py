@@ -93,12 +93,12 @@ def test_a_damaged_checkpoint_is_left_out_and_named(tmp_path, harm):
     with pytest.warns(UserWarning, match=rf"{torn} is left out: {DAMAGES[harm]}"):
         assert newest_checkpoint(tmp_path) == str(whole)
     harm(whole)
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="no whole checkpoint to go on"):
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="no whole checkpoint to resume"):
         newest_checkpoint(tmp_path)
     if harm is remove_manifest:
         assert whole_checkpoint(str(torn)) == str(torn)
     else:
-        with pytest.raises(ValueError, match=f"cannot go on from the checkpoint {torn}: {DAMAGES[harm]}"):
+        with pytest.raises(ValueError, match=f"cannot resume from the checkpoint {torn}: {DAMAGES[harm]}"):
             whole_checkpoint(str(torn))
 
 
@@ -132,7 +132,7 @@ def test_what_going_on_needs_must_be_there(tmp_path, name):
         with pytest.raises(ValueError, match=f"it has no {what}"):
             whole_checkpoint(str(checkpoint))
     else:
-        with pytest.warns(UserWarning, match=f"has no {name}: these begin again"):
+        with pytest.warns(UserWarning, match=f"has no {name}: these start from scratch"):
             whole_checkpoint(str(checkpoint))
 
 
@@ -293,7 +293,7 @@ with run_lock({str(tmp_path)!r}):
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_the_checkpoint_before(tmp_path, digits, monkeypatch):
     fail_at(monkeypatch, 4, OSError(errno.ENOSPC, "No space left on device"))
-    sentence = r"the checkpoint of step 4 cannot be written to .*: \[Errno 28\] No space left on device; those before"
+    sentence = r"the checkpoint of step 4 cannot be written to .*: \[Errno 28\] No space left on device; earlier"
     with pytest.raises(OSError, match=sentence):
         make_trainer(tmp_path, digits).train()
     assert find_corruption(tmp_path / "checkpoint-2") is None

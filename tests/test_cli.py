@@ -197,7 +197,7 @@ def test_help_hides_fields_that_are_refused(section, classes, capsys):
     with pytest.raises(ValueError, match="do_predict has no effect here"):
         parse_arguments(section, classes, ["--recipe", "digits_lt", "--do_predict", "true"])
     for name, value in values.items():
-        with pytest.raises(ValueError, match=f"^{name} must be left "):
+        with pytest.raises(ValueError, match=f"^{name} must keep its default "):
             parse_arguments(section, classes, ["--recipe", "digits_lt", f"--{name}", value])
 
 

@@ -93,7 +93,7 @@ def test_public_methods_take_what_those_of_transformers_take(trainer_class):
 def test_refused_arguments_are_refused(tmp_path, name):
     default = next(field.default for field in fields(DeiTLTTrainingArguments) if field.name == name)
     value = {"lr_scheduler_type": "cosine", "train_sampling_strategy": "sequential", "warmup_steps": 5}.get(name)
-    with pytest.raises(ValueError, match=f"^{name} must be left as it is"):
+    with pytest.raises(ValueError, match=f"^{name} must keep its default"):
         student_arguments(tmp_path, **{name: value or (not default if isinstance(default, bool) else "other")})
 
 
@@ -101,12 +101,12 @@ def test_refused_arguments_are_refused(tmp_path, name):
     ("values", "message"),
     [
         ({"fp16": True, "use_cpu": True}, "fp16 has no effect on a CPU"),
-        ({"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches must be left"),
-        ({"accelerator_config": {"even_batches": False}}, "accelerator_config: even_batches must be left"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches must keep its default"),
+        ({"accelerator_config": {"even_batches": False}}, "accelerator_config: even_batches must keep its default"),
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, "gradient_accumulation_kwargs"),
         ({"optim": "lomo"}, "optim 'lomo' cannot be used: it updates weights in the backward pass"),
         ({"optim": "galore_adamw"}, "optim 'galore_adamw' cannot be used"),
-        ({"optim": "schedule_free_adamw"}, "it has no learning-rate schedule"),
+        ({"optim": "schedule_free_adamw"}, "it does not use a learning-rate schedule"),
         # Of which torch 2.8 and newer have a fused one.
         ({"optim_args": "momentum=0.9"}, "optim_args 'momentum=0.9' has no effect on optim 'adamw_torch"),
         ({"optim_args": "momentum"}, "optim_args 'momentum' cannot be made"),
@@ -132,7 +132,7 @@ def test_values_without_effect_are_refused(tmp_path, values, message):
         ({"train_dataset": TensorDataset(torch.zeros(2))}, "must each be a datasets.Dataset .* got TensorDataset"),
         (
             {"model_init": lambda: make_student(), "optimizers": (torch.optim.SGD([torch.zeros(1)]), None)},
-            "optimizers are of one",
+            "optimizers belong to one",
         ),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "parameters that are not the model's"),
     ],
@@ -152,7 +152,7 @@ def test_what_a_run_could_not_measure_or_use_is_refused_before_it(tmp_path, digi
     with pytest.raises(ValueError, match="args must be DeiTLTTrainingArguments, got TrainingArguments"):
         DeiTLTTrainer(make_student(), TrainingArguments(str(tmp_path)), train_dataset=digits["train"])
     optimizer = torch.optim.SGD(make_student().parameters())
-    with pytest.raises(ValueError, match="the scheduler of optimizers must be of the optimizer"):
+    with pytest.raises(ValueError, match="the scheduler in optimizers must belong to the optimizer"):
         trainer_of(tmp_path, digits, trainer={"optimizers": (None, torch.optim.lr_scheduler.ConstantLR(optimizer))})
 
 
@@ -172,7 +172,7 @@ def test_values_that_are_set_later_take_effect(tmp_path):
     assert args.set_push_to_hub("me/model").hub_strategy == "end"
     with pytest.raises(ValueError, match="set_lr_scheduler has no effect"):
         args.set_lr_scheduler("cosine")
-    with pytest.raises(ValueError, match="prediction_loss_only must be left"):
+    with pytest.raises(ValueError, match="prediction_loss_only must keep its default"):
         args.set_evaluate(loss_only=True).settle()
 
 
@@ -409,7 +409,7 @@ def test_a_student_of_transformers_is_trained_on_its_own_weights(tmp_path, digit
     images = fixed_batch(digits)["pixel_values"]
     with torch.no_grad():
         expected = plain(images).logits
-    with pytest.warns(UserWarning, match="is trained as a DeiTLTForImageClassification on the same weights"):
+    with pytest.warns(UserWarning, match="is converted to a DeiTLTForImageClassification with the same weights"):
         trainer = trainer_of(tmp_path, digits, plain)
     assert isinstance(trainer.model, DeiTLTForImageClassification)
     with torch.no_grad():

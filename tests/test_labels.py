@@ -217,7 +217,7 @@ NUMBERS, TEXTS = rows(feature=datasets.Value("int64")), rows(("a", "b") * 4, dat
         (NUMBERS, r'cast_column\("label", ClassLabel\(num_classes=2\)\)'),
         (TEXTS, r'dataset\.class_encode_column\("label"\)'),
         (datasets.DatasetDict(train=rows(), test=rows()), "a DatasetDict of train, test; give one of these splits"),
-        (rows().to_iterable_dataset(), "IterableDataset is not taken as it is: .*StreamedSplit"),
+        (rows().to_iterable_dataset(), "IterableDataset cannot be used directly: .*StreamedSplit"),
         (rows(image=False), r"0 columns have type Image; .*cast_column\(NAME, datasets\.Image\(\)\)"),
         (rows((0, 1, -1, 1)), r"1 of 4 images have no label \(-1\)"),
         (rows((0, 1, None, 1)), r"1 of 4 images have no label \(None\)"),

@@ -771,7 +771,7 @@ def test_a_trainer_that_has_not_trained_does_not_replace_a_model(hub, folder, di
         ({}, ""),
         ({"private": True, "revision": "second"}, " --private --revision second"),
     ):
-        expected = f"not trained one to replace it; push what is there with: deitlt push '{folder}' zoo/digits{shown}"
+        expected = f"not trained a new one; push the existing model with: deitlt push '{folder}' zoo/digits{shown}"
         with pytest.raises(FileExistsError, match=f"{re.escape(expected)}$"):
             trainer.push_to_hub(**options)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -314,7 +314,7 @@ def test_a_finished_run_without_checkpoints_has_nothing_to_do_either(finished, t
     before = content_of(tmp_path / "run")
     short("student", tmp_path / "run", digits).train(resume_from_checkpoint="auto")
     assert content_of(tmp_path / "run") == before
-    with pytest.raises(ValueError, match="no whole checkpoint to go on from"):
+    with pytest.raises(ValueError, match="no whole checkpoint to resume from"):
         short("student", tmp_path / "run", digits, max_steps=11).train(resume_from_checkpoint="auto")
 
 
@@ -325,7 +325,7 @@ def test_a_run_can_be_made_longer_but_not_shorter(finished, tmp_path, digits):
         short("student", tmp_path / "run", digits, max_steps=5).train(resume_from_checkpoint="auto")
     assert content_of(tmp_path / "run") == before
     trainer = short("student", tmp_path / "run", digits, max_steps=11)
-    with pytest.warns(UserWarning, match="goes on with max_steps 11; it began with 9"):
+    with pytest.warns(UserWarning, match="resumes with max_steps 11; it began with 9"):
         trainer.train(resume_from_checkpoint="auto")
     assert trainer.state.global_step == 11
 
@@ -375,7 +375,7 @@ def test_a_plain_resume_says_nothing_of_its_arguments(tmp_path, digits):
     finally:
         logger.removeHandler(handler)
     assert not [message for message in messages if "do not match" in message]
-    assert not [warning for warning in caught if "goes on" in str(warning.message)]
+    assert not [warning for warning in caught if "run resumes" in str(warning.message)]
     other = short("student", tmp_path, digits, **{**values, "save_steps": 7, "save_total_limit": None})
     other.train(resume_from_checkpoint="auto")
     assert (other.state.eval_steps, other.state.save_steps, other.args.eval_steps) == (5, 7, 0.5)

@@ -104,7 +104,7 @@ def test_distill_goes_on_with_a_teacher_that_was_interrupted(tmp_path):
     record = results(tmp_path / "teacher") | {"finished": False}
     (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
     output = run("scripts/distill.py", *folders, tmp_path / "student")
-    assert "going on with the recipe's, which was interrupted" in output
+    assert "resuming the recipe's, which was interrupted" in output
     steps = [int(step) for step in re.findall(r"step (\d+)/70 ", output)]
     assert steps == [64, 65, 66, 67, 68, 69, 70]
     assert results(tmp_path / "teacher")["finished"]
@@ -296,7 +296,7 @@ def refused(tmp_path, monkeypatch, capsys):
             r"fewer than one batch of 300",
         ),
         (["--recipe", TINY, "--repeated_augmentation", "3"], r"rounds of 256 images"),
-        (["--recipe", TINY, "--teacher", ".", "--teacher_loss", "ce"], r"leave it or --teacher out"),
+        (["--recipe", TINY, "--teacher", ".", "--teacher_loss", "ce"], r"leave out teacher_loss or --teacher"),
         (["--recipe", TINY, "--num_train_epochs", "2"], r"drw_start_epoch 2 is not before"),
         (["--recipe", TINY, "--output_dir", __file__], r"test_scripts.py is a file; choose another folder"),
         (
@@ -304,7 +304,7 @@ def refused(tmp_path, monkeypatch, capsys):
             r"test_scripts.py is a file; .* than .*test_scripts.py/run",
         ),
         (["--recipe", TINY, "--report_to", "wandb"], r"cannot report to wandb: WandbCallback requires wandb"),
-        (["--recipe", TINY, "--resume_from_checkpoint", "nowhere"], r"go on from .* nowhere: there is no such folder"),
+        (["--recipe", TINY, "--resume_from_checkpoint", "nowhere"], r"resume from .* nowhere: there is no such folder"),
         (["--recipe", TINY, "--image_resize", "4"], r"resized to 4 and cropped to image_size 8; resize to 8 or more"),
         (["--recipe", TINY, "--group_boundaries", "7", "3"], r"two increasing positions among 10 classes"),
     ],
@@ -356,7 +356,7 @@ def test_distill_names_the_teachers_options(refused, tmp_path):
     recipe["teacher"] |= {"global_batch_size": 512, "per_device_train_batch_size": 512}
     (tmp_path / "big_teacher.yaml").write_text(yaml.safe_dump({name: part for name, part in recipe.items() if part}))
     sentence = refused("distill.py", "--recipe", "big_teacher.yaml")
-    assert "the teacher's training does not fit: an epoch has" in sentence
+    assert "the teacher cannot be trained: an epoch has" in sentence
     assert "train the teacher first: deitlt train-teacher --recipe big_teacher.yaml --output_dir" in sentence
 
 

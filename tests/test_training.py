@@ -863,7 +863,7 @@ def test_a_resumed_run_has_the_values_that_are_asked_for(tmp_path, digits, make_
     make_trainer(tmp_path, digits, **first, **values).train()
     trainer = make_trainer(tmp_path, digits, **then, **values)
     name = next(name for name in then if name != "distillation")
-    with pytest.warns(UserWarning, match=rf"goes on with {name} {re.escape(str(then[name]))}; it began with"):
+    with pytest.warns(UserWarning, match=rf"resumes with {name} {re.escape(str(then[name]))}; it began with"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for group in trainer.optimizer.param_groups:
         assert expected.items() <= group.items()
@@ -979,11 +979,11 @@ def test_teacher_arguments_refuse(tmp_path, digits):
         teacher_trainer(tmp_path, digits, sam_rho=[-1])
     for values, message in (
         ({"lr_drop_epochs": [30, 10], "lr_drops": [0.1, 0.01]}, r"lr_drop_epochs must be increasing, got \[30, 10\]"),
-        ({"optim": "sgd"}, r"optim must be left as it is \(teachers are trained with SGD\)"),
-        ({"adam_beta1": 0.8}, "adam_beta1 must be left as it is"),
-        ({"optim_args": "foreach=True"}, "optim_args must be left as it is"),
-        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type must be left as it is"),
-        ({"warmup_steps": 5}, "warmup_steps must be left as it is"),
+        ({"optim": "sgd"}, r"optim must keep its default \(teachers are trained with SGD\)"),
+        ({"adam_beta1": 0.8}, "adam_beta1 must keep its default"),
+        ({"optim_args": "foreach=True"}, "optim_args must keep its default"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type must keep its default"),
+        ({"warmup_steps": 5}, "warmup_steps must keep its default"),
         ({"ldam_scale": -1}, "ldam_scale must be above 0, got -1"),
         ({"ldam_margin": 0}, "ldam_margin must be above 0, got 0"),
         ({"color_jitter": -1}, "color_jitter must be 0 or more, got -1"),

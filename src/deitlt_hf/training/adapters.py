@@ -1,4 +1,4 @@
-"""Models with adapters of PEFT, such as LoRA's: what is saved of them in the end is the whole model."""
+"""PEFT adapters such as LoRA: detecting, merging, loading and saving them. The saved model contains them merged."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ ADAPTER_FOLDER = "adapter"
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether a model is PEFT's, or has an adapter by `add_adapter` of transformers."""
+    """Whether a model is a `PeftModel`, or has an adapter from `add_adapter` of transformers."""
     if getattr(model, "_hf_peft_config_loaded", False):
         return True
     if not is_peft_available():
@@ -25,9 +25,9 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A model without adapters: a copy in which they are part of the weights. One that has none is given back as it is.
+    """Returns a copy of a model with the adapters merged into the weights. A model without adapters is returned itself.
 
-    It loads without PEFT, and where the weights that the adapters were trained on are not at hand.
+    The copy loads without PEFT, and without the weights that the adapters were trained on.
     """
     if not has_adapter(model):
         return model
@@ -44,13 +44,13 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
         elif isinstance(module, ModulesToSaveWrapper):
             active = module.active_adapter
             whole.set_submodule(name, module.modules_to_save[active if isinstance(active, str) else active[0]])
-    whole._hf_peft_config_loaded = False  # else only adapters would be saved
+    whole._hf_peft_config_loaded = False  # otherwise `save_pretrained` saves the adapters only
     del whole.peft_config
     return whole
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Loads the weights of an adapter by `add_adapter`, which transformers' Trainer saves and does not load."""
+    """Loads the weights of an adapter from `add_adapter`, which the Trainer of transformers saves but does not load."""
     from peft import set_peft_model_state_dict
 
     weights = load_file(Path(folder) / "adapter_model.safetensors")
@@ -59,9 +59,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Saves a model's adapters alone, without a path of this machine in their configuration."""
+    """Saves only the adapters of a model, and removes local paths from their configuration."""
     model.save_pretrained(folder)
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's template, with the path of the base model
+    (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's card template, with the path of the base model
     for path in Path(folder).rglob("adapter_config.json"):
         config = read_json(path)
         base = config.get("base_model_name_or_path")

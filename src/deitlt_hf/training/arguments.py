@@ -1,4 +1,4 @@
-"""Training arguments: what transformers' have not. Defaults are the paper's."""
+"""Training arguments of students and teachers, in addition to those of transformers. Defaults come from the paper."""
 
 import importlib.util
 import itertools
@@ -22,7 +22,7 @@ from .optimizers import MUON
 
 TEACHER_VIEWS = ("student", "weak")
 PRECISIONS = ("bf16", "fp16")
-# Fields that decide how a run goes, but not what it ends with.
+# Fields that affect how a run is carried out, but not its result.
 _RUNNING = {
     "recipe",
     "overwrite",
@@ -41,7 +41,7 @@ _RUNNING = {
     "fold_teacher",
     "logging_steps",
 }
-# Fields of transformers, as they are there, that change what a run ends with, if only in its digits.
+# Unchanged fields of transformers that affect the result of a run, if only its last digits.
 _OF_TRANSFORMERS = {
     "num_train_epochs",
     "max_steps",
@@ -63,133 +63,163 @@ def _option(default, help: str):
 
 @dataclass
 class LongTailTrainingArguments(TrainingArguments):
-    """What the two trainers share: batch arithmetic, schedule, augmentation, deferred re-weighting, evaluation.
+    """Training arguments of both trainers: batch size, schedule, augmentation, deferred re-weighting and evaluation.
 
-    Only fields that [`~transformers.TrainingArguments`] lacks, or whose default differs, are here; what becomes of each
-    of the others, `inherited.py` says.
+    This class defines only fields that [`~transformers.TrainingArguments`] lacks, or whose default differs.
+    `inherited.py` lists all other fields and how they are treated.
 
     Attributes:
-        recipe: Name of the recipe that the values come from, and what the command line changed of it (`overrides`).
-        refused: Fields that must be left as they are, with the reasons.
+        recipe: Name of the recipe that the values come from, and the values that the command line overrides
+            (`overrides`).
+        refused: Fields that must keep their defaults, with the reasons.
 
     Raises:
-        ValueError: If a value is outside its range, or `global_batch_size` cannot be made of whole batches.
+        ValueError: If a value is outside its range, or `global_batch_size` cannot be divided into whole micro-batches.
     """
 
     refused: ClassVar[Mapping[str, str]] = inherited.refused(inherited.ARGUMENTS)
-    if TYPE_CHECKING:  # transformers fills it
+    if TYPE_CHECKING:  # None by default in transformers, which then fills it
         output_dir: str = "trainer_output"
     recipe: Mapping | None = field(default=None, init=False, repr=False)
     global_batch_size: int | None = _option(
         None,
-        "Images an optimiser step, over all processes. Sets gradient_accumulation_steps, and makes "
-        "per_device_train_batch_size an upper limit, so that a run is the same however many processes share it. None: "
-        "whatever processes x batch x accumulation give.",
+        "Images per optimiser step, over all processes. Sets gradient_accumulation_steps and turns "
+        "per_device_train_batch_size into an upper limit, so the number of processes does not change the run. None: "
+        "processes x per_device_train_batch_size x gradient_accumulation_steps.",
     )
     learning_rate: float | None = _option(  # type: ignore[assignment]
-        None, "Peak learning rate. None: learning_rate_per_512 times the images of one accumulation slice / 512."
+        None,
+        "Peak learning rate. None: learning_rate_per_512 x images per micro-batch (over all processes) / 512, as in "
+        "the paper.",
     )
-    learning_rate_per_512: float = _option(5e-4, "Learning rate for 512 images, scaled linearly. 5e-4 in the paper.")
+    learning_rate_per_512: float = _option(
+        5e-4, "Peak learning rate for a batch of 512 images; it scales linearly with the batch. The paper uses 5e-4."
+    )
     learning_rate_slices: int | None = _option(
         None,
-        "Accumulation slices of the run that learning_rate_per_512 was chosen for: the authors scale by a slice of the "
-        "batch (processes x per-device batch), not by the whole. 4 in the paper. None: this run's own accumulation.",
+        "Gradient-accumulation steps that the scaling of learning_rate_per_512 assumes. The authors scale by one "
+        "micro-batch (processes x per-device batch), not by the whole batch. The paper uses 4. None: the accumulation "
+        "steps of this run.",
     )
-    min_learning_rate: float = _option(1e-5, "Where the cosine ends.")
-    warmup_epochs: float = _option(5, "Epochs of linear warm-up.")
-    warmup_learning_rate: float = _option(1e-6, "Where the warm-up starts.")
+    min_learning_rate: float = _option(1e-5, "Final learning rate of the cosine schedule. The paper uses 1e-5.")
+    warmup_epochs: float = _option(5, "Length of the linear warm-up, in epochs. The paper uses 5.")
+    warmup_learning_rate: float = _option(1e-6, "Learning rate at the start of the warm-up. The paper uses 1e-6.")
     drw_start_epoch: float | None = _option(
-        None, "Deferred re-weighting: epoch (from 0) from which on classes are weighted. None or inf: never."
+        None,
+        "Epoch (counted from 0) at which deferred re-weighting (DRW) of the classes starts. None or inf: never.",
     )
-    drw_beta: float = _option(0.9999, "Beta of the effective-number class weights, in [0, 1).")
+    drw_beta: float = _option(0.9999, "Beta of the effective-number class weights of DRW, in [0, 1).")
     image_resize: int | None = _option(
         None,
-        "Shorter side before the centre crop in evaluation. None: 256 / 224 of the image size from 224 pixels on.",
+        "Length in pixels to which the shorter side is resized before the centre crop in evaluation. None: 256 / 224 "
+        "of an image size of 224 pixels or more, or the image size itself if it is smaller.",
     )
-    train_crop: str = _option("random_resized", f"Random crop in training: {' or '.join(TRAIN_CROPS)} (by an eighth).")
-    auto_augment: str | None = _option("rand-m9-mstd0.5-inc1", "Augmentation policy in timm's notation, or 'none'.")
+    train_crop: str = _option(
+        "random_resized", f"Random crop of training images: {' or '.join(TRAIN_CROPS)} (by an eighth of the size)."
+    )
+    auto_augment: str | None = _option(
+        "rand-m9-mstd0.5-inc1",
+        "Augmentation policy of training images in timm's notation, by default the paper's; 'none' disables it.",
+    )
     color_jitter: float = _option(
-        0.0, "Random change of brightness, contrast and saturation by up to this share; only without auto_augment."
+        0.0,
+        "Largest random change of brightness, contrast and saturation, as a fraction. Must be 0 with auto_augment.",
     )
-    hflip: float = _option(0.5, "Probability of a horizontal flip.")
-    random_erasing: float = _option(0.25, "Probability of random erasing.")
+    hflip: float = _option(0.5, "Probability that a training image is flipped horizontally.")
+    random_erasing: float = _option(
+        0.25, "Probability that a random rectangle of a training image is erased. 0.25 in the paper."
+    )
     ema_decay: float | None = _option(
         None,
-        "Keep an exponential moving average of the weights with this decay, evaluate it too and save it in the folder "
-        "'ema'. 0.99996 in the authors' code, whose reported numbers are those of the weights themselves.",
+        "Decay of an exponential moving average of the weights. The average is evaluated with the model and saved in "
+        "the subfolder 'ema'. None: no average. The authors' code uses 0.99996, but their reported numbers are those "
+        "of the weights without averaging.",
     )
     save_adapter: bool = _option(
         False,
-        "Save the adapters of a PEFT model too, in the folder 'adapter'. The model itself is saved whole in any case, "
-        "with the adapters merged into its weights.",
+        "Also save the adapters of a PEFT model separately, in the subfolder 'adapter'. The full model, with the "
+        "adapters merged into its weights, is always saved.",
     )
     as_published: bool = _option(
         False,
-        "Train as the authors' loop does where this package does otherwise: loss_normalization per_process, "
-        "partial_steps true, ema_every_slice true; for students teacher_antialias false, fp16 on a GPU, and a learning "
-        "rate that moves when theirs does.",
+        "Reproduce the authors' training loop where this package differs from it: loss_normalization per_process, "
+        "partial_steps true, ema_every_slice true; for students also teacher_antialias false, fp16 on a GPU, and "
+        "learning-rate updates at the same times as theirs.",
     )
     loss_normalization: str | None = _option(
         None,
-        "What a mean divides by: 'global' (the default), images or weights of the whole batch of an optimiser step, so "
-        "that processes and accumulation do not change it; 'per_process', those of each slice, and then the number of "
-        "slices of a whole step, as in the authors' code.",
+        "Denominator of the mean loss. 'global' (the default): images or class weights of the whole batch of an "
+        "optimiser step; processes and accumulation then do not change the loss. 'per_process', as in the authors' "
+        "code: those of each micro-batch, then the number of micro-batches of a full step.",
     )
     partial_steps: bool | None = _option(
         None,
-        "Take what is left of an epoch after whole optimiser steps too: a step of fewer slices, the last of which may "
-        "have fewer images. By default it is left out, as it would differ with each number of processes.",
+        "Also train on the images that remain at the end of an epoch, in an optimiser step with fewer micro-batches, "
+        "of which the last may have fewer images. By default they are left out, because they would depend on the "
+        "number of processes.",
     )
     ema_every_slice: bool | None = _option(
-        None, "Update the moving average with every accumulation slice; by default with every optimiser step."
+        None,
+        "Update the moving average after every micro-batch, as in the authors' code. By default it is updated after "
+        "every optimiser step.",
     )
     on_nonfinite: str = _option(
         "stop",
-        "If the gradient is not finite: 'stop', or 'skip' the update (each step then waits for the device).",
+        "'stop' the run if the loss or the weights are not finite, or 'skip' an update if its gradient is not finite. "
+        "'skip' synchronises the device in every step, which is slower.",
     )
-    nonfinite_limit: int = _option(20, "Updates in a row that may be skipped.")
-    overwrite: bool = _option(False, "Replace the run that is in output_dir.")
+    nonfinite_limit: int = _option(20, "Number of consecutive updates that may be skipped with on_nonfinite skip.")
+    overwrite: bool = _option(False, "Replace an existing run in output_dir.")
     keep_freed_memory: bool = _option(
         True,
-        "On a CPU, keep memory between steps instead of giving it back to the system each time: faster. Holds for the "
-        "whole process, and cannot be undone in it.",
+        "On a CPU, keep freed memory between steps instead of returning it to the system, which is faster. Applies to "
+        "the whole process and cannot be undone.",
     )
 
-    remove_unused_columns: bool = _option(False, "Left off: the data set makes the model's inputs itself.")
-    max_grad_norm: float = _option(0.0, "Gradient clipping; 0 for none, as in the paper.")
-    logging_nan_inf_filter: bool = _option(False, "Left off: a loss that is not finite stops the run.")
+    remove_unused_columns: bool = _option(False, "Must stay off: the data set creates the inputs of the model itself.")
+    max_grad_norm: float = _option(0.0, "Maximum norm of the gradient for clipping. 0: no clipping, as in the paper.")
+    logging_nan_inf_filter: bool = _option(False, "Must stay off: a loss that is not finite stops the run.")
     logging_steps: float = _option(
-        0.02, "Steps between two lines of the log; below 1 a share of the run. By default there are 50 lines."
+        0.02,
+        "Optimiser steps between two log lines; a value below 1 is a fraction of the run. The default gives 50 lines.",
     )
     report_to: None | str | list[str] = _option(
-        None, "Where to report to: trackio, tensorboard, wandb, none, ... By default trackio, if that is installed."
+        None,
+        "Experiment trackers to report to: trackio, tensorboard, wandb, none, ... By default trackio if it is "
+        "installed, otherwise none.",
     )
     eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
-    save_total_limit: int | None = _option(2, "Checkpoints to keep.")
-    ddp_find_unused_parameters: bool | None = _option(False, "All parameters get a gradient in every step.")
-    hub_strategy: str = _option("end", "What push_to_hub pushes: 'end', the finished model; checkpoints stay here.")
-    seed: int = _option(0, "Seed of initialisation, augmentation and order.")
+    save_total_limit: int | None = _option(2, "Number of checkpoints to keep. The best checkpoint is always kept.")
+    ddp_find_unused_parameters: bool | None = _option(
+        False, "Search for parameters without a gradient in distributed training. Not needed: every parameter has one."
+    )
+    hub_strategy: str = _option(
+        "end", "What push_to_hub pushes. Only 'end' is supported: the finished model, without checkpoints."
+    )
+    seed: int = _option(0, "Random seed of initialisation, augmentation and order of the images.")
 
     def __post_init__(self):
         self.check()
         inherited.check_needs(self)
         if self.report_to is None:
             self.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
-        self._made_learning_rate: float | None = None  # what the last one was made to be, if it was not given
+        self._made_learning_rate: float | None = None  # last computed value, to detect changes
         self._made_data_seed: int | None = None
-        self._batch: tuple[int | None, int, int] | None = None  # global, of a process, and slices, as they fitted last
-        given_learning_rate, self.learning_rate = self.learning_rate, self.learning_rate or 0.0  # is compared with 0
+        # Global batch, micro-batch and accumulation steps after the last `settle`.
+        self._batch: tuple[int | None, int, int] | None = None
+        # transformers compares the learning rate with 0, so it must not be None there.
+        given_learning_rate, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
         given_optim = self.optim
-        if given_optim == MUON:  # which transformers does not know
+        if given_optim == MUON:  # transformers does not know this name
             self.optim = type(self).optim
         super().__post_init__()
         self.learning_rate = given_learning_rate
         if given_optim == MUON:
             self.optim = MUON
-        # New workers every epoch cost more than a small epoch itself.
+        # Starting workers in every epoch costs more than a small epoch itself.
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
-        # Without a terminal there is a log, where progress bars are noise.
+        # Without a terminal the output goes to a log file, where progress bars are noise.
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
         self.settle()
 
@@ -197,7 +227,7 @@ class LongTailTrainingArguments(TrainingArguments):
         """Checks each value.
 
         Raises:
-            ValueError: If one is outside its range, or is to be left as it is.
+            ValueError: If a value is outside its range, or a field that must keep its default was changed.
         """
         inherited.check_left(self, self.refused)
         self._decide_arrangement()
@@ -227,13 +257,14 @@ class LongTailTrainingArguments(TrainingArguments):
         _check(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
 
     def settle(self) -> "LongTailTrainingArguments":
-        """Makes batch and learning rate fit what was set since they last did, and checks all values again.
+        """Recomputes batch size and learning rate from the current values, and checks all values again.
 
-        The trainers call it: values can be set one by one, by `set_training`, or by a search for hyperparameters.
+        The trainers call it, because values can change after construction: by assignment, by `set_training`, or by a
+        hyperparameter search.
 
         Raises:
-            ValueError: If a value is outside its range or has no effect, or `global_batch_size` cannot be made of whole
-                batches.
+            ValueError: If a value is outside its range or has no effect, or `global_batch_size` cannot be divided into
+                whole micro-batches.
         """
         self.check()
         inherited.check_values(self)
@@ -242,12 +273,13 @@ class LongTailTrainingArguments(TrainingArguments):
         batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         if batch != self._batch:
             if self._batch is not None and self.global_batch_size == self._batch[0]:
-                self.global_batch_size = None  # what it is made of was set
+                self.global_batch_size = None  # one of its factors was set since
             self._divide_global_batch()
             self._batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        # A learning rate that was not set by the user follows the batch size.
         if self.learning_rate in (None, self._made_learning_rate):
             slices = self.learning_rate_slices or self.gradient_accumulation_steps
-            assert self.global_batch_size is not None  # made above
+            assert self.global_batch_size is not None  # set above
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
             self._made_learning_rate = self.learning_rate
         if self.data_seed in (None, self._made_data_seed):
@@ -255,34 +287,34 @@ class LongTailTrainingArguments(TrainingArguments):
         return self
 
     def set_training(self, *args, **kwargs):
-        """As in transformers; the global batch is then what the batch and the accumulation make."""
+        """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
         return super().set_training(*args, **kwargs).settle()
 
     def set_dataloader(self, *args, **kwargs):
-        """As in transformers; the global batch is then what the batch and the accumulation make."""
+        """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
         super().set_dataloader(*args, **kwargs)
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         return self.settle()
 
     def set_push_to_hub(self, model_id: str, strategy: str | HubStrategy = "end", *args, **kwargs):
-        """As in transformers; what is pushed is the finished model."""
+        """As in transformers. Only the strategy `end` is supported, which pushes the finished model."""
         super().set_push_to_hub(model_id, strategy, *args, **kwargs)
         self.check()
         return self
 
     def set_lr_scheduler(self, *args, **kwargs):
-        """Refuses: there is no other schedule than the method's.
+        """Not supported: the learning-rate schedule of the method cannot be exchanged here.
 
         Raises:
             ValueError: Always.
         """
         raise ValueError(
-            "set_lr_scheduler has no effect: the schedule is the method's own; set num_train_epochs, warmup_epochs and "
-            "min_learning_rate, or give the trainer a scheduler with its optimizer."
+            "set_lr_scheduler has no effect: the method defines its schedule; set num_train_epochs, warmup_epochs and "
+            "min_learning_rate, or pass the trainer a scheduler together with its optimizer."
         )
 
     def arrangements(self) -> dict[str, tuple[Any, Any]]:
-        """What `as_published` decides, by field: this package's way and the authors'."""
+        """Fields that `as_published` sets, each with its value in this package and its value in the authors' code."""
         return {
             "loss_normalization": ("global", "per_process"),
             "partial_steps": (False, True),
@@ -290,10 +322,10 @@ class LongTailTrainingArguments(TrainingArguments):
         }
 
     def _decide_arrangement(self) -> None:
-        """Fills the fields of [`arrangements`] that were not given; the one place where `as_published` decides them.
+        """Sets the fields of [`arrangements`] that were not given. Only this method applies `as_published` to them.
 
         Raises:
-            ValueError: If one was given that is not as published.
+            ValueError: If `as_published` is set and a given value differs from the published one.
         """
         for name, ways in self.arrangements().items():
             value = getattr(self, name)
@@ -301,12 +333,12 @@ class LongTailTrainingArguments(TrainingArguments):
                 setattr(self, name, ways[self.as_published])
             elif self.as_published and value != ways[True]:
                 raise ValueError(
-                    f"{name} {value!r} is not as published, which is {ways[True]!r}; leave {name} or as_published out."
+                    f"{name} {value!r} is not as published, which is {ways[True]!r}; leave out {name} or as_published."
                 )
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate, which [`settle`] makes if none was given."""
+        """The peak learning rate. [`settle`] computes it if none was given."""
         assert self.learning_rate is not None
         return self.learning_rate
 
@@ -316,19 +348,21 @@ class LongTailTrainingArguments(TrainingArguments):
         return 1
 
     def method_settings(self) -> dict[str, Any]:
-        """What decides the result of a run, by field; what only decides how it goes is left out."""
+        """Values of all fields that affect the result of a run, without those that affect only its execution."""
         classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__]
         own = {name for cls in classes for name in cls.__annotations__}
         names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
         settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
-        settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # of an enumeration
-        return settings | {name: self.mixed_precision == name for name in PRECISIONS}  # `accelerate launch` sets it too
+        settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations to values
+        return settings | {
+            name: self.mixed_precision == name for name in PRECISIONS
+        }  # may come from `accelerate launch`
 
     def check_data(self, num_images: int) -> None:
-        """Checks that training images and epochs suffice.
+        """Checks that there are enough training images and epochs.
 
         Raises:
-            ValueError: If an epoch has fewer images than one batch, or a phase would begin after the end of training.
+            ValueError: If an epoch has fewer images than one batch, or a phase would start after the end of training.
         """
         batch = self.train_batch_size * self.world_size
         if num_images < batch:
@@ -347,7 +381,7 @@ class LongTailTrainingArguments(TrainingArguments):
                 )
 
     def _divide_global_batch(self) -> None:
-        """Makes the global batch of processes, images a process, and accumulation steps."""
+        """Computes the global batch size, or the micro-batch size and accumulation steps from it."""
         if self.global_batch_size is None:
             self.global_batch_size = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
             return
@@ -358,58 +392,72 @@ class LongTailTrainingArguments(TrainingArguments):
 
 @dataclass
 class DeiTLTTrainingArguments(LongTailTrainingArguments):
-    """Arguments of [`DeiTLTTrainer`]: the distillation, mixing and sampling of DeiT-LT (section 4 of the paper)."""
+    """Arguments of [`DeiTLTTrainer`]: distillation, mixing and sampling of DeiT-LT (section 4 of the paper)."""
 
-    alpha: float = _option(0.5, "Share of the DIST head's loss.")
+    alpha: float = _option(
+        0.5, "Weight of the DIST head's loss, in [0, 1]; the CLS head's loss has weight 1 - alpha. The paper uses 0.5."
+    )
     distillation: str = _option(
         "hard",
-        f"What the DIST head learns from: {', '.join(DISTILLATION_TYPES)} (the labels). soft is averaged over classes, "
-        "as in the authors' code; soft_sum is summed, as strong as hard.",
+        f"Targets of the DIST head: {', '.join(DISTILLATION_TYPES)} (the labels instead of a teacher). soft averages "
+        "the loss over classes, as in the authors' code; soft_sum sums it, which makes it as strong as hard.",
     )
-    temperature: float = _option(1.0, "Temperature of soft distillation.")
+    temperature: float = _option(1.0, "Temperature of the softmax in soft distillation.")
     cls_loss: str = _option(
         "ce",
-        f"Loss of the CLS head: {', '.join(CLS_LOSSES)} (balanced softmax: logits adjusted by the classes' shares).",
+        f"Loss of the CLS head: {', '.join(CLS_LOSSES)} (balanced softmax: logits adjusted by the class frequencies).",
     )
-    reweight_cls: bool = _option(False, "Re-weight the CLS head's loss too in the DRW phase.")
+    reweight_cls: bool = _option(
+        False, "Also re-weight the loss of the CLS head in the DRW phase. By default only the DIST head is re-weighted."
+    )
     teacher_view: str = _option(
         "student",
-        "What the teacher sees: 'student', the student's own augmented and mixed image (out of distribution, the "
-        "paper); 'weak', a weakly augmented one (the in-distribution ablation).",
+        "Images that the teacher sees. 'student': the augmented and mixed images of the student, which are out of "
+        "distribution (as in the paper). 'weak': weakly augmented images (the in-distribution ablation).",
     )
     fold_teacher: bool = _option(
         True,
-        "On a CPU, fold the batch norms of a flat teacher into its convolutions: the same labels up to rounding, "
-        "faster. Left out in mixed precision.",
+        "On a CPU, fold the batch norms of a flat teacher into its convolutions. This is faster and gives the same "
+        "labels up to rounding. Has no effect in mixed precision.",
     )
-    mixup: float = _option(0.8, "Mixup alpha; 0 for none.")
-    cutmix: float = _option(1.0, "CutMix alpha; 0 for none.")
-    mixup_switch: float = _option(0.5, "Probability of CutMix instead of Mixup, a batch.")
-    mixup_probability: float = _option(1.0, "Probability of mixing, a batch.")
+    mixup: float = _option(0.8, "Alpha of Mixup; 0 disables Mixup. The paper uses 0.8.")
+    cutmix: float = _option(1.0, "Alpha of CutMix; 0 disables CutMix. The paper uses 1.")
+    mixup_switch: float = _option(0.5, "Probability per batch of CutMix instead of Mixup, if both are enabled.")
+    mixup_probability: float = _option(1.0, "Probability that a batch is mixed.")
     mixing_in_drw: bool = _option(
-        False, "Go on with mixing and label smoothing in the DRW phase (ImageNet-LT, iNaturalist) or stop (CIFAR)."
+        False,
+        "Continue mixing and label smoothing in the DRW phase, as for ImageNet-LT and iNaturalist in the paper. By "
+        "default both stop there, as for CIFAR.",
     )
     teacher_antialias: bool | None = _option(
         None,
-        "Smooth the student's image before it is made smaller for the teacher, as Pillow does; the authors' version of "
-        "torchvision did not, for tensors.",
+        "Smooth the student's images (antialiasing) before they are downscaled for the teacher, as Pillow does. On by "
+        "default; the authors' version of torchvision did not smooth tensors.",
     )
-    # Not bool | None, with which the command line would not take a bare --fp16.
-    fp16: bool = _option(None, "Train in half precision, on a GPU, with a scaled loss; the authors do.")
-    label_smoothing_factor: float = _option(0.1, "Label smoothing of the CLS head's targets.")
-    repeated_augmentation: int = _option(3, "Copies of an image in a batch; 1 for plain shuffling.")
-    weight_decay: float = _option(0.05, "Weight decay; none on biases, norms, tokens and positions.")
+    # Not `bool | None`: HfArgumentParser would then reject --fp16 without a value.
+    fp16: bool = _option(
+        None, "Train in fp16 mixed precision with loss scaling, on a GPU, as the authors do. Off by default."
+    )
+    label_smoothing_factor: float = _option(
+        0.1, "Label smoothing of the CLS head's targets, in [0, 1]. The paper uses 0.1."
+    )
+    repeated_augmentation: int = _option(
+        3, "Number of differently augmented copies of each image in a batch; 1: plain shuffling without copies."
+    )
+    weight_decay: float = _option(
+        0.05, "Weight decay. Does not apply to biases, norms, tokens and position embeddings."
+    )
     optim: str = _option(
         TrainingArguments.optim,
-        "Optimiser: one of transformers', or muon (timm's, for the matrices of the blocks; AdamW for the rest, at the "
-        "same learning rate).",
+        "Optimiser: one of those of transformers, or muon. muon is timm's Muon for the matrices of the blocks, with "
+        "AdamW for all other parameters at the same learning rate.",
     )
 
     def check(self) -> None:
         super().check()
-        # Refuses values outside their range here, before a teacher is trained for them.
+        # Checks these values now, before hours of teacher training.
         values = (self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
-        DistillationLoss(*values, class_counts=[1])  # the trainer knows them
+        DistillationLoss(*values, class_counts=[1])  # a placeholder: only the trainer knows the counts
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
         _check_choice(self, "optim", (MUON, *OptimizerNames))
         _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
@@ -424,7 +472,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         if self.as_published and self.mixed_precision != precision:
             raise ValueError(
                 f"as_published trains in {'half' if self.fp16 else 'full'} precision on this device, not in "
-                f"{self.mixed_precision}; leave bf16 (and the launcher's mixed_precision) or as_published out."
+                f"{self.mixed_precision}; leave out bf16 (and the launcher's mixed_precision), or as_published."
             )
         if self.mixes and self.train_batch_size % 2:
             raise ValueError(
@@ -434,10 +482,10 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         return self
 
     def check_data(self, num_images: int) -> None:
-        """Checks that training images and epochs suffice; repeated augmentation takes whole rounds of images.
+        """Checks that there are enough training images and epochs. Repeated augmentation uses whole rounds of images.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If there are too few.
         """
         if self.repeated_augmentation > 1:
             check_repeats(num_images)
@@ -445,7 +493,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         super().check_data(num_images)
 
     def arrangements(self) -> dict[str, tuple[Any, Any]]:
-        on_gpu = torch.cuda.is_available() and not self.use_cpu  # a CPU has no half precision
+        on_gpu = torch.cuda.is_available() and not self.use_cpu  # a CPU does not train in half precision
         return super().arrangements() | {"teacher_antialias": (True, False), "fp16": (False, on_gpu)}
 
     @property
@@ -455,7 +503,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
 
     @property
     def mixes(self) -> bool:
-        """Whether batches are mixed at all."""
+        """Whether any batch is mixed by Mixup or CutMix."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mixup_probability > 0
 
 
@@ -463,7 +511,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
 class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     """Arguments of [`FlatTeacherTrainer`]: SGD with momentum under SAM, as in the CIFAR teachers of the paper.
 
-    The learning rate falls by `lr_drops` at `lr_drop_epochs`, or follows a cosine without them.
+    The learning rate drops by `lr_drops` at `lr_drop_epochs`. Without them it follows a cosine.
     """
 
     refused: ClassVar[Mapping[str, str]] = {
@@ -472,39 +520,54 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     }
     teacher_loss: str = _option(
         "ce",
-        "Loss: ce, ldam (with a cosine classifier), logit_adjusted (balanced softmax), or paco (with projection_size).",
+        "Loss of the teacher: ce, ldam (needs a cosine classifier), logit_adjusted (balanced softmax), or paco (needs "
+        "projection_size).",
     )
-    ldam_margin: float = _option(0.5, "Margin of the rarest class.")
-    ldam_scale: float = _option(30.0, "What the cosine classifier of LDAM multiplies the cosines by.")
-    paco_alpha: float = _option(0.01, "Weight of an image of the same class as a positive of PaCo.")
-    paco_temperature: float = _option(0.05, "What PaCo's similarities are divided by. 0.05 for CIFAR, else 0.2.")
-    paco_queue: int = _option(1024, "Keys of earlier batches that PaCo compares with. 1024 for CIFAR, else 8192.")
-    paco_momentum: float = _option(0.999, "Share of the old weights in PaCo's momentum encoder.")
+    ldam_margin: float = _option(0.5, "LDAM: margin of the rarest class, which is the largest margin.")
+    ldam_scale: float = _option(30.0, "LDAM: factor by which the cosine classifier multiplies the cosines.")
+    paco_alpha: float = _option(0.01, "PaCo: weight of an image of the same class as a positive.")
+    paco_temperature: float = _option(
+        0.05, "PaCo: temperature, by which similarities are divided. 0.05 for CIFAR, 0.2 for others."
+    )
+    paco_queue: int = _option(
+        1024, "PaCo: number of keys of earlier batches in the queue. 1024 for CIFAR, 8192 for others."
+    )
+    paco_momentum: float = _option(
+        0.999, "PaCo: share of the old weights in an update of the momentum encoder, in [0, 1]."
+    )
     sam_rho: list[float] = _option(
-        [0.05], "Radius of SAM's perturbation of all weights: one value, or one a phase of training; 0 for plain SGD."
+        [0.05],
+        "Radius of the perturbation of SAM, over all weights: one value, or one per phase of training. 0: plain SGD.",
     )
     sam_rho_epochs: list[float] = _option(
         [0.0],
-        "Epoch (from 0) from which on each value of sam_rho holds, such as 0 5 60; the first is 0. One value holds for "
-        "the whole run.",
+        "Epoch (counted from 0) at which each value of sam_rho starts, such as 0 5 60. The first must be 0. A single "
+        "value of sam_rho holds for the whole run.",
     )
-    sam_adaptive: bool = _option(False, "Scale the perturbation by the weights (ASAM).")
+    sam_adaptive: bool = _option(False, "Scale the perturbation of each weight by its magnitude (ASAM).")
     sam_per_process: bool = _option(
         False,
-        "Each process perturbs along the gradient of its own share of the batch, as Foret et al. do, instead of all "
-        "along the whole batch's. Saves a reduction a step, but the run then depends on the number of processes.",
+        "Each process perturbs the weights along the gradient of its part of the batch, as Foret et al. do, instead of "
+        "the gradient of the whole batch. Saves one reduction per step, but the result depends on the number of "
+        "processes.",
     )
     momentum: float = _option(0.9, "Momentum of SGD.")
-    lr_drop_epochs: list[float] = _option([], "Epochs (from 0) at which the learning rate drops.")
-    lr_drops: list[float] = _option([], "Factors of the peak learning rate from those epochs on.")
+    lr_drop_epochs: list[float] = _option(
+        [], "Epochs (counted from 0) at which the learning rate drops. Without any, it follows a cosine."
+    )
+    lr_drops: list[float] = _option([], "Factor of the peak learning rate from each epoch in lr_drop_epochs on.")
 
     learning_rate: float | None = _option(0.1, "Peak learning rate.")
-    min_learning_rate: float = _option(0.0, "Where the cosine ends.")
-    warmup_learning_rate: float = _option(0.0, "Where the warm-up starts.")
-    weight_decay: float = _option(2e-4, "Weight decay, on all parameters.")
-    train_crop: str = _option("padded", f"Random crop in training: {' or '.join(TRAIN_CROPS)} (by an eighth).")
-    auto_augment: str | None = _option(None, "Augmentation policy in timm's notation, or 'none'.")
-    random_erasing: float = _option(0.0, "Probability of random erasing.")
+    min_learning_rate: float = _option(0.0, "Final learning rate of the cosine schedule.")
+    warmup_learning_rate: float = _option(0.0, "Learning rate at the start of the warm-up.")
+    weight_decay: float = _option(2e-4, "Weight decay. Applies to all parameters.")
+    train_crop: str = _option(
+        "padded", f"Random crop of training images: {' or '.join(TRAIN_CROPS)} (by an eighth of the size)."
+    )
+    auto_augment: str | None = _option(
+        None, "Augmentation policy of training images in timm's notation; 'none' disables it."
+    )
+    random_erasing: float = _option(0.0, "Probability that a random rectangle of a training image is erased.")
 
     def check(self) -> None:
         super().check()
@@ -535,14 +598,14 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         _check(self, "lr_drop_epochs", _increases(self.lr_drop_epochs), "increasing")
 
     def arrangements(self) -> dict[str, tuple[Any, Any]]:
-        # PaCo's loader drops an incomplete batch, that of Saddle-LongTail takes it.
+        # PaCo's loader drops an incomplete batch; the loader of Saddle-LongTail uses it.
         return super().arrangements() | {"partial_steps": (False, self.teacher_loss != "paco")}
 
     def check_data(self, num_images: int) -> None:
-        """Checks that training images and epochs suffice, and that learning rate and rho change within them.
+        """Checks the number of training images and epochs, and that learning rate and rho change before the end.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If a check fails.
         """
         super().check_data(num_images)
         if self.max_steps > 0:
@@ -557,18 +620,18 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
 
 
 def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:
-    """Makes the batch of an optimiser step of processes, images a process takes at once, and accumulation steps.
+    """Divides the batch of an optimiser step into micro-batches of equal size.
 
     Args:
-        global_batch_size: Images of an optimiser step.
-        processes: Their number.
-        batch_size: Images a process takes at once, at most.
+        global_batch_size: Images per optimiser step, over all processes.
+        processes: Number of processes.
+        batch_size: Largest allowed number of images per micro-batch.
 
     Returns:
-        Images that a process takes at once, and how often in a step.
+        Images per micro-batch, and micro-batches per process in an optimiser step (gradient-accumulation steps).
 
     Raises:
-        ValueError: If they do not make it.
+        ValueError: If the global batch size is not a multiple of the processes and the micro-batch size.
     """
     batch_size = min(batch_size, max(global_batch_size // processes, 1))
     if global_batch_size % (batch_size * processes):

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Atomic checkpoints: written to a staging folder, moved into place when complete, verified by a manifest."""
 
 import copy
 import json
@@ -29,8 +29,8 @@ MANIFEST = "manifest.json"
 STAGING = ".saving"
 MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)(\.replaced)?")
-# What a checkpoint must have, and what a run needs to go on as if it had not been interrupted, by their names in files:
-# of plain training, FSDP ("pytorch_model_fsdp_0/", "optimizer_0/") and DeepSpeed ("global_step8/").
+# Parts that every checkpoint must have, and parts that an exact resume also needs, with patterns of their files in
+# plain training, FSDP ("pytorch_model_fsdp_0/", "optimizer_0/") and DeepSpeed ("global_step8/").
 _NEEDED = {
     TRAINER_STATE_NAME: (TRAINER_STATE_NAME,),
     "weights": (*MODEL_FILES, "pytorch_model*/*", "global_step*/*"),
@@ -43,7 +43,7 @@ _OF_GOING_ON = {
 
 
 def begin_checkpoint(output_dir: str | Path) -> Path:
-    """Makes an empty folder beside the checkpoints, in which one is written."""
+    """Creates an empty staging folder next to the checkpoints, in which the next checkpoint is written."""
     staging = Path(output_dir) / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -51,18 +51,19 @@ def begin_checkpoint(output_dir: str | Path) -> Path:
 
 
 def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
-    """Brings all files of a checkpoint to the disk, with a manifest of their sizes and hashes, and then into its place.
+    """Syncs a checkpoint to disk with a manifest of file sizes and hashes, and then moves it into place.
 
-    Another checkpoint of the same name is replaced.
+    A checkpoint of the same name is replaced.
 
     Args:
-        staged: The folder that it was written to, in that of [`begin_checkpoint`].
-        output_dir: The folder of the checkpoints.
+        staged: Folder of the written checkpoint, inside the folder from [`begin_checkpoint`].
+        output_dir: Folder of the checkpoints.
 
     Returns:
-        Where it is now.
+        Final path of the checkpoint.
     """
     manifest = {}
+    # All files reach the disk before the rename: after a power loss, a checkpoint in place is complete.
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
         manifest[path.relative_to(staged).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
         sync_to_disk(path)
@@ -71,7 +72,7 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
     for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
         sync_to_disk(folder)
     place = Path(output_dir) / staged.name
-    replaced = place.with_name(f"{place.name}.replaced")  # a name that is still a checkpoint's
+    replaced = place.with_name(f"{place.name}.replaced")  # still found by `checkpoints_in` after a crash
     if place.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         place.rename(replaced)
@@ -83,14 +84,14 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
 
 
 def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
-    """Writes a model beside another, and then each of its files over the other's, the weights last.
+    """Writes a model to a staging folder, then replaces the files of an existing model one by one, weights last.
 
     Args:
-        output_dir: The folder of the model.
-        save: Writes all files into the folder that it is given.
+        output_dir: Folder of the model.
+        save: Function that writes all files into a given folder.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the model cannot be written.
     """
     try:
         staged = begin_checkpoint(output_dir) / "model"
@@ -98,8 +99,8 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
         _replace_files(staged, output_dir)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(
-            f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and go on "
-            "with --resume_from_checkpoint auto."
+            f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and "
+            "resume with --resume_from_checkpoint auto."
         ) from error
     except KeyboardInterrupt:
         shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
@@ -115,7 +116,7 @@ def _replace_files(staged: Path, output_dir: str | Path) -> None:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The checkpoints in a folder in the order of their steps; clocks and copies of files have no say."""
+    """Checkpoints in a folder, sorted by the step in their names. File times are ignored: copies change them."""
     found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         match = _NAME.fullmatch(path.name)
@@ -127,13 +128,13 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 def remove_old_checkpoints(
     output_dir: str | Path, limit: int | None, best: str | None, step: int | None = None
 ) -> None:
-    """Keeps as many checkpoints as wanted, those with the most steps, and always the best one.
+    """Removes all but the latest checkpoints. The best checkpoint is always kept.
 
     Args:
-        output_dir: The folder of the checkpoints.
-        limit: How many to keep, at least one; None or 0 for all.
-        best: The checkpoint with the best evaluation.
-        step: The step that the run has come to: later checkpoints are of another course of it, and are removed.
+        output_dir: Folder of the checkpoints.
+        limit: Number of checkpoints to keep, at least one; None or 0 keeps all.
+        best: Path of the checkpoint with the best evaluation.
+        step: Current step of the run. Checkpoints of later steps belong to an earlier attempt and are removed.
     """
     found = checkpoints_in(output_dir)
     if step is not None:
@@ -147,12 +148,12 @@ def remove_old_checkpoints(
 
 
 def step_in_name(checkpoint: str | Path) -> int:
-    """The step that a checkpoint's name says."""
+    """Step in the name of a checkpoint."""
     return int(Path(checkpoint).name.removesuffix(".replaced").rpartition("-")[2])
 
 
 def find_corruption(checkpoint: str | Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if a run can go on from it as it was."""
+    """Describes why a checkpoint is corrupt or incomplete; None if a run can resume from it exactly."""
     checkpoint = Path(checkpoint)
     if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
@@ -180,13 +181,13 @@ def find_corruption(checkpoint: str | Path) -> str | None:
 
 
 def _has(what: str, names: Iterable[str]) -> bool:
-    """Whether one of a checkpoint's files is of a kind."""
+    """Whether the files of a checkpoint include the part `what`."""
     patterns = (_NEEDED | _OF_GOING_ON)[what]
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _unreadable(checkpoint: Path) -> str | None:
-    """What cannot be read of a checkpoint, in words."""
+    """Describes the first file of a checkpoint that cannot be read; None if all can be read."""
     try:
         read_state(checkpoint)
         states = [path for pattern in ("*.pt", "rng_state*.pth", "optimizer.bin", "*.safetensors")
@@ -199,12 +200,13 @@ def _unreadable(checkpoint: Path) -> str | None:
 
 
 def newest_checkpoint(output_dir: str | Path) -> str | None:
-    """The whole checkpoint with the most steps, or None if a run has not come to its first one.
+    """Finds the latest intact checkpoint; None if the run did not reach its first checkpoint.
 
-    Later ones that are damaged are left out, with a warning.
+    Corrupt checkpoints are skipped with a warning.
 
     Raises:
-        ValueError: If all are damaged, or there are none beside a finished model, which a new run would write over.
+        ValueError: If all checkpoints are corrupt, or the folder has a finished model and no checkpoint. A new run
+            would overwrite the model.
     """
     folder = Path(output_dir)
     found = list(reversed(checkpoints_in(folder)))
@@ -215,23 +217,23 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
         warnings.warn(f"the checkpoint {path} is left out: {wrong}.", stacklevel=2)
     if found or has_model(folder):
         raise ValueError(
-            f"{output_dir} has no whole checkpoint to go on from; choose another --output_dir, or pass --overwrite."
+            f"{output_dir} has no whole checkpoint to resume from; choose another --output_dir, or pass --overwrite."
         )
     return None
 
 
 def has_model(folder: str | Path) -> bool:
-    """Whether a folder has the weights of a model, also of one without a checkpoint."""
+    """Whether a folder contains the weights of a model. Checkpoints in subfolders do not count."""
     return any(any(Path(folder).glob(pattern)) for pattern in MODEL_FILES)
 
 
 def whole_checkpoint(path: str) -> str:
-    """The path of a checkpoint to go on from.
+    """Checks that a run can resume from a checkpoint, and returns its path.
 
-    One without a manifest, as transformers writes them, is taken as it is; a warning says what it lacks.
+    A checkpoint of transformers has no manifest. It is accepted, with a warning that names missing parts.
 
     Raises:
-        ValueError: If it is damaged, is no folder, or has no weights or no step.
+        ValueError: If the checkpoint is corrupt, is not a folder, or lacks weights or the step.
     """
     folder = Path(path)
     wrong: str | None
@@ -245,25 +247,25 @@ def whole_checkpoint(path: str) -> str:
         missing = [what for what in _OF_GOING_ON if not _has(what, names)]
         if wrong is None and missing:
             warnings.warn(
-                f"the checkpoint {path} has no {', no '.join(missing)}: these begin again, and the run will not end as "
-                "an uninterrupted one.",
+                f"the checkpoint {path} has no {', no '.join(missing)}: these start from scratch, and the result will "
+                "differ from an uninterrupted run.",
                 stacklevel=2,
             )
     if wrong is not None:
-        raise ValueError(f"cannot go on from the checkpoint {path}: {wrong}.")
+        raise ValueError(f"cannot resume from the checkpoint {path}: {wrong}.")
     return str(path)
 
 
 def load_with_info(cls: type[Model], path: str, **options) -> tuple[Model, dict[str, Any]]:
-    """`from_pretrained`, with what it says of missing, unexpected and mismatched weights."""
+    """Calls `from_pretrained`; returns the model and its report of missing, unexpected and mismatched weights."""
     return cls.from_pretrained(path, output_loading_info=True, **options)  # type: ignore[return-value]
 
 
 def read_state(checkpoint: str | Path) -> TrainerState:
-    """What transformers keeps of a run in a checkpoint: its step, its logs, its best evaluation.
+    """Reads the `TrainerState` of a checkpoint: its step, logs and best evaluation.
 
     Raises:
-        FileNotFoundError: If it is missing.
+        FileNotFoundError: If the file is missing.
         ValueError: If it cannot be read.
     """
     path = Path(checkpoint) / TRAINER_STATE_NAME
@@ -284,10 +286,10 @@ def read_state(checkpoint: str | Path) -> TrainerState:
 
 
 def of_first_process(is_first: bool, find: Callable[[], Any]) -> Any:
-    """What the first process finds, in all processes; what it raises is raised in all.
+    """Calls a function in the main process, and returns its result, or raises its error, in all processes.
 
     Raises:
-        ValueError, OSError: As the function.
+        ValueError, OSError: If the function raises one.
     """
     outcome: list[Any] = [None, None]
     if is_first:
@@ -302,20 +304,20 @@ def of_first_process(is_first: bool, find: Callable[[], Any]) -> Any:
 
 
 class WholeCheckpointTrainer(Trainer):
-    """A [`~transformers.Trainer`] whose checkpoints are written beside the others, and moved among them once whole.
+    """A [`~transformers.Trainer`] with atomic checkpoints: written to a staging folder and moved when complete.
 
     Raises:
-        OSError: In training, if a checkpoint cannot be written; those before are as they were.
+        OSError: During training, if a checkpoint cannot be written. Earlier checkpoints are unchanged.
     """
 
     args: LongTailTrainingArguments
     model: PreTrainedModel
     processing_class: BaseImageProcessor
 
-    _staging: Path | None = None  # where a checkpoint is being written
+    _staging: Path | None = None  # folder of the checkpoint that is being written
 
     def _save_checkpoint(self, model, trial):
-        """Writes a checkpoint beside the others, and moves it among them once it is whole on the disk."""
+        """Writes a checkpoint to the staging folder, and moves it into place when it is complete on disk."""
         output_dir = super()._get_output_dir(trial)
         try:
             if self.args.should_save:
@@ -330,7 +332,7 @@ class WholeCheckpointTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
-                f"{' '.join(str(error).split())}; those before are as they were."
+                f"{' '.join(str(error).split())}; earlier checkpoints are unchanged."
             ) from error
         except KeyboardInterrupt:
             shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
@@ -340,7 +342,8 @@ class WholeCheckpointTrainer(Trainer):
 
     def _finish_checkpoint(self, output_dir: str) -> None:
         staged = Path(output_dir) / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.state.best_model_checkpoint == str(staged):  # in every process, which all load it at the end
+        # The parent recorded the staging path. Corrected in every process, because each one loads it at the end.
+        if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = os.path.join(output_dir, staged.name)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
@@ -354,9 +357,9 @@ class WholeCheckpointTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Writes the model; one that is in the folder already stays whole until the new one is."""
+        """Writes the model. An existing model in the folder is replaced only after the new one is complete."""
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        # A pickle of the arguments is written too, and a token belongs in no file.
+        # The parent also pickles the arguments; the token must not be written to a file.
         token, self.args.hub_token = self.args.hub_token, None
         try:
             if self._staging is not None or not self.args.should_save:
@@ -378,12 +381,12 @@ class WholeCheckpointTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Loads weights under the names that they have in files.
+        """Loads the weights of a checkpoint by way of `from_pretrained`, which translates the names in files.
 
-        transformers 5.23 does not translate them here, as `from_pretrained` does, and goes on without them.
+        transformers 5.23 does not translate the names here, and continues without the weights.
 
         Raises:
-            ValueError: If weights are missing.
+            ValueError: If weights are missing, unexpected, or of another size.
         """
         model = self.model if model is None else model
         if isinstance(model, PreTrainedModel) and has_adapter(model):
@@ -396,7 +399,7 @@ class WholeCheckpointTrainer(Trainer):
             type(model),
             resume_from_checkpoint,
             config=copy.deepcopy(model.config),
-            ignore_mismatched_sizes=True,  # is refused below
+            ignore_mismatched_sizes=True,  # raised below, with the name of the weight
         )
         for kind, what in (("missing", "has no"), ("unexpected", "also has"), ("mismatched", "has another size of")):
             names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
@@ -414,11 +417,12 @@ class WholeCheckpointTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
-        """Takes up a run at its step; at its last step there is no epoch left.
+        """Sets the state of a resumed run. A run that is already at its last step has no epoch left.
 
-        Of the loop of transformers 5.23: it begins the epoch that holds the step, and takes one more step of it; it
-        compares steps that are given as a share of the run with their number in the checkpoint; it keeps the numbers of
-        the checkpoint though others are given; and it forgets the best checkpoint of a folder that was moved.
+        Works around four problems of transformers 5.23. At the last step, the parent starts its epoch again and takes
+        one more step. It compares steps given as a fraction of the run with absolute steps in the checkpoint. It keeps
+        the step intervals of the checkpoint although the arguments give others. It loses the best checkpoint if the
+        folder was moved.
         """
         given = self.args
         self.args = copy.copy(given)
@@ -437,10 +441,10 @@ class WholeCheckpointTrainer(Trainer):
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Loads their states.
+        """Loads the states of optimiser and scheduler from a checkpoint.
 
         Raises:
-            ValueError: If they are of another optimiser or model.
+            ValueError: If the states belong to another optimiser or model.
         """
         try:
             super()._load_optimizer_and_scheduler(checkpoint)

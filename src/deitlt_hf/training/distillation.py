@@ -1,4 +1,4 @@
-"""The DeiT-LT trainer: a dual-token student learns from labels and from a frozen flat teacher."""
+"""Trainer of the DeiT-LT student, a dual-token transformer that learns from labels and a frozen flat teacher."""
 
 import math
 import warnings
@@ -30,27 +30,28 @@ from .trainer import LongTailTrainer
 class DeiTLTTrainer(LongTailTrainer):
     """Trains a [`DeiTLTForImageClassification`] with labels and a frozen flat teacher (DeiT-LT, section 4).
 
-    The CLS head learns from the labels, the DIST head from the teacher's prediction on the student's own augmented and
-    mixed image, with class weights from `drw_start_epoch` on. Beside the loss it logs
+    The CLS head learns from the labels. The DIST head learns from the teacher's predictions on the augmented and mixed
+    images of the student, with class weights from `drw_start_epoch` on. In addition to the loss, the trainer logs
 
-    - `cls_loss`, `distillation_loss`: the two parts, which add up to it;
+    - `cls_loss`, `distillation_loss`: the two parts of the loss, which add up to it;
     - `teacher_agreement`: share of the DIST head's predictions that equal the teacher's, on training images;
     - `token_similarity`: cosine of the final CLS and DIST tokens.
 
     Args:
-        model: The student. A `DeiTForImageClassificationWithTeacher` of transformers is made one, on the same weights.
+        model: The student. A `DeiTForImageClassificationWithTeacher` of transformers is converted to a student with the
+            same weights.
         args: A [`DeiTLTTrainingArguments`].
-        teacher: An image classifier that knows the student's classes by name, in any order and perhaps among others;
-            one whose classes have no names must have as many, in the same order. Needed to train unless
+        teacher: Image classifier whose class names include those of the student, in any order. If its classes have no
+            names, it must have the same number of classes in the same order. Required for training unless
             `args.distillation` is `none`. It is frozen, in float32, and never saved with the student. With
-            `args.fold_teacher` a faster copy of it, as it is now, teaches.
-        teacher_processor: Image processor that says in which size and normalisation the teacher takes images. None: a
-            [`FlatTeacherForImageClassification`] tells it itself; another teacher takes what the student does.
-        **kwargs: As for [`LongTailTrainer`].
+            `args.fold_teacher`, a faster copy with its current weights is used.
+        teacher_processor: Image processor with the image size and normalisation of the teacher. None: a
+            [`FlatTeacherForImageClassification`] has them in its config; other teachers get the student's.
+        **kwargs: Parameters of [`LongTailTrainer`].
 
     Raises:
-        ValueError: If the teacher has other classes than the student, or, at the start of training, is no better than
-            chance on the test images.
+        ValueError: If the teacher does not have the student's classes, or if at the start of training it is no better
+            than chance on the test images.
     """
 
     arguments_class = DeiTLTTrainingArguments
@@ -119,12 +120,12 @@ class DeiTLTTrainer(LongTailTrainer):
         """Trains; see [`LongTailTrainer`].
 
         Raises:
-            ValueError: If there is no teacher but `distillation` needs one, or the teacher is no better than chance.
+            ValueError: If `distillation` needs a teacher and none was given, or the teacher is no better than chance.
         """
         if self.teacher is None and self.args.distillation != "none":
             raise ValueError(
-                f"distillation={self.args.distillation!r} needs a teacher; give one, or distillation='none' to train "
-                "both tokens on the labels."
+                f"distillation={self.args.distillation!r} needs a teacher; pass one, or set distillation='none' to "
+                "train both tokens on the labels."
             )
         return super().train(*args, **kwargs)
 
@@ -135,12 +136,12 @@ class DeiTLTTrainer(LongTailTrainer):
         return views
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Leaves tokens and position embeddings without weight decay, as DeiT does."""
+        """Excludes tokens and position embeddings from weight decay, as DeiT does."""
         free = ("cls_token", "distillation_token", "position_embeddings")
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(free)]
 
     def create_optimizer(self, model=None):
-        """As the parent's, and Muon, which transformers lacks."""
+        """Creates the optimiser as the parent class does, or Muon, which transformers lacks."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == MUON:
             model = self.model if model is None else model
             self.optimizer = muon(model, self.args, set(self.get_decay_parameter_names(model)))
@@ -149,7 +150,7 @@ class DeiTLTTrainer(LongTailTrainer):
     # ---- Loss ----
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Mixes the images and their labels, then asks the teacher about what the student will see."""
+        """Mixes the images and labels, then computes the teacher's logits for the mixed images."""
         pixel_values, labels = batch["pixel_values"], batch["labels"]
         if not self.in_drw or self.args.mixing_in_drw:
             if self.args.mixes:
@@ -162,16 +163,16 @@ class DeiTLTTrainer(LongTailTrainer):
         return prepared
 
     def teacher_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits in the student's label order, for images normalised for the student.
+        """Computes the teacher's logits, in the student's label order, for images normalised for the student.
 
-        The images are resized and re-normalised if the teacher takes them otherwise.
+        The images are resized and re-normalised if the teacher's size or normalisation differs.
         """
         with torch.inference_mode(), self.accelerator.autocast():
-            assert self.teacher is not None  # `train` asks for one
+            assert self.teacher is not None  # `train` requires one
             antialias = bool(self.args.teacher_antialias)
             images = resize_and_renormalize(pixel_values, self.student_format, self.teacher_format, antialias)
             logits = self.teacher(images).logits[:, self._label_order]
-        return logits.clone()  # an inference tensor could not be saved for the backward pass of the soft loss
+        return logits.clone()  # autograd cannot save an inference tensor for the backward pass of the soft loss
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         criterion = self.drw_criterion if self.in_drw else self.criterion
@@ -197,7 +198,7 @@ class DeiTLTTrainer(LongTailTrainer):
     # ---- Before the first step ----
 
     def plan(self) -> dict[str, str]:
-        """Phases, and the teacher with its accuracy.
+        """Lines of the printed plan: the phases of training, and the teacher with its accuracies.
 
         Raises:
             ValueError: If the teacher is no better than chance.
@@ -214,7 +215,7 @@ class DeiTLTTrainer(LongTailTrainer):
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
         accuracies = None if self.eval_dataset is None else self.check_teacher()
-        assert self.teacher is not None  # `train` asks for one
+        assert self.teacher is not None  # `train` requires one
         self.results.teacher = teacher_record(self.teacher, accuracies)
         if accuracies is not None:
             text += "; test accuracy in %: " + ", ".join(
@@ -224,10 +225,10 @@ class DeiTLTTrainer(LongTailTrainer):
 
     @torch.no_grad()
     def check_teacher(self) -> dict[str, float]:
-        """The teacher's accuracies on the test images, as the student's pipeline shows them to it.
+        """Measures the teacher's accuracies on the test images, preprocessed by the student's pipeline.
 
         Raises:
-            ValueError: If its balanced accuracy is within two standard errors of chance.
+            ValueError: If its balanced accuracy is below chance plus two standard errors.
         """
         predicted_parts, label_parts = [], []
         first = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
@@ -245,54 +246,55 @@ class DeiTLTTrainer(LongTailTrainer):
         if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
             raise ValueError(
                 f"the teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on {len(labels)} test "
-                f"images of {num_labels} classes. Is it trained, with the same class order, image "
-                "size and normalisation?"
+                f"images of {num_labels} classes. Check that it is trained, and that its class order, image "
+                "size and normalisation are correct."
             )
         return accuracies
 
 
 def as_student(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as one that can be trained as a student; it keeps its parameters, also where its class changes.
+    """Returns a model as a trainable student. A DeiT of transformers is converted and keeps its parameter objects.
 
     Raises:
-        ValueError: If it does not have the two heads of a student.
+        ValueError: If the model does not have the two heads of a student.
     """
-    base_of = getattr(model, "get_base_model", None)  # of PEFT
+    base_of = getattr(model, "get_base_model", None)  # a method of PEFT models
     base = model if base_of is None else base_of()
-    # By name: the class that a folder brings along is another one.
+    # Compared by name: a class loaded from the code in a model folder is another object.
     if any(cls.__name__ == DeiTLTForImageClassification.__name__ for cls in type(base).__mro__):
         return model
     if base is not model or not isinstance(model, DeiTForImageClassificationWithTeacher):
         raise ValueError(
-            f"a student has two heads, but a {type(base).__name__} was given; give a DeiTLTForImageClassification, or "
-            "transformers' DeiTForImageClassificationWithTeacher, which is made one."
+            f"a student has two heads, but a {type(base).__name__} was given; pass a DeiTLTForImageClassification, or "
+            "a DeiTForImageClassificationWithTeacher of transformers, which is converted."
         )
     config = DeiTLTConfig.from_dict(model.config.to_dict(), attn_implementation=model.config._attn_implementation)
+    # On the meta device, because `assign` replaces every parameter; `keep_vars` keeps the parameter objects.
     with torch.device("meta"):
         student = DeiTLTForImageClassification(config)
     student.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     student.name_or_path = model.name_or_path
     warnings.warn(
-        f"the {type(model).__name__} is trained as a DeiTLTForImageClassification on the same weights, with stochastic "
-        f"depth {config.drop_path_rate:g}; the trainer's model is that one.",
+        f"the {type(model).__name__} is converted to a DeiTLTForImageClassification with the same weights and "
+        f"stochastic depth {config.drop_path_rate:g}; use the model of the trainer instead of the one passed in.",
         stacklevel=2,
     )
     return student.train(model.training)
 
 
 def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teacher") -> torch.Tensor:
-    """Finds classes among a model's, by name if the model's have names.
+    """Finds the positions of classes among the classes of a model, by name if the model's classes have names.
 
     Args:
-        names: The classes to find.
-        config: Of the model that should know them.
-        who: What errors call that model.
+        names: Names of the classes to find.
+        config: Configuration of the model that should have these classes.
+        who: Name of the model in error messages.
 
     Returns:
-        Their positions among the model's, (classes,).
+        Positions of the classes among those of the model, (classes,).
 
     Raises:
-        ValueError: If the model does not know one, or has no names and another number of classes.
+        ValueError: If the model lacks a class, or has no class names and another number of classes.
     """
     known = label_names(config)
     if known == [f"LABEL_{label}" for label in range(len(known))]:
@@ -308,15 +310,15 @@ def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teac
             f"the {who} does not know the classes {', '.join(map(repr, unknown[:5]))} ({len(unknown)} of "
             f"{len(names)}); its own {len(known)} begin with {', '.join(map(repr, known[:5]))}."
         )
-    # Classes that share a name, as ImageNet's two cranes do, are taken in their order.
+    # Classes with the same name, such as the two cranes of ImageNet, are matched in order.
     return torch.tensor([positions[name].pop(0) for name in names])
 
 
 def check_class_order(names: Sequence[str], config: PreTrainedConfig, who: str = "model") -> None:
-    """Checks that a model has exactly the data's classes, in their order; takes what [`label_order`] does.
+    """Checks that a model has exactly the classes of the data, in the same order. Parameters as in [`label_order`].
 
     Raises:
-        ValueError: If not.
+        ValueError: If it does not.
     """
     if label_order(names, config, who).tolist() != list(range(len(label_names(config)))):
-        raise ValueError(f"the {who} has the classes of the data in another order, or others beside them.")
+        raise ValueError(f"the {who} has the classes of the data in another order, or has additional classes.")

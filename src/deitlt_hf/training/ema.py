@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, beside a training run."""
+"""Exponential moving average of the weights, kept during training."""
 
 from pathlib import Path
 
@@ -14,15 +14,17 @@ EMA_FOLDER = "ema"
 
 
 class MovingAverage(TrainerCallback):
-    """timm's average of a trainer's model, which follows the weights after every step and goes into checkpoints.
+    """Callback that keeps timm's moving average of the trained weights, and saves it in every checkpoint.
 
     Args:
         decay: Share of the old average in an update.
-        every_slice: Update it with every accumulation slice, as the authors do; else with every optimiser step.
+        every_slice: Update the average after every micro-batch, as the authors do; by default after every optimiser
+            step.
 
     Attributes:
         model: The averaged model; None before training.
-        checkpoint: What training will go on from; without an average in it, one starts from its weights.
+        checkpoint: The checkpoint that training resumes from. If it contains no average, the average starts from its
+            weights.
     """
 
     def __init__(self, decay: float, every_slice: bool = False):
@@ -37,7 +39,7 @@ class MovingAverage(TrainerCallback):
             self.load(self.checkpoint)
 
     def load(self, checkpoint: str | Path) -> None:
-        """Takes the average of a checkpoint, if there is one in it."""
+        """Loads the average from a checkpoint, if the checkpoint contains one."""
         if (Path(checkpoint) / EMA_FILE).is_file():
             assert self.model is not None  # in training
             load_model(self.model, Path(checkpoint) / EMA_FILE, device=str(self.model.device))
@@ -50,12 +52,12 @@ class MovingAverage(TrainerCallback):
             self._average.update(model)
 
     def save_checkpoint(self, folder: str | Path) -> None:
-        """Writes the average beside the other files of a checkpoint."""
+        """Writes the average into the folder of a checkpoint."""
         assert self.model is not None  # in training
         save_model(self.model, str(Path(folder) / EMA_FILE))
 
     def save_pretrained(self, output_dir: str | Path, processor) -> None:
-        """Saves the averaged model, to be loaded like any other, in `ema` below a model's folder."""
+        """Saves the averaged model and its image processor in the subfolder `ema` of a model folder."""
 
         model = self.model
         assert model is not None  # in training

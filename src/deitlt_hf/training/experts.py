@@ -1,4 +1,4 @@
-"""Evaluation of several experts in one pass."""
+"""Evaluation of all experts of a model in one pass over the data."""
 
 import contextlib
 import math
@@ -17,19 +17,19 @@ from .arguments import LongTailTrainingArguments
 
 
 class ExpertEvaluation(Trainer):
-    """The part of a [`~transformers.Trainer`] that counts what each expert of its model gets right.
+    """A [`~transformers.Trainer`] that measures the accuracy of each expert of its model.
 
     Attributes:
-        experts: The logits of each expert in the model's output, by its name; the first is the model's prediction.
-        groups: Class indices of head, mid and tail.
-        averaged_model: A second model that is evaluated beside the first, or None.
+        experts: Output field with the logits of each expert, by the expert's name. The first is the model's prediction.
+        groups: Class indices of the head, medium and tail classes.
+        averaged_model: A second model that is evaluated with the first, or None.
         last_table: Accuracies of the last evaluation.
     """
 
     experts: Mapping[str, str] = {}
     groups: Mapping[str, Integers]
     last_table: ExpertTable
-    preprocess_logits_for_metrics: Callable | None  # which may have pairs
+    preprocess_logits_for_metrics: Callable | None  # wrapped if predictions are pairs, see `evaluation_loop`
     args: LongTailTrainingArguments
     model: PreTrainedModel
 
@@ -37,15 +37,16 @@ class ExpertEvaluation(Trainer):
 
     @property
     def averaged_model(self) -> PreTrainedModel | None:
-        """A second model that is evaluated beside the first, or None."""
+        """A second model that is evaluated with the first, or None."""
         return None
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predicted classes of each expert, a few bytes an image, and the prediction's loss.
+        """Returns the predicted class of each expert and the loss, as columns of one tensor with a row per image.
 
-        The loss is a last column: as a mean of batches, as transformers takes it, it would count the images twice that
-        fill up the last batches of several processes. Where somebody needs the logits, they come second in a pair.
+        The loss is the last column, one value per image. transformers would average the loss over batches, and count
+        the images twice that pad the last batches of several processes. If logits are needed, they are the second
+        element of a pair.
         """
         inputs = self._prepare_inputs(inputs)
         pixel_values, labels = inputs["pixel_values"], inputs["labels"]
@@ -64,10 +65,10 @@ class ExpertEvaluation(Trainer):
         return None, (counted, kept[0] if len(kept) == 1 else kept), labels
 
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
-        """As the parent's, with the metrics of the experts beside those of the user's `compute_metrics`.
+        """Runs the parent's loop, and adds the metrics of the experts to those of `compute_metrics`.
 
-        The predictions are those of transformers: the logits, and what else of the output `ignore_keys` leaves. They
-        are kept for `predict` and `compute_metrics` only.
+        The predictions are the same as in transformers: the logits and the other output fields that are not in
+        `ignore_keys`. They are kept for `predict` and `compute_metrics` only.
         """
         compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
         self._keeps_logits = description == "Prediction" or compute is not None
@@ -88,9 +89,9 @@ class ExpertEvaluation(Trainer):
 
     @contextlib.contextmanager
     def _evaluated_dtype(self) -> Iterator[None]:
-        """Gives the weights the dtype of `bf16_full_eval` or `fp16_full_eval` for the time being.
+        """Converts the weights to the dtype of `bf16_full_eval` or `fp16_full_eval`, and restores them at the end.
 
-        transformers converts the model for good: what is trained next or saved would be the converted one.
+        transformers does not restore them: later training steps and saved models would have the converted weights.
         """
         dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
         if dtype is None or self.is_in_train:
@@ -112,7 +113,7 @@ class ExpertEvaluation(Trainer):
                 parameter.data = values
 
     def _all_metrics(self, prediction: EvalPrediction, compute: Callable | None) -> dict[str, float]:
-        """The experts' metrics, and over them the user's of the logits (images, classes)."""
+        """Metrics of the experts, updated with those that `compute` returns for the logits (images, classes)."""
         parts: Sequence = tuple(prediction.predictions) if self._keeps_logits else [prediction.predictions]
         counted = np.asarray(parts[0])
         metrics = self.expert_metrics(counted, np.asarray(prediction.label_ids))
@@ -123,10 +124,10 @@ class ExpertEvaluation(Trainer):
         return metrics | compute(given)
 
     def expert_metrics(self, counted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Loss and accuracies of each expert, overall and by group; they make the table too.
+        """Computes the loss and the accuracies of each expert, overall and by group, and sets `last_table`.
 
         Args:
-            counted: Predicted class of each expert, and the loss; (images, experts + 1).
+            counted: Predicted class of each expert, and the loss in the last column; (images, experts + 1).
             labels: True classes; (images,).
         """
         classes, losses = counted[:, :-1].astype(np.int64), counted[:, -1]

@@ -1,4 +1,4 @@
-"""What ends a run in good order: numbers that are not finite, and a request to stop."""
+"""Callbacks that stop a run early: on numbers that are not finite, and on SIGTERM or Ctrl-C."""
 
 import math
 import os
@@ -12,23 +12,23 @@ import torch
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
-# Within so many seconds several SIGINTs are one Ctrl-C: a terminal sends one, and torchrun another to its processes.
+# SIGINTs within this many seconds count as one Ctrl-C: the terminal sends one, and torchrun another to its processes.
 SAME_SECONDS = 1.0
-STOPPED = "stopped with a checkpoint."  # what the KeyboardInterrupt of a run says that ended in good order
+STOPPED = "stopped with a checkpoint."  # message of the KeyboardInterrupt after an orderly stop
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Stops a run whose loss or weights are not finite, before it logs, evaluates or saves; then the trainer asks it
-    to.
+    """Callback that stops a run whose loss or weights are not finite, before the run logs, evaluates or saves.
 
-    On a CPU it looks at the loss of every step too; on an accelerator that would make every step wait for the device.
-    With `on_nonfinite="skip"` it looks at the gradient of every step, and leaves out the update if that is not finite.
+    The trainer calls [`check`] at these points. On a CPU the callback also checks the loss of every step. On an
+    accelerator that would synchronise the device in every step. With `on_nonfinite="skip"` it checks the gradient of
+    every step instead, and skips the update if the gradient is not finite.
 
     Args:
-        trainer: The trainer that it guards.
+        trainer: The trainer to guard.
 
     Attributes:
-        skipped: Updates that were left out.
+        skipped: Number of skipped updates.
     """
 
     def __init__(self, trainer):
@@ -40,20 +40,20 @@ class NonFiniteGuard(TrainerCallback):
         self.in_a_row = self.skipped = 0
 
     def note(self, value: torch.Tensor, step: int) -> None:
-        """Remembers the step if a value of it is not finite, without waiting for the device."""
+        """Records the step if `value` is not finite, without synchronising the device."""
         self.first_step = torch.minimum(self.first_step, torch.where(value.detach().isfinite(), math.inf, float(step)))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        # A scaler of half precision looks itself, and finds overflows that are no fault.
+        # A gradient scaler does this check itself, and its occasional overflows are expected.
         if args.on_nonfinite == "stop" or self.trainer.accelerator.scaler is not None:
             return
         parameters = [parameter for parameter in self.trainer.model.parameters() if parameter.grad is not None]
-        # Of the whole gradient: the same in every process.
+        # The norm of the whole gradient is the same in every process, so all processes skip the same updates.
         if _norm([parameter.grad for parameter in parameters]).isfinite():
             self.in_a_row = 0
             return
         for parameter in parameters:
-            parameter.grad = None  # optimisers leave those alone
+            parameter.grad = None  # optimisers skip parameters without a gradient
         self._count(args, state)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -74,15 +74,16 @@ class NonFiniteGuard(TrainerCallback):
             self._look()
 
     def check(self) -> None:
-        """Looks at the weights too: a gradient can be infinite where the loss is not.
+        """Checks the weights and the recorded losses. A gradient can be infinite although the loss is finite.
 
         Raises:
-            FloatingPointError: If they, or a loss before, are not finite.
+            FloatingPointError: If the weights or an earlier loss are not finite.
         """
-        if self.trainer.args.on_nonfinite == "skip":  # a loss that was not finite is no matter: its update was left out
+        if self.trainer.args.on_nonfinite == "skip":  # the update of a loss that is not finite was skipped
             self.first_step.fill_(math.inf)
         model = self.trainer.model
-        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # one batch spoils them
+        # Batch-norm statistics too: one bad batch spoils them.
+        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self.note(_norm([*model.parameters()]) + _norm(statistics), self.trainer.state.global_step)
         self._look()
 
@@ -96,22 +97,22 @@ class NonFiniteGuard(TrainerCallback):
         parts = "".join(f", {name} {value:.4g}" for name, value in trainer.logged_means().items())
         raise FloatingPointError(
             f"{what} not finite at step {step} (epoch {trainer.state.epoch or 0:.2f}, learning rate "
-            f"{trainer.optimizer.param_groups[0]['lr']:.3g}{parts}); nothing was saved after it, and checkpoints in "
-            f"{trainer.args.output_dir} are from before. Lower the learning rate."
+            f"{trainer.optimizer.param_groups[0]['lr']:.3g}{parts}); nothing was saved after that step, and the "
+            f"checkpoints in {trainer.args.output_dir} are older. Lower the learning rate."
         )
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends a run on SIGTERM or SIGINT with a checkpoint at the end of the step.
+    """Callback that stops a run on SIGTERM or SIGINT, with a checkpoint at the end of the current step.
 
-    A scheduler or a preempted machine sends the first, Ctrl-C the second, to all processes of a terminal. A second
+    A job scheduler or a preempted machine sends SIGTERM. Ctrl-C sends SIGINT to all processes of a terminal. A second
     Ctrl-C ends the process at once.
 
-    All processes stop after the same step, whenever the signal reaches each: with every step they add up who was asked
-    to, and look at the sum of the step before, for which none has to wait.
+    All processes stop after the same step, even if the signal reaches them at different times. In every step they sum
+    over processes how many received a signal, and they read the sum of the previous step, so no process has to wait.
 
     Attributes:
-        stopped: Whether the run was ended.
+        stopped: Whether this callback stopped the run.
     """
 
     def __init__(self):
@@ -123,11 +124,11 @@ class StopOnSignal(TrainerCallback):
         self._former: dict[int, Any] = {}
 
     def vote(self, device: torch.device) -> torch.Tensor:
-        """1 if this process was asked to stop, else 0; to be added up over the processes."""
+        """1 if this process received a signal, else 0. The trainer sums it over the processes."""
         return torch.full((1,), float(self.requested), device=device)
 
     def count(self, votes: torch.Tensor) -> None:
-        """Takes the sum of the votes of a step, without waiting for it."""
+        """Stores the sum of the votes of a step, without waiting for its value."""
         event = None
         if votes.device.type != "cpu":
             pinned = torch.empty_like(votes, device="cpu", pin_memory=True)
@@ -140,7 +141,7 @@ class StopOnSignal(TrainerCallback):
         self._signal = signal.SIGTERM
         self._speaks = state.is_world_process_zero
         self._votes.clear()
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+        if threading.current_thread() is threading.main_thread():  # Python sets signal handlers in the main thread only
             self._former = {
                 number: signal.signal(number, self._request) or signal.SIG_DFL
                 for number in (signal.SIGTERM, signal.SIGINT)
@@ -153,18 +154,18 @@ class StopOnSignal(TrainerCallback):
         if not self.requested:
             self.requested, self._requested_at, self._signal = True, now, signal.Signals(signum)
             if signum == signal.SIGINT and self._speaks:
-                # Not `print`, which may be at work where the signal came.
+                # Not `print`, which is not reentrant: the signal may have interrupted another `print`.
                 os.write(
                     2, b"\nCtrl-C: a checkpoint is written at the end of the step; press it again to end at once.\n"
                 )
 
     @property
     def name(self) -> str:
-        """Of the signal that this process was sent; SIGTERM if it was another process."""
+        """Name of the signal that this process received; SIGTERM if only another process received one."""
         return "Ctrl-C" if self._signal == signal.SIGINT else "SIGTERM"
 
     def end(self) -> NoReturn:
-        """Ends as a process does that was sent the signal.
+        """Ends the process in the way that its signal normally does.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C.
@@ -184,26 +185,26 @@ class StopOnSignal(TrainerCallback):
             self.stopped = votes.item() > 0
         if self.stopped:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # there may be seconds only
+            control.should_evaluate = False  # the machine may shut down within seconds
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:
             control.should_evaluate = control.should_save = False
 
     def restore(self) -> None:
-        """Gives the signals back to what handled them before."""
+        """Restores the previous signal handlers."""
         for number, former in self._former.items():
             signal.signal(number, former)
         self._former = {}
 
 
 def outlive_signals(worker: int) -> None:
-    """Makes a data loader's process ignore SIGINT, and SIGTERM of others than its parent.
+    """Makes a data loader worker ignore SIGINT, and SIGTERM unless its parent sent it.
 
-    Its batches are needed to the end of the step.
+    The main process still needs its batches until the end of the step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux; who sent a signal is not told elsewhere
+    if hasattr(signal, "sigwaitinfo"):  # Linux only; other systems do not report the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey_parent, daemon=True).start()
 
@@ -217,4 +218,4 @@ def _obey_parent() -> None:
 @torch.no_grad()
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     norm = get_total_norm(tensors)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a model that is spread over processes
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a model that is sharded over processes

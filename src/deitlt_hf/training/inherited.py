@@ -1,8 +1,8 @@
-"""What becomes of each argument and parameter that the trainers inherit from transformers.
+"""Tables that list whether each argument and parameter inherited from transformers is supported, and checks of them.
 
-Every name of the versions in setup.py is in one table, with one of four verdicts; a test fails where transformers has a
-name that is missing here.
-The arguments refuse, and `--help` hides, what these tables refuse.
+Each name in the versions of transformers that setup.py allows is in one table, with one of four verdicts. A test fails
+if transformers has a name that is missing here. Names with the verdict [`Refused`] must keep their defaults, and
+`--help` hides them.
 """
 
 import copy
@@ -16,17 +16,17 @@ from transformers.debug_utils import DebugOption
 from .optimizers import MUON, Muon, muon_settings
 
 WORKS = "as in transformers"
-SET = "with a default or a meaning of the method's own, in arguments.py or trainer.py"
-FOR_SCRIPTS = "read by a script of the user's, so without effect on a command line"
+SET = "with another default or meaning, in arguments.py or trainer.py"
+FOR_SCRIPTS = "for scripts that read it themselves; without effect on a command line"
 
 
 class Refused(str):
-    """Why another value than the default has no effect, or would break the method."""
+    """Reason why values other than the default have no effect, or would break the method."""
 
 
-_BATCHES = Refused("batches and their order are the method's own")
-_SCHEDULE = Refused("the schedule is the method's own, with warmup_epochs")
-_METRICS = Refused("the metrics are of all test images together, and always computed")
+_BATCHES = Refused("the method defines batches and their order")
+_SCHEDULE = Refused("the method defines the schedule, with warmup_epochs")
+_METRICS = Refused("metrics are always computed, over all test images together")
 
 ARGUMENTS: Mapping[str, str] = {
     **dict.fromkeys(
@@ -78,18 +78,18 @@ ARGUMENTS: Mapping[str, str] = {
     "eval_use_gather_object": Refused("predictions are tensors"),
     "optim_target_modules": Refused("it is for optimisers that are refused"),
     "use_cache": Refused("a classifier generates nothing"),
-    "use_liger_kernel": Refused("it has no kernels for images"),
-    "liger_kernel_config": Refused("it has no kernels for images"),
-    "neftune_noise_alpha": Refused("its noise is for embeddings of words"),
-    "save_on_each_node": Refused("all processes read the checkpoints of the first, in one output_dir"),
+    "use_liger_kernel": Refused("it does not have kernels for images"),
+    "liger_kernel_config": Refused("Liger does not have kernels for images"),
+    "neftune_noise_alpha": Refused("its noise is for word embeddings"),
+    "save_on_each_node": Refused("all processes read the checkpoints of the main process, in one output_dir"),
     "enable_jit_checkpoint": Refused("SIGTERM ends every run with a checkpoint"),
-    "hub_always_push": Refused("what is pushed is the finished model"),
-    "ignore_data_skip": Refused("a run goes on with the images that it would have seen"),
+    "hub_always_push": Refused("only the finished model is pushed"),
+    "ignore_data_skip": Refused("a resumed run continues with the same images as an uninterrupted one"),
     "parallelism_config": Refused("the batch is divided among all processes"),
     "ddp_static_graph": Refused("accumulation and the two passes of SAM change the graph"),
 }
 
-# Of the teachers' trainer, beside those.
+# Additional verdicts for the arguments of teachers.
 TEACHER_ARGUMENTS: Mapping[str, str] = dict.fromkeys(
     ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     Refused("teachers are trained with SGD"),
@@ -101,36 +101,36 @@ PARAMETERS: Mapping[str, str] = {
         ("model", "args", "train_dataset", "eval_dataset", "processing_class", "model_init", "compute_metrics"), SET
     ),
     **dict.fromkeys(("optimizers", "optimizer_cls_and_kwargs"), SET),
-    "data_collator": Refused("the trainer makes the batches itself; what changes images is in the arguments"),
+    "data_collator": Refused("the trainer makes the batches itself; image transforms are set in the arguments"),
     "compute_loss_func": Refused("the loss is the method's; override compute_training_loss for another"),
 }
 
 _ACCELERATOR = {
     "split_batches": _BATCHES,
     "dispatch_batches": _BATCHES,
-    "even_batches": Refused("the last batches of an evaluation are filled up and counted once"),
+    "even_batches": Refused("the last batches of an evaluation are padded, and the padding is not counted"),
     "use_seedable_sampler": _BATCHES,
-    "gradient_accumulation_kwargs": Refused("gradient_accumulation_steps says how a batch is cut"),
+    "gradient_accumulation_kwargs": Refused("gradient_accumulation_steps defines the micro-batches"),
 }
 _OPTIMIZERS = {
-    "galore": "its own parameter groups have weight decay on norms and tokens",
-    "apollo": "its own parameter groups have weight decay on norms and tokens",
-    "lomo": "it updates weights in the backward pass, before a batch is whole and checked",
-    "adalomo": "it updates weights in the backward pass, before a batch is whole and checked",
-    "schedule_free": "it has no learning-rate schedule, and the method has one",
+    "galore": "its parameter groups apply weight decay to norms and tokens",
+    "apollo": "its parameter groups apply weight decay to norms and tokens",
+    "lomo": "it updates weights in the backward pass, before the batch is complete and checked",
+    "adalomo": "it updates weights in the backward pass, before the batch is complete and checked",
+    "schedule_free": "it does not use a learning-rate schedule, which the method needs",
 }
 
 
 def refused(table: Mapping[str, str]) -> dict[str, str]:
-    """The names that a table refuses, with the reasons."""
+    """Names in a table with the verdict [`Refused`], with the reasons."""
     return {name: verdict for name, verdict in table.items() if isinstance(verdict, Refused)}
 
 
 def check_left(values: Any, reasons: Mapping[str, str], prefix: str = "") -> None:
-    """Checks that fields of a dataclass have their defaults.
+    """Checks that the fields named in `reasons` have their defaults in a dataclass.
 
     Raises:
-        ValueError: If one does not.
+        ValueError: If a field does not.
     """
     for field in fields(values):
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -138,14 +138,14 @@ def check_left(values: Any, reasons: Mapping[str, str], prefix: str = "") -> Non
         is_off = all(off is None or off is False or off in ("no", "") for off in (value, default))
         if field.name in reasons and value != default and not is_off:
             why = reasons[field.name]
-            raise ValueError(f"{prefix}{field.name} must be left as it is ({why}), got {value!r}.")
+            raise ValueError(f"{prefix}{field.name} must keep its default ({why}), got {value!r}.")
 
 
 def check_needs(args: TrainingArguments) -> None:
-    """Checks that no argument was given without the one that it needs to have an effect.
+    """Checks that each given argument comes with the argument that it needs to have an effect.
 
     Raises:
-        ValueError: If one was.
+        ValueError: If one does not.
     """
     for name, needed in (
         ("activation_checkpointing_kwargs", "activation_checkpointing"),
@@ -158,12 +158,12 @@ def check_needs(args: TrainingArguments) -> None:
     ):
         if getattr(args, name, None) not in (None, False, {}) and not getattr(
             args, needed
-        ):  # some are of newer versions
+        ):  # some exist in newer versions only
             raise ValueError(f"{name} {getattr(args, name)!r} has no effect without {needed}; give both or neither.")
 
 
 def check_values(args: TrainingArguments) -> None:
-    """Checks the values of arguments that work with some values only, once their device is known.
+    """Checks arguments of which only some values are supported, after the device is known.
 
     Raises:
         ValueError: If one has no effect, or would break the method.
@@ -178,10 +178,10 @@ def check_values(args: TrainingArguments) -> None:
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Checks that the optimiser of the arguments can be made, fits the method, and takes all that is given for it.
+    """Checks that the chosen optimiser can be created, fits the method, and uses all of its arguments.
 
     Raises:
-        ValueError: If not.
+        ValueError: If it does not.
     """
     name = str(getattr(args.optim, "value", args.optim))
     for prefix, why in _OPTIMIZERS.items():
@@ -201,7 +201,7 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def _made_of(args: TrainingArguments, **changed) -> tuple:
-    """Class and settings of the optimiser that transformers makes of arguments."""
+    """Class and settings of the optimiser that transformers creates from the arguments."""
     args = copy.copy(args)
     for name, value in changed.items():
         setattr(args, name, value)
@@ -216,7 +216,7 @@ def _made_of(args: TrainingArguments, **changed) -> tuple:
 
 
 def check_parameters(given: Mapping[str, Any]) -> None:
-    """Checks that no parameter of `Trainer` was given that these trainers refuse.
+    """Checks that no given parameter of `Trainer` is refused by these trainers.
 
     Raises:
         ValueError: If one was.

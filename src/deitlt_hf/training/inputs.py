@@ -1,4 +1,4 @@
-"""From a user's data sets to what the trainers read."""
+"""Converts `datasets` data sets to the inputs of the trainers, and checks their labels against the model."""
 
 from collections.abc import Mapping
 
@@ -15,22 +15,24 @@ from .guards import outlive_signals
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:
-    """Names of a model's classes, in label order."""
+    """Class names of a model, in label order."""
     names = {int(label): name for label, name in (config.id2label or {}).items()}
     return [names[label] for label in range(len(names))]
 
 
 def outliving(loader: DataLoader) -> DataLoader:
-    """A loader whose processes outlive a signal that is meant for this one."""
+    """Makes the workers of a data loader ignore signals meant for the main process, and returns the loader."""
     getattr(loader, "base_dataloader", loader).worker_init_fn = outlive_signals
     return loader
 
 
 def as_images(dataset, background: str | None, views: Mapping[str, TrainTransform] | None = None, args=None):
-    """Rows of model inputs, of what the data loaders give; what has such rows already is taken as it is."""
+    """Wraps a data set: its rows become model inputs. Data sets that already have such rows are returned unchanged."""
     if isinstance(dataset, StreamedSplit):
         if args.partial_steps:
-            raise ValueError("partial_steps needs all images at hand; leave it (and as_published) or --streaming out.")
+            raise ValueError(
+                "partial_steps does not work with --streaming; leave out one of them (as_published sets partial_steps)."
+            )
         return StreamedImages(
             dataset,
             views or {},
@@ -53,11 +55,11 @@ def as_images(dataset, background: str | None, views: Mapping[str, TrainTransfor
 
 
 def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
-    """Names the model's labels after the data, or checks that they agree.
+    """Sets the label names of the model from the data, or checks that they agree with the data.
 
     Raises:
-        ValueError: If they do not, the data are no `datasets.Dataset`, or the model is made for another problem than to
-            choose one class.
+        ValueError: If the labels do not agree, the data are not a `datasets.Dataset`, or the model is not a
+            single-label classifier.
     """
     problem = getattr(config, "problem_type", None)
     if problem not in (None, "single_label_classification"):
@@ -74,8 +76,8 @@ def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
                 f'dataset.cast_column("{column}", ClassLabel(num_classes={config.num_labels})), or names= for its names'
             )
         raise ValueError(
-            f"the labels in column {column!r} are plain values ({feature.dtype}) without classes: give {how}, the same "
-            "for training and testing."
+            f"the labels in column {column!r} are plain values ({feature.dtype}) without class names: pass {how}, "
+            "with the same classes for training and test data."
         )
     if isinstance(dataset, Dataset):
         check_indices(dataset.with_format(None)[column][:], feature.names, "the data set")
@@ -95,10 +97,10 @@ def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
 
 
 def _check_kind(dataset) -> None:
-    """Refuses what a trainer cannot take for a data set.
+    """Checks that an object is a data set that the trainers support.
 
     Raises:
-        ValueError: If it is none, or has a transform, which would be left aside.
+        ValueError: If it is not, or if it has a transform, which the trainer would ignore.
     """
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise ValueError(
@@ -107,7 +109,7 @@ def _check_kind(dataset) -> None:
         )
     if isinstance(dataset, IterableDataset):
         raise ValueError(
-            "a datasets.IterableDataset is not taken as it is: train on deitlt_hf.data.streaming.StreamedSplit("
+            "a datasets.IterableDataset cannot be used directly: train on deitlt_hf.data.streaming.StreamedSplit("
             "dataset, image_column, label_column, counts), and evaluate on a datasets.Dataset."
         )
     if not isinstance(dataset, Dataset | StreamedSplit):
@@ -117,6 +119,6 @@ def _check_kind(dataset) -> None:
         )
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
-            "the data set has a transform (set_transform or with_transform), which the trainer would leave aside, "
-            "since it makes the transforms; give dataset.with_format(None)."
+            "the data set has a transform (set_transform or with_transform), which the trainer would ignore: it "
+            "applies its own transforms; pass dataset.with_format(None)."
         )

@@ -1,27 +1,27 @@
-"""What the C library does with memory that a training step no longer needs."""
+"""Setting of the C library that keeps freed memory in the process between training steps."""
 
 import ctypes
 import platform
 
-# Parameters of glibc's mallopt (malloc.h), and the largest threshold that every version of it takes.
+# Parameters of glibc's mallopt (malloc.h), and the largest threshold that every version of glibc accepts.
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process, all of it, keep the memory that it frees, for its next allocation.
+    """Makes the whole process keep freed memory for its next allocation instead of returning it to the system.
 
-    By default glibc gives memory at the end of its heap back to the system whenever a few tens of MiB of it are free,
-    as they are after every backward pass, and the next step asks for it anew: the system clears page after page. Kept,
-    the process stays as large as it was at its largest. Tensors of more than 32 MiB are given back as before: in the
-    heap they would leave gaps that nothing fits. Children that are forked later do the same.
+    By default glibc returns memory at the end of its heap to the system whenever a few tens of MiB of it are free. This
+    happens after every backward pass. The next step requests the memory again, and the system has to clear every page.
+    With this setting the process keeps its peak size. Tensors of more than 32 MiB are still returned: in the heap they
+    would leave gaps that nothing fits. Child processes that are forked later inherit the setting.
 
     Returns:
-        Whether the C library has such a setting; others than glibc are left as they are.
+        Whether the C library supports the setting. Only glibc does; other C libraries are not changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # -1 is the largest size: never trim. To set one of the two fixes the other at its small first value.
+    # -1 means never trim. Both are set, because setting one alone fixes the other at its small initial value.
     return bool(mallopt(_TRIM_THRESHOLD, -1) and mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD))

@@ -1,4 +1,4 @@
-"""Momentum contrast: what PaCo compares an image with."""
+"""Momentum encoder and key queue of PaCo (momentum contrast)."""
 
 import copy
 
@@ -9,17 +9,17 @@ from transformers import PreTrainedModel
 
 
 class MomentumContrast(nn.Module):
-    """A slowly moving copy of a model, and a queue of its latest features (He et al., CVPR 2020; PaCo, ICCV 2021).
+    """Momentum encoder of a model and a queue of its latest features (He et al., CVPR 2020; PaCo, ICCV 2021).
 
-    The queue starts empty, and any number of keys can be added at a time.
+    The queue starts empty. Any number of keys can be added at a time.
 
     Args:
-        model: Gives `projections`, of `config.projection_size`. It is copied.
-        queue_size: Keys that are kept; 1,024 for CIFAR, 8,192 for ImageNet-LT and iNaturalist.
-        momentum: Share of the old weights in an update; 0.999 in both.
+        model: A model whose output has `projections` of size `config.projection_size`. The encoder is a copy of it.
+        queue_size: Number of keys in the queue; 1,024 for CIFAR, 8,192 for ImageNet-LT and iNaturalist.
+        momentum: Share of the old weights in an update; 0.999 for all of these data sets.
 
     Raises:
-        ValueError: If the queue has no place, or the momentum is outside [0, 1].
+        ValueError: If `queue_size` is below 1, or the momentum is outside [0, 1].
     """
 
     keys: torch.Tensor
@@ -29,7 +29,7 @@ class MomentumContrast(nn.Module):
     def __init__(self, model: PreTrainedModel, queue_size: int = 1024, momentum: float = 0.999):
         super().__init__()
         if queue_size < 1:
-            raise ValueError(f"the queue must have a place at least, got a size of {queue_size}.")
+            raise ValueError(f"queue_size must be 1 or more, got {queue_size}.")
         if not 0 <= momentum <= 1:
             raise ValueError(f"the momentum must be in [0, 1], got {momentum}.")
         self.momentum = momentum
@@ -37,27 +37,27 @@ class MomentumContrast(nn.Module):
         device = next(model.parameters()).device
         self.register_buffer("keys", torch.zeros(queue_size, model.config.projection_size, device=device))
         self.register_buffer("labels", torch.full((queue_size,), -1, device=device))
-        # On the CPU: what is computed from it would make every step wait for a device.
+        # On the CPU: reading a counter on an accelerator would synchronise the device in every step.
         self.register_buffer("added", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
-        """Moves the copy's parameters towards the model's. Batch-norm statistics are its own."""
+        """Moves the parameters of the encoder towards those of the model. Batch-norm statistics are not copied."""
         for own, other in zip(self.encoder.parameters(), model.parameters(), strict=True):
             own.lerp_(other, 1 - self.momentum)
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of length 1 of the copy; (batch, projection_size)."""
+        """L2-normalised projections of the encoder; (batch, projection_size)."""
         return F.normalize(self.encoder(pixel_values=pixel_values).projections.float(), dim=1)
 
     def queue(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys that are in the queue and their labels: (keys, projection_size) and (keys,)."""
+        """The keys in the queue and their labels: (keys, projection_size) and (keys,)."""
         filled = min(int(self.added), len(self.keys))
         return self.keys[:filled].clone(), self.labels[:filled].clone()
 
     def enqueue(self, keys: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds keys in the place of the oldest; of more than fit, the last."""
+        """Replaces the oldest keys with new ones. Of more than `queue_size` new keys, only the last ones are kept."""
         size = len(self.keys)
         places = (int(self.added) + torch.arange(len(keys), device=keys.device))[-size:] % size
         self.keys[places] = keys[-size:]

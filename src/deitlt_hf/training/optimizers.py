@@ -1,4 +1,4 @@
-"""Muon for the matrices of a vision transformer's blocks, AdamW for its other parameters."""
+"""Muon optimiser for students: Muon for the weight matrices of the transformer blocks, AdamW for other parameters."""
 
 import contextlib
 import functools
@@ -11,13 +11,13 @@ from timm.optim import muon as timm_muon
 from torch import nn
 from transformers import TrainingArguments
 
-MUON = "muon"  # as a value of `optim`
+MUON = "muon"  # value of the argument `optim`
 _HEADS = ("cls_classifier", "distillation_classifier")
 
 
 @contextlib.contextmanager
 def float32_iteration() -> Iterator[None]:
-    """Context in which timm's Muon orthogonalises in float32; timm itself has no choice but bfloat16."""
+    """Context in which timm's Muon orthogonalises in float32. timm itself always uses bfloat16."""
     original = timm_muon.zeropower_via_newtonschulz
     timm_muon.zeropower_via_newtonschulz = functools.partial(original, dtype=torch.float32)
     try:
@@ -27,10 +27,10 @@ def float32_iteration() -> Iterator[None]:
 
 
 class Muon(timm.optim.Muon):
-    """timm's Muon, which orthogonalises in float32 on a CPU and in bfloat16 elsewhere.
+    """timm's Muon, with orthogonalisation in float32 on a CPU and in bfloat16 on other devices.
 
-    A CPU without instructions for bfloat16 multiplies such matrices about 40 times more slowly than float32 ones, and
-    one that has them gains nothing at the size of small students (`benchmarks/muon_step.py`).
+    A CPU without bfloat16 instructions multiplies bfloat16 matrices about 40 times more slowly than float32 matrices. A
+    CPU with these instructions gains nothing at the size of small students (`benchmarks/muon_step.py`).
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -40,15 +40,15 @@ class Muon(timm.optim.Muon):
 
 
 def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) -> Muon:
-    """Muon (Jordan et al., 2024) for the linear layers of the blocks, and AdamW for all else.
+    """Creates Muon (Jordan et al., 2024) for the linear layers of the blocks, with AdamW for all other parameters.
 
-    Embeddings, tokens, norms, biases and classifiers are AdamW's, as in Jordan's own code. An update of Muon has the
-    size of one of AdamW (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4), so
-    that one learning rate and one weight decay serve both.
+    AdamW updates embeddings, tokens, norms, biases and classifiers, as in Jordan's code. Muon's updates are scaled to
+    the size of AdamW's (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4).
+    Therefore both use the same learning rate and weight decay.
 
     Args:
         model: A student.
-        args: With `learning_rate`, `weight_decay`, and Adam's betas and epsilon.
+        args: Training arguments with `learning_rate`, `weight_decay`, and the betas and epsilon of Adam.
         decayed: Names of the parameters with weight decay.
 
     Returns:
@@ -69,7 +69,7 @@ def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) ->
                 "params": parameters,
                 "weight_decay": args.weight_decay if has_decay else 0.0,
                 "use_muon": is_matrix,
-                "nesterov": is_matrix,  # of the fallback it would make NAdamW
+                "nesterov": is_matrix,  # would turn the AdamW fallback into NAdamW
             }
             for (is_matrix, has_decay), parameters in groups.items()
         ],
@@ -79,7 +79,7 @@ def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) ->
 
 
 def muon_settings(args: TrainingArguments) -> dict[str, Any]:
-    """What arguments set of Muon and its AdamW, beside learning rate and weight decay."""
+    """Settings of Muon and of its AdamW fallback, except learning rate and weight decay."""
     return {
         "momentum": 0.95,
         "adjust_lr_fn": "match_rms_adamw",

@@ -1,4 +1,4 @@
-"""The output folder of a run: what it holds, who may write there, and what is removed for a new run."""
+"""The output folder of a run: detecting an earlier run, locking the folder, and removing files for a new run."""
 
 import contextlib
 import shutil
@@ -18,14 +18,14 @@ EMISSIONS_FILE = "emissions.csv"  # codecarbon's name
 
 
 def run_files(output_dir: str | Path) -> list[str]:
-    """Names of the files that show that a folder holds a run."""
+    """Names of the files in a folder that belong to a run (record, checkpoints, model)."""
     folder = Path(output_dir)
     patterns = (RESULTS_FILE, "checkpoint-*", *MODEL_FILES)
     return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
 
 
 def is_abandoned(output_dir: str | Path) -> bool:
-    """Whether a folder has no more of a run than the record of its beginning: nothing that anyone would miss."""
+    """Whether a folder holds a run that ended before its first checkpoint, with no model or checkpoint to lose."""
     if has_model(output_dir) or checkpoints_in(output_dir):
         return False
     with contextlib.suppress(OSError, ValueError):
@@ -35,30 +35,30 @@ def is_abandoned(output_dir: str | Path) -> bool:
 
 
 def goes_on_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> bool:
-    """Whether the run that is to be resumed is the folder's own; a checkpoint can be of another."""
+    """Whether the run to resume is the run in `output_dir`. A checkpoint can also belong to another run."""
     if resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool) or resume_from_checkpoint == "auto":
         return bool(resume_from_checkpoint)
     return Path(resume_from_checkpoint).resolve().parent == Path(output_dir).resolve()
 
 
 def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) -> None:
-    """Refuses a folder with another run, unless that is to be overwritten or resumed.
+    """Checks that an output folder holds no other run, unless that run is overwritten or resumed.
 
     Raises:
-        FileExistsError: If it holds one, or cannot be a folder.
+        FileExistsError: If the folder holds another run, or the path cannot be a folder.
     """
     check_can_be_folder(output_dir)
     found = run_files(output_dir)
     if found and not overwrite and not resuming and not is_abandoned(output_dir):
         raise FileExistsError(
-            f"{output_dir} holds another run ({', '.join(found[:3])}); choose another --output_dir, go on with "
-            "--resume_from_checkpoint auto, or replace it with --overwrite."
+            f"{output_dir} holds another run ({', '.join(found[:3])}); choose another --output_dir, resume "
+            "it with --resume_from_checkpoint auto, or replace it with --overwrite."
         )
 
 
 @contextlib.contextmanager
 def run_lock(output_dir: str | Path) -> Iterator[None]:
-    """Keeps other runs out of a folder; the lock ends with the process, however that ends.
+    """Locks a folder against other runs. The operating system releases the lock when the process ends.
 
     Raises:
         FileExistsError: If another run is writing there.
@@ -70,21 +70,21 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise FileExistsError(
-            f"another run is writing to {output_dir} at this moment; wait for it, or choose another --output_dir."
+            f"another run is writing to {output_dir}; wait until it ends, or choose another --output_dir."
         ) from None
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # not possible on Windows, and no harm
+        with contextlib.suppress(OSError):  # Windows cannot delete an open file; the lock file may stay
             path.unlink()
         lock.release()
 
 
 def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator) -> None:
-    """Removes checkpoints, results and log of a run that is to be replaced, once every process has checked the folder.
+    """Removes checkpoints, results and log of a run that is replaced, after every process has checked the folder.
 
-    What a run left that was interrupted before its first checkpoint is replaced too. A finished model stays until the
-    new one is saved over it.
+    The files of a run that was interrupted before its first checkpoint are also removed. A finished model stays until
+    the new model is saved over it.
     """
     accelerator.wait_for_everyone()
     abandoned = not resuming and is_abandoned(output_dir)

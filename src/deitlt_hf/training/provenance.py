@@ -1,4 +1,4 @@
-"""What ran, where, and which teacher a student learned from: for `results.json` and the model card."""
+"""Collects hardware, settings and the teacher of a run, for `results.json` and the model card."""
 
 import contextlib
 import platform
@@ -19,7 +19,7 @@ from ..io import read_json, weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .sam import SAM
 
-# What matters of a teacher's training to who reads of its student; "epochs" in records of before 0.1.0.
+# Settings of a teacher that are recorded with its student. Records from before 0.1.0 use "epochs".
 _TEACHER_SETTINGS = (
     *("teacher_loss", "sam_rho", "sam_rho_epochs", "sam_adaptive"),
     *("num_train_epochs", "epochs", "drw_start_epoch", "seed"),
@@ -27,7 +27,7 @@ _TEACHER_SETTINGS = (
 
 
 def hardware(args: TrainingArguments) -> dict[str, str | int]:
-    """The model of the accelerators or the processor that a run is on, and their number; for a CPU that of threads."""
+    """Model and number of the accelerators of a run; on a CPU, model of the processor and number of threads."""
     if args.device.type == "cuda":
         return {"device": torch.cuda.get_device_name(args.device), "devices": args.world_size * max(args.n_gpu, 1)}
     if args.device.type == "cpu":
@@ -36,8 +36,8 @@ def hardware(args: TrainingArguments) -> dict[str, str | int]:
 
 
 def processor_name() -> str:
-    """Model of the processor, as far as the system tells it."""
-    with contextlib.suppress(OSError):  # not on Linux
+    """Model name of the processor, as far as the system reports it."""
+    with contextlib.suppress(OSError):  # the file exists on Linux only
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
@@ -45,7 +45,7 @@ def processor_name() -> str:
 
 
 class WhatRan(TrainerCallback):
-    """Records at the start of training what the objects are that do it, which arguments do not always say."""
+    """Callback that records the objects used for training (dtypes, optimiser, scheduler), beyond the arguments."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -75,7 +75,7 @@ class WhatRan(TrainerCallback):
 
 
 def without_wrapper(optimizer):
-    """An optimiser or scheduler out of Accelerate's wrapper."""
+    """Returns the optimiser or scheduler inside a wrapper of Accelerate."""
     for name in ("optimizer", "scheduler"):
         if type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, name):
             return getattr(optimizer, name)
@@ -88,14 +88,14 @@ def class_name(thing: Any) -> str:
 
 
 def dtype_of(model: nn.Module) -> str:
-    """Dtypes of a model's parameters, the most frequent one alone if it is the only one."""
+    """Names of the dtypes of a model's parameters, sorted and separated by commas."""
     return ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
 
 
 def optimizer_record(optimizer: Optimizer) -> dict[str, Any]:
-    """Class and settings of an optimiser; of one under SAM those of the wrapped one, and SAM's.
+    """Class and settings of an optimiser. For SAM, those of the wrapped optimiser and the settings of SAM.
 
-    Settings that differ between its parameter groups are lists; `lr` is the peak.
+    Settings that differ between parameter groups are lists. `lr` is the peak learning rate.
     """
     optimizer, sam = without_wrapper(optimizer), None
     if isinstance(optimizer, SAM):
@@ -114,7 +114,7 @@ def optimizer_record(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it."""
+    """Converts a setting to a JSON type."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, tuple | list):
@@ -123,20 +123,20 @@ def _plain(value: Any) -> Any:
 
 
 def started_from(model: nn.Module) -> str | None:
-    """The Hub id of the model whose weights training starts from; None of a folder, a file or new weights."""
+    """Hub id of the model whose weights training starts from; None for a folder, a file or new weights."""
     name = str(getattr(model, "name_or_path", None) or "")
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | None) -> dict:
-    """What there is to know of a student's teacher.
+    """Describes the teacher of a student for the student's record.
 
     Args:
-        teacher: A model; its own `results.json` is read from where it was loaded, if it has one.
-        accuracies: What the student's run measured of it.
+        teacher: The model. Its `results.json` is read from the place it was loaded from, if the file exists.
+        accuracies: Accuracies of the teacher, measured in the student's run.
 
     Returns:
-        Where it is from, what it is, its accuracies, and how it was trained (None without a record of that).
+        Source, model, accuracies, and training of the teacher (None if it has no record).
     """
     path = teacher.name_or_path
     own = results_of(path)
@@ -149,7 +149,7 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
         "subset_sha256": own.get("data", {}).get("subset_sha256"),
     }
     return {
-        # Of a folder the last part: the record may be published.
+        # Only the last part of a local path, because the record may be published.
         "source": Path(path).name if path and Path(path).exists() else path or None,
         "model": type(teacher).__name__,
         "backbone": getattr(teacher.config, "backbone", None) or teacher.config.model_type,
@@ -160,12 +160,12 @@ def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | N
 
 
 def results_of(path: str | None) -> RunRecord:
-    """The record of a run in a model's folder or Hub repository; empty if there is none that can be read."""
+    """Record of a run from a model folder or Hub repository; empty if no readable record exists."""
     with contextlib.suppress(OSError, ValueError):
         file = path and cached_file(path, RESULTS_FILE, _raise_exceptions_for_missing_entries=False)
-        if file and is_of_run(read_json(file)):  # others call files so too
+        if file and is_of_run(read_json(file)):  # other software also writes files of this name
             try:
                 return read_record(file)
             except ValueError as error:
-                warnings.warn(f"what is known of {path} is left out: {error}", stacklevel=2)
+                warnings.warn(f"the record of {path} is ignored: {error}", stacklevel=2)
     return {}

@@ -1,4 +1,4 @@
-"""Pushing a finished model, and nothing before it is finished."""
+"""Pushes the finished model of a training run to the Hugging Face Hub."""
 
 import shlex
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from .output_folder import run_files
 
 
 class PublishingTrainer(Trainer):
-    """A [`~transformers.Trainer`] that pushes what [`push_folder`] does, in one commit, and no checkpoints.
+    """A [`~transformers.Trainer`] that pushes its model in one commit with [`push_folder`], without checkpoints.
 
-    With `push_to_hub` in its arguments, the repository and the right to write there are made sure of before training.
+    With `push_to_hub` in its arguments, it creates the repository and checks the write permission before training.
     """
 
     args: LongTailTrainingArguments
@@ -23,11 +23,12 @@ class PublishingTrainer(Trainer):
     hub_model_id: str | None  # type: ignore[assignment]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the repository `args.hub_model_id`, if there is none, and makes sure that it can be pushed to.
+        """Creates the repository `args.hub_model_id` if it does not exist, and checks that it can be pushed to.
 
         Raises:
-            ValueError: If `hub_model_id` is no name of a repository, or of one with a model of another type.
-            OSError: If it cannot be pushed to.
+            ValueError: If `hub_model_id` is not a valid repository name, or the repository holds a model of another
+                type.
+            OSError: If the repository cannot be pushed to.
         """
         if self.is_world_process_zero():
             self._make_repository(token, private)
@@ -38,7 +39,7 @@ class PublishingTrainer(Trainer):
         self.hub_model_id = prepare_repository(self.args.hub_model_id, model_type=model_type, **options)
         return self.hub_model_id
 
-    def push_to_hub(  # type: ignore[override]  # the others than the first process have no commit
+    def push_to_hub(  # type: ignore[override]  # only the main process has a commit
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -49,34 +50,34 @@ class PublishingTrainer(Trainer):
     ) -> CommitInfo | None:
         """Saves the model in `args.output_dir`, and pushes it with its card, results and curves.
 
-        All processes call it, and the first one pushes. What is not given is as in the arguments.
+        All processes must call it; only the main process pushes. Parameters that are None use the training arguments.
 
         Args:
-            commit_message: First line of the commit.
-            blocking: Left at True: the folder must not change while it is pushed.
-            token: A token that may write there.
+            commit_message: First line of the commit message.
+            blocking: Must be True: the folder must not change while it is pushed.
+            token: Access token with write permission.
             revision: Branch to push to.
-            private: Make a new repository private.
-            **card: As for `create_model_card`.
+            private: Whether a new repository is private.
+            **card: Parameters of `create_model_card`.
 
         Returns:
-            The commit, in the first process.
+            The commit in the main process; None in other processes.
 
         Raises:
-            FileExistsError: If this trainer has not trained, and the folder holds a run or a model already.
-            ValueError: If `hub_model_id` is no name of a repository.
-            OSError: If it cannot be pushed. The model is saved, and the message says how to push it later.
+            FileExistsError: If this trainer did not train, and the folder already holds a run or a model.
+            ValueError: If `hub_model_id` is not a valid repository name.
+            OSError: If the push fails. The model is saved, and the message gives the command to push it later.
         """
         if not blocking:
-            raise ValueError("push_to_hub cannot be done with blocking=False; leave it at True.")
+            raise ValueError("push_to_hub does not support blocking=False; leave it at True.")
         args = self.args
         options = hub_options(args, token, private, revision)
         if self.state.global_step == 0 and run_files(args.output_dir):
             raise FileExistsError(
-                f"{args.output_dir} holds a model, and this trainer has not trained one to replace it; push what is "
-                f"there with: {_command(args, options)}"
+                f"{args.output_dir} holds a model, and this trainer has not trained a new one; push the existing model "
+                f"with: {_command(args, options)}"
             )
-        self.accelerator.wait_for_everyone()  # else one process would find what another one saves
+        self.accelerator.wait_for_everyone()  # otherwise another process could find the model that the first one saves
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -84,14 +85,14 @@ class PublishingTrainer(Trainer):
         try:
             repo_id = self.hub_model_id or self._make_repository(token, private)
             self.create_model_card(**card)
-            # It writes the card once more, with the licence and tags that the repository's has.
+            # `push_folder` writes the card again, with the licence and tags of the card in the repository.
             name = card.get("model_name")
             commit = push_folder(
                 args.output_dir, repo_id, commit_message=commit_message or "End of training", name=name, **options
             )
         except OSError as error:
             raise OSError(
-                f"{error} The model is whole in {args.output_dir}; to push it later: {_command(args, options)}"
+                f"{error} The model is saved in {args.output_dir}; to push it later: {_command(args, options)}"
             ) from error
         print(f"The model is on the Hub: {commit.repo_url}", flush=True)
         return commit
@@ -100,7 +101,7 @@ class PublishingTrainer(Trainer):
 def hub_options(
     args: LongTailTrainingArguments, token: str | None = None, private: bool | None = None, revision: str | None = None
 ) -> dict[str, Any]:
-    """How to push: what is given, or else as the arguments say."""
+    """Options of a push: the given values, or those of the training arguments."""
     return {
         "private": args.hub_private_repo if private is None else private,
         "revision": revision or args.hub_revision,
@@ -109,7 +110,7 @@ def hub_options(
 
 
 def _command(args: LongTailTrainingArguments, options: Mapping[str, Any]) -> str:
-    """The command line that pushes to the same place; a token is not in it."""
+    """Command line that pushes to the same repository, without the token."""
     words = ["deitlt", "push", args.output_dir, args.hub_model_id or "ORG/NAME"]
     if options["private"]:
         words.append("--private")

@@ -1,4 +1,4 @@
-"""The record of a run while it is written, `results.json`, and the plan that is printed before the first step."""
+"""Writes the record of a run, `results.json`, and prints the plan before the first step."""
 
 import csv
 import math
@@ -25,16 +25,16 @@ LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "ti
 
 
 class Results:
-    """The record of a run in `results.json`: data, settings, and the accuracies of the last and of the best epoch.
+    """Record of a run in `results.json`: data, settings, and the accuracies of the last and of the best epoch.
 
-    Accuracies are fractions; a group without test images has null.
+    Accuracies are fractions. A group without test images has null.
 
     Args:
-        output_dir: Where the file is.
+        output_dir: Folder of the file.
 
     Attributes:
-        dataset: What only who loaded the images knows of them: their name, the ratio asked for.
-        teacher: What is known of a student's teacher.
+        dataset: Facts that only the caller who loaded the images knows, such as their name and the requested ratio.
+        teacher: Record of a student's teacher, see [`teacher_record`].
     """
 
     def __init__(self, output_dir: str | Path):
@@ -50,16 +50,16 @@ class Results:
         return self.content.get("last", {}).get("step")
 
     def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
-        """Begins the record.
+        """Starts the record.
 
         Args:
-            trainer: Of the run.
-            resumed_step: The step that it goes on after; None for one that begins.
-            former: The record of a run that goes on. What was measured up to its step is kept.
+            trainer: Trainer of the run.
+            resumed_step: Step of the checkpoint that the run resumes from; None for a new run.
+            former: Earlier record of a resumed run. Evaluations up to the resumed step are kept.
         """
         args, config = trainer.args, trainer.model.config
         self.content = dict(former or {})
-        for name in ("last", "best"):  # evaluations of what is trained once more are of other weights
+        for name in ("last", "best"):  # later evaluations are of weights that are trained again
             if resumed_step is not None and self.content.get(name, {}).get("step", 0) > resumed_step:
                 del self.content[name]
         self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
@@ -92,7 +92,7 @@ class Results:
         }
 
     def data_of(self, trainer) -> dict:
-        """What identifies the training images of a run."""
+        """Facts that identify the training images of a run."""
         config = trainer.model.config
         return {
             **self.dataset,
@@ -104,7 +104,7 @@ class Results:
         }
 
     def finished_steps(self) -> int | None:
-        """Steps of a finished run whose model is in the folder, as it was saved; None if something is left to do."""
+        """Steps of a finished run whose saved model is unchanged in the folder; None otherwise."""
         try:
             record = read_record(self.path)
         except (OSError, ValueError):
@@ -115,7 +115,7 @@ class Results:
         return record.get("steps", record.get("last", {}).get("step"))  # 0.1.0 wrote no `steps`
 
     def record(self, epoch: float | None, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
-        """Notes an evaluation: the last one always, the best one if the first expert is ahead overall."""
+        """Records an evaluation as the last one, and as the best one if the first expert is best overall."""
         entry = {
             "epoch": epoch or 0.0,
             "step": step,
@@ -126,28 +126,28 @@ class Results:
             self.content["best"] = entry
 
     def finish(self, seconds: float, steps: int, saved_step: int) -> None:
-        """Marks the run as complete, after seconds of this process and so many steps, with the weights of a step."""
-        if not self._was_finished:  # else there was nothing left to train
+        """Marks the run as finished, with training time in seconds, steps, and the step of the saved weights."""
+        if not self._was_finished:  # otherwise nothing was trained
             self.content["train_seconds"] = round(seconds, 1)
             self.content["emissions"] = read_emissions(self.path.parent)
         self.content |= {"finished": True, "steps": steps, "saved_step": saved_step}
         self.write()
 
     def saved(self, folder: str | Path) -> None:
-        """Notes of which weights the record of a finished run is, once they are in its folder."""
+        """Records the digest of the weights of a finished run, after they are saved in its folder."""
         if self.content.get("finished") and Path(folder).resolve() == self.path.parent.resolve():
             self.content["weights_sha256"] = weights_digest(folder)
             self.write()
 
     def write(self, folder: str | Path | None = None) -> None:
-        """Writes the file whole or not at all; into another folder too, such as that of a checkpoint."""
+        """Writes the file atomically, into the run's folder or into another one, such as that of a checkpoint."""
         write_json(self.path if folder is None else Path(folder) / RESULTS_FILE, self.content)
 
 
 def read_emissions(folder: str | Path) -> Emissions | None:
-    """Energy and emissions of a run, if codecarbon wrote them (`--report_to codecarbon`).
+    """Reads the energy and emissions of a run, if codecarbon wrote them (`--report_to codecarbon`).
 
-    A run that was resumed has a row for each part that ended; an interrupted part has none.
+    A resumed run has a row for each part that ended normally. Interrupted parts have no row.
     """
     path = Path(folder) / EMISSIONS_FILE
     if not path.is_file():
@@ -161,13 +161,13 @@ def read_emissions(folder: str | Path) -> Emissions | None:
             "country": str(rows[-1]["country_name"]),
         }
     except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
-        # A finished model is worth more than its emissions.
+        # A corrupt file of emissions must not fail a finished run.
         warnings.warn(f"{path} cannot be read ({one_line(error)}); the record has no emissions.", stacklevel=2)
         return None
 
 
 def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
-    """Shows on one screen what will run."""
+    """Prints the plan of a run: model, data, batch sizes, schedule and output folder."""
     args, model = trainer.args, trainer.model
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_per_epoch
     groups = (

@@ -1,4 +1,4 @@
-"""What a run that goes on has to find out: whether it is the same run, its epoch, and what was left undone."""
+"""Resuming a run: checks that it is the same run, restores its epoch, and repeats a missed evaluation."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from ..data.streaming import StreamedImages
 from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 
-# Settings that cannot change on the way: what was trained, or the optimiser's state, would be of another loss.
+# Settings that cannot change during a run: the trained weights or the optimiser's state would not match them.
 _FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue")
 # Parts of an architecture that have no weights.
 _WITHOUT_WEIGHTS = {"drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
-# What a configuration has beside the architecture: labels, and what training adds.
+# Fields of a configuration that are not part of the architecture: labels, and what training adds.
 _ADDED = {
     *("id2label", "label2id", "class_counts", "class_groups", "class_map", "logit_scale"),
     *("architectures", "transformers_version", "dtype"),
@@ -27,13 +27,13 @@ _ADDED = {
 
 
 class Beginning(NamedTuple):
-    """Where a run begins.
+    """Starting point of a run.
 
     Attributes:
-        checkpoint: What it goes on from; None for the first step.
-        step: The step of that; None for a run that begins.
-        is_finished: Whether nothing is left to do, and the model is in the output folder.
-        record: What the run recorded before; None without a record.
+        checkpoint: Checkpoint to resume from; None for a new run.
+        step: Step of the checkpoint; None for a new run.
+        is_finished: Whether the run is complete and its model is in the output folder.
+        record: Earlier record of the run; None without a record.
     """
 
     checkpoint: str | None = None
@@ -43,39 +43,39 @@ class Beginning(NamedTuple):
 
 
 def architecture(config: PreTrainedConfig) -> dict:
-    """What a configuration says of the model, without its labels and what training adds."""
+    """Fields of a configuration that describe the architecture, without labels and what training adds."""
     return {name: value for name, value in config.to_diff_dict().items() if name not in _ADDED}
 
 
 def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: dict[str, Any]) -> None:
-    """Refuses to go on with a run of other classes, images, model or loss; warns of other settings.
+    """Checks that a run to resume has the same classes, images, model and loss; warns about other differences.
 
     Args:
-        folder: The checkpoint, or the finished model.
-        record: What the run recorded.
-        trainer: Of the run that is to go on.
-        data: What is known of its images, as in the record.
+        folder: Folder of the checkpoint, or of the finished model.
+        record: Record of the run at the checkpoint.
+        trainer: Trainer of the resumed run.
+        data: Facts about the trainer's images, in the format of the record.
 
     Raises:
-        ValueError: If it is another run.
+        ValueError: If the checkpoint belongs to another run.
     """
     record = record or {}
     other = next(_of_another_run(read_configuration(folder), record, trainer, data), None)
     if other is not None:
         raise ValueError(
-            f"{folder} is of another run: {other}. Go on with what it began with, or choose another --output_dir, or "
-            "begin again with --overwrite."
+            f"{folder} is of another run: {other}. Use the original data and settings, choose another --output_dir, or "
+            "start from scratch with --overwrite."
         )
-    # As they were written and read: a list for a tuple.
+    # Through JSON, as the record was: tuples become lists.
     now = json.loads(json.dumps(nan_to_null(trainer.settings() | _free(architecture(trainer.model.config)))))
     before = record.get("settings", {}) | _free(record.get("architecture", {}))
     for name, value in now.items():
         if before.get(name, value) != value:
-            warnings.warn(f"the run goes on with {name} {value}; it began with {before[name]}.", stacklevel=2)
+            warnings.warn(f"the run resumes with {name} {value}; it began with {before[name]}.", stacklevel=2)
     decoders, installed = (record.get("ran") or {}).get("image_decoders"), decoder_versions()
     if decoders not in (None, installed):
         warnings.warn(
-            f"the run goes on with images decoded by {_packages(installed)}; it began with {_packages(decoders)}: "
+            f"the run resumes with images decoded by {_packages(installed)}; it began with {_packages(decoders)}: "
             "pixels can differ by a few grey levels.",
             stacklevel=2,
         )
@@ -84,14 +84,14 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
     for name in ("model", "backbone", "weights_sha256"):
         if taught_by.get(name, teacher.get(name)) != teacher.get(name):
             warnings.warn(
-                f"the run goes on with another teacher: {name} {teacher.get(name)}; it began with {taught_by[name]}.",
+                f"the run resumes with another teacher: {name} {teacher.get(name)}; it began with {taught_by[name]}.",
                 stacklevel=2,
             )
             break
 
 
 def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
-    """What makes a run another one, in words."""
+    """Yields, as text, each difference that makes a checkpoint belong to another run."""
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
     yield from other_classes(class_names(config) or had.get("classes") or data["classes"], data["classes"])
@@ -136,7 +136,7 @@ def _shown(background: str | None) -> str:
 
 
 def other_classes(before: list[str], now: list[str]) -> Iterator[str]:
-    """In words, how the classes of two runs differ; nothing if they are the same in the same order."""
+    """Yields, as text, how the classes of two runs differ; nothing if names and order are the same."""
     if len(before) != len(now):
         yield f"it was trained on {len(before)} classes, and the data have {len(now)}"
     elif before != now:
@@ -145,15 +145,15 @@ def other_classes(before: list[str], now: list[str]) -> Iterator[str]:
 
 
 def former_records(folder: str | Path, output_dir: str | Path | None) -> tuple[RunRecord | None, RunRecord | None]:
-    """What a run recorded before, without damaged records, which are named.
+    """Reads the earlier records of a resumed run. Corrupt records are skipped with a warning.
 
     Args:
-        folder: The checkpoint that it goes on from, or the finished model.
-        output_dir: The folder of the run; None if the checkpoint is of another.
+        folder: The checkpoint to resume from, or the folder of the finished model.
+        output_dir: Output folder of the run; None if the checkpoint belongs to another folder.
 
     Returns:
-        The record of the checkpoint, or, as those of 0.1.0 have none, that of the folder above; and the record of the
-        run's folder, which may be newer, or else the other.
+        Two records. First that of the checkpoint; checkpoints of 0.1.0 have none, and the record of the folder above is
+        used. Second that of the output folder, which may be newer; without one, the first record again.
     """
     folder, found = Path(folder), {}
     above = folder if (folder / RESULTS_FILE).is_file() or folder == Path(output_dir or "") else folder.parent
@@ -162,20 +162,20 @@ def former_records(folder: str | Path, output_dir: str | Path | None) -> tuple[R
             try:
                 found[place] = read_record(place)
             except ValueError as error:
-                warnings.warn(f"the run goes on without this record: {error}", stacklevel=2)
+                warnings.warn(f"the run resumes without this record: {error}", stacklevel=2)
     found = {place: record for place, record in found.items() if is_of_run(record)}
     at_step = found.get(folder) or found.get(above)
     return at_step, found.get(Path(output_dir or folder)) or at_step
 
 
 def read_configuration(folder: str | Path) -> dict:
-    """The content of a folder's `config.json`; empty without one."""
+    """Content of `config.json` in a folder; empty if the file does not exist."""
     path = Path(folder) / "config.json"
     return read_json(path) if path.is_file() else {}
 
 
 def class_names(config: dict) -> list[str]:
-    """Names of the classes in order, as a configuration has them; empty if it has none."""
+    """Class names of a configuration, in label order; empty if it has none."""
     labels = config.get("id2label")
     if not isinstance(labels, dict) or not all(str(label) in labels for label in range(len(labels))):
         return []
@@ -187,7 +187,7 @@ def _free(architecture: dict) -> dict:
 
 
 class BeginRun(TrainerCallback):
-    """Begins the record of a run once its checkpoint has been read: what is refused until then leaves no trace."""
+    """Callback that starts the record after the checkpoint was read, so a refused run does not change the folder."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -197,12 +197,12 @@ class BeginRun(TrainerCallback):
 
 
 def steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:
-    """Optimiser steps of a pass through a loader."""
+    """Optimiser steps of one pass through a data loader."""
     return math.ceil(len(loader) / args.gradient_accumulation_steps)
 
 
 class EpochOrder(TrainerCallback):
-    """Sets the epoch of the training data. transformers 5.23 does not reach those of a resumed run."""
+    """Callback that sets the epoch of the training data. transformers 5.23 does not set it in a resumed run."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset
@@ -211,7 +211,7 @@ class EpochOrder(TrainerCallback):
 
 
 class MissedEvaluation(TrainerCallback):
-    """Makes up for the evaluation of the step that a run goes on from, if it ended before that was done."""
+    """Callback that evaluates at the resumed step, if the run was interrupted before that evaluation."""
 
     def __init__(self, trainer):
         self.trainer = trainer

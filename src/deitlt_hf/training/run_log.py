@@ -1,4 +1,4 @@
-"""What can be watched while a run goes on: lines or a progress bar, `log.jsonl`, and a picture of the curves."""
+"""Progress of a run: log lines or a progress bar, `log.jsonl`, and a picture of the training curves."""
 
 import importlib.util
 import json
@@ -15,14 +15,15 @@ from ..io import atomic_write
 
 LOG_FILE = "log.jsonl"
 CURVES_FILE = "training_curves.png"
-ESTIMATE_AFTER = 5  # steps, of which the first is left out: it starts workers and fills caches
+ESTIMATE_AFTER = 5  # steps, not counting the first one, which starts workers and fills caches
 ESTIMATE_SECONDS = 2.0
 
 
 class RunLog(ProgressCallback):
-    """Progress bar in a terminal, or one line for each log of the training loss with the time left.
+    """Shows a progress bar in a terminal, and prints a line with the remaining time at each log of the training loss.
 
-    A first line after a few steps says how long the run will take. Tables show the evaluations.
+    After a few steps, one line reports the estimated duration of the run. Evaluations are not printed here: the trainer
+    prints them as tables.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -58,8 +59,8 @@ class RunLog(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
     def _left(self, state) -> str:
-        """Time to the end, if it goes on as fast as it did."""
-        assert self._begun is not None  # there is an estimate after steps only
+        """Remaining time at the average speed so far."""
+        assert self._begun is not None  # set at the first step; called only later
         begun, first = self._begun
         per_step = (time.perf_counter() - begun) / (state.global_step - first)
         return str(timedelta(seconds=round(per_step * (state.max_steps - state.global_step))))
@@ -72,16 +73,17 @@ class RunLog(ProgressCallback):
 
 
 class RunFile(TrainerCallback):
-    """Every log as a line of `log.jsonl`, and `training_curves.png` at each evaluation if matplotlib is installed.
+    """Writes each log as a line of `log.jsonl`, and draws `training_curves.png` at each evaluation.
 
-    A resumed run goes on with the lines up to its checkpoint.
+    The picture needs matplotlib; without it, only the log is written. A resumed run keeps the lines up to its
+    checkpoint and removes later ones.
 
     Args:
-        output_dir: Folder of both.
-        drw_start_epoch: Where the picture shows the beginning of re-weighting; None for nowhere.
+        output_dir: Folder of both files.
+        drw_start_epoch: Epoch at which the picture marks the start of re-weighting; None for no mark.
 
     Attributes:
-        is_open: Whether logs are written: from the beginning of training on, in the first process.
+        is_open: Whether logs are written: in the main process, from the start of training.
     """
 
     def __init__(self, output_dir: str | Path, drw_start_epoch: float | None = None):
@@ -95,7 +97,7 @@ class RunFile(TrainerCallback):
             return
         path = self.folder / LOG_FILE
         kept = []
-        if state.global_step:  # "train_runtime" is of a process that has ended
+        if state.global_step:  # entries with "train_runtime" summarise a process that has ended
             kept = [e for e in read_log(path) if e["step"] <= state.global_step and "train_runtime" not in e]
         with atomic_write(path) as part:
             part.write_text("".join(_line(entry) for entry in kept))
@@ -113,12 +115,12 @@ class RunFile(TrainerCallback):
             return
         try:
             draw_curves(read_log(self.folder / LOG_FILE), self.folder / CURVES_FILE, self.drw_start_epoch)
-        except OSError as error:  # a full disk: the run can go on without
+        except OSError as error:  # such as a full disk, which must not stop the run
             warnings.warn(f"{CURVES_FILE} cannot be written: {error}.", stacklevel=2)
 
 
 def _line(entry: Mapping) -> str:
-    """An entry as JSON, which knows neither NaN nor numpy's numbers."""
+    """Converts an entry to a line of JSON. Numbers that are not finite become null."""
     numbers = {name: value.item() if hasattr(value, "item") else value for name, value in entry.items()}
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -128,7 +130,7 @@ def _line(entry: Mapping) -> str:
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The entries of a `log.jsonl`; lines that are damaged are left out, with one warning."""
+    """Reads the entries of a `log.jsonl`. Corrupt lines are skipped, with one warning."""
     entries, damaged = [], []
     lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
     for number, line in enumerate(lines, start=1):
@@ -142,20 +144,20 @@ def read_log(path: str | Path) -> list[dict]:
             damaged.append(number)
     if damaged:
         warnings.warn(
-            f"{path} has {len(damaged)} damaged line(s) that are left out, first line {damaged[0]}.", stacklevel=2
+            f"{path} has {len(damaged)} damaged line(s), which are skipped: first line {damaged[0]}.", stacklevel=2
         )
     return entries
 
 
 def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: float | None = None) -> None:
-    """Draws loss, learning rate, and the accuracies of each expert over the epochs.
+    """Draws loss, learning rate and the accuracies of each expert against the epoch.
 
     Args:
         entries: Lines of a `log.jsonl`.
-        file: The picture, PNG.
-        drw_start_epoch: Is marked, if given.
+        file: Path of the PNG picture.
+        drw_start_epoch: Epoch to mark as the start of re-weighting; None for no mark.
     """
-    from matplotlib.figure import Figure  # not pyplot, which keeps what it draws
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory
 
     trained = [entry for entry in entries if "loss" in entry]
     evaluated = [entry for entry in entries if "eval_accuracy" in entry]
@@ -185,7 +187,7 @@ def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: f
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value of a log can be drawn; a line of the file may hold anything."""
+    """Whether a value of a log entry can be drawn. A line of the file may contain any JSON."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs: from a recipe's arguments to a saved model. The scripts call these."""
+"""Complete runs of the commands: train a teacher, distill a student, or evaluate a model, from recipe arguments."""
 
 import gc
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def train_teacher(
     args: FlatTeacherTrainingArguments,
     data: Mapping | None = None,
 ) -> FlatTeacherTrainer:
-    """Trains a recipe's teacher and saves it in `args.output_dir`."""
+    """Trains the teacher of a recipe and saves it in `args.output_dir`."""
     _begin(args, FlatTeacherConfig.model_type)
     data = data or data_args.load()
     set_seed(args.seed)
@@ -71,14 +71,15 @@ def train_teacher(
 def distill(
     recipe: str, data_args: DataArguments, model_args: StudentArguments, args: DeiTLTTrainingArguments
 ) -> DeiTLTTrainer:
-    """Trains a recipe's student and saves it in `args.output_dir`.
+    """Trains the student of a recipe and saves it in `args.output_dir`.
 
-    Without a teacher it uses the one in the folder `teacher` (`teacher_LOSS` for another loss than the recipe's) beside
-    `args.output_dir` if that was trained on the same images, and trains the recipe's there if there is none.
+    If no teacher is given, it uses the teacher in the folder `teacher` next to `args.output_dir` (`teacher_LOSS` for a
+    loss other than the recipe's). That teacher must have been trained on the same images. If the folder has no teacher,
+    the recipe's teacher is trained there first.
     """
-    # What is wrong shows before hours of teacher training.
+    # All checks come first: an error must not appear after hours of teacher training.
     if model_args.teacher is not None and model_args.teacher_loss is not None:
-        raise ValueError("teacher_loss is for training the recipe's teacher; leave it or --teacher out.")
+        raise ValueError("teacher_loss is for training the recipe's teacher; leave out teacher_loss or --teacher.")
     _begin(args, DeiTLTConfig.model_type)
     if model_args.teacher is not None:
         read_model_config(model_args.teacher)
@@ -96,20 +97,20 @@ def distill(
     if args.distillation != "none":
         path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
         teacher = load_classifier(path)
-        if not isinstance(teacher, FlatTeacherForImageClassification):  # which tells by itself what it takes
+        if not isinstance(teacher, FlatTeacherForImageClassification):  # has its image format in its config
             processor = load_processor(path)
     return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher, teacher_processor=processor)
 
 
 def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:
-    """Prints the table of a saved student, or of any classifier, on a recipe's test images.
+    """Evaluates a saved student, or any classifier, on the test images of a recipe, and prints the table.
 
-    The rows are in the trainer's `last_table`.
+    The rows of the table are in `last_table` of the returned trainer.
     """
     quiet_log(args.disable_tqdm)
     model = load_model(path)
     if Path(path).is_dir():
-        args.output_dir = path  # nothing is written, but transformers makes the folder
+        args.output_dir = path  # nothing is written there, but transformers creates its output folder
     data = data_args.load()
     names = label_names(model.config)
     if isinstance(data["train"], Dataset) and sorted(names) == sorted(data["test"].features["label"].names):
@@ -126,7 +127,7 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
 
 
 def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
-    if trainer_class is DeiTLTTrainer and data_args.dataset in SORTED_BY_AUTHORS:  # for an export to their order
+    if trainer_class is DeiTLTTrainer and data_args.dataset in SORTED_BY_AUTHORS:  # for an export in their class order
         model.config.class_map = decreasing_count_map(training_counts(data["train"])).tolist()
     trainer = trainer_class(
         model=model,
@@ -143,9 +144,9 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
         trainer.save_model()
     if not trainer.beginning.is_finished or not (Path(args.output_dir) / CARD_FILE).is_file():
         trainer.create_model_card()
-    trainer.accelerator.wait_for_everyone()  # what the first process saves, the others may load next
-    if trainer.was_asked_to_stop():  # too late to stop training, but nothing else is begun
-        _say(args, f"The signal came after the last step: the model is in {args.output_dir}.")
+    trainer.accelerator.wait_for_everyone()  # other processes may load the saved model next
+    if trainer.was_asked_to_stop():  # too late to stop training, but in time to start nothing else
+        _say(args, f"The stop signal came after the last step: the finished model is in {args.output_dir}.")
         trainer.stop_signal.end()
     return trainer
 
@@ -165,7 +166,7 @@ def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClass
         student, info = load_with_info(
             DeiTLTForImageClassification, path, **labels, **options, dtype="float32", ignore_mismatched_sizes=True
         )
-    missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)  # the heads are new
+    missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)  # new heads replace the old
     if missing:
         raise ValueError(
             f"{path} lacks {len(missing)} weights of a DeiT ({', '.join(missing[:3])}); start from another checkpoint."
@@ -177,15 +178,15 @@ def check_start(path: str, changed: Mapping[str, Any]) -> DeiTConfig | None:
     """Checks that a student can start from a model.
 
     Args:
-        path: Folder, Hub id, or a file of weights, which is not looked into.
-        changed: Arguments of the command line. The sizes of the recipe give way to the model's, these must not.
+        path: Folder, Hub id, or file of weights. A file is not checked.
+        changed: Arguments of the command line. The model's sizes override those of the recipe, but must equal these.
 
     Returns:
-        The configuration of the model; None of a file.
+        Configuration of the model; None for a file.
 
     Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If it is not a DeiT, or of other sizes than those asked for.
+        FileNotFoundError: If the model does not exist.
+        ValueError: If it is not a DeiT, or its sizes differ from those on the command line.
     """
     if Path(path).is_file():
         return None
@@ -200,8 +201,8 @@ def check_start(path: str, changed: Mapping[str, Any]) -> DeiTConfig | None:
     for name in SIZES:
         if name in changed and changed[name] != getattr(config, name):
             raise ValueError(
-                f"{path} has {name} {getattr(config, name)}, not {changed[name]}; a student that starts from it is of "
-                f"its size, so leave --{name} out."
+                f"{path} has {name} {getattr(config, name)}, not {changed[name]}; a student that starts from it has "
+                f"the same sizes, so leave --{name} out."
             )
     return config
 
@@ -209,11 +210,11 @@ def check_start(path: str, changed: Mapping[str, Any]) -> DeiTConfig | None:
 def _teacher_of_recipe(
     recipe: str, data: Mapping, data_args: DataArguments, student_args: DeiTLTTrainingArguments, loss: str | None
 ) -> str:
-    """The folder of the recipe's teacher; what is missing of its training is done first."""
+    """Returns the folder of the recipe's teacher, after starting or resuming its training if it is not finished."""
     folder = Path(student_args.output_dir).parent / teacher_folder(recipe, loss)
     command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
     command_line += ["--teacher_loss", loss or own_loss(recipe)]
-    # How to run is as for the student; a process cannot change its precision.
+    # Execution settings are those of the student: a process cannot change its precision.
     for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers"):
         command_line += [f"--{name}", str(getattr(student_args, name))]
     command_line += ["--report_to", *(student_args.report_to or ["none"])]
@@ -222,14 +223,14 @@ def _teacher_of_recipe(
         command_line += ["--resume_from_checkpoint", "auto"]
     classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
     _, _, model_args, args = parse_arguments("teacher", classes, command_line)
-    if student_args.recipe is not None:  # the images are those of the student's command line
+    if student_args.recipe is not None:  # both use the images of the student's command line
         changed = student_args.recipe["overrides"]
         args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
     if RESULTS_FILE in found:
         record = _record_of_teacher(folder)
         config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
         settings = args.method_settings()
-        for name in PRECISIONS:  # of a teacher that is there it is no matter
+        for name in PRECISIONS:  # irrelevant for a teacher that is already trained
             settings.pop(name)
         known = record.get("data", {})
         classes = data["train"].features["label"].names
@@ -238,8 +239,8 @@ def _teacher_of_recipe(
         )
         if other is not None:
             raise ValueError(
-                f"{folder} has a teacher of other classes: {other}; pass it as --teacher if it is the one to learn "
-                "from, or move it away to have the recipe's trained."
+                f"{folder} has a teacher of other classes: {other}; pass it as --teacher to use it anyway, or move it "
+                "away to train the recipe's teacher."
             )
         wanted = {"images (subset)": subset_hash(data["train"]), "images (content)": images_hash(data["train"])}
         wanted |= {"background": data_args.background} | settings | architecture(config)
@@ -251,16 +252,16 @@ def _teacher_of_recipe(
             if had.get(name, value) != value:
                 raise ValueError(
                     f"the teacher in {folder} was trained with {name} {had[name]}, but the recipe has {value}; pass it "
-                    "as --teacher if it is the one to learn from, or move it away to have the recipe's trained."
+                    "as --teacher to use it anyway, or move it away to train the recipe's teacher."
                 )
         if record.get("finished") and has_model(folder):
             _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
             return str(folder)
-        _say(student_args, f"No --teacher given: going on with the recipe's, which was interrupted, in {folder}.")
+        _say(student_args, f"No --teacher given: resuming the recipe's, which was interrupted, in {folder}.")
     elif found:
         raise ValueError(
             f"{folder} holds a model ({found[0]}) without a record of its training; pass it as --teacher, or move it "
-            "away to have the recipe's trained."
+            "away to train the recipe's teacher."
         )
     else:
         _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
@@ -268,19 +269,19 @@ def _teacher_of_recipe(
             args.check_data(len(data["train"]))
         except ValueError as error:
             raise ValueError(
-                f"the teacher's training does not fit: {error} To change it, train the teacher first: deitlt "
+                f"the teacher cannot be trained: {error} To change that, train the teacher first: deitlt "
                 f"train-teacher --recipe {recipe} --output_dir {folder} ..."
             ) from error
     train_teacher(data_args, model_args, args, data)
-    gc.collect()  # of several processes; what joins them must not be left to the end of the interpreter, which aborts
+    gc.collect()  # frees communication between processes now; at interpreter exit it would abort
     return str(folder)
 
 
 def _record_of_teacher(folder: Path) -> RunRecord:
-    """The record of the recipe's teacher; if that of the folder is damaged, that of its newest checkpoint.
+    """Reads the record of the recipe's teacher. If it is corrupt, reads the record of the newest checkpoint.
 
     Raises:
-        ValueError: If there is none that can be read.
+        ValueError: If neither can be read.
     """
     try:
         return read_record(folder)
@@ -289,7 +290,7 @@ def _record_of_teacher(folder: Path) -> RunRecord:
         if checkpoint is not None and (Path(checkpoint) / RESULTS_FILE).is_file():
             return read_record(checkpoint)
         raise ValueError(
-            f"{error} The teacher in {folder} can be passed as --teacher, or moved away to have the recipe's trained."
+            f"{error} Pass the teacher in {folder} as --teacher, or move it away to train the recipe's teacher."
         ) from error
 
 

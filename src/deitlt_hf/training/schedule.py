@@ -4,7 +4,7 @@ import bisect
 import math
 from collections.abc import Sequence
 
-LEAST_PEAK = 1e-4  # of a student that starts from scratch
+LEAST_PEAK = 1e-4  # smallest peak learning rate for a student that trains from scratch
 
 
 def warmup_cosine(
@@ -16,22 +16,22 @@ def warmup_cosine(
     warmup_epochs: float = 5,
     warmup_start: float = 1e-6,
 ) -> float:
-    """Linear warm-up, then the cosine that started at epoch 0: the authors' schedule, learning rate at `epoch`."""
+    """Learning rate at `epoch` in the authors' schedule: linear warm-up, then a cosine that is counted from epoch 0."""
     if epoch < warmup_epochs:
         return warmup_start + (peak - warmup_start) * epoch / warmup_epochs
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
 
 
 def published_epoch(step: int, batches: int, slices: int) -> float:
-    """The epoch that the authors' scheduler is at in an optimiser step (DeiT-LT, `engine.py` and `main.py`).
+    """Epoch that the authors' scheduler uses at an optimiser step (DeiT-LT, `engine.py` and `main.py`).
 
-    They move it with the first slice of a step, and with the last batch of an epoch once more. Without accumulation it
-    moves after an epoch, to the number of that epoch.
+    Their code updates the scheduler at the first micro-batch of a step, and again at the last micro-batch of an epoch.
+    Without gradient accumulation it updates the scheduler after each epoch, with the number of that epoch.
 
     Args:
-        step: Counted from 0, over all epochs.
-        batches: Of a process in an epoch.
-        slices: Of a whole step.
+        step: Optimiser step, counted from 0 over all epochs.
+        batches: Micro-batches per epoch of one process.
+        slices: Micro-batches per gradient-accumulation window.
     """
     epoch, step = divmod(step, math.ceil(batches / slices))
     if slices == 1:
@@ -49,7 +49,7 @@ def warmup_drops(
     warmup_epochs: float = 5,
     warmup_start: float = 0.0,
 ) -> float:
-    """Linear warm-up, then the peak times the factor of the last drop that has passed."""
+    """Learning rate at `epoch`: linear warm-up, then the peak times the factor of the most recent drop."""
     if epoch < warmup_epochs:
         return warmup_start + (peak - warmup_start) * epoch / warmup_epochs
     passed = bisect.bisect_right(drop_epochs, epoch)
@@ -57,15 +57,15 @@ def warmup_drops(
 
 
 def low_peak(learning_rate: float, init_from: str | None) -> str | None:
-    """Says that a student's peak learning rate is too small to learn anything from scratch; None if it is not.
+    """Warning text if the peak learning rate is too small for a student to learn from scratch; None otherwise.
 
-    The limit is below the lowest of the paper's recipes (2.5e-4), and above what the paper's rule makes of a batch of
-    16 images (1.6e-5), with which a student of 1,972 images stayed at chance.
+    The limit is below the lowest peak of the paper's recipes (2.5e-4). It is above the rate that the paper's rule gives
+    for a batch of 16 images (1.6e-5). At that rate, a student trained on 1,972 images stayed at chance.
     """
     if init_from is not None or learning_rate >= LEAST_PEAK:
         return None
     return (
         f"the peak learning rate {learning_rate:.3g} is too small for a student that starts from scratch (below "
-        f"{LEAST_PEAK:g}): the paper's rule divides by 512 images. Set learning_rate, to 1e-3 for small images, or "
-        "start from a trained model with init_from."
+        f"{LEAST_PEAK:g}): the paper's rule scales it by images / 512. Set learning_rate (for example 1e-3 for small "
+        "images), or start from a trained model with init_from."
     )

@@ -1,4 +1,4 @@
-"""The teacher's trainer: SGD with SAM and deferred re-weighting."""
+"""Trainer of the flat teacher: SGD with SAM and deferred re-weighting."""
 
 import bisect
 import contextlib
@@ -28,19 +28,19 @@ CONTRAST_FILE = "momentum_contrast.safetensors"
 class FlatTeacherTrainer(LongTailTrainer):
     """Trains a flat teacher: cross entropy, LDAM, logit adjustment or PaCo, with deferred re-weighting, under SAM.
 
-    All weights are perturbed, within a radius that can change by phase of training (`sam_rho`, `sam_rho_epochs`). The
-    perturbation follows the gradient of the whole batch, over accumulation slices and processes; with
-    `sam_per_process` each process has one of its own, that of its share of the batch. Batch-norm statistics are those
-    of the unperturbed pass.
+    SAM perturbs all weights within a radius that can change by phase of training (`sam_rho`, `sam_rho_epochs`). The
+    perturbation follows the gradient of the whole batch, over all micro-batches and processes. With `sam_per_process`,
+    each process perturbs along the gradient of its part of the batch. Batch-norm statistics are updated in the
+    unperturbed pass only.
 
-    PaCo sees two augmented views of an image. An image is compared with those of its slice of the batch, with their
-    keys, and with a queue of the keys of earlier batches, of all processes; the same keys serve both passes of SAM.
+    PaCo uses two augmented views of each image. It compares an image with the images of its micro-batch, with their
+    keys, and with a queue of keys of earlier batches from all processes. Both passes of SAM use the same keys.
 
     Args:
         model: A [`FlatTeacherForImageClassification`], or any image classifier.
         args: A [`FlatTeacherTrainingArguments`].
-        **kwargs: As for [`LongTailTrainer`]. An optimiser that is given is wrapped in SAM, if `sam_rho` is not 0, with
-            its own groups and learning rates; one that is SAM already is taken as it is.
+        **kwargs: Parameters of [`LongTailTrainer`]. A given optimiser keeps its groups and learning rates, and is
+            wrapped in SAM if `sam_rho` is not 0. A given SAM optimiser is used unchanged.
 
     Raises:
         ValueError: If the loss needs another classifier or projection.
@@ -54,12 +54,12 @@ class FlatTeacherTrainer(LongTailTrainer):
         self.contrast: MomentumContrast | None = None
         super().__init__(model=model, args=args, **kwargs)
         if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("SAM needs whole gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
+            raise ValueError("SAM needs unsharded gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
         if self.optimizer is not None:
             self.optimizer = self._under_sam(self.optimizer)
 
     def prepare_model(self, model):
-        """Checks the heads too, and makes PaCo's second encoder of the model."""
+        """Prepares the model as the parent class does, checks its heads, and creates the momentum encoder of PaCo."""
         model, args = super().prepare_model(model), self.args
         if self._datasets[0] is not None:
             _check_heads(args.teacher_loss, model.config)
@@ -91,7 +91,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         return self.optimizer
 
     def _under_sam(self, optimizer: Optimizer) -> Optimizer:
-        """An optimiser as `sam_rho` wants it; one that is SAM already stays as it is."""
+        """Wraps an optimiser in SAM if `sam_rho` is not 0. A SAM optimiser is returned unchanged."""
         self._has_own_rho = isinstance(optimizer, SAM)
         if self._has_own_rho or max(self.args.sam_rho) == 0:
             return optimizer
@@ -106,7 +106,7 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     @property
     def rho(self) -> float:
-        """SAM's radius in the current phase."""
+        """Radius of SAM in the current phase."""
         phase = bisect.bisect_right(self.args.sam_rho_epochs, self.state.epoch or 0.0)
         return self.args.sam_rho[phase - 1]
 
@@ -137,18 +137,19 @@ class FlatTeacherTrainer(LongTailTrainer):
             try:
                 with _frozen_batch_norm_statistics(model):
                     for index, batch in enumerate(self._window):
-                        self.seed_slice(index)  # both passes leave out the same
+                        self.seed_slice(index)  # both passes drop the same paths
+                        # One reduction over processes, with the last micro-batch.
                         with self._gradients_stay(model, index < len(self._window) - 1):
                             with self.compute_loss_context_manager():
                                 perturbed_loss = self.compute_loss(model, batch)
                             self.accelerator.backward(perturbed_loss)
                         self.nonfinite_guard.note(perturbed_loss, self.state.global_step + 1)
-            finally:  # whoever stops the run here finds its weights, not the perturbed ones
+            finally:  # an interrupted step must not leave perturbed weights in the model
                 optimizer.restore()
         return loss
 
     def _gradients_stay(self, model: nn.Module, stay: bool) -> contextlib.AbstractContextManager:
-        """Whether a backward pass leaves the gradients of the processes apart."""
+        """Context in which backward passes do not average gradients over processes, if `stay` is set."""
         return self.accelerator.no_sync(model) if stay else contextlib.nullcontext()
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
@@ -156,7 +157,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         if args.teacher_loss == "ce":
             return nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing_factor)
         counts = self.class_counts
-        assert counts is not None  # there is a loss to make where there are training images
+        assert counts is not None  # known whenever training images are given
         criterion: nn.Module
         if args.teacher_loss == "ldam":
             criterion = LDAMLoss(counts, args.ldam_margin, args.ldam_scale, class_weights, "sum")
@@ -173,7 +174,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         return criterion.to(args.device)
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Adds what PaCo compares the images with: the keys of their second views, and the queue."""
+        """Adds the keys of PaCo to the batch: those of the second views, and those of the queue."""
         if self.contrast is None:
             return batch
         with self.accelerator.autocast():
@@ -196,7 +197,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         self.contrast.enqueue(*self.accelerator.gather((keys, labels)))
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Adds what PaCo needs to go on, to a checkpoint."""
+        """Saves the model, and in checkpoints also the momentum encoder and queue of PaCo."""
         super().save_model(output_dir, _internal_call)
         if self.contrast is not None and self._staging is not None and self.args.should_save:
             save_file(self.contrast.state_dict(), Path(output_dir) / CONTRAST_FILE)
@@ -230,7 +231,7 @@ class FlatTeacherTrainer(LongTailTrainer):
 
 
 def _check_heads(loss: str, config: PreTrainedConfig) -> None:
-    """Checks that a model has the classifier and the projection that a loss is made for."""
+    """Checks that a model has the classifier and the projection that a loss needs."""
     classifier, projection_size = getattr(config, "classifier", "linear"), getattr(config, "projection_size", 0)
     wanted = "cosine" if loss == "ldam" else "linear"
     if classifier != wanted:
@@ -247,7 +248,7 @@ def _frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     tracking = [layer.track_running_stats for layer in layers]
     for layer in layers:
-        layer.track_running_stats = False  # neither the statistics nor the number of batches that they are of
+        layer.track_running_stats = False  # freezes the statistics and `num_batches_tracked`
     try:
         yield
     finally:

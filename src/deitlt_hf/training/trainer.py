@@ -1,4 +1,4 @@
-"""What the trainers of student and teacher share."""
+"""Base class of the trainers of students and teachers."""
 
 import contextlib
 import math
@@ -56,7 +56,7 @@ from .resuming import (
 from .run_log import RunFile, RunLog
 from .schedule import published_epoch, warmup_cosine
 
-# Of an optimiser's parameter groups, beside the learning rate.
+# Settings of parameter groups that the arguments set, in addition to the learning rate.
 _SET_BY_ARGUMENTS = {"weight_decay", "betas", "eps", "momentum", "rho"}
 
 
@@ -65,35 +65,36 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     Differences from its parent:
     - data sets are `datasets.Dataset`s with an image and a `ClassLabel` column; the trainer makes the transforms;
-    - losses are normalised over the whole batch of an optimiser step, whatever accumulation and processes cut it into;
-    - order, augmentation, mixing and dropped paths follow from seed, epoch and step: an interrupted run that goes on
-      ends as it would have ended;
+    - losses are normalised over the whole batch of an optimiser step, for any number of micro-batches and processes;
+    - the order of images, augmentation, mixing and dropped paths depend only on seed, epoch and step: an interrupted
+      run that is resumed ends with the same result as an uninterrupted one;
     - a loss that is not finite stops the run before a checkpoint is written; SIGTERM and Ctrl-C stop it after one;
-    - a run that goes on must have the classes, images, model and loss that it began with, and a finished one does
-      nothing;
-    - every evaluation reports head, mid and tail classes for each expert: as metrics, as a table and in `results.json`,
-      where the last and the best epoch stand apart; every log is a line of `log.jsonl` too;
-    - a moving average of the weights can be kept (`ema_decay`), which is evaluated beside them and saved in `ema`;
+    - a resumed run must have the same classes, images, model and loss as before; resuming a finished run does nothing;
+    - every evaluation reports head, medium and tail classes for each expert, as metrics, as a table and in
+      `results.json`, with separate entries for the last and the best epoch; every log is also a line of `log.jsonl`;
+    - `ema_decay` keeps a moving average of the weights, which is evaluated with the model and saved in `ema`;
     - a folder that holds another run is not written to;
-    - `push_to_hub` in the arguments pushes the finished model, in one commit; checkpoints stay in the folder.
-
-    - what is trained has float32 weights, whatever they were loaded in, and an evaluation changes none.
+    - `push_to_hub` in the arguments pushes the finished model in one commit; checkpoints stay in the folder;
+    - trained models have float32 weights, also if they were loaded in another dtype, and an evaluation does not change
+      the weights.
 
     Args:
-        model: The model to train. It takes the names of its labels from the data if it has none.
+        model: The model to train. If its labels have no names, it takes the names from the data.
         args: Training arguments.
-        train_dataset: Training images or a [`StreamedSplit`] of them. Not needed for evaluation alone.
-        eval_dataset: Test images, or several sets of them by name: `results.json` and checks take the first.
-        processing_class: Image processor for evaluation; by default made from the model's image size.
-        groups: Class indices of head, mid and tail; by default those of [`shot_groups`].
-        model_init: Makes the model, instead of `model`; each call of `train` then starts with a new one, as
-            `hyperparameter_search` needs.
-        optimizers: An optimiser of the model's parameters, or None, and a scheduler of it, or None for the method's
-            schedule, scaled to the optimiser's learning rates.
-        **kwargs: As for [`~transformers.Trainer`]. Metrics of `compute_metrics` stand beside the trainer's own.
+        train_dataset: Training images, or a [`StreamedSplit`] of training images. Not needed for evaluation only.
+        eval_dataset: Test images, or a mapping from names to several test sets. `results.json` and checks use the first
+            set.
+        processing_class: Image processor for evaluation; by default created from the model's image size.
+        groups: Class indices of head, medium and tail classes; by default those of [`shot_groups`].
+        model_init: Function that creates the model, instead of `model`. Each call of `train` then starts with a new
+            model, as `hyperparameter_search` requires.
+        optimizers: An optimiser of the model's parameters or None, and its scheduler or None. None as scheduler uses
+            the schedule of the method, scaled to the learning rates of the optimiser.
+        **kwargs: Parameters of [`~transformers.Trainer`]. Metrics of `compute_metrics` are added to the trainer's
+            metrics.
 
     Raises:
-        ValueError: If data, model and optimiser do not fit each other, or a parameter has no effect (`inherited.py`).
+        ValueError: If data, model and optimiser do not match, or a parameter has no effect (`inherited.py`).
     """
 
     arguments_class: type[LongTailTrainingArguments] = LongTailTrainingArguments
@@ -101,7 +102,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     group_rule: str
     train_dataset: Rows | StreamedImages | None
     eval_dataset: Rows | dict[str, Rows] | None
-    _given: tuple[str, ...] = ()  # of optimizer and scheduler those that were given
+    _given: tuple[str, ...] = ()  # which of "optimizer" and "scheduler" were passed in
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self._datasets = (train_dataset, eval_dataset)
         self.class_counts: list[int] | None = None
         self.subset_sha256: str | None = None
-        self.images_sha256: str | None = None  # is found when training begins
+        self.images_sha256: str | None = None  # computed when training starts
         self._wanted_groups = groups
         if model is None:
             set_seed(args.seed)
@@ -151,17 +152,17 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             eval_dataset=as_images(eval_dataset, collator.background),
             processing_class=processing_class,
             optimizers=optimizers,
-            compute_loss_func=self.compute_training_loss,  # where there is one, accumulation does not divide the loss
+            compute_loss_func=self.compute_training_loss,  # without it, the parent divides by accumulation
             **kwargs,
         )
-        if model_init is not None:  # not given above: the model is made
+        if model_init is not None:  # not passed to the parent, which would create another model
             self.model_init = model_init
         if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("a moving average needs whole weights; leave out DeepSpeed and FSDP, or ema_decay.")
+            raise ValueError("a moving average needs unsharded weights; leave out DeepSpeed and FSDP, or ema_decay.")
         if (self.args.bf16_full_eval or self.args.fp16_full_eval) and (
             self.is_deepspeed_enabled or self.is_fsdp_enabled
         ):
-            raise ValueError("bf16_full_eval and fp16_full_eval need whole weights; leave out DeepSpeed and FSDP.")
+            raise ValueError("bf16_full_eval and fp16_full_eval need unsharded weights; leave out DeepSpeed and FSDP.")
         if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
         self.results = Results(self.args.output_dir)
@@ -192,13 +193,13 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self._recording = False
 
     def prepare_model(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Makes a model fit to be trained, and names its classes after the data.
+        """Prepares a model for training: float32 weights, class names and class counts from the data.
 
         Returns:
-            The same model, or another one with its parameters.
+            The same model, or another model that shares its parameters.
 
         Raises:
-            ValueError: If it has other classes than the data, or is made for another problem.
+            ValueError: If the classes differ from those of the data, or the model solves another problem.
         """
         train_dataset, eval_dataset = self._datasets
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
@@ -211,17 +212,19 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         groups = self._wanted_groups
         if groups is None:
             if self.class_counts is None:
-                raise ValueError("without a train_dataset, and class_counts in the model's config, give groups.")
+                raise ValueError("without a train_dataset or class_counts in the model's config, pass groups.")
             groups = shot_groups(self.class_counts)
         self.group_rule = getattr(groups, "rule", "as given")
         self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
         if train_dataset is not None:
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
             model.config.return_dict = True
-            model.float()  # transformers 5 loads the dtype of the file, in which small updates are lost
-            # By its name before transformers 5.23, which newer versions know too.
+            model.float()  # transformers 5 loads the dtype of the file; half precision loses small updates
+            # Versions before transformers 5.23 know this name only; newer versions still accept it.
             if self.args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
-                raise ValueError(f"a {type(model).__name__} cannot checkpoint activations; leave that out.")
+                raise ValueError(
+                    f"a {type(model).__name__} cannot checkpoint activations; leave out gradient_checkpointing."
+                )
         return model
 
     def call_model_init(self, trial=None):
@@ -230,39 +233,39 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def _take_optimizers(
         self, model: PreTrainedModel, makes_models: bool, optimizer, scheduler, optimizer_cls_and_kwargs
     ) -> None:
-        """Checks an optimiser and a scheduler that were given.
+        """Checks that a given optimiser and scheduler match the model and each other, and records which are given.
 
         Raises:
-            ValueError: If they are not of the model, or not of each other.
+            ValueError: If they do not belong to the model, or not to each other.
         """
         if optimizer_cls_and_kwargs is not None and optimizer is not None:
             raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")
         if makes_models and (optimizer is not None or scheduler is not None):
-            raise ValueError("optimizers are of one model, but model_init makes others; give optimizer_cls_and_kwargs.")
+            raise ValueError("optimizers belong to one model; with model_init, pass optimizer_cls_and_kwargs.")
         if scheduler is not None and (
             optimizer is None or scheduler.optimizer.param_groups is not optimizer.param_groups
         ):
-            raise ValueError("the scheduler of optimizers must be of the optimizer that is given with it.")
+            raise ValueError("the scheduler in optimizers must belong to the optimizer that is passed with it.")
         if isinstance(scheduler, ReduceLROnPlateau | GreedyLR) and self.args.metric_for_best_model is None:
-            raise ValueError(f"a {type(scheduler).__name__} needs metric_for_best_model to follow; give it.")
+            raise ValueError(f"a {type(scheduler).__name__} needs a metric to follow; set metric_for_best_model.")
         if optimizer is not None:
             own = {id(parameter) for parameter in model.parameters()}
             if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
                 raise ValueError(
-                    "the optimizer has parameters that are not the model's; make it of model.parameters()."
+                    "the optimizer has parameters that are not the model's; create it from model.parameters()."
                 )
         given = {"optimizer": optimizer or optimizer_cls_and_kwargs, "scheduler": scheduler}
         self._given = tuple(name for name, value in given.items() if value is not None)
 
     def make_losses(self) -> None:
-        """Makes of the arguments what the training loss is computed with."""
+        """Creates the class weights and the losses of both phases from the arguments."""
         if self._datasets[0] is not None:
             assert self.class_counts is not None  # counted in `prepare_model`
             self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
             self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
 
     def _hp_search_setup(self, trial):
-        """Has the values of a trial reach all that is made of arguments."""
+        """Applies the values of a trial, and recreates everything that depends on the arguments."""
         super()._hp_search_setup(trial)
         if trial is None or self.hp_search_backend is None:
             return
@@ -273,10 +276,10 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.make_losses()
 
     def _check_best_metric(self) -> None:
-        """Checks that an evaluation will have the metric that says which checkpoint is best.
+        """Checks that evaluations measure `metric_for_best_model`.
 
         Raises:
-            ValueError: If it will not.
+            ValueError: If they do not.
         """
         wanted = self.args.metric_for_best_model
         if wanted is None or self.eval_dataset is None or self.compute_metrics is not None:
@@ -292,26 +295,26 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if wanted.removeprefix("eval_") not in known:
             raise ValueError(f"metric_for_best_model {wanted!r} is not measured; choose one of {', '.join(known)}.")
 
-    # ---- What subclasses give ----
+    # ---- For subclasses ----
 
     @abstractmethod
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
-        """The loss, with the class weights of the DRW phase or without any."""
+        """Creates the loss, with the class weights of the DRW phase or without weights."""
 
     @abstractmethod
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Loss of one slice of a batch: sums over its images divided by `batch["denominators"]`."""
+        """Computes the loss of one micro-batch: sums over its images, divided by `batch["denominators"]`."""
 
     @abstractmethod
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What a slice adds to the denominators of the loss."""
+        """Computes the contribution of a micro-batch to the denominators of the loss."""
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Changes a batch on its device before the loss is computed, such as by mixing."""
+        """Hook that changes a batch on its device before the loss is computed, for example by mixing."""
         return batch
 
     def train_views(self, args: LongTailTrainingArguments, processor) -> dict[str, TrainTransform]:
-        """Training transforms, by the name of the model input that each makes."""
+        """Training transforms, by the name of the model input that each creates."""
         transform = train_transform(
             processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing, args.color_jitter
         )
@@ -329,11 +332,11 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         )
 
     def plan(self) -> dict[str, str]:
-        """Lines for the screen before the first step, beside those that both trainers have."""
+        """Lines of the printed plan, by label, in addition to those of both trainers."""
         return {}
 
     def _published_plan(self) -> dict[str, str]:
-        """For the plan: what `as_published` came to on this device."""
+        """Line of the plan with the fields that `as_published` sets on this device."""
         if not self.args.as_published:
             return {}
         words = [f"{name} {getattr(self.args, name)}" for name in self.args.arrangements()]
@@ -342,7 +345,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return {"as published": ", ".join(words)}
 
     def optimizer_plan(self) -> str:
-        """The optimiser in words: what was given, or what the arguments say."""
+        """Name of the optimiser for the plan: the given one, or the one of the arguments."""
         if self.optimizer is not None:
             return optimizer_name(optimizer_record(self.optimizer))
         if self.optimizer_cls_and_kwargs is not None:
@@ -361,7 +364,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return lines
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result of this run: the arguments, but for those that a given optimiser replaces."""
+        """Arguments that affect the result of this run, without those that a given optimiser or scheduler replaces."""
         replaced = set()
         if "optimizer" in self._given:
             replaced = {"optim", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "sam_rho", "sam_adaptive"}
@@ -371,7 +374,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return {name: value for name, value in self.args.method_settings().items() if name not in replaced}
 
     def drw_start(self) -> str:
-        """The epoch of deferred re-weighting for the plan, and whether `max_steps` ends the run before it."""
+        """Start epoch of deferred re-weighting for the plan, with a note if `max_steps` ends the run earlier."""
         start, steps = self.args.drw_start_epoch, self.args.max_steps
         if start is None:
             return "inf"
@@ -397,25 +400,25 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Trains, evaluates at the end, and keeps `results.json`; otherwise as the parent's.
+        """Trains as the parent class does, evaluates at the end, and writes `results.json`.
 
-        A run that is finished, whose model is in the folder, is left as it is: the model is loaded, nothing is written.
+        If a finished run is resumed and its model is in the folder, the model is loaded and nothing is written.
 
         Args:
-            resume_from_checkpoint: A checkpoint to go on from; True for the newest whole one of the output folder, and
-                `auto` for the same, or the first step if there is none.
-            trial: As for the parent's.
-            ignore_keys_for_eval: As for the parent's.
+            resume_from_checkpoint: Checkpoint to resume from. True: the newest whole checkpoint in the output folder.
+                `auto`: the same, or the first step if no checkpoint exists.
+            trial: As in the parent class.
+            ignore_keys_for_eval: As in the parent class.
 
         Raises:
-            ValueError: If the training set is smaller than one batch, a phase begins after the last epoch (with
-                `max_steps` the plan says what is not reached), there is no whole checkpoint, or it is of another run:
-                of other classes, images, model or loss, or of more steps than are wanted.
-            FileExistsError: If the output folder holds another run and is neither resumed nor to be overwritten, or
-                another run is writing there.
+            ValueError: If the training set is smaller than one batch, a phase starts after the last epoch (with
+                `max_steps` the plan reports phases that are not reached), no whole checkpoint exists, or the checkpoint
+                belongs to another run: with other classes, images, model or loss, or with more steps than this run.
+            FileExistsError: If the output folder holds another run that is neither resumed nor overwritten, or another
+                run is writing to the folder.
             FloatingPointError: If the loss or a weight is not finite.
-            SystemExit: With code 143, after a checkpoint, if the process was sent SIGTERM.
-            KeyboardInterrupt: After a checkpoint, upon Ctrl-C; upon a second one at once.
+            SystemExit: With code 143, after a checkpoint, if the process received SIGTERM.
+            KeyboardInterrupt: After a checkpoint, on Ctrl-C; at once on a second Ctrl-C.
         """
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset.")
@@ -423,13 +426,13 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.model is None:  # Optuna's backend frees it after a trial
             self.model = self.model_wrapped = self.call_model_init(trial)
         self._hp_search_setup(trial)
-        self.run_dir = self._get_output_dir(trial)  # of a trial, one of its own
+        self.run_dir = self._get_output_dir(trial)  # a trial has a separate folder
         self.results.path, self.run_file.folder = Path(self.run_dir) / RESULTS_FILE, Path(self.run_dir)
-        # All that can be refused is refused before anything of another run is touched.
+        # All checks come before the first change in the folder: a refused run must not damage another run.
         self._resuming = goes_on_in(self.run_dir, resume_from_checkpoint)
         check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
         images = self.train_dataset
-        # What is streamed is this process's share.
+        # `len` of streamed images counts the share of this process only.
         self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
         with run_lock(self.run_dir) if self.args.should_save else contextlib.nullcontext():
             self._plan = self._common_plan() | self._published_plan() | self.plan()
@@ -446,7 +449,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch())
 
     def _find_beginning(self, wanted: str | bool | None) -> Beginning:
-        """Finds what a run goes on from, and checks that it is the same run."""
+        """Finds the checkpoint to resume from, and checks that it belongs to the same run."""
         if not wanted:
             return Beginning()
         output_dir, total = self.run_dir, self.total_steps()
@@ -457,28 +460,28 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if finished is None or given is not None:
             checkpoint = newest_checkpoint(output_dir) if given is None else whole_checkpoint(given)
             if checkpoint is None and wanted is True:
-                raise ValueError(f"there is no checkpoint in {output_dir} to go on from; 'auto' begins without one.")
+                raise ValueError(f"there is no checkpoint in {output_dir} to resume from; 'auto' begins without one.")
             if checkpoint is None:
                 return Beginning()
         steps = finished if checkpoint is None else read_state(checkpoint).global_step
-        assert steps is not None  # without a checkpoint the run is finished
+        assert steps is not None  # without a checkpoint, the run is finished
         at_step, record = former_records(checkpoint or output_dir, output_dir if self._resuming else None)
         check_same_run(checkpoint or output_dir, at_step, self, data)
         if steps > total:
             raise ValueError(
-                f"{checkpoint or output_dir} has taken {steps} steps, more than the {total} of this run; go on from an "
-                "earlier checkpoint, or make the run longer."
+                f"{checkpoint or output_dir} has taken {steps} steps, more than the {total} of this run; resume from "
+                "an earlier checkpoint, or make the run longer."
             )
         if finished == steps == total:
             return Beginning(checkpoint, steps, True, record)
         if checkpoint is None:  # a finished run that is made longer
             checkpoint = newest_checkpoint(output_dir)
-            assert checkpoint is not None  # beside a finished model it is found, or refused
+            assert checkpoint is not None  # `newest_checkpoint` finds one or raises, as a model exists
             steps = read_state(checkpoint).global_step
         return Beginning(checkpoint, steps, False, record)
 
     def begin_record(self) -> None:
-        """Claims the output folder, begins `results.json` and prints the plan, before the first step."""
+        """Claims the output folder, starts `results.json` and prints the plan, before the first step."""
         claim_output_dir(self.run_dir, self.args.overwrite, self._resuming, self.accelerator)
         self.results.start(self, self.beginning.step, self.beginning.record)
         if self.is_world_process_zero():
@@ -486,9 +489,9 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             print_plan(self, self.steps_per_epoch(), self._plan)
 
     def _load_finished(self) -> TrainOutput:
-        """Takes the model of a run that has nothing left to do, as if it had just trained it."""
+        """Loads the model of a finished run, with the state that the trainer has at the end of training."""
         output_dir, steps, record = self.run_dir, self.beginning.step, self.beginning.record
-        assert steps is not None  # of a finished run
+        assert steps is not None  # the run is finished
         assert record is not None
         self._load_from_checkpoint(output_dir)
         if self.ema is not None and (Path(output_dir) / EMA_FOLDER).is_dir():
@@ -532,32 +535,35 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     @property
     def saved_step(self) -> int:
-        """The step whose weights the model has after training."""
+        """Step of the weights that the model has after training."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         return self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
 
     def was_asked_to_stop(self) -> bool:
-        """Whether any process was sent SIGTERM or SIGINT in training, also after its last step."""
+        """Whether any process received SIGTERM or SIGINT in training, including after its last step."""
         return bool(self.accelerator.reduce(self.stop_signal.vote(self.args.device), "sum").item() > 0)
 
     def _stopped_by_signal(self) -> NoReturn:
-        """Says how to go on, and ends as a process does that was sent the signal."""
+        """Prints how to resume, and ends the process in the way that the signal normally does."""
         sentence = (
             f"Stopped by {self.stop_signal.name} after step {self.state.global_step}, with a checkpoint in "
-            f"{self.args.output_dir}; go on with --resume_from_checkpoint auto."
+            f"{self.args.output_dir}; resume with --resume_from_checkpoint auto."
         )
         if self.is_world_process_zero():
             print(sentence, flush=True)
         self.stop_signal.end()
 
     def end_workers(self) -> None:
-        """Ends the data loaders' processes. Collected as garbage, in any order, each would be waited for 5 seconds."""
+        """Ends the worker processes of the data loaders.
+
+        Left to garbage collection, which has no fixed order, each would take 5 seconds.
+        """
         self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
         self.__dict__.get("_eval_dataloaders", {}).clear()
         self.accelerator._dataloaders.clear()
 
     def get_train_dataloader(self) -> DataLoader:
-        """This process's batches, all of them whole: mixing pairs their images."""
+        """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
         args, images = self.args, self.train_dataset
         if images is None:
             raise ValueError("training needs a train_dataset.")
@@ -578,7 +584,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             )
             dataset, batches = SeededImages(images), {"batch_sampler": sampler}
         context = getattr(args, "dataloader_multiprocessing_context", None)
-        # Accelerate would share it out among the processes once more.
+        # Not prepared by Accelerate, which would split the batches over the processes a second time.
         return DataLoader(
             dataset,
             **batches,
@@ -586,7 +592,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            # These two arguments are of transformers 5.15.
+            # transformers has these two arguments since 5.15.
             multiprocessing_context=context if args.dataloader_num_workers else None,
             in_order=getattr(args, "dataloader_in_order", True),
             pin_memory=args.dataloader_pin_memory,
@@ -594,19 +600,19 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         )
 
     def seed_slice(self, index: int, purpose: int = 0) -> None:
-        """Seeds the random streams for a slice of the next optimiser step: dropped paths (0), or mixing (1).
+        """Seeds the random streams of a micro-batch of the next optimiser step, for dropped paths (0) or mixing (1).
 
-        They follow from seed, step, slice and process, so that a resumed run draws what it would have drawn.
+        The seeds depend only on seed, step, micro-batch and process: a resumed run draws the same numbers.
         """
         key = (self.args.seed, self.state.global_step, index, self.args.process_index, purpose)
         seed_streams(*key, device=self.args.device)
 
     def steps_per_epoch(self) -> int:
-        """Optimiser steps an epoch."""
+        """Optimiser steps per epoch."""
         return steps_per_epoch(self.get_train_dataloader(), self.args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches = list(islice(epoch_iterator, num_batches))  # the parent's counts labels too, and waits for the device
+        batches = list(islice(epoch_iterator, num_batches))  # the parent's method also synchronises the device
         self._window, self._slice = batches, 0
         if batches:
             self._prepare_window()
@@ -617,51 +623,53 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_guard.note(loss, self.state.global_step + 1)
         self._slice += 1
+        # The logged loss is without this factor of `compute_loss`, which only the gradient needs.
         return self._finite(loss) / self._window_weight
 
     def _finite(self, value: torch.Tensor) -> torch.Tensor:
-        """For a mean in the logs: one update that is left out must not spoil it."""
+        """Replaces values that are not finite by 0 if updates may be skipped, for the means in the logs."""
         return torch.where(value.isfinite(), value, 0.0) if self.args.on_nonfinite == "skip" else value
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # DistributedDataParallel averages over processes what has to be a sum.
+        # DistributedDataParallel averages gradients over processes, but the loss is normalised for a sum.
         return self.compute_training_loss(model, inputs) * self.accelerator.num_processes * self._window_weight
 
     @property
     def _window_weight(self) -> float:
-        """What the gradient of a step of fewer slices is multiplied by: the authors divide by the slices of a whole."""
+        """Factor of the gradient in a step with fewer micro-batches. The authors divide by those of a full step."""
         if self.args.loss_normalization == "global":
             return 1.0
         return len(self._window) / self.args.gradient_accumulation_steps
 
     def training_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What the loss is computed from: a batch of the data loader on the device, normalised and prepared."""
-        # Without waiting for the device, as transformers would.
+        """Moves a batch of the data loader to the device, normalises its images and prepares it for the loss."""
+        # Asynchronous; the copy in transformers waits for the device.
         inputs = send_to_device(dict(batch), self.args.device, non_blocking=True)
         for name, view in self.views.items():
-            if inputs[name].dtype == torch.uint8:  # another data loader than ours may give normalised images
+            if inputs[name].dtype == torch.uint8:  # other data loaders may return normalised images
                 inputs[name] = view.finish(inputs[name])
         return self.prepare_batch(inputs)
 
     def _prepare_window(self) -> None:
-        """Prepares all slices of an optimiser step and gives each the denominators of the whole."""
+        """Prepares all micro-batches of an optimiser step, and sets the denominators of the whole batch in each."""
         for index, batch in enumerate(self._window):
             self.seed_slice(index, purpose=1)
             batch.update(self.training_batch(batch))
         own = torch.stack([self.loss_denominators(batch) for batch in self._window])
-        # One sum over the processes for both.
+        # One reduction for denominators and stop votes: each reduction costs a round trip.
         total = torch.cat([own.sum(dim=0), self.stop_signal.vote(own.device)])
         total = self.accelerator.reduce(total, "sum")
         if self.accelerator.num_processes > 1:
             self.stop_signal.count(total[-1])
         slices = len(self._window) * self.accelerator.num_processes
         for batch, denominators in zip(self._window, own, strict=True):
+            # per_process: the mean of each micro-batch, averaged over all micro-batches and processes.
             is_global = self.args.loss_normalization == "global"
             batch["denominators"] = total[:-1] if is_global else denominators * slices
         self._steps_logged += 1
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """The method's own schedule, as a function of the epoch; one update an optimiser step."""
+        """Creates the learning-rate schedule of the method, a function of the epoch that is updated at every step."""
         if self.lr_scheduler is None:
             slices, batches = self.args.gradient_accumulation_steps, len(self.get_train_dataloader())
             steps_per_epoch = self.steps_per_epoch()
@@ -671,7 +679,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
                 return published_epoch(step, batches, slices) if self.args.as_published else step / steps_per_epoch
 
             optimizer = optimizer or self.optimizer
-            assert optimizer is not None  # is made before
+            assert optimizer is not None  # created before
             self.lr_scheduler = LambdaLR(
                 optimizer,
                 lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.peak_learning_rate,
@@ -683,16 +691,17 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if checkpoint is None:
             return
         optimizer, scheduler = self.optimizer, self.lr_scheduler
-        assert optimizer is not None  # both are made before
+        assert optimizer is not None  # both are created before
         assert scheduler is not None
         wanted = [{name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in optimizer.param_groups]
         rates = list(getattr(scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
-        # What came with the checkpoint is as it was; what is asked for now counts.
+        # The checkpoint restores old settings, but the current arguments override them.
         for group, values in zip(optimizer.param_groups, wanted, strict=True):
             group.update(values)
         if "scheduler" in self._given or scheduler.base_lrs == rates:
             return
+        # Another learning rate was requested: rescale the schedule at the step of the checkpoint.
         scheduler.base_lrs = rates
         for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
             group["initial_lr"] = rate
@@ -701,7 +710,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     # ---- Logging ----
 
     def log_part(self, name: str, value: torch.Tensor) -> None:
-        """Adds to a quantity in the logs: summed over slices and steps, averaged over processes and steps."""
+        """Adds a value to a logged quantity: summed over micro-batches, averaged over processes and steps."""
         self._logged[name] = self._logged.get(name, 0.0) + self._finite(value.detach())
 
     def log(self, logs, start_time=None):
@@ -716,7 +725,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         super().log(logs, start_time)
 
     def logged_means(self, over_processes: bool = False) -> dict[str, float]:
-        """Means since the last log of what was given to `log_part`."""
+        """Means per step of the values passed to `log_part` since the last log."""
         if not self._logged:
             return {}
         means = torch.stack(list(self._logged.values())) / self._steps_logged
@@ -728,13 +737,13 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     @property
     def averaged_model(self) -> PreTrainedModel | None:
-        """The moving average of the weights, if one is kept and training has begun."""
+        """Model with the moving average of the weights; None without `ema_decay` or before training."""
         return None if self.ema is None else self.ema.model
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Saves the model with its image processor, and in `ema` below it the moving average, if there is one.
+        """Saves the model with its image processor, and the moving average, if one is kept, in the subfolder `ema`.
 
-        With `push_to_hub` in the arguments it then pushes, unless the process was sent SIGTERM.
+        With `push_to_hub` in the arguments it also pushes the model, unless a process was asked to stop by a signal.
         """
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save and self._staging is None:
@@ -754,7 +763,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def _save_average(self, output_dir: str) -> None:
         if self.ema is not None and self.ema.model is not None:
             self.ema.save_pretrained(output_dir, self.processing_class)
-        else:  # one of another run would not belong to the model beside it
+        else:  # an average of an earlier run does not belong to this model
             shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
 
     def _load_best_model(self):
@@ -763,10 +772,10 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.ema.load(self.state.best_model_checkpoint)
 
     def create_model_card(self, model_name: str | None = None, **metadata):  # type: ignore[override]
-        """Writes the model card, `README.md`, of what this run recorded; see [`write_card`].
+        """Writes the model card, `README.md`, from the record of this run; see [`write_card`].
 
         Args:
-            model_name: Its heading; by default the name of the repository.
+            model_name: Heading of the card; by default the name of the repository.
             **metadata: Fields of huggingface_hub's `ModelCardData`, such as `license` or `tags`.
         """
         if self.is_world_process_zero():
@@ -775,7 +784,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     # ---- Evaluation ----
 
     def evaluation_loop(self, *args, **kwargs):
-        """As the parent's, of the model that would be saved: batch norms of several processes saw other images."""
+        """Runs the parent's loop with the buffers of the main process: each process has other batch-norm statistics."""
         if self.accelerator.num_processes > 1:
             models = [
                 model for model in (self.accelerator.unwrap_model(self.model), self.averaged_model) if model is not None
@@ -784,15 +793,15 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Batches for evaluation, of a `datasets.Dataset` too.
+        """Data loader for evaluation. Accepts a `datasets.Dataset`, which is wrapped.
 
         Raises:
-            ValueError: If that has other classes than the model, or in another order.
+            ValueError: If the data set has other classes than the model, or another order of classes.
         """
         return outliving(super().get_eval_dataloader(self._matching_images(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset):
-        """Batches for prediction; as [`get_eval_dataloader`]."""
+        """Data loader for prediction, like [`get_eval_dataloader`]."""
         return outliving(super().get_test_dataloader(self._matching_images(test_dataset)))
 
     def _matching_images(self, dataset):
@@ -801,12 +810,12 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         return as_images(dataset, getattr(self.processing_class, "background", None))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Evaluates every expert and prints the table; the trainer's own test images in training are recorded too.
+        """Evaluates every expert and prints the table. During training, results on the trainer's test set are recorded.
 
         Args:
-            eval_dataset: Other test images than the trainer's, or several sets of them by name.
-            ignore_keys: Fields of the model's output that `compute_metrics` does not get.
-            metric_key_prefix: Begins the name of each metric; of several sets, their names follow.
+            eval_dataset: Test images to use instead of the trainer's, or a mapping from names to several test sets.
+            ignore_keys: Fields of the model's output that are not passed to `compute_metrics`.
+            metric_key_prefix: Prefix of the metric names. With several test sets, the name of the set follows.
         """
         if self.is_in_train:
             self.nonfinite_guard.check()
@@ -817,7 +826,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         else:
             metrics, tables = {}, {}
             for name, images in wanted.items():
-                chosen: Any = name if eval_dataset is None else images  # by name the workers are kept
+                chosen: Any = name if eval_dataset is None else images  # a name keeps its data loader
                 metrics |= super().evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}")
                 tables[name] = self.last_table
         if self._recording and eval_dataset is None:
@@ -835,6 +844,6 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     @property
     def test_images(self) -> int:
-        """Their number, over all sets."""
+        """Number of test images, over all test sets."""
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         return sum(len(images) for images in sets if images is not None)
