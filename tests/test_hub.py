@@ -375,7 +375,7 @@ def damaged(path):
         (other_zip, r"it is a zip archive of something else \(readme\.txt\)"),
         (damaged, "it is damaged, or holds other objects"),
         (Path.touch, "it is empty"),
-        (lambda path: path.write_text("<html>404"), "it is no file of torch; it begins with b'<html>404'"),
+        (lambda path: path.write_text("<html>404"), "it is not a torch file; it begins with b'<html>404'"),
         (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor, not the weights of a network"),
         (lambda path: torch.save(torch.nn.Linear(2, 2), path), "it refers to torch.nn.modules.linear.Linear"),
     ],
@@ -428,7 +428,7 @@ def test_state_dicts_that_are_no_whole_student(change, message):
     [
         (without("linear.weight"), "is neither a DeiT-LT student nor a PaCo"),
         (without("bn1.running_mean"), "it lacks 'bn1.running_mean'"),
-        (without("conv1.weight"), "is not the whole of an LDAM teacher: it lacks 'conv1.weight'"),
+        (without("conv1.weight"), "is only part of an LDAM teacher: it lacks 'conv1.weight'"),
         (lambda s: {**s, "layer1.9.conv1.weight": s["conv1.weight"]}, "its stages have 6, 5, 5 blocks"),
         (lambda s: {**s, "fc.weight": s["conv1.weight"]}, "it has 'fc.weight' too"),
     ],
@@ -531,7 +531,7 @@ def test_heads_that_a_file_does_not_tell(tmp_path):
         (lambda: make_student(qkv_bias=False), "the authors' students have qkv_bias True, this one False"),
         (lambda: make_student(hidden_act="relu"), "the authors' students have hidden_act 'gelu', this one 'relu'"),
         (lambda: make_student().deit, "a DeiTLTModel is not a student with two heads"),
-        (lambda: torch.compile(make_student()), "is not a student with two heads: what is '_orig_mod"),
+        (lambda: torch.compile(make_student()), "is not a student with two heads: parameter '_orig_mod"),
     ],
 )
 def test_models_that_the_authors_code_does_not_have(tmp_path, make, message):
