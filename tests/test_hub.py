@@ -163,7 +163,7 @@ def test_weights_of_a_model_that_was_wrapped(tmp_path, prefix):
     assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
     blocks = {name.replace("blocks.0.", "blocks.0._orig_mod."): weight for name, weight in weights.items()}
     assert load_original_student(blocks).state_dict().keys() == expected.keys()
-    with pytest.raises(ValueError, match="weights both of a model and of one that is wrapped"):
+    with pytest.raises(ValueError, match="weights both of a model and of a wrapped model"):
         load_original_student(weights | {prefix + "cls_token": weights["cls_token"]})
 
 
@@ -411,7 +411,7 @@ def without(*names):
         (lambda state: {**state, "norm.bias": torch.zeros(7)}, r"norm.bias is \(7,\) instead of \(128,\)"),
         (lambda state: {**state, "pos_embed": torch.zeros(7)}, "is not a student as the authors save it"),
         (lambda state: {**state, "cls_token": "x"}, "has no weights below 'model' or 'state_dict'"),
-        (lambda state: {}, "what it has is empty"),
+        (lambda state: {}, "it contains nothing"),
         (
             lambda state: torchvision.models.resnet18().state_dict(),
             "is neither a DeiT-LT student nor .* 'conv1.weight'",

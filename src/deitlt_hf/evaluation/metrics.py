@@ -111,6 +111,6 @@ def bootstrap_intervals(
 
 
 def _drawn(member: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Draws a bootstrap sample of a class: n - 1 of its n images, the first of them twice."""
+    """Draws a bootstrap sample of a class: n - 1 of its n images, the first drawn image twice."""
     drawn = random.choice(member, max(len(member) - 1, 1))
     return np.concatenate([drawn[: len(member) - 1], drawn[:1]])

@@ -125,7 +125,7 @@ def strip_wrappers(state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     stripped = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in state_dict}
     if len(stripped) < len(state_dict):
-        raise ValueError(f"{name} has weights both of a model and of one that is wrapped; save one of them.")
+        raise ValueError(f"{name} has weights both of a model and of a wrapped model; save only one.")
     return {short: state_dict[key] for short, key in stripped.items()}
 
 

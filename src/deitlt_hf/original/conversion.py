@@ -243,7 +243,7 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
     wrong = [str(key) for key, value in weights.items() if not isinstance(key, str) or not _is_whole(value)]
     if wrong or not weights:
         raise ValueError(
-            f"{name} has no weights below {' or '.join(map(repr, keys))}; what it has is {_listed(wrong) or 'empty'}."
+            f"{name} has no weights below {' or '.join(map(repr, keys))}; it contains {_listed(wrong) or 'nothing'}."
         )
     state_dict = strip_wrappers(weights, name)
     kind = _kind(name, state_dict)
