@@ -153,7 +153,7 @@ def atomic_write(path: str | PathLike) -> Iterator[Path]:
         yield part
         sync_to_disk(part)
         os.replace(part, path)
-        sync_to_disk(path.parent)
+        sync_to_disk(path.parent)  # makes the new name durable, too
     finally:
         part.unlink(missing_ok=True)
 

@@ -81,13 +81,14 @@ def auto_contrast(pixels: np.ndarray, **_) -> np.ndarray:
     low, high = np.array(_image(pixels).getextrema()).T[:, :, None]
     scale = 255.0 / np.maximum(high - low, 1)
     stretched = (LEVELS * scale + -low * scale).clip(0, 255).astype(np.uint8)
-    return _look_up(pixels, np.where(high > low, stretched, LEVELS))
+    return _look_up(pixels, np.where(high > low, stretched, LEVELS))  # as in Pillow, a constant channel stays
 
 
 def equalize(pixels: np.ndarray, **_) -> np.ndarray:
     """Equalizes the histogram of each channel."""
     if pixels.size >= 3 * SMALL:
         return _with_pillow(ImageOps.equalize, pixels)
+    # The table of Pillow's `ImageOps.equalize`, for all channels at once.
     image = _image(pixels)
     counts = np.array(image.histogram()).reshape(3, 256)
     last = counts[np.arange(3), np.array(image.getextrema())[:, 1]][:, None]
@@ -198,6 +199,7 @@ def _cubic_shift(pixels: np.ndarray, axis: int, distances: np.ndarray, fillcolor
     values = torch.from_numpy(taps).flatten(1).float()
     d = (distances - floors).astype(np.float32)
     d = d[:, None] if axis == 1 else d.repeat(3)[None]
+    # Weights of the four taps of cubic convolution with a = -1.
     weights = (d * (d * (2 - d) - 1), d * d * (d - 2) + 1, d * (d * (1 - d) + 1), d * d * (d - 1))
     step = 3 if axis == 1 else 1  # values from one tap to the next
     moved = values.narrow(axis, 0, step * length) * torch.from_numpy(weights[0])

@@ -128,6 +128,7 @@ class EncodedImage:
         with self._errors():
             image, (full_width, full_height) = self._opened, self._opened.size
             image.draft("RGB", (full_width // reduction, full_height // reduction))
+            # `draft` rounds the reduced size up, so the box is scaled by the actual ratios.
             across, down = image.width / full_width, image.height / full_height
             box = (left * across, top * down, (left + width) * across, (top + height) * down)
             return np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC, box))
@@ -318,6 +319,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self._image(index)
+        # Several views share one decoded image; a single view may need only a region of it.
         if len(self.views) != 1 and isinstance(image, EncodedImage):
             image = image.decode()
         row: dict[str, Any] = {"labels": int(self.labels[index])}

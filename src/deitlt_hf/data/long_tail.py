@@ -114,6 +114,7 @@ def stratified_split(labels: Integers, test_fraction: float, seed: int = 0) -> t
     wanted = np.clip(np.round(test_fraction * counts).astype(np.int64), 1, np.maximum(counts - 1, 0))
     order = np.random.RandomState(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
+    # The order within a class is random, so the first ranks are a random choice.
     rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[order] = rank_in_class < wanted[labels[order]]

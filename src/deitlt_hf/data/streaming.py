@@ -77,6 +77,7 @@ class StreamedSplit:
             self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
             self._indices = {name: label for label, name in enumerate(names)}  # a counts file has class names
             self.class_counts = np.zeros(len(names), np.int64)
+            # `add.at` accumulates: different spellings of a label can be the same class.
             np.add.at(self.class_counts, labels["train"], list(counts.values()))
         empty = [names[label] for label in np.flatnonzero(self.class_counts == 0)]
         if empty:

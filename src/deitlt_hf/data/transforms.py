@@ -212,6 +212,7 @@ class TrainTransform:
         """
         rows = pixels.flatten(2)
         mean, std = _channels(self.mean, pixels.device), _channels(self.std, pixels.device)
+        # (x / 255 - mean) / std as one multiplication and one addition per value.
         scale, shift = (1 / (255 * std)).repeat(self.size), (-mean / std).repeat(self.size)
         # On a CPU, chunks that fit the cache take half the time of a whole batch.
         chunk = max(CACHED_VALUES // rows[0].numel(), 1) if pixels.device.type == "cpu" else len(pixels)
@@ -229,6 +230,7 @@ class TrainTransform:
 
         The first write to new memory pages takes longer than the arithmetic.
         """
+        # Two references are the attribute and the argument of `getrefcount`; a tensor in use holds another.
         if self._memory.shape != like.shape or sys.getrefcount(self._memory) > 2:
             self._memory = np.empty(like.shape, np.float32)
         return torch.from_numpy(self._memory)

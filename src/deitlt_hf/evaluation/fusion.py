@@ -145,6 +145,7 @@ def balanced_rows(labels: Integers, limit: int = FIT_IMAGES, seed: int = 0) -> n
     by_class = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels)
     turn = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # position of a row in its class
+    # Sorted by position, the rows contain the first row of every class, then the second of every class, and so on.
     return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
 
 

@@ -30,6 +30,7 @@ def calibration_error(
         raise ValueError(f"confidences must be in [0, 1], got {confidences.min():g} to {confidences.max():g}.")
     # The upper edge belongs to the bin, as in the original definition.
     places = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
+    # The sum over a bin is its number of images times the difference between accuracy and mean confidence.
     gaps = np.bincount(places, weights=correct - confidences, minlength=bins)
     return float(np.abs(gaps).sum() / len(correct))
 

@@ -152,6 +152,7 @@ class DistillationLoss(nn.Module):
         student = F.log_softmax(logits / self.temperature, dim=1)
         teacher = F.log_softmax(teacher_logits.float() / self.temperature, dim=1)
         if self.class_weights is not None:
+            # The softmax renormalises the weighted probabilities.
             teacher = F.log_softmax(teacher + self.class_weights.log(), dim=1)
         divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
         return divergence * self.temperature**2 / (logits.shape[1] if self.distillation == "soft" else 1)

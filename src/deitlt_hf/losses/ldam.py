@@ -52,5 +52,6 @@ class LDAMLoss(nn.Module):
             labels: Class indices; (batch,).
         """
         margins = F.one_hot(labels, logits.shape[1]) * self.margins[labels].unsqueeze(1)
+        # The logits are scaled cosines, so the margins are scaled by the same factor.
         shifted = logits.float() - self.scale * margins
         return F.cross_entropy(shifted, labels, weight=self.class_weights, reduction=self.reduction)

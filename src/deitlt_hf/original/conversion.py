@@ -202,6 +202,7 @@ def export_original_student(model: PreTrainedModel, path: str | PathLike) -> Non
             raise ValueError(
                 f"{name} of the model has {len(values)} entries for {config.num_labels} classes; correct its config."
             )
+    # The inverse of the map: the class in each row of the authors' heads.
     rows = list(range(len(config.id2label or ()))) if class_map is None else np.argsort(class_map).tolist()
     weights = {
         name: (tensor[rows] if name.startswith("head") else tensor).detach().cpu().contiguous()

@@ -48,7 +48,7 @@ def student_sizes(state_dict: StateDict) -> dict[str, Any]:
         ValueError, IndexError: If a tensor has too few dimensions.
     """
     width, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    num_patches = state_dict["pos_embed"].shape[1] - 2
+    num_patches = state_dict["pos_embed"].shape[1] - 2  # without the CLS and DIST tokens
     if num_patches < 1:
         raise ValueError(f"pos_embed is {tuple(state_dict['pos_embed'].shape)}, without a patch")
     if num_channels != 3:

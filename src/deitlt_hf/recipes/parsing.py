@@ -234,6 +234,7 @@ def parse_arguments(
     refused = {name for cls in classes for name in getattr(cls, "refused", ())}
     _hide(parser, refused.union(_FOR_SCRIPTS))
     parser.usage = parser.format_usage().removeprefix("usage: ")  # the short usage in the help, too
+    # First pass: the options that decide which values of the recipe apply.
     first = BriefParser(add_help=False, allow_abbrev=False, usage=parser.usage)
     listed_by = "--help"
     if description is None:
@@ -265,6 +266,7 @@ def parse_arguments(
     options = {option.removeprefix("--") for option in parser._option_string_actions}
     names = (word.removeprefix("--").split("=")[0] for word in rest)
     _refuse_unknown(names, options, "the command line", listed_by=listed_by)
+    # Defaults include the recipe's values, so a difference is an override by the command line.
     changed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(key)}
     for field in _FOR_SCRIPTS:
         if field in changed or field in values:
