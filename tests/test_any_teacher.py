@@ -202,7 +202,7 @@ def test_a_teacher_may_know_more_classes_and_two_of_one_name(tmp_path, digits):
 
 def test_a_model_that_does_not_tell_its_size_needs_a_processor(tmp_path, digits):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=10)
-    with pytest.raises(ValueError, match="ResNetConfig does not tell the side of the model's images; give an image"):
+    with pytest.raises(ValueError, match="ResNetConfig has no integer image_size; give an image"):
         FlatTeacherTrainer(
             model=ResNetForImageClassification(config),
             args=FlatTeacherTrainingArguments(output_dir=str(tmp_path)),

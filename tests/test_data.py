@@ -439,7 +439,7 @@ def test_format_of_a_processor(processor):
 
 
 def test_format_of_a_processor_without_a_size():
-    with pytest.raises(ValueError, match="tells no height and width of its images"):
+    with pytest.raises(ValueError, match="has no height and width for its images"):
         ImageFormat.of(ViTImageProcessor(size={"longest_edge": 16}))
 
 

@@ -66,12 +66,12 @@ def test_check_names_what_is_wrong(tmp_path):
     command = ("check", "--recipe", "imagenet_lt", "--data_dir", tmp_path, "--group_boundaries", "1", "2")
     output = " ".join(run(*command, "--deep", code=1).split())
     for text in (
-        "imagenet_lt has 1,000 classes, but here are 3",
-        "imagenet_lt has 115,846 training images, but here are 10",
-        "imagenet_lt has 50,000 test images, but here are 3",
+        "imagenet_lt has 1,000 classes, but this data set has 3",
+        "imagenet_lt has 115,846 training images, but this data set has 10",
+        "imagenet_lt has 50,000 test images, but this data set has 3",
         "1 classes have no test image: n02",
         "1 files are empty: ",
-        "1 images are for training and for testing: ",
+        "1 images are in both the training and the test split: ",
         "1 training images are listed more than once: ",
         "3 of 10 train images: cannot read the image",
         "it has no bytes",
@@ -112,7 +112,7 @@ def test_check_without_problems_and_with_missing_images(tmp_path):
         (("--recipe", "digits_lt", "--counts", "."), "error: --counts . is a folder; name a file"),
         (
             ("--recipe", "digits_lt", "--group_rule", "thirds", "--group_boundaries", "3", "7"),
-            "error: group_boundaries [3, 7] and group_rule 'thirds' both say how classes are grouped",
+            "error: group_boundaries [3, 7] and group_rule 'thirds' both define groups of classes",
         ),
     ],
 )  # fmt: skip
@@ -316,7 +316,7 @@ def test_check_counts_what_is_not_seen(tmp_path, capsys):
     for split in ("train", "test"):
         datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / f"{split}.parquet"))
     for options, shown, flat_images in (
-        ((), "left out; --background white shows what it hides", 4),
+        ((), "ignored; use --background white to composite over white", 4),
         (("--background", "white"), "over #ffffff", 0),
     ):
         assert check(["--recipe", "image_folder", "--data_dir", str(tmp_path), *options], True, None) == 1
@@ -381,9 +381,9 @@ def test_check_sees_files_by_any_link_and_classes_that_share_them(tmp_path, caps
     assert check(["--recipe", "image_folder", "--data_dir", str(tmp_path)], deep=False, counts_file=None) == 1
     output = " ".join(capsys.readouterr().out.split())
     for text in (
-        "1 images are for training and for testing: ",
+        "1 images are in both the training and the test split: ",
         "1 training images are listed more than once: ",
-        "1 training images are of several classes: ",
+        "1 training images have several classes: ",
         "classes whose names look alike: 'Cat' and 'cat'",
     ):
         assert text in output, text

@@ -163,7 +163,7 @@ def test_weights_of_a_model_that_was_wrapped(tmp_path, prefix):
     assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
     blocks = {name.replace("blocks.0.", "blocks.0._orig_mod."): weight for name, weight in weights.items()}
     assert load_original_student(blocks).state_dict().keys() == expected.keys()
-    with pytest.raises(ValueError, match="weights both of a model and of one that is wrapped"):
+    with pytest.raises(ValueError, match="weights both of a model and of a wrapped model"):
         load_original_student(weights | {prefix + "cls_token": weights["cls_token"]})
 
 
@@ -375,7 +375,7 @@ def damaged(path):
         (other_zip, r"it is a zip archive of something else \(readme\.txt\)"),
         (damaged, "it is damaged, or holds other objects"),
         (Path.touch, "it is empty"),
-        (lambda path: path.write_text("<html>404"), "it is no file of torch; it begins with b'<html>404'"),
+        (lambda path: path.write_text("<html>404"), "it is not a torch file; it begins with b'<html>404'"),
         (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor, not the weights of a network"),
         (lambda path: torch.save(torch.nn.Linear(2, 2), path), "it refers to torch.nn.modules.linear.Linear"),
     ],
@@ -411,7 +411,7 @@ def without(*names):
         (lambda state: {**state, "norm.bias": torch.zeros(7)}, r"norm.bias is \(7,\) instead of \(128,\)"),
         (lambda state: {**state, "pos_embed": torch.zeros(7)}, "is not a student as the authors save it"),
         (lambda state: {**state, "cls_token": "x"}, "has no weights below 'model' or 'state_dict'"),
-        (lambda state: {}, "what it has is empty"),
+        (lambda state: {}, "it contains nothing"),
         (
             lambda state: torchvision.models.resnet18().state_dict(),
             "is neither a DeiT-LT student nor .* 'conv1.weight'",
@@ -428,7 +428,7 @@ def test_state_dicts_that_are_no_whole_student(change, message):
     [
         (without("linear.weight"), "is neither a DeiT-LT student nor a PaCo"),
         (without("bn1.running_mean"), "it lacks 'bn1.running_mean'"),
-        (without("conv1.weight"), "is not the whole of an LDAM teacher: it lacks 'conv1.weight'"),
+        (without("conv1.weight"), "is only part of an LDAM teacher: it lacks 'conv1.weight'"),
         (lambda s: {**s, "layer1.9.conv1.weight": s["conv1.weight"]}, "its stages have 6, 5, 5 blocks"),
         (lambda s: {**s, "fc.weight": s["conv1.weight"]}, "it has 'fc.weight' too"),
     ],
@@ -531,7 +531,7 @@ def test_heads_that_a_file_does_not_tell(tmp_path):
         (lambda: make_student(qkv_bias=False), "the authors' students have qkv_bias True, this one False"),
         (lambda: make_student(hidden_act="relu"), "the authors' students have hidden_act 'gelu', this one 'relu'"),
         (lambda: make_student().deit, "a DeiTLTModel is not a student with two heads"),
-        (lambda: torch.compile(make_student()), "is not a student with two heads: what is '_orig_mod"),
+        (lambda: torch.compile(make_student()), "is not a student with two heads: parameter '_orig_mod"),
     ],
 )
 def test_models_that_the_authors_code_does_not_have(tmp_path, make, message):

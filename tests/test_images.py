@@ -529,7 +529,7 @@ def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
         (tmp_path / label / "a.png").write_bytes(encoded(picture()))
     with open(os.fsencode(tmp_path) + b"/dog/caf\xe9.png", "wb") as file:
         file.write(encoded(picture()))
-    with pytest.raises(ValueError, match=r"caf\\udce9\.png' is no text in UTF-8; rename the file"):
+    with pytest.raises(ValueError, match=r"caf\\udce9\.png' is not valid UTF-8; rename the file"):
         load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
 
 

@@ -80,7 +80,7 @@ def test_what_stands_for_no_label_is_refused_alike(tmp_path, reader, labels):
         *((reader, [0.0, 1.0, NAN], "1 of 3 images have no label") for reader in TABLES),
         ("jsonl", ["a", None, "b"], "1 of 3 images have no label"),
         ("saved", [-1, 0, 1], r"1 of 3 images have no label \(-1\)"),
-        ("parquet", [0.5, 1.0, 2.0], "no whole numbers"),
+        ("parquet", [0.5, 1.0, 2.0], "not whole numbers"),
     ],
 )
 def test_values_that_are_no_label_are_refused_alike(tmp_path, reader, labels, message):
@@ -107,11 +107,11 @@ def test_classes_have_the_same_order_in_every_reader(tmp_path, reader, labels, n
     ("labels", "message"),
     [
         ([1, "cat"], "of several types"),
-        ([True, 1, 0], "truth values and others"),
+        ([True, 1, 0], "booleans and others"),
         ([b"a", b"b"], r"a label is b'b' \(bytes\)"),
         ([[1], [2]], r"a label is \[2\] \(list\)"),
-        ([1, float("inf")], "no whole numbers"),
-        (["1", "1.5"], "no whole numbers"),
+        ([1, float("inf")], "not whole numbers"),
+        (["1", "1.5"], "not whole numbers"),
     ],
 )
 def test_other_types_are_refused(labels, message):

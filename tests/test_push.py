@@ -632,10 +632,10 @@ def test_an_index_beside_whole_weights_stays(hub, folder):
         ("missing", "is missing"),
         ("cut", "not a whole safetensors file"),
         ("lacks", "lacks 'another.weight'"),
-        ("../outside.safetensors", "names '../outside.safetensors', which is no file of weights in its folder"),
-        ("/tmp/outside.safetensors", "which is no file of weights in its folder"),
-        ("training_args.bin", "which is no file of weights in its folder"),
-        (7, "which is no file of weights in its folder"),
+        ("../outside.safetensors", "names '../outside.safetensors', which is not a weight file in its folder"),
+        ("/tmp/outside.safetensors", "which is not a weight file in its folder"),
+        ("training_args.bin", "which is not a weight file in its folder"),
+        (7, "which is not a weight file in its folder"),
     ],
 )
 def test_an_index_whose_weights_are_not_there(hub, folder, change, message):

@@ -265,7 +265,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ),
         (["--recipe", TINY, "--teacher", "./nowhere"], r"there is no model folder './nowhere'"),
         (["--recipe", TINY, "--init_from", "/nowhere"], r"there is no model folder '/nowhere'"),
-        (["--recipe", TINY, "--init_from", __file__], r"test_scripts.py cannot be loaded: it is no file of torch"),
+        (["--recipe", TINY, "--init_from", __file__], r"test_scripts.py cannot be loaded: it is not a torch file"),
         (["--recipe", TINY, "--teacher", __file__], r"is a file; convert it .* with 'deitlt convert'"),
         (["--recipe", TINY, "--imbalance_ratio", "0.5"], r"imbalance_ratio .* must be at least 1, got 0.5"),
         (["--recipe", TINY, "--imbalance_ratio", "100"], r"class 9 would get no image"),

@@ -488,8 +488,8 @@ def test_numbers_in_a_table_keep_their_value(tmp_path):
 @pytest.mark.parametrize(
     ("content", "values", "message"),
     [
-        ("where,label\na.png,1", {}, r"cannot tell the image column of .*; the columns are where, label"),
-        ("path,what\na.png,1", {}, "cannot tell the label column"),
+        ("where,label\na.png,1", {}, r"cannot determine the image column of .*; the columns are where, label"),
+        ("path,what\na.png,1", {}, "cannot determine the label column"),
         ("path,label\na.png,1", {"label_column": "kind"}, "no label column 'kind'; the columns of .* are path, label"),
         ("path,label\na.png,1,2", {}, r"line 2 of .*train\.csv has 3 fields, but the header has 2"),
         ("path,label\na.png,1", {}, "1 of 1 images are not in"),
@@ -1094,7 +1094,7 @@ def test_names_that_are_no_text(tmp_path):
     for name in ("a", "b"):
         save_image(tmp_path / name / "0.png")
     Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/\xff.png")).touch()
-    with pytest.raises(ValueError, match=r"udcff\.png' is no text in UTF-8; rename"):
+    with pytest.raises(ValueError, match=r"udcff\.png' is not valid UTF-8; rename"):
         load_source(data_dir=str(tmp_path))
 
 
@@ -1113,7 +1113,7 @@ def test_names_that_are_no_text(tmp_path):
         (
             "all.csv",
             b"path," + b",".join(b"c%d" % index for index in range(9000)) + b"\n" + b"," * 9000,
-            "cannot tell the label column",
+            "cannot determine the label column",
         ),
         ("all.jsonl", b'{"path": "a.png", "label": 1}\n["a.png", 1]', "line 2 of .*all.jsonl is a list"),
         ("all.jsonl", b'{"path": "a.png", "label": 1}\n{"path"', "line 2 of .*all.jsonl is not valid JSON"),
@@ -1167,7 +1167,7 @@ def test_a_recipe_has_what_it_does_not_give_from_the_one_that_it_extends(tmp_pat
     ("text", "message"),
     [
         ("- data", "has the sections"),
-        ("data: {dataset: a, dataset: b}", "'dataset' is there twice"),
+        ("data: {dataset: a, dataset: b}", "'dataset' occurs twice"),
         ("data: " + "[" * 5000, "nested too deeply"),
         ("data: {a: &a [x, x], b: &b [*a, *a], dataset: [*b, *b]}", "b of data must be a number"),
         ("data: {1: 2}", "1 of data must be a number"),

@@ -101,7 +101,7 @@ def test_repeats_are_augmented_one_by_one(tmp_path):
 
 def test_a_worker_without_a_shard(streamed):
     loader = DataLoader(rows(streamed["train"]), batch_size=3, num_workers=5)
-    with pytest.raises(ValueError, match="a worker has no shard of its own: there are 4 shards; lower --dataloader"):
+    with pytest.raises(ValueError, match="a worker has no shard: there are only 4 shards; lower --dataloader"):
         list(loader)
 
 
@@ -159,7 +159,7 @@ def test_counts_written_by_check_are_read(shards, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"imbalance_ratio": 10}, "imbalance_ratio needs all images at hand; leave it or --streaming out"),
+        ({"imbalance_ratio": 10}, "imbalance_ratio needs the whole data set before training; leave"),
         ({"data_dir": None}, "the embedded digits need no streaming"),
         ({"data_dir": str(ROOT / "src")}, "has no webdataset shards or parquet files to stream"),
         ({"test_split": "other"}, "streaming needs a train and a test split; the splits are test, train"),

@@ -4,7 +4,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# Public names and their modules. They are imported on first use, so that `import deitlt_hf` stays instant.
+# Public names and their modules. They are imported on first use, which keeps `import deitlt_hf` fast.
 _MODULES = {
     "DeiTLTConfig": "models.deitlt.configuration_deitlt",
     "DeiTLTModel": "models.deitlt.modeling_deitlt",

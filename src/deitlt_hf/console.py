@@ -1,4 +1,4 @@
-"""What a terminal shows, and what a log is spared."""
+"""Output to a terminal or a log file: tables and progress bars."""
 
 import sys
 
@@ -9,7 +9,7 @@ from rich.console import Console
 
 
 def quiet_log(quiet: bool | None = None) -> None:
-    """Keeps progress bars of loading, saving and pushing out of a log; by default if there is no terminal."""
+    """Disables the progress bars of loading, saving and pushing; by default only if stderr is not a terminal."""
     if quiet or (quiet is None and not sys.stderr.isatty()):
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -17,7 +17,7 @@ def quiet_log(quiet: bool | None = None) -> None:
 
 
 def show(renderable) -> None:
-    """Prints to the terminal, or as plain text of a fixed width into a log."""
+    """Prints a rich renderable to the terminal, or as plain text of a fixed width if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=110)

@@ -1,4 +1,4 @@
-"""Files: atomic writes that reach the disk, digests, and one sentence for a file that cannot be read."""
+"""Helpers for files: atomic and durable writes, digests, and one-sentence errors for files that cannot be read."""
 
 import contextlib
 import csv
@@ -16,21 +16,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-MAX_QUOTED = 300  # characters of a foreign value or message in one of ours
+MAX_QUOTED = 300  # characters of a third-party value or message that a message of this package quotes
 _BLOCK = 2**20
 
 
 def one_line(value: object, limit: int = MAX_QUOTED) -> str:
-    """A foreign value or message on one line of at most `limit` characters, for a message of ours."""
+    """Shortens a third-party value or message to one line of at most `limit` characters, to quote it in a message."""
     text = " ".join(str(value)[: 4 * limit].split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def check_can_be_folder(folder: str | PathLike) -> None:
-    """Refuses a folder to write to that cannot be made.
+    """Checks that a folder to write to can be created.
 
     Raises:
-        FileExistsError: If it is a file, or below one.
+        FileExistsError: If the path, or one of its parents, is a file.
     """
     for path in (Path(folder), *Path(folder).parents):
         if path.is_file():
@@ -39,13 +39,13 @@ def check_can_be_folder(folder: str | PathLike) -> None:
 
 @contextlib.contextmanager
 def file_errors(source: str | PathLike) -> Iterator[None]:
-    """Turns what a library raises about the content of a file into one sentence that names the file.
+    """Turns a library's error about the content of a file into one sentence that names the file.
 
-    It covers the errors of json, csv, yaml, zip, tar, pickle, torch, safetensors, pyarrow, datasets and Pillow, in
-    which a damaged file shows. Errors of the system (a missing file, no permission) and of the program pass unchanged.
+    It covers the errors that json, csv, yaml, zip, tar, pickle, torch, safetensors, pyarrow, datasets and Pillow raise
+    for a corrupt file. Errors of the system (a missing file, no permission) and programming errors pass unchanged.
 
     Args:
-        source: The file or folder that is read.
+        source: The file or folder that is being read.
 
     Raises:
         ValueError: If the content cannot be read.
@@ -64,7 +64,7 @@ def file_errors(source: str | PathLike) -> Iterator[None]:
 
 
 def _content_errors() -> tuple[type[Exception], ...]:
-    """What libraries raise about the content of a file; imported late, since most programs never need them."""
+    """Exceptions of libraries about the content of a file; imported late, since most programs never need them."""
     import pyarrow
     import yaml
     from datasets.exceptions import DatasetGenerationError
@@ -90,11 +90,11 @@ def _content_errors() -> tuple[type[Exception], ...]:
 
 
 def read_text(path: str | PathLike) -> str:
-    """The text of a file in UTF-8, without a byte order mark.
+    """Reads a UTF-8 text file, without its byte order mark.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is a pipe or the like, which may have no end, or is not text in UTF-8.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a regular file (reading a pipe may never end), or is not text in UTF-8.
     """
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is not a file.")
@@ -106,15 +106,15 @@ def read_text(path: str | PathLike) -> str:
 
 
 def read_json(path: str | PathLike, kind: type = dict) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Args:
         path: The file, in UTF-8.
         kind: The type that its content must have.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not JSON, or of another type.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON, or its content has another type.
     """
     with file_errors(path):
         content = json.loads(read_text(path))
@@ -130,7 +130,7 @@ def write_json(path: str | PathLike, content: Any, indent: int | None = 2) -> No
 
 
 def nan_to_null(value: Any) -> Any:
-    """A value as JSON represents it, with null for NaN, in mappings and sequences too."""
+    """Replaces NaN by None, also inside mappings and sequences, since JSON does not have NaN."""
     if isinstance(value, Mapping):
         return {key: nan_to_null(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -140,10 +140,11 @@ def nan_to_null(value: Any) -> Any:
 
 @contextlib.contextmanager
 def atomic_write(path: str | PathLike) -> Iterator[Path]:
-    """Gives a temporary path; what is written there replaces the file if all goes well, and is removed otherwise.
+    """Writes a file atomically: the caller writes to a temporary path, which replaces the file on success.
 
-    The content is on the disk before the file gets its name, so that a power loss leaves the old file or the new one.
-    A link of that name is replaced, not followed: the files of a snapshot in the Hub's cache are links to others.
+    After an error the temporary file is removed and the old file stays. The content reaches the disk before the file
+    gets its name: a power loss leaves either the old file or the new one. A link of that name is replaced, not
+    followed: the files of a snapshot in the Hub's cache are links to shared files.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,14 +153,14 @@ def atomic_write(path: str | PathLike) -> Iterator[Path]:
         yield part
         sync_to_disk(part)
         os.replace(part, path)
-        sync_to_disk(path.parent)
+        sync_to_disk(path.parent)  # makes the new name durable, too
     finally:
         part.unlink(missing_ok=True)
 
 
 def sync_to_disk(path: str | PathLike) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and Path(path).is_dir():  # Windows opens no folders
+    """Flushes a file, or the directory entries of a folder, to the disk."""
+    if os.name == "nt" and Path(path).is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -169,19 +170,20 @@ def sync_to_disk(path: str | PathLike) -> None:
 
 
 def file_sha256(path: str | PathLike) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """The SHA-256 digest of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weight_files(folder: str | PathLike) -> list[Path]:
-    """The files that transformers loads the weights of a model folder from, by name; none if it has no weights.
+    """Lists the files from which transformers loads the weights of a model folder, sorted by name.
 
-    Others beside them, such as shards that no index names, are of an earlier model.
+    The list is empty if the folder has no weights. Other weight files, such as shards that the index does not name,
+    belong to an earlier model and are not listed.
 
     Raises:
         FileNotFoundError: If a file that an index names is missing.
-        ValueError: If an index cannot be read, or names something else than files of weights in the folder.
+        ValueError: If an index cannot be read, or names anything but weight files in the folder.
     """
     folder = Path(folder)
     # In the order in which transformers looks for them.
@@ -197,27 +199,30 @@ def weight_files(folder: str | PathLike) -> list[Path]:
         for shard in shards.values():
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(Path(name).suffix):
                 raise ValueError(
-                    f"{index} names {one_line(shard, 100)!r}, which is no file of weights in its folder; save the "
+                    f"{index} names {one_line(shard, 100)!r}, which is not a weight file in its folder; save the "
                     "model again."
                 )
             if not (folder / shard).is_file():
-                raise FileNotFoundError(f"{folder} is no whole model folder: {shard} is missing; save the model again.")
+                raise FileNotFoundError(
+                    f"{folder} is not a complete model folder: {shard} is missing; save the model again."
+                )
         return [folder / shard for shard in sorted(set(shards.values()))]
     return []
 
 
 def check_link(path: str | PathLike, folder: str | PathLike) -> None:
-    """Refuses a path in a model folder that leads out of it by a link, or to a file of another kind.
+    """Checks that a path in a model folder is not a link to a file outside the folder or to a file of another kind.
 
-    Such a link publishes a file that nobody meant to: of a folder from a stranger, any file of the user's. The folder
-    itself may be a link. In a snapshot of the Hub's cache all files are links to its blobs.
+    Pushing such a link would publish a file by mistake: a folder from a third party could publish any file of the
+    user. The folder itself may be a link. In a snapshot of the Hub's cache all files are links to its blobs, which is
+    allowed.
 
     Args:
         path: A file below the folder.
-        folder: The model's.
+        folder: The model folder.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If the path is such a link.
     """
     target, top = Path(path).resolve(), Path(folder).resolve()
     is_same_kind = target.is_relative_to(top) and target.suffix == Path(path).suffix
@@ -225,16 +230,16 @@ def check_link(path: str | PathLike, folder: str | PathLike) -> None:
         return
     if top.parent.name == "snapshots" and target.parent == top.parents[1] / "blobs":
         return
-    raise ValueError(f"{path} is a link to {target}; put a copy of what it is meant to be there, or remove it.")
+    raise ValueError(f"{path} is a link to {target}; replace the link by a copy of the intended file, or remove it.")
 
 
 def weights_digest(folder: str | PathLike) -> str | None:
-    """The sha256 of a model folder's weights, in all their files; None if there are none.
+    """The SHA-256 digest over all weight files of a model folder; None if it has no weights.
 
-    It identifies the weights that a record, a card, an ONNX file or a report is about.
+    Records, cards, ONNX files and reports use it to identify the weights that they describe.
 
     Args:
-        folder: Has the files that [`weight_files`] finds.
+        folder: Folder with the files that [`weight_files`] lists.
     """
     files = weight_files(folder)
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The record of a run, `results.json`: its fields and their types, and the one reader of such files."""
+"""The record of a run, `results.json`: the fields, their types, and the function that reads and checks it."""
 
 import types
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from typing import Any, Required, TypedDict, Union, get_args, get_origin, get_ty
 from .io import one_line, read_json
 
 RESULTS_FILE = "results.json"
-SCHEMA = 1  # records of 0.1.0 have no number, and the same fields but `schema`, `steps`, `images_sha256` and `classes`
-_LARGEST = 1e13  # of a number that is shown: more seconds than `timedelta` takes, more parameters than anyone has
+SCHEMA = 1  # records of 0.1.0 lack the fields `schema`, `steps`, `images_sha256` and `classes`; all others are the same
+_LARGEST = 1e13  # bound of displayed numbers: `timedelta` cannot hold more seconds, and no model has more parameters
 
 
 class Evaluation(TypedDict):
-    """What was measured after a step; accuracies are fractions by expert and group, null without test images."""
+    """An evaluation after a step. Accuracies are fractions by expert and group, null without test images."""
 
     epoch: float
     step: int
@@ -22,14 +22,14 @@ class Evaluation(TypedDict):
 
 
 class Recipe(TypedDict, total=False):
-    """Where the settings come from, and what the command line changed."""
+    """The recipe of a run, and the fields that the command line overrides."""
 
     name: str
     overrides: dict[str, Any]
 
 
 class Data(TypedDict, total=False):
-    """The training images."""
+    """The data set: its source, numbers of images, classes and groups."""
 
     dataset: str
     imbalance_ratio: float | None
@@ -46,10 +46,10 @@ class Data(TypedDict, total=False):
 
 
 class Settings(TypedDict, total=False):
-    """What decides the result of a run. Only those fields are here that something reads."""
+    """Settings that determine the result of a run. Only fields that this package reads are declared here."""
 
     num_train_epochs: float
-    epochs: float  # of records before 0.1.0
+    epochs: float  # in records from before 0.1.0
     max_steps: int
     drw_start_epoch: float | None
     global_batch_size: int
@@ -78,7 +78,7 @@ class Training(TypedDict, total=False):
 
 
 class Teacher(TypedDict, total=False):
-    """A student's teacher."""
+    """The teacher of a student: its source, model, accuracies and training."""
 
     source: str | None
     model: str
@@ -89,7 +89,7 @@ class Teacher(TypedDict, total=False):
 
 
 class Hardware(TypedDict, total=False):
-    """What a run was done on."""
+    """The hardware of a run."""
 
     device: Required[str]
     devices: int
@@ -97,7 +97,7 @@ class Hardware(TypedDict, total=False):
 
 
 class Emissions(TypedDict):
-    """What codecarbon estimated of a run; the country decides the emissions of a kWh."""
+    """Energy and emissions of a run, estimated by codecarbon. Emissions per kWh depend on the country."""
 
     energy_kwh: float
     grams_co2eq: float
@@ -105,7 +105,7 @@ class Emissions(TypedDict):
 
 
 class RunRecord(TypedDict, total=False):
-    """The content of a `results.json`. Other fields may stand beside these, such as those of a benchmark."""
+    """The content of a `results.json` file. It may contain further fields, such as those of a benchmark."""
 
     schema: int
     model: str
@@ -135,11 +135,11 @@ def read_record(path: str | PathLike) -> RunRecord:
     """Reads the record of a run.
 
     Args:
-        path: The file, or the folder that has it.
+        path: The file, or the folder that contains it.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is not JSON, a field has another type than its own, or a newer version wrote it.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON, a field has a wrong type, or a newer version of this package wrote it.
     """
     path = Path(path)
     path = path / RESULTS_FILE if path.is_dir() else path
@@ -153,15 +153,15 @@ def read_record(path: str | PathLike) -> RunRecord:
     if wrong is None and record.get("schema", SCHEMA) > SCHEMA:
         wrong = f"a newer version of deitlt-hf wrote it (schema {record['schema']}; this one knows {SCHEMA})"
     if wrong is not None:
-        raise ValueError(f"{path} is not a record of a run that can be read: {wrong}; mend it or move it away.")
+        raise ValueError(f"{path} is not a valid record of a run: {wrong}; repair it or move it away.")
     return record
 
 
 def find_record(folder: str | PathLike) -> RunRecord | None:
-    """The record of a run in a folder; None if there is no such file, or if another program's is called so.
+    """Reads the record of a run in a folder; None if the file does not exist or belongs to another program.
 
     Raises:
-        ValueError: As [`read_record`].
+        ValueError: See [`read_record`].
     """
     path = Path(folder) / RESULTS_FILE
     if not path.is_file() or not is_of_run(read_json(path, object)):
@@ -170,12 +170,12 @@ def find_record(folder: str | PathLike) -> RunRecord | None:
 
 
 def is_of_run(record: Any) -> bool:
-    """Whether the content of a JSON file is a record of this package; other programs call files so too."""
+    """Whether the content of a JSON file is a record of this package; other programs also use the name results.json."""
     return isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("settings", "data"))
 
 
 def _mismatch(value: Any, wanted: Any, place: str) -> str | None:
-    """The first value that is not of its type, in words; None if all are."""
+    """Describes the first value that does not have its declared type; None if all values do."""
     origin = get_origin(wanted)
     if wanted is Any:
         return None
@@ -200,7 +200,7 @@ def _mismatch(value: Any, wanted: Any, place: str) -> str | None:
         parts = ((item, get_args(wanted)[0], f"{place}[{index}]") for index, item in enumerate(value))
     elif wanted in (int, float):
         is_number = isinstance(value, int | wanted) and not isinstance(value, bool)
-        fits = is_number and abs(value) < _LARGEST  # not so for NaN either
+        fits = is_number and abs(value) < _LARGEST  # the comparison is false for NaN, too
         return None if fits else _of_type(value, "a whole number" if wanted is int else "a number", place)
     else:
         return (

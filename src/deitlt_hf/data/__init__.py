@@ -1,8 +1,8 @@
-"""Where images come from and how they become long-tailed."""
+"""Data: loading image data sets, making long-tailed subsets, and turning images into batches."""
 
 from importlib import import_module
 
-# Lazy, so that the pure functions of labels do not import torch.
+# Imported on first use: the functions that need only labels then do not import torch.
 _MODULES = {
     "class_counts": "long_tail",
     "decreasing_count_map": "long_tail",

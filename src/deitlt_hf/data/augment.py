@@ -1,8 +1,8 @@
-"""timm's RandAugment operations on arrays, faster and with the same pixels.
+"""Faster array versions of timm's RandAugment operations, with the same pixels.
 
-Pillow computes look-up tables in Python loops, shears and moves an image as if it were turned (16 products a value
-where 4 do), and smooths with a general filter. Here are functions in the place of those, for RGB images as uint8 arrays
-of shape (height, width, 3); `tests/test_augment.py` compares every operation with timm's.
+Pillow computes look-up tables in Python loops, shears and translates an image with a general affine transform (16
+products per value where 4 are enough), and smooths with a general filter. The functions here replace those operations,
+for RGB images as uint8 arrays of shape (height, width, 3). `tests/test_augment.py` compares each with timm's.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,17 @@ from timm.data.auto_augment import AugmentOp, RandAugment
 
 Operation = Callable[..., np.ndarray]
 
-# Below so many pixels Pillow's general functions are faster than ours, which have more steps, and its tables slower.
+# Below this number of pixels Pillow's general functions are faster than these (fewer steps), and its tables are slower.
 SMALL = 8_192
 LEVELS = np.arange(256)
 CHANNELS = np.array([0, 256, 512], np.uint16)
 
 
 def on_arrays(augmentation: Callable) -> Callable[[np.ndarray], np.ndarray]:
-    """Makes an augmentation of timm's take and give arrays in place of Pillow images.
+    """Converts a timm augmentation of Pillow images to one of arrays.
 
-    Draws and magnitudes of RandAugment stay timm's; the functions of its operations are replaced, in place.
+    The random draws and magnitudes of RandAugment stay those of timm. The functions of its operations are replaced, in
+    place.
     """
     if not isinstance(augmentation, RandAugment):
         return partial(_with_pillow, augmentation)
@@ -32,7 +33,7 @@ def on_arrays(augmentation: Callable) -> Callable[[np.ndarray], np.ndarray]:
         if isinstance(operation, AugmentOp):
             name = operation.name.removesuffix("Increasing")
             operation.aug_fn = FASTER.get(name) or partial(_with_pillow, operation.aug_fn)  # type: ignore[arg-type]
-    ops = np.empty(len(augmentation.ops), dtype=object)  # timm draws from it, and would make it of the list each time
+    ops = np.empty(len(augmentation.ops), dtype=object)  # numpy's choice would convert a list in each call
     ops[:] = augmentation.ops
     augmentation.ops = ops
     return augmentation
@@ -43,7 +44,7 @@ def _with_pillow(operation: Callable, pixels: np.ndarray, *args, **kwargs) -> np
 
 
 def _image(pixels: np.ndarray) -> Image.Image:
-    """As `Image.fromarray`, which copies twice and asks more."""
+    """Like `Image.fromarray`, without its second copy and its checks."""
     return Image.frombuffer("RGB", pixels.shape[1::-1], np.ascontiguousarray(pixels), "raw", "RGB", 0, 1)
 
 
@@ -52,41 +53,42 @@ def _array(image: Image.Image) -> np.ndarray:
 
 
 def invert(pixels: np.ndarray, **_) -> np.ndarray:
-    """255 minus each value."""
+    """Inverts the colours: 255 minus each value."""
     return ~pixels
 
 
 def posterize(pixels: np.ndarray, bits: int, **_) -> np.ndarray:
-    """Keeps the highest bits of each value. 0 bits and fewer, which timm draws and Pillow 13 refuses, give black."""
+    """Keeps the highest bits of each value. Values of 0 or less, which timm draws and Pillow 13 refuses, give black."""
     return pixels if bits >= 8 else pixels & np.uint8(256 - 2 ** (8 - max(bits, 0)))
 
 
 def solarize(pixels: np.ndarray, threshold: int, **_) -> np.ndarray:
-    """Inverts values from the threshold on."""
+    """Inverts values at or above the threshold."""
     if threshold > 255:
         return pixels
     return pixels ^ (np.uint8(255) * (pixels >= np.uint8(threshold)).view(np.uint8))
 
 
 def solarize_add(pixels: np.ndarray, add: int, threshold: int = 128, **_) -> np.ndarray:
-    """Adds to values below the threshold. At most 128 in timm's levels, so that no sum is beyond 255."""
+    """Adds a constant to values below the threshold. timm adds at most 128, so no sum exceeds 255."""
     return pixels + np.uint8(add) * (pixels < np.uint8(threshold)).view(np.uint8)
 
 
 def auto_contrast(pixels: np.ndarray, **_) -> np.ndarray:
-    """Stretches each channel to the whole range."""
+    """Stretches each channel to the full range of values."""
     if pixels.size >= 3 * SMALL:
         return _with_pillow(ImageOps.autocontrast, pixels)
     low, high = np.array(_image(pixels).getextrema()).T[:, :, None]
     scale = 255.0 / np.maximum(high - low, 1)
     stretched = (LEVELS * scale + -low * scale).clip(0, 255).astype(np.uint8)
-    return _look_up(pixels, np.where(high > low, stretched, LEVELS))
+    return _look_up(pixels, np.where(high > low, stretched, LEVELS))  # as in Pillow, a constant channel stays
 
 
 def equalize(pixels: np.ndarray, **_) -> np.ndarray:
-    """Makes each channel's histogram flat."""
+    """Equalizes the histogram of each channel."""
     if pixels.size >= 3 * SMALL:
         return _with_pillow(ImageOps.equalize, pixels)
+    # The table of Pillow's `ImageOps.equalize`, for all channels at once.
     image = _image(pixels)
     counts = np.array(image.histogram()).reshape(3, 256)
     last = counts[np.arange(3), np.array(image.getextrema())[:, 1]][:, None]
@@ -96,12 +98,12 @@ def equalize(pixels: np.ndarray, **_) -> np.ndarray:
 
 
 def _look_up(pixels: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Each value's entry in its channel's table; tables are of shape (3, 256)."""
+    """Looks up each value in the table of its channel; tables have the shape (3, 256)."""
     return tables.astype(np.uint8).take(pixels + CHANNELS)
 
 
 def sharpness(pixels: np.ndarray, factor: float, **_) -> np.ndarray:
-    """Between the smoothed image (0), the image (1) and beyond."""
+    """Blends the smoothed image (factor 0) with the image (factor 1); larger factors sharpen."""
     image = _image(pixels)
     if image.width * image.height < SMALL:
         return _array(ImageEnhance.Sharpness(image).enhance(factor))
@@ -114,23 +116,23 @@ def sharpness(pixels: np.ndarray, factor: float, **_) -> np.ndarray:
 
 
 def shear_x(pixels: np.ndarray, factor: float, **kwargs) -> np.ndarray:
-    """Moves each row by its distance from the top."""
+    """Shears horizontally: shifts each row in proportion to its distance from the top."""
     return _move(pixels, 1, factor * (np.arange(pixels.shape[0]) + 0.5), (1, factor, 0, 0, 1, 0), **kwargs)
 
 
 def shear_y(pixels: np.ndarray, factor: float, **kwargs) -> np.ndarray:
-    """Moves each column by its distance from the left."""
+    """Shears vertically: shifts each column in proportion to its distance from the left."""
     return _move(pixels, 0, factor * (np.arange(pixels.shape[1]) + 0.5), (1, 0, 0, factor, 1, 0), **kwargs)
 
 
 def translate_x(pixels: np.ndarray, share: float, **kwargs) -> np.ndarray:
-    """Moves the image by a share of its width."""
+    """Translates the image horizontally by a share of its width."""
     distance = share * pixels.shape[1]
     return _move(pixels, 1, np.full(pixels.shape[0], distance), (1, 0, distance, 0, 1, 0), **kwargs)
 
 
 def translate_y(pixels: np.ndarray, share: float, **kwargs) -> np.ndarray:
-    """Moves the image by a share of its height."""
+    """Translates the image vertically by a share of its height."""
     distance = share * pixels.shape[0]
     return _move(pixels, 0, np.full(pixels.shape[1], distance), (1, 0, 0, 0, 1, distance), **kwargs)
 
@@ -158,7 +160,7 @@ def _move(
     fillcolor: tuple[int, ...],
     resample: int,
 ) -> np.ndarray:
-    """Moves rows to the left (axis 1) or columns up (axis 0) by their distances; `matrix` says the same to Pillow."""
+    """Shifts rows left (axis 1) or columns up (axis 0) by their distances; `matrix` is the same shift for Pillow."""
     height, width, _ = pixels.shape
     if resample == Image.Resampling.BICUBIC and height * width >= SMALL:
         return _cubic_shift(pixels, axis, distances, fillcolor)
@@ -168,7 +170,7 @@ def _move(
 
 
 def _cubic_shift(pixels: np.ndarray, axis: int, distances: np.ndarray, fillcolor: Sequence[int]) -> np.ndarray:
-    """Moves lines with the cubic interpolation of Pillow's transform (a = -1)."""
+    """Shifts lines with the cubic interpolation of Pillow's transform (a = -1)."""
     length, lines = pixels.shape[axis], pixels.shape[1 - axis]
 
     def by_line(array: np.ndarray) -> np.ndarray:
@@ -177,11 +179,11 @@ def _cubic_shift(pixels: np.ndarray, axis: int, distances: np.ndarray, fillcolor
     def empty(length: int) -> np.ndarray:
         return np.empty((lines, length, 3) if axis == 1 else (length, lines, 3), np.uint8)
 
-    # Lines with the same whole distance, and on the same side of half a pixel, are taken together.
+    # Group consecutive lines with the same whole distance on the same side of half a pixel: one slice serves a group.
     halves = np.floor(2 * distances)
     starts = [0, *(np.flatnonzero(halves[1:] != halves[:-1]) + 1).tolist()]
     groups = [slice(*ends) for ends in zip(starts, [*starts[1:], lines], strict=True)]
-    # Each line as the four taps need it: one pixel before, two after, the ends repeated.
+    # The four taps need one pixel before and two after each line; the ends are repeated.
     floors = np.floor(distances)
     whole = floors[starts].astype(np.int64).tolist()
     before, after = 1 + max(0, -min(whole)), 2 + max(0, max(whole))
@@ -197,15 +199,16 @@ def _cubic_shift(pixels: np.ndarray, axis: int, distances: np.ndarray, fillcolor
     values = torch.from_numpy(taps).flatten(1).float()
     d = (distances - floors).astype(np.float32)
     d = d[:, None] if axis == 1 else d.repeat(3)[None]
+    # Weights of the four taps of cubic convolution with a = -1.
     weights = (d * (d * (2 - d) - 1), d * d * (d - 2) + 1, d * (d * (1 - d) + 1), d * d * (d - 1))
     step = 3 if axis == 1 else 1  # values from one tap to the next
     moved = values.narrow(axis, 0, step * length) * torch.from_numpy(weights[0])
     for tap in (1, 2, 3):
         moved.addcmul_(values.narrow(axis, step * tap, step * length), torch.from_numpy(weights[tap]))
-    # Pillow rounds down. What float32 leaves of a whole number must not fall below it.
+    # Pillow rounds down, so a float32 error must not push a whole number below itself.
     result = moved.add_(1e-3).clamp_(0, 255).numpy().astype(np.uint8).reshape(pixels.shape)
 
-    # A pixel whose centre comes from outside the image has the fill colour.
+    # As in Pillow, a pixel whose source centre is outside the image gets the fill colour.
     fill = np.array(fillcolor, np.uint8)
     firsts = np.ceil(-distances[starts] - 0.5).astype(np.int64)
     for group, first, end in zip(groups, firsts.tolist(), (firsts + length).tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Finds in seconds what a data set holds, what is missing and, on request, which images cannot be decoded."""
+"""Checks a data set in seconds: contents, missing parts and, on request, images that cannot be decoded."""
 
 import os
 import stat
@@ -20,7 +20,7 @@ NAMED = 5
 
 
 class Benchmark(NamedTuple):
-    """What a public benchmark should have before any subsampling."""
+    """Expected sizes of a public benchmark before any subsampling."""
 
     classes: int
     train_images: int
@@ -38,7 +38,7 @@ BENCHMARKS = {
 
 @dataclass
 class Report:
-    """Lines to show, and what is wrong."""
+    """Result of a check: lines to print by their title, and the problems found."""
 
     lines: dict[str, str]
     problems: list[str]
@@ -53,22 +53,22 @@ def check_data(
     deep: bool = False,
     background: str | None = None,
 ) -> Report:
-    """Looks at a data set.
+    """Checks a data set and describes it.
 
     Args:
-        name: Its name, to compare it with what a public benchmark should have.
-        kind: What it was loaded as, in words.
+        name: Name of the data set, for the comparison with a public benchmark of that name.
+        kind: Description of the source that was loaded.
         source: The splits as they were loaded.
-        data: `train` and `test` as they are trained on.
-        groups: Head, mid and tail.
-        deep: Decode every image, on all cores, and look for images that are for training and for testing.
-        background: Colour that shows through transparent pixels.
+        data: The splits `train` and `test` that training uses.
+        groups: Head, mid and tail classes.
+        deep: Decode every image, on all cores, and search for identical images in training and testing.
+        background: Background colour behind transparent pixels.
 
     Returns:
-        What it is; without problems it can be trained on.
+        The description and the problems; a data set without problems is ready to train on.
 
     Raises:
-        ValueError: If a stream is to be decoded.
+        ValueError: If `deep` is set for a stream.
     """
     names = data["train"].features["label"].names
     counts = training_counts(data["train"])
@@ -90,7 +90,7 @@ def check_data(
     problems = [*_against_benchmark(name, source, len(names)), *_tests_of_classes(data["test"], names)]
     problems += [f"classes whose names look alike: {pair}" for pair in look_alikes(names)[:NAMED]]
     if len(names) > 2 and counts.max() == 1:
-        problems.append("no class has more than one training image; are the labels those of classes?")
+        problems.append("no class has more than one training image; does the label column really hold classes?")
     if not isinstance(data["train"], datasets.Dataset):
         if deep:
             raise ValueError("a stream cannot be decoded beforehand; leave out --deep, and see --skip_bad_images.")
@@ -115,7 +115,7 @@ def _against_benchmark(name: str, source: Mapping[str, datasets.Dataset], num_cl
         ("test images", test, wanted.test_images),
     ):
         if found != expected:
-            yield f"{name} has {expected:,} {what}, but here are {found:,}"
+            yield f"{name} has {expected:,} {what}, but this data set has {found:,}"
 
 
 def _tests_of_classes(test: datasets.Dataset, names: list[str]) -> Iterator[str]:
@@ -125,7 +125,7 @@ def _tests_of_classes(test: datasets.Dataset, names: list[str]) -> Iterator[str]
 
 
 def _paths(data: datasets.DatasetDict) -> Iterator[str]:
-    """Images without bytes and path, and files that are empty, unreadable, or there twice."""
+    """Finds images without bytes and path, and files that are empty, unreadable or listed twice."""
     paths = {}
     for split, rows in data.items():
         paths[split], absent = _stored_paths(rows)
@@ -135,19 +135,19 @@ def _paths(data: datasets.DatasetDict) -> Iterator[str]:
     known = {path: _status(path) for split in paths.values() for path in split.values()}
     broken = [path for path, status in known.items() if status is None]
     if broken:
-        yield f"{len(broken):,} files cannot be read (broken links, no permission, no files?): {_some(broken)}"
+        yield f"{len(broken):,} files cannot be read (broken links, no permission, or not files): {_some(broken)}"
     empty = [path for path, status in known.items() if status is not None and status.st_size == 0]
     if empty:
         yield f"{len(empty):,} files are empty: {_some(empty)}"
 
-    def file_of(path: str) -> object:  # the same by any link to it
+    def file_of(path: str) -> object:  # by device and inode, since different links can lead to the same file
         status = known[path]
         return path if status is None else (status.st_dev, status.st_ino)
 
     tested = {file_of(path) for path in paths["test"].values()}
     both = sorted({path for path in paths["train"].values() if file_of(path) in tested})
     if both:
-        yield f"{len(both):,} images are for training and for testing: {_some(both)}"
+        yield f"{len(both):,} images are in both the training and the test split: {_some(both)}"
     labels_of: dict[object, list[int]] = {}
     labels = data["train"]["label"][:]
     for row, path in paths["train"].items():
@@ -158,11 +158,11 @@ def _paths(data: datasets.DatasetDict) -> Iterator[str]:
         yield f"{len(twice):,} training images are listed more than once: {_some(twice)}"
     several = [first[file] for file, found in labels_of.items() if len(set(found)) > 1]
     if several:
-        yield f"{len(several):,} training images are of several classes: {_some(several)}"
+        yield f"{len(several):,} training images have several classes: {_some(several)}"
 
 
 def _status(path: str) -> os.stat_result | None:
-    """The status of a file; None if it cannot be read, or is a folder, a pipe or a device."""
+    """The status of a regular file; None if it cannot be read, or is a folder, a pipe or a device."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -171,12 +171,12 @@ def _status(path: str) -> os.stat_result | None:
 
 
 def _stored_paths(rows: datasets.Dataset) -> tuple[dict[int, str], list[int]]:
-    """Paths of the images that are files of their own, by row, and rows that have neither bytes nor a path."""
+    """Paths of the images that are stored as files, by row, and the rows that have neither bytes nor a path."""
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False)).with_format("arrow")
     paths, empty = {}, []
     for start, batch in enumerate(images.iter(ROWS_A_TASK)):
         cells = batch.column("image").combine_chunks()
-        # Flattened, the parts are null where the cell is.
+        # `flatten` makes the fields null where the whole cell is null.
         parts = dict(zip((field.name for field in cells.type), cells.flatten(), strict=True))
         found = zip(parts["bytes"].is_valid().to_pylist(), parts["path"].to_pylist(), strict=True)
         for row, (inside, path) in enumerate(found, start=start * ROWS_A_TASK):
@@ -205,14 +205,14 @@ def _decode_all(data: datasets.DatasetDict, background: str | None) -> tuple[dic
     transparent = sum(result.is_transparent for result in whole)
     flat = sum(result.is_flat for result in whole)
     if transparent:
-        how = "left out; --background white shows what it hides" if background is None else f"over {background}"
+        how = "ignored; use --background white to composite over white" if background is None else f"over {background}"
         lines["transparency"] = f"in {transparent:,} images, {how}"
     if flat:
         of_these = sum(result.is_flat and result.is_transparent for result in whole)
-        lines["one flat colour"] = f"{flat:,} images, {of_these:,} of them with transparency"
+        lines["one flat colour"] = f"{flat:,} images, {of_these:,} with transparency"
     frames = sum(result.has_frames for result in whole)
     if frames:
-        lines["several frames"] = f"in {frames:,} images, of which the first is read"
+        lines["several frames"] = f"in {frames:,} images; only the first frame is read"
     return lines, problems
 
 

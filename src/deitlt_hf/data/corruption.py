@@ -1,16 +1,16 @@
-"""Tar files that are cut short or empty."""
+"""Detects tar files that are truncated or empty."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-TAR_BLOCK = 512  # bytes; a tar file is whole blocks, and ends with empty ones
+TAR_BLOCK = 512  # bytes; a tar file consists of whole blocks, and the last are zero
 
 
 def check_shards(shards: Mapping[str, Sequence[str]]) -> None:
-    """Checks that no tar file is cut short, where readers may stop without an error, and that none is empty.
+    """Checks that no tar file is truncated or empty. Readers may end silently at the end of a truncated file.
 
     Raises:
-        ValueError: If one is, or is not a file; the message names it.
+        ValueError: If a file is truncated, empty, or not a regular file; the message names it.
     """
     for path in (Path(path) for paths in shards.values() for path in paths):
         if not path.is_file():

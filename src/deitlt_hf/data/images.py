@@ -1,4 +1,4 @@
-"""From rows of a data set to tensors: decoding, the torch data set and the collator."""
+"""Turns rows of a data set into tensors: image decoding, the torch data set and the collator."""
 
 import contextlib
 import hashlib
@@ -25,11 +25,11 @@ from .image_rule import is_transparent, open_encoded, orientation_of, upright_rg
 
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 
-# What decodes JPEGs a third faster than Pillow; the first that is installed is used. torchvision 0.29 announces that a
-# later version leaves it to torchcodec, which gives the same pixels.
+# JPEG decoders that are a third faster than Pillow; the first installed one is used. torchvision 0.29 announces that a
+# later version moves decoding to torchcodec, which gives the same pixels.
 JPEG_DECODERS = ("torchvision.io", "torchcodec.decoders")
-REDUCING_GAP = 2.0  # a region of a JPEG is decoded no smaller than this many times its result
-CACHED_SIDE = 64  # images of at most this side are kept decoded
+REDUCING_GAP = 2.0  # a region of a JPEG is decoded to at least this many times the size of the result
+CACHED_SIDE = 64  # pixels; images up to this side are cached decoded
 CACHE_BYTES = 2**30
 ROWS_A_TASK = 256
 BINARY = ("binary", "large_binary", "binary_view")
@@ -37,9 +37,9 @@ ADVICE = " Repair or remove it, or pass --skip_bad_images."
 
 
 def find_decoder(modules: Sequence[str] = JPEG_DECODERS) -> tuple[str, Callable] | None:
-    """The first of some modules that can decode JPEGs, and its function; None if none can."""
+    """Finds the first module that can decode JPEGs, and its decoding function; None if none can."""
     for module in modules:
-        # torchcodec raises OSError or RuntimeError where its libraries are not for this torch.
+        # torchcodec raises OSError or RuntimeError if its libraries were built for another torch.
         with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
             decoders = importlib.import_module(module)
             return module, partial(decoders.decode_jpeg, mode=decoders.ImageReadMode.RGB)
@@ -50,18 +50,18 @@ _DECODER = find_decoder()
 
 
 class EncodedImage:
-    """An image that is decoded when it is known how much of it is needed.
+    """An encoded image. Decoding is deferred until it is known which region and resolution are needed.
 
     Args:
-        source: Its bytes, or the path of its file.
-        name: What errors call it.
-        background: Colour that shows through transparent pixels; None leaves transparency out.
+        source: Bytes of the image, or the path of its file.
+        name: Name of the image in errors.
+        background: Background colour behind transparent pixels; None ignores transparency.
 
     Attributes:
-        size: Width and height in pixels, upright: those of the decoded array.
+        size: Width and height in pixels of the decoded, upright image.
 
     Raises:
-        ValueError: If it is no image, or larger or longer than the limits of `image_rule`; the message names it.
+        ValueError: If it is not an image, or exceeds the size limits of `image_rule`; the message names it.
     """
 
     def __init__(self, source: bytes | str, name: str, background: str | None = None):
@@ -81,7 +81,7 @@ class EncodedImage:
             Upright RGB; uint8 of shape (height, width, 3).
 
         Raises:
-            ValueError: If it cannot be decoded; the message names it.
+            ValueError: If the image cannot be decoded; the message names it.
         """
         with self._errors():
             if self._is_jpeg and _DECODER is not None:
@@ -90,33 +90,35 @@ class EncodedImage:
             else:
                 pixels = np.asarray(upright_rgb(self._opened, self.background))
             height, width, _ = pixels.shape
-            if (width, height) != self.size:  # regions are chosen by it
+            if (width, height) != self.size:  # crop regions are chosen from this size
                 raise ValueError(
                     f"its header says {self.size[0]} x {self.size[1]} pixels, but it has {width} x {height}"
                 )
             return pixels
 
     def traits(self) -> tuple[bool, bool]:
-        """Whether the decoded image is transparent somewhere, and whether it has several frames."""
+        """Returns whether any pixel is transparent, and whether the image has several frames."""
         try:
-            several = getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"  # with its previews
-        except Exception:  # of a damaged second frame, which is not read
+            several = (
+                getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"
+            )  # extra frames: previews
+        except Exception:  # the second frame is damaged; it is never read
             several = True
         opaque = "A" in self._opened.getbands() and np.asarray(self._opened.getchannel("A")).min() == 255
         return is_transparent(self._opened) and not opaque, several
 
     def decode_region(self, region: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray | None:
-        """Decodes a JPEG at a fraction of its size and resizes a region of it, if that is much smaller.
+        """Decodes a JPEG at a fraction of its size and resizes a region of it, if the result is much smaller.
 
         Args:
             region: Top, left, height and width.
             size: Height and width of the result.
 
         Returns:
-            uint8 of shape (height, width, 3); None if the region has to be taken from the whole image.
+            uint8 of shape (height, width, 3); None if the whole image must be decoded instead.
 
         Raises:
-            ValueError: If it cannot be decoded; the message names it.
+            ValueError: If the image cannot be decoded; the message names it.
         """
         top, left, height, width = region
         available = min(height / (REDUCING_GAP * size[0]), width / (REDUCING_GAP * size[1]))
@@ -126,13 +128,14 @@ class EncodedImage:
         with self._errors():
             image, (full_width, full_height) = self._opened, self._opened.size
             image.draft("RGB", (full_width // reduction, full_height // reduction))
+            # `draft` rounds the reduced size up, so the box is scaled by the actual ratios.
             across, down = image.width / full_width, image.height / full_height
             box = (left * across, top * down, (left + width) * across, (top + height) * down)
             return np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC, box))
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turns whatever a decoder raises into one sentence that names the image."""
+        """Turns any exception of a decoder into one sentence that names the image."""
         try:
             yield
         except Exception as error:
@@ -143,7 +146,7 @@ class EncodedImage:
 
 
 def decoder_versions() -> dict[str, str]:
-    """What decodes images, by package: pixels of another decoder, or version, can differ by a few grey levels."""
+    """Versions of the packages that decode images: other decoders or versions can differ by a few grey levels."""
     packages = ["pillow"] if _DECODER is None else ["pillow", _DECODER[0].partition(".")[0]]
     return {package: version(package) for package in packages}
 
@@ -166,10 +169,10 @@ def as_image_column(rows: datasets.Dataset, column: str) -> datasets.Dataset:
         return rows
     if not holds_images(feature) and getattr(feature, "dtype", "") not in ("string", "large_string"):
         raise ValueError(
-            f"the column {column!r} has the type {one_line(feature)}, which is not that of images (bytes, or a struct "
-            "of bytes and path) or of their paths; name another with image_column."
+            f"the column {column!r} has the type {one_line(feature)}, which holds neither images (bytes, or a struct "
+            "of bytes and path) nor paths; name another column with image_column."
         )
-    if "_view" in str(feature):  # of polars, which pyarrow casts only to bytes and text
+    if "_view" in str(feature):  # types of polars, which pyarrow casts only to bytes and text
         rows = rows.cast_column(column, _without_views(feature))
     return rows.cast_column(column, datasets.Image())
 
@@ -181,15 +184,15 @@ def _without_views(feature):
 
 
 def open_image(image: Mapping[str, Any] | None, place: str = "", background: str | None = None) -> EncodedImage:
-    """Opens an image of a `datasets.Image(decode=False)` column: `bytes` and `path`, the bytes first if both are there.
+    """Opens an image of a `datasets.Image(decode=False)` column, from `bytes` if the cell has them, else from `path`.
 
     Args:
-        image: The cell.
-        place: Where the cell is, for errors, such as "row 17 of the column image".
-        background: As for [`EncodedImage`].
+        image: Cell of the column.
+        place: Place of the cell for errors, such as "row 17 of the column image".
+        background: See [`EncodedImage`].
 
     Raises:
-        ValueError: As for [`EncodedImage`], or if the cell is empty.
+        ValueError: See [`EncodedImage`]; also if the cell is empty.
     """
     image = image or {}
     data: bytes | None = image.get("bytes")
@@ -206,20 +209,20 @@ def decode_image(image: Mapping[str, Any] | None, background: str | None = None)
     """Decodes an image of a `datasets.Image(decode=False)` column into upright RGB; uint8 of shape (height, width, 3).
 
     Raises:
-        ValueError: If it cannot be read; the message names the file.
+        ValueError: If the image cannot be read; the message names the file.
     """
     return open_image(image, background=background).decode()
 
 
 class Decoded(NamedTuple):
-    """What was found by decoding an image.
+    """Result of decoding an image.
 
     Args:
-        error: What is wrong with it, or None.
-        digest: Of its bytes; None if something is wrong.
-        is_transparent: Whether it has transparency.
-        is_flat: Whether it is of one colour, as it is trained on.
-        has_frames: Whether it has several frames, of which the first is read.
+        error: Description of the error, or None.
+        digest: Digest of the bytes; None after an error.
+        is_transparent: Whether any pixel is transparent.
+        is_flat: Whether the decoded image, as training uses it, has a single colour.
+        has_frames: Whether the image has several frames; only the first is read.
     """
 
     error: str | None
@@ -233,8 +236,8 @@ def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[De
     """Decodes every image of a data set, on all cores.
 
     Args:
-        rows: Has the column `image`.
-        background: As for [`EncodedImage`].
+        rows: Data set with the column `image`.
+        background: See [`EncodedImage`].
     """
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
     with ProcessPoolExecutor(initializer=_keep, initargs=(images, source_rows(rows), background)) as pool:
@@ -243,13 +246,13 @@ def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[De
 
 
 def source_rows(dataset: datasets.Dataset) -> np.ndarray:
-    """Where each row of a data set is in its source, if it is known, else in the data set; counted from 0."""
+    """Index of each row in the source of a data set if known, else in the data set; counted from 0."""
     if "source_index" not in dataset.column_names:
         return np.arange(len(dataset))
     return np.asarray(dataset.with_format("numpy")["source_index"][:])
 
 
-_job: tuple  # of a process of `decode_all`, which gets it once
+_job: tuple  # arguments of `_decode_some`, sent once to each worker process of `decode_all`
 
 
 def _keep(*job) -> None:
@@ -274,24 +277,24 @@ def _decode_some(start: int) -> list[Decoded]:
 
 
 def _read_file(path: str) -> bytes:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device could have no end
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device may never end
         raise ValueError("it is not a file")
     return Path(path).read_bytes()
 
 
 class ImageDataset(Dataset):
-    """Rows of a `datasets.Dataset` as dictionaries of model inputs.
+    """Torch data set whose items are the rows of a `datasets.Dataset` as dictionaries of model inputs.
 
-    Small images, such as CIFAR's, are decoded once and then kept in memory, which the workers of a data loader share.
+    Small images, such as CIFAR's, are decoded once and cached in memory that the workers of a data loader share.
 
     Args:
         dataset: Rows with an image and a label.
-        image_column: Its image column.
-        label_column: Its label column.
-        views: Transforms from an [`EncodedImage`] or a decoded one (uint8, of shape (height, width, 3)), by the name
-            of the model input that they make. Without any, the row has the decoded image itself under `image`, for
+        image_column: Name of the image column.
+        label_column: Name of the label column.
+        views: Transforms of an [`EncodedImage`] or a decoded image (uint8, of shape (height, width, 3)), by the name of
+            the model input that they make. Without views, a row contains the decoded image under `image`, for
             [`ImageCollator`].
-        background: As for [`EncodedImage`].
+        background: See [`EncodedImage`].
     """
 
     def __init__(
@@ -302,9 +305,9 @@ class ImageDataset(Dataset):
         views: Mapping[str, Callable[[EncodedImage | np.ndarray], torch.Tensor]] | None = None,
         background: str | None = None,
     ):
-        # Decoding is ours: datasets' own does not say which file is broken.
+        # `datasets` would decode without naming the corrupt file in its error.
         images = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
-        self.images = images.with_format("arrow")  # the fastest way to a row
+        self.images = images.with_format("arrow")  # the fastest format for single rows
         self.views = views or {}
         self.background = background
         self.column, self._rows = image_column, source_rows(dataset)
@@ -316,6 +319,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self._image(index)
+        # Several views share one decoded image; a single view may need only a region of it.
         if len(self.views) != 1 and isinstance(image, EncodedImage):
             image = image.decode()
         row: dict[str, Any] = {"labels": int(self.labels[index])}
@@ -332,7 +336,7 @@ class ImageDataset(Dataset):
             if image.shape != pixels.shape[1:]:
                 return image
             pixels[index] = image
-            known[index] = True  # after the pixels: another worker may be reading
+            known[index] = True  # set after the pixels, since another worker may read at the same time
         return pixels[index]
 
     def _open(self, index: int) -> EncodedImage:
@@ -340,7 +344,7 @@ class ImageDataset(Dataset):
         return open_image(self.images[index].column(0)[0].as_py(), place, self.background)
 
     def _make_cache(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Memory for all images, and which are there; None if the first image is large, or they are too many."""
+        """Allocates memory for all images and their flags; None if the first image or the total is too large."""
         if len(self) == 0:
             return None
         try:
@@ -350,16 +354,17 @@ class ImageDataset(Dataset):
         num_bytes = len(self) * 3 * width * height
         if max(width, height) > CACHED_SIDE or num_bytes > CACHE_BYTES:
             return None
-        # Anonymous and shared: forked workers fill it together, and /dev/shm, small in containers, does not limit it.
+        # Anonymous shared memory: forked workers fill it together, and it is not limited by /dev/shm, which is small in
+        # containers.
         pixels = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8).reshape(len(self), height, width, 3)
         return pixels, np.frombuffer(mmap.mmap(-1, len(self)), bool)
 
 
 class ImageCollator:
-    """Stacks rows into a batch; decoded images go through the image processor, as they will at inference.
+    """Stacks rows into a batch. Decoded images pass through the image processor, as at inference.
 
     Attributes:
-        background: The processor's, which images are to be decoded with; see [`EncodedImage`].
+        background: Background colour of the processor, for decoding; see [`EncodedImage`].
     """
 
     def __init__(self, image_processor):
@@ -369,7 +374,7 @@ class ImageCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "image" not in rows[0]:
             return default_collate(list(rows))
-        # A tensor's channels come first, an array's shape does not tell.
+        # Channels first: the processor cannot always infer the channel axis of an array from its shape.
         images = [torch.from_numpy(row["image"].transpose(2, 0, 1).copy()) for row in rows]
         pixel_values = self.image_processor(images, return_tensors="pt").pixel_values
         return {"pixel_values": pixel_values, "labels": torch.tensor([row["labels"] for row in rows])}

@@ -1,4 +1,4 @@
-"""Where images come from: every source ends as a `DatasetDict` with `image`, `label` and `source_index` columns."""
+"""Loads image data from any source as a `DatasetDict` with the columns `image`, `label` and `source_index`."""
 
 import contextlib
 import hashlib
@@ -35,26 +35,26 @@ from .sources.tables import LABEL_COLUMNS, PATH_COLUMNS, find_metadata, find_sha
 logger = logging.getLogger(__name__)
 
 _BINARY = ("binary", "large_binary", "binary_view")
-# Names for data that come from a folder and have no public copy to load.
+# Data sets that must be given as a folder, since no public copy can be loaded.
 FOLDER_ONLY = ("imagefolder", "imagenet_lt", "inat18", "places_lt")
-# Data sets whose classes the authors' heads have in order of decreasing training count.
+# Data sets whose classes are ordered by decreasing training count in the authors' heads.
 SORTED_BY_AUTHORS = ("imagenet_lt", "inat18")
 
 
 def load_long_tailed(dataset: str = "digits", data_dir: str | None = None, **options) -> datasets.DatasetDict:
-    """Loads a data set and, if asked, makes its training split long-tailed. The test split stays whole.
+    """Loads a data set and, on request, makes its training split long-tailed. The test split stays complete.
 
     Args:
         dataset: See [`load_source`].
         data_dir: See [`load_source`].
-        **options: `train_list`, `test_list`, `image_column`, `label_column` as for [`load_source`], and all of
+        **options: `train_list`, `test_list`, `image_column` and `label_column` of [`load_source`], and all options of
             [`long_tailed_splits`].
 
     Returns:
         `train` and `test`, see [`long_tailed_splits`].
 
     Raises:
-        FileNotFoundError: If `data_dir` does not exist or holds nothing that is known, or listed images are missing.
+        FileNotFoundError: If `data_dir` does not exist or has no supported layout, or listed images are missing.
         ValueError: If a split, column or class is missing, or the imbalance cannot be made.
     """
     lists = {name: options.pop(name, None) for name in ("train_list", "test_list")}
@@ -70,28 +70,29 @@ def load_source(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> tuple[str, datasets.DatasetDict]:
-    """Loads the splits of a data set as they are.
+    """Loads the splits of a data set unchanged.
 
     Args:
         dataset: `digits` (scikit-learn's, embedded: 1,797 images of 8 x 8 pixels), or the id of a data set on the Hub.
             With `data_dir` it is only a name.
-        data_dir: Read from this folder instead. By what it holds: list files (see [`load_lists`]); MNIST-style IDX
-            files; CIFAR's python version; what `save_to_disk` wrote; Hugging Face's `metadata.csv` (or `.jsonl`,
-            `.parquet`) beside images; class folders below `train` and `test`; an iNaturalist competition; tables (CSV,
-            TSV, JSON lines, parquet) with paths or images; webdataset shards; class folders.
-        train_list: List file of the training images, here or in `data_dir`; by default found by its name.
+        data_dir: Read from this folder instead. The layout is detected in this order: list files (see [`load_lists`]);
+            MNIST-style IDX files; CIFAR's python version; output of `save_to_disk`; Hugging Face's `metadata.csv` (or
+            `.jsonl`, `.parquet`) next to images; class folders below `train` and `test`; an iNaturalist competition;
+            tables (CSV, TSV, JSON lines, parquet) with paths or images; webdataset shards; class folders.
+        train_list: List file of the training images, relative to the working directory or `data_dir`; by default found
+            by its name.
         test_list: List file of the test images.
-        image_column: Column with the images; by default one with a usual name. Layouts without columns (folders, lists,
-            arrays) take any name, so that a recipe may name a column of the Hub's copy; but if `data_dir` has tables,
-            a named column is theirs.
-        label_column: Column with the labels, likewise.
+        image_column: Column with the images; by default a column with a usual name. Layouts without columns (folders,
+            lists, arrays) accept any name, since a recipe may name a column of the Hub's copy. But if `data_dir` has
+            tables, a named column must be in a table.
+        label_column: Column with the labels; the same rules apply.
 
     Returns:
-        What was loaded, in words, and its splits.
+        A description of the source, and the splits.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or holds nothing that is known.
-        ValueError: If its files are not what they seem.
+        FileNotFoundError: If the folder does not exist or has no supported layout.
+        ValueError: If its files do not have the expected content.
     """
     if data_dir is None:
         if dataset in FOLDER_ONLY:
@@ -142,7 +143,7 @@ def _names(folder: Path, files: dict[str, Path]) -> str:
 
 
 def _by_split_column(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Parts a single split by its column `split`, if that has the name of a training and of a test split."""
+    """Divides a single split by its column `split`, if the column names both a training and a test split."""
     if len(splits) != 1:
         return splits
     rows = next(iter(splits.values()))
@@ -173,12 +174,12 @@ def long_tailed_splits(
     class_names: Sequence[str] | str | None = None,
     skip_bad_images: bool = False,
 ) -> datasets.DatasetDict:
-    """Makes splits what the trainers take, and the training split long-tailed if asked. The test split stays whole.
+    """Prepares splits for the trainers, with a long-tailed training split on request. The test split stays complete.
 
     Args:
-        splits: As loaded.
+        splits: Splits as [`load_source`] returns them.
         imbalance_ratio: Subsample a balanced training split to this ratio of its largest to its smallest class, see
-            [`long_tailed_indices`]. None keeps all images, for data that are long-tailed already.
+            [`long_tailed_indices`]. None keeps all images, for data that are already long-tailed.
         imbalance_type: `exp` or `step`.
         max_per_class: Images of the largest class after subsampling.
         subset_seed: Seed of the subset, and of `test_fraction`. The authors always use 0.
@@ -188,11 +189,11 @@ def long_tailed_splits(
         label_column: Column with the labels; by default the only one of type `ClassLabel`, or one with a usual name.
         class_names: Names of the classes, or a file with them (see [`read_class_names`]), in label order.
         skip_bad_images: Decode every image once and leave out those that cannot be read, with a warning that counts
-            them. Otherwise an unreadable image stops the run that meets it, by name.
+            them. Otherwise an unreadable image stops the run with an error that names it.
 
     Returns:
         `train` and `test`, each with the columns `image`, `label` (`ClassLabel`) and `source_index` (row in the
-        source's split).
+        split of the source).
 
     Raises:
         ValueError: If a split, column or class is missing, or the imbalance cannot be made.
@@ -231,7 +232,7 @@ def training_counts(split) -> np.ndarray:
     """Training images of each class, in label order; int64 of shape (num_classes,).
 
     Args:
-        split: A `datasets.Dataset` with one `ClassLabel` column, or a [`StreamedSplit`], which knows.
+        split: A `datasets.Dataset` with one `ClassLabel` column, or a [`StreamedSplit`], which stores its counts.
     """
     if not isinstance(split, datasets.Dataset):
         return split.class_counts
@@ -240,10 +241,10 @@ def training_counts(split) -> np.ndarray:
 
 
 def subset_hash(split) -> str | None:
-    """SHA-256 of the rows that were chosen of a source, or of a stream's counts; None if they are not known.
+    """SHA-256 of the source rows that a split contains, or of a stream's class counts; None if the rows are unknown.
 
-    It says that two runs chose alike, from the same source or from its copy on another machine; [`images_hash`] says
-    that the images are the same.
+    Equal hashes mean that two runs chose the same rows of the same source, or of a copy on another machine.
+    [`images_hash`] also compares the images.
     """
     if not isinstance(split, datasets.Dataset):
         return indices_hash(split.class_counts)
@@ -251,14 +252,14 @@ def subset_hash(split) -> str | None:
 
 
 def images_hash(split, contents: int = 4096) -> str | None:
-    """SHA-256 of what a training split holds: whether a run that goes on sees the images that it began with.
+    """SHA-256 of the content of a training split: checks that a resumed run sees the same images. None for a stream.
 
-    It covers the label and the file name (with its folder's) of every image, in order, the size of every image that is
-    a file, and the whole content of some spread evenly over the split: of all, where there are no more than that.
+    The hash covers, in order, the label and the file name (with the name of its folder) of every image, the size of
+    every image file, and the full content of `contents` images that are spread evenly over the split.
 
     Args:
-        split: A `datasets.Dataset` with an image and a label column, or a [`StreamedSplit`], of which it is not known.
-        contents: How many images are read.
+        split: A `datasets.Dataset` with an image and a label column, or a [`StreamedSplit`].
+        contents: Maximum number of images whose content is read.
     """
     if not isinstance(split, datasets.Dataset):
         return None
@@ -266,11 +267,11 @@ def images_hash(split, contents: int = 4096) -> str | None:
     split = split.with_format(None)
     digest = hashlib.sha256(np.asarray(split[label][:], "<i8").tobytes())
     images = split.select_columns(image).cast_column(image, datasets.Image(decode=False))
-    # The column alone: bytes of images beside it are not read.
+    # Select the path column alone: this does not read the bytes of the images.
     paths = images.flatten().with_format(None)[f"{image}.path"][:]
     for path in paths:
         digest.update(repr(path and os.path.normpath(path).split(os.sep)[-2:]).encode())
-        with contextlib.suppress(OSError, TypeError):  # of images inside of a table or an archive
+        with contextlib.suppress(OSError, TypeError):  # images inside a table or an archive have no file
             digest.update(os.stat(path).st_size.to_bytes(8, "little"))
     for row in np.linspace(0, len(paths) - 1, min(contents, len(paths))).astype(int).tolist():
         content = images[row][image]["bytes"]
@@ -283,13 +284,13 @@ def images_hash(split, contents: int = 4096) -> str | None:
 def find_columns(
     dataset: datasets.Dataset, image_column: str | None = None, label_column: str | None = None
 ) -> tuple[str, str]:
-    """Finds the image and the label column of a data set: by their types, else a label column by its name.
+    """Finds the image and the label column of a data set by their types; a label column also by its name.
 
-    A column of images has the type `Image`, or else holds their bytes, in a structure (`bytes`, `path`) or plain.
+    An image column has the type `Image`, or holds encoded images: a structure with `bytes` and `path`, or plain bytes.
 
     Raises:
-        ValueError: If a named column is missing or holds no images, or there is not exactly one of the type; it lists
-            what there is.
+        ValueError: If a named column is missing or holds no images, or if not exactly one column has the type. The
+            message lists the columns.
     """
     return _image_column(dataset, image_column), _label_column(dataset, label_column)
 
@@ -301,22 +302,22 @@ def _image_column(dataset: datasets.Dataset, given: str | None) -> str:
         if kinds[given] is None:
             raise ValueError(
                 f"the column {given!r} holds no images; the columns are {_describe_columns(dataset)}. Name another "
-                f'with image_column; of paths of files, dataset.cast_column("{given}", datasets.Image()) makes images.'
+                f'with image_column, or convert paths with dataset.cast_column("{given}", datasets.Image()).'
             )
         return given
     found = next((names for kind in range(3) if (names := [name for name in kinds if kinds[name] == kind])), [])
     named_so = find_split(found, PATH_COLUMNS) if len(found) > 1 and kinds[found[0]] != 0 else None
     if len(found) != 1 and named_so is None:
         raise ValueError(
-            f"cannot tell the image column: {len(found)} columns have type Image; the columns are "
-            f"{_describe_columns(dataset)}. Name it with image_column; of paths of files, "
-            "dataset.cast_column(NAME, datasets.Image()) makes images."
+            f"cannot determine the image column: {len(found)} columns have type Image; the columns are "
+            f"{_describe_columns(dataset)}. Name it with image_column, or convert paths with "
+            "dataset.cast_column(NAME, datasets.Image())."
         )
     return named_so or found[0]
 
 
 def _image_kind(feature) -> int | None:
-    """0 of the type `Image`, 1 of a structure with the bytes of images, 2 of plain bytes; None of no images."""
+    """Classifies a column: 0 for type `Image`, 1 for a structure with bytes, 2 for plain bytes, None for no images."""
     if isinstance(feature, datasets.Image):
         return 0
     if isinstance(feature, dict):
@@ -335,7 +336,7 @@ def _label_column(dataset: datasets.Dataset, given: str | None) -> str:
     )
     if len(found) != 1:
         raise ValueError(
-            f"cannot tell the label column: {len(names)} columns have type ClassLabel; the columns are "
+            f"cannot determine the label column: {len(names)} columns have type ClassLabel; the columns are "
             f"{_describe_columns(dataset)}. Name it with label_column."
         )
     if not isinstance(dataset.features[found[0]], datasets.Value | datasets.ClassLabel):
@@ -362,7 +363,7 @@ def _describe_columns(dataset: datasets.Dataset) -> str:
 def _choose_splits(
     splits: datasets.DatasetDict, test_split: str | None, test_fraction: float | None
 ) -> datasets.DatasetDict:
-    """The splits `train` and `test`; only the former if the latter is to be taken from it."""
+    """Chooses the splits `train` and `test`; only `train` if `test_fraction` is to be taken from it."""
     test = find_split(splits, [test_split] if test_split is not None else TEST_NAMES)
     train = find_split(splits, TRAIN_NAMES)
     if test_fraction is not None:
@@ -384,7 +385,7 @@ def standard_columns(
     label_column: str | None,
     class_names: Sequence[str] | str | None = None,
 ) -> datasets.DatasetDict:
-    """Gives all splits the columns `image`, `label` (of the same classes) and `source_index`."""
+    """Reduces all splits to the columns `image`, `label` (with the same classes) and `source_index`."""
     standard = {}
     for name, split in splits.items():
         columns = find_columns(split, image_column, label_column)
@@ -413,7 +414,7 @@ def standard_columns(
 
 
 def _encode_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-    """Replaces labels of any type by class indices, the same in all splits."""
+    """Replaces labels of any type by class indices that are the same in all splits."""
     values = {}
     for name, split in splits.items():
         labels, feature = split["label"][:], split.features["label"]
@@ -430,10 +431,10 @@ def _encode_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.D
 
 
 def with_classes(split: datasets.Dataset, classes: datasets.ClassLabel) -> datasets.Dataset:
-    """The same rows, with the labels that other classes give to their names.
+    """Renumbers the labels of a split to match the given classes, by class name.
 
     Raises:
-        ValueError: If they lack a name of which the split has images.
+        ValueError: If the split has images of a class that is not among the given classes.
     """
     names = split.features["label"].names
     if names == classes.names:

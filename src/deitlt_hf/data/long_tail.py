@@ -1,4 +1,4 @@
-"""Long-tailed subsets, class counts and shot groups. Pure functions of labels."""
+"""Long-tailed subsets, class counts and shot groups, as pure functions of labels."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ GROUPS = ("head", "mid", "tail")
 IMBALANCE_TYPES = ("exp", "step")
 GROUP_RULES = ("auto", "shots", "thirds")
 MANY_SHOTS, FEW_SHOTS = 100, 20
-# What a class of data that count as balanced may lack of the mean: the digits have 116 to 122 images a class.
+# Share by which a class may be below the mean in data that count as balanced: digits classes have 116 to 122 images.
 NEARLY_BALANCED = 0.05
 
 Integers = Sequence[int] | np.ndarray  # such as labels, counts and indices
@@ -23,7 +23,7 @@ def long_tailed_indices(
     seed: int = 0,
     max_per_class: int | None = None,
 ) -> np.ndarray:
-    """Chooses a long-tailed subset of a balanced data set, the same images as the authors' code for the same seed.
+    """Chooses a long-tailed subset of a balanced data set. The same seed gives the same images as the authors' code.
 
     Class `c` of `C` keeps `n_max * imbalance_ratio ** (-c / (C - 1))` images (`exp`), or all of them in the first half
     of the classes and `n_max / imbalance_ratio` in the second (`step`), rounded down.
@@ -35,11 +35,11 @@ def long_tailed_indices(
             authors' flag `imb_factor` is its inverse.
         imbalance_type: `exp` or `step`.
         seed: Seed of the choice within each class.
-        max_per_class: Images of the largest class; by default the mean number of images a class, of which a class may
-            lack 5 %.
+        max_per_class: Images of the largest class; by default the mean number of images per class. A class may
+            then have up to 5 % fewer images than wanted.
 
     Returns:
-        Int64 indices into `labels`, class after class.
+        Int64 indices into `labels`, ordered by class.
 
     Raises:
         ValueError: If the ratio is below 1, the type unknown, or a class would get no image or has too few.
@@ -88,7 +88,7 @@ def long_tailed_indices(
 
 
 def stratified_split(labels: Integers, test_fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Sets a share of each class apart for testing, and at least one image.
+    """Splits labels into training and test indices: a share of each class, at least one image, is for testing.
 
     Args:
         labels: Class index of each image.
@@ -114,6 +114,7 @@ def stratified_split(labels: Integers, test_fraction: float, seed: int = 0) -> t
     wanted = np.clip(np.round(test_fraction * counts).astype(np.int64), 1, np.maximum(counts - 1, 0))
     order = np.random.RandomState(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
+    # The order within a class is random, so the first ranks are a random choice.
     rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[order] = rank_in_class < wanted[labels[order]]
@@ -121,7 +122,7 @@ def stratified_split(labels: Integers, test_fraction: float, seed: int = 0) -> t
 
 
 def class_counts(labels: Integers, num_classes: int | None = None) -> np.ndarray:
-    """Counts the images of each class; int64 of shape (num_classes,), by default as many as the largest label says."""
+    """Counts the images of each class; int64 of shape (num_classes,), by default up to the largest label."""
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes or 0)
 
 
@@ -136,8 +137,8 @@ def decreasing_count_map(counts: Integers) -> np.ndarray:
     Returns:
         Int64 positions of shape (num_classes,): `class_map[label]` is the row of the authors' head.
     """
-    # Newer numpy sorts integers with vector instructions, which leave ties in another order on each kind of processor.
-    # Time differences are still sorted by the algorithm that numpy 1.24 had for all (seen with 1.26, 2.1 and 2.4).
+    # Newer numpy sorts integers with vector instructions, whose order of ties depends on the processor. It still sorts
+    # time differences by the algorithm that numpy 1.24 used for all types (verified with 1.26, 2.1 and 2.4).
     order = np.argsort((-np.asarray(counts, dtype=np.int64)).astype("timedelta64[s]"))
     class_map = np.empty(len(order), dtype=np.int64)
     class_map[order] = np.arange(len(order))
@@ -148,8 +149,8 @@ class ShotGroups(dict[str, np.ndarray]):
     """Class indices of `head`, `mid` and `tail`, each sorted by decreasing count. A group may be empty.
 
     Args:
-        groups: The indices.
-        rule: How they were chosen, in words.
+        groups: Class indices by group.
+        rule: Description of the rule that defines the groups.
     """
 
     def __init__(self, groups: Mapping[str, np.ndarray], rule: str):
@@ -163,9 +164,9 @@ def shot_groups(counts: Integers, boundaries: Sequence[int] | None = None, rule:
     Args:
         counts: Training images of each class, in label order.
         boundaries: Ends of the head and of the mid group among the classes sorted by decreasing count (ties in label
-            order), such as (3, 7) for CIFAR-10-LT. They come before the rule.
-        rule: `shots`: many, medium and few shot: more than 100 images, 20 to 100, fewer than 20 (Liu et al., CVPR
-            2019). `thirds`: of the sorted classes. `auto`: shots if that leaves no group empty, else thirds.
+            order), such as (3, 7) for CIFAR-10-LT. They override the rule.
+        rule: `shots`: many, medium and few shot, which is more than 100 images, 20 to 100, fewer than 20 (Liu et al.,
+            CVPR 2019). `thirds`: thirds of the sorted classes. `auto`: shots if no group is empty then, else thirds.
 
     Raises:
         ValueError: If the boundaries are not two increasing positions among the classes, or the rule is unknown.
@@ -189,5 +190,5 @@ def shot_groups(counts: Integers, boundaries: Sequence[int] | None = None, rule:
 
 
 def indices_hash(indices: Integers) -> str:
-    """SHA-256 of the int64 indices of a subset: tells whether two runs saw the same images."""
+    """SHA-256 of the int64 indices of a subset, for checking that two runs used the same images."""
     return hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()

@@ -1,9 +1,9 @@
-"""Which images a process sees, in which order, and the random numbers that change them.
+"""Sampling of training images: which images a process sees, in which order, and with which augmentation seeds.
 
-All of it follows from seed, epoch and the position in the epoch. So a run that is interrupted goes on as if it had not
-been, with any number of workers, and an optimiser step has the same images, augmented in the same way, however many
-processes and accumulation slices share them. Not so what is done to a whole slice on the device: random erasing and
-mixing, which follow from the step, the slice and the process.
+Order and seeds depend only on the seed, the epoch and the position in the epoch. An interrupted run therefore resumes
+as if it had not stopped, with any number of workers. An optimiser step has the same images with the same augmentation
+for every number of processes and accumulation steps. This does not hold for operations on a whole micro-batch on the
+device: random erasing and mixing depend on the step, the micro-batch and the process.
 """
 
 import itertools
@@ -16,38 +16,38 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, Sampler
 
-ROUND = 256  # of repeated augmentation, in images
+ROUND = 256  # images per round of repeated augmentation
 
 
 def seed_streams(*key: int, device: torch.device | None = None) -> None:
     """Seeds the random streams of Python, numpy and torch.
 
     Args:
-        *key: One number, or several that are hashed; none negative.
-        device: Seed this device's own stream too.
+        *key: One number, or several numbers that are hashed together; none may be negative.
+        device: Device whose random stream is seeded, too.
     """
     seed = key[0] if len(key) == 1 else int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     if device is None or device.type == "cpu":
-        torch.default_generator.manual_seed(seed)  # a hundredth of the time of the other, which reaches all devices
+        torch.default_generator.manual_seed(seed)  # 100 times faster than `torch.manual_seed`, which seeds all devices
     else:
         torch.manual_seed(seed)
 
 
 def shuffled_order(num_images: int, epoch: int, seed: int = 0) -> np.ndarray:
-    """A permutation of the images; int64 of shape (num_images,)."""
+    """A random permutation of the images of an epoch; int64 of shape (num_images,)."""
     return np.random.default_rng([seed, epoch]).permutation(num_images)
 
 
 def repeated_augmentation_order(num_images: int, num_repeats: int, epoch: int, seed: int = 0) -> np.ndarray:
-    """A permutation in which every image appears several times in a row (Hoffer et al., 2020; DeiT): timm's.
+    """timm's order of repeated augmentation: every image appears several times in a row (Hoffer et al., 2020; DeiT).
 
-    An epoch has as many draws as the data set has images, rounded down to a multiple of 256, so it sees about one in
-    `num_repeats` of them.
+    An epoch has as many draws as the data set has images, rounded down to a multiple of 256. It therefore contains
+    about one in `num_repeats` images.
 
     Args:
-        num_images: Images of the data set.
+        num_images: Number of images in the data set.
         num_repeats: Copies of each image.
         epoch: Counted from 0.
         seed: 0 gives the authors' order.
@@ -60,7 +60,7 @@ def repeated_augmentation_order(num_images: int, num_repeats: int, epoch: int, s
     """
     check_repeats(num_images)
     sampler = RepeatAugSampler(range(num_images), 1, 0, num_repeats=num_repeats, selected_round=ROUND)
-    # timm seeds with the epoch alone; seeds are kept apart for runs of up to 100,000 epochs.
+    # timm seeds with the epoch alone; the offset keeps seeds distinct for runs of up to 100,000 epochs.
     sampler.set_epoch(epoch + 100_000 * seed)
     return np.fromiter(sampler, np.int64)
 
@@ -75,18 +75,19 @@ def check_repeats(num_images: int) -> None:
 
 
 def whole_steps(num_images: int, batch_size: int, num_processes: int = 1, slices: int = 1) -> int:
-    """Batches of a process in an epoch: whole ones, and of whole optimiser steps if there are images for one.
+    """Number of full batches of a process in an epoch, rounded down to whole optimiser steps if one step fits.
 
-    A step of what is left would be of another size with each arrangement of processes and slices.
+    `slices` is the number of micro-batches per optimiser step. The size of a step with the remaining images would
+    depend on the number of processes and micro-batches.
     """
     batches = num_images // (batch_size * num_processes)
     return batches - batches % slices if batches >= slices else batches
 
 
 def batches_of_epoch(num_images: int, batch_size: int, num_processes: int, slices: int, partial: bool) -> list[int]:
-    """Images in each batch of a process: of [`whole_steps`], or with `partial` of all that a process has.
+    """Number of images in each batch of a process: full batches of [`whole_steps`]; with `partial`, also the remainder.
 
-    An incomplete batch has an even number of images, since mixing pairs them.
+    The incomplete batch has an even number of images, since mixing pairs images.
     """
     if not partial:
         return [batch_size] * whole_steps(num_images, batch_size, num_processes, slices)
@@ -96,22 +97,22 @@ def batches_of_epoch(num_images: int, batch_size: int, num_processes: int, slice
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
-    """The batches of one process: images, each with the seed of its augmentation.
+    """Batch sampler of one process: batches of image indices, each index with the seed of its augmentation.
 
-    Images are dealt out to the processes one by one, as timm and the authors do, so that copies of one are spread.
+    Images are distributed to the processes in turn, as timm and the authors do. This spreads the copies of an image.
 
     Args:
-        num_images: Images of the data set.
-        batch_size: Images a process takes in one forward pass.
+        num_images: Number of images in the data set.
+        batch_size: Images of a process in one forward pass.
         rank: Index of this process.
         num_processes: Number of processes.
-        slices: Batches of an optimiser step.
+        slices: Micro-batches per optimiser step.
         num_repeats: Copies of each image; see [`repeated_augmentation_order`].
-        seed: Of order and augmentation, which differ by epoch.
-        partial: Take what is left after whole optimiser steps too; see [`batches_of_epoch`].
+        seed: Seed of order and augmentation, which differ by epoch.
+        partial: Include the images after the last whole optimiser step; see [`batches_of_epoch`].
 
     Raises:
-        ValueError: If images are to be repeated and there are fewer than one round of 256.
+        ValueError: If images are repeated and the data set has fewer than one round of 256.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self.sizes = batches_of_epoch(num_images, batch_size, num_processes, slices, partial)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass that of `epoch`."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -152,13 +153,13 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
 
 
 def image_seeds(number: int, *key: int) -> np.ndarray:
-    """Seeds of the augmentation of images, by their position; int64 of shape (number,)."""
-    # Another stream than that of the order, which has the same key.
+    """Augmentation seeds by position in the epoch; int64 of shape (number,)."""
+    # The extra 1 makes the stream independent of that of the order, which has the same key.
     return np.random.default_rng([*key, 1]).integers(2**63, size=number)
 
 
 class Rows(Protocol):
-    """Rows that can be counted and looked up."""
+    """Protocol of a data set with a length and an index."""
 
     def __len__(self) -> int: ...
 
@@ -166,10 +167,10 @@ class Rows(Protocol):
 
 
 class SeededImages(Dataset):
-    """A data set whose images are drawn with a seed: what [`TrainBatches`] asks for.
+    """Wraps a data set for [`TrainBatches`]: an item is an image, augmented with the seed that comes with its index.
 
     Args:
-        dataset: Any with an index; its transforms draw from the global streams of Python, numpy or torch.
+        dataset: Data set with an index. Its transforms draw from the global random streams of Python, numpy or torch.
     """
 
     def __init__(self, dataset: Rows):

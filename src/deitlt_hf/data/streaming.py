@@ -1,4 +1,4 @@
-"""Training images from shards that do not fit the disk: read in order, shuffled in a window, shared by processes."""
+"""Streams training images from shards: sequential reads, shuffling in a window, and sharding over processes."""
 
 import itertools
 import logging
@@ -27,19 +27,19 @@ logger = logging.getLogger(__name__)
 
 
 class StreamedSplit:
-    """A training split that is read from shards, and what has to be known of it beforehand.
+    """A training split that is streamed from shards, with its classes and class counts.
 
     Args:
         stream: Rows with an image and a label.
-        image_column: Its image column.
-        label_column: Its label column.
-        counts: Images of each class by its label: a class index (also as text, where no class is named so) or whatever
-            the column holds.
-        shuffle_buffer: Images in the window that the order is shuffled in. The order of the shards is shuffled too.
+        image_column: Name of the image column.
+        label_column: Name of the label column.
+        counts: Images of each class by label. A label is a class index (also as text, if no class has that name) or a
+            value of the column.
+        shuffle_buffer: Size of the shuffle window, in images. The order of the shards is shuffled, too.
         skip_bad_images: Leave out images that cannot be read, with a warning each.
 
     Raises:
-        ValueError: If classes have no image, or something is counted that is no class.
+        ValueError: If a class has no image, or `counts` has an entry that is not a class.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StreamedSplit:
             if missing:
                 refuse_missing("the stream", missing, sum(counts.values()))
             self.label_of: dict[Any, int] = {label: label for label in range(len(names))}
-            # A file that goes by names may have numbers as names, in another order than the labels.
+            # Class names can be numbers in another order than the labels: text keys are names if they match the names.
             by_name = any(isinstance(key, str) for key in counts)
             if set(counts) == set(map(str, range(len(names)))) and not set(counts) & set(names):
                 counts, by_name = {int(key): count for key, count in counts.items()}, False
@@ -75,8 +75,9 @@ class StreamedSplit:
                 counts = {int(key): count for key, count in counts.items()}
             names, labels = encode_labels({"train": counts}, {"train": "the stream"})
             self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
-            self._indices = {name: label for label, name in enumerate(names)}  # a file of counts goes by names
+            self._indices = {name: label for label, name in enumerate(names)}  # a counts file has class names
             self.class_counts = np.zeros(len(names), np.int64)
+            # `add.at` accumulates: different spellings of a label can be the same class.
             np.add.at(self.class_counts, labels["train"], list(counts.values()))
         empty = [names[label] for label in np.flatnonzero(self.class_counts == 0)]
         if empty:
@@ -94,32 +95,33 @@ class StreamedSplit:
         return int(self.class_counts.sum())
 
     def label(self, value: Any) -> int | None:
-        """The class index of a label as the stream has it; None of one that was not counted."""
+        """The class index of a label value in the stream; None if it was not counted."""
         found = self.label_of.get(value)
         return class_of(value, self._indices) if found is None and self._indices else found
 
 
 class StreamedImages(IterableDataset):
-    """One process's share of a [`StreamedSplit`], as rows of model inputs, in whole batches.
+    """Iterates over one process's share of a [`StreamedSplit`] as rows of model inputs, in full batches.
 
-    An epoch has as many images as the split, rounded down to whole optimiser steps. A process reads shards of
-    its own if their number is a multiple of the processes', else it passes over the images of the others.
+    An epoch has as many images as the split, rounded down to whole optimiser steps. If the number of shards is a
+    multiple of the number of processes, each process reads only its own shards. Otherwise each process reads all shards
+    and skips the images of the other processes.
 
     Args:
-        split: What to read.
+        split: Split to read.
         views: Transforms by the name of the model input that they make.
         batch_size: Images of this process in a batch.
         rank: Index of this process.
         world_size: Number of processes.
-        num_repeats: Copies of each image, one after the other (repeated augmentation); an epoch then sees one in
-            `num_repeats` images. Copies are in one process, while [`TrainBatches`] spreads them.
-        seed: Of order and augmentation, which differ by epoch. Both depend on the number of workers, which share the
-            shards.
-        slices: Batches of an optimiser step.
-        background: As for [`EncodedImage`].
+        num_repeats: Consecutive copies of each image (repeated augmentation); an epoch then contains one in
+            `num_repeats` images. All copies are in one process, whereas [`TrainBatches`] spreads them.
+        seed: Seed of order and augmentation, which differ by epoch. Both depend on the number of workers, since workers
+            share the shards.
+        slices: Micro-batches per optimiser step.
+        background: See [`EncodedImage`].
 
     Raises:
-        ValueError: If there are fewer images than a batch of all processes.
+        ValueError: If there are fewer images than one batch over all processes.
     """
 
     def __init__(
@@ -144,11 +146,11 @@ class StreamedImages(IterableDataset):
         if self.num_batches == 0:
             raise ValueError(f"{images} images are fewer than one batch of {world_size} x {batch_size}.")
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        # In shared memory: workers that live for several epochs see it change.
+        # In shared memory: persistent workers then see the epoch change.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass that of `epoch`."""
+        """Sets the epoch of the next iteration."""
         self.epoch[0] = epoch
 
     def __len__(self) -> int:
@@ -163,14 +165,14 @@ class StreamedImages(IterableDataset):
         return self._views(self._rows(), seeds.tolist())
 
     def _views(self, rows: Iterator[tuple], seeds: Sequence[int]) -> Iterator[dict]:
-        for seed, (image, label) in zip(seeds, rows, strict=False):  # the rows have no end
+        for seed, (image, label) in zip(seeds, rows, strict=False):  # the rows are infinite
             seed_streams(seed)
             yield {"labels": label, **{name: view(image) for name, view in self.views.items()}}
 
     def _rows(self) -> Iterator[tuple[np.ndarray | EncodedImage, int]]:
-        """Rows without end: shards differ in size, and whoever is through with its own begins anew."""
+        """Infinite iterator over images and labels: shards differ in size, so an exhausted worker restarts."""
         for turn in itertools.count():
-            # Not the stream's own `set_epoch`: workers share its state, and would write it at the same time.
+            # Not the stream's `set_epoch`: workers share its state and would write it at the same time.
             seed = np.random.SeedSequence([self.seed, int(self.epoch), turn]).generate_state(1)[0]
             stream = self.split.stream.shuffle(seed=int(seed), buffer_size=self.split.shuffle_buffer)
             seen = found = False
@@ -188,14 +190,14 @@ class StreamedImages(IterableDataset):
                 raise ValueError("none of the images that a worker has read can be decoded.")
             if not found:
                 raise ValueError(
-                    f"a worker has no shard of its own: there are {self.split.stream.num_shards} shards; lower "
+                    f"a worker has no shard: there are only {self.split.stream.num_shards} shards; lower "
                     "--dataloader_num_workers, or make more shards."
                 )
 
     def _open(self, image: Mapping | None, label) -> np.ndarray | EncodedImage | None:
         try:
             opened = open_image(image, f"an image of the stream with the label {label!r}", self.background)
-            # An image that several transforms look at is decoded once.
+            # Decode once here if several transforms or copies use the image, or if errors must be caught.
             return (
                 opened
                 if self.num_repeats * len(self.views) == 1 and not self.split.skip_bad_images
@@ -219,25 +221,25 @@ def load_streamed(
     shuffle_buffer: int = 2048,
     skip_bad_images: bool = False,
 ) -> tuple[str, dict]:
-    """Opens a training split as a stream, and loads the test split.
+    """Opens the training split of a data set as a stream, and loads its test split.
 
     Args:
-        dataset: Id of a data set on the Hub; with `data_dir` only a name.
-        data_dir: A folder with webdataset shards, or parquet files with images in them.
-        test_split: Name of the test split; by default the first of test, validation and the like.
+        dataset: Id of a data set on the Hub; with `data_dir` it is only a name.
+        data_dir: Folder with webdataset shards, or parquet files that contain images.
+        test_split: Name of the test split; by default the first split with a usual name, such as test or validation.
         image_column: Column with the images; by default the only one of that type.
         label_column: Column with the labels; by default the only `ClassLabel`, or one with a usual name.
-        class_counts: JSON file with the training images of each class, as [`count_classes`] gives them. Without it the
-            labels of all shards are read first.
+        class_counts: JSON file with the training images of each class, as [`count_classes`] returns them. Without it,
+            the labels of all shards are read first.
         shuffle_buffer: See [`StreamedSplit`].
         skip_bad_images: See [`StreamedSplit`].
 
     Returns:
-        What was opened, in words, and `train`, a [`StreamedSplit`], and `test`, a `datasets.Dataset`.
+        A description of the source, and a dictionary of `train`, a [`StreamedSplit`], and `test`, a `datasets.Dataset`.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it has no shards, or no test split; if a column is missing, or the test split has other classes.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If it has no shards or no test split, a column is missing, or the test split has other classes.
     """
     kind, arguments = _shards(dataset, data_dir)
     with file_errors(data_dir or dataset):
@@ -258,7 +260,7 @@ def load_streamed(
 
 
 def count_classes(stream: datasets.IterableDataset, label_column: str) -> Counter:
-    """Reads all labels of a stream: images of each class by its label."""
+    """Counts the images of each class by reading all labels of a stream; keys are the labels."""
     return Counter(row[label_column] for row in stream.select_columns([label_column]))
 
 
@@ -291,6 +293,6 @@ def _shards(dataset: str, data_dir: str | None) -> tuple[str, dict]:
         files = {split: sibling_tables(path) for split, path in tables.items()}
         return "parquet files, streamed", {"path": "parquet", "data_files": files}
     raise ValueError(
-        f"{data_dir} has no webdataset shards or parquet files to stream; images that are files of their own need no "
+        f"{data_dir} has no webdataset shards or parquet files to stream; images that are separate files need no "
         "--streaming: only their names are read before training."
     )

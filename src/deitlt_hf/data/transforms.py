@@ -1,4 +1,4 @@
-"""Image transforms: timm's for training, transformers' image processor for evaluation and inference."""
+"""Image transforms: timm's transforms for training, an image processor of transformers for evaluation and inference."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from .image_rule import colour
 from .images import EncodedImage
 
 TRAIN_CROPS = ("random_resized", "padded")
-CACHED_VALUES = 2**18  # floats that fit a core's cache
+CACHED_VALUES = 2**18  # number of floats that fit into the cache of a core
 
 
 def image_processor(
@@ -30,19 +30,19 @@ def image_processor(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
     background: str | None = None,
 ) -> BitImageProcessor:
-    """Makes the processor used in evaluation, and saved for inference.
+    """Makes the image processor that evaluation uses and that is saved for inference.
 
-    It is BiT's, whose class has resized the shorter side in every version of transformers from 4.41 on. DeiT's own does
-    so from 5.0 on only, and raises a `ValueError` in the 4.x of production servers.
+    It is BiT's processor, which resizes the shorter side in every version of transformers from 4.41 on. DeiT's
+    processor does so only from 5.0 on, and raises a `ValueError` in the 4.x versions of production servers.
 
     Args:
-        image_size: Side of the square images that the model takes, in pixels.
-        resize_size: What the shorter side is resized to (bicubic) before the centre crop; by default 256 / 224 of the
-            image size for 224 pixels and more, as in the paper, and the image size itself below.
-        mean: Mean for normalisation, one value a channel. ImageNet's, for every data set, as in the paper.
+        image_size: Side of the square input images of the model, in pixels.
+        resize_size: Length to which the shorter side is resized (bicubic) before the centre crop. By default 256 / 224
+            of the image size for 224 pixels and more, as in the paper, and the image size itself below.
+        mean: Mean for normalisation, one value per channel. ImageNet's for every data set, as in the paper.
         std: Standard deviation for normalisation.
-        background: Colour that shows through transparent pixels of training images, and later of the model's: a name
-            of CSS or `#rrggbb`, kept in the processor. None leaves transparency out, as transformers' pipeline does.
+        background: Background colour behind transparent pixels in training and inference: a CSS name or `#rrggbb`,
+            saved with the processor. None ignores transparency, as transformers' pipeline does.
 
     Raises:
         ValueError: If the resized image would be smaller than the crop, or the colour is unknown.
@@ -62,26 +62,26 @@ def image_processor(
         do_convert_rgb=True,
     )
     if background is not None:
-        vars(processor)["background"] = colour(background)  # which transformers saves and loads as it is
+        vars(processor)["background"] = colour(background)  # transformers saves and loads unknown attributes unchanged
     return processor
 
 
 def model_processor(
     config: PreTrainedConfig, resize_size: int | None = None, background: str | None = None
 ) -> BitImageProcessor:
-    """Makes the processor for a model of this package, which tells its image size and perhaps mean and std.
+    """Makes the image processor for a model whose configuration has an image size and optionally mean and std.
 
     Args:
         config: The model's configuration.
-        resize_size: As for [`image_processor`].
-        background: As for [`image_processor`].
+        resize_size: See [`image_processor`].
+        background: See [`image_processor`].
 
     Raises:
-        ValueError: If the resized image would be smaller than the model's, or the configuration tells no size.
+        ValueError: If the resized image would be smaller than the model's, or `image_size` is not an integer.
     """
     if not isinstance(getattr(config, "image_size", None), int):
         raise ValueError(
-            f"{type(config).__name__} does not tell the side of the model's images; give an image processor "
+            f"{type(config).__name__} has no integer image_size; give an image processor "
             "(processing_class=image_processor(SIZE))."
         )
     mean, std = getattr(config, "image_mean", IMAGENET_DEFAULT_MEAN), getattr(config, "image_std", IMAGENET_DEFAULT_STD)
@@ -90,12 +90,12 @@ def model_processor(
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a model's images look like.
+    """Size and normalisation of a model's input images.
 
     Args:
         size: Height and width in pixels.
-        mean: Mean that images in [0, 1] are normalised with, one value a channel.
-        std: Standard deviation, likewise.
+        mean: Mean for normalising images in [0, 1], one value per channel.
+        std: Standard deviation for normalising images in [0, 1], one value per channel.
     """
 
     size: tuple[int, int]
@@ -104,12 +104,12 @@ class ImageFormat:
 
     @classmethod
     def of(cls, processor: BaseImageProcessor) -> "ImageFormat":
-        """The format that an image processor makes: one of transformers', or of its wrapper of timm.
+        """Reads the format from an image processor of transformers, including its wrapper for timm models.
 
         Raises:
-            ValueError: If the processor does not tell a size, or does more than to normalise.
+            ValueError: If the processor has no size, or changes pixels by more than normalisation.
         """
-        if hasattr(processor, "data_config"):  # of transformers' wrapper of timm
+        if hasattr(processor, "data_config"):  # transformers' wrapper for timm models
             config = processor.data_config
             return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
         crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
@@ -117,19 +117,19 @@ class ImageFormat:
         shortest = size.get("shortest_edge")
         height, width = size.get("height") or shortest, size.get("width") or shortest
         if not height or not width:
-            raise ValueError(f"{type(processor).__name__} tells no height and width of its images: {size}.")
+            raise ValueError(f"{type(processor).__name__} has no height and width for its images: {size}.")
         mean: Sequence[float] = getattr(processor, "image_mean", None) or (0.0, 0.0, 0.0)
         std: Sequence[float] = getattr(processor, "image_std", None) or (1.0, 1.0, 1.0)
         if not getattr(processor, "do_normalize", False):
             mean, std = (0.0,) * len(mean), (1.0,) * len(mean)
-        # Rescaling is to [0, 1] by default; a processor that does otherwise normalises other values.
+        # Mean and std refer to the rescaled values, by default in [0, 1]; convert them if the range is another.
         scale = 255 * getattr(processor, "rescale_factor", 1.0) if getattr(processor, "do_rescale", False) else 255
         found = cls((height, width), tuple(value / scale for value in mean), tuple(value / scale for value in std))
         found._check(processor)
         return found
 
     def _check(self, processor: BaseImageProcessor) -> None:
-        """Compares with what a processor makes, as some also reorder channels or rescale twice."""
+        """Compares the format with the output of the processor, since some also reorder channels or rescale twice."""
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (len(self.mean), *self.size), generator=generator, dtype=torch.uint8)
         made = processor(pixels, do_resize=False, return_tensors="pt").pixel_values[0]
@@ -138,7 +138,7 @@ class ImageFormat:
         if made.shape != expected.shape or not torch.allclose(made, expected, atol=1e-3):
             raise ValueError(
                 f"{type(processor).__name__} changes images in other ways than by size, mean and standard deviation; "
-                "give one that does not."
+                "give a processor that changes only these."
             )
 
     def __str__(self) -> str:
@@ -147,20 +147,20 @@ class ImageFormat:
 
 
 class TrainTransform:
-    """timm's training transform, in two steps: one an image, in the workers, and one a batch, on the device.
+    """timm's training transform in two steps: per image in the workers, and per batch on the device.
 
-    Workers crop, flip and augment in bytes, which is a quarter of what normalised images take on their way to the
-    device; there the batch is normalised and randomly erased. The draws and their distribution are those of timm's
-    `create_transform`. Two things differ from its result on the same draw: resizing is torch's, at most two grey levels
-    from Pillow's (0.01 in the mean), and a JPEG of which a region is at least four times as high and wide as the result
-    is decoded at a fraction of its size (0.1 to 0.3 grey levels in the mean).
+    Workers crop, flip and augment uint8 images, which need a quarter of the transfer of normalised images. The batch is
+    normalised and randomly erased on the device. The random draws and their distribution are those of timm's
+    `create_transform`. For the same draw, two things differ from timm: resizing uses torch, with at most two grey
+    levels of difference from Pillow (0.01 on average); and a JPEG is decoded at a fraction of its size if the cropped
+    region is at least four times as high and wide as the result (0.1 to 0.3 grey levels on average).
 
     Args:
         size: Side of the result, in pixels.
         crop: One of `TRAIN_CROPS`.
         hflip: Probability of a horizontal flip.
-        augmentations: Operations on uint8 arrays of shape (size, size, 3) that come after the flip.
-        mean: Mean for normalisation, one value a channel.
+        augmentations: Operations on uint8 arrays of shape (size, size, 3), applied after the flip.
+        mean: Mean for normalisation, one value per channel.
         std: Standard deviation for normalisation.
         erasing: Random erasing of normalised images; None for none.
     """
@@ -187,7 +187,7 @@ class TrainTransform:
         """Crops, flips and augments an image.
 
         Args:
-            image: Encoded, or decoded: a Pillow image in RGB, or uint8 of shape (height, width, 3).
+            image: Encoded image, or a decoded one: a Pillow image in RGB, or uint8 of shape (height, width, 3).
 
         Returns:
             uint8 of shape (size, size, 3).
@@ -208,12 +208,13 @@ class TrainTransform:
             pixels: uint8 of shape (batch, size, size, 3).
 
         Returns:
-            float32 of shape (batch, 3, size, size), in memory as channels last.
+            float32 of shape (batch, 3, size, size), in channels-last memory format.
         """
         rows = pixels.flatten(2)
         mean, std = _channels(self.mean, pixels.device), _channels(self.std, pixels.device)
+        # (x / 255 - mean) / std as one multiplication and one addition per value.
         scale, shift = (1 / (255 * std)).repeat(self.size), (-mean / std).repeat(self.size)
-        # A few images at a time on a CPU: a batch does not fit the cache, and took twice as long.
+        # On a CPU, chunks that fit the cache take half the time of a whole batch.
         chunk = max(CACHED_VALUES // rows[0].numel(), 1) if pixels.device.type == "cpu" else len(pixels)
         batch = self._empty(rows) if pixels.device.type == "cpu" else torch.empty_like(rows, dtype=torch.float32)
         for image, row in zip(batch.split(chunk), rows.split(chunk), strict=True):
@@ -225,10 +226,11 @@ class TrainTransform:
         return batch
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        """Memory for a batch on a CPU: that of the batch before, if nobody has that any more.
+        """Allocates a batch on a CPU. Memory of the previous batch is reused if nothing refers to it any more.
 
-        The first touch of fresh pages takes longer than the arithmetic.
+        The first write to new memory pages takes longer than the arithmetic.
         """
+        # Two references are the attribute and the argument of `getrefcount`; a tensor in use holds another.
         if self._memory.shape != like.shape or sys.getrefcount(self._memory) > 2:
             self._memory = np.empty(like.shape, np.float32)
         return torch.from_numpy(self._memory)
@@ -242,17 +244,17 @@ def train_transform(
     random_erasing: float = 0.25,
     color_jitter: float = 0.0,
 ) -> TrainTransform:
-    """Makes the training transform: timm's, with the paper's defaults.
+    """Makes timm's training transform with the paper's defaults.
 
     Args:
-        processor: Gives the image size, mean and standard deviation.
-        crop: `random_resized`, or `padded`: shorter side resized to the image size, then a random crop with an eighth
-            of it as padding (4 pixels for 32, as the authors do).
-        auto_augment: Policy in timm's notation; None for none.
+        processor: Image processor that defines the image size, mean and standard deviation.
+        crop: `random_resized`, or `padded`: resize the shorter side to the image size, then take a random crop with an
+            eighth of the size as padding (4 pixels for 32, as in the authors' code).
+        auto_augment: Augmentation policy in timm's notation; None for no policy.
         hflip: Probability of a horizontal flip.
         random_erasing: Probability of random erasing (pixel noise, one area).
-        color_jitter: Random change of brightness, contrast and saturation by up to this share; timm has it without a
-            policy only.
+        color_jitter: Random change of brightness, contrast and saturation by up to this share; timm applies it only
+            without a policy.
 
     Raises:
         ValueError: If the crop or the policy is unknown, or the processor's images are not square.
@@ -286,20 +288,20 @@ def train_transform(
 
 
 def weak_transform(processor: BitImageProcessor, hflip: float = 0.5) -> TrainTransform:
-    """Makes the in-distribution view of the ablation: a padded random crop and a flip, no strong augmentation."""
+    """Makes the weak transform for the in-distribution ablation: a padded random crop and a flip only."""
     return train_transform(processor, crop="padded", auto_augment=None, hflip=hflip, random_erasing=0.0)
 
 
 def resize_and_renormalize(
     pixel_values: torch.Tensor, source: ImageFormat, target: ImageFormat, antialias: bool = True
 ) -> torch.Tensor:
-    """Makes one model's normalised batch another's: bicubic resizing, then the other mean and standard deviation.
+    """Converts a normalised batch from one model's format to another's: bicubic resizing, then renormalisation.
 
     Args:
         pixel_values: Normalised images; (batch, channels, height, width), of any height and width.
-        source: The model that they were made for.
-        target: The model that they are made for now.
-        antialias: Smooth before making smaller, as Pillow does.
+        source: Format of the given images.
+        target: Format of the result.
+        antialias: Smooth before downscaling, as Pillow does.
     """
     if pixel_values.shape[-2:] != target.size:
         pixel_values = _resize(pixel_values, target.size, antialias)
@@ -313,12 +315,12 @@ def resize_and_renormalize(
 
 
 def _channels(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    """A value a channel, made on the device: copying them there would make every step wait for it."""
+    """One value per channel, created on the device: a copy from the host would synchronise in every step."""
     return torch.cat([torch.full((1,), float(value), device=device) for value in values])
 
 
 def _tensor(pixels: np.ndarray) -> torch.Tensor:
-    """A tensor in the memory of an array, or of its copy if it may not be written to, about which torch would warn."""
+    """A tensor that shares the memory of an array. Read-only arrays are copied, since torch would warn."""
     return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
@@ -327,15 +329,15 @@ def _resize(images: torch.Tensor, size: tuple[int, int], antialias: bool = True)
 
 
 def _random_resized_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
-    """A crop of 8 to 100 % of the area, with an aspect ratio of 3/4 to 4/3, resized to a square."""
+    """Takes a random crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, and resizes it to a square."""
     height, width = _height_width(image)
-    shape = torch.empty((1, height, width), device="meta")  # timm asks for the size only
+    shape = torch.empty((1, height, width), device="meta")  # timm reads only the size
     region = RandomResizedCropAndInterpolation.get_params(shape, (0.08, 1.0), (3 / 4, 4 / 3))
     return _resized_region(image, region, (size, size))
 
 
 def _padded_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
-    """The shorter side resized to the size, then a random crop with an eighth of it as padding."""
+    """Resizes the shorter side to `size`, then takes a random crop with an eighth of `size` as padding."""
     height, width = _height_width(image)
     shorter = min(height, width)
     # Rounded down, as torchvision does.
@@ -344,7 +346,7 @@ def _padded_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
     height, width, _ = resized.shape
     top, left = (
         torch.randint(0, side + 2 * padding - size + 1, (1,)).item() - padding for side in (height, width)
-    )  # torchvision's draws
+    )  # the same draws as torchvision's RandomCrop
     crop = np.zeros((size, size, 3), np.uint8)
     rows, columns = slice(max(top, 0), min(top + size, height)), slice(max(left, 0), min(left + size, width))
     crop[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = resized[rows, columns]
@@ -358,7 +360,7 @@ def _height_width(image: EncodedImage | np.ndarray) -> tuple[int, int]:
 def _resized_region(
     image: EncodedImage | np.ndarray, region: tuple[int, int, int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """A region (top, left, height, width) resized to a size, decoded no larger than it needs to be."""
+    """Resizes a region (top, left, height, width) of an image, decoded at no higher resolution than needed."""
     if isinstance(image, EncodedImage):
         reduced = image.decode_region(region, size)
         if reduced is not None:
@@ -368,6 +370,6 @@ def _resized_region(
     pixels = image[top : top + height, left : left + width]
     if pixels.shape[:2] == size:
         return pixels
-    # Permuted last, so that torch sees channels-last memory, works in it and gives it back.
+    # Permuted after the batch dimension is added: torch then sees channels-last memory and keeps this layout.
     batch = _tensor(pixels).unsqueeze(0).permute(0, 3, 1, 2)
     return _resize(batch, size)[0].permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""Accuracy on head, mid and tail classes, for each expert."""
+"""Accuracy on head, mid and tail classes, for each expert of a model."""
 
 from pathlib import Path
 

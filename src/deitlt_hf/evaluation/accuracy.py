@@ -1,4 +1,4 @@
-"""Group accuracies and the table that shows them."""
+"""Accuracies of groups of classes, and a table that shows them."""
 
 import math
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from rich.text import Text
 
 from ..data.long_tail import Integers
 
-# Of the experts, in every figure and page.
+# Colours of the experts, the same in all figures and pages.
 COLOURS = {"mean": "#4c72b0", "cls": "#dd8452", "distillation": "#55a868"}
 
 
 def class_accuracies(predictions: Integers, labels: Integers, num_classes: int) -> np.ndarray:
     """Accuracy of each class; float64 of shape (num_classes,), NaN for a class without test images.
 
-    In memory that grows with the classes, not with their square as that of a confusion matrix.
+    Memory grows linearly with the number of classes, unlike that of a confusion matrix.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     totals = np.bincount(labels, minlength=num_classes)
@@ -27,15 +27,15 @@ def class_accuracies(predictions: Integers, labels: Integers, num_classes: int) 
 
 
 def number_of_classes(labels: Integers, groups: Mapping[str, Integers]) -> int:
-    """Number of the classes that test images or groups name."""
+    """Number of classes: one more than the largest label in the test images and the groups."""
     return 1 + max(max(members, default=-1) for members in (np.asarray(labels).tolist(), *groups.values()))
 
 
 def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[str, Integers]) -> dict[str, float]:
     """Accuracy overall and in groups of classes.
 
-    `overall` is the share of images; a group's is the mean of its classes' accuracies, over the classes that have test
-    images, as in the paper.
+    `overall` is the share of correctly classified images. The accuracy of a group is the mean of the accuracies of its
+    classes that have test images, as in the paper.
 
     Args:
         predictions: Predicted class of each image.
@@ -43,7 +43,7 @@ def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[st
         groups: Class indices of each group.
 
     Returns:
-        Fractions in [0, 1]: `overall`, then one a group; NaN for a group without test images.
+        Fractions in [0, 1]: `overall`, then one per group; NaN for a group without test images.
     """
     of_classes = class_accuracies(predictions, labels, number_of_classes(labels, groups))
     accuracies = {"overall": float(np.mean(np.asarray(predictions) == np.asarray(labels)))}
@@ -56,10 +56,10 @@ def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[st
 
 @dataclass
 class ExpertTable:
-    """Accuracies of several experts on the same test images; in a terminal the best of a column is coloured.
+    """A table of the accuracies of several experts on the same test images. The best of a column is coloured.
 
     Args:
-        title: What was measured.
+        title: Title of the table.
         accuracies: Fractions by expert, then by `overall` and group.
         groups: Class indices of each group.
         test_counts: Test images of each class.

@@ -1,8 +1,9 @@
-"""Better than the mean of two experts that know different classes.
+"""Fusion of the two heads of a student: rules that combine their logits better than the mean does.
 
-Every rule is a weight for each head's logit of a class, and a bias: fused = a_c * cls_c + b_c * dist_c + d_c. So it can
-be folded into the two classifiers, whose mean then is the fused prediction. Rules are fitted on labelled logits that
-are not those of the test images, with all classes counting alike: the mean over classes of the cross entropy.
+Every rule is a weight for each head's logit of a class, and a bias: fused = a_c * cls_c + b_c * dist_c + d_c. It can
+therefore be folded into the two classifiers; their mean is then the fused prediction. Rules are fitted on labelled
+logits of images other than the test images. All classes have equal weight: the objective is the mean over classes of
+the cross entropy.
 """
 
 import copy
@@ -17,28 +18,28 @@ from transformers import PreTrainedModel
 
 from ..data.long_tail import Integers
 
-FIT_IMAGES = 20_000  # whose logits fit into memory for 8,142 classes too
+FIT_IMAGES = 20_000  # their logits fit into memory even with 8,142 classes
 
 
 class Fusion(NamedTuple):
-    """Weights of both heads' logits and a bias, by class: (classes,) each."""
+    """A fitted rule: weights of the two heads' logits and a bias for each class, (classes,) each."""
 
     cls_weights: torch.Tensor
     distillation_weights: torch.Tensor
     bias: torch.Tensor
 
     def __call__(self, cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
-        """Fused logits of (images, classes)."""
+        """Fuses logits; all have the shape (images, classes)."""
         return self.cls_weights * cls_logits + self.distillation_weights * distillation_logits + self.bias
 
 
 class Rule(NamedTuple):
-    """A family of fusions.
+    """A family of fusions with parameters to fit.
 
     Args:
-        start: What its parameters are for the mean of the heads.
-        fusion: The fusion of parameters; it is given the parameters, the logarithms of the training counts (centred),
-            and the index of each class's group.
+        start: Makes the initial parameters, for which the fusion is the mean of the heads, from the number of groups.
+        fusion: Makes the fusion from the parameters, the centred logarithms of the training counts, and the index of
+            each class's group.
     """
 
     start: Callable[[int], torch.Tensor]
@@ -70,12 +71,12 @@ def _adjusted(parameters, log_counts, group_of):
 
 RULES: dict[str, Rule] = {
     "mean": Rule(_constant(0), _mean),
-    # Each head's logits divided by a temperature of its own.
+    # The logits of each head are divided by a separate temperature.
     "temperatures": Rule(_constant(2), _temperatures),
     "weight": Rule(_constant(1), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0]).expand_as(counts))),
     "group_weights": Rule(torch.zeros, lambda p, counts, group_of: _weighted(torch.sigmoid(p[group_of]))),
     "count_weights": Rule(_constant(2), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0] + p[1] * counts))),
-    # Post-hoc logit adjustment (Menon et al., ICLR 2021): the training prior is taken off.
+    # Post-hoc logit adjustment (Menon et al., ICLR 2021): the training prior is subtracted.
     "logit_adjustment": Rule(_constant(1), _adjusted),
 }
 
@@ -88,15 +89,15 @@ def fit_fusion(
     class_counts: Integers,
     groups: Mapping[str, Integers],
 ) -> Fusion:
-    """Fits a rule to labelled logits.
+    """Fits a fusion rule to labelled logits.
 
     Args:
         rule: One of `RULES`.
-        cls_logits: Of the CLS head; (images, classes).
-        distillation_logits: Of the DIST head; (images, classes).
+        cls_logits: Logits of the CLS head; (images, classes).
+        distillation_logits: Logits of the DIST head; (images, classes).
         labels: True class of each image; (images,).
         class_counts: Training images of each class.
-        groups: Class indices of each group; together all classes.
+        groups: Class indices of each group; together they must contain all classes.
 
     Raises:
         ValueError: If the rule is unknown, or a class is in no group.
@@ -122,7 +123,7 @@ def fit_fusion(
         optimizer.zero_grad()
         logits = family.fusion(parameters, log_counts, group_of)(cls_logits, distillation_logits)
         value = F.cross_entropy(logits, labels, weights)
-        # Heads that are right on every image would have their scale grow for ever.
+        # Without this penalty the scale would grow without bound if all images are classified correctly.
         value = value + 1e-4 * parameters.square().sum()
         value.backward()
         return value
@@ -132,32 +133,34 @@ def fit_fusion(
 
 
 def balanced_rows(labels: Integers, limit: int = FIT_IMAGES, seed: int = 0) -> np.ndarray:
-    """Random rows to fit a rule on, in order: all, or so many, with as many of each class as there are.
+    """Chooses random rows for fitting a rule, as balanced over the classes as possible, and returns them sorted.
 
     Args:
         labels: Class of each row.
-        limit: Rows at most.
-        seed: Of the choice.
+        limit: Maximum number of rows; with fewer rows all are chosen.
+        seed: Seed of the choice.
     """
     labels = np.asarray(labels)
     order = np.random.RandomState(seed).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels)
-    turn = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of a row in its class
+    turn = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # position of a row in its class
+    # Sorted by position, the rows contain the first row of every class, then the second of every class, and so on.
     return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
 
 
 def fold(model: PreTrainedModel, fusion: Fusion) -> PreTrainedModel:
-    """A copy of a student whose heads have the mean that a fusion gives: to save, and for plain transformers.
+    """Copies a student and folds a fusion into its heads: the mean of the new heads is the fused prediction.
 
-    The heads themselves change, so that they are the experts no more.
+    Plain transformers can load the saved copy. The two heads of the copy are no longer the experts on head and tail
+    classes.
     """
     folded = copy.deepcopy(model)
     shares = {"cls_classifier": fusion.cls_weights, "distillation_classifier": fusion.distillation_weights}
     with torch.no_grad():
         for name, weights in shares.items():
             head: nn.Linear = getattr(folded, name)
-            weights = 2 * weights.to(head.weight)  # the mean halves
+            weights = 2 * weights.to(head.weight)  # the mean of the heads halves each logit
             head.weight.mul_(weights[:, None])
             head.bias.mul_(weights).add_(fusion.bias.to(head.bias))
     return folded

@@ -1,4 +1,4 @@
-"""The long-tail metric, for `evaluate.load(deitlt_hf.evaluation.METRIC_PATH)`."""
+"""The long-tail metric as a module of Hugging Face evaluate, for `evaluate.load(deitlt_hf.evaluation.METRIC_PATH)`."""
 
 import datasets
 import evaluate
@@ -7,7 +7,7 @@ import numpy
 from deitlt_hf.evaluation.accuracy import class_accuracies, number_of_classes
 from deitlt_hf.evaluation.metrics import bootstrap_intervals, long_tail_figures
 
-DESCRIPTION = "Accuracy overall, of head, mid and tail classes, balanced accuracy and more, for one or several experts."
+DESCRIPTION = "Accuracy overall and of head, mid and tail classes, balanced accuracy and more, for one or more experts."
 CITATION = "Rangwani et al., DeiT-LT: Distillation Strikes Back for Vision Transformer Training, CVPR 2024."
 EXPERTS = ("mean", "cls", "distillation")
 INPUTS = """
@@ -15,18 +15,18 @@ Args:
     predictions: Predicted class of each image, a list with one for each expert.
     references: True class of each image.
     confidences: Probability of each predicted class, a list with one for each expert. NaN if they are not
-        known: there is no calibration error then.
-    groups: Class indices of each group, by its name.
+        known: the calibration error is then left out.
+    groups: Class indices of each group, by group name.
     experts: Names of the experts.
-    resamples: Samples of the bootstrap for 95 % intervals; 0 for none.
+    resamples: Number of bootstrap samples for 95 % intervals; 0 for no intervals.
 Returns:
-    The figures of the first expert by name, and those of all as EXPERT_FIGURE. EXPERT_per_class has the accuracy of
-    each class, NaN without test images, and EXPERT_intervals the lower and upper end for each figure.
+    The figures of the first expert by their names, and the figures of all experts as EXPERT_FIGURE. EXPERT_per_class is
+    the accuracy of each class, NaN without test images. EXPERT_intervals is the lower and upper end for each figure.
 """
 
 
 class LongTailMetric(evaluate.Metric):
-    """Figures of [`long_tail_figures`] for several experts on the same images."""
+    """Metric that computes [`long_tail_figures`] for several experts on the same images."""
 
     def _info(self):
         features = datasets.Features(

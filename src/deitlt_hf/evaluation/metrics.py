@@ -1,4 +1,4 @@
-"""Figures of a classifier on long-tailed classes, from its predictions."""
+"""Metrics of a classifier on long-tailed classes, computed from its predictions."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,18 +9,18 @@ from sklearn.metrics import f1_score
 from ..data.long_tail import Integers
 from .accuracy import class_accuracies, group_accuracies, number_of_classes
 
-BINS = 15  # of the calibration error, as in Guo et al. (ICML 2017)
+BINS = 15  # number of bins of the calibration error, as in Guo et al. (ICML 2017)
 
 
 def calibration_error(
     correct: Sequence[bool] | np.ndarray, confidences: Sequence[float] | np.ndarray, bins: int = BINS
 ) -> float:
-    """Expected calibration error (Guo et al., ICML 2017): how far accuracy is from confidence, in the mean over images.
+    """Expected calibration error (Guo et al., ICML 2017): mean distance between accuracy and confidence.
 
     Args:
         correct: Whether each prediction is right.
         confidences: Probability of each predicted class, in [0, 1].
-        bins: Of equal width; images in a bin are compared together.
+        bins: Number of bins of equal width. Accuracy and confidence are compared within each bin.
 
     Raises:
         ValueError: If a confidence is outside [0, 1].
@@ -28,8 +28,9 @@ def calibration_error(
     correct, confidences = np.asarray(correct, dtype=float), np.asarray(confidences, dtype=float)
     if len(confidences) and not (confidences.min() >= 0 and confidences.max() <= 1 + 1e-6):
         raise ValueError(f"confidences must be in [0, 1], got {confidences.min():g} to {confidences.max():g}.")
-    # A bin has its upper edge, as the first definition has it.
+    # The upper edge belongs to the bin, as in the original definition.
     places = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
+    # The sum over a bin is its number of images times the difference between accuracy and mean confidence.
     gaps = np.bincount(places, weights=correct - confidences, minlength=bins)
     return float(np.abs(gaps).sum() / len(correct))
 
@@ -40,18 +41,18 @@ def long_tail_figures(
     groups: Mapping[str, Integers],
     confidences: Sequence[float] | np.ndarray | None = None,
 ) -> dict[str, float]:
-    """All figures of one expert.
+    """Computes all metrics of one expert.
 
     Args:
         predictions: Predicted class of each image.
         labels: True class of each image.
         groups: Class indices of each group, such as head, mid and tail.
-        confidences: Probability of each predicted class; without it there is no calibration error.
+        confidences: Probability of each predicted class; without it the calibration error is left out.
 
     Returns:
-        Fractions: `overall` and one a group (see [`group_accuracies`]); `balanced_accuracy`, the mean over classes;
-        `geometric_mean` of the classes' accuracies, 0 if a class is never right; `macro_f1`; `calibration_error`. Only
-        classes with test images count.
+        Fractions: `overall` and one per group (see [`group_accuracies`]); `balanced_accuracy`, the mean over classes;
+        `geometric_mean` of the class accuracies, 0 if the accuracy of a class is 0; `macro_f1`; `calibration_error`.
+        Only classes with test images count.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     accuracies = class_accuracies(predictions, labels, number_of_classes(labels, groups))
@@ -76,24 +77,24 @@ def bootstrap_intervals(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Confidence intervals by the bootstrap's percentiles (Efron, 1979), for test images drawn anew.
+    """Confidence intervals by the percentile bootstrap (Efron, 1979) over test images.
 
-    Images are drawn within their class, so that every sample has the classes of the test set. One less is drawn than a
-    class has (Rao and Wu, 1988), and one of them counts twice: without that, samples of two or three images vary too
-    little. How uncertain a class with a single image is cannot be told; it adds nothing to the intervals.
+    Images are resampled within their class: every sample has the class counts of the test set. From a class of n images
+    n - 1 are drawn (Rao and Wu, 1988), and one of these counts twice. Without this, samples of two or three images vary
+    too little. The uncertainty of a class with a single image cannot be estimated; it adds nothing to the intervals.
 
     Args:
-        figures: Computes figures for images, given by their indices (with repetitions).
+        figures: Computes metrics for images, given by their indices (with repetitions).
         labels: True class of each image.
         level: Share of the samples that an interval covers.
-        resamples: Number of samples.
-        seed: Of the samples.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the samples.
 
     Returns:
-        Lower and upper end for each figure; NaN where a figure is.
+        Lower and upper end for each metric; NaN if the metric is NaN in a sample.
 
     Raises:
-        ValueError: If the level is not between 0 and 1, or there are no samples.
+        ValueError: If the level is not between 0 and 1, or `resamples` is below 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}.")
@@ -111,6 +112,6 @@ def bootstrap_intervals(
 
 
 def _drawn(member: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """As many images of a class as it has, of which the first two are the same."""
+    """Draws a bootstrap sample of a class: n - 1 of its n images, the first drawn image twice."""
     drawn = random.choice(member, max(len(member) - 1, 1))
     return np.concatenate([drawn[: len(member) - 1], drawn[:1]])

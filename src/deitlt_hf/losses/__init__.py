@@ -1,4 +1,4 @@
-"""Losses and class weights for long-tailed training: tensors in, tensors out."""
+"""Losses and class weights for long-tailed training, as functions and modules of tensors."""
 
 from .class_weights import effective_number_weights
 from .distillation import DistillationLoss, DistillationLossOutput
@@ -6,7 +6,7 @@ from .ldam import LDAMLoss
 from .logit_adjustment import LogitAdjustedLoss
 from .paco import PaCoLoss
 
-# What a teacher can be trained with.
+# Losses that a teacher can be trained with.
 TEACHER_LOSSES = ("ce", "ldam", "logit_adjusted", "paco")
 
 __all__ = [

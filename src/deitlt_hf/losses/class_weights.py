@@ -6,10 +6,10 @@ import torch
 
 
 def positive_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """Training images of each class as float64, (classes,).
+    """Checks the training images of each class and returns them as float64, (classes,).
 
     Raises:
-        ValueError: If a class has none.
+        ValueError: If a class has no image.
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.numel() == 0 or counts.min() < 1:
@@ -19,13 +19,13 @@ def positive_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
 
 
 def effective_number_weights(class_counts: Sequence[int] | torch.Tensor, beta: float = 0.9999) -> torch.Tensor:
-    """Weights classes by the inverse of their effective number of images (Cui et al., CVPR 2019, equation 2).
+    """Class weights: the inverse of the effective number of images (Cui et al., CVPR 2019, equation 2).
 
     `w_c = (1 - beta) / (1 - beta ** n_c)`, scaled to mean 1.
 
     Args:
         class_counts: Training images of each class, at least 1.
-        beta: In [0, 1): 0 weights all classes alike, values towards 1 approach inverse frequency. 0.9999 as in DeiT-LT.
+        beta: In [0, 1): 0 weights all classes equally, values near 1 approach inverse frequency. 0.9999 as in DeiT-LT.
 
     Returns:
         Float32 weights of shape (classes,), with mean 1.

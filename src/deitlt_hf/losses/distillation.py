@@ -1,4 +1,4 @@
-"""The DeiT-LT loss: labels for the CLS head, a flat teacher for the DIST head."""
+"""The DeiT-LT loss: the CLS head learns from labels, the DIST head from a flat teacher."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ CLS_LOSSES = ("ce", "bce", "logit_adjusted")
 
 
 class DistillationLossOutput(NamedTuple):
-    """The loss and its two parts, already multiplied by `1 - alpha` and `alpha`, so that the parts add up."""
+    """The loss and its two parts, already multiplied by `1 - alpha` and `alpha`: the parts add up to the loss."""
 
     loss: torch.Tensor
     cls_loss: torch.Tensor
@@ -25,23 +25,24 @@ class DistillationLossOutput(NamedTuple):
 class DistillationLoss(nn.Module):
     """`(1 - alpha) * L_cls(CLS head, labels) + alpha * L_dist(DIST head, teacher)` (DeiT-LT, equation 2).
 
-    Each part is a (weighted) mean over images. A mean over a batch that is cut into slices, by gradient accumulation
-    or by processes, is not the mean of the slices' means when there are weights: `F.cross_entropy(weight=...)` divides
-    by the slice's own weight sum. So the denominators are the caller's to give: see `denominators`.
+    Each part is a (weighted) mean over images. Gradient accumulation and data-parallel processes split a batch into
+    micro-batches. With weights, the mean over the batch is not the mean of the micro-batch means:
+    `F.cross_entropy(weight=...)` divides by the weight sum of the micro-batch. The caller can therefore pass the
+    denominators: see `denominators`.
 
     Args:
         alpha: Share of the DIST head's part, in [0, 1]; 0.5 in the paper.
         distillation: `hard`, cross entropy with the teacher's prediction (the paper); `soft`, Kullback-Leibler
             divergence from the teacher's probabilities, times temperature squared, averaged over images and classes
-            as in the authors' code; `soft_sum`, the same summed over classes, as strong as `hard` (Hinton et al.,
-            2015); `none`, cross entropy with the labels: two tokens, no teacher.
+            as in the authors' code; `soft_sum`, the same but summed over classes, of the same strength as `hard`
+            (Hinton et al., 2015); `none`, cross entropy with the labels: two tokens, no teacher.
         temperature: Softens both distributions of `soft` and `soft_sum`.
         cls_loss: `ce`, cross entropy; `bce`, binary cross entropy, averaged over images and classes;
-            `logit_adjusted`, cross entropy of logits that are adjusted by the classes' shares (balanced softmax, see
+            `logit_adjusted`, cross entropy of logits that are adjusted by the class frequencies (balanced softmax, see
             [`LogitAdjustedLoss`]).
-        class_weights: Weights of the DIST head's targets, (classes,): deferred re-weighting. For soft labels they tilt
-            the teacher's distribution, `p_c * w_c` renormalised. (The authors' code multiplies the log-probabilities
-            instead; their results are all with `hard`.)
+        class_weights: Weights of the DIST head's targets, (classes,), for deferred re-weighting. With soft labels they
+            re-weight the teacher's distribution: `p_c * w_c`, renormalised. (The authors' code multiplies the
+            log-probabilities instead; all their results use `hard`.)
         reweight_cls: Apply the class weights to the CLS head too (an ablation; needs `cls_loss="ce"`).
         class_counts: Training images of each class, for `cls_loss="logit_adjusted"`.
 
@@ -99,8 +100,8 @@ class DistillationLoss(nn.Module):
             distillation_logits: Logits of the DIST head; (batch, classes).
             labels: Class indices (batch,), or probabilities (batch, classes) after mixing and smoothing.
             teacher_logits: Logits of the teacher; (batch, classes). Not needed for `none`.
-            denominators: What to divide the two sums by, (2,); by default those of this batch. For a slice of a
-                larger batch, add up [`denominators`] over all slices.
+            denominators: Divisors of the two sums, (2,); by default those of this batch. For a micro-batch of a
+                larger batch, add up [`denominators`] over all micro-batches.
 
         Raises:
             ValueError: If the teacher's logits are missing or have another shape than the student's.
@@ -131,7 +132,7 @@ class DistillationLoss(nn.Module):
         return DistillationLossOutput(cls_loss + distillation_loss, cls_loss, distillation_loss)
 
     def denominators(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> torch.Tensor:
-        """What the sums of the CLS and DIST parts of this batch are divided by, (2,): its size or sum of weights."""
+        """Divisors of the CLS and DIST sums of this batch, (2,): the batch size or the sum of weights."""
         batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
         if self.class_weights is None:
             return torch.stack([batch_size, batch_size])
@@ -144,13 +145,14 @@ class DistillationLoss(nn.Module):
     def _distillation_targets(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
         if self.distillation == "none":
             return labels
-        assert teacher_logits is not None  # all but `none` have a teacher
+        assert teacher_logits is not None  # checked in `forward` for all types but `none`
         return teacher_logits.argmax(dim=1)
 
     def _divergence(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         student = F.log_softmax(logits / self.temperature, dim=1)
         teacher = F.log_softmax(teacher_logits.float() / self.temperature, dim=1)
         if self.class_weights is not None:
+            # The softmax renormalises the weighted probabilities.
             teacher = F.log_softmax(teacher + self.class_weights.log(), dim=1)
         divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
         return divergence * self.temperature**2 / (logits.shape[1] if self.distillation == "soft" else 1)

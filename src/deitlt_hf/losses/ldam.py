@@ -1,4 +1,4 @@
-"""Label-distribution-aware margins."""
+"""LDAM loss: label-distribution-aware margins."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from .class_weights import positive_counts
 class LDAMLoss(nn.Module):
     """Cross entropy with a margin that is larger for rarer classes (LDAM; Cao et al., NeurIPS 2019, equation 13).
 
-    Margins are proportional to `n_c ** -1/4`, the largest being `max_margin`. They are margins of the cosines of a
-    normalised classifier, whose logits are the cosines times `scale`.
+    Margins are proportional to `n_c ** -1/4`; the largest is `max_margin`. They apply to the cosines of a normalised
+    classifier, whose logits are the cosines times `scale`.
 
     Args:
         class_counts: Training images of each class.
         max_margin: Margin of the rarest class; 0.5 for CIFAR, 0.3 for ImageNet-LT and iNaturalist.
-        scale: What the classifier multiplied the cosines by.
-        class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
+        scale: Factor between the classifier's cosines and its logits.
+        class_weights: Weights of the classes in the mean, (classes,), for deferred re-weighting.
         reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
 
     Raises:
@@ -48,9 +48,10 @@ class LDAMLoss(nn.Module):
         """Computes the loss.
 
         Args:
-            logits: `scale` times cosines; (batch, classes).
+            logits: Cosines times `scale`; (batch, classes).
             labels: Class indices; (batch,).
         """
         margins = F.one_hot(labels, logits.shape[1]) * self.margins[labels].unsqueeze(1)
+        # The logits are scaled cosines, so the margins are scaled by the same factor.
         shifted = logits.float() - self.scale * margins
         return F.cross_entropy(shifted, labels, weight=self.class_weights, reduction=self.reduction)

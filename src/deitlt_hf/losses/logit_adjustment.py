@@ -1,4 +1,4 @@
-"""Cross entropy with logits adjusted by the classes' shares."""
+"""Cross entropy with logits adjusted by the class frequencies."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from .class_weights import positive_counts
 class LogitAdjustedLoss(nn.Module):
     """Cross entropy of `logits + tau * log(n_c / n)` (Menon et al., ICLR 2021, equation 10).
 
-    The logits themselves then are those of balanced classes. With `tau` 1 it is balanced softmax (Ren et al., NeurIPS
-    2020, equation 4).
+    The unadjusted logits then predict as for balanced classes. With `tau` 1 this is balanced softmax (Ren et al.,
+    NeurIPS 2020, equation 4).
 
     Args:
         class_counts: Training images of each class.
         tau: Strength of the adjustment.
-        class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
+        class_weights: Weights of the classes in the mean, (classes,), for deferred re-weighting.
         reduction: As in `F.cross_entropy`: `mean` (divided by the weights' sum), `sum` or `none`.
 
     Raises:
@@ -45,7 +45,7 @@ class LogitAdjustedLoss(nn.Module):
         """Computes the loss.
 
         Args:
-            logits: (batch, classes).
+            logits: Unadjusted logits; (batch, classes).
             labels: Class indices (batch,), or probabilities (batch, classes).
         """
         return F.cross_entropy(

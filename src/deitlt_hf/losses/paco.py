@@ -1,4 +1,4 @@
-"""Parametric contrastive learning."""
+"""PaCo loss: parametric contrastive learning."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,17 +12,18 @@ from .class_weights import positive_counts
 class PaCoLoss(nn.Module):
     """Parametric contrastive loss (PaCo; Cui et al., ICCV 2021, equations 4 to 6).
 
-    An image is pulled to the learnt centre of its class and to other images of the class, among all centres and images.
-    Centres are compared by the classifier's logits, to which the logarithm of the class's share of the training images
-    is added. Without images of the same class it is the cross entropy of those logits and the similarities.
+    The loss pulls an image to the learnt centre of its class and to other images of the class, and away from all other
+    centres and images. The similarity to a centre is the classifier's logit plus the logarithm of the class's share of
+    the training images. Without images of the same class, the loss is the cross entropy over those logits and the
+    similarities.
 
     Args:
         class_counts: Training images of each class.
         alpha: Weight of an image of the same class as a positive; 0.01 for the CIFAR teachers of DeiT-LT.
         beta: Weight of the class's centre as a positive.
-        gamma: Weight of the images in the denominator, beside centres of weight 1.
-        temperature: What similarities of images are divided by; 0.05 for CIFAR, 0.2 for ImageNet-LT and iNaturalist.
-        class_weights: Weights of the classes in the mean, (classes,): deferred re-weighting.
+        gamma: Weight of the images in the denominator; centres have weight 1.
+        temperature: Divisor of the similarities between images; 0.05 for CIFAR, 0.2 for ImageNet-LT and iNaturalist.
+        class_weights: Weights of the classes in the mean, (classes,), for deferred re-weighting.
         reduction: `mean` (divided by the weights' sum), `sum` or `none`.
 
     Raises:
@@ -63,20 +64,21 @@ class PaCoLoss(nn.Module):
         """Computes the loss.
 
         Args:
-            logits: The classifier's, of the queries' images; (batch, classes).
-            queries: Projected features of length 1; (batch, features). They are compared with each other too.
+            logits: Logits of the classifier for the queries' images; (batch, classes).
+            queries: Projected features of length 1; (batch, features). They are also compared with each other.
             labels: Class indices; (batch,).
-            keys: Projected features of length 1 to compare with: the momentum encoder's of this batch and of the
-                queue; (keys, features).
-            key_labels: Their class indices; (keys,).
+            keys: Projected features of length 1 that the queries are compared with: those of the momentum encoder for
+                this batch, and the queue; (keys, features).
+            key_labels: Class indices of the keys; (keys,).
         """
         batch = len(queries)
         similarities = queries.float() @ torch.cat([queries, keys]).float().T / self.temperature
+        # An image is not compared with itself: neither as a positive nor in the denominator.
         itself = torch.zeros_like(similarities, dtype=torch.bool)
         itself[:, :batch].fill_diagonal_(True)
         similarities = similarities.masked_fill(itself, -torch.inf)
         centres = logits.float() + self.log_prior
-        # A weight of terms in a denominator is an addend to what is exponentiated.
+        # Adding log(gamma) before the exponential multiplies the image terms of the denominator by gamma.
         terms = torch.cat([centres, similarities + math.log(self.gamma)], dim=1)
         log_denominator = terms.logsumexp(dim=1, keepdim=True)
 

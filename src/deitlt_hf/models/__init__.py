@@ -1,1 +1,1 @@
-"""The models: one package each, whose two files travel with saved weights."""
+"""The models, one package each. The two files of a package are saved together with the weights."""

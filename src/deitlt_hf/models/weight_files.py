@@ -1,4 +1,4 @@
-"""Reading checkpoint files of unknown origin without running code of them."""
+"""Reads checkpoint files of unknown origin without running code from them."""
 
 import argparse
 import contextlib
@@ -20,8 +20,8 @@ from transformers.utils import CONFIG_NAME
 
 from ..io import read_json, weight_files
 
-# What the authors' files hold beside tensors and plain values: their command line (with a path) and numpy's numbers. A
-# pair gives the name in the file; numpy 1 and 2 keep the same function in different modules.
+# Objects in the authors' files other than tensors and plain values: the command line (with a path) and numpy's numbers.
+# A pair also gives the name in the file: numpy 1 and 2 keep the same function in different modules.
 _ALLOWED: list[Callable | tuple[Callable, str]] = [
     argparse.Namespace,
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
@@ -30,19 +30,19 @@ _ALLOWED: list[Callable | tuple[Callable, str]] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("int32", "int64", "float32", "float64")),
 ]
-# Names of the one submodule of what is wrapped around a module.
+# Name under which a wrapper stores the module that it wraps.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def read_checkpoint(path: str | PathLike) -> Mapping[str, Any]:
     """Reads a `.pth` / `.pth.tar` file of torch, or a `.safetensors` file.
 
-    Of a pickle only tensors, plain values, and the `argparse.Namespace`, path and numpy numbers of the authors' files
-    are let in; nothing in it is run.
+    A pickle may contain tensors, plain values, and the `argparse.Namespace`, path and numpy numbers of the authors'
+    files. Anything else is refused, and no code in the file is run.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read so.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read under these rules.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {str(path)!r}.")
@@ -57,12 +57,12 @@ def read_checkpoint(path: str | PathLike) -> Mapping[str, Any]:
 
 
 def check_readable(path: str | PathLike) -> None:
-    """Checks that transformers can read a file of weights or of a run's state, and that nothing in it would be run.
+    """Checks that transformers can read a file of weights or of training state without running code from it.
 
-    Tensors stay on the disk; of a pickle plain values and numpy's states of random generators are let in beside them.
+    Tensors stay on the disk. A pickle may contain tensors, plain values and the states of numpy's random generators.
 
     Raises:
-        ValueError: If it is damaged, is not a dictionary, or holds other objects.
+        ValueError: If the file is damaged, does not hold a dictionary, or holds other objects.
     """
     with _one_sentence(path):
         if Path(path).suffix == ".safetensors":
@@ -78,8 +78,8 @@ def check_model_files(folder: str | PathLike) -> None:
     """Checks the files of a model folder that a model and an image processor are loaded from.
 
     Raises:
-        FileNotFoundError: If the folder has no configuration, or a part of the weights is missing.
-        ValueError: If a file is damaged, or holds something else than it should.
+        FileNotFoundError: If the folder has no configuration, or a file of the weights is missing.
+        ValueError: If a file is damaged or holds other content than expected.
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
@@ -93,43 +93,44 @@ def check_model_files(folder: str | PathLike) -> None:
 
 @contextlib.contextmanager
 def _one_sentence(path: str | PathLike) -> Iterator[None]:
-    """Says in one sentence why a file cannot be loaded.
+    """Turns any loading error into one sentence that says why the file cannot be loaded.
 
     Raises:
-        ValueError: In place of what torch or safetensors raise.
+        ValueError: Instead of the errors that torch and safetensors raise.
     """
     try:
         yield
     except Exception as error:  # a pickle of garbage can raise anything
         if (
             isinstance(error, OSError) and error.filename is not None
-        ):  # of the system; torch's of a cut file has no name
+        ):  # an error of the system; torch's OSError for a truncated file has no filename
             raise
         raise ValueError(f"{path} cannot be loaded: {_what_is_wrong(Path(path), error)}.") from error
 
 
 def _load(path: str | PathLike) -> Any:
-    # Mapping the file into memory leaves the optimiser's state, two thirds of a student's file, on the disk.
+    # Memory mapping leaves the optimiser's state, two thirds of a student's file, on the disk.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
 
 
 def strip_wrappers(state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Weights under the names that the model itself gives them, without those of modules wrapped around it.
+    """Removes the name parts that wrappers add, which leaves the parameter names of the model itself.
 
-    `module.` is of DataParallel, DistributedDataParallel and timm's moving average, `_orig_mod.` of `torch.compile`,
-    the others of FSDP and activation checkpointing; they can be nested, and around parts of a model.
+    `module.` comes from DataParallel, DistributedDataParallel and timm's moving average, `_orig_mod.` from
+    `torch.compile`, and the others from FSDP and activation checkpointing. Wrappers can be nested, and can be around
+    parts of a model.
 
     Raises:
-        ValueError: If two weights have one name then.
+        ValueError: If two weights then have the same name.
     """
     stripped = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in state_dict}
     if len(stripped) < len(state_dict):
-        raise ValueError(f"{name} has weights both of a model and of one that is wrapped; save one of them.")
+        raise ValueError(f"{name} has weights both of a model and of a wrapped model; save only one.")
     return {short: state_dict[key] for short, key in stripped.items()}
 
 
 def _is_plain_zip(path: str | PathLike) -> bool:
-    """Whether a file is a zip archive without compression; mapped into memory, another would be read as noise."""
+    """Whether a file is a zip archive without compression. A compressed one would be mapped as noise."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -137,7 +138,7 @@ def _is_plain_zip(path: str | PathLike) -> bool:
 
 
 def _what_is_wrong(path: Path, error: Exception) -> str:
-    """A sentence in place of torch's, which recommends loading without `weights_only`."""
+    """Describes what is wrong with a file. Torch's message would recommend unsafe loading, without `weights_only`."""
     with path.open("rb") as file:
         start = file.read(16)
     code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
@@ -154,4 +155,4 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         if not any(name.endswith("/data.pkl") for name in names):
             return f"it is a zip archive of something else ({', '.join(names[:3])})"
         return "it is damaged, or holds other objects than tensors and plain values"
-    return f"it is no file of torch; it begins with {start!r}"
+    return f"it is not a torch file; it begins with {start!r}"

@@ -1,4 +1,4 @@
-"""The authors' checkpoints, in and out."""
+"""Import and export of checkpoints of the authors' code."""
 
 from .conversion import convert_original, export_original_student, load_original_student, load_original_teacher
 

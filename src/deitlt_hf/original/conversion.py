@@ -1,7 +1,9 @@
-"""The authors' checkpoints in and out: students, PaCo and LDAM teachers. timm's distilled DeiTs are laid out alike.
+"""Converts the authors' checkpoints (students, PaCo and LDAM teachers), and exports students to their format.
 
-Heads of their students (DeiT-LT, `datasets.py`), and of their LDAM teachers of ImageNet-LT and iNaturalist
-(Saddle-LongTail, `datasets/imagenet.py` and `ina2018.py`), are ordered by decreasing training count. Heads of their
+timm's distilled DeiTs have the same layout as the authors' students.
+
+The heads of the students (DeiT-LT, `datasets.py`), and of the LDAM teachers for ImageNet-LT and iNaturalist
+(Saddle-LongTail, `datasets/imagenet.py` and `ina2018.py`), are ordered by decreasing training count. The heads of the
 PaCo teachers are in the data set's order: DeiT-LT maps the teacher's prediction (`losses.py`, `--map-targets`).
 """
 
@@ -44,11 +46,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 STUDENT, PACO_TEACHER, LDAM_TEACHER = "a student", "a PaCo teacher", "an LDAM teacher"
 
-# A PaCo teacher predicts with its query encoder (not the projection) and the linear layer; the rest is for training.
+# A PaCo teacher predicts with its query encoder (without the projection) and the linear layer. These parts only train.
 _PACO_TRAINING_ONLY = ("queue", "encoder_k.", "linear_k.", "encoder_q.fc.")
-# What a student's tensors do not tell of its configuration.
+# Fields of a student's configuration that cannot be read from its tensors.
 _NOT_IN_TENSORS = ("num_attention_heads", "layer_norm_eps")
-# Data sets whose classes the students' code sorts by decreasing training count.
+# Data sets whose classes the authors' student code sorts by decreasing training count.
 _SORTED_DATA_SETS = ("IMAGENETLT", "INAT18")
 
 
@@ -61,26 +63,27 @@ def load_original_student(
     like: DeiTLTConfig | None = None,
     **config,
 ) -> DeiTLTForImageClassification:
-    """Loads a student from the authors' file, or a distilled DeiT of timm; sizes are read from the tensors.
+    """Loads a student from a file of the authors, or a distilled DeiT of timm. Sizes are read from the tensors.
 
-    The authors' ImageNet-LT and iNaturalist heads are ordered by decreasing training count. Here the classes come back
-    in the data set's own order: by `class_map`, else by the map in the file, else by `class_counts`. The map is kept in
-    the configuration, and [`export_original_student`] restores the authors' order.
+    The authors' ImageNet-LT and iNaturalist heads are ordered by decreasing training count. This function restores the
+    data set's order: by `class_map`, else by the map in the file, else by `class_counts`. The configuration keeps the
+    map, and [`export_original_student`] uses it to restore the authors' order.
 
     Args:
         source: A `.pth` or `.safetensors` file, or a state dict such as that of timm's
             `deit_base_distilled_patch16_224`.
-        ema: Load the moving average of the weights in place of the weights. The paper reports the weights.
-        class_map: For each class its row in the file's head.
+        ema: Load the moving average of the weights instead of the weights. The paper's results are of the weights.
+        class_map: Row of each class in the file's heads.
         class_counts: Training images of each class, in label order.
         class_names: Names of the classes, in label order.
-        like: Has as many attention heads as a file of its width that does not tell them; otherwise they are 64 wide.
+        like: Gives the number of attention heads if the file does not contain it and has the same hidden size.
+            Otherwise attention heads are 64 wide.
         **config: Further fields of [`DeiTLTConfig`], such as `num_attention_heads` or `drop_path_rate`. With another
-            `num_labels` than the file's, both heads are new.
+            `num_labels` than the file's, both heads are newly initialised.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read safely, holds something else than a student, or does not fit the classes.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read safely, does not hold a student, or does not fit the classes.
     """
     checkpoint = _open(source, ema)
     if checkpoint.kind != STUDENT:
@@ -94,21 +97,21 @@ def load_original_teacher(
     class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> FlatTeacherForImageClassification:
-    """Loads a teacher from the authors' file: PaCo or LDAM (ResNet-32 or ResNet-50).
+    """Loads a PaCo or LDAM teacher (ResNet-32 or ResNet-50) from a file of the authors.
 
-    Which it is, and its sizes, are read from the tensors. The head of an LDAM teacher of ImageNet-LT or iNaturalist is
-    in the order of the students' heads, see [`load_original_student`], whose map is this teacher's too. The head of a
-    PaCo teacher is in the data set's order as it is.
+    The kind of teacher and its sizes are read from the tensors. The head of an LDAM teacher for ImageNet-LT or
+    iNaturalist has the order of the students' heads (see [`load_original_student`]), and the same class map applies.
+    The head of a PaCo teacher is already in the data set's order.
 
     Args:
         source: The file, or a state dict.
-        class_map: For each class its row in the file's head; not for a PaCo teacher.
+        class_map: Row of each class in the file's head; not for a PaCo teacher.
         class_counts: Training images of each class, in label order.
         class_names: Names of the classes, in label order.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read safely, holds something else than a teacher, or does not fit the classes.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read safely, does not hold a teacher, or does not fit the classes.
     """
     checkpoint = _open(source)
     if checkpoint.kind == STUDENT:
@@ -125,21 +128,21 @@ def convert_original(
     class_names: Sequence[str] | None = None,
     **config,
 ) -> PreTrainedModel:
-    """Converts a file of the authors' to a folder with a model and its image processor, for `from_pretrained`.
+    """Converts a file of the authors to a folder with a model and its image processor, for `from_pretrained`.
 
     Args:
         source: Any file that [`load_original_student`] or [`load_original_teacher`] takes.
-        folder: Where to write. It must not hold a model.
-        ema: See [`load_original_student`], as for the three below.
-        class_map: For each class its row in the file's head.
+        folder: Folder to write to. It must not hold a model.
+        ema: See [`load_original_student`], also for the next three arguments.
+        class_map: Row of each class in the file's heads.
         class_counts: Training images of each class, in label order.
         class_names: Names of the classes, in label order.
         **config: Further fields of a student's configuration.
 
     Raises:
         FileExistsError: If the folder holds a model, or is a file.
-        FileNotFoundError: If there is no such file.
-        ValueError: As for both.
+        FileNotFoundError: If the file does not exist.
+        ValueError: See [`load_original_student`] and [`load_original_teacher`].
     """
     folder = Path(folder).expanduser()
     check_holds_no_model(folder)
@@ -157,10 +160,10 @@ def convert_original(
 
 
 def check_holds_no_model(folder: str | PathLike) -> None:
-    """Refuses a folder to write a model to that has one, or cannot be made.
+    """Checks that a model can be written to a folder: it holds no model and can be created.
 
     Raises:
-        FileExistsError: If it does.
+        FileExistsError: If the folder holds a model, or is a file or below one.
     """
     check_can_be_folder(folder)
     if any(Path(folder).glob("*.safetensors*")) or (Path(folder) / "config.json").is_file():
@@ -170,16 +173,16 @@ def check_holds_no_model(folder: str | PathLike) -> None:
 def export_original_student(model: PreTrainedModel, path: str | PathLike) -> None:
     """Writes a student as a file that the authors' code (`--resume`) and timm's distilled DeiTs load strictly.
 
-    The weights are below `model`. Beside them, for [`load_original_student`], are `class_map` and `cls_num_list` if
-    known, and `config`: what tensors do not tell, the number of heads and the epsilon of the layer norms. The authors'
-    code has heads of 64 and 1e-6.
+    The key `model` holds the weights. For [`load_original_student`] the file also contains `class_map` and
+    `cls_num_list` if known, and `config` with the values that cannot be read from tensors: the number of heads and the
+    epsilon of the layer norms. In the authors' code heads are 64 wide and the epsilon is 1e-6.
 
     Args:
         model: A [`DeiTLTForImageClassification`], or transformers' `DeiTForImageClassificationWithTeacher`.
-        path: The file to write. Missing folders are made.
+        path: The file to write. Missing folders are created.
 
     Raises:
-        ValueError: If the model is no such student, or of a kind that the authors' code does not have.
+        ValueError: If the model is not such a student, or has options that the authors' code does not support.
     """
     path, config = Path(path).expanduser(), model.config
     if path.suffix == ".safetensors":
@@ -187,14 +190,19 @@ def export_original_student(model: PreTrainedModel, path: str | PathLike) -> Non
     try:
         state_dict = student_to_original(model.state_dict())
     except KeyError as error:
-        raise ValueError(f"a {type(model).__name__} is not a student with two heads: what is {error}?") from error
+        raise ValueError(
+            f"a {type(model).__name__} is not a student with two heads: parameter {error} is missing or unknown."
+        ) from error
     for field, value in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if getattr(config, field) != value:
             raise ValueError(f"the authors' students have {field} {value!r}, this one {getattr(config, field)!r}.")
     class_map, counts = (getattr(config, field, None) for field in ("class_map", "class_counts"))
     for name, values in (("class_map", class_map), ("class_counts", counts)):
         if values is not None and len(values) != config.num_labels:
-            raise ValueError(f"{name} of the model has {len(values)} entries for {config.num_labels} classes; mend it.")
+            raise ValueError(
+                f"{name} of the model has {len(values)} entries for {config.num_labels} classes; correct its config."
+            )
+    # The inverse of the map: the class in each row of the authors' heads.
     rows = list(range(len(config.id2label or ()))) if class_map is None else np.argsort(class_map).tolist()
     weights = {
         name: (tensor[rows] if name.startswith("head") else tensor).detach().cpu().contiguous()
@@ -220,13 +228,13 @@ class _Checkpoint:
     kind: str
     state_dict: StateDict
     class_map: Sequence[int] | None = None
-    class_counts: Sequence[int] | None = None  # in the order of the head
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # what tensors do not tell
-    is_sorted: bool = False  # the head, by decreasing training count
+    class_counts: Sequence[int] | None = None  # in the order of the file's head
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields that cannot be read from tensors
+    is_sorted: bool = False  # whether the head is ordered by decreasing training count
 
 
 def _open(source: Source, ema: bool = False) -> _Checkpoint:
-    """Reads a file and tells by its keys what it holds."""
+    """Reads a file and identifies its content by the names of its tensors."""
     name, content = _read(source)
     keys = ("model_ema",) if ema else ("model", "state_dict")
     below = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
@@ -236,11 +244,11 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
     wrong = [str(key) for key, value in weights.items() if not isinstance(key, str) or not _is_whole(value)]
     if wrong or not weights:
         raise ValueError(
-            f"{name} has no weights below {' or '.join(map(repr, keys))}; what it has is {_listed(wrong) or 'empty'}."
+            f"{name} has no weights below {' or '.join(map(repr, keys))}; it contains {_listed(wrong) or 'nothing'}."
         )
     state_dict = strip_wrappers(weights, name)
     kind = _kind(name, state_dict)
-    # The authors keep the classes in their command line, `export_original_student` keeps them beside the weights.
+    # The authors store class facts in their command line, `export_original_student` stores them next to the weights.
     args = content.get("args")
     about = {**(vars(args) if isinstance(args, argparse.Namespace) else {}), **content}
     if kind == PACO_TEACHER:
@@ -263,21 +271,21 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
 
 
 def _read(source: Source) -> tuple[str, Mapping[str, Any]]:
-    """What to call a file or state dict, and its content."""
+    """Returns the name of a file or state dict for messages, and its content."""
     if isinstance(source, Mapping):
         return "the state dict", source
     return str(source), read_checkpoint(source)
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether this is a tensor with all its elements in memory: dense, and not one element repeated."""
+    """Whether this is a dense tensor with all elements in memory. An expanded tensor could claim any size."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return False
     return value.is_meta or value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _integers(values: Any, name: str) -> list[int] | None:
-    """Whole numbers of a file or a user, as a list."""
+    """Checks whole numbers from a file or a caller, and returns them as a list."""
     if values is None:
         return None
     try:
@@ -344,11 +352,11 @@ def _teacher(checkpoint: _Checkpoint, class_map, class_counts, class_names) -> F
 
 
 def _sizes(checkpoint: _Checkpoint, sizes: Callable[[StateDict], dict[str, Any]]) -> tuple[dict[str, Any], int]:
-    """Fields of the configuration that the tensors tell, and the number of classes."""
+    """Reads fields of the configuration and the number of classes from the tensors."""
     try:
         found = sizes(checkpoint.state_dict)
     except KeyError as error:
-        raise ValueError(f"{checkpoint.name} is not the whole of {checkpoint.kind}: it lacks {error}.") from error
+        raise ValueError(f"{checkpoint.name} is only part of {checkpoint.kind}: it lacks {error}.") from error
     except (ValueError, IndexError) as error:
         raise ValueError(f"{checkpoint.name} is not {checkpoint.kind} as the authors save it: {error}.") from error
     return found, found.pop("num_labels")
@@ -361,7 +369,7 @@ def _classes(
     class_counts: Sequence[int] | None,
     class_names: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """What the configuration says about the classes, in the data set's order."""
+    """Makes the class fields of the configuration, in the data set's order."""
     class_map = checkpoint.class_map if class_map is None else _integers(class_map, "class_map")
     class_counts = _integers(class_counts, "class_counts")
     if class_names is not None:
@@ -416,7 +424,7 @@ def _fill(
     to_original: Callable[[StateDict], StateDict],
     new: tuple[str, ...] = (),
 ) -> Model:
-    """Loads a file's weights after comparing them with the model's, by the file's names; `new` prefixes stay."""
+    """Loads a file's weights after a strict check of names and shapes. Weights with a prefix in `new` stay."""
     expected = to_original(model.state_dict())
     found = {name: tensor for name, tensor in expected.items() if name.startswith(new)}
     found.update(checkpoint.state_dict)

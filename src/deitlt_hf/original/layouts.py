@@ -1,6 +1,6 @@
-"""Names and sizes in the authors' state dicts: the student's (also timm's) and the CNN teachers'.
+"""Parameter names and sizes in the state dicts of the authors' students (also timm's DeiTs) and CNN teachers.
 
-Pure functions of state dicts. A `KeyError` names a tensor that is missing, or whose name is unknown.
+All functions are pure functions of state dicts. A `KeyError` names a missing tensor, or a tensor with an unknown name.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ import torch
 
 StateDict = Mapping[str, torch.Tensor]
 
-# The student's modules and bare parameters: the authors' name (and timm's), then ours.
+# Modules and bare parameters of the student: the authors' name (also timm's), then the name in this package.
 _STUDENT_MODULES = {
     "cls_token": "deit.embeddings.cls_token",
     "pos_embed": "deit.embeddings.position_embeddings",
@@ -31,7 +31,7 @@ _BLOCK_MODULES = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-# Blocks of each stage, and whether they are bottlenecks.
+# Backbone by the number of blocks in each stage, and whether the blocks are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {((n, n, n), False): f"resnet{6 * n + 2}" for n in (3, 5, 7, 9)} | {
     ((2, 2, 2, 2), False): "timm/resnet18",
     ((3, 4, 6, 3), False): "timm/resnet34",
@@ -42,13 +42,13 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {((n, n, n), False): f"resne
 
 
 def student_sizes(state_dict: StateDict) -> dict[str, Any]:
-    """Fields of [`DeiTLTConfig`] that the authors' tensors tell; heads are 64 wide, as in all DeiTs.
+    """Reads fields of [`DeiTLTConfig`] from the authors' tensors. Attention heads are assumed 64 wide, as in all DeiTs.
 
     Raises:
-        ValueError, IndexError: If a tensor has fewer dimensions than it should.
+        ValueError, IndexError: If a tensor has too few dimensions.
     """
     width, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    num_patches = state_dict["pos_embed"].shape[1] - 2
+    num_patches = state_dict["pos_embed"].shape[1] - 2  # without the CLS and DIST tokens
     if num_patches < 1:
         raise ValueError(f"pos_embed is {tuple(state_dict['pos_embed'].shape)}, without a patch")
     if num_channels != 3:
@@ -66,7 +66,7 @@ def student_sizes(state_dict: StateDict) -> dict[str, Any]:
 
 
 def student_to_ours(state_dict: StateDict) -> dict[str, torch.Tensor]:
-    """Gives the authors' parameters our names, and splits queries, keys and values."""
+    """Renames the authors' student parameters to the names of this package, and splits queries, keys and values."""
     modules = _student_modules(_depth(state_dict, "blocks."))
     converted: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
@@ -93,13 +93,13 @@ def student_to_original(state_dict: StateDict) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class TeacherLayout:
-    """State dict of a CNN teacher: a ResNet behind a prefix, and a classifier.
+    """Layout of a CNN teacher's state dict: a ResNet under a name prefix, and a classifier.
 
     Args:
-        prefix: Of the backbone's names.
-        may_be_cosine: Whether a classifier without a bias is a cosine classifier; its weight is (features, classes)
-            there.
-        classifier: Its name.
+        prefix: Prefix of the backbone's parameter names.
+        may_be_cosine: Whether a classifier without a bias is a cosine classifier, whose weight has the shape
+            (features, classes).
+        classifier: Name of the classifier.
     """
 
     prefix: str
@@ -107,11 +107,11 @@ class TeacherLayout:
     classifier: str = "linear"
 
     def sizes(self, state_dict: StateDict) -> dict[str, Any]:
-        """Fields of [`FlatTeacherConfig`] that the authors' tensors tell.
+        """Reads fields of [`FlatTeacherConfig`] from the authors' tensors.
 
         Raises:
-            ValueError: If the stages are those of no ResNet that is known here.
-            IndexError: If a tensor has fewer dimensions than it should.
+            ValueError: If the stages match none of the supported ResNets.
+            IndexError: If a tensor has too few dimensions.
         """
         depths = tuple(_depth(state_dict, f"{self.prefix}layer{stage}.") for stage in range(1, 5))
         depths = depths if depths[3] else depths[:3]
@@ -131,7 +131,7 @@ class TeacherLayout:
         }
 
     def to_ours(self, state_dict: StateDict) -> dict[str, torch.Tensor]:
-        """Gives the authors' parameters our names."""
+        """Renames the authors' parameters to the names of this package."""
         return self._swap(state_dict, (f"{self.classifier}.", self.prefix), ("classifier.", "backbone."))
 
     def to_original(self, state_dict: StateDict) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ class TeacherLayout:
         return self._swap(state_dict, ("classifier.", "backbone."), (f"{self.classifier}.", self.prefix))
 
     def _swap(self, state_dict: StateDict, old: tuple[str, str], new: tuple[str, str]) -> dict[str, torch.Tensor]:
-        """Swaps the prefixes of classifier and backbone."""
+        """Replaces the prefixes of classifier and backbone, and transposes a cosine classifier's weight."""
         transposed = self.may_be_cosine and f"{old[0]}bias" not in state_dict
         swapped = {}
         for name, tensor in state_dict.items():
@@ -151,11 +151,11 @@ class TeacherLayout:
 
 PACO_LAYOUT = TeacherLayout("encoder_q.", may_be_cosine=False)
 LDAM_LAYOUT = TeacherLayout("", may_be_cosine=True)
-LDAM_RESNET50_LAYOUT = TeacherLayout("", may_be_cosine=True, classifier="fc")  # of ImageNet-LT and iNaturalist
+LDAM_RESNET50_LAYOUT = TeacherLayout("", may_be_cosine=True, classifier="fc")  # ImageNet-LT and iNaturalist
 
 
 def _student_modules(depth: int) -> dict[str, str]:
-    """Original to our names of the modules of a student with `depth` blocks."""
+    """Maps the authors' module names to those of this package, for a student with `depth` blocks."""
     blocks = {
         f"blocks.{index}.{original}": f"deit.layers.{index}.{ours}"
         for index in range(depth)
@@ -170,5 +170,5 @@ def _renamed(name: str, modules: Mapping[str, str]) -> str:
 
 
 def _depth(names: Iterable[str], prefix: str) -> int:
-    """Number of blocks, whose index comes after the prefix."""
+    """Number of blocks: distinct indices that follow the prefix in the names."""
     return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})

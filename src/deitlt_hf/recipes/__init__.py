@@ -1,4 +1,4 @@
-"""Recipes: everything a run needs, as one YAML file a benchmark with the sections data, teacher and student."""
+"""Recipes: one YAML file per benchmark with all settings of a run, in the sections data, teacher and student."""
 
 from .arguments import DataArguments, StudentArguments, TeacherArguments
 from .parsing import (

@@ -1,4 +1,4 @@
-"""What recipes say about data and models; the training arguments say the rest."""
+"""Dataclasses of a recipe's data and model fields. The other fields are training arguments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ _SUBSET = ("imbalance_ratio", "imbalance_type", "max_per_class", "subset_seed")
 
 @dataclass
 class DataArguments:
-    """The data of a recipe; see [`load_source`] and [`long_tailed_splits`] for what the fields mean."""
+    """The data fields of a recipe; see [`load_source`] and [`long_tailed_splits`] for their meaning."""
 
     dataset: str = field(
         default="digits",
-        metadata={"help": "'digits' (embedded), the id of a Hub data set, or a name for what is in data_dir."},
+        metadata={"help": "'digits' (embedded), the id of a Hub data set, or a name for the data in data_dir."},
     )
     data_dir: str | None = field(
         default=None,
@@ -31,46 +31,49 @@ class DataArguments:
         },
     )
     imbalance_ratio: float | None = field(
-        default=None, metadata={"help": "Subsample the training images to this n_max / n_min. None: keep all."}
+        default=None, metadata={"help": "Subsample the training images to this ratio n_max / n_min. None: keep all."}
     )
     imbalance_type: str = field(default="exp", metadata={"help": "Shape of the long tail: exp or step."})
-    max_per_class: int | None = field(default=None, metadata={"help": "Training images of the largest class."})
+    max_per_class: int | None = field(
+        default=None, metadata={"help": "Training images of the largest class after subsampling."}
+    )
     subset_seed: int = field(default=0, metadata={"help": "Seed of the long-tailed subset, and of test_fraction."})
     test_split: str | None = field(default=None, metadata={"help": "Name of the test split."})
     test_fraction: float | None = field(
-        default=None, metadata={"help": "Share of each class to set apart for testing, without a test split."}
+        default=None, metadata={"help": "Share of each class to set apart for testing, for data without a test split."}
     )
     train_list: str | None = field(default=None, metadata={"help": "List file of the training images."})
     test_list: str | None = field(default=None, metadata={"help": "List file of the test images."})
     image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column with the labels."})
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes in label order, or a file with them."}
+        default=None, metadata={"help": "Names of the classes in label order, or a file with the names."}
     )
     background: str | None = field(
         default=None,
         metadata={
-            "help": "Colour that shows through transparent pixels, such as white or #ff8000; the model keeps it. None: "
-            "transparency is left out, as transformers' pipeline does."
+            "help": "Background colour behind transparent pixels, such as white or #ff8000; the saved image processor "
+            "keeps it. None: transparency is ignored, as in transformers' pipeline."
         },
     )
     skip_bad_images: bool = field(default=False, metadata={"help": "Leave out images that cannot be read."})
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the training images from shards (webdataset, parquet, a Hub data set) as they come."},
+        metadata={"help": "Stream the training images from shards (webdataset, parquet, a Hub data set)."},
     )
     class_counts: str | None = field(
-        default=None, metadata={"help": "JSON file with a stream's images a class, from data check --counts FILE."}
+        default=None,
+        metadata={"help": "JSON file with the images per class of a stream, from data check --counts FILE."},
     )
-    shuffle_buffer: int = field(default=2048, metadata={"help": "Images of a stream that are shuffled together."})
+    shuffle_buffer: int = field(default=2048, metadata={"help": "Size of the shuffle window of a stream, in images."})
     group_boundaries: list[int] | None = field(
-        default=None, metadata={"help": "Ends of head and mid group among the classes sorted by count."}
+        default=None, metadata={"help": "Ends of the head and the mid group among the classes sorted by count."}
     )
     group_rule: str = field(
         default="auto",
         metadata={
-            "help": "In place of boundaries: shots (more than 100 images, 20 to 100, fewer), thirds (of the sorted "
-            "classes), or auto (shots, but thirds if a group would be empty)."
+            "help": "Rule for groups without group_boundaries: shots (more than 100 images, 20 to 100, fewer), thirds "
+            "(of the sorted classes), or auto (shots, but thirds if a group would be empty)."
         },
     )
 
@@ -79,16 +82,18 @@ class DataArguments:
             self.background = colour(self.background)
         if self.group_boundaries is not None and self.group_rule != "auto":
             raise ValueError(
-                f"group_boundaries {self.group_boundaries} and group_rule {self.group_rule!r} both say how classes are "
-                "grouped; give one of them."
+                f"group_boundaries {self.group_boundaries} and group_rule {self.group_rule!r} both define "
+                "groups of classes; give only one."
             )
 
     def source(self) -> tuple[str, Mapping]:
-        """Loads the splits as they are, and says what they were loaded as."""
+        """Loads the unchanged splits. Returns a description of the source, and the splits."""
         if self.streaming:
             for name in ("imbalance_ratio", "max_per_class", "test_fraction", "train_list", "test_list", "class_names"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs all images at hand; leave it or --streaming out.")
+                    raise ValueError(
+                        f"{name} needs the whole data set before training; leave out this field or --streaming."
+                    )
             return load_streamed(
                 self.dataset,
                 self.data_dir,
@@ -104,7 +109,7 @@ class DataArguments:
         )
 
     def load(self, source: Mapping | None = None) -> Mapping:
-        """Makes the training and test images, of splits that were loaded before or of what the fields name."""
+        """Makes the training and test split from splits that [`source`] has loaded, or loads these first."""
         source = source if source is not None else self.source()[1]
         if self.streaming:
             return source
@@ -126,7 +131,7 @@ class DataArguments:
         )
 
     def record(self) -> dict:
-        """What `results.json` says of where the images come from."""
+        """The description of the data source in `results.json`."""
         names = ["dataset"] if self.imbalance_ratio is None else ["dataset", *_SUBSET]
         name = without_folders(self.dataset)
         is_local = self.data_dir is not None or name != self.dataset
@@ -135,26 +140,26 @@ class DataArguments:
         return {field: getattr(self, field) for field in names} | {"dataset": name, "local_files": is_local}
 
     def groups(self, data: Mapping) -> ShotGroups:
-        """Head, mid and tail of the training images."""
+        """Groups the classes into head, mid and tail by their training images."""
         return shot_groups(training_counts(data["train"]), self.group_boundaries, self.group_rule)
 
 
 @dataclass
 class StudentArguments:
-    """The student of a recipe, and where it and its teacher come from."""
+    """The student fields of a recipe: its teacher, initial weights and architecture."""
 
     teacher: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a trained teacher. None: train the recipe's teacher."}
+        default=None, metadata={"help": "Folder or Hub id of a trained teacher. None: train the teacher of the recipe."}
     )
     teacher_loss: str | None = field(
         default=None,
-        metadata={"help": "Without a teacher: train the recipe's with this loss, in a folder of its own."},
+        metadata={"help": "Without --teacher: train the recipe's teacher with this loss, in a separate folder."},
     )
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Start from this DeiT checkpoint (any number of classes) instead of scratch: folder, Hub id, or a "
-            "file of timm's or the authors'."
+            "help": "Start from this DeiT checkpoint (any number of classes) instead of from scratch: folder, Hub id, "
+            "or a checkpoint file of timm or of the authors."
         },
     )
     image_size: int = field(default=224, metadata={"help": "Side of the images, in pixels."})
@@ -163,13 +168,13 @@ class StudentArguments:
     num_hidden_layers: int = field(default=12, metadata={"help": "Number of blocks."})
     num_attention_heads: int = field(default=12, metadata={"help": "Number of attention heads."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Width of the MLP. None: 4 x hidden_size."})
-    drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth of the last block."})
+    drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth rate of the last block."})
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ... None: transformers' choice."}
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ... None: the default of transformers."}
     )
 
     def config(self, **labels) -> DeiTLTConfig:
-        """Configuration of a student that starts from scratch, for the given labels or their number."""
+        """Configuration of a student that starts from scratch. `labels` are label fields such as `num_labels`."""
         return DeiTLTConfig(
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -184,20 +189,20 @@ class StudentArguments:
 
 @dataclass
 class TeacherArguments:
-    """The teacher of a recipe."""
+    """The teacher fields of a recipe: its architecture."""
 
     backbone: str = field(default="resnet32", metadata={"help": "resnet20/32/44/56 (CIFAR) or timm/NAME."})
     classifier: str | None = field(
-        default=None, metadata={"help": "linear or cosine. None: what the loss needs, cosine for LDAM."}
+        default=None, metadata={"help": "linear or cosine. None: as the loss requires: cosine for LDAM, else linear."}
     )
     projection_size: int | None = field(
         default=None,
-        metadata={"help": "Features that PaCo compares. None: 32 up to 64 pixels, else 128; with other losses none."},
+        metadata={"help": "Size of PaCo's features. None: 32 up to 64 pixels, else 128; 0 with other losses."},
     )
     image_size: int = field(default=32, metadata={"help": "Side of the images, in pixels."})
 
     def config(self, teacher_loss: str, **labels) -> FlatTeacherConfig:
-        """Configuration of a teacher that is trained with a loss, for the given labels or their number."""
+        """Configuration of a teacher for training with a loss. `labels` are label fields such as `num_labels`."""
         classifier, projection_size = self.classifier, self.projection_size
         if classifier is None:
             classifier = "cosine" if teacher_loss == "ldam" else "linear"
@@ -213,6 +218,6 @@ class TeacherArguments:
 
 
 def without_folders(text: str) -> str:
-    """Of a path of this machine the last part, for what may be published; other text as it is."""
+    """Reduces a path on this machine to its last part, since records may be published. Other text stays unchanged."""
     path = Path(text).expanduser()
     return path.name if path.is_absolute() or ".." in path.parts or (len(path.parts) > 1 and path.exists()) else text

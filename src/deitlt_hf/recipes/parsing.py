@@ -1,4 +1,4 @@
-"""From a recipe and a command line to arguments."""
+"""Fills argument dataclasses from a recipe and the command line."""
 
 import argparse
 import contextlib
@@ -29,13 +29,13 @@ from .usage import BriefParser
 
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
 _ABOUT = ("description", "extends")
-# The command whose help lists the fields of a section, for commands that take these but have no list of their own.
+# Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
-# Fields of the data that say where they are, or that are long.
+# Fields that only locate the data, or that are long. Records do not contain them as overrides.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
-# Fields of transformers that only a script of the user's reads.
+# Fields of transformers that have an effect only in scripts that read them.
 _FOR_SCRIPTS = ("do_train", "do_eval", "do_predict")
-# What options of timm, ultralytics and the authors' code are called here.
+# Names of options in timm, ultralytics and the authors' code, and the names of the same options here.
 _ALIASES = {
     **dict.fromkeys(("epochs", "num_epochs", "epoch", "max_epochs"), "num_train_epochs"),
     **dict.fromkeys(("batch_size", "batch", "total_batch_size"), "global_batch_size"),
@@ -75,7 +75,7 @@ _ALIASES = {
 
 
 class _RecipeParser(BriefParser, HfArgumentParser):
-    """Of the fields of dataclasses."""
+    """Parser for the fields of the dataclasses, with short errors."""
 
 
 def recipe_names() -> list[str]:
@@ -85,20 +85,20 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
-    """The sections of a recipe of the package by name, or of any by its path.
+    """Loads the sections of a recipe, given the name of a recipe in the package or the path of a YAML file.
 
-    A recipe that `extends` another, by name or path (from its own folder), has all fields of that one but those that it
-    gives itself.
+    A recipe can extend another: `extends` is a name, or a path relative to the recipe's folder. It inherits all fields
+    of that recipe; fields that it sets itself override them.
 
     Raises:
-        FileNotFoundError: If there is none; the message names the nearest.
+        FileNotFoundError: If the recipe does not exist; the message suggests the most similar name.
         ValueError: If the file is not a recipe, or extends itself.
     """
     return _extended(name_or_path, ())
 
 
 def _extended(name_or_path: str, extending: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """A recipe's sections, below those of the recipe that it extends; `extending` are the recipes above it."""
+    """Loads a recipe, merged over the recipe that it extends. `extending` are the recipes that extend this one."""
     content = _read(name_or_path)
     base = content.pop("extends", None)
     if base is None:
@@ -118,7 +118,7 @@ def _extended(name_or_path: str, extending: tuple[str, ...]) -> dict[str, dict[s
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
-    """A recipe as it is written, without its description."""
+    """Reads the sections that a recipe file contains, and its `extends`, without the description."""
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
@@ -145,18 +145,18 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that are there twice, of which YAML's own loader takes the last."""
+    """YAML loader that refuses duplicate keys. The base class silently keeps the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{one_line(twice)!r} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{one_line(twice)!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def _check_values(sections: dict[str, Any], recipe: str) -> None:
-    """Refuses values in values, which no field has, and which can be more than any memory holds."""
+    """Refuses nested values: no field takes them, and YAML aliases can expand them beyond any memory."""
     for section, values in sections.items():
         if not isinstance(values, dict | None):
             raise ValueError(f"{recipe}: {one_line(section, 60)} must have fields and their values.")
@@ -170,22 +170,22 @@ def _check_values(sections: dict[str, Any], recipe: str) -> None:
 
 
 def recipe_description(name: str) -> str:
-    """What a recipe of the package says of itself."""
+    """The description of a recipe in the package."""
     return yaml.safe_load(files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))["description"]
 
 
 def own_loss(recipe: str) -> str:
-    """The loss of a recipe's teacher, if none is asked for."""
+    """The default loss of a recipe's teacher."""
     return load_recipe(recipe)["teacher"].get("teacher_loss", TEACHER_LOSSES[0])
 
 
 def teacher_folder(recipe: str, loss: str | None) -> str:
-    """Name of the folder of a recipe's teacher: `teacher`, or one of its own for another loss than the recipe's."""
+    """Folder name of a recipe's teacher: `teacher`, or `teacher_LOSS` for another loss than the recipe's default."""
     return "teacher" if loss in (None, own_loss(recipe)) else f"teacher_{loss}"
 
 
 def data_help() -> str:
-    """A text for the help of commands that hand on the fields of a recipe's data."""
+    """Help text about the data fields of a recipe, for commands that accept these fields."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = HfArgumentParser(
         DataClassType(DataArguments), usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter
@@ -202,26 +202,26 @@ def parse_arguments(
     description: str | None = None,
     partly: bool = False,
 ) -> tuple:
-    """Fills dataclasses from a recipe's `data` section and one other, overridden by the command line.
+    """Fills dataclasses from a recipe's `data` section and one other section; the command line overrides both.
 
-    A teacher's values can depend on its loss: what `teacher_losses` has for the recipe's or the command line's
-    `teacher_loss` goes before the section `teacher`. A `group_rule` of the command line goes before boundaries of the
-    recipe, and `none` on it takes back a number, or a text of the data, that need not be given.
+    The values of a teacher can depend on its loss: the entry of `teacher_losses` for the `teacher_loss` of the command
+    line, else of the recipe, overrides the section `teacher`. A `group_rule` on the command line overrides boundaries
+    of the recipe. The value `none` on the command line resets an optional number, or an optional text of the data.
 
     Args:
         section: `data`, `teacher` or `student`.
         classes: Dataclasses to fill.
-        argv: Command line without the program; by default this process's.
+        argv: Command line without the program; by default that of this process.
         description: Text of `--help`.
-        partly: Take of the section only what the classes have fields for.
+        partly: Ignore values of the section for which the classes have no field, instead of refusing them.
 
     Returns:
-        The recipe's name and one instance a class.
+        The recipe's name and one instance of each class.
 
     Raises:
-        FileNotFoundError: If there is no such recipe.
-        ValueError: If recipe or command line have an unknown field, of which the message names the nearest, or the
-            recipe has something else where a list belongs.
+        FileNotFoundError: If the recipe does not exist.
+        ValueError: If the recipe or the command line has an unknown field (the message suggests the most similar one),
+            or the recipe has another value where a list of numbers is required.
     """
     parser = _RecipeParser(
         map(DataClassType, classes),
@@ -233,7 +233,8 @@ def parse_arguments(
     _allow_none(parser, classes)
     refused = {name for cls in classes for name in getattr(cls, "refused", ())}
     _hide(parser, refused.union(_FOR_SCRIPTS))
-    parser.usage = parser.format_usage().removeprefix("usage: ")  # in the help, too
+    parser.usage = parser.format_usage().removeprefix("usage: ")  # the short usage in the help, too
+    # First pass: the options that decide which values of the recipe apply.
     first = BriefParser(add_help=False, allow_abbrev=False, usage=parser.usage)
     listed_by = "--help"
     if description is None:
@@ -265,6 +266,7 @@ def parse_arguments(
     options = {option.removeprefix("--") for option in parser._option_string_actions}
     names = (word.removeprefix("--").split("=")[0] for word in rest)
     _refuse_unknown(names, options, "the command line", listed_by=listed_by)
+    # Defaults include the recipe's values, so a difference is an override by the command line.
     changed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(key)}
     for field in _FOR_SCRIPTS:
         if field in changed or field in values:
@@ -277,14 +279,15 @@ def parse_arguments(
 
 @contextlib.contextmanager
 def command_line_errors() -> Iterator[None]:
-    """Ends the program with one sentence for an error that its user can mend, and leaves the group of its processes.
+    """Context manager of commands: prints an error that the user can correct as one sentence, and exits with status 1.
 
-    Set DEITLT_TRACEBACK=1 to see where it came from.
+    On success it leaves the process group. Set the environment variable DEITLT_TRACEBACK=1 to get the traceback.
     """
     if torch.distributed.is_available():
-        # Else DDP imports it later, and the defaults of its functions keep the group that is open then.
+        # Imported before a process group exists: otherwise DDP imports it later, and its default arguments then keep a
+        # reference to the group.
         importlib.import_module("torch.distributed.nn")
-    if hasattr(sys.stdout, "reconfigure"):  # names of files and classes need not fit the terminal's encoding
+    if hasattr(sys.stdout, "reconfigure"):  # the terminal's encoding may lack characters of file and class names
         sys.stdout.reconfigure(errors="backslashreplace")
     formatwarning = warnings.formatwarning
     warnings.formatwarning = _format_warning
@@ -295,14 +298,14 @@ def command_line_errors() -> Iterator[None]:
         if os.environ.get("DEITLT_TRACEBACK"):
             raise
         if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(5)  # an error of all processes is reported by the first, upon which the launcher ends the others
+            time.sleep(5)  # if all processes fail, rank 0 reports the error and the launcher ends the others
         sentence = str(error)
-        if "Original Traceback" in sentence:  # from a data loader's worker: the error itself is on the last line
+        if "Original Traceback" in sentence:  # from a data loader worker: the last line is the error
             sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
-        if not interrupt.args:  # else the run has said how it ended
+        if not interrupt.args:  # with arguments, the run has already printed how it ended
             print("interrupted.", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     finally:
@@ -310,16 +313,17 @@ def command_line_errors() -> Iterator[None]:
 
 
 def _format_warning(message, category, filename, lineno, line=None) -> str:
-    """A warning on one line; of this package without the place in its code, which says nothing to a user."""
+    """Formats a warning on one line. Warnings of this package omit the code location, which does not help users."""
     place = "" if Path(filename).is_relative_to(Path(__file__).parents[1]) else f"{filename}:{lineno}: "
     return f"{place}warning: {message}\n"
 
 
 def _leave_group() -> None:
-    """Closes the group of this program's processes, if there is one.
+    """Destroys the process group, if one was initialised.
 
-    NCCL warns where that is not done. A thread of Gloo that still holds a tensor when Python ends aborts the process;
-    the threads end with the last that refers to the group, such as a model that was wrapped for it.
+    Without this, NCCL prints a warning, and a Gloo thread that holds a tensor when Python exits aborts the process.
+    Gloo threads end when nothing refers to the group any more, such as a model that was wrapped for it. Such objects
+    are collected here.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -327,7 +331,7 @@ def _leave_group() -> None:
 
 
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
-    """Of changed values those that decide the result of a run; no token, address or folder is among them."""
+    """Selects the overrides that affect the result, for the record of a run, without tokens, addresses or folders."""
     names: set[str] = set()
     for values in filled:
         has_settings = hasattr(values, "method_settings")
@@ -336,7 +340,7 @@ def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
 
 
 def _portable(value: Any) -> Any:
-    """A value for a record that is JSON, which has no infinity, and may be published."""
+    """Converts a value for a record: JSON has no infinity, and folders must not be published."""
     return without_folders(value) if isinstance(value, str) else str(value) if value == math.inf else value
 
 
@@ -345,7 +349,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _allow_none(parser: argparse.ArgumentParser, classes: Iterable[type]) -> None:
-    """Has numbers that may be None take `none`, and of the data also texts, such as the name of a column."""
+    """Makes options of optional numbers accept `none`, and for the data also those of optional texts."""
     for cls in classes:
         for name, hint in get_type_hints(cls).items():
             action = parser._option_string_actions.get(f"--{name}")
@@ -357,7 +361,7 @@ def _allow_none(parser: argparse.ArgumentParser, classes: Iterable[type]) -> Non
 
 
 def _hide(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Leaves fields out of the help."""
+    """Hides fields in the help."""
     for name in names:
         if f"--{name}" in parser._option_string_actions:
             parser._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
@@ -367,18 +371,18 @@ def _or_none(kind: type) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         return None if text.lower() == "none" else kind(text)
 
-    read.__name__ = kind.__name__  # which argparse tells for a wrong value
+    read.__name__ = kind.__name__  # argparse prints this name in the error for a wrong value
     return read
 
 
 def _fitting(value: Any, parser: argparse.ArgumentParser, field: str, recipe: str) -> Any:
-    """A recipe's value, as a list if the field is one."""
+    """Converts a value of a recipe to a list if the field is a list."""
     action = parser._option_string_actions[f"--{field}"]
     if action.nargs != "+" or value is None:
         return value
     items = value if isinstance(value, list) else [value]
     read = action.type if callable(action.type) else str
-    try:  # YAML reads 5e-2 as text
+    try:  # YAML parses 5e-2, which has no dot, as text
         return [read(item) if isinstance(item, str) else item for item in items]
     except ValueError as error:
         raise ValueError(f"{field} of recipe {recipe!r} must be a list of numbers, got {value!r}.") from error

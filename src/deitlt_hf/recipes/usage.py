@@ -1,22 +1,23 @@
-"""What a wrong command line is told."""
+"""An argument parser with short error messages."""
 
 import argparse
 from typing import NoReturn
 
 
 class BriefParser(argparse.ArgumentParser):
-    """A parser whose errors take two lines: what must be given, and what is wrong. argparse itself tells every option,
-    of which a run has more than a hundred.
+    """An argument parser whose errors have two lines: the required options, and the error.
+
+    argparse itself prints all options, and a run has more than a hundred.
 
     Attributes:
-        listed_by: What lists all options in place of this parser's own `--help`, if it has a part of a command's only;
-            its errors take one line, as what must be given is the command's.
+        listed_by: Command that lists all options, for a parser that has only some of a command's options. Its errors
+            have one line, since the required options are those of the command.
     """
 
     listed_by: str | None = None
 
     def format_usage(self) -> str:
-        """What must be given; or the usage that the parser was made with."""
+        """The required options, or the `usage` that was given to the constructor."""
         if self.usage is not None:
             return super().format_usage()
         formatter = argparse.HelpFormatter(self.prog, width=10_000)
@@ -24,7 +25,7 @@ class BriefParser(argparse.ArgumentParser):
         return f"{formatter.format_help().strip()} [options]\n"
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with 2."""
+        """Prints the error and exits with status 2."""
         usage = "" if self.listed_by else self.format_usage()
         listed_by = self.listed_by or f"{self.prog} --help"
         self.exit(2, f"{usage}error: {message.rstrip('.')}; {listed_by} lists all options.\n")

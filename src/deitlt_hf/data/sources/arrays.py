@@ -1,4 +1,4 @@
-"""Sources whose images are arrays: the embedded digits, IDX files, and CIFAR's pickles."""
+"""Loads sources that store images as arrays: the embedded digits, IDX files, and CIFAR's pickles."""
 
 import gzip
 import pickle
@@ -15,7 +15,7 @@ IDX_STEMS = {"train": "train", "test": "t10k"}
 
 
 class CifarLayout(NamedTuple):
-    """Names inside an archive of CIFAR's python version."""
+    """Names of files and keys inside an archive of CIFAR's python version."""
 
     train: tuple[str, ...]
     test: str
@@ -53,8 +53,8 @@ def load_idx(folder: Path) -> DatasetDict:
     """Loads MNIST-style IDX files, gzipped or not.
 
     Raises:
-        FileNotFoundError: If one of the four is missing.
-        ValueError: If one cannot be read.
+        FileNotFoundError: If one of the four files is missing.
+        ValueError: If a file cannot be read.
     """
     return DatasetDict({split: _idx_split(folder, stem) for split, stem in IDX_STEMS.items()})
 
@@ -88,7 +88,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
 
 
 def cifar_folder(folder: Path) -> Path | None:
-    """Finds the folder of CIFAR's python version: this one or directly below it."""
+    """Finds the folder of CIFAR's python version: the given folder, or one directly below it."""
     candidates = [folder, *(folder / name for name in CIFAR_LAYOUTS)]
     return next(
         (path for path in candidates if any((path / lay.meta).is_file() for lay in CIFAR_LAYOUTS.values())), None
@@ -96,11 +96,11 @@ def cifar_folder(folder: Path) -> Path | None:
 
 
 def load_cifar(folder: Path) -> DatasetDict:
-    """Loads CIFAR-10 or CIFAR-100 from its python version, images in the order that the authors' subsets refer to.
+    """Loads CIFAR-10 or CIFAR-100 from its python version, in the image order that the authors' subsets refer to.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If one is not what it should be; nothing in it is run.
+        ValueError: If a file does not have the expected content; no code in it is run.
     """
     layout = next(layout for layout in CIFAR_LAYOUTS.values() if (folder / layout.meta).is_file())
     names = _get(folder / layout.meta, _read_pickle(folder / layout.meta), layout.names)
@@ -128,7 +128,7 @@ def _cifar_split(folder: Path, files: Sequence[str], labels_key: str) -> tuple[n
 
 
 def _get(path: Path, batch: dict, key: str) -> Any:
-    """A value by its key, which python 2 wrote as bytes."""
+    """Looks up a value by its key; Python 2 wrote keys as bytes."""
     for name in (key, key.encode()):
         if isinstance(batch, dict) and name in batch:
             return batch[name]
@@ -136,7 +136,7 @@ def _get(path: Path, batch: dict, key: str) -> Any:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads plain values and numpy arrays, and refuses to look up anything else."""
+    """Unpickler for plain values and numpy arrays; it refuses any other object, so no code is run."""
 
     def find_class(self, module: str, name: str):
         module = module.replace("numpy._core", "numpy.core")

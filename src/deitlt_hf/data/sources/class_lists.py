@@ -1,4 +1,4 @@
-"""Class names and class maps from files."""
+"""Reads class names and class maps from files."""
 
 import json
 from os import PathLike
@@ -12,11 +12,11 @@ def read_class_names(path: str | PathLike) -> list[str]:
     """Reads the names of classes, in label order.
 
     Args:
-        path: A text file with one name a line, or JSON: a list of names, or an object from label to name.
+        path: A text file with one name per line, or JSON: a list of names, or an object from label to name.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is none of these, or a name is empty or there twice.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it has none of these formats, or a name is empty or occurs twice.
     """
     text = read_text(path)
     if text.lstrip().startswith(("[", "{")):
@@ -36,13 +36,13 @@ def read_class_names(path: str | PathLike) -> list[str]:
 
 
 def read_class_map(path: str | PathLike) -> list[int]:
-    """Reads a class map: for each class its row in the head of an authors' checkpoint.
+    """Reads a class map: the row of each class in the head of a checkpoint of the authors.
 
     Args:
-        path: A JSON list, or the folder of a model that was converted from one of their files.
+        path: A JSON list, or the folder of a model that was converted from such a checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If it has no class map.
     """
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)

@@ -1,6 +1,6 @@
-"""Sources whose images are files: class folders, list files, iNaturalist's annotations.
+"""Loads sources that store images as files: class folders, list files, iNaturalist's annotations.
 
-Each becomes splits with the columns `image` (paths) and `label`; no image is opened here.
+Each source becomes splits with the columns `image` (paths) and `label`. This module opens no image.
 """
 
 import contextlib
@@ -28,30 +28,30 @@ KINDS_NAMED = 8
 
 
 class Split(NamedTuple):
-    """Images of a split by path, with their labels."""
+    """Paths and labels of the images of a split."""
 
     paths: list[str]
     labels: Sequence | np.ndarray
 
     def dataset(self, names: Sequence[str]) -> datasets.Dataset:
-        """Makes the data set, without looking into the files.
+        """Makes the data set without opening the image files.
 
         Raises:
-            ValueError: If a name of a file or class is no text in UTF-8.
+            ValueError: If the name of a file or class is not valid UTF-8.
         """
         for text in (*names, *self.paths):
             if not text.isascii():
                 with contextlib.suppress(UnicodeEncodeError):
                     text.encode()
                     continue
-                raise ValueError(f"the name {one_line(ascii(text))} is no text in UTF-8; rename the file or folder.")
+                raise ValueError(f"the name {one_line(ascii(text))} is not valid UTF-8; rename the file or folder.")
         features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
         rows = datasets.Dataset.from_dict({"image": self.paths, "label": self.labels}, features=features)
         return rows.cast_column("image", datasets.Image())
 
 
 def find_split(names: Iterable[str], wanted: Sequence[str]) -> str | None:
-    """The first of `names` that is one of `wanted`, in the order of `wanted`, whatever its case."""
+    """Finds the first of `wanted` that is in `names`, ignoring case, and returns it as spelled in `names`."""
     by_lower = {name.lower(): name for name in sorted(names, reverse=True)}
     return next((by_lower[name.lower()] for name in wanted if name.lower() in by_lower), None)
 
@@ -60,7 +60,7 @@ def find_split(names: Iterable[str], wanted: Sequence[str]) -> str | None:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """Folders of splits: named as one, or with such a word in their name, and with folders in them."""
+    """Finds the folders of splits: they are named like a split, or contain such a word, and have subfolders."""
     places: dict[str, Path] = {}
     folders = [name for name in _folders(folder) if _folders(folder / name)]
     for name in sorted(folders, key=lambda name: name.lower() not in (*TRAIN_NAMES, *TEST_NAMES)):
@@ -71,14 +71,14 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def load_class_folders(folder: Path) -> datasets.DatasetDict:
-    """Loads images below `train/CLASS/` and `test/CLASS/`, or all in one split below `CLASS/`.
+    """Loads images below `train/CLASS/` and `test/CLASS/`, or a single split below `CLASS/`.
 
-    A class is a folder at that level, with whatever is below it, as in torchvision. Other files are left alone. Classes
-    in one split are parted where they all have folders of splits, `CLASS/train/` and `CLASS/test/`.
+    A class is a folder at that level with everything below it, as in torchvision. Other files are ignored. A single
+    split is divided if all classes contain folders of splits: `CLASS/train/` and `CLASS/test/`.
 
     Raises:
-        FileNotFoundError: If there is no image in a class folder.
-        ValueError: If folders that are named like splits would become classes, or a class has no proper name.
+        FileNotFoundError: If no class folder contains an image.
+        ValueError: If folders that are named like splits would become classes, or a class name is not valid.
     """
     places = split_folders(folder)
     if "train" not in places:
@@ -104,23 +104,24 @@ def load_class_folders(folder: Path) -> datasets.DatasetDict:
 def images_below(
     folder: str | Path, seen: set[tuple[int, int]] | None = None, others: Counter[str] | None = None
 ) -> list[str]:
-    """Paths of the image files in and below a folder, sorted; each folder once, although links can lead round.
+    """Lists the paths of the image files in and below a folder, sorted.
 
-    A link to a file that is there by itself too is left out.
+    Each folder is visited once, since links can form cycles. A link to an image file that is also listed itself is left
+    out.
 
     Args:
-        folder: Where to look.
-        seen: Folders that are not looked into, by device and inode.
-        others: Counts the files that are no images by their names, by suffix.
+        folder: Folder to search.
+        seen: Folders to skip, by device and inode.
+        others: Counter to which files without the suffix of an image are added, by suffix.
 
     Raises:
-        ValueError: If what is named like an image is a pipe or the like, which may have no end.
+        ValueError: If a path with the suffix of an image is a pipe or a device (reading it may never end).
     """
     seen = set() if seen is None else set(seen)
     found, links, folders = [], [], [str(folder)]
     linked: list[str] = []
     while folders or linked:
-        place = folders.pop() if folders else linked.pop()  # links last: a folder goes by its own name
+        place = folders.pop() if folders else linked.pop()  # links last: a folder is then listed under its real path
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
             continue
@@ -143,7 +144,7 @@ def images_below(
     for path in sorted(links):
         target = os.path.realpath(path)
         if os.path.exists(target) and not os.path.isfile(target):
-            raise ValueError(f"{path} is a link to what is not a file ({target}); remove it.")
+            raise ValueError(f"{path} is a link to something that is not a file ({target}); remove it.")
         if target not in real:
             real.add(target)
             found.append(path)
@@ -159,9 +160,9 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _refuse_splits_as_classes(folder: Path, names: Collection[str]) -> None:
-    """Refuses folders of splits in place of classes, in a folder without `train/CLASS/`.
+    """Refuses folders of splits where class folders are expected, in a folder without `train/CLASS/`.
 
-    A class may be called train, where the other folders are none of a split.
+    A class may be named train if no other folder is named like a split.
     """
     alike = [name for name in names if name.lower() in TEST_NAMES] or [name for name in names if split_of(name)]
     if alike and (len(alike) == len(names) or alike[0].lower() in TEST_NAMES):
@@ -173,7 +174,7 @@ def _refuse_splits_as_classes(folder: Path, names: Collection[str]) -> None:
 
 
 def _scan(folder: Path) -> dict[str, list[str]]:
-    """Image files of each class folder, sorted."""
+    """Lists the image files of each class folder, sorted; warns about files and folders that are left out."""
     above = {(status.st_dev, status.st_ino) for status in map(os.stat, (folder, *folder.parents))}
     classes, without = {}, []
     others: Counter[str] = Counter()
@@ -203,7 +204,7 @@ def _scan(folder: Path) -> dict[str, list[str]]:
 
 
 def not_read(suffixes: Mapping[str, int]) -> str:
-    """What is said of files that are no images by their names, counted by suffix."""
+    """Message about files without the suffix of an image, counted by suffix."""
     kinds = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
     counted = ", ".join(
         f"{number} {one_line(suffix, 20) or 'without a suffix'}" for suffix, number in kinds[:KINDS_NAMED]
@@ -222,7 +223,7 @@ def _class_split(classes: Mapping[str, list[str]], names: Sequence[str]) -> Spli
 
 
 def _parted(split: Split, parts: Sequence[str] | None) -> dict[str, Split]:
-    """A split by what each row is a part of; `train` if that is not known."""
+    """Divides a split by the part of each row; without parts everything is `train`."""
     if parts is None:
         return {"train": split}
     return {
@@ -238,10 +239,10 @@ def _parted(split: Split, parts: Sequence[str] | None) -> dict[str, Split]:
 
 
 def find_lists(folder: Path, train_list: str | None = None, test_list: str | None = None) -> dict[str, Path]:
-    """Finds the list files of `train` and `test`: as given, else by name in the folder or directly below.
+    """Finds the list files of `train` and `test`: the given files, else by name in the folder or directly below it.
 
     Raises:
-        FileNotFoundError: If a given one does not exist.
+        FileNotFoundError: If a given file does not exist.
         ValueError: If several could be the training list.
     """
     given = {"train": train_list, "test": test_list}
@@ -264,13 +265,13 @@ def find_lists(folder: Path, train_list: str | None = None, test_list: str | Non
 
 
 def load_lists(folder: Path, lists: Mapping[str, Path]) -> datasets.DatasetDict:
-    """Loads list files of lines `relative/path label`, such as those of ImageNet-LT, Places-LT and iNaturalist 2018.
+    """Loads list files with lines `relative/path label`, as those of ImageNet-LT, Places-LT and iNaturalist 2018.
 
-    A class is named after its `categories.json` entry, else after the folder that its training images are in (below
-    the folder that all share), else by its number.
+    The name of a class is its entry in `categories.json`, else the folder of its training images (relative to the
+    folder that contains all classes), else its number.
 
     Raises:
-        ValueError: If a line is not of that kind.
+        ValueError: If a line does not have that format, or a class has no image.
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
     relative = {split: _read_list(path) for split, path in lists.items()}
@@ -282,7 +283,7 @@ def load_lists(folder: Path, lists: Mapping[str, Path]) -> datasets.DatasetDict:
         gap = next(label for label in range(num_classes) if label not in known)
         raise ValueError(
             f"{named(lists.values())}: {num_classes - len(known):,} classes without images, {gap} the first; labels "
-            f"must be those of 0 to {num_classes - 1:,}, all of them."
+            f"must cover all numbers from 0 to {num_classes - 1:,}."
         )
     numbers = list(map(str, range(num_classes)))
     names = _category_names(folder, numbers) or _folder_names(folder, relative["train"], numbers)
@@ -326,7 +327,7 @@ def _folder_names(folder: Path, split: Split, numbers: list[str]) -> list[str]:
             return numbers
     if len(folders) < len(numbers) or "" in folders.values():
         return numbers
-    # Whole paths, since some may be absolute in the file.
+    # Absolute paths, since a list file may mix relative and absolute ones.
     whole = [os.path.normpath(folder / folders[label]) for label in range(len(numbers))]
     shared = os.path.commonpath(whole)
     return [os.path.relpath(path, shared) for path in whole] if len(set(whole)) == len(numbers) else numbers
@@ -348,10 +349,10 @@ def find_annotations(folder: Path) -> dict[str, Path]:
 def load_annotations(folder: Path, files: Mapping[str, Path]) -> datasets.DatasetDict:
     """Loads an iNaturalist competition: `train2018.json`, `val2018.json`, `categories.json` and the folder of images.
 
-    Labels are the category ids in increasing order; for 2018 these are 0 to 8,141 and the labels of the list files.
+    Labels are the ranks of the category ids. For 2018 the ids are 0 to 8,141 and equal the labels of the list files.
 
     Raises:
-        ValueError: If a file is not of that kind.
+        ValueError: If a file does not have that format.
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
     contents = {split: _annotations(path) for split, path in files.items()}
@@ -364,7 +365,7 @@ def load_annotations(folder: Path, files: Mapping[str, Path]) -> datasets.Datase
 
 
 def _annotations(path: Path) -> tuple[list[str], list[int]]:
-    """Paths of images, in the file's order, and their categories."""
+    """Reads the paths of the images, in the order of the file, and their categories."""
     content = read_json(path, object)
     try:
         category = {row["image_id"]: row["category_id"] for row in content["annotations"]}
@@ -375,7 +376,7 @@ def _annotations(path: Path) -> tuple[list[str], list[int]]:
 
 
 def _category_names(source: Path, ids: Iterable[str]) -> list[str] | None:
-    """Names from `categories.json` in a folder, or from the categories of an annotation file, if they fit."""
+    """Reads class names from `categories.json` in a folder, or an annotation file; None if they do not fit the ids."""
     path = source / "categories.json" if source.is_dir() else source
     if not path.is_file():
         return None
@@ -395,7 +396,7 @@ def _category_names(source: Path, ids: Iterable[str]) -> list[str] | None:
 
 
 def split_of(name: str) -> str | None:
-    """`train`, or the name of a test split, from a name that contains it as a word."""
+    """Finds the split that a name contains as a word: `train`, the name of a test split, or None."""
     words = re.split(r"[^a-z]+", name.lower())
     if any(word.startswith("train") for word in words):
         return "train"
@@ -404,14 +405,15 @@ def split_of(name: str) -> str | None:
 
 
 def splits_by_folder(paths: Sequence[str], source: str) -> list[str] | None:
-    """The split of each path of a single list by its folders, such as `train/` and `val/`; None if they name no splits.
+    """Finds the split of each path of a single list by its folders, such as `train/` and `val/`; None without splits.
 
     Args:
         paths: Relative paths.
-        source: Where they are from, for messages.
+        source: Source of the paths, for messages.
 
     Raises:
-        ValueError: If some are below a folder that is named like a test split, and others below none of a split.
+        ValueError: If only some paths are below a folder that is named like a test split, and the others are not below
+            a folder of a split.
     """
     places = {place: os.path.normpath(place).split(os.sep) for place in set(map(os.path.dirname, paths))}
     for depth in range(max(map(len, places.values()), default=0)):
@@ -426,13 +428,13 @@ def splits_by_folder(paths: Sequence[str], source: str) -> list[str] | None:
     if 0 < len(tests) < len(places):
         raise ValueError(
             f"{source}: some images are below a folder that is named like a test split ({min(tests)}), and others are "
-            "not below train/; say with a column or list what is for testing, or rename the folder."
+            "not below train/; mark the test images in a column or list, or rename the folder."
         )
     return None
 
 
 def located(folder: Path, relative: Mapping[str, Split], names: Sequence[str]) -> datasets.DatasetDict:
-    """Data sets of splits whose paths are relative to a folder; all files are there.
+    """Makes data sets from splits with paths relative to a folder, and checks that all files exist.
 
     Raises:
         FileNotFoundError: If images are missing; the message counts them and names the first.
@@ -453,9 +455,9 @@ _MISSING = "\0"
 
 
 def _locate(folder: Path, paths: Iterable[str], may_be_flat: bool) -> Iterator[str]:
-    """Whole paths, or a marked path if there is no file; each folder is listed once.
+    """Yields absolute paths, and marks the paths of missing files. Each folder is listed once, which is fast.
 
-    A test image may also lie without its class folder, as ImageNet's are distributed.
+    A test image may also be outside its class folder, as in ImageNet's distribution.
     """
     listings: dict[str, set[str]] = {}
 
@@ -479,5 +481,5 @@ def _locate(folder: Path, paths: Iterable[str], may_be_flat: bool) -> Iterator[s
 
 
 def named(paths: Iterable[Path | str]) -> str:
-    """Paths in a sentence."""
+    """Joins paths for a message."""
     return ", ".join(one_line(path) for path in paths)

@@ -1,7 +1,7 @@
-"""What a label is and which class index it becomes: one rule for every reader.
+"""Rules for labels, the same for all readers: valid labels, and the class index of each label.
 
-A class has a name or a whole number from 0 on. Readers give [`encode_labels`] labels as they stand in a table, and
-[`check_class_names`] names that are given as such: of folders, of a `ClassLabel`, of a file of names.
+A class is a name or a whole number from 0 on. Readers pass the label values of a table to [`encode_labels`]. They pass
+class names (of folders, of a `ClassLabel`, of a file of names) to [`check_class_names`].
 """
 
 import logging
@@ -17,13 +17,13 @@ from ...io import one_line
 
 logger = logging.getLogger(__name__)
 
-# What programs write for a missing value: pandas' own list, without the signed and the numbered forms of NaN.
+# Texts that programs write for a missing value: the list of pandas, without the signed and the numbered forms of NaN.
 MISSING_WORDS = frozenset(
     ("nan", "NaN", "NAN", "-nan", "-NaN", "None", "null", "Null", "NULL", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT")
 )
-# Whole numbers, also as text, or with ".0" as pandas writes them beside empty cells; not codes such as 007.
+# Whole numbers as text, also with ".0" as pandas writes them in a column with empty cells; but not codes such as 007.
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0*)?")
-Labels = Sequence | np.ndarray | Mapping[Any, int]  # the last says how often each is there
+Labels = Sequence | np.ndarray | Mapping[Any, int]  # a mapping gives the number of images with each label
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _NAMED = 5
 
@@ -31,21 +31,21 @@ _NAMED = 5
 def encode_labels(
     labels: Mapping[str, Labels], sources: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Makes class indices of labels of any type, the same in all splits.
+    """Converts labels of any type to class indices that are the same in all splits.
 
-    Numbers are in numerical order, also when they are text, and names in alphabetical order. Space around a name does
-    not count. Truth values are the classes `False` and `True`.
+    Numbers are sorted numerically, also if they are text, and names alphabetically. Space around a name is ignored.
+    Booleans are the classes `False` and `True`.
 
     Args:
-        labels: Labels of each split, or how often each is there.
-        sources: Where the labels of a split are from, for messages.
+        labels: Labels of the images of each split, or the number of images by label.
+        sources: Source of the labels of each split, for messages.
 
     Returns:
-        The names of the classes, in label order, and the int64 index of each image by split.
+        The names of the classes in label order, and by split the int64 class indices of the labels.
 
     Raises:
-        ValueError: If a label is missing, negative, no whole number, or no name at all, or if names and numbers are
-            mixed. The message names the split or its source.
+        ValueError: If a label is missing, negative, not a whole number or name, or if names and numbers are mixed. The
+            message names the split or its source.
     """
     places = {split: (sources or {}).get(split, f"the {split} split") for split in labels}
     known = {split: _classes(values, places[split]) for split, values in labels.items()}
@@ -81,20 +81,20 @@ def encode_labels(
 
 
 def class_of(value: object, indices: Mapping[str, int]) -> int | None:
-    """The index of the class that a label of a column stands for, by its name; None if there is none of that name."""
+    """Finds the class index of a label value by class name; None if no class has that name."""
     text = str(value).strip()
     whole = text.partition(".")[0] if _WHOLE.fullmatch(text) else text
     return indices.get(text, indices.get(whole))
 
 
 def _plain(values: Labels) -> list:
-    """Labels as Python's own objects."""
+    """Converts labels to plain Python objects."""
     values = np.asarray(values).tolist() if isinstance(values, np.ndarray) else values
     return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
 def _classes(values: Labels, place: str) -> dict:
-    """The class of each label of a split: a stripped text, a whole number, or a truth value."""
+    """Maps each label of a split to its class: a stripped text, a whole number, or a boolean."""
     values = values if isinstance(values, Mapping) else _plain(values)
     kinds = {type(value): value for value in values}
     for kind, value in kinds.items():
@@ -104,7 +104,7 @@ def _classes(values: Labels, place: str) -> dict:
                 "from 0 on, one for each image."
             )
     if {bool} < set(kinds) - {type(None)}:
-        raise ValueError(f"{place}: labels are of several types (truth values and others); use one of them.")
+        raise ValueError(f"{place}: labels are of several types (booleans and others); use one type.")
     counts = Counter(values)
     classes, fractions = {}, []
     missing: Counter[str] = Counter()
@@ -130,8 +130,8 @@ def _is_negative(item: str | float) -> bool:
 def _refuse_fractions(place: str, found: Sequence) -> None:
     shown = ", ".join(map(str, found[:_NAMED]))
     raise ValueError(
-        f"{place}: {len(found):,} labels are no whole numbers ({shown}); is it the column of the classes? Name another "
-        "with --label_column, or rename the classes."
+        f"{place}: {len(found):,} labels are not whole numbers ({shown}); does this column hold the classes? Name "
+        "another with --label_column, or rename the classes."
     )
 
 
@@ -139,9 +139,9 @@ def refuse_missing(place: str, missing: Mapping[str, int], total: int) -> None:
     """Refuses images without a label.
 
     Args:
-        place: Where they are, in words.
-        missing: How often something stands there that is no label, by what it is.
-        total: Images in all.
+        place: Description of the source of the labels.
+        missing: Number of images by the value that stands for the missing label.
+        total: Total number of images.
 
     Raises:
         ValueError: Always.
@@ -149,26 +149,26 @@ def refuse_missing(place: str, missing: Mapping[str, int], total: int) -> None:
     shown = ", ".join(one_line(word, 40) or "''" for word in list(missing)[:_NAMED])
     raise ValueError(
         f"{place}: {sum(missing.values()):,} of {total:,} images have no label ({shown}); give each a class, or remove "
-        "them (a class of that name needs another; test_split names another test split)."
+        "them (rename a class that has such a name; test_split chooses another test split)."
     )
 
 
 def check_indices(
     labels: Sequence[int | None], names: Sequence[str], place: str, num_classes: int | None = None
 ) -> np.ndarray:
-    """Checks that class indices are those of named classes.
+    """Checks class indices against the names of the classes.
 
     Args:
-        labels: Class index of each image, of a `ClassLabel` column.
+        labels: Class index of each image in a `ClassLabel` column.
         names: Names of the classes.
-        place: Where the labels are from, for messages.
-        num_classes: Their number, by default as many as there are names.
+        place: Source of the labels, for messages.
+        num_classes: Number of classes, by default the number of names.
 
     Returns:
         The labels as int64.
 
     Raises:
-        ValueError: If one is missing, -1 or beyond the classes, or a name is refused by [`check_class_names`].
+        ValueError: If a label is missing, negative or too large, or [`check_class_names`] refuses a name.
     """
     check_class_names(names, place)
     num_classes = len(names) if num_classes is None else num_classes
@@ -182,14 +182,16 @@ def check_indices(
 
 
 def check_class_names(names: Sequence[str], source: str) -> None:
-    """Checks that every class has a name of its own.
+    """Checks that every class has a valid and unique name.
 
     Raises:
-        ValueError: If a name is empty, there twice, a negative number, or what programs write for a missing value.
+        ValueError: If a name is empty, occurs twice, is a negative number, or stands for a missing value.
     """
     for label, name in enumerate(names):
         if not isinstance(name, str):
-            raise ValueError(f"{source} has the name {one_line(repr(name), 60)} for class {label}, which is no text.")
+            raise ValueError(
+                f"{source} has the name {one_line(repr(name), 60)} for class {label}, which is not a string."
+            )
         if not name.strip():
             raise ValueError(f"{source} has an empty name for class {label}.")
         if name.strip() in MISSING_WORDS or _is_negative(name.strip()):
@@ -199,17 +201,17 @@ def check_class_names(names: Sequence[str], source: str) -> None:
             )
     if len(set(names)) < len(names):
         name, times = Counter(names).most_common(1)[0]
-        raise ValueError(f"{source} has the name {one_line(name)!r} {times} times; each class needs one of its own.")
+        raise ValueError(f"{source} has the name {one_line(name)!r} {times} times; class names must be unique.")
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Names of classes in label order: as numbers if all are whole numbers, else alphabetically."""
+    """Sorts class names into label order: numerically if all are whole numbers, else alphabetically."""
     names = set(names)
     return sorted(names, key=int) if all(re.fullmatch(r"0|[1-9][0-9]*", name) for name in names) else sorted(names)
 
 
 def look_alikes(names: Iterable[str]) -> list[str]:
-    """Pairs of classes whose names differ only by case, by space or by how a letter is written, in words."""
+    """Describes pairs of classes whose names differ only in case, space or Unicode form."""
     first: dict[str, str] = {}
     pairs = []
     for name in names:

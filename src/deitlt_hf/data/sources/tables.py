@@ -1,4 +1,4 @@
-"""Sources that are tables (CSV, TSV, JSON lines, parquet) or webdataset shards."""
+"""Loads tables (CSV, TSV, JSON lines, parquet), and finds webdataset shards."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from .labels import encode_labels
 logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's layout of image folders
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # in Hugging Face's image folder layout
 PATH_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name", "cls")
 _METADATA_COLUMN = "file_name"
@@ -32,10 +32,10 @@ Item = TypeVar("Item")
 
 
 def find_metadata(folder: Path, image_column: str | None = None, label_column: str | None = None) -> dict[str, Path]:
-    """Finds Hugging Face's `metadata.csv`, `.jsonl` or `.parquet`, with labels: in the folders of splits, or for all.
+    """Finds labelled Hugging Face `metadata.csv`, `.jsonl` or `.parquet` files: one per split folder, or one for all.
 
     Raises:
-        ValueError: If a folder has several, or one cannot be read.
+        ValueError: If a folder has several of these files, or one cannot be read.
     """
     found: dict[str, Path] = {}
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -65,20 +65,21 @@ def find_metadata(folder: Path, image_column: str | None = None, label_column: s
 
 
 def find_tables(folder: Path, image_column: str | None = None, label_column: str | None = None) -> dict[str, Path]:
-    """Finds tables (CSV, TSV, JSON lines, parquet): of `train` and a test split by name, or a single one for both.
+    """Finds tables (CSV, TSV, JSON lines, parquet): one for `train` and one for a test split by name, or one for both.
 
-    Tables without the columns are left out beside others, and beside folders unless a column is named.
+    Tables without an image and a label column are left out if other tables have them, or if the folder has subfolders
+    and no column is named.
 
     Raises:
-        ValueError: If no table has the columns that are named, or there are several for one split.
+        ValueError: If no table has the named columns, or one split has several tables.
     """
     if metadata := find_metadata(folder, image_column, label_column):
         return metadata
-    places = [*folder.iterdir(), *folder.glob("data/*.parquet")]  # the latter as on the Hub
+    places = [*folder.iterdir(), *folder.glob("data/*.parquet")]  # the second pattern is the layout of the Hub
     tables = [path for path in sorted(places) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
     wanted = (image_column, PATH_COLUMNS), (label_column, LABEL_COLUMNS)
     usable = [path for path in tables if embeds_images(path, image_column) or _has_columns(path, wanted)]
-    if tables and not usable and (image_column or label_column):  # not what else is here: its labels may be others
+    if tables and not usable and (image_column or label_column):  # other layouts may have other labels
         columns = dict.fromkeys(_column_names(tables[0]))
         _column(tables[0], columns, label_column, LABEL_COLUMNS, "label")
         _column(tables[0], columns, image_column, PATH_COLUMNS, "image")
@@ -89,12 +90,12 @@ def find_tables(folder: Path, image_column: str | None = None, label_column: str
         found.setdefault(split_of(path.name) or "train", []).append(path)
     if any(len(paths) > 1 for paths in found.values()) and not embeds_images(tables[0], image_column):
         doubled = next(paths for paths in found.values() if len(paths) > 1)
-        raise ValueError(f"{folder} has several tables for one split ({named(doubled)}); keep one a split.")
+        raise ValueError(f"{folder} has several tables for one split ({named(doubled)}); keep one per split.")
     return {split: paths[0] for split, paths in found.items()} if "train" in found else {}
 
 
 def embeds_images(path: Path, image_column: str | None = None) -> bool:
-    """Whether a table is a parquet file with the images in it, as `bytes` in a structure or as plain bytes."""
+    """Whether a table is a parquet file that contains the images, as `bytes` in a structure or as plain bytes."""
     if path.suffix.lower() != ".parquet":
         return False
     kinds = {field.name: field.type for field in _schema(path)}
@@ -107,13 +108,13 @@ def embeds_images(path: Path, image_column: str | None = None) -> bool:
 
 
 def sibling_tables(path: Path) -> list[str]:
-    """All parquet files of the split that one of them belongs to."""
+    """Lists all parquet files of the same split as the given file."""
     split = split_of(path.name)
     return [str(other) for other in sorted(path.parent.glob("*.parquet")) if split_of(other.name) == split]
 
 
 def find_shards(folder: Path) -> dict[str, list[str]]:
-    """Finds webdataset shards (tar files) by split, in the folder and directly below."""
+    """Finds webdataset shards (tar files) by split, in the folder and directly below it."""
     shards: dict[str, list[str]] = {}
     for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
         split = split_of(path.name) or (split_of(path.parent.name) if path.parent != folder else None) or "train"
@@ -127,10 +128,11 @@ def find_shards(folder: Path) -> dict[str, list[str]]:
 def load_tables(
     folder: Path, tables: Mapping[str, Path], image_column: str | None = None, label_column: str | None = None
 ) -> datasets.DatasetDict:
-    """Loads tables with a column of paths and one of labels; or parquet with images in it.
+    """Loads tables with a column of paths and a column of labels, or parquet files that contain the images.
 
-    Paths are relative to the folder, and those of `metadata.*` to its own. A column `split` parts a single table into
-    `train` and a test split, as do folders of such names in all its paths. Label columns of any type become classes.
+    Paths are relative to `folder`; those in a `metadata.*` file are relative to the folder of that file. A column
+    `split` divides a single table into `train` and a test split. Without it, folders in the paths that are named like
+    splits do. Label columns of any type become classes.
 
     Raises:
         ValueError: If a column is missing, a table cannot be read, or images of a `metadata.*` file have no row.
@@ -165,7 +167,7 @@ def load_tables(
 
 
 def _parts(path: Path, columns: Mapping[str, list], paths: Sequence[str], name: str, is_only: bool) -> list[str]:
-    """The split of each row: of a column `split`, of its folder if no other table is there, or that of the table."""
+    """Finds the split of each row: by a column `split`, by its folder if this is the only table, else by the table."""
     column = find_split(columns, ["split"])
     if column is not None:
         values = ["" if value is None else str(value).strip() for value in columns[column]]
@@ -182,13 +184,14 @@ def _paths(path: Path, values: Sequence, column: str) -> list[str]:
     wrong = next((value for value in values if not isinstance(value, (str, int))), None)
     if wrong is not None:
         raise ValueError(
-            f"{path}: the column {column} holds {one_line(repr(wrong), 60)}, no path; name another with --image_column."
+            f"{path}: the column {column} holds {one_line(repr(wrong), 60)}, not a path; name "
+            "another with --image_column."
         )
     return [str(value).strip() for value in values]
 
 
 def _refuse_unlisted(path: Path, paths: Iterable[str]) -> None:
-    """Refuses images below the folder of a `metadata.*` file that it has no row for, as `datasets` does."""
+    """Refuses images below the folder of a `metadata.*` file that have no row in it, as `datasets` does."""
     listed = {(path.parent / name).resolve() for name in paths}
     unlisted = [image for image in images_below(path.parent) if Path(image).resolve() not in listed]
     if unlisted:
@@ -247,7 +250,7 @@ def _read_delimited(path: Path) -> dict[str, list]:
                 )
             for name, value in zip(columns, row, strict=True):
                 columns[name].append(value)
-    except csv.Error as error:  # a cell without its closing quote goes on to the end of the file
+    except csv.Error as error:  # a cell without its closing quote extends to the end of the file
         raise ValueError(
             f"line {reader.line_num} of {path} cannot be read: {one_line(error)} (a quote that is not closed?)."
         ) from error
@@ -255,7 +258,7 @@ def _read_delimited(path: Path) -> dict[str, list]:
 
 
 def _delimiter(path: Path, header: str) -> str:
-    """What parts the header: by the file's name, else the first of comma, semicolon, tab and bar that is in it."""
+    """Finds the delimiter: a tab in a `.tsv` file, else the first of comma, semicolon, tab and bar in the header."""
     if path.suffix.lower() == ".tsv" and "\t" in header:
         return "\t"
     return next((mark for mark in _DELIMITERS if mark in header), ",")
@@ -270,7 +273,7 @@ def _column(path: Path, columns: Iterable[str], given: str | None, known: Sequen
         if given not in columns:
             raise ValueError(
                 f"no {kind} column {given!r}; the columns of {path} are {shown}. Name one of "
-                f"them, or pass --{kind}_column none if the images are not those of the table."
+                f"them, or pass --{kind}_column none if the images are not in the table."
             )
         return given
     name = find_split(columns, known)
@@ -278,8 +281,8 @@ def _column(path: Path, columns: Iterable[str], given: str | None, known: Sequen
         name = _only(filter(_is_metadata_column, columns))
     if name is None:
         raise ValueError(
-            f"cannot tell the {kind} column of {path}; the columns are {shown} (its first line is the header). Name it "
-            f"with {kind}_column."
+            f"cannot determine the {kind} column of {path}; the columns are {shown} (its first line is the header). "
+            f"Name it with {kind}_column."
         )
     return name
 
@@ -307,7 +310,7 @@ def _only(items: Iterable[Item]) -> Item | None:
 def _metadata_of(folder: Path) -> Path | None:
     found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
     if len(found) > 1:
-        raise ValueError(f"{folder} has several files of metadata ({named(found)}); keep one.")
+        raise ValueError(f"{folder} has several metadata files ({named(found)}); keep one.")
     return found[0] if found else None
 
 

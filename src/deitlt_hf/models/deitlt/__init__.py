@@ -1,1 +1,1 @@
-"""The student: DeiT-LT, a ViT with two output tokens."""
+"""The student: DeiT-LT, a ViT with two classification tokens, CLS and DIST."""

@@ -1,12 +1,12 @@
 """Configuration of the DeiT-LT student.
 
-This file travels into every saved folder and Hub repository, so it imports transformers only.
+This file is copied into every saved folder and Hub repository, so it imports transformers only.
 """
 
 from transformers import DeiTConfig, __version__
 from transformers.utils import logging
 
-# The first with the modules of DeiT that the student is made of. Others load its weights into new ones, or not at all.
+# First version with the DeiT modules that the student uses. Older ones leave weights newly initialised or fail.
 OLDEST = (5, 9)
 if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
     raise ImportError(
@@ -22,18 +22,19 @@ _COUNTED = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidd
 class DeiTLTConfig(DeiTConfig):
     """Configuration of a DeiT-LT student: a DeiT with two tokens (CLS and DIST) trained on long-tailed images.
 
-    Everything of [`~transformers.DeiTConfig`] is kept, `model_type` included, so that plain transformers loads a saved
-    folder as its own `DeiTForImageClassificationWithTeacher`. Differences from `DeiTConfig`:
+    It keeps every field of [`~transformers.DeiTConfig`], including `model_type`. Plain transformers therefore loads a
+    saved folder as its own `DeiTForImageClassificationWithTeacher`. Differences from `DeiTConfig`:
 
     Args:
         layer_norm_eps: Epsilon of the layer norms, 1e-6 as in the authors' code (transformers' DeiT has 1e-12).
         drop_path_rate: Stochastic depth of the last block, in [0, 1); it rises linearly from 0 over the blocks.
             0.1 in the paper.
-        class_counts: Training images of each class, in label order, when known. It does not change the model; it
-            tells users of a saved model which classes are head and which are tail.
+        class_counts: Training images of each class, in label order, when known. It does not change the model. It
+            records for users of a saved model which classes are head and which are tail.
         class_groups: Class indices of each group, such as head, mid and tail, when known.
-        class_map: For a model converted from the authors' checkpoint, the row of its heads there for each class, if
-            they differ: their ImageNet-LT and iNaturalist heads are ordered by decreasing training count.
+        class_map: For a model converted from the authors' checkpoint, the row of each class in the heads of that
+            checkpoint, if the orders differ. The authors' ImageNet-LT and iNaturalist heads are ordered by decreasing
+            training count.
 
     Raises:
         ValueError: If a size or number is below 1, the patch size does not divide the image size, the number of heads
@@ -41,7 +42,7 @@ class DeiTLTConfig(DeiTConfig):
             `class_map` do not fit the labels.
     """
 
-    # What transformers' Trainer leaves out of its predictions.
+    # Outputs that transformers' Trainer does not collect as predictions.
     keys_to_ignore_at_inference = ["cls_logits", "distillation_logits", "token_features"]
 
     layer_norm_eps: float = 1e-6
@@ -72,17 +73,17 @@ class DeiTLTConfig(DeiTConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Makes a configuration; what it says of its classes is left out where they are others now."""
+        """Makes a configuration from a dictionary, without class facts that do not apply to the classes asked for."""
         result = super().from_dict(_of_its_classes(config_dict, kwargs), **kwargs)
-        _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` were set after the first check
+        _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` are set after the first check
         return result
 
     def to_dict(self):
-        """Serializes under the native architecture name, with which plain transformers picks the two-headed DeiT."""
+        """Serializes with the native architecture name, by which plain transformers picks the two-headed DeiT."""
         output = super().to_dict()
         if output.get("architectures") == ["DeiTLTForImageClassification"]:
             output["architectures"] = ["DeiTForImageClassificationWithTeacher"]
-        # transformers writes an entry for the saved class alone, with which `AutoModel` finds no class of this model.
+        # transformers writes an entry for the saved class only, but `AutoModel` needs an entry for the bare model.
         auto_map = output.get("auto_map") or {}
         if "AutoModelForImageClassification" in auto_map:
             reference = auto_map["AutoModelForImageClassification"]
@@ -95,11 +96,11 @@ def _pair(size):
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-# ---- The same in configuration_flat_teacher.py: each of the two files travels alone. ----
+# ---- Identical block in configuration_flat_teacher.py: each file is saved without the other. ----
 
 
 def _of_its_classes(config_dict, kwargs):
-    """Leaves out counts, groups and map of the classes if `kwargs` ask for others, or they are of others."""
+    """Drops class counts, groups and map that do not fit the stored classes, or if `kwargs` ask for other classes."""
     stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
     num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
     names = kwargs.get("id2label")
@@ -111,7 +112,7 @@ def _of_its_classes(config_dict, kwargs):
         if values is not None and (stale or not _fits(values, num_labels)):
             dropped.append(field)
     if dropped and not stale:
-        logger.warning("%s: of other classes than the %d of the model; left out.", " and ".join(dropped), num_labels)
+        logger.warning("%s left out: they do not fit the %d classes of the model.", " and ".join(dropped), num_labels)
     return {key: value for key, value in config_dict.items() if key not in dropped}
 
 

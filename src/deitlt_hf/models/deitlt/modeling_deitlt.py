@@ -1,6 +1,6 @@
 """The DeiT-LT student: transformers' DeiT with stochastic depth, DeiT-LT's initialisation and a training loss.
 
-This file travels into every saved folder and Hub repository, so it imports transformers and torch only. Parameter
+This file is copied into every saved folder and Hub repository, so it imports transformers and torch only. Parameter
 names and shapes are exactly those of `DeiTForImageClassificationWithTeacher`.
 """
 
@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_deitlt import DeiTLTConfig
 
-try:  # what transformers does not promise to keep
+try:  # internals of transformers, which can change between versions
     from transformers import initialization as init
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
@@ -33,11 +33,11 @@ try:  # what transformers does not promise to keep
     from transformers.utils.generic import can_return_tuple
 except ImportError as error:
     raise ImportError(
-        f"the code of DeiT-LT does not know transformers {transformers.__version__} ({error}); use 5.9 to 5.24, or "
+        f"the code of DeiT-LT does not support transformers {transformers.__version__} ({error}); use 5.9 to 5.24, or "
         "leave trust_remote_code out: the model loads without its own code."
     ) from error
 
-_WHOLE_OUTPUTS = ("output_hidden_states", "output_attentions")  # what has all tokens of the last block
+_WHOLE_OUTPUTS = ("output_hidden_states", "output_attentions")  # outputs with all tokens of the last block
 
 
 @dataclass
@@ -49,10 +49,10 @@ class DeiTLTImageClassifierOutput(ModelOutput):
         logits: Mean of the two heads' logits, the prediction; (batch, num_labels).
         cls_logits: Logits of the CLS head, the expert on head classes; (batch, num_labels).
         distillation_logits: Logits of the DIST head, the expert on tail classes; (batch, num_labels).
-        token_features: Final CLS and DIST tokens, what the heads see; (batch, 2, hidden_size).
+        token_features: Final CLS and DIST tokens, the inputs of the heads; (batch, 2, hidden_size).
         hidden_states: Embeddings and the output of each block, on request; (batch, 2 + patches, hidden_size) each.
         attentions: Attention weights of each block, on request; (batch, heads, 2 + patches, 2 + patches) each. In
-            training stochastic depth leaves images out of them; ask for them in evaluation mode.
+            training mode they lack the images that stochastic depth drops, so use evaluation mode.
     """
 
     loss: torch.Tensor | None = None
@@ -65,9 +65,9 @@ class DeiTLTImageClassifierOutput(ModelOutput):
 
 
 class DeiTLTDropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): leaves a residual branch out for whole samples and scales up the others.
+    """Stochastic depth (Huang et al., 2016): drops a residual branch for whole samples and scales up the others.
 
-    The branch is computed for the samples that keep it only.
+    The branch is computed only for the samples that keep it.
     """
 
     def __init__(self, drop_prob: float = 0.0):
@@ -83,17 +83,17 @@ class DeiTLTDropPath(nn.Module):
         """Adds a branch to the residual.
 
         Args:
-            hidden_states: What the branch takes; (batch, tokens, size).
-            branch: Takes the hidden states of some samples, and the indices of these, None for all.
-            residual: By default the hidden states; (batch, tokens, size).
+            hidden_states: Input of the branch; (batch, tokens, size).
+            branch: Function of the hidden states of some samples and of the indices of these samples (None for all).
+            residual: Tensor that the branch is added to, by default the hidden states; (batch, tokens, size).
         """
         residual = hidden_states if residual is None else residual
         if self.drop_prob == 0.0 or not self.training:
             return residual + branch(hidden_states, None)
         keep_prob = 1.0 - self.drop_prob
-        # Drawn on the CPU: how many are kept is then known without waiting for the device.
+        # Drawn on the CPU: the number of kept samples is then known without synchronising with the device.
         is_kept = torch.rand(hidden_states.shape[0]) < keep_prob
-        # A compiled model needs one shape; and a step that leaves out all samples must still give gradients.
+        # A compiled model needs static shapes, and a step that drops all samples must still give gradients.
         if torch.compiler.is_compiling() or not is_kept.any():
             scale = (is_kept / keep_prob).to(hidden_states, non_blocking=True)
             return residual + branch(hidden_states, None) * scale.view(-1, *(1,) * (residual.dim() - 1))
@@ -112,19 +112,19 @@ def first_tokens_attend(
     num_queries: int | None,
     **kwargs,
 ) -> torch.Tensor:
-    """Lets the first tokens attend to all.
+    """Computes attention for the first tokens as queries, with all tokens as keys and values.
 
     Args:
-        attention: DeiT's.
-        hidden_states: (batch, tokens, hidden_size).
-        attention_mask: What the attention function takes; (batch or 1, 1, tokens, tokens) for eager and sdpa.
-        num_queries: How many tokens ask; None for all.
-        **kwargs: For the attention function.
+        attention: Attention module of DeiT.
+        hidden_states: Input tokens; (batch, tokens, hidden_size).
+        attention_mask: Mask for the attention function; (batch or 1, 1, tokens, tokens) for eager and sdpa.
+        num_queries: Number of first tokens that are queries; None for all.
+        **kwargs: Further arguments of the attention function.
 
     Returns:
-        What they saw; (batch, queries, hidden_size).
+        Attention output of the queries; (batch, queries, hidden_size).
     """
-    # Flex and flash attention have masks of other kinds, without rows that one could take.
+    # Masks of flex and flash attention have no rows per query that could be selected.
     rows = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4 else None
     if num_queries is None or (attention_mask is not None and rows is None):
         return attention(hidden_states, attention_mask, **kwargs)[0][:, :num_queries]
@@ -142,7 +142,7 @@ def first_tokens_attend(
 class DeiTLTLayer(DeiTLayer):
     """A DeiT block whose two residual branches go through stochastic depth.
 
-    The last block, on request, makes the tokens that the heads see and no others.
+    On request the last block computes only the two tokens that the heads use.
     """
 
     def __init__(self, config: DeiTLTConfig, drop_path_rate: float, is_last: bool):
@@ -174,7 +174,7 @@ class DeiTLTLayer(DeiTLayer):
 
 
 class DeiTLTPreTrainedModel(DeiTPreTrainedModel):
-    """Weight initialisation of the authors' model; loading and saving as in transformers."""
+    """Base class with the weight initialisation of the authors' model; it loads and saves as transformers does."""
 
     config: DeiTLTConfig
     config_class = DeiTLTConfig
@@ -207,7 +207,7 @@ class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
     Differences from [`~transformers.DeiTModel`]: stochastic depth, initialisation.
 
     Raises:
-        ValueError: If the configuration is plain DeiT's.
+        ValueError: If the configuration is a plain `DeiTConfig`.
     """
 
     def __init__(self, config: DeiTLTConfig):
@@ -235,11 +235,11 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
     depth, initialisation, and `token_features` in the output. Train it with [`DeiTLTTrainer`].
     """
 
-    accepts_loss_kwargs = False  # transformers' Trainer divides by the accumulation steps: the loss is a batch's mean
+    accepts_loss_kwargs = False  # the loss is a mean, so transformers' Trainer must divide by accumulation steps
 
     def __init__(self, config: DeiTLTConfig):
         super().__init__(config)
-        assert config.num_labels is not None  # there always are labels, two without names by default
+        assert config.num_labels is not None  # never None: transformers' default is two labels
         self.num_labels = config.num_labels
         self.deit = DeiTLTModel(config)
         self.cls_classifier = nn.Linear(config.hidden_size, self.num_labels)
@@ -262,16 +262,16 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
             labels: Class indices (batch,) or class probabilities (batch, num_labels). With labels the output has a
                 loss, the mean cross entropy of both heads on the labels: training without a teacher.
             interpolate_pos_encoding: Accept images of another size than the configuration's.
-            class_tokens_only: Compute the last block's output for the CLS and DIST tokens only, which is all that the
-                heads see: the same logits and gradients for less (with dropout, which the paper has not, other random
-                numbers). Hooks on the last block and the final norm then see two tokens. None: unless hidden states
-                or attentions are asked for, which have all tokens.
-            **kwargs: `output_attentions`, `output_hidden_states` and what the attention function takes.
+            class_tokens_only: Compute the last block's output for the CLS and DIST tokens only, the inputs of the
+                heads. Logits and gradients are the same at a lower cost. (Dropout, which the paper does not use, draws
+                other random numbers.) Hooks on the last block and the final norm then see two tokens. None: True,
+                unless hidden states or attentions are requested, which contain all tokens.
+            **kwargs: `output_attentions`, `output_hidden_states` and arguments of the attention function.
 
         Raises:
             ValueError: If the images have another number of channels, or another size and
-                `interpolate_pos_encoding` is False; or if labels are given to a model whose `problem_type` is another
-                than to choose one class.
+                `interpolate_pos_encoding` is False; or if labels are given and `problem_type` is not single-label
+                classification.
         """
         if labels is not None and self.config.problem_type not in (None, "single_label_classification"):
             problem = self.config.problem_type
@@ -306,8 +306,8 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
         )
 
 
-# transformers renames DeiT's parameters between file and memory, and leaves custom classes out of it unless told. With
-# this, every DeiT checkpoint loads into ours, and ours are written under the names that all versions know.
+# transformers renames DeiT's parameters between file and memory, but for custom classes only if they are registered.
+# With this, every DeiT checkpoint loads into this class, and saved files have the names that all versions read.
 register_checkpoint_conversion_mapping("DeiTLTModel", get_checkpoint_conversion_mapping("DeiTModel"), overwrite=True)
 
 DeiTLTModel.register_for_auto_class("AutoModel")

@@ -1,1 +1,1 @@
-"""The teacher: a CNN for classification."""
+"""The flat teacher: a CNN image classifier."""

@@ -1,7 +1,7 @@
 """Configuration of the flat CNN teacher.
 
-This file travels into every saved folder and Hub repository, so it imports transformers only: 4.41 or newer, which all
-have no code of their own for this model.
+This file is copied into every saved folder and Hub repository, so it imports transformers only. It supports version
+4.41 and newer: no version of transformers contains code for this model.
 """
 
 from transformers.utils import logging
@@ -21,33 +21,32 @@ class FlatTeacherConfig(PreTrainedConfig):
 
     Args:
         backbone: A CIFAR ResNet (`resnet20`, `resnet32`, `resnet44`, `resnet56`; He et al., 2016, section 4.2) or
-            `timm/NAME` for any backbone of timm, such as `timm/resnet50`.
-        classifier: `linear`, or `cosine`: the cosine between feature and class weight, times `logit_scale`, as LDAM
-            trains it.
-        image_size: Side of the square images it takes, in pixels.
+            `timm/NAME` for any timm backbone, such as `timm/resnet50`.
+        classifier: `linear`, or `cosine`: the cosine between feature and class weight, times `logit_scale`, as in LDAM.
+        image_size: Side of the square input images, in pixels.
         num_channels: Channels of the images.
-        image_mean: Mean that its images are normalised with, one value a channel. ImageNet's by default.
-        image_std: Standard deviation that its images are normalised with.
-        projection_size: Size of the features that PaCo compares in training, behind a two-layer MLP; 0 for no such
+        image_mean: Mean for normalising the images, one value per channel. ImageNet's by default.
+        image_std: Standard deviation for normalising the images.
+        projection_size: Output size of the two-layer MLP head whose features PaCo compares in training; 0 for no such
             head. It does not change the logits.
-        logit_scale: What the classifier multiplies its result by, for the logits. None: 30 for a cosine classifier, as
-            for LDAM, else 1.
+        logit_scale: Factor between the classifier's output and the logits. None: 30 for a cosine classifier, as in
+            LDAM, else 1.
         class_counts: Training images of each class, in label order, when known.
         class_groups: Class indices of each group, such as head, mid and tail, when known.
-        class_map: For an LDAM teacher converted from the authors' checkpoint, the row of its head there for each class,
-            if they differ.
-        **kwargs: Fields that every configuration has, such as `num_labels` and `id2label`.
+        class_map: For an LDAM teacher converted from the authors' checkpoint, the row of each class in the head of that
+            checkpoint, if the orders differ.
+        **kwargs: Fields common to all configurations, such as `num_labels` and `id2label`.
 
     Raises:
         ValueError: If the backbone or classifier is unknown, `logit_scale` is not above 0, mean and std do not have
-            one value a channel, or `class_counts`, `class_groups` or `class_map` do not fit the labels.
+            one value per channel, or `class_counts`, `class_groups` or `class_map` do not fit the labels.
     """
 
     model_type = "flat_teacher"
-    # What transformers' Trainer leaves out of its predictions.
+    # Outputs that transformers' Trainer does not collect as predictions.
     keys_to_ignore_at_inference = ["projections"]
 
-    # Not the fields of a dataclass, which configurations are from transformers 5.4 on only.
+    # An explicit constructor: configurations are dataclasses from transformers 5.4 on only.
     def __init__(
         self,
         backbone="resnet32",
@@ -95,17 +94,17 @@ class FlatTeacherConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Makes a configuration; what it says of its classes is left out where they are others now."""
+        """Makes a configuration from a dictionary, without class facts that do not apply to the classes asked for."""
         result = super().from_dict(_of_its_classes(config_dict, kwargs), **kwargs)
-        _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` were set after the first check
+        _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` are set after the first check
         return result
 
 
-# ---- The same in configuration_deitlt.py: each of the two files travels alone. ----
+# ---- Identical block in configuration_deitlt.py: each file is saved without the other. ----
 
 
 def _of_its_classes(config_dict, kwargs):
-    """Leaves out counts, groups and map of the classes if `kwargs` ask for others, or they are of others."""
+    """Drops class counts, groups and map that do not fit the stored classes, or if `kwargs` ask for other classes."""
     stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
     num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
     names = kwargs.get("id2label")
@@ -117,7 +116,7 @@ def _of_its_classes(config_dict, kwargs):
         if values is not None and (stale or not _fits(values, num_labels)):
             dropped.append(field)
     if dropped and not stale:
-        logger.warning("%s: of other classes than the %d of the model; left out.", " and ".join(dropped), num_labels)
+        logger.warning("%s left out: they do not fit the %d classes of the model.", " and ".join(dropped), num_labels)
     return {key: value for key, value in config_dict.items() if key not in dropped}
 
 

@@ -1,7 +1,7 @@
 """The CNN teacher of DeiT-LT: a CIFAR ResNet or any timm backbone under a linear or cosine classifier.
 
-This file travels into every saved folder and Hub repository, so it imports transformers and torch only, and timm for a
-backbone of timm.
+This file is copied into every saved folder and Hub repository, so it imports transformers and torch only, and timm for
+timm backbones.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from .configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
 
 try:
     from transformers import initialization as init
-except ImportError:  # before transformers 5 it is torch's own; since then weights that are loaded are left alone
+except ImportError:  # transformers 4 uses torch's; the module of transformers 5 skips weights that are already loaded
     from torch.nn import init  # type: ignore[no-redef]
 
 
@@ -85,14 +85,14 @@ class FlatTeacherOutput(ImageClassifierOutputWithNoAttention):
     """Output of [`FlatTeacherForImageClassification`].
 
     Args:
-        projections: What PaCo compares, not of length 1; (batch, projection_size). None without such a head.
+        projections: Features that PaCo compares, not normalised; (batch, projection_size). None without that head.
     """
 
     projections: torch.FloatTensor | None = None
 
 
 class FlatTeacherForImageClassification(PreTrainedModel):
-    """A CNN classifier, meant to be trained with SAM by [`FlatTeacherTrainer`] so that its loss surface is flat.
+    """A CNN classifier. [`FlatTeacherTrainer`] trains it with SAM, which makes its loss surface flat.
 
     With a cosine classifier the logits are cosines times `config.logit_scale`.
     """
@@ -101,11 +101,11 @@ class FlatTeacherForImageClassification(PreTrainedModel):
     config_class = FlatTeacherConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    accepts_loss_kwargs = False  # transformers' Trainer divides by the accumulation steps: the loss is a batch's mean
+    accepts_loss_kwargs = False  # the loss is a mean, so transformers' Trainer must divide by accumulation steps
 
     def __init__(self, config: FlatTeacherConfig):
         super().__init__(config)
-        assert config.num_labels is not None  # there always are labels, two without names by default
+        assert config.num_labels is not None  # never None: transformers' default is two labels
         self.num_labels = config.num_labels
         self.backbone: nn.Module
         if config.backbone in CIFAR_RESNETS:
@@ -116,7 +116,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             self.backbone = timm.create_model(
                 config.backbone.removeprefix("timm/"), num_classes=0, in_chans=config.num_channels
             )
-        # Some of timm's have another layer before the classifier.
+        # Some timm backbones have another layer before the classifier, of size `head_hidden_size`.
         features: int = getattr(self.backbone, "head_hidden_size", 0) or getattr(self.backbone, "num_features", 0)
         classifier = CosineClassifier if config.classifier == "cosine" else nn.Linear
         self.classifier = classifier(features, config.num_labels)
@@ -133,10 +133,10 @@ class FlatTeacherForImageClassification(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_buffers = getattr(module, "init_non_persistent_buffers", None)
-        if init_buffers is not None:  # of timm's, which no file has
+        if init_buffers is not None:  # buffers of timm modules that no file contains
             init_buffers()
         if isinstance(module, nn.Conv2d):
-            # Kaiming's, by the channels that an input has a part in: of a grouped convolution, those of its group.
+            # Kaiming initialisation with fan-out: in a grouped convolution an input reaches its group's channels only.
             fan_out = module.weight[:, 0].numel() // module.groups
             init.normal_(module.weight, std=math.sqrt(2) / math.sqrt(fan_out))
             if module.bias is not None:
@@ -148,19 +148,19 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @torch.inference_mode(False)  # what is kept must be of use outside of it, and fails in it for some sizes only
+    @torch.inference_mode(False)  # the copy must not contain inference tensors: it is used outside that mode
     @torch.no_grad()
     def folded(self) -> "FlatTeacherForImageClassification":
-        """Makes a copy for inference on a CPU: batch norms folded into the convolutions before them, channels last.
+        """Makes a copy for inference on a CPU: batch norms are folded into the preceding convolutions, channels last.
 
-        Its logits are those of evaluation mode up to rounding. Norms that timm has in one module with an activation
-        stay, and so do all of a backbone that torch.fx cannot follow, or not rightly.
+        Its logits equal those of evaluation mode up to rounding. Batch norms that timm combines with an activation in
+        one module are not folded. No norm is folded if torch.fx cannot trace the backbone correctly.
         """
         copied = deepcopy(self).eval().requires_grad_(False)
         if any(isinstance(module, nn.BatchNorm2d) for module in copied.backbone.modules()):
-            # It runs a stranger's code on symbols in place of tensors, which fails in as many ways as there is code.
+            # Tracing runs third-party code on symbols instead of tensors, which can raise any exception.
             with contextlib.suppress(Exception):
-                from torch.fx.experimental.optimization import fuse  # may move: only this is lost then
+                from torch.fx.experimental.optimization import fuse  # if it moves, only the folding is lost
 
                 fused, size = fuse(copied.backbone), self.config.image_size
                 images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -182,10 +182,10 @@ class FlatTeacherForImageClassification(PreTrainedModel):
             pixel_values: Normalised images; (batch, channels, height, width).
             labels: Class indices (batch,) or probabilities (batch, num_labels); with them the output has the cross
                 entropy as its loss.
-            return_dict: False for a tuple of what the output has. None: as the configuration says.
+            return_dict: False returns a tuple of the fields that are set. None: as the configuration says.
 
         Raises:
-            ValueError: If labels are given to a model whose `problem_type` is another than to choose one class.
+            ValueError: If labels are given and `problem_type` is not single-label classification.
         """
         _check_problem(self.config, labels)
         features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
