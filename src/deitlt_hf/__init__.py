@@ -15,6 +15,7 @@ _MODULES = {
     "DeiTLTTrainingArguments": "training",
     "FlatTeacherTrainer": "training",
     "FlatTeacherTrainingArguments": "training",
+    "Recipe": "training.recipe",
 }
 __all__ = [*_MODULES, "__version__"]
 

@@ -20,7 +20,7 @@ from ..data.transforms import ImageFormat
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss
 from ..serving.loading import load_classifier, load_processor
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
@@ -351,9 +351,9 @@ def print_budgets(
         teacher = Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0)
     elif args.distillation != "none":
         loss = student_args.teacher_loss or own_loss(recipe)
-        command_line = ["--recipe", recipe, "--teacher_loss", loss, "--output_dir", args.output_dir]
-        sections = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-        _, _, teacher_args, taught = parse_arguments("teacher", sections, command_line)
+        overrides = {"teacher_loss": loss, "output_dir": args.output_dir}
+        kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+        _, teacher_args, taught = fill_arguments("teacher", kinds, recipe, overrides)
         teacher = teacher_model(teacher_args.config(loss, num_labels=classes), taught)
         _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, taught)
     if note := low_peak(args.peak_learning_rate, student_args.init_from):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..data.long_tail import Integers
 from ..data.transforms import model_processor
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import DataArguments, StudentArguments, parse_arguments
+from ..recipes import DataArguments, StudentArguments, fill_arguments
 from ..serving.loading import load_classifier, load_processor
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.provenance import results_of
@@ -55,10 +55,9 @@ def teacher_agreement(
     """
     classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
     with tempfile.TemporaryDirectory() as folder:
-        command_line = ["--recipe", recipe, "--output_dir", folder, "--report_to", "none", "--distillation", "hard"]
-        # Copies of an image would tell nothing more, and need a round of them.
-        command_line += ["--repeated_augmentation", "1"]
-        _, _, _, args = parse_arguments("student", classes, command_line)
+        # Repeated augmentation would only repeat images, and needs at least one round of them.
+        overrides = {"output_dir": folder, "report_to": "none", "distillation": "hard", "repeated_augmentation": 1}
+        _, _, args = fill_arguments("student", classes, recipe, overrides)
         record = results_of(model.name_or_path)
         settings, background = record.get("settings", {}), record.get("data", {}).get("background")
         for name in _SHOWN:

@@ -4,6 +4,7 @@ from .arguments import DataArguments, StudentArguments, TeacherArguments
 from .parsing import (
     command_line_errors,
     data_help,
+    fill_arguments,
     load_recipe,
     own_loss,
     parse_arguments,
@@ -18,6 +19,7 @@ __all__ = [
     "TeacherArguments",
     "command_line_errors",
     "data_help",
+    "fill_arguments",
     "load_recipe",
     "own_loss",
     "parse_arguments",

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -223,12 +223,7 @@ def parse_arguments(
         ValueError: If the recipe or the command line has an unknown field (the message suggests the most similar one),
             or the recipe has another value where a list of numbers is required.
     """
-    parser = _RecipeParser(
-        map(DataClassType, classes),
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _parser(classes, description)
     _add_recipe(parser)
     _allow_none(parser, classes)
     refused = {name for cls in classes for name in getattr(cls, "refused", ())}
@@ -246,35 +241,98 @@ def parse_arguments(
     given = first.parse_known_args(argv)[0]
     name, values = given.recipe, {}
     if name is not None:
-        recipe = load_recipe(name)
-        known = {field.name for cls in classes for field in fields(cls) if field.init}
-        own = {key: value for key, value in recipe[section].items() if key in known or not partly}
-        values = recipe["data"] | own
-        if section == "teacher":
-            for loss, overlay in recipe["teacher_losses"].items():
-                _refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss", listed_by)
-                _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
-            values |= recipe["teacher_losses"].get(given.teacher_loss or own_loss(name)) or {}
-        _refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
+        values = _set_defaults(parser, section, classes, name, given.teacher_loss, partly, listed_by)
         if given.group_rule is not None:
             values.pop("group_boundaries", None)
-        values = {key: _fitting(value, parser, key, name) for key, value in values.items()}
-        folder = teacher_folder(name, given.teacher_loss) if section == "teacher" else section
-        stem = Path(name).name.removesuffix(".yaml")
-        parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, folder)} | values)
+            parser.set_defaults(group_boundaries=None)
     *filled, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     options = {option.removeprefix("--") for option in parser._option_string_actions}
     names = (word.removeprefix("--").split("=")[0] for word in rest)
     _refuse_unknown(names, options, "the command line", listed_by=listed_by)
     # Defaults include the recipe's values, so a difference is an override by the command line.
     changed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(key)}
+    _finish(name, filled, changed, values)
+    return name, *filled
+
+
+def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides: Mapping[str, Any]) -> tuple:
+    """Fills dataclasses from a recipe's `data` section and one other section, as [`parse_arguments`] does.
+
+    Args:
+        section: `data`, `teacher` or `student`.
+        classes: Dataclasses to fill.
+        recipe: Name or path of the recipe.
+        overrides: Values of fields, which override the recipe.
+
+    Returns:
+        One instance of each class.
+
+    Raises:
+        FileNotFoundError: If the recipe does not exist.
+        ValueError: As [`parse_arguments`].
+    """
+    parser = _parser(classes)
+    values = _set_defaults(parser, section, classes, recipe, overrides.get("teacher_loss"))
+    listed_by = f"deitlt {_LISTED_BY[section]} --help"
+    _refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
+    if overrides.get("group_rule") is not None and "group_boundaries" not in overrides:
+        parser.set_defaults(group_boundaries=None)
+    changed = {name: value for name, value in overrides.items() if value != parser.get_default(name)}
+    parser.set_defaults(**overrides)
+    # Defaults that no class has, such as output_dir of data alone, come last, in a namespace.
+    filled = parser.parse_args_into_dataclasses([], look_for_args_file=False)[: len(classes)]
+    _finish(recipe, filled, changed, values)
+    return tuple(filled)
+
+
+def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeParser:
+    """A parser for the fields of dataclasses."""
+    return _RecipeParser(
+        map(DataClassType, classes),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _field_names(classes: Sequence[type]) -> set[str]:
+    return {field.name for cls in classes for field in fields(cls) if field.init}
+
+
+def _set_defaults(
+    parser: argparse.ArgumentParser,
+    section: str,
+    classes: Sequence[type],
+    name: str,
+    teacher_loss: str | None,
+    partly: bool = False,
+    listed_by: str = "--help",
+) -> dict[str, Any]:
+    """Makes a recipe's values the defaults of a parser, and returns them."""
+    recipe, known = load_recipe(name), _field_names(classes)
+    own = {key: value for key, value in recipe[section].items() if key in known or not partly}
+    values = recipe["data"] | own
+    if section == "teacher":
+        for loss, overlay in recipe["teacher_losses"].items():
+            _refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss", listed_by)
+            _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
+        values |= recipe["teacher_losses"].get(teacher_loss or own_loss(name)) or {}
+    _refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
+    values = {key: _fitting(value, parser, key, name) for key, value in values.items()}
+    folder = teacher_folder(name, teacher_loss) if section == "teacher" else section
+    stem = Path(name).name.removesuffix(".yaml")
+    parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, folder)} | values)
+    return values
+
+
+def _finish(name: str | None, filled: Sequence[Any], changed: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuses fields without effect, and notes recipe and overrides in training arguments for the run's record."""
     for field in _FOR_SCRIPTS:
         if field in changed or field in values:
             raise ValueError(f"{field} has no effect here; it is for scripts that read it themselves. Leave it out.")
     for arguments in filled:
         if hasattr(arguments, "method_settings"):
-            arguments.recipe = {"name": Path(name).name, "overrides": _deciding(changed, filled)}
-    return name, *filled
+            arguments.recipe = {"name": Path(name or "").name, "overrides": _deciding(changed, filled)}
 
 
 @contextlib.contextmanager

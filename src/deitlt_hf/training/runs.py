@@ -20,7 +20,7 @@ from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..original import load_original_student
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, parse_arguments, teacher_folder
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
 from ..serving.loading import load_classifier, load_model, load_processor, loading, read_model_config
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
@@ -212,17 +212,19 @@ def _teacher_of_recipe(
 ) -> str:
     """Returns the folder of the recipe's teacher, after starting or resuming its training if it is not finished."""
     folder = Path(student_args.output_dir).parent / teacher_folder(recipe, loss)
-    command_line = ["--recipe", recipe, "--output_dir", str(folder), "--seed", str(student_args.seed)]
-    command_line += ["--teacher_loss", loss or own_loss(recipe)]
-    # Execution settings are those of the student: a process cannot change its precision.
-    for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers"):
-        command_line += [f"--{name}", str(getattr(student_args, name))]
-    command_line += ["--report_to", *(student_args.report_to or ["none"])]
     found = [] if is_abandoned(folder) else run_files(folder)
+    overrides: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": student_args.seed,
+        "teacher_loss": loss or own_loss(recipe),
+        "report_to": student_args.report_to or ["none"],
+    }
+    # Hardware options are the student's: a process cannot change its precision.
+    overrides |= {name: getattr(student_args, name) for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers")}
     if RESULTS_FILE in found:
-        command_line += ["--resume_from_checkpoint", "auto"]
-    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-    _, _, model_args, args = parse_arguments("teacher", classes, command_line)
+        overrides["resume_from_checkpoint"] = "auto"
+    kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    _, model_args, args = fill_arguments("teacher", kinds, recipe, overrides)
     if student_args.recipe is not None:  # both use the images of the student's command line
         changed = student_args.recipe["overrides"]
         args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
