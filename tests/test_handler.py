@@ -411,7 +411,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(handler, data, sentence):
 
 def test_the_rule_of_what_an_image_is_has_one_text():
     """The handler travels alone, so it has a copy of the rule that the package reads images by."""
-    beginning = "# Not all that Pillow reads"
+    beginning = "# Not all formats that Pillow reads"
     rule = Path(image_rule.__file__).read_text()
     assert rule[rule.index(beginning) :].strip() in Path(handler_module.__file__).read_text()
 
