@@ -202,7 +202,7 @@ def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
     change_results(student_folder, saved_step=4)
     card = make_card(student_folder)
     assert card.data.eval_results is None
-    expected = "These weights are of step 4, whose accuracies the run did not record."
+    expected = "These weights are from step 4; the run did not record their accuracies."
     assert section(card, "## Accuracy").strip() == expected
     assert record["saved_step"] == record["last"]["step"]
 
@@ -523,11 +523,11 @@ def test_command_writes_the_card_of_a_folder(student_folder, capsys):
     make_model_cards(["--model", str(student_folder), "--license", "cc-by-4.0", "--tags", "digits", "tiny"])
     metadata = metadata_load(student_folder / "README.md")
     assert (metadata["license"], metadata["tags"][-2:]) == ("cc-by-4.0", ["digits", "tiny"])
-    with pytest.raises(ValueError, match=r"^--license needs --model, the folder whose card is to have it"):
+    with pytest.raises(ValueError, match=r"^--license needs --model, the folder of the model whose card has it"):
         make_model_cards(["--license", "mit"])
     with pytest.raises(ValueError, match="needs --model"):
         make_model_cards(["--repo_id", "org/deitlt-tiny"])
-    with pytest.raises(ValueError, match=r"^--folder cards is for the recipes' cards; that of --model goes"):
+    with pytest.raises(ValueError, match=r"^--folder cards is for the recipes' cards; leave it out with --model"):
         make_model_cards(["--model", str(student_folder), "--folder", "cards"])
 
 

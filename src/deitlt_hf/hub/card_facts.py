@@ -128,8 +128,8 @@ class CardFacts:
         first, last = groups[0], groups[-1]
         counts = [self.class_counts[label] for label in self.groups[last]]
         return (
-            f"The classes of {plain(last)}, with {min(counts):,} to {max(counts):,} training images, have an accuracy of "
-            f"{percent(self.prediction[last])} %, and the classes of {plain(first)} have "
+            f"The classes of {plain(last)}, with {min(counts):,} to {max(counts):,} training images, have an accuracy "
+            f"of {percent(self.prediction[last])} %, and the classes of {plain(first)} have "
             f"{percent(self.prediction[first])} %."
         )
 
