@@ -512,7 +512,7 @@ def test_foreign_text_is_shown_as_it_is(student_folder, text):
 def test_a_configuration_of_odd_types_is_refused_in_a_sentence(tmp_path, config):
     content = {"model_type": "deit"} | config if isinstance(config, dict) else config
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"config\.json (cannot be read: it holds a|has a \w+ that no model)"):
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read: it holds a|has a \w+ that is not valid)"):
         make_card(tmp_path)
 
 

@@ -407,7 +407,7 @@ def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path, digits):
 def test_a_repository_of_another_kind_of_model_is_refused(hub, folder, digits, tmp_path, revision):
     files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
     repository = put_by_hand(hub, "zoo/llama", files)
-    message = "^zoo/llama has a model of type 'llama', and this is a 'deit'; push it to another.$"
+    message = "^zoo/llama has a model of type 'llama', but this is a 'deit'; push it to another repository.$"
     with pytest.raises(ValueError, match=message):
         push_folder(folder, "zoo/llama", revision=revision, handler=True)
     with pytest.raises(ValueError, match=message):
@@ -670,7 +670,7 @@ def test_pickled_weights_are_refused(hub, folder):
     [
         ({"id2label": {"0": "a", "1": "b", "2": "c"}}, r"names 3 classes, but .*classifier\.weight has 10"),
         ({"id2label": None}, "names 2 classes"),
-        ({"model_type": None}, "has a model_type that no model is saved with"),
+        ({"model_type": None}, "has a model_type that is not valid"),
         ({"auto_map": ["x"]}, "auto_map in .* is not a JSON object"),
     ],
 )

@@ -149,7 +149,7 @@ def analyze(
             "distribution: augmented and mixed long-tailed training images, from which it learnt."
         )
         draw = lambda axis: figures.draw_agreement(axis, agreement)  # noqa: E731
-        pictures.append(_picture("teacher", "Do the experts follow the teacher?", how, draw))
+        pictures.append(_picture("teacher", "Agreement with the teacher", how, draw))
         findings["teacher_agreement"] = dict(agreement)
     pictures += _of_tokens(observed, groups, findings)
     if sharpness_images > 0:

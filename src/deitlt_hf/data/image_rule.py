@@ -48,7 +48,7 @@ def open_encoded(data: bytes | bytearray) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is damaged, or of none of the formats " + ", ".join(FORMATS)) from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"its pixels are more than {MAX_PIXELS}") from error
+        raise ValueError(f"it has more than {MAX_PIXELS} pixels") from error
     check_size(*image.size)
     return image
 
@@ -66,9 +66,9 @@ def check_size(width: int, height: int) -> None:
         ValueError: If it has more than `MAX_PIXELS`, or a side is more than `MAX_ASPECT` times the other.
     """
     if width * height > MAX_PIXELS:
-        raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS}")
+        raise ValueError(f"its {width} x {height} pixels are more than the limit of {MAX_PIXELS}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"of its {width} x {height} pixels one side is more than {MAX_ASPECT} times the other")
+        raise ValueError(f"one side of its {width} x {height} pixels is more than {MAX_ASPECT} times the other")
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -194,7 +194,9 @@ def prepare_repository(
     if private and is_public:
         raise ValueError(f"{repo_id} is public; make it private in its settings on the Hub, or push to another.")
     if model_type and other and model_type != other:
-        raise ValueError(f"{repo_id} has a model of type {other!r}, and this is a {model_type!r}; push it to another.")
+        raise ValueError(
+            f"{repo_id} has a model of type {other!r}, but this is a {model_type!r}; push it to another repository."
+        )
     if revision is not None and not has_branch:
         with _one_sentence(repo_id):
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -171,7 +171,7 @@ class EndpointHandler:
         grid = tuple(side // length for side, length in zip(pixel_values.shape[-2:], patch, strict=True))
         maps = _rollouts(outputs.get("attentions"), grid)
         if not maps:
-            raise ValueError(f"a {config.model_type} has no tokens that look at all patches; leave attention out.")
+            raise ValueError(f"a {config.model_type} has no tokens that attend to all patches; leave attention out.")
         results = self._results(outputs, top_k)
         for index, result in enumerate(results):
             result["attention"] = {token: rollout[index].tolist() for token, rollout in maps.items()}
@@ -309,7 +309,7 @@ def check_config(config: dict[str, Any], place: str) -> None:
     for name, right in is_right.items():
         if not right:
             shown = " ".join(str(config.get(name))[:60].split())
-            raise ValueError(f"{place} has a {name} that no model is saved with ({shown}); save the model again.")
+            raise ValueError(f"{place} has a {name} that is not valid ({shown}); save the model again.")
 
 
 def _are_whole(values: Any) -> bool:
@@ -448,7 +448,7 @@ def open_encoded(data: bytes | bytearray) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is damaged, or of none of the formats " + ", ".join(FORMATS)) from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"its pixels are more than {MAX_PIXELS}") from error
+        raise ValueError(f"it has more than {MAX_PIXELS} pixels") from error
     check_size(*image.size)
     return image
 
@@ -466,9 +466,9 @@ def check_size(width: int, height: int) -> None:
         ValueError: If it has more than `MAX_PIXELS`, or a side is more than `MAX_ASPECT` times the other.
     """
     if width * height > MAX_PIXELS:
-        raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS}")
+        raise ValueError(f"its {width} x {height} pixels are more than the limit of {MAX_PIXELS}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"of its {width} x {height} pixels one side is more than {MAX_ASPECT} times the other")
+        raise ValueError(f"one side of its {width} x {height} pixels is more than {MAX_ASPECT} times the other")
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -719,7 +719,7 @@ def _reason(error: Exception) -> str:
 
 def _refuse_private(address: str) -> None:
     if os.environ.get("DEITLT_ALLOW_PRIVATE_URLS") != "1" and not _is_public(ipaddress.ip_address(address)):
-        raise ValueError("its address is not of the public internet")
+        raise ValueError("its address is not on the public internet")
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
