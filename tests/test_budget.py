@@ -158,7 +158,7 @@ def test_plans_that_are_refused(values, message):
 
 
 def test_what_a_run_refuses_is_not_planned():
-    with pytest.raises(ValueError, match="mixing pairs the images of a batch, of which 2048 GPUs have 1 each"):
+    with pytest.raises(ValueError, match="mixing needs an even batch on each GPU, but 2048 GPUs have 1 image"):
         plan(2048, pairs_images=True)
     with pytest.raises(ValueError, match="96 is not a multiple of"):
         plan(2, global_batch_size=96, batch_size=32)

@@ -112,13 +112,13 @@ def test_metadata_are_those_the_hub_knows(trained):
 
 def test_card_says_what_was_changed_of_the_recipe_and_nothing_that_was_not(trained):
     text = section(ModelCard.load(trained / "student" / "README.md"), "## Training")
-    changed = "`tiny.yaml`, a file of the user's, changed: `max_per_class` `50`, `num_train_epochs` `2.0`"
+    changed = "`tiny.yaml`, a custom file, with changes: `max_per_class` `50`, `num_train_epochs` `2.0`"
     assert changed in text
     line = next(line for line in text.splitlines() if line.startswith("- Recipe"))
     assert "learning_rate" not in line
     assert "deitlt distill --recipe tiny.yaml --max_per_class 50 --num_train_epochs 2.0 --drw_start_epoch 1.0" in text
     teacher = section(ModelCard.load(trained / "teacher" / "README.md"), "## Training")
-    assert "changed: `max_per_class` `50`.\n" in teacher, "the teacher's images are the student's"
+    assert "with changes: `max_per_class` `50`.\n" in teacher, "the teacher's images are the student's"
     assert "deitlt train-teacher --recipe tiny.yaml --max_per_class 50\n" in teacher
 
 
@@ -190,7 +190,7 @@ def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
     best = {"epoch": 1.0, "step": 3, "accuracies": {"mean": {"overall": 0.987, "head": 0.9, "mid": 0.9, "tail": 0.9}}}
     change_results(student_folder, best=best)
     card = make_card(student_folder)
-    assert "The best epoch on the same test images was 1, with 98.7 overall; the weights are not of it." in card.text
+    assert "The best epoch on the same test images was 1, with 98.7 overall; its weights were not kept." in card.text
     assert 0.987 not in [entry.metric_value for entry in card.data.eval_results]
     # With load_best_model_at_end, the weights are those of the best checkpoint, and so are the numbers.
     change_results(student_folder, saved_step=3)
@@ -202,7 +202,7 @@ def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
     change_results(student_folder, saved_step=4)
     card = make_card(student_folder)
     assert card.data.eval_results is None
-    expected = "These weights are of step 4, whose accuracies the run did not record."
+    expected = "These weights are from step 4; the run did not record their accuracies."
     assert section(card, "## Accuracy").strip() == expected
     assert record["saved_step"] == record["last"]["step"]
 
@@ -211,7 +211,7 @@ def test_an_unfinished_run_claims_nothing_in_the_metadata(student_folder):
     change_results(student_folder, finished=False)
     card = make_card(student_folder)
     assert card.data.eval_results is None
-    assert "of a run that had not ended" in section(card, "## Accuracy")
+    assert "of an unfinished run" in section(card, "## Accuracy")
 
 
 def test_groups_without_test_images_have_no_number(student_folder):
@@ -239,8 +239,8 @@ def test_a_record_of_other_weights_gives_no_numbers(student_folder, change):
     assert card.data.eval_results is None
     assert "metrics" not in card.data.to_dict()
     assert tables(section(card, "## Accuracy")) == []
-    assert "is of other weights, or does not say of which" in section(card, "## Accuracy")
-    assert "How the model was trained is not recorded." in section(card, "## Training")
+    assert "belongs to other weights, or does not name its weights" in section(card, "## Accuracy")
+    assert "The training of the model is not recorded." in section(card, "## Training")
     assert "training_curves.png" not in card.text
 
 
@@ -321,7 +321,7 @@ def test_without_a_record_there_are_no_numbers(tmp_path, kind):
     assert "metrics" not in card.data.to_dict()
     assert "no record of a run" in section(card, "## Accuracy")
     assert tables(card.text) == []
-    assert ("125 images, 90 to 5 a class" in card.text) == (kind == "student")
+    assert ("125 images, 90 to 5 per class" in card.text) == (kind == "student")
     loader = "DeiTLTForImageClassification" if kind == "student" else "FlatTeacherForImageClassification"
     assert f"{loader}.from_pretrained" in card.text
 
@@ -359,7 +359,7 @@ def test_without_test_images_there_is_no_table(tmp_path, digits):
 def test_a_card_of_the_users_own_is_left_as_it_is(student_folder):
     readme = student_folder / "README.md"
     readme.write_text("# Mine\n")
-    with pytest.warns(UserWarning, match="is not as deitlt-hf wrote it and stays"):
+    with pytest.warns(UserWarning, match="was not written by deitlt-hf, or was edited, and stays"):
         write_card(student_folder)
     assert readme.read_text() == "# Mine\n"
 
@@ -405,7 +405,7 @@ def test_a_licence_that_nobody_gave_is_not_in_the_card(trained):
     for kind in ("student", "teacher"):
         card = ModelCard.load(trained / kind / "README.md")
         assert card.data.license is None
-        assert "None is named for these weights" in section(card, "## Licence")
+        assert "No licence is named for these weights" in section(card, "## Licence")
         assert "apache" not in str(card)
 
 
@@ -512,7 +512,7 @@ def test_foreign_text_is_shown_as_it_is(student_folder, text):
 def test_a_configuration_of_odd_types_is_refused_in_a_sentence(tmp_path, config):
     content = {"model_type": "deit"} | config if isinstance(config, dict) else config
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"config\.json (cannot be read: it holds a|has a \w+ that no model)"):
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read: it holds a|has a \w+ that is not valid)"):
         make_card(tmp_path)
 
 
@@ -523,11 +523,11 @@ def test_command_writes_the_card_of_a_folder(student_folder, capsys):
     make_model_cards(["--model", str(student_folder), "--license", "cc-by-4.0", "--tags", "digits", "tiny"])
     metadata = metadata_load(student_folder / "README.md")
     assert (metadata["license"], metadata["tags"][-2:]) == ("cc-by-4.0", ["digits", "tiny"])
-    with pytest.raises(ValueError, match=r"^--license needs --model, the folder whose card is to have it"):
+    with pytest.raises(ValueError, match=r"^--license needs --model, the folder of the model whose card has it"):
         make_model_cards(["--license", "mit"])
     with pytest.raises(ValueError, match="needs --model"):
         make_model_cards(["--repo_id", "org/deitlt-tiny"])
-    with pytest.raises(ValueError, match=r"^--folder cards is for the recipes' cards; that of --model goes"):
+    with pytest.raises(ValueError, match=r"^--folder cards is for the recipes' cards; leave it out with --model"):
         make_model_cards(["--model", str(student_folder), "--folder", "cards"])
 
 
@@ -555,7 +555,7 @@ def test_what_the_paper_reports_is_never_said_to_be_measured(name):
     recipe = CARDS[name]
     card = recipe_card(recipe, name)
     assert card.data.eval_results is None
-    assert "Nobody has measured this yet" in section(card, "### Measured")
+    assert "Not measured yet" in section(card, "### Measured")
     assert f"deitlt distill --recipe {recipe}" in card.text
     assert ("### Reported by the paper" in card.text) == (recipe in PAPER)
     if recipe in PAPER:
@@ -602,7 +602,7 @@ def test_the_energy_that_codecarbon_estimated_is_in_record_and_card(trained, stu
         "codecarbon",
         "pre-training",
     )
-    assert "0.03 kWh, 1.5 g CO2eq in Canada, as codecarbon estimates, without the teacher's." in card.text
+    assert "0.03 kWh, 1.5 g CO2eq in Canada, as codecarbon estimates, without the training of the teacher." in card.text
     change_results(student_folder, emissions=None)
     assert "co2_eq_emissions" not in make_card(student_folder).data.to_dict()
 

@@ -76,7 +76,7 @@ def test_check_names_what_is_wrong(tmp_path):
         "3 of 10 train images: cannot read the image",
         "it has no bytes",
         "truncated",
-        "its pixels are more than 89478485",
+        "it has more than 89478485 pixels",
         "2 images have the same bytes in training and testing",
         "deitlt train-teacher: an epoch has 10 images, fewer than one batch of 32 (1 process(es) x 32); lower",
         "deitlt distill: repeated augmentation draws rounds of 256 images, but the training set has only 10; pass",

@@ -129,8 +129,8 @@ def cut(kind):
         (cut("PNG"), "truncated"),
         (cut("WEBP"), "(decod|truncated|read)"),
         (cut("GIF"), "truncated"),
-        (bomb(), "its pixels are more than 89478485"),
-        (bomb(9_500), "its 9500 x 9500 pixels are more than 89478485"),
+        (bomb(), "it has more than 89478485 pixels"),
+        (bomb(9_500), "its 9500 x 9500 pixels are more than the limit of 89478485"),
         (encoded(Image.fromarray(RANDOM.rand(4, 4).astype(np.float32)), "TIFF"), "floating-point numbers, whose range"),
         (encoded(Image.fromarray(np.full((4, 4), -7, np.int32)), "TIFF"), "values from -7 to -7 do not fit 16 bits"),
     ],
@@ -392,7 +392,7 @@ def test_formats_that_are_not_listed_are_not_opened(kind):
 
 @pytest.mark.parametrize("size", [(1000, 1), (1, 101)])
 def test_a_line_of_pixels_is_refused(size):
-    with pytest.raises(ValueError, match="one side is more than 100 times the other"):
+    with pytest.raises(ValueError, match=r"one side of its .* pixels is more than 100 times the other"):
         decode(encoded(Image.new("RGB", size)))
 
 

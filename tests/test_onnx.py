@@ -248,9 +248,9 @@ def test_command_compares_on_test_images_and_says_no_more(folder, tmp_path):
         (["--output", "{file}/deeper"], "file is a file; choose another folder to write to than .*/deeper"),
         (["--output", "{out}", "--recipe", "digits_lt", "--inte8", "true"], "unknown field 'inte8'"),
         (["--output", "{out}", "--recipe", "digits_lt", "--use_cpu", "true"], "unknown field 'use_cpu'"),
-        (["--model", "outputs/typo"], "there is no folder 'outputs/typo'; of a model on the Hub"),
+        (["--model", "outputs/typo"], "there is no folder 'outputs/typo'; for a model on the Hub"),
         (["--output", "{out}", "--recipe", "digits_lt", "--class_names", *"abcdefghij"], "does not know the classes"),
-        (["--model", "ORG/NAME"], "say with --output where its files go"),
+        (["--model", "ORG/NAME"], "give --output, a folder for the files"),
         (["--model", "nowhere"], "no model folder 'nowhere'"),
     ],
 )

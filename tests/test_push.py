@@ -315,7 +315,9 @@ def test_what_is_of_other_weights_is_left_out(hub, folder, retrained):
     (folder / "report" / "report.json").write_text(json.dumps({"models": [{"weights_sha256": "0" * 64}]}))
     put_by_hand(hub, "zoo/digits", {"onnx/model.onnx": b"old", "results.json": b"{}"})
     left_out = "log.jsonl, onnx/model.onnx, report/, results.json, training_curves.png"
-    with pytest.warns(UserWarning, match=f"left out, as not known to be of the weights in .*: {left_out};"):
+    with pytest.warns(
+        UserWarning, match=f"left out, because they may belong to other weights than those in .*: {left_out};"
+    ):
         push_folder(folder, "zoo/digits")
     files = hub.repositories["zoo/digits"].files()
     assert set(files) == MODEL | {f"ema/{name}" for name in MODEL} | {"README.md"}
@@ -405,7 +407,7 @@ def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path, digits):
 def test_a_repository_of_another_kind_of_model_is_refused(hub, folder, digits, tmp_path, revision):
     files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
     repository = put_by_hand(hub, "zoo/llama", files)
-    message = "^zoo/llama has a model of type 'llama', and this is a 'deit'; push it to another.$"
+    message = "^zoo/llama has a model of type 'llama', but this is a 'deit'; push it to another repository.$"
     with pytest.raises(ValueError, match=message):
         push_folder(folder, "zoo/llama", revision=revision, handler=True)
     with pytest.raises(ValueError, match=message):
@@ -471,8 +473,8 @@ def test_private_repository_and_branch(hub, folder):
         (WRITER, "bob/digits", "the token may not write there"),
         (WRITER, "bob/theirs", "the token may not write there"),
         (WRITER, "bob/hidden", "the token may not write there"),
-        (WRITER, "zoo/my model", "'zoo/my model' is no name of a repository; give it as ORG/NAME"),
-        (WRITER, "zoo/a/b", "'zoo/a/b' is no name"),
+        (WRITER, "zoo/my model", "'zoo/my model' is not a valid repository name; give it as ORG/NAME"),
+        (WRITER, "zoo/a/b", "'zoo/a/b' is not a valid repository name"),
         (WRITER, None, "no repository is given"),
     ],
 )
@@ -668,8 +670,8 @@ def test_pickled_weights_are_refused(hub, folder):
     [
         ({"id2label": {"0": "a", "1": "b", "2": "c"}}, r"names 3 classes, but .*classifier\.weight has 10"),
         ({"id2label": None}, "names 2 classes"),
-        ({"model_type": None}, "has a model_type that no model is saved with"),
-        ({"auto_map": ["x"]}, "auto_map in .* is no object"),
+        ({"model_type": None}, "has a model_type that is not valid"),
+        ({"auto_map": ["x"]}, "auto_map in .* is not a JSON object"),
     ],
 )
 def test_a_configuration_that_is_not_of_the_weights(hub, folder, change, message):
@@ -683,7 +685,7 @@ def test_a_configuration_that_is_not_of_the_weights(hub, folder, change, message
 @pytest.mark.parametrize("place", ["", "ema"])
 def test_a_folder_that_is_being_written_is_refused(hub, folder, place):
     (folder / place / ".saving" / "model").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"a model is being saved in .*, or was not saved to its end"):
+    with pytest.raises(ValueError, match=r"a model is being saved in .*, or its saving was interrupted"):
         push_folder(folder, "zoo/digits")
     assert hub.requests == []
 
@@ -698,7 +700,7 @@ def test_what_an_earlier_version_saved_is_mended(hub, folder):
     current = (folder / "modeling_deitlt.py").read_bytes()
     (folder / "modeling_deitlt.py").write_bytes(current.splitlines()[0] + b'"""\n')
     (folder / "modeling_other.py").write_bytes(b"# of somebody else\n")
-    with pytest.warns(UserWarning, match=r"mended in .*: preprocessor_config\.json, modeling_deitlt\.py"):
+    with pytest.warns(UserWarning, match=r"updated in .*: preprocessor_config\.json, modeling_deitlt\.py"):
         push_folder(folder, "zoo/digits")
     files = hub.repositories["zoo/digits"].files()
     for place in ("", "ema/"):
@@ -710,7 +712,7 @@ def test_what_an_earlier_version_saved_is_mended(hub, folder):
 def test_no_token(hub, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    with pytest.raises(PermissionError, match=r"^there is no token to push to zoo/digits with; run 'hf auth login'"):
+    with pytest.raises(PermissionError, match=r"^there is no token for a push to zoo/digits; run 'hf auth login'"):
         push_folder(folder, "zoo/digits")
     assert hub.requests == []
 

@@ -230,9 +230,9 @@ def test_what_is_wrong_shows_before_any_work(student_folder, teacher_folder, tmp
         ({"compare": str(teacher_folder)}, ValueError, "has no attention over patches"),
         ({"compare": "./nowhere"}, FileNotFoundError, "there is no model folder"),
         ({"output": str(tmp_path / "file")}, FileExistsError, "file"),
-        ({"output": str(tmp_path / "page")}, FileExistsError, "index.html is not of a report of this package"),
-        ({"output": str(tmp_path / "record")}, FileExistsError, "report.json is not of a report of this package"),
-        ({"output": str(tmp_path / "list")}, FileExistsError, "report.json is not of a report of this package"),
+        ({"output": str(tmp_path / "page")}, FileExistsError, "index.html is not from a report of this package"),
+        ({"output": str(tmp_path / "record")}, FileExistsError, "report.json is not from a report of this package"),
+        ({"output": str(tmp_path / "list")}, FileExistsError, "report.json is not from a report of this package"),
     ):
         (tmp_path / "file").touch()
         for name, content in (("page/index.html", "mine"), ("record/report.json", "{"), ("list/report.json", "[1]")):
@@ -369,8 +369,8 @@ def test_evaluation_refuses_before_any_work(words, message):
     ("values", "message"),
     [
         ({"fusion": "vote"}, "fusion must be one of all, mean, .*, got 'vote'"),
-        ({"fusion": "all", "fused_output": "x"}, "one rule of --fusion and --fused_output belong together"),
-        ({"fusion": "weight"}, "one rule of --fusion and --fused_output belong together"),
+        ({"fusion": "all", "fused_output": "x"}, "one rule of --fusion and --fused_output must be given together"),
+        ({"fusion": "weight"}, "one rule of --fusion and --fused_output must be given together"),
     ],
 )
 def test_fusion_arguments_refuse(values, message):

@@ -1,1 +1,1 @@
-"""Looking at data and models."""
+"""Analysis of data and models: reports, figures, attention, features, sharpness, and GPU budgets."""

@@ -1,4 +1,4 @@
-"""Who is right where: predictions of two experts in, shares out."""
+"""Compares the predictions of the two experts: how often both, one or none of them is correct."""
 
 from collections.abc import Mapping
 
@@ -16,20 +16,21 @@ def expert_outcomes(
     labels: Integers,
     groups: Mapping[str, Integers],
 ) -> dict[str, dict[str, float]]:
-    """Share of the images for which both experts are right, only one, or neither; overall and by group of classes.
+    """Shares of the images for which both experts are correct, only one, or neither; overall and by group of classes.
 
-    A group's shares are means over its classes, as its accuracy is: `both` and `only_cls` add up to that of CLS.
+    The shares of a group are means over its classes, like the accuracy of a group: `both` and `only_cls` add up to the
+    accuracy of CLS.
 
     Args:
-        cls_predictions: Of the CLS head.
-        distillation_predictions: Of the DIST head.
+        cls_predictions: Predicted classes of the CLS head.
+        distillation_predictions: Predicted classes of the DIST head.
         labels: True class of each image.
         groups: Class indices of each group.
 
     Returns:
         For `overall` and each group: `both`, `only_cls`, `only_distillation` and `neither`, which add up to 1;
-        `oracle`, what a choice that always takes the right expert would give; `agreement`, for how many both say the
-        same. NaN for a group without images.
+        `oracle`, the accuracy if the correct expert were always chosen; `agreement`, the share of images with the same
+        prediction from both. NaN for a group without images.
     """
     labels = np.asarray(labels)
     cls_predictions, distillation_predictions = np.asarray(cls_predictions), np.asarray(distillation_predictions)
@@ -50,7 +51,7 @@ def expert_outcomes(
 def gain_by_class(
     cls_predictions: Integers, distillation_predictions: Integers, labels: Integers, num_classes: int
 ) -> np.ndarray:
-    """Accuracy of the DIST head less that of the CLS head, for each class; (num_classes,), NaN without test images."""
+    """Accuracy of the DIST head minus accuracy of the CLS head per class; (num_classes,), NaN without test images."""
     cls, distillation = (
         class_accuracies(predictions, labels, num_classes)
         for predictions in (cls_predictions, distillation_predictions)

@@ -1,7 +1,7 @@
-"""Where tokens look: arrays of attention weights in, arrays out.
+"""Measures of attention: mean distances, spread of the tokens, and rollout. All take arrays of attention weights.
 
-Attention weights are transformers' `attentions`: for each layer (images, heads, tokens, tokens), rows sum to 1, the
-tokens before the patches (CLS and DIST of DeiT-LT, CLS of ViT) come first.
+Attention weights are the `attentions` of transformers: for each layer (images, heads, tokens, tokens). Rows sum to 1.
+The special tokens (CLS and DIST of DeiT-LT, CLS of ViT) come before the patches.
 """
 
 import contextlib
@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Has a transformer compute attention step by step: others give no weights, and on a CPU no second derivatives."""
+    """Context in which a transformer uses eager attention.
+
+    The other implementations return no attention weights, and on a CPU they have no second derivatives.
+    """
     before = getattr(model.config, "_attn_implementation", None)
     if not isinstance(model, PreTrainedModel) or before in (None, "eager"):
         yield
@@ -27,10 +30,10 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 def patch_distances(grid: tuple[int, int], patch_size: float | Sequence[float] = 1.0) -> np.ndarray:
-    """Distances between the centres of patches, row by row; float64 of shape (patches, patches), in pixels.
+    """Distances between the centres of all patches, in row-major order; float64 of shape (patches, patches), in pixels.
 
     Args:
-        grid: Patches down and across.
+        grid: Number of rows and columns of patches.
         patch_size: Side of a patch, or its height and width, in pixels.
     """
     rows, columns = np.indices(grid).reshape(2, -1) * np.broadcast_to(patch_size, 2)[:, None]
@@ -42,20 +45,20 @@ def attention_distances(
 ) -> np.ndarray:
     """Mean attention distance of each head (Dosovitskiy et al., ICLR 2021, D.7; Raghu et al., NeurIPS 2021).
 
-    How far away a patch looks: the distance to other patches, weighted by its attention to them, in the mean over
-    patches and images. Attention to the tokens before the patches is left out, and the rest made to sum to 1.
+    The distance from a patch to the other patches, weighted by its attention to them, averaged over patches and images.
+    Attention to the special tokens is left out, and the rest is normalised to sum to 1.
 
     Args:
-        attentions: Weights of one layer; (images, heads, tokens, tokens).
-        grid: Patches down and across.
+        attentions: Attention weights of one layer; (images, heads, tokens, tokens).
+        grid: Number of rows and columns of patches.
         patch_size: Side of a patch, or its height and width, in pixels.
-        num_tokens: Tokens before the patches.
+        num_tokens: Number of special tokens before the patches.
 
     Returns:
-        Pixels; float64 of shape (heads,).
+        Distances in pixels; float64 of shape (heads,).
 
     Raises:
-        ValueError: If the attention is not of as many patches.
+        ValueError: If the attention does not have this number of patches.
     """
     weights = _to_patches(attentions, grid, num_tokens)[:, :, num_tokens:]
     return np.einsum("ihqk,qk->h", weights, patch_distances(grid, patch_size)) / (weights.shape[0] * weights.shape[2])
@@ -64,22 +67,23 @@ def attention_distances(
 def token_spreads(
     attentions: np.ndarray, grid: tuple[int, int], patch_size: float | Sequence[float] = 1.0, num_tokens: int = 2
 ) -> np.ndarray:
-    """How spread out over the image each token before the patches looks, for each head.
+    """Spatial spread of the attention of each special token, for each head.
 
-    Such a token has no place to measure from, so it is the mean distance of two patches that are drawn independently by
-    its attention: 0 if it looks at one patch, and the mean pairwise distance if it looks everywhere alike.
+    A special token has no position in the image. Its spread is therefore the mean distance of two patches that are
+    drawn independently with its attention as probabilities: 0 if it attends to one patch only, and the mean pairwise
+    distance if its attention is uniform.
 
     Args:
-        attentions: As for [`attention_distances`].
-        grid: As for [`attention_distances`].
-        patch_size: As for [`attention_distances`].
-        num_tokens: As for [`attention_distances`].
+        attentions: See [`attention_distances`].
+        grid: See [`attention_distances`].
+        patch_size: See [`attention_distances`].
+        num_tokens: See [`attention_distances`].
 
     Returns:
-        Pixels; float64 of shape (num_tokens, heads).
+        Distances in pixels; float64 of shape (num_tokens, heads).
 
     Raises:
-        ValueError: If the attention is not of as many patches.
+        ValueError: If the attention does not have this number of patches.
     """
     weights = _to_patches(attentions, grid, num_tokens)[:, :, :num_tokens]
     distances = patch_distances(grid, patch_size)
@@ -87,12 +91,12 @@ def token_spreads(
 
 
 def attention_rollout(attentions: Sequence[np.ndarray]) -> np.ndarray:
-    """How much each token of the last layer holds of each input token (Abnar and Zuidema, ACL 2020).
+    """Attention rollout: the share of each input token in each token of the last layer (Abnar and Zuidema, ACL 2020).
 
-    Heads are averaged, and half of each layer's attention is the residual connection.
+    Heads are averaged, and the residual connection counts as half of each layer's attention.
 
     Args:
-        attentions: Weights of all layers, the first one first; (images, heads, tokens, tokens) each.
+        attentions: Attention weights of all layers, from first to last; (images, heads, tokens, tokens) each.
 
     Returns:
         float64 of shape (images, tokens, tokens); rows sum to 1.
@@ -106,7 +110,7 @@ def attention_rollout(attentions: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _to_patches(attentions: np.ndarray, grid: tuple[int, int], num_tokens: int) -> np.ndarray:
-    """Attention to patches only, which sums to 1; (images, heads, tokens, patches)."""
+    """Attention to patches only, normalised to sum to 1; (images, heads, tokens, patches)."""
     attentions = np.asarray(attentions, dtype=np.float64)
     patches = grid[0] * grid[1]
     if attentions.ndim != 4 or attentions.shape[-1] != num_tokens + patches:
@@ -115,5 +119,5 @@ def _to_patches(attentions: np.ndarray, grid: tuple[int, int], num_tokens: int) 
         )
     weights = attentions[..., num_tokens:]
     totals = weights.sum(axis=-1, keepdims=True)
-    # A token that looks at no patch at all looks at all alike.
+    # If a token has no attention to patches at all, it gets uniform attention.
     return np.divide(weights, totals, out=np.full_like(weights, 1 / patches), where=totals > 0)

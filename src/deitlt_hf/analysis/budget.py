@@ -1,4 +1,4 @@
-"""What a run will take, before it is begun: arithmetic, memory, hours and communication."""
+"""Estimates the cost of a training run in advance: operations, memory, hours and communication."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -27,22 +27,22 @@ from ..training.arguments import divide_batch
 from ..training.runs import SIZES, check_start
 from ..training.schedule import low_peak
 
-# A parameter: weight, gradient, and AdamW's two moments, or momentum and what SAM puts back; in float32.
+# Per parameter, in float32: weight, gradient, and the two moments of AdamW, or momentum and SAM's copy of the weight.
 STATE_BYTES = 16
-OVERHEAD_BYTES = 2**30  # of a GPU's context and libraries, about
-REDUCE_LATENCY = 20e-6  # seconds a doubling of the processes adds to a reduction, about
+OVERHEAD_BYTES = 2**30  # approximate memory of a GPU's context and libraries
+REDUCE_LATENCY = 20e-6  # approximate seconds that each doubling of the processes adds to a reduction
 GPUS_A_MACHINE = 8
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device by its vendor's figures.
+    """Specification of a GPU, from its vendor.
 
     Args:
-        flops: Dense peak in half precision, operations a second.
-        memory: Bytes.
-        link: Bytes a second to another in the machine, one way.
-        network: Bytes a second of one GPU to other machines, as they are usually built.
+        flops: Dense peak in half precision, in operations per second.
+        memory: Memory in bytes.
+        link: Bandwidth to another GPU in the machine, in bytes per second and direction.
+        network: Usual bandwidth of one GPU to other machines, in bytes per second.
     """
 
     flops: float
@@ -65,14 +65,14 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Model:
-    """What one model takes in training.
+    """Training cost of one model.
 
     Args:
-        parameters: Their number.
-        flops: Operations of a forward pass, an image; a multiplication and an addition are two.
-        training_flops: Operations of a training step, an image.
-        state_bytes: Weights, gradients, optimiser and what else is kept between steps.
-        activation_bytes: What the forward pass keeps for the backward pass, an image.
+        parameters: Number of parameters.
+        flops: Operations of a forward pass per image; a multiplication and an addition are two.
+        training_flops: Operations of a training step per image.
+        state_bytes: Bytes kept between steps: weights, gradients, optimiser state and other copies of the weights.
+        activation_bytes: Bytes that the forward pass keeps for the backward pass, per image.
     """
 
     parameters: int
@@ -84,20 +84,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run takes on a number of GPUs.
+    """Estimated cost of a run on a number of GPUs.
 
     Args:
-        gpus: Their number.
-        batch_size: Images a GPU takes at once.
-        accumulation: Slices of an optimiser step.
-        images_per_epoch: Images that an epoch sees.
+        gpus: Number of GPUs.
+        batch_size: Size of a micro-batch on one GPU.
+        accumulation: Number of micro-batches in an optimiser step.
+        images_per_epoch: Images used in an epoch.
         steps: Optimiser steps of the run.
-        operations: Of the whole run.
-        memory: Bytes a GPU.
+        operations: Operations of the whole run.
+        memory: Bytes on each GPU.
         step_seconds: Time of an optimiser step.
-        exposed_seconds: The part of it in which GPUs wait for each other.
-        hours: Of the run, without evaluations.
-        fits: Whether the memory suffices.
+        exposed_seconds: Part of that time in which GPUs wait for communication.
+        hours: Time of the run, without evaluations.
+        fits: Whether the memory of the GPU is sufficient.
     """
 
     gpus: int
@@ -114,14 +114,14 @@ class Budget:
 
 
 def student_flops(config: PreTrainedConfig) -> int:
-    """Operations of a student's forward pass, an image: those of its products of matrices."""
+    """Operations of a student's forward pass per image; counts only matrix products."""
     embedding = _patches(config) * config.num_channels * config.patch_size**2 * config.hidden_size
     heads = 2 * config.hidden_size * config.num_labels
     return 2 * (embedding + heads) + sum(block_flops(config))
 
 
 def block_flops(config: PreTrainedConfig) -> list[int]:
-    """Operations of each block, an image; the last makes the CLS and DIST tokens only, out of all."""
+    """Operations of each block per image. The last block computes only the CLS and DIST tokens, from all tokens."""
     width, mlp = config.hidden_size, config.intermediate_size
     tokens = _patches(config) + 2
 
@@ -137,7 +137,7 @@ def _patches(config: PreTrainedConfig) -> int:
 
 
 def counted_flops(model: nn.Module, image_size: int) -> int:
-    """Operations of a forward pass, an image, as torch counts them; the model may be on the meta device."""
+    """Operations of a forward pass per image, as counted by torch; the model may be on the meta device."""
     images = torch.empty(1, 3, image_size, image_size, device=next(model.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(pixel_values=images)
@@ -145,14 +145,14 @@ def counted_flops(model: nn.Module, image_size: int) -> int:
 
 
 def activation_bytes(model: nn.Module, image_size: int, half: bool) -> int:
-    """Bytes that a forward pass keeps for the backward pass, an image; measured on the CPU.
+    """Bytes that a forward pass keeps for the backward pass, per image; measured on the CPU.
 
     Args:
-        model: It is set to training.
-        image_size: Side of the images.
-        half: In mixed precision (bfloat16).
+        model: The model; it is set to training mode.
+        image_size: Side of the images in pixels.
+        half: Use mixed precision (bfloat16).
     """
-    # What does not grow with the batch, such as weights in half precision, falls out of the difference.
+    # The difference removes memory that does not grow with the batch, such as weights in half precision.
     few, more = (_kept_bytes(model.train(), torch.zeros(size, 3, image_size, image_size), half) for size in (2, 4))
     return (more - few) // 2
 
@@ -164,9 +164,10 @@ def _kept_bytes(model: nn.Module, images: torch.Tensor, half: bool) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    torch.manual_seed(0)  # both batches keep the same share of their paths
+    torch.manual_seed(0)  # both batches drop the same share of residual branches
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        outputs = model(pixel_values=images)  # as long as it is there, no memory is used again
+        # The graph stays alive until `del`: memory is not reused meanwhile, so the addresses in `kept` stay unique.
+        outputs = model(pixel_values=images)
     del outputs
     return sum(kept.values())
 
@@ -174,15 +175,15 @@ def _kept_bytes(model: nn.Module, images: torch.Tensor, half: bool) -> int:
 def student_model(
     student_args: StudentArguments, num_labels: int, teacher: Model | None, args: DeiTLTTrainingArguments
 ) -> Model:
-    """What a student takes with AdamW, and the forward pass of its teacher."""
+    """Training cost of a student with AdamW, with the forward pass of its teacher."""
     config = student_args.config(num_labels=num_labels)
-    rates = np.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)  # stochastic depth leaves these out
+    rates = np.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)  # share of images that skip each block
     trained = student_flops(config) - float(rates @ block_flops(config))
     teacher_flops, frozen_bytes = (0, 0) if teacher is None else (teacher.flops, 4 * teacher.parameters)
-    config.drop_path_rate = 0.0  # the most that a step keeps
+    config.drop_path_rate = 0.0  # without stochastic depth, a step keeps the most memory
     model = DeiTLTForImageClassification(config)
     if args.gradient_checkpointing:
-        # The newer name is of transformers 5.23.
+        # transformers 5.23 has the newer name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     parameters = model.num_parameters()
     return Model(
@@ -195,7 +196,7 @@ def student_model(
 
 
 def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments) -> Model:
-    """What a teacher takes with SGD, SAM's second pass and PaCo's second view."""
+    """Training cost of a teacher with SGD, including SAM's second pass and PaCo's second view."""
     model = FlatTeacherForImageClassification(config)
     parameters, flops = model.num_parameters(), counted_flops(model, config.image_size)
     passes = 6 if max(args.sam_rho) > 0 else 3
@@ -210,10 +211,12 @@ def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments)
 
 
 def training_images(data_args: DataArguments) -> tuple[int, int]:
-    """Classes and training images of a recipe; known for the paper's benchmarks, else counted in the data.
+    """Returns the number of classes and training images of a recipe.
+
+    They are known for the benchmarks of the paper; otherwise the data are loaded and counted.
 
     Raises:
-        FileNotFoundError: If the data are not at hand.
+        FileNotFoundError: If the data cannot be found.
     """
     known = BENCHMARKS.get(data_args.dataset)
     if known is None:
@@ -228,7 +231,7 @@ def training_images(data_args: DataArguments) -> tuple[int, int]:
 
 
 def reduce_seconds(num_bytes: float, gpus: int, gpu: Gpu) -> float:
-    """Time of a sum over all GPUs, by a ring: each sends 2 (n - 1) / n of the bytes."""
+    """Time of a ring all-reduce over all GPUs, in which each GPU sends 2 (n - 1) / n of the bytes."""
     if gpus == 1:
         return 0.0
     bandwidth = gpu.link if gpus <= GPUS_A_MACHINE else gpu.network
@@ -250,32 +253,32 @@ def budget(
     pairs_images: bool = False,
     partial_steps: bool = False,
 ) -> Budget:
-    """Works out what a run takes with data-parallel training.
+    """Estimates the cost of a run with data-parallel training.
 
-    A GPU computes at a stated share of its peak. The sum of the gradients overlaps with the backward pass of the last
-    slice, two thirds of its time; what is longer is waited for.
+    The compute time assumes a given share of the GPU's peak. The all-reduce of the gradients overlaps with the backward
+    pass of the last micro-batch, which is two thirds of its time. If the all-reduce takes longer, the GPUs wait.
 
     Args:
-        model: What is trained.
-        gpu: On what.
-        gpus: How many.
-        images: Training images.
-        epochs: Of the run.
+        model: Training cost of the model.
+        gpu: Type of the GPUs.
+        gpus: Number of GPUs.
+        images: Number of training images.
+        epochs: Number of epochs.
         global_batch_size: Images of an optimiser step.
-        batch_size: Images a GPU takes at once, at most.
-        utilisation: Share of the peak that is reached.
+        batch_size: Maximum size of a micro-batch on one GPU.
+        utilisation: Share of the GPU's peak that is reached.
         num_repeats: Copies of an image in repeated augmentation.
-        reductions: Sums of the gradients in a step; 2 with SAM.
-        max_steps: Optimiser steps of the run instead of `epochs`, if above 0.
-        pairs_images: Whether a GPU's batch is mixed, and so must be even.
-        partial_steps: Whether what is left of an epoch after whole steps makes a step.
+        reductions: All-reduces of the gradients in a step; 2 with SAM.
+        max_steps: Optimiser steps of the run; overrides `epochs` if above 0.
+        pairs_images: Whether mixing pairs the images of a GPU's batch, which then must be even.
+        partial_steps: Whether the batches that remain after the last whole step of an epoch make a step.
 
     Raises:
-        ValueError: If the batch cannot be shared out, or the images are fewer than one.
+        ValueError: If the batch cannot be divided among the GPUs, or there are fewer images than one batch.
     """
     batch_size, accumulation = divide_batch(global_batch_size, gpus, batch_size)
     if pairs_images and batch_size % 2:
-        raise ValueError(f"mixing pairs the images of a batch, of which {gpus} GPUs have {batch_size} each.")
+        raise ValueError(f"mixing needs an even batch on each GPU, but {gpus} GPUs have {batch_size} image(s) each.")
     drawn = images // ROUND * ROUND if num_repeats > 1 else images
     sizes = batches_of_epoch(drawn, batch_size, gpus, accumulation, partial_steps)
     batches = len(sizes)
@@ -306,15 +309,19 @@ def budget(
 
 @dataclass
 class PlanArguments:
-    """On what a run is planned."""
+    """Hardware assumptions of an estimate."""
 
-    gpu: str = field(default="h100", metadata={"help": f"One of {', '.join(GPUS)}."})
-    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "How many; one row each."})
+    gpu: str = field(default="h100", metadata={"help": f"Type of the GPUs: one of {', '.join(GPUS)}."})
+    gpus: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Numbers of GPUs; the table has a row for each."}
+    )
     utilisation: float = field(
-        default=0.35, metadata={"help": "Share of the vendor's peak that a student reaches; measure yours."}
+        default=0.35,
+        metadata={"help": "Share of the vendor's peak that a student reaches; measure it on your hardware."},
     )
     teacher_utilisation: float = field(
-        default=0.08, metadata={"help": "The same of a teacher: a ResNet waits for memory most of the time."}
+        default=0.08,
+        metadata={"help": "Share of the peak that a teacher reaches; a ResNet waits for memory most of the time."},
     )
 
     def __post_init__(self):
@@ -334,10 +341,10 @@ def print_budgets(
     student_args: StudentArguments,
     args: DeiTLTTrainingArguments,
 ) -> None:
-    """Shows what a recipe's teacher and student take, with a row for each number of GPUs.
+    """Prints the estimated cost of a recipe's teacher and student, with a row for each number of GPUs.
 
     Raises:
-        ValueError: If a batch cannot be shared out.
+        ValueError: If a batch cannot be divided among any of the numbers of GPUs.
     """
     start = student_args.init_from and check_start(student_args.init_from, (args.recipe or {}).get("overrides", {}))
     if start:
@@ -407,8 +414,8 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
         raise ValueError(f"{title}: {reasons[0]}")
     table.caption = (
         f"{model.parameters / 1e6:.1f} M parameters; {model.flops / 1e9:.3g} GFLOP forward and "
-        f"{model.training_flops / 1e9:.3g} to train, an image; {found.images_per_epoch:,} images an epoch, "
-        f"{found.operations / 1e18:.3g} EFLOP in all. {plan.gpu}: "
-        f"{GPUS[plan.gpu].flops / 1e12:.0f} TFLOP/s, of which {100 * utilisation:.0f} % are reached."
+        f"{model.training_flops / 1e9:.3g} to train, per image; {found.images_per_epoch:,} images per epoch, "
+        f"{found.operations / 1e18:.3g} EFLOP in total. {plan.gpu}: "
+        f"{GPUS[plan.gpu].flops / 1e12:.0f} TFLOP/s, of which {100 * utilisation:.0f} % are assumed."
     )
     show(table)

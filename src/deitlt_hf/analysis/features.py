@@ -1,13 +1,13 @@
-"""What tokens hold: arrays of features in, arrays out."""
+"""Measures of token features: singular values, effective rank and similarity of two tokens. All take arrays."""
 
 import numpy as np
 
 
 def singular_values(features: np.ndarray) -> np.ndarray:
-    """Singular values of centred features, the largest first; float64 of shape (min(images, size),).
+    """Singular values of centred features, in descending order; float64 of shape (min(images, size),).
 
     Args:
-        features: Of one token and layer; (images, size).
+        features: Features of one token in one layer; (images, size).
 
     Raises:
         ValueError: If there are fewer than two images.
@@ -21,28 +21,28 @@ def singular_values(features: np.ndarray) -> np.ndarray:
 def effective_rank(features: np.ndarray) -> float:
     """Effective rank of centred features: the exponential of the entropy of their singular values.
 
-    Between 1 and the rank; a matrix with k equal singular values has k (Roy and Vetterli, EUSIPCO 2007).
+    It is between 1 and the rank; it is k for a matrix with k equal singular values (Roy and Vetterli, EUSIPCO 2007).
 
     Args:
-        features: Of one token and layer; (images, size).
+        features: Features of one token in one layer; (images, size).
 
     Raises:
         ValueError: If there are fewer than two images.
     """
     values = singular_values(features)
     if values[0] == 0:
-        return 0.0  # all features are the same
+        return 0.0  # all images have the same features
     shares = values[values > 1e-12 * values[0]]
     shares = shares / shares.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def token_similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosine of two tokens of each image; float64 of shape (images,).
+    """Cosine similarity of two tokens for each image; float64 of shape (images,).
 
     Args:
         first: Features of one token; (images, size).
-        second: Of the other.
+        second: Features of the other token; (images, size).
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)

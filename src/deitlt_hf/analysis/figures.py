@@ -1,4 +1,4 @@
-"""Pictures of what the analyses find. Each function draws on axes that it is given."""
+"""Plots the results of the analyses. Each function draws on given matplotlib axes."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -13,17 +13,17 @@ OUTCOME_COLOURS = {"both": "#8c8c8c", "only_cls": "#dd8452", "only_distillation"
 
 
 def literal(text: str) -> str:
-    """Text of a user's that matplotlib draws as it is: between dollars it would see mathematics."""
+    """Escapes text for matplotlib, which would parse text between dollar signs as mathematics."""
     return text.replace("$", r"\$")
 
 
 def draw_counts(axis, counts: Integers, groups: Mapping[str, Integers]) -> None:
-    """Training images of each class, the most frequent first, coloured by group."""
+    """Draws the number of training images of each class, the most frequent first, coloured by group."""
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")
     edges = np.arange(len(counts) + 1) - 0.5
     for colour, (name, group) in zip(cycle(GROUP_COLOURS), groups.items(), strict=False):
-        # One shape a group: thousands of bars would take seconds.
+        # One shape per group: thousands of separate bars would take seconds to draw.
         heights = np.where(np.isin(order, np.asarray(group)), counts[order], np.nan)
         axis.stairs(heights, edges, baseline=0.5, fill=True, color=colour, label=literal(name))
     axis.set_yscale("log")
@@ -35,7 +35,7 @@ def draw_counts(axis, counts: Integers, groups: Mapping[str, Integers]) -> None:
 def draw_accuracies(
     axis, figures: Mapping[str, Mapping], intervals: Mapping[str, Mapping], groups: Sequence[str]
 ) -> None:
-    """Accuracy of each expert overall and by group, with intervals."""
+    """Draws the accuracy of each expert overall and by group, with intervals."""
     names = ["overall", *groups]
     width = 0.8 / len(figures)
     for index, (expert, values) in enumerate(figures.items()):
@@ -54,17 +54,17 @@ def draw_accuracies(
 
 
 def draw_gains(axis, gains: np.ndarray, counts: Integers) -> None:
-    """Accuracy of DIST less that of CLS, for each class, against its training images."""
+    """Draws the accuracy of DIST minus that of CLS for each class, against its number of training images."""
     counts = np.asarray(counts)
     axis.axhline(0, color="grey", linewidth=1)
     axis.scatter(counts, 100 * gains, s=18, alpha=0.7, color=COLOURS["distillation"])
     axis.set_xscale("log")
     axis.set_xlabel("training images of the class")
-    axis.set_ylabel("DIST less CLS, points")
+    axis.set_ylabel("DIST minus CLS, points")
 
 
 def draw_outcomes(axis, outcomes: Mapping[str, Mapping[str, float]]) -> None:
-    """Shares of images that both experts know, only one, or neither."""
+    """Draws the shares of images that both experts classify correctly, only one, or neither."""
     below = np.zeros(len(outcomes))
     for outcome, colour in OUTCOME_COLOURS.items():
         shares = np.array([100 * found[outcome] for found in outcomes.values()])
@@ -77,7 +77,7 @@ def draw_outcomes(axis, outcomes: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def draw_agreement(axis, agreement: Mapping[str, Mapping[str, float]]) -> None:
-    """How often each expert says what the teacher says."""
+    """Draws how often the prediction of each expert is the same as the teacher's."""
     experts = list(next(iter(agreement.values())))
     width = 0.8 / len(experts)
     for index, expert in enumerate(experts):
@@ -91,7 +91,7 @@ def draw_agreement(axis, agreement: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Sequence[str]) -> None:
-    """Mean attention distance of each head, and how spread out the tokens look, by block."""
+    """Draws the mean attention distance of each head, and the spread of the tokens' attention, by block."""
     blocks = np.arange(1, len(distances) + 1)
     axis.plot(blocks, distances, ".", color="grey", alpha=0.5)
     axis.plot(blocks, distances.mean(axis=1), color="black", label="patches (heads as dots)")
@@ -104,7 +104,7 @@ def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Seq
 
 
 def draw_loss_rises(axis, rises: Mapping[str, Sequence[float]], rhos: Sequence[float]) -> None:
-    """How much the loss rises at the worst point within each radius around the weights, overall and for each group."""
+    """Draws the rise of the loss at the worst point within each radius around the weights, overall and by group."""
     for colour, (name, values) in zip(cycle(("black", *GROUP_COLOURS)), rises.items(), strict=False):
         axis.plot([0, *rhos], [0, *values], marker=".", label=literal(name), color=colour)
     axis.set_xlabel("distance from the weights")
@@ -113,7 +113,7 @@ def draw_loss_rises(axis, rises: Mapping[str, Sequence[float]], rhos: Sequence[f
 
 
 def draw_by_block(axis, values: Mapping[str, Sequence[float]], label: str) -> None:
-    """Lines over the blocks."""
+    """Draws one line for each entry, over the blocks."""
     for name, points in values.items():
         axis.plot(np.arange(1, len(points) + 1), points, marker=".", label=name, color=COLOURS.get(name))
     _label_blocks(axis)
@@ -122,7 +122,7 @@ def draw_by_block(axis, values: Mapping[str, Sequence[float]], label: str) -> No
 
 
 def draw_group_ranks(axis, ranks: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Effective rank over the blocks, a colour for each group of classes and a line style for each token."""
+    """Draws the effective rank over the blocks, with a colour for each group and a line style for each token."""
     for style, (token, of_groups) in zip(("--", "-"), ranks.items(), strict=False):
         for colour, (name, points) in zip(cycle(GROUP_COLOURS), of_groups.items(), strict=False):
             label = f"{token}, {literal(name)}"
@@ -133,7 +133,7 @@ def draw_group_ranks(axis, ranks: Mapping[str, Mapping[str, Sequence[float]]]) -
 
 
 def draw_spectra(axis, spectra: Mapping[str, np.ndarray]) -> None:
-    """Singular values of the last block's features, as shares of the largest."""
+    """Draws the singular values of the last block's features, as shares of the largest value."""
     for name, values in spectra.items():
         axis.plot(np.arange(1, len(values) + 1), values / max(values[0], 1e-12), label=name, color=COLOURS.get(name))
     axis.set_yscale("log")
@@ -144,7 +144,7 @@ def draw_spectra(axis, spectra: Mapping[str, np.ndarray]) -> None:
 
 
 def draw_images(axes, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
-    """A row of images with captions; axes without an image are left empty."""
+    """Draws a row of images with captions; axes without an image stay empty."""
     for axis in axes:
         axis.set_axis_off()
     for axis, image, caption in zip(axes, images, captions, strict=False):
@@ -153,7 +153,7 @@ def draw_images(axes, images: Sequence[np.ndarray], captions: Sequence[str]) -> 
 
 
 def draw_attention(axes, image: np.ndarray, maps: Mapping[str, np.ndarray], caption: str) -> None:
-    """An image, and over it how much each token holds of its patches."""
+    """Draws an image, and next to it the image with the map of each token over it."""
     draw_images(axes[:1], [image], [caption])
     height, width = image.shape[:2]
     for axis, (name, weights) in zip(axes[1:], maps.items(), strict=False):

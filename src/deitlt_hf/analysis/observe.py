@@ -1,4 +1,4 @@
-"""What a model does on images: one pass over a data set, kept as arrays that the analyses take."""
+"""Runs a model over a data set and keeps its logits, features and attention measures as arrays for the analyses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,17 +18,17 @@ HEADS = DeiTLTTrainer.experts
 
 @dataclass
 class Observed:
-    """What was seen of a model.
+    """Outputs of a model on a data set.
 
     Args:
         labels: True class of each image; (images,).
-        logits: Of each expert: of `mean`, `cls` and `distillation`, or of `mean` alone; (images, classes).
-        features: Of each token before the patches, after each block; (blocks, chosen images, tokens, size).
-        chosen: Indices of the images whose features and attention were looked at.
+        logits: Logits of each expert: of `mean`, `cls` and `distillation`, or of `mean` alone; (images, classes).
+        features: Features of each special token after each block; (blocks, chosen images, tokens, size).
+        chosen: Indices of the images for features and attention.
         distances: Mean attention distance, in pixels; (layers, heads).
-        spreads: How spread out each token before the patches looks, in pixels; (layers, tokens, heads).
-        tokens: Names of these tokens.
-        grid: Patches down and across.
+        spreads: Spatial spread of the attention of each special token, in pixels; (layers, tokens, heads).
+        tokens: Names of the special tokens.
+        grid: Number of rows and columns of patches.
     """
 
     labels: np.ndarray
@@ -51,7 +51,7 @@ class Observed:
 
 
 def spread_rows(number: int, wanted: int) -> list[int]:
-    """Indices of at most so many rows, spread evenly: data that are sorted by class give all of them."""
+    """Returns at most `wanted` row indices, evenly spread: in data sorted by class, they then cover all classes."""
     return np.unique(np.linspace(0, number - 1, min(wanted, number)).astype(int)).tolist()
 
 
@@ -63,14 +63,14 @@ def predict(
     batch_size: int = 128,
     label_order: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits of each expert of a model.
+    """Computes the logits of each expert of a model on a data set.
 
     Args:
-        model: An image classifier; a DeiT-LT or distilled DeiT has three experts, others one.
-        dataset: Its images.
-        collate: Prepares them for the model.
-        batch_size: Images at once.
-        label_order: Positions of the data set's classes among the model's, (classes,); by default the same.
+        model: An image classifier; a DeiT-LT or distilled DeiT has three experts, other models have one.
+        dataset: The images.
+        collate: Prepares the images for the model.
+        batch_size: Images in one forward pass.
+        label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
 
     Returns:
         True classes, (images,), and the logits of each expert, (images, classes).
@@ -96,15 +96,15 @@ def observe(
     batch_size: int = 128,
     label_order: torch.Tensor | None = None,
 ) -> Observed:
-    """Looks at a transformer: logits of all images, attention and features of some.
+    """Runs a transformer over a data set: computes logits of all images, and attention and features of some.
 
     Args:
         model: A DeiT-LT, or a DeiT or ViT of transformers.
         dataset: Test images.
-        collate: Prepares them for the model.
-        num_images: Images whose attention and features are looked at, spread over the data set.
-        batch_size: Images at once.
-        label_order: As for [`predict`].
+        collate: Prepares the images for the model.
+        num_images: Number of images for attention and features, spread over the data set.
+        batch_size: Images in one forward pass.
+        label_order: See [`predict`].
 
     Raises:
         ValueError: If the model has no attention over patches.
@@ -134,7 +134,7 @@ def observe(
 
 
 def patch_grid(model: PreTrainedModel) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Patches down and across, and height and width of one, in pixels."""
+    """Returns the number of rows and columns of patches, and height and width of a patch in pixels."""
     image, patch = (
         (size, size) if isinstance(size, int) else tuple(size)
         for size in (model.config.image_size, model.config.patch_size)
@@ -144,10 +144,10 @@ def patch_grid(model: PreTrainedModel) -> tuple[tuple[int, int], tuple[int, int]
 
 @torch.no_grad()
 def check_transformer(model: PreTrainedModel) -> None:
-    """Looks at one image to see whether a model is one that the analyses are for.
+    """Checks with one image whether a model is a transformer that the analyses support.
 
     Raises:
-        ValueError: If it has no attention over patches, of the same kind in all layers, after CLS, or CLS and DIST.
+        ValueError: If the layers do not all have attention over CLS, or CLS and DIST, and all patches.
     """
     refusal = f"{type(model).__name__} has no attention over patches; give a DeiT-LT, a DeiT or a ViT."
     config = model.config

@@ -1,4 +1,4 @@
-"""Pictures of a recipe's data: the classes, and what student and teacher see in training."""
+"""Draws a recipe's data: the class counts, and the training images of student and teacher after augmentation."""
 
 import tempfile
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
 
     Args:
         argv: A command line of `deitlt distill`.
-        folder: Where to write. It is made if it is not there.
+        folder: Folder to write to. It is created if it does not exist.
 
     Returns:
-        The files.
+        Paths of the two files.
 
     Raises:
-        ValueError, FileNotFoundError: As for the script.
-        FileExistsError: If `folder` cannot be a folder.
+        ValueError, FileNotFoundError: As raised by `deitlt distill`.
+        FileExistsError: If `folder` cannot be created.
     """
     pyplot = _pyplot()
     folder = Path(folder).expanduser()
@@ -86,7 +86,7 @@ def _draw_classes(pyplot, train, groups, title: str, file: Path) -> None:
             continue
         places = np.arange(position, position + len(members))
         label = f"{group}: {len(members):,} classes, {counts[members].sum():,} images"
-        # Bars of thousands of classes would be thinner than a pixel; an area is not.
+        # With thousands of classes, bars would be thinner than a pixel, so the counts are drawn as an area.
         step = np.append(counts[members], counts[members][-1])
         axes.fill_between(np.append(places, places[-1] + 1) - 0.5, step, step="post", color=colour, label=label)
         position += len(members)
@@ -105,7 +105,7 @@ def _draw_classes(pyplot, train, groups, title: str, file: Path) -> None:
 
 
 class _Onlooker(PreTrainedModel):
-    """In the teacher's place: keeps what it is shown."""
+    """Stand-in for the teacher that records its input images."""
 
     def __init__(self, config: FlatTeacherConfig):
         super().__init__(config)
@@ -119,7 +119,7 @@ class _Onlooker(PreTrainedModel):
 def _training_images(
     recipe: str, data, groups, model_args: StudentArguments, args, background: str | None
 ) -> dict[str, tuple]:
-    """Rows of images in [0, 1] and of captions, made by the trainer itself."""
+    """Returns rows of images in [0, 1] with captions, prepared by the trainer itself."""
     names = data["train"].features["label"].names
     labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     size, patch = model_args.image_size, model_args.patch_size
@@ -163,10 +163,10 @@ def _visible(pixel_values: torch.Tensor, images: ImageFormat) -> np.ndarray:
 
 
 def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
-    """The label, or the labels of a mixed image with their shares."""
+    """Returns the name of the label or, for a mixed image, of its two labels with their shares."""
     if target.dim() == 0:
         return shorten(names[int(target)])
-    # Label smoothing gives every class the same small share.
+    # Label smoothing gives every class the same small share, which is subtracted here.
     shares = (target - target.min()).double()
     shares = shares / shares.sum()
     top = [label for label in shares.topk(min(2, len(names))).indices.tolist() if shares[label] > 0.005]
@@ -174,7 +174,7 @@ def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
 
 
 def shorten(name: str) -> str:
-    """A name as there is room for under a small image."""
+    """Shortens a name to 16 characters, which fit above a small image."""
     return name if len(name) <= 16 else name[:15] + "…"
 
 

@@ -1,5 +1,5 @@
-"""A report that people look at: one page with the experts' table and every figure, for one model or two side by
-side."""
+"""Builds the HTML report of an analysis: one page with the table of experts and all figures, for one model or two side
+by side."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ from .sharpness import Batches, images_of_groups, loss_rises
 
 SHOWN = 10  # images in a row
 PAGE, REPORT_FILE = "index.html", "report.json"
-RHOS = (0.0125, 0.025, 0.05, 0.1)  # around 0.05, the radius of SAM's paper
+RHOS = (0.0125, 0.025, 0.05, 0.1)  # around 0.05, the radius in the paper of SAM
 
 
 @dataclass
@@ -43,11 +43,11 @@ class Picture:
     """One figure of the report.
 
     Args:
-        name: Of its file.
-        title: Above it.
-        how_to_read: One sentence.
-        figure: Of matplotlib.
-        details: What its captions say, whole: they are short in the picture, which has no Chinese letters either.
+        name: Name of its file, without the suffix.
+        title: Heading above the figure.
+        how_to_read: One sentence of explanation.
+        figure: The matplotlib figure.
+        details: The full captions. In the figure they are shortened, and matplotlib's font has no Chinese characters.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Picture:
 
     @cached_property
     def png(self) -> bytes:
-        """Its bytes."""
+        """The figure as bytes of a PNG file."""
         buffer = io.BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
@@ -67,19 +67,19 @@ class Picture:
 
     @property
     def data(self) -> str:
-        """The picture as it is put into the page."""
+        """The figure as a `data:` URL, for the page."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 @dataclass
 class Section:
-    """What the report has of one model.
+    """The part of the report about one model.
 
     Args:
-        title: Its folder or id.
-        figures: Of each expert, see [`long_tail_figures`].
-        intervals: 95 % intervals of these.
-        pictures: In their order.
+        title: Folder or Hub id of the model.
+        figures: Metrics of each expert, see [`long_tail_figures`].
+        intervals: 95 % intervals of the metrics.
+        pictures: Figures of the report, in order.
         findings: Further numbers, for `report.json`.
     """
 
@@ -102,19 +102,19 @@ def analyze(
     agreement: Mapping[str, Mapping[str, float]] | None = None,
     label_order: torch.Tensor | None = None,
 ) -> Section:
-    """Looks at one model on test images.
+    """Analyses one model on test images and returns its section of the report.
 
     Args:
-        path: Its folder or Hub id, which has its image processor.
+        path: Folder or Hub id of the model, with its image processor.
         model: A DeiT-LT, or a DeiT or ViT of transformers.
-        data: Its split `test` is looked at, and for the flatness of the loss `train`.
-        counts: Training images of each class.
+        data: The split `test` is analysed; the split `train` is used for the flatness of the loss.
+        counts: Number of training images of each class.
         groups: Class indices of each group.
-        num_images: Images whose attention and features are looked at.
-        resamples: Samples of the bootstrap.
-        sharpness_images: Training images, overall and of each group, that the loss is moved on; 0 leaves it out.
-        agreement: With its teacher, see [`teacher_agreement`].
-        label_order: Positions of the data's classes among the model's, (classes,); by default the same.
+        num_images: Number of images for attention and features.
+        resamples: Number of bootstrap samples.
+        sharpness_images: Training images, overall and of each group, for the flatness of the loss; 0 leaves it out.
+        agreement: Agreement with the model's teacher, see [`teacher_agreement`].
+        label_order: Positions of the data's classes among the model's classes, (classes,); by default the same.
 
     Raises:
         ValueError: If the model has no attention over patches.
@@ -134,10 +134,10 @@ def analyze(
         intervals[expert] = bootstrap_intervals(of, observed.labels, resamples=resamples)
         per_class[expert] = class_accuracies(predictions, observed.labels, len(counts)).tolist()
     pictures = [
-        _picture("classes", "Training images", "Each bar is a class; colours are the groups that the tables speak of.",
+        _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
                  lambda axis: figures.draw_counts(axis, counts, groups)),
-        _picture("accuracy", "Accuracy by group", "Compare the colours within a group: an expert stands out where its "
-                 "bar is highest; lines are 95 % intervals of the bootstrap.",
+        _picture("accuracy", "Accuracy by group", "Compare the colours within a group: the highest bar is the best "
+                 "expert. Lines are 95 % bootstrap intervals.",
                  lambda axis: figures.draw_accuracies(axis, found, intervals, list(groups))),
     ]  # fmt: skip
     findings = {"class_accuracies": per_class}
@@ -145,11 +145,11 @@ def analyze(
         pictures += _of_experts(observed, counts, groups, findings)
     if agreement is not None:
         how = (
-            "The DIST expert should say what the teacher says: in distribution on test images, out of distribution on "
-            "long-tailed training images as they are augmented and mixed, which it learnt from."
+            "The DIST expert should predict the same class as the teacher. In distribution: test images. Out of "
+            "distribution: augmented and mixed long-tailed training images, from which it learnt."
         )
         draw = lambda axis: figures.draw_agreement(axis, agreement)  # noqa: E731
-        pictures.append(_picture("teacher", "Do the experts follow the teacher?", how, draw))
+        pictures.append(_picture("teacher", "Agreement with the teacher", how, draw))
         findings["teacher_agreement"] = dict(agreement)
     pictures += _of_tokens(observed, groups, findings)
     if sharpness_images > 0:
@@ -157,15 +157,16 @@ def analyze(
         images = images_of_groups(model, train, collate, groups, sharpness_images, label_order)
         pictures.append(_of_weights(model, images, findings))
     pictures += _of_images(model, observed, dataset, collate, names, groups)
-    title = "/".join(Path(path).resolve().parts[-2:]) if Path(path).exists() else path  # no more of who made it
+    # A published report must not show the full path, which may hold a user name.
+    title = "/".join(Path(path).resolve().parts[-2:]) if Path(path).exists() else path
     return Section(title, found, intervals, pictures, findings)
 
 
 def check_report_folder(output: str | Path) -> None:
-    """Checks that a report would replace nothing but an earlier one, which its record tells.
+    """Checks that a report would replace only an earlier report, which is recognised by its record.
 
     Raises:
-        FileExistsError: If the folder holds a page or a record of something else, or cannot be one.
+        FileExistsError: If the folder holds another page or record, or cannot be created.
     """
     check_can_be_folder(output)
     output = Path(output)
@@ -177,14 +178,14 @@ def check_report_folder(output: str | Path) -> None:
         return
     for name in (PAGE, REPORT_FILE):
         if (output / name).exists():
-            raise FileExistsError(f"{output / name} is not of a report of this package; choose another --output.")
+            raise FileExistsError(f"{output / name} is not from a report of this package; choose another --output.")
 
 
 def write_report(sections: Sequence[Section], recipe: str, groups: Mapping[str, Integers], output: str | Path) -> Path:
-    """Writes `index.html`, which needs no other file, the pictures as PNGs, and `report.json`.
+    """Writes the report: a self-contained `index.html`, the figures as PNG files, and `report.json`.
 
     Returns:
-        The page.
+        Path of the page.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -217,7 +218,7 @@ def write_report(sections: Sequence[Section], recipe: str, groups: Mapping[str, 
 
 
 def _remove_pictures(output: Path) -> None:
-    """Removes those of an earlier report, which this one may not have."""
+    """Removes the pictures of an earlier report; the new report may not have pictures of the same names."""
     record = output / REPORT_FILE
     if record.is_file():
         for name in json.loads(record.read_text(encoding="utf-8")).get("pictures", []):
@@ -225,7 +226,7 @@ def _remove_pictures(output: Path) -> None:
 
 
 def _share_axes(sections: Sequence[Section]) -> None:
-    """Has figures of two models reach equally high, so that they can be compared by eye."""
+    """Gives the same figure of two models the same vertical range, for comparison."""
     of_name: dict[str, list] = {}
     for section in sections:
         for picture in section.pictures:
@@ -243,12 +244,12 @@ def _of_experts(observed: Observed, counts, groups, findings: dict) -> list[Pict
     gains = gain_by_class(cls, distillation, observed.labels, len(counts))
     findings |= {"outcomes": outcomes, "gain_by_class": gains.tolist()}
     return [
-        _picture("outcomes", "Who is right", "Green and orange are what one expert knows and the other does not; an "
-                 "oracle that always chose the right one would lose the light part only. A group's are means over its "
-                 "classes.",
+        _picture("outcomes", "Which expert is correct", "Green and orange: only one expert is correct. An oracle that "
+                 "always chose the correct expert would miss only the light part. The shares of a group are means over "
+                 "its classes.",
                  lambda axis: figures.draw_outcomes(axis, outcomes)),
-        _picture("gains", "What DIST adds, by class", "Dots above the line are classes that the DIST expert knows "
-                 "better; they should be on the left, where training images are few.",
+        _picture("gains", "Gain of DIST over CLS, by class", "Dots above the line are classes on which the DIST expert "
+                 "is better. They should be on the left, where training images are few.",
                  lambda axis: figures.draw_gains(axis, gains, counts)),
     ]  # fmt: skip
 
@@ -261,7 +262,7 @@ def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
     labels = observed.labels[observed.chosen]
     members = {name: np.flatnonzero(np.isin(labels, np.asarray(group))) for name, group in groups.items()}
     members = {name: rows for name, rows in members.items() if len(rows) > 1}
-    # As many images of each group: the rank cannot be more than their number, and grows with it.
+    # The same number of images for each group: the effective rank grows with the number of images, its upper bound.
     number = min(map(len, members.values()), default=0)
     by_group = {
         token: {
@@ -284,29 +285,26 @@ def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
         "singular_values": {token: [values.tolist() for values in blocks] for token, blocks in spectra.items()},
     }
     pictures = [
-        _picture("attention_distance", "How far attention reaches", "Low is local: a patch looks at its neighbours, a "
-                 "token at one spot; high is global. Local early blocks are what a CNN teacher hands on.",
+        _picture("attention_distance", "Attention distance", "Low is local: a patch attends to its neighbours, a token "
+                 "to one area. High is global. A CNN teacher should make early blocks local.",
                  lambda axis: figures.draw_distances(axis, observed.distances, observed.spreads, observed.tokens)),
-        _picture("rank", "Effective rank of the tokens", f"How many directions the features of {len(labels)} images "
-                 "use (not more than there are images); a flat teacher's DIST token should need fewer.",
+        _picture("rank", "Effective rank of the tokens", f"Number of directions that the features of {len(labels)} "
+                 "images use; at most the number of images. With a flat teacher, the DIST token should use fewer.",
                  lambda axis: figures.draw_by_block(axis, ranks, "effective rank")),
         _picture("spectrum", "Singular values after the last block", "The faster a line falls, the fewer directions "
-                 "hold what the token knows.",
+                 "hold the information of the token.",
                  lambda axis: figures.draw_spectra(axis, {token: blocks[-1] for token, blocks in spectra.items()})),
     ]  # fmt: skip
     if members:
-        how = (
-            f"The same, of {number} images of each group: lines of one colour are compared with each other, CLS dashed "
-            "and DIST whole."
-        )
+        how = f"The same for {number} images of each group. Compare lines of one colour: CLS is dashed, DIST is solid."
         draw = lambda axis: figures.draw_group_ranks(axis, by_group)  # noqa: E731
         pictures.append(_picture("group_rank", "Effective rank by group", how, draw))
     if len(observed.tokens) == 2:
         cosines = [float(token_similarity(block[:, 0], block[:, 1]).mean()) for block in observed.features]
         findings["token_similarity"] = cosines
-        how = "1 is the same direction, 0 is none in common: the lower, the more the tokens differ in what they hold."
+        how = "1: same direction; 0: orthogonal. The lower the cosine, the more the features of the tokens differ."
         draw = lambda axis: figures.draw_by_block(axis, {"cosine": cosines}, "cosine of CLS and DIST")  # noqa: E731
-        pictures.append(_picture("similarity", "Do the tokens part?", how, draw))
+        pictures.append(_picture("similarity", "Similarity of the tokens", how, draw))
     return pictures
 
 
@@ -314,10 +312,10 @@ def _of_weights(model, images: Iterable[tuple[str, Batches]], findings: dict) ->
     rises = {name: loss_rises(model, batches, RHOS) for name, batches in images}
     findings["loss_rises"] = {"rho": RHOS, **rises}
     how = (
-        "The loss on training images as the weights move where it rises fastest: lower is flatter, which is what SAM "
-        "looks for."
+        "The rise of the loss on training images when the weights move in the direction of its steepest ascent. Lower "
+        "is flatter, which is the goal of SAM."
     )
-    return _picture("flatness", "How flat the loss is", how, lambda axis: figures.draw_loss_rises(axis, rises, RHOS))
+    return _picture("flatness", "Flatness of the loss", how, lambda axis: figures.draw_loss_rises(axis, rises, RHOS))
 
 
 def _of_images(model, observed: Observed, dataset, collate, names, groups) -> list[Picture]:
@@ -330,7 +328,7 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
     captions = [(names[pairs[at][0]], f"taken for {names[pairs[at][1]]}", f"{number[at]} times") for at in worst]
     pictures = []
     if chosen:
-        how = "The pairs of classes that the prediction mixes up most often, with one image of each."
+        how = "The pairs of classes that the prediction confuses most often, with one image of each pair."
         pictures.append(_row("confusions", "Worst confusions", how, dataset, chosen, captions))
     if "distillation" in observed.logits:
         tail = np.asarray(list(groups.values())[-1])
@@ -339,8 +337,8 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
         if rows:
             cls = observed.predictions("cls")
             by_expert = [(names[labels[row]], f"CLS: {names[cls[row]]}") for row in rows]
-            how = "Test images of the rarest classes that the DIST expert gets right and the CLS expert does not."
-            pictures.append(_row("only_distillation", "What only DIST knows", how, dataset, rows, by_expert))
+            how = "Test images of the rarest classes that the DIST expert classifies correctly and the CLS expert not."
+            pictures.append(_row("only_distillation", "Only DIST is correct", how, dataset, rows, by_expert))
     first = [int(np.flatnonzero(np.isin(labels, np.asarray(group)))[0]) for group in groups.values()
              if np.isin(labels, np.asarray(group)).any()]  # fmt: skip
     pictures.append(_attention_maps(model, observed, dataset, collate, names, first))
@@ -358,7 +356,8 @@ def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Se
     rollout = attention_rollout([layer.float().cpu().numpy() for layer in outputs.attentions])
     figure = Figure(figsize=(2.0 * (1 + tokens), 2.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 1 + tokens, squeeze=False)
-    seen = ImageFormat.of(collate.image_processor)  # the part of the image that the model sees
+    # The maps belong to the image after resizing and cropping, so that one is drawn.
+    seen = ImageFormat.of(collate.image_processor)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (seen.mean, seen.std))
     images = (batch["pixel_values"] * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     for axes, row, image, weights in zip(grid, rows, images, rollout, strict=True):
@@ -367,8 +366,8 @@ def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Se
             for index, token in enumerate(observed.tokens)
         }
         figures.draw_attention(axes, image, maps, shorten(names[observed.labels[row]]))
-    how = "Bright patches are what each token's final feature holds most of, by attention rollout through all blocks."
-    return Picture("attention", "Where the tokens look", how, figure)
+    how = "Bright patches contribute most to the final feature of a token, by attention rollout through all blocks."
+    return Picture("attention", "Attention maps of the tokens", how, figure)
 
 
 def _row(name: str, title: str, how: str, dataset, rows: Sequence[int], captions: Sequence[Sequence[str]]) -> Picture:
@@ -390,7 +389,7 @@ def _picture(name: str, title: str, how_to_read: str, draw: Callable) -> Picture
 
 
 def _pictures_of(sections: Sequence[Section]) -> list[tuple[str, str, str, list[Picture | None]]]:
-    """Name, title and sentence of each figure, and the figures of all models, None where one has none."""
+    """Returns name, title and explanation of each figure, and the figures of all models; None if a model lacks one."""
     rows: dict[str, tuple[str, str, str]] = {}
     for section in sections:
         for picture in section.pictures:

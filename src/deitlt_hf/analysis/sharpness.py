@@ -1,4 +1,4 @@
-"""How flat the loss is around a classifier's weights."""
+"""Measures how flat the loss is around a classifier's weights: rise of the loss, Hessian eigenvalue and trace."""
 
 import contextlib
 import math
@@ -21,11 +21,11 @@ Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass
 class Sharpness:
-    """Flatness of the mean cross entropy over some images; less is flatter.
+    """Sharpness of the mean cross entropy over some images; lower values are flatter.
 
     Args:
-        loss: The loss itself.
-        loss_rise: By how much it rises at the worst point within `rho` to first order, as SAM sees it.
+        loss: The loss at the weights.
+        loss_rise: Rise of the loss at the worst point within `rho`, to first order as in SAM.
         eigenvalue: Largest eigenvalue of the Hessian.
         trace: Trace of the Hessian.
         num_images: Number of images.
@@ -45,17 +45,17 @@ def sharpness(
     num_vectors: int = 32,
     seed: int = 0,
 ) -> Sharpness:
-    """Measures the flatness of the loss with regard to all weights, in evaluation mode.
+    """Measures the sharpness of the loss with respect to all weights, in evaluation mode.
 
-    The eigenvalue is Lanczos' (scipy), the trace Hutchinson's estimate (curvlinops), whose error falls with the root of
-    `num_vectors`. Both need products of the Hessian with vectors only.
+    The eigenvalue is computed by Lanczos iteration (scipy). The trace is Hutchinson's estimate (curvlinops); its error
+    falls with the square root of `num_vectors`. Both need only Hessian-vector products.
 
     Args:
         model: An image classifier; its output has `logits`.
         batches: Normalised images (batch, channels, height, width) and class indices (batch,).
         rho: Radius of the loss rise, in weight space; 0.05 in the paper of SAM.
-        num_vectors: Random vectors for the trace.
-        seed: Of those vectors and of Lanczos' first.
+        num_vectors: Number of random vectors for the trace.
+        seed: Seed of these vectors and of the start vector of the Lanczos iteration.
 
     Raises:
         ValueError: If curvlinops is not installed, there are no images or no vectors, `rho` is not above 0, the weights
@@ -83,8 +83,10 @@ def sharpness(
 
 
 def loss_rises(model: nn.Module, batches: Batches, rhos: Sequence[float]) -> list[float]:
-    """By how much the mean cross entropy rises at the worst points within several radii, to first order as SAM sees it
-    (Foret et al., ICLR 2021, equation 2). Needs one gradient and the loss at each radius, no second derivatives.
+    """Measures the rise of the mean cross entropy at the worst points within several radii.
+
+    The worst points are to first order, as in SAM (Foret et al., ICLR 2021, equation 2). This needs one gradient and
+    the loss at each radius, but no second derivatives.
 
     Args:
         model: An image classifier; its output has `logits`.
@@ -108,19 +110,19 @@ def sharpness_of_groups(
     label_order: torch.Tensor | None = None,
     **options,
 ) -> dict[str, Sharpness]:
-    """Measures the flatness over random images of a data set, and over images of each group of classes.
+    """Measures the sharpness over random images of a data set, and over images of each group of classes.
 
     Args:
         model: An image classifier.
         dataset: Decoded images and labels.
-        collate: Makes a batch of rows.
-        groups: Class indices of each group; one without images is left out.
-        num_images: Images overall, and of each group, at most.
-        label_order: Positions of the data set's classes among the model's, (classes,); by default the same.
-        **options: As for [`sharpness`]. The seed chooses the images too.
+        collate: Makes a batch from rows.
+        groups: Class indices of each group; a group without images is left out.
+        num_images: Maximum number of images overall, and of each group.
+        label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
+        **options: Arguments of [`sharpness`]. The seed also determines the choice of images.
 
     Raises:
-        ValueError: If no image is asked for, or as [`sharpness`] does.
+        ValueError: If `num_images` is below 1, or raised by [`sharpness`].
     """
     images = images_of_groups(model, dataset, collate, groups, num_images, label_order, options.get("seed", 0))
     return {name: sharpness(model, batches, **options) for name, batches in images}
@@ -135,19 +137,19 @@ def images_of_groups(
     label_order: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[str, Batches]]:
-    """Batches of random images of a data set, named `overall`, and of each group of classes.
+    """Yields batches of random images of a data set, named `overall`, and of each group of classes.
 
     Args:
-        model: Its device is that of the batches.
+        model: The batches are moved to its device.
         dataset: Decoded images and labels.
-        collate: Makes a batch of rows.
-        groups: Class indices of each group; one without images is left out.
-        num_images: Images overall, and of each group, at most.
-        label_order: Positions of the data set's classes among the model's, (classes,); by default the same.
-        seed: Of the choice.
+        collate: Makes a batch from rows.
+        groups: Class indices of each group; a group without images is left out.
+        num_images: Maximum number of images overall, and of each group.
+        label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
+        seed: Seed of the choice of images.
 
     Raises:
-        ValueError: If no image is asked for.
+        ValueError: If `num_images` is below 1.
     """
     if num_images < 1:
         raise ValueError(f"num_images must be 1 or more, got {num_images}.")
@@ -173,7 +175,10 @@ def _count(batches: Batches) -> int:
 
 @contextlib.contextmanager
 def _measurable(model: nn.Module) -> Iterator[nn.Module]:
-    """The logits of a model in evaluation mode, with gradients for all weights; the model is left as it was."""
+    """Yields a module that returns the logits of a model in evaluation mode, with gradients for all weights.
+
+    The mode and the `requires_grad` flags of the model are restored afterwards.
+    """
     few_bits = {str(parameter.dtype) for parameter in model.parameters() if parameter.dtype.itemsize < 4}
     if few_bits:
         raise ValueError(f"small steps are lost in weights of {', '.join(sorted(few_bits))}; load them as float32.")
@@ -190,7 +195,7 @@ def _measurable(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _without_warning() -> Iterator[None]:
-    """Keeps quiet what curvlinops 3.0 sets off on import, and torch 2.14 itself with forward-mode derivatives."""
+    """Suppresses a warning of torch 2.14 on the import of curvlinops 3.0 and in forward-mode derivatives."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         yield
@@ -208,7 +213,7 @@ class _Logits(nn.Module):
 def _loss_rises(
     classifier: nn.Module, batches: Batches, num_images: int, rhos: Sequence[float]
 ) -> tuple[float, list[float], list[nn.Parameter]]:
-    """The loss, its rises along the gradient, and the weights that it depends on."""
+    """Returns the loss, its rises along the gradient, and the parameters on which the loss depends."""
     for rho in rhos:
         if not rho > 0:
             raise ValueError(f"rho must be above 0, got {rho:g}.")
@@ -240,5 +245,5 @@ def _loss_rises(
                 parameter.copy_(original)
     for rho, rise in zip(rhos, rises, strict=True):
         if not math.isfinite(before + rise):
-            raise ValueError(f"the loss of the model is {before:g}, and {rise:g} more at rho {rho:g}: not finite.")
+            raise ValueError(f"the loss of the model is {before:g}, and rises by {rise:g} at rho {rho:g}: not finite.")
     return before, rises, [parameter for parameter, is_used in zip(parameters, used, strict=True) if is_used]

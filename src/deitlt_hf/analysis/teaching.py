@@ -1,4 +1,4 @@
-"""Whether a student's experts say what its teacher says: on images as they are, and as they were shown in training."""
+"""Measures how often a student's experts agree with its teacher: on test images, and on augmented training images."""
 
 import itertools
 import tempfile
@@ -16,7 +16,7 @@ from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.provenance import results_of
 from .observe import HEADS, spread_rows
 
-# Settings of a run that make the images of what student and teacher see.
+# Settings of a run that determine the training images of student and teacher.
 _SHOWN = (
     "train_crop",
     "auto_augment",
@@ -39,23 +39,24 @@ def teacher_agreement(
     groups: Mapping[str, Integers],
     num_batches: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Share of images for which each expert predicts what the teacher does (DeiT-LT, section 4: out of distribution).
+    """Share of images for which each expert predicts the teacher's class (DeiT-LT, section 4: out of distribution).
 
     Args:
-        recipe: Says how training images are augmented and mixed, where the student's own record does not.
-        model: A student of this package; its `results.json` is read from where it was loaded, if it has one.
-        teacher: Folder or Hub id of its teacher.
-        data: `train` and `test`.
+        recipe: Its augmentation and mixing are used if the student's record does not have them.
+        model: A student of this package; its `results.json` is read from the folder it was loaded from, if it exists.
+        teacher: Folder or Hub id of the student's teacher.
+        data: The splits `train` and `test`.
         groups: Class indices of each group.
-        num_batches: Batches of test images, spread over the test split, and of augmented and mixed training images.
+        num_batches: Number of batches of test images, spread over the test split, and of augmented and mixed training
+            images.
 
     Returns:
-        For `in distribution` (test images) and `out of distribution` (what the student trains on), the share of each
-        expert.
+        For `in distribution` (test images) and `out of distribution` (training images as the student sees them), the
+        share of each expert.
     """
     classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
     with tempfile.TemporaryDirectory() as folder:
-        # Repeated augmentation would only repeat images, and needs at least one round of them.
+        # Repeated copies of an image add no information, and would require a whole round of repeated augmentation.
         overrides = {"output_dir": folder, "report_to": "none", "distillation": "hard", "repeated_augmentation": 1}
         _, _, args = fill_arguments("student", classes, recipe, overrides)
         record = results_of(model.name_or_path)

@@ -1,6 +1,6 @@
-"""The `deitlt` command and its subcommands, one module each.
+"""The `deitlt` command line: one module for each subcommand.
 
-Nothing heavy is imported before a command is chosen, so that `deitlt --help` comes at once.
+Heavy libraries are imported only after a command is chosen, which keeps `deitlt --help` fast.
 """
 
 import difflib
@@ -9,22 +9,22 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-COMMANDS = {  # what to type, its module, and what it does; in the order of a project
-    "data": ("data", "check a recipe's images before a run, or draw them"),
-    "plan": ("plan", "tell what a recipe will take on GPUs: steps, memory, hours"),
+COMMANDS = {  # command, its module, and its description; in the order of use in a project
+    "data": ("data", "check or draw the images of a recipe before a run"),
+    "plan": ("plan", "estimate the GPU time and memory of a recipe"),
     "train-teacher": ("train_teacher", "train a flat CNN teacher with SAM"),
-    "distill": ("distill", "train a DeiT-LT student, and first its teacher if there is none"),
-    "evaluate": ("evaluate", "print what each expert of a model gets right: head, mid and tail classes"),
-    "analyze": ("analyze", "write a page on what the experts of a model know"),
-    "sharpness": ("sharpness", "measure how flat the loss of a model is"),
+    "distill": ("distill", "train a DeiT-LT student, and its teacher first if none is given"),
+    "evaluate": ("evaluate", "print the accuracy of each expert of a model on head, mid and tail classes"),
+    "analyze": ("analyze", "write an HTML report on the experts of a model"),
+    "sharpness": ("sharpness", "measure the flatness of a model's loss"),
     "predict": ("predict", "classify image files"),
-    "demo": ("demo", "open a page to drop images on"),
-    "convert": ("convert", "turn a checkpoint of the DeiT-LT authors into a model folder"),
-    "export": ("export", "write a model as ONNX"),
-    "model-cards": ("model_cards", "write the card of a model folder, or those of the recipes"),
-    "push": ("push", "put a model folder on the Hugging Face Hub"),
+    "demo": ("demo", "serve a web page that classifies images"),
+    "convert": ("convert", "convert a checkpoint of the DeiT-LT authors to a model folder"),
+    "export": ("export", "export a model to ONNX"),
+    "model-cards": ("model_cards", "write the card of a model folder, or the cards of the recipes"),
+    "push": ("push", "push a model folder to the Hugging Face Hub"),
 }
-# What other packages call these.
+# Names of these commands in other packages.
 ALIASES = {
     **dict.fromkeys(("train", "fit", "finetune", "train-student"), "distill"),
     **dict.fromkeys(("val", "validate", "test", "eval", "benchmark"), "evaluate"),
@@ -36,10 +36,10 @@ ALIASES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; by default that of this process's command line.
+    """Runs a command; by default the command of this process's command line.
 
     Raises:
-        SystemExit: With 2 if there is no such command, and as the command does.
+        SystemExit: With 2 if the command does not exist; or raised by the command.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(f"deitlt-hf {version('deitlt-hf')}")
     elif name in COMMANDS:
-        sys.argv = [f"deitlt {name}", *rest]  # the name that a command's own help shows
+        sys.argv = [f"deitlt {name}", *rest]  # the usage line in the help of the command shows this name
         from ..recipes import command_line_errors
 
         with command_line_errors():
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         alias = ALIASES.get(name.replace("_", "-"))
         nearest = [alias] if alias else difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "deitlt --help lists all."
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "deitlt --help lists all commands."
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         sys.exit(2)
 
@@ -63,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
-    return f"""Vision Transformers for long-tailed images (DeiT-LT): train, look at, and use them.
+    return f"""Vision Transformers for long-tailed images (DeiT-LT): training, analysis and inference.
 
-deitlt COMMAND [OPTIONS]; deitlt COMMAND --help tells the options, deitlt --version the version.
+deitlt COMMAND [OPTIONS]; deitlt COMMAND --help lists the options, deitlt --version prints the version.
 
 {lines}
 
-To begin, with data that come along (2 minutes on 2 cores):  deitlt distill --recipe digits_lt
+First example, with included data (2 minutes on 2 cores):  deitlt distill --recipe digits_lt
 On several GPUs or machines: accelerate launch --no_python deitlt distill --recipe ..."""

@@ -1,4 +1,4 @@
-"""`python -m deitlt_hf.cli`, which is `deitlt`."""
+"""Entry point of `python -m deitlt_hf.cli`, which is the same as `deitlt`."""
 
 from . import main
 

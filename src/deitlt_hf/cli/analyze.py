@@ -1,4 +1,4 @@
-"""Writes a report on what a model's experts know: a page, its pictures and report.json.
+"""Writes a report on the experts of a model: an HTML page, its pictures and report.json.
 
 deitlt analyze --model outputs/digits_lt_fast/student --recipe digits_lt --output report
 deitlt analyze --model outputs/digits_lt_fast/student --teacher outputs/digits_lt_fast/teacher --recipe digits_lt
@@ -30,22 +30,23 @@ from .json_output import json_output
 
 @dataclass
 class AnalysisArguments:
-    """What to look at, and where the report goes."""
+    """Options of the analysis: models, sample sizes and the folder of the report."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a DeiT-LT, or a DeiT or ViT of transformers."})
     output: str = field(default="report", metadata={"help": "Folder of the report."})
-    compare: str | None = field(default=None, metadata={"help": "Another model, to be put beside the first."})
+    compare: str | None = field(default=None, metadata={"help": "Another model, shown next to the first."})
     teacher: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the first model's teacher, to see how often they agree."}
+        default=None,
+        metadata={"help": "Folder or Hub id of the first model's teacher; the report then shows how often they agree."},
     )
-    num_images: int = field(default=512, metadata={"help": "Images whose attention and features are looked at."})
-    resamples: int = field(default=200, metadata={"help": "Samples of the bootstrap for the intervals."})
+    num_images: int = field(default=512, metadata={"help": "Number of images for attention and features."})
+    resamples: int = field(default=200, metadata={"help": "Bootstrap samples for the confidence intervals."})
     sharpness_images: int = field(
         default=128,
-        metadata={"help": "Training images, overall and of each group, that show how flat the loss is; 0: none."},
+        metadata={"help": "Training images, overall and of each group, for the flatness of the loss; 0 leaves it out."},
     )
     json: str | None = field(
-        default=None, metadata={"help": "Write the figures to this file too; - prints them in place of the tables."}
+        default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the tables."}
     )
 
     def __post_init__(self):
@@ -55,15 +56,15 @@ class AnalysisArguments:
 
 
 def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Path:
-    """Looks at one model or two on a recipe's test images, prints their tables, and writes the report.
+    """Analyses one or two models on a recipe's test images, prints their tables, and writes the report.
 
     Returns:
-        The page.
+        Path of the HTML page.
 
     Raises:
-        FileExistsError: If `args.output` is a file, or holds a page or record of something else.
-        ValueError: If a model does not know the data's classes or has no attention over patches, or matplotlib is not
-            installed.
+        FileExistsError: If `args.output` is a file, or holds a page or record that is not from this command.
+        ValueError: If a model does not know the classes of the data or has no attention over patches, or matplotlib is
+            not installed.
     """
     quiet_log()
     require_matplotlib()
@@ -78,7 +79,7 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
         check_transformer(model)
         models.append((path, model, label_order(names, model.config, f"model {path}")))
     if args.teacher is not None and not isinstance(models[0][1], DeiTLTForImageClassification):
-        raise ValueError(f"{args.model} is no DeiT-LT student; leave --teacher out.")
+        raise ValueError(f"{args.model} is not a DeiT-LT student; leave --teacher out.")
     sections: list[Section] = []
     for path, model, order in models:
         agreement = None

@@ -1,12 +1,12 @@
-"""Converts a checkpoint of the DeiT-LT authors, student or teacher, to a folder that transformers loads.
+"""Converts a checkpoint of the DeiT-LT authors, student or teacher, to a model folder for transformers.
 
 deitlt convert student.pth out/student --recipe cifar10_lt_rho100
 deitlt convert paco.pth.tar out/teacher --class_names names.txt
 deitlt convert ldam.pth.tar out/ldam_teacher --class_names names.txt --class_map out/student
 deitlt convert saved_by_0.1.0 out/student
 
-Of a folder that an earlier version saved it makes one as this version saves it: the same weights, with an image
-processor and code that more versions of transformers take.
+It also converts a model folder of an earlier version of this package: the new folder has the same weights, and an image
+processor and code that work with more versions of transformers.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from .parser import command_parser, parse_with_fields
 
 
 def resave(source: str, folder: str) -> PreTrainedModel:
-    """Saves the model of a folder, with its image processor, as this version does.
+    """Saves a model folder of an earlier version, with its image processor, in the format of this version.
 
     Raises:
         FileExistsError: If the new folder holds a model, or is a file.
@@ -42,19 +42,22 @@ def resave(source: str, folder: str) -> PreTrainedModel:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__)
     parser.add_argument(
-        "file", help="the authors' .pth, .pth.tar, or a .safetensors file of the same tensors; or a model folder"
+        "file", help="the authors' .pth or .pth.tar file, a .safetensors file with the same tensors, or a model folder"
     )
-    parser.add_argument("folder", help="where to write the model")
+    parser.add_argument("folder", help="folder to write the model to")
     parser.add_argument(
         "--recipe",
-        help="take names and counts of the classes from this recipe's data; 'deitlt data --help' has its fields",
+        help="take names and counts of the classes from this recipe's data; 'deitlt data --help' lists its fields",
     )
-    parser.add_argument("--class_names", help="file with the names: one a line, or JSON")
+    parser.add_argument("--class_names", help="file with the class names: one per line, or JSON")
     parser.add_argument(
-        "--class_map", help="for each class its row in the file's head: a JSON list, or a folder converted before"
+        "--class_map",
+        help="the row of each class in the classifier of the file: a JSON list, or a folder that was converted before",
     )
-    parser.add_argument("--ema", action="store_true", help="the moving average of a student's weights")
-    parser.add_argument("--num_attention_heads", type=int, help="of a student whose heads are not 64 wide")
+    parser.add_argument("--ema", action="store_true", help="convert the moving average of a student's weights")
+    parser.add_argument(
+        "--num_attention_heads", type=int, help="number of heads of a student whose heads are not 64 wide"
+    )
     args, rest = parse_with_fields(parser, (DataArguments,), arguments)
     classes = {}
     if args.recipe is not None:
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         classes["num_attention_heads"] = args.num_attention_heads
     if Path(args.file).is_dir():
         if classes or args.ema:
-            raise ValueError(f"{args.file} is a model folder, which says itself what its classes are; give no options.")
+            raise ValueError(f"{args.file} is a model folder, which already has its classes; give no options.")
         model = resave(args.file, args.folder)
     else:
         model = convert_original(args.file, args.folder, args.ema, **classes)

@@ -1,12 +1,12 @@
-"""Looks at the data of a recipe before a run.
+"""Checks or draws the data of a recipe before a run.
 
 deitlt data check --recipe imagenet_lt --data_dir DIR [--deep]
 deitlt data show --recipe cifar10_lt_rho100 --data_dir DIR --out pictures
 
-`check` prints what is there, what is missing and what is wrong, also what the training of the recipe's teacher and
-student would refuse, with one process; `--deep` decodes every image. It takes every field of teacher and student, and
-ends with 1 if something is wrong. `show` draws the classes and what student and teacher see, and takes every field of a
-student.
+`check` reports what the data contain, what is missing and what is wrong. It also reports the errors that training the
+teacher and the student of the recipe would raise in one process. `--deep` decodes every image. `check` accepts every
+field of teacher and student, and exits with status 1 if it finds a problem. `show` draws the class counts and the
+training images of student and teacher, and accepts every field of a student.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__, data_help())
     parser.add_argument("command", choices=["check", "show"])
     parser.add_argument("--deep", action="store_true", help="check: decode every image")
-    parser.add_argument("--counts", help="check: write the images of each class to this JSON file")
-    parser.add_argument("--out", default="pictures", help="show: folder for the pictures")
+    parser.add_argument("--counts", help="check: write the number of images of each class to this JSON file")
+    parser.add_argument("--out", default="pictures", help="show: folder for the pictures (default: pictures)")
     args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER), arguments)
     quiet_log()
     if args.command == "check":
@@ -50,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
-    """Prints a report, and writes the counts; 1 if there are problems."""
+    """Prints a report and writes the counts; returns 1 if there are problems, else 0."""
     from rich.console import Console
 
     from ..data.check import check_data
     from ..data.loading import training_counts
 
     of_training = _names(STUDENT) | _names(TEACHER)
-    # What is a field of training is for what is checked of it, and all else for the data, which refuse the unknown.
+    # Fields of training are left out here: training_problems checks them. The data refuse unknown fields.
     name, arguments = parse_arguments("data", (DataArguments,), _without(of_training - _names((DataArguments,)), argv))
     file = None if counts_file is None else check_file("--counts", counts_file)
     kind, source = arguments.source()
@@ -83,12 +83,14 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
 
 
 def training_problems(recipe: str, argv: Sequence[str], num_images: int) -> Iterator[str]:
-    """What the training of a recipe's teacher and student, as far as it has them, would refuse. Makes no folder.
+    """Yields the errors that training the teacher and the student of a recipe would raise. Creates no folder.
+
+    A recipe may have only one of the two.
 
     Args:
-        recipe: Its name or path.
+        recipe: Name or path of the recipe.
         argv: A command line with the recipe and fields of its data, teacher and student.
-        num_images: Training images.
+        num_images: Number of training images.
     """
     sections = load_recipe(recipe)
     for section, command, classes in (("teacher", "train-teacher", TEACHER), ("student", "distill", STUDENT)):
@@ -100,17 +102,17 @@ def training_problems(recipe: str, argv: Sequence[str], num_images: int) -> Iter
 
 
 def training_notes(recipe: str, argv: Sequence[str]) -> Iterator[str]:
-    """What the student of a recipe would not refuse, but hardly learns with."""
+    """Yields notes on valid settings with which the student of a recipe would hardly learn."""
     if load_recipe(recipe)["student"]:
         argv = _without(_names(TEACHER) - _names(STUDENT), argv)
-        with contextlib.suppress(ValueError):  # which is one of the problems
+        with contextlib.suppress(ValueError):  # training_problems reports these errors
             _, _, student, args = parse_arguments("student", STUDENT, [*argv, "--use_cpu", "true"])
             if note := low_peak(args.learning_rate, student.init_from):
                 yield f"deitlt distill: {note}"
 
 
 def _refusals(section: str, classes: Sequence[type], argv: Sequence[str], num_images: int) -> Iterator[str]:
-    try:  # this machine may not have what trains in half precision
+    try:  # on the CPU, because this machine may not have a GPU that supports half precision
         args = parse_arguments(section, classes, [*argv, "--use_cpu", "true"])[-1]
     except ValueError as error:
         yield str(error)
@@ -120,7 +122,8 @@ def _refusals(section: str, classes: Sequence[type], argv: Sequence[str], num_im
             args.check_data(num_images)
         except ValueError as error:
             yield str(error)
-        args.repeated_augmentation = 1  # what is wrong besides its rounds, which are checked first
+        # check_data checks the rounds of repeated augmentation first; without them, a second call finds other errors.
+        args.repeated_augmentation = 1
 
 
 def _names(classes: Sequence[type]) -> set[str]:
@@ -128,7 +131,7 @@ def _names(classes: Sequence[type]) -> set[str]:
 
 
 def _without(names: Collection[str], argv: Sequence[str]) -> list[str]:
-    """A command line without some options and their values."""
+    """Returns a command line without the named options and their values."""
     kept, is_kept = [], True
     for word in argv:
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""Serves a web page that shows what each expert says of an image, where it looks, and how common the class was.
+"""Serves a web page that shows, for an image, the prediction and attention of each expert and the class frequency.
 
 deitlt demo --model outputs/digits_lt_fast/student
 deitlt demo --model DIR_OR_HUB_ID --examples DIR_OF_IMAGES --port 8000
@@ -15,9 +15,9 @@ MAX_UPLOAD = "20mb"
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--model", required=True, help="Folder or Hub id of a saved student.")
-    parser.add_argument("--examples", help="Folder of images to try; by default the model folder's examples, if any.")
+    parser.add_argument("--examples", help="Folder of example images; by default the model folder's examples, if any.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to serve on; 0.0.0.0 for every network.")
-    parser.add_argument("--port", type=int, help="Port to serve on; by default the first free one from 7860.")
+    parser.add_argument("--port", type=int, help="Port to serve on; by default the first free port from 7860.")
     args = parser.parse_args(arguments)
     _check_address(args.host, args.port)
     from ..console import quiet_log
@@ -40,16 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_address(host: str, port: int | None) -> None:
-    """Tells before the model is loaded what cannot be served on; Gradio would try a hundred ports.
+    """Checks, before the model is loaded, that the address and port are free; Gradio would try a hundred ports.
 
     Raises:
-        ValueError: If the address is not of this machine, or the port is taken.
+        ValueError: If the address does not belong to this machine, or the port is taken.
     """
     try:
         socket.create_server((host, port or 0)).close()
     except (OSError, OverflowError) as error:
         place = host if port is None else f"{host}:{port}"
         raise ValueError(
-            f"cannot serve on {place}: the port is taken, or not one for you, or the address is not of this machine; "
+            f"cannot serve on {place}: the port is taken or not permitted, or the address is not of this machine; "
             "give another --host or --port."
         ) from error

@@ -1,4 +1,4 @@
-"""Trains a recipe's DeiT-LT student, and first the recipe's teacher if none is given.
+"""Trains the DeiT-LT student of a recipe. If no teacher is given, it trains the teacher of the recipe first.
 
 deitlt distill --recipe digits_lt
 accelerate launch --no_python deitlt distill --recipe fashion_mnist_lt_tiny --data_dir DIR --teacher PATH
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer = distill(recipe, data_args, model_args, args)
     if trainer.is_world_process_zero():
         print(f"""
-The student is in {args.output_dir}. To use it, with nothing but transformers:
+The student is in {args.output_dir}. To use it, you need only transformers:
 
     from transformers import pipeline
     classifier = pipeline("image-classification", model="{args.output_dir}")

@@ -1,4 +1,4 @@
-"""Prints the table of experts of a saved student or teacher on a recipe's test images.
+"""Prints the accuracy of each expert of a saved student or teacher on a recipe's test images.
 
 deitlt evaluate --recipe digits_lt --model outputs/digits_lt_fast/student
 deitlt evaluate --recipe digits_lt --model outputs/digits_lt_fast/student --fusion all
@@ -28,7 +28,7 @@ from ..training.output_folder import run_files
 from ..training.runs import EVALUATION_FIELDS, evaluate
 from .json_output import json_output
 
-# Of the fields of a run those that an evaluation goes by; others would be taken and left aside.
+# The training arguments that affect an evaluation. Other arguments would be accepted, but have no effect.
 RunArguments = make_dataclass(
     "RunArguments",
     [
@@ -41,50 +41,53 @@ RunArguments = make_dataclass(
 
 @dataclass
 class EvaluationArguments:
-    """What to evaluate."""
+    """The model to evaluate, and the output."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a student, a teacher, or any classifier."})
     json: str | None = field(
-        default=None, metadata={"help": "Write the accuracies to this file too; - prints them in place of the tables."}
+        default=None, metadata={"help": "Also write the accuracies to this file; - prints them instead of the tables."}
     )
 
 
 @dataclass
 class FusionArguments:
-    """How the experts of a student are put together."""
+    """Options to combine the experts of a student by a fitted rule."""
 
     fusion: str | None = field(
         default=None,
         metadata={
-            "help": f"'all' compares the rules that are fitted on the training images: {', '.join(RULES)}. One of them "
-            "alone is folded into the heads of the model in fused_output."
+            "help": f"Rule to combine the experts, fitted on the training images: one of {', '.join(RULES)}. The model "
+            "in fused_output has the rule folded into its heads. 'all' compares all rules."
         },
     )
-    fused_output: str | None = field(default=None, metadata={"help": "Folder for the model with the fusion folded in."})
+    fused_output: str | None = field(
+        default=None, metadata={"help": "Folder for the model with the fusion folded into its heads."}
+    )
 
     def __post_init__(self):
         if self.fusion not in (None, "all", *RULES):
             raise ValueError(f"fusion must be one of all, {', '.join(RULES)}, got {self.fusion!r}.")
         if (self.fused_output is not None) != (self.fusion in RULES):
-            raise ValueError("one rule of --fusion and --fused_output belong together; --fusion all only compares.")
+            raise ValueError("one rule of --fusion and --fused_output must be given together; 'all' only compares.")
 
 
 def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) -> dict[str, dict[str, float]]:
-    """Fits fusions of a student's experts on the training images, without augmentation, and shows them on the test
-    images.
+    """Fits fusions of a student's experts on the training images, without augmentation, and prints their accuracy on
+    the test images.
 
-    With one rule, the model with the fusion in its heads is saved in `args.fused_output`.
+    With one rule, the model with the fusion folded into its heads is saved in `args.fused_output`.
 
     Returns:
         Accuracies of each rule, see [`group_accuracies`].
 
     Raises:
         FileExistsError: If `args.fused_output` holds a model, or is a file.
-        ValueError: If the model has no experts or its classes in another order, or the training images are streamed.
+        ValueError: If the model has only one expert, its classes have another order, or the training images are
+            streamed.
     """
     _check_free(args.fused_output)
     if data_args.streaming:
-        raise ValueError("fusions are fitted on the training images at hand; leave --streaming out.")
+        raise ValueError("a fusion cannot be fitted on streamed training images; leave --streaming out.")
     model = on_best_device(load_model(path))
     collate = ImageCollator(load_processor(path))
     data = data_args.load()
@@ -115,7 +118,7 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
         fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
         collate.image_processor.save_pretrained(args.fused_output)
         mend_folder(args.fused_output)
-        print(f"The mean of the heads in {args.fused_output} is the fusion.")
+        print(f"The fused model is in {args.fused_output}: the mean of its heads is the fusion.")
     return accuracies
 
 

@@ -1,4 +1,4 @@
-"""Writes a model as ONNX, in float32 and with int8 weights, and tells what each file gets right.
+"""Exports a model to ONNX, in float32 and with int8 weights, and compares the accuracy of the files with torch.
 
 deitlt export --model outputs/digits_lt_fast/student
 deitlt export --model outputs/digits_lt_fast/student --int8 --recipe digits_lt
@@ -41,13 +41,13 @@ _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
 def compare(
     networks: Mapping[str, PreTrainedModel | OnnxClassifier], path: str, data: Mapping, data_args: DataArguments
 ) -> ExpertTable:
-    """Accuracies of each expert of a model's several forms on a recipe's test images.
+    """Measures each expert of a torch model and its ONNX files on a recipe's test images.
 
     Args:
-        networks: The forms, by what to call them.
-        path: The model, whose processor prepares the images.
+        networks: The torch model and the ONNX files, by name.
+        path: Folder or Hub id of the model; its image processor prepares the images.
         data: Training and test images.
-        data_args: What they are.
+        data_args: Arguments of the data.
     """
     groups = data_args.groups(data)
     collate = ImageCollator(load_processor(path))
@@ -92,16 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own arguments, and the others: fields of a recipe."""
+    """Parses the arguments of the command; returns them, and the rest of the command line, which are recipe fields."""
     parser = command_parser(__doc__, data_help())
     parser.add_argument("--model", required=True, help="folder or Hub id of a student, a teacher, or a DeiT or ViT")
     parser.add_argument(
-        "--output", metavar="FOLDER", help=f"where {MODEL_FILE} goes; by default the model's own folder"
+        "--output", metavar="FOLDER", help=f"folder for {MODEL_FILE}; by default the folder of the model"
     )
-    parser.add_argument("--int8", action="store_true", help=f"write {QUANTIZED_FILE} too, with int8 weights")
-    parser.add_argument("--fixed_size", action="store_true", help="take images of the model's own size only")
+    parser.add_argument("--int8", action="store_true", help=f"also write {QUANTIZED_FILE}, with int8 weights")
+    parser.add_argument("--fixed_size", action="store_true", help="accept only images of the model's image size")
     parser.add_argument(
-        "--recipe", help="compare what torch and the files get right on this recipe's test images, see below"
+        "--recipe", help="compare the accuracy of torch and the files on this recipe's test images, see below"
     )
     args, rest = parser.parse_known_args(arguments)
     if rest and args.recipe is None:
@@ -110,17 +110,21 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
 
 
 def _output_folder(model: str, output: str | None) -> Path:
-    """The folder to write to.
+    """Returns the folder to write to.
 
     Raises:
-        FileExistsError: If it holds another model, or cannot be a folder.
-        ValueError: If a model of the Hub has no output folder.
+        FileExistsError: If the folder holds another model, or cannot be created.
+        ValueError: If the model is on the Hub and no output folder is given.
     """
     if output is not None:
         check_can_be_folder(output)
         if run_files(output):
-            raise FileExistsError(f"{output} holds a model; choose another --output, or leave it out to export that.")
+            raise FileExistsError(
+                f"{output} holds a model; choose another --output, or leave it out to write to the folder of --model."
+            )
         return Path(output)
     if not Path(model).is_dir() and model.count("/") == 1:
-        raise ValueError(f"there is no folder {model!r}; of a model on the Hub, say with --output where its files go.")
+        raise ValueError(
+            f"there is no folder {model!r}; for a model on the Hub, give --output, a folder for the files."
+        )
     return Path(model)

@@ -1,4 +1,4 @@
-"""Figures of a command as JSON, for other programs."""
+"""Implements the option `--json`: writes the figures of a command as JSON, for other programs."""
 
 import contextlib
 import json
@@ -10,28 +10,28 @@ from ..io import nan_to_null
 
 
 def check_file(option: str, target: str) -> Path:
-    """The path of a file that an option names, if it can be written.
+    """Returns the path of an option's output file, and checks that it can be written.
 
     Raises:
-        FileNotFoundError: If the file's folder is missing.
-        IsADirectoryError: If it is a folder itself.
+        FileNotFoundError: If the folder of the file does not exist.
+        IsADirectoryError: If the path is a folder.
     """
     path = Path(target).expanduser()
     if path.is_dir():
         raise IsADirectoryError(f"{option} {target} is a folder; name a file.")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder for the file {option} {target}; make it first.")
+        raise FileNotFoundError(f"there is no folder for the file {option} {target}; create it first.")
     return path
 
 
 @contextlib.contextmanager
 def json_output(target: str | None) -> Iterator[Callable]:
-    """Gives a function that writes to a file, with `-` to the terminal, and with None nowhere.
+    """Yields a function that writes content as JSON to a file; `-` is stdout, None writes nothing.
 
-    With `-` all else that is printed goes to stderr, so that stdout is the JSON alone.
+    With `-`, all other output is redirected to stderr: stdout has only the JSON.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: As [`check_file`].
+        FileNotFoundError, IsADirectoryError: See [`check_file`].
     """
     file = None if target in (None, "-") else check_file("--json", target)
     stdout = sys.stdout

@@ -1,4 +1,4 @@
-"""The command line of commands that take no recipe, or few of its fields."""
+"""Argument parsers for commands that take no recipe, or only some of its fields."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from ..recipes.usage import BriefParser
 
 
 def command_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose help shows the description as it is, and that takes options by their whole names only."""
+    """Makes a parser whose help shows the description verbatim, and that accepts no abbreviated options."""
     return BriefParser(
         description=description,
         epilog=epilog,
@@ -20,17 +20,18 @@ def command_parser(description: str, epilog: str | None = None) -> argparse.Argu
 def parse_with_fields(
     parser: argparse.ArgumentParser, classes: Sequence[type], arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses a command's own arguments, and leaves aside the fields of a recipe, in any order.
+    """Separates the arguments of a command from recipe fields, which may be in any order.
 
-    argparse would take the value of an option that it does not know for a positional argument of the command.
+    argparse alone would take the value of an unknown option as a positional argument of the command.
 
     Args:
-        parser: With the command's own arguments.
-        classes: Dataclasses of the fields. A name that the parser has already is the command's.
-        arguments: Command line; by default this process's.
+        parser: Parser with the arguments of the command.
+        classes: Dataclasses of the recipe fields. If the parser already has an option of the same name, the option
+            belongs to the command.
+        arguments: Command line; by default the command line of this process.
 
     Returns:
-        The command's arguments, and the command line without them.
+        The arguments of the command, and the rest of the command line.
     """
     from transformers import HfArgumentParser
     from transformers.hf_argparser import DataClassType
@@ -40,11 +41,11 @@ def parse_with_fields(
     class LeaveAside(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
             words = values if isinstance(values, list) else [values]
-            rest.extend([option_string, *(word for word in words if word is not None)])  # None: a flag without a value
+            rest.extend([option_string, *(word for word in words if word is not None)])  # None: option without a value
 
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("--recipe")
-    # One parser for each class: teacher and student share fields, and a parser takes a name once.
+    # One parser for each class: teacher and student share fields, and a parser accepts a name only once.
     for fields in (recipe, *(HfArgumentParser(DataClassType(cls), add_help=False) for cls in classes)):
         for field in fields._actions:
             names = [name for name in field.option_strings if name not in parser._option_string_actions]
@@ -62,15 +63,15 @@ def parse_with_fields(
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:
-    """What the card of a model can be given; see [`card_metadata`]."""
+    """Adds the options for the metadata of a model card; see [`card_metadata`]."""
     parser.add_argument(
         "--license",
         metavar="ID",
-        help="licence of the weights, by its id on the Hub (cc-by-4.0). By default that of the card before, if any",
+        help="licence of the weights, by its id on the Hub (cc-by-4.0). By default the licence of the existing card",
     )
-    parser.add_argument("--tags", nargs="+", metavar="TAG", help="tags of the card, beside its own")
+    parser.add_argument("--tags", nargs="+", metavar="TAG", help="tags of the card, in addition to its default tags")
 
 
 def card_metadata(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of the options of [`add_card_options`] that were given."""
+    """Returns the options of [`add_card_options`] that were given."""
     return {name: value for name in ("license", "tags") if (value := getattr(args, name)) is not None}

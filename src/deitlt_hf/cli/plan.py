@@ -1,4 +1,4 @@
-"""Tells what a recipe's teacher and student will take on GPUs: operations, steps, memory, hours.
+"""Estimates the GPU time and memory of a recipe's teacher and student: operations, steps, memory, hours.
 
 deitlt plan --recipe inat18
 deitlt plan --recipe imagenet_lt --gpu a100 --gpus 1 4 64 --utilisation 0.45

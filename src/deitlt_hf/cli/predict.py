@@ -1,4 +1,4 @@
-"""Classifies image files: the most likely classes of each, as text, JSON lines or CSV.
+"""Classifies image files and prints the most likely classes of each as text, JSON lines or CSV.
 
 deitlt predict --model outputs/digits_lt_fast/student photo.jpg photos/ 'more/**/*.png'
 deitlt predict --model outputs/digits_lt_fast/student --experts --csv photos/ > predictions.csv
@@ -34,13 +34,13 @@ Result = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parsed(sys.argv[1:] if arguments is None else arguments)
     if sys.stdout is None:
-        raise ValueError("standard output is closed; results that nobody wants can go to /dev/null.")
+        raise ValueError("standard output is closed; redirect it to a file, or to /dev/null.")
     if min(args.top_k, args.batch_size) < 1:
         raise ValueError("--top_k and --batch_size must be 1 or more.")
     others: Counter[str] = Counter()
     paths = find_images(args.images, others)
     total = None
-    if "-" not in args.images:  # others than standard input are listed first, to know how many there are
+    if "-" not in args.images:  # files are listed first to know their number; standard input may be endless
         listed = list(paths)
         paths, total = iter(listed), len(listed)
     first = next(paths, None)
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         is_complete = _classify(args, itertools.chain([first], paths), total)
         if others:
             print(f"warning: {not_read(others)}.", file=sys.stderr)
-    except BrokenPipeError:  # who reads the results, `head` for one, has enough of them
+    except BrokenPipeError:  # the reader of the results, such as `head`, has closed the pipe
+        # Else the interpreter would report another BrokenPipeError when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         is_complete = False
     except KeyboardInterrupt:
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    # Images may stand between options, too, but not with "--": Python 3.11 would lose those after it.
+    # Intermixed parsing allows images between options. In Python 3.11 it loses arguments after "--".
     return parser.parse_args(arguments) if "--" in arguments else parser.parse_intermixed_args(arguments)
 
 
@@ -76,24 +77,25 @@ def _parser() -> argparse.ArgumentParser:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="file; folder, for all images in and below it; pattern; - for any of these from standard input, by line",
+        help="file; folder, searched with its subfolders; pattern; or - to read any of these from standard input, one "
+        "per line",
     )
-    parser.add_argument("--experts", action="store_true", help="tell what each of the two experts says, too")
+    parser.add_argument("--experts", action="store_true", help="also print the prediction of each expert")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--jsonl", action="store_true", help="print a JSON object an image, one a line")
+    form.add_argument("--jsonl", action="store_true", help="print one JSON object per image, one per line")
     form.add_argument("--csv", action="store_true", help="print a table with a row for each class of each image")
-    parser.add_argument("--top_k", type=int, default=5, help="classes of each image (default 5)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default 32)")
+    parser.add_argument("--top_k", type=int, default=5, help="number of classes for each image (default 5)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass (default 32)")
     return parser
 
 
 def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None) -> bool:
-    """Prints the results as they come; whether there is one of each image."""
+    """Prints each result as soon as it is ready; returns whether all images could be read."""
     quiet_log()
     write = _writer(args)
     classifier = load_classifier(args.model)
     done = unreadable = 0
-    # With the results on the same terminal, a bar would be in their way.
+    # A progress bar would mix with results on the same terminal.
     is_bar_hidden = sys.stdout.isatty() or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
@@ -124,11 +126,11 @@ def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
         return _write_json
     if not args.csv:
         return _write_text
-    # A file's name is bytes that need not be text; they are written as they are.
+    # File names are bytes that may not be valid text; surrogateescape writes them unchanged.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     columns = COLUMNS + (EXPERT_COLUMNS if args.experts else ())
-    # Python before 3.13 quotes no carriage return of its own accord, and names of files can have one.
+    # A file name can hold a carriage return, which Python before 3.13 quotes only with QUOTE_NONNUMERIC.
     table = csv.DictWriter(sys.stdout, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     table.writeheader()
 

@@ -1,4 +1,4 @@
-"""Puts a model folder on the Hugging Face Hub: weights, processor, code, card and results, never checkpoints.
+"""Pushes a model folder to the Hugging Face Hub: weights, processor, code, card and results, never checkpoints.
 
 deitlt push outputs/digits_lt_fast/student ORG/deitlt-digits
 deitlt push outputs/digits_lt_fast/student ORG/deitlt-digits --private --revision second-try --handler
@@ -15,12 +15,14 @@ from .parser import add_card_options, card_metadata, command_parser
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("folder", help="a model folder, as training or convert writes it")
-    parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is made if there is none")
-    parser.add_argument("--private", action="store_true", help="only you or your organisation may see it")
-    parser.add_argument("--revision", help="branch to push to; it is made if there is none. By default main")
-    parser.add_argument("--handler", action="store_true", help="with handler.py, by which endpoints tell both experts")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to push to; it is created if it does not exist (default: main)")
     parser.add_argument(
-        "--overwrite_card", action="store_true", help="replace a card that somebody wrote or edited on the Hub"
+        "--handler", action="store_true", help="add handler.py, with which endpoints return the scores of both experts"
+    )
+    parser.add_argument(
+        "--overwrite_card", action="store_true", help="replace a card that a user wrote or edited on the Hub"
     )
     add_card_options(parser)
     parser.add_argument("--commit_message", default="Upload model", help="first line of the commit")

@@ -1,4 +1,4 @@
-"""Measures how flat the loss of a model is on training images, for all classes and for head, mid and tail.
+"""Measures the flatness of a model's loss on training images, for all classes and for head, mid and tail.
 
 deitlt sharpness --recipe digits_lt --model outputs/digits_lt_fast/teacher
 """
@@ -22,15 +22,15 @@ from .json_output import json_output
 
 @dataclass
 class SharpnessArguments:
-    """What to measure."""
+    """Options of the measurement."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a teacher, a student, or any classifier."})
-    num_images: int = field(default=512, metadata={"help": "Images overall, and of each group, at most."})
-    rho: float = field(default=0.05, metadata={"help": "Radius of the loss rise."})
-    num_vectors: int = field(default=32, metadata={"help": "Random vectors for the trace."})
-    seed: int = field(default=0, metadata={"help": "Of images and vectors."})
+    num_images: int = field(default=512, metadata={"help": "Maximum number of images overall, and of each group."})
+    rho: float = field(default=0.05, metadata={"help": "Radius around the weights for the rise of the loss."})
+    num_vectors: int = field(default=32, metadata={"help": "Random vectors for the estimate of the trace."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice of images and of the random vectors."})
     json: str | None = field(
-        default=None, metadata={"help": "Write the figures to this file too; - prints them in place of the table."}
+        default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the table."}
     )
 
     def __post_init__(self):
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _, args, data_args = parse_arguments("data", (SharpnessArguments, DataArguments), arguments, __doc__)
     quiet_log()
     if data_args.streaming:
-        raise ValueError("the sharpness needs images at hand; leave --streaming out.")
+        raise ValueError("the sharpness cannot be measured on streamed images; leave --streaming out.")
     with json_output(args.json) as write:
         model = load_classifier(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")
         collate = ImageCollator(load_processor(args.model))

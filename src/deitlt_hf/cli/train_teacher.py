@@ -1,4 +1,4 @@
-"""Trains a recipe's flat teacher.
+"""Trains the flat CNN teacher of a recipe.
 
 deitlt train-teacher --recipe digits_lt
 accelerate launch --no_python deitlt train-teacher --recipe fashion_mnist_lt_tiny --data_dir DIR --sam_rho 0.1

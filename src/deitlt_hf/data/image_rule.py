@@ -1,6 +1,7 @@
-"""One rule of what an image is, for training, evaluation and serving: formats, limits, orientation, transparency.
+"""Decodes image files by one rule in training, evaluation and serving: formats, limits, orientation, transparency.
 
-`serving/handler.py`, which travels alone, holds a copy of all that follows the imports; a test compares the two.
+`serving/handler.py` is copied alone into model repositories, so it holds a verbatim copy of everything below the
+imports. A test compares the two.
 """
 
 import io
@@ -10,10 +11,10 @@ import zlib
 import numpy as np
 from PIL import Image, ImageColor
 
-# Not all that Pillow reads: it hands EPS to Ghostscript, for one.
+# Not all formats that Pillow reads: for EPS, Pillow would run Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
-MAX_ASPECT = 100  # the processor enlarges the short side: of a line of pixels that would be gigabytes
+MAX_PIXELS = 89_478_485  # Pillow's limit, at which Pillow itself only warns: 256 MiB of RGB
+MAX_ASPECT = 100  # the processor enlarges the short side, so a line of pixels would become gigabytes
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,19 +26,19 @@ _TURNS = {
 }  # by EXIF orientation
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
-_PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts in which Pillow looks for it
+_PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # where Pillow looks for the orientation
 _PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # transparency, orientation, animation
-_MAX_TEXT = 2**20  # bytes; of more Pillow refuses the image
+_MAX_TEXT = 2**20  # bytes; Pillow refuses an image with a larger text
 
-# What Pillow warns of (palettes, damaged EXIF, TIFF tags) changes no pixel, and would come once an image or a worker.
+# Pillow's warnings (palettes, corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_encoded(data: bytes | bytearray) -> Image.Image:
-    """Opens the bytes of an image file, of which only the header is read.
+    """Opens an image from the bytes of a file. Only the header is read.
 
     Raises:
-        ValueError: If they are of none of `FORMATS`, or the image is larger or longer than the limits.
+        ValueError: If the format is not in `FORMATS`, or the image exceeds the limits of size or aspect ratio.
     """
     if not data:
         raise ValueError("it has no bytes")
@@ -47,13 +48,13 @@ def open_encoded(data: bytes | bytearray) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is damaged, or of none of the formats " + ", ".join(FORMATS)) from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"its pixels are more than {MAX_PIXELS}") from error
+        raise ValueError(f"it has more than {MAX_PIXELS} pixels") from error
     check_size(*image.size)
     return image
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """How names of files of these formats end, in lower case."""
+    """Returns the file name suffixes of the accepted formats, in lower case."""
     Image.init()
     return tuple(suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS)
 
@@ -65,21 +66,21 @@ def check_size(width: int, height: int) -> None:
         ValueError: If it has more than `MAX_PIXELS`, or a side is more than `MAX_ASPECT` times the other.
     """
     if width * height > MAX_PIXELS:
-        raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS}")
+        raise ValueError(f"its {width} x {height} pixels are more than the limit of {MAX_PIXELS}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"of its {width} x {height} pixels one side is more than {MAX_ASPECT} times the other")
+        raise ValueError(f"one side of its {width} x {height} pixels is more than {MAX_ASPECT} times the other")
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation that is still to be applied, 1 to 8; 1 where none can be read.
+    """Returns the EXIF orientation that is still to be applied, 1 to 8; 1 if it cannot be read.
 
-    Pillow's reader of TIFF turns the image as it decodes it, so that one is decoded here.
+    A TIFF is decoded here, because Pillow's TIFF reader turns the image while it decodes it.
     """
     if image.format == "TIFF":
         image.load()
     try:
         value = image.getexif().get(0x0112)
-    except Exception:  # damaged EXIF can raise anything, and says nothing of the pixels
+    except Exception:  # corrupt EXIF can raise any exception, and does not affect the pixels
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1  # some cameras write text
 
@@ -87,20 +88,21 @@ def orientation_of(image: Image.Image) -> int:
 def upright_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
     """Decodes an image into upright RGB.
 
-    Of an animation it is the first frame, and 16 bits a channel are scaled to 8.
+    An animation gives its first frame. 16 bits per channel are scaled to 8.
 
     Args:
-        image: Of any mode.
-        background: Colour that shows through transparent pixels, as Pillow writes colours (`white`, `#ff8000`). None
-            leaves transparency out, as transformers does: transparent pixels have whatever colour the file holds.
+        image: An image of any mode.
+        background: Colour behind transparent pixels, in Pillow's notation (`white`, `#ff8000`). None ignores
+            transparency, as transformers does: transparent pixels get the colour that the file holds for them.
 
     Raises:
-        ValueError: If its values have no known range.
+        ValueError: If the range of the values is not known.
     """
     turn = _TURNS.get(orientation_of(image))
     image = _eight_bits(image)
     if is_transparent(image) and (background is not None or image.mode == "P"):
-        image = image.convert("RGBA")  # of palettes, Pillow would warn of the direct way to the same pixels
+        # For a palette, the direct conversion to RGB gives the same pixels, but Pillow warns.
+        image = image.convert("RGBA")
         if background is not None:
             canvas = Image.new("RGBA", image.size, colour(background))
             image = Image.alpha_composite(canvas, image)
@@ -109,10 +111,10 @@ def upright_rgb(image: Image.Image, background: str | None = None) -> Image.Imag
 
 
 def colour(text: str) -> str:
-    """A colour by its name or as `#rrggbb`, as `#rrggbb`.
+    """Converts the name of a colour, or `#rrggbb`, to `#rrggbb`.
 
     Raises:
-        ValueError: If there is no such colour.
+        ValueError: If the text is not a colour.
     """
     try:
         red, green, blue = ImageColor.getrgb(text)[:3]
@@ -122,12 +124,12 @@ def colour(text: str) -> str:
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether an image has an alpha channel, or a colour or palette that stands for transparency."""
+    """Whether an image has an alpha channel, a transparent colour, or a palette with transparency."""
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16 bits to 8, which Pillow would clip."""
+    """Scales 16 bits per channel to 8; Pillow's own conversion would clip."""
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers, whose range is not known; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -142,7 +144,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _without_texts(data: bytes | bytearray) -> bytes | bytearray:
-    """A PNG without what says nothing of its pixels: Pillow refuses images for a large or damaged text or profile."""
+    """Removes from a PNG the chunks that do not affect its pixels.
+
+    Pillow refuses an image because of a large or corrupt text or profile, although its pixels are intact.
+    """
     if data[:8] != _PNG:
         return data
     kept, start = [data[:8]], 8
@@ -156,14 +161,14 @@ def _without_texts(data: bytes | bytearray) -> bytes | bytearray:
 
 
 def _has_orientation(kind: bytes | bytearray, content: bytes | bytearray) -> bool:
-    """Whether a chunk of a PNG is a text with the orientation in it, of a size that Pillow reads."""
+    """Whether a PNG chunk is a text that can hold the orientation, of a size that Pillow reads."""
     if kind not in _PNG_TEXT or not content.startswith(_PNG_ORIENTATION):
         return False
     start = content.index(b"\0") + 1
     is_compressed = kind == b"zTXt" or (kind == b"iTXt" and content[start : start + 1] == b"\1")
     if not is_compressed:
         return len(content) < _MAX_TEXT
-    if kind == b"iTXt":  # flag, method, language and translated keyword
+    if kind == b"iTXt":  # skip flag, method, language and translated keyword
         start = content.find(b"\0", content.find(b"\0", start + 2) + 1)
     try:
         return len(zlib.decompressobj().decompress(content[start + 1 :], _MAX_TEXT)) < _MAX_TEXT

@@ -1,6 +1,6 @@
 """Publication on the Hugging Face Hub: model cards and pushes.
 
-The names of the authors' checkpoints are here too, where version 0.1.0 had them; they are [`deitlt_hf.original`]'s.
+It also exports functions for the authors' checkpoints from [`deitlt_hf.original`], because version 0.1.0 had them here.
 """
 
 from ..data import read_class_map, read_class_names

@@ -1,4 +1,4 @@
-"""What a model card tells of a model, in words and table rows."""
+"""Prepares the sentences and table rows of a model card from the record of a run and a model's configuration."""
 
 import html
 import re
@@ -13,18 +13,18 @@ from ..recipes import recipe_names
 TEACHER = "FlatTeacherForImageClassification"
 EXPERTS = {"mean": "mean (the prediction)", "cls": "CLS token", "distillation": "DIST token"}
 LONGEST_COMMAND = 4000  # characters; a longer one is left out
-# Control characters, halves of characters that no encoding has, and what turns the direction of the text after it.
+# Control characters, lone surrogates (which cannot be encoded), and characters that change the text direction.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # paths of this machine are recorded without their folders
-NAMED_CLASSES = 20  # of a data set with more, classes are counted only
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # no local path matches: paths are recorded without their folders
+NAMED_CLASSES = 20  # with more classes, the card only counts them
 
 
 class CardFacts:
-    """What a run recorded and a model's configuration says, as its card tells it. What is not known is None or empty.
+    """Facts for a model card, from the record of a run and the model's configuration. Unknown facts are None or empty.
 
     Args:
-        results: Content of a `results.json`; empty without one.
-        config: Content of a `config.json`; may be empty where there are results.
+        results: Content of a `results.json`; empty if there is none.
+        config: Content of a `config.json`; may be empty if there are results.
     """
 
     def __init__(self, results: Mapping[str, Any], config: Mapping[str, Any]):
@@ -32,14 +32,14 @@ class CardFacts:
         self.data: Mapping[str, Any] = results.get("data", {})
         self.settings: Mapping[str, Any] = results.get("settings", {})
         self.architecture: Mapping[str, Any] = {**results.get("architecture", {}), **config}
-        if not _fits(config):  # as plain transformers leaves it of a model that gets other classes
+        if not _fits(config):  # plain transformers keeps the old counts and groups when a model gets other classes
             config = {name: value for name, value in config.items() if name not in ("class_counts", "class_groups")}
         self.class_counts: Sequence[int] = self.data.get("class_counts") or config.get("class_counts") or []
         self.is_teacher = TEACHER in (results.get("model"), *(config.get("architectures") or []))
         groups = self.data.get("groups", {})
         if config.get("id2label"):
             self.names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
-        else:  # where classes come in the order of their counts, as in the recipes' subsets, so do those of the groups
+        else:  # if classes are sorted by count, as in the recipes' subsets, the groups list all names in class order
             in_order = list(self.class_counts) == sorted(self.class_counts, reverse=True)
             self.names = [name for group in groups.values() for name in group] if in_order else []
         self.groups: Mapping[str, Sequence[int]] = (config.get("class_groups") or {}) if self.class_counts else {}
@@ -50,44 +50,44 @@ class CardFacts:
 
     @property
     def evaluation(self) -> Mapping[str, Any] | None:
-        """The evaluation of the weights that were saved: that of the last epoch, unless the best ones were loaded."""
+        """The evaluation of the saved weights: of the last epoch, unless the best weights were loaded."""
         last, best = self.results.get("last"), self.results.get("best")
         step = self.results.get("saved_step")
         return next((entry for entry in (last, best) if entry and step in (None, entry["step"])), None)
 
     @property
     def unmeasured_step(self) -> int | None:
-        """Step of the weights, if the record has evaluations of other steps only."""
+        """Step of the weights, if the record only has evaluations of other steps; else None."""
         return self.results.get("saved_step") if self.results.get("last") and not self.evaluation else None
 
     @property
     def is_finished(self) -> bool:
-        """Whether the numbers are of the end of a run."""
+        """Whether the run finished."""
         return self.results.get("finished", False)
 
     @property
     def better(self) -> Mapping[str, Any] | None:
-        """The best evaluation, if it is not the one that the card shows."""
+        """The best evaluation, if the card shows another one; else None."""
         best = self.results.get("best")
         return best if best and self.evaluation and best["step"] != self.evaluation["step"] else None
 
     @property
     def is_best(self) -> bool:
-        """Whether weights of an earlier step than the last were kept because they tested best."""
+        """Whether the saved weights are from an earlier step than the last, because they had the best test accuracy."""
         return self.evaluation is not None and self.evaluation["step"] != self.results["last"]["step"]
 
     @property
     def accuracies(self) -> Mapping[str, Mapping[str, float | None]]:
-        """Fractions by expert, overall and by group; the prediction's come first."""
+        """Accuracies as fractions, by expert, overall and by group; the prediction comes first."""
         return self.evaluation["accuracies"] if self.evaluation else {}
 
     @property
     def prediction(self) -> Mapping[str, float | None]:
-        """Accuracies of the model's prediction."""
+        """Accuracies of the model's prediction, overall and by group."""
         return next(iter(self.accuracies.values()), {})
 
     def score_rows(self) -> list[list[str]]:
-        """The experts' table: a row of column names, then one an expert, in %."""
+        """Returns the table of experts: a row of column names, then one row for each expert, in %."""
         rows = [
             [plain(EXPERTS.get(expert, expert)), *(percent(row.get(group)) for group in self.prediction)]
             for expert, row in self.accuracies.items()
@@ -98,20 +98,20 @@ class CardFacts:
 
     @property
     def dataset(self) -> str | None:
-        """Name of the data, with the ratio that they were made long-tailed with."""
+        """Name of the data set, with the imbalance ratio of its long-tailed subset."""
         name, ratio = self.data.get("dataset"), self.data.get("imbalance_ratio")
         return name and (f"{name}, long-tailed at ratio {ratio:g}" if ratio else name)
 
     @property
     def hub_dataset(self) -> str | None:
-        """The data's id, if they have a user's or an organisation's on the Hub."""
+        """Id of the data set on the Hub, if it is from the Hub and its id has an owner (`ORG/NAME`)."""
         name = "" if self.data.get("local_files") else self.data.get("dataset") or ""
         return name if HUB_ID.fullmatch(name) else None
 
     def group_rows(self) -> list[list[str]]:
-        """Table of the groups; with the names of classes, if they are few."""
+        """Returns the table of groups; with class names, if there are at most `NAMED_CLASSES`."""
         names_too = len(self.names) == len(self.class_counts) <= NAMED_CLASSES
-        rows = [["group", *["their names"][:names_too], "classes", "training images", "images a class"]]
+        rows = [["group", *["class names"][:names_too], "classes", "training images", "images per class"]]
         for group, labels in self.groups.items():
             counts = [self.class_counts[label] for label in labels]
             span = f"{min(counts):,} to {max(counts):,}" if counts else "-"
@@ -121,15 +121,15 @@ class CardFacts:
 
     @property
     def tail_gap(self) -> str | None:
-        """How much worse the prediction is on the rarest group than on the most frequent one, if it was measured."""
+        """A sentence that compares the accuracy on the rarest and the most frequent group, if both were measured."""
         groups = [name for name in self.groups if self.prediction.get(name) is not None]
         if len(groups) < 2:
             return None
         first, last = groups[0], groups[-1]
         counts = [self.class_counts[label] for label in self.groups[last]]
         return (
-            f"Classes of {plain(last)}, with {min(counts):,} to {max(counts):,} training images, are recognised "
-            f"{percent(self.prediction[last])} % of the time, those of {plain(first)} "
+            f"The classes of {plain(last)}, with {min(counts):,} to {max(counts):,} training images, have an accuracy "
+            f"of {percent(self.prediction[last])} %, and the classes of {plain(first)} have "
             f"{percent(self.prediction[first])} %."
         )
 
@@ -137,7 +137,7 @@ class CardFacts:
 
     @property
     def model(self) -> str:
-        """What the model is, in one line."""
+        """Description of the model's architecture, in one line."""
         values, size = self.architecture, self.architecture.get("image_size")
         if self.is_teacher:
             parts = [values.get("backbone"), f"{values.get('classifier')} classifier", f"{size} x {size} pixels"]
@@ -154,28 +154,28 @@ class CardFacts:
 
     @property
     def recipe(self) -> str | None:
-        """Name of the recipe that gave the values."""
+        """Name of the run's recipe."""
         return (self.results.get("recipe") or {}).get("name")
 
     @property
     def overrides(self) -> Mapping[str, Any]:
-        """What the command line changed of the recipe."""
+        """Values of the command line that override the recipe."""
         return (self.results.get("recipe") or {}).get("overrides", {})
 
     @property
     def base_model(self) -> str | None:
-        """The Hub id of the model that a student started from, if it has one."""
+        """Hub id of the model from which the student was initialised, if it is on the Hub."""
         start = str(self.results.get("started_from") or self.overrides.get("init_from") or "")
         return start if HUB_ID.fullmatch(start) else None
 
     @property
     def changed(self) -> str:
-        """The overrides, in words."""
+        """The overrides, as text."""
         return ", ".join(f"{code(name)} {code(value)}" for name, value in self.overrides.items())
 
     @property
     def command(self) -> str | None:
-        """What trains it again."""
+        """The command that repeats the training; None without a recipe, or if it is too long."""
         if self.recipe is None:
             return None
         words = ["deitlt", "train-teacher" if self.is_teacher else "distill", "--recipe", self.recipe]
@@ -187,12 +187,12 @@ class CardFacts:
 
     @property
     def has_own_recipe(self) -> bool:
-        """Whether the recipe is a file of the user's and not one of the package."""
+        """Whether the recipe is the user's own file and not part of the package."""
         return self.recipe is not None and self.recipe not in recipe_names()
 
     @property
     def is_reweighted(self) -> bool:
-        """Whether the weights are of the phase in which rare classes weigh more; False if that is not known."""
+        """Whether the weights are from the deferred re-weighting phase; False if that is not known."""
         start, last = self.settings.get("drw_start_epoch"), self.results.get("last")
         if last:
             end = last["epoch"] * self.results.get("saved_step", last["step"]) / max(last["step"], 1)
@@ -202,31 +202,31 @@ class CardFacts:
 
     @property
     def schedule(self) -> str | None:
-        """Length, phases and batch."""
+        """Length of the training, re-weighting, batch size, learning rate and optimiser, as text."""
         settings = self.settings
         parts = _length(settings)
         if self.is_reweighted:
             parts.append(f"classes re-weighted from epoch {settings['drw_start_epoch']:g}")
         if settings.get("global_batch_size"):
-            parts.append(f"{settings['global_batch_size']:,} images a step")
+            parts.append(f"{settings['global_batch_size']:,} images per step")
         if settings.get("learning_rate"):
             parts.append(f"learning rate {settings['learning_rate']:.3g}")
         return ", ".join(parts + _flatness(settings, self.optimizer)) or None
 
     @property
     def is_flat(self) -> bool:
-        """Whether a teacher was trained with SAM; True of one whose training is not recorded."""
+        """Whether a teacher was trained with SAM; True if its training is not recorded."""
         if self.optimizer is not None:
             return self.optimizer["sam"] is not None
         return any(self.settings.get("sam_rho", [True]))
 
     @property
     def optimizer(self) -> Mapping[str, Any] | None:
-        """The record of the optimiser that ran; None in records of before 0.2.0, which have its arguments only."""
+        """The record of the optimiser that ran; None in records before 0.2.0, which only have its arguments."""
         return (self.results.get("ran") or {}).get("optimizer")
 
     def setting_rows(self) -> list[list[str]]:
-        """Table of what decided the result; a given optimiser or scheduler is in place of the arguments."""
+        """Returns the table of settings. An optimiser or scheduler object given by the user replaces its arguments."""
         settings, ran = dict(self.settings), self.results.get("ran") or {}
         if "optimizer" in ran.get("given", ()):
             settings |= {"optimizer": optimizer_name(ran["optimizer"]), **ran["optimizer"]["settings"]}
@@ -236,12 +236,12 @@ class CardFacts:
 
     @property
     def learns_from_labels_alone(self) -> bool:
-        """Whether a student has no teacher."""
+        """Whether a student was trained without a teacher."""
         return self.settings.get("distillation") == "none"
 
     @property
     def teacher(self) -> str | None:
-        """A student's teacher: what it is, where it is from and how it was trained."""
+        """Description of a student's teacher: its backbone, source and training."""
         record = self.results.get("teacher")
         if not record:
             return None
@@ -262,14 +262,14 @@ class CardFacts:
 
     @property
     def teacher_accuracies(self) -> str | None:
-        """What the student's run measured of its teacher."""
+        """Accuracies of the teacher, as measured in the run of the student."""
         values = (self.results.get("teacher") or {}).get("accuracies") or {}
         measured = {plain(name): percent(value) for name, value in values.items() if value is not None}
         return ", ".join(f"{name} {value}" for name, value in measured.items()) or None
 
     @property
     def hardware(self) -> str | None:
-        """On what it was trained."""
+        """Devices, threads and processes of the training."""
         record, processes = self.results.get("hardware"), self.results.get("processes", {}).get("processes", 1)
         if not record:
             return None
@@ -296,12 +296,12 @@ class CardFacts:
 
     @property
     def versions(self) -> str:
-        """Of the libraries it was trained with."""
+        """Versions of the libraries used in training."""
         return plain(", ".join(f"{name} {number}" for name, number in self.results.get("versions", {}).items()))
 
 
 def optimizer_name(record: Mapping[str, Any]) -> str:
-    """An optimiser's record in words, such as `SGD, SAM with rho 0.1`."""
+    """Describes the record of an optimiser as text, such as `SGD, SAM with rho 0.1`."""
     package, *_, name = str(record["class"]).split(".")
     name += f" of {package}" if package not in ("torch", "__main__") else ""
     if record.get("sam") is None:
@@ -311,22 +311,22 @@ def optimizer_name(record: Mapping[str, Any]) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction in %, or a dash for a group without test images."""
+    """Formats a fraction in %; a dash for a group without test images."""
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def plain(text: object) -> str:
-    """Foreign text on one line, of a bounded length, that Markdown, its tables and HTML show as it is."""
+    """Escapes untrusted text, which Markdown, its tables and HTML then show literally; one line of bounded length."""
     return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(_shown(text), quote=False))
 
 
 def code(text: object) -> str:
-    """Foreign text as code, on one line and of a bounded length; a backtick would end it."""
+    """Formats untrusted text as Markdown code, on one line of bounded length; backticks, which would end it, go."""
     return f"`{_shown(text).replace('`', chr(39)) or ' '}`"
 
 
 def quoted(text: object) -> str:
-    """Foreign text as a literal of Python, on one line."""
+    """Formats untrusted text as a Python string literal, on one line."""
     escaped = _shown(text).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
@@ -336,17 +336,22 @@ def _shown(text: object) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first row has the names of columns, of which the first ones are to the left."""
+    """Formats a Markdown table.
+
+    Args:
+        rows: The first row holds the names of the columns.
+        left: Number of columns, from the left, that are left-aligned; the others are right-aligned.
+    """
     head, *body = rows
     rule = ["---"] * left + ["---:"] * (len(head) - left)
-    # A cell ends at any bar that is not escaped, also at one in code.
+    # Any bar that is not escaped ends a cell, even inside code.
     cells = ([re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row] for row in (head, rule, *body))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _fits(config: Mapping[str, Any]) -> bool:
-    """Whether the counts and groups of a configuration are of as many classes as it names."""
-    classes = len(config.get("id2label") or range(2))  # transformers does not write its default, of two
+    """Whether the counts and groups of a configuration match its number of classes."""
+    classes = len(config.get("id2label") or range(2))  # transformers does not save its default of two classes
     labels = [label for group in (config.get("class_groups") or {}).values() for label in group]
     return len(config.get("class_counts") or []) in (0, classes) and all(label < classes for label in labels)
 
@@ -359,7 +364,7 @@ def _length(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _flatness(settings: Mapping[str, Any], optimizer: Mapping[str, Any] | None = None) -> list[str]:
-    """Loss of a teacher, and the optimiser."""
+    """Describes the loss of a teacher, and the optimiser with SAM's radius."""
     parts = [f"loss {code(settings['teacher_loss'])}"] if "teacher_loss" in settings else []
     if optimizer is not None:
         return [*parts, optimizer_name(optimizer)]
@@ -371,7 +376,10 @@ def _flatness(settings: Mapping[str, Any], optimizer: Mapping[str, Any] | None =
 
 
 def in_phases(values: Sequence[float], epochs: Sequence[float] | None) -> str:
-    """Values and the epochs from which on they hold; without epochs, in old records, by stage of the backbone."""
+    """Describes values and the epochs from which they hold.
+
+    Old records have no epochs: their values are for the stages of the backbone.
+    """
     if epochs is None:
         return ", ".join(f"{value:g}" for value in values) + " by stage of the backbone" * (len(values) > 1)
     first, *later = zip(values, epochs, strict=True)

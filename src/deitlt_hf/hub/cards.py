@@ -1,4 +1,4 @@
-"""Model cards: the `README.md` of a saved folder, made of what its run recorded, and the card of a recipe."""
+"""Writes model cards: the `README.md` of a model folder, from the record of its run, and the cards of recipes."""
 
 import hashlib
 import re
@@ -21,28 +21,30 @@ from .card_facts import CardFacts, code, plain, quoted, table
 
 CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
 _PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
+# Also identifies cards of earlier versions, see is_generated: it must not change.
 _MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits it:"
 _TAGS = ("vision", "deit-lt", "long-tailed")
 _KIND_TAGS = {"teacher": "sam", "student": "distillation"}
-# Metadata that tell of weights: those of an earlier card may be of others.
+# Metadata about the weights: in an earlier card they may describe other weights, so they are not kept.
 _OF_WEIGHTS = ("base_model", "base_model_relation", "co2_eq_emissions", "datasets", "metrics", "model-index")
 
 
 def make_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> ModelCard:
     """Makes the card of a saved student or teacher.
 
-    Its numbers are those of `results.json`; it has none without that, or if that is not known to be of these weights.
+    The numbers are from `results.json`. The card has no numbers if that file is missing, or does not belong to the
+    weights in the folder.
 
     Args:
-        folder: The model's.
-        repo_id: The Hub repository that it is for; the card's code loads it from there.
-        name: The heading; by default the repository's name.
-        **metadata: Fields of [`~huggingface_hub.ModelCardData`], such as `license` or `tags`; tags join the card's own.
-            Without a `license` the card says that none was named.
+        folder: The model folder.
+        repo_id: Hub repository of the model; the code in the card loads the model from there.
+        name: The heading; by default the name of the repository.
+        **metadata: Fields of [`~huggingface_hub.ModelCardData`], such as `license` or `tags`. Tags are added to the
+            card's default tags. Without a `license`, the card says that no licence is named.
 
     Raises:
         FileNotFoundError: If the folder has no model.
-        ValueError: If `repo_id` is not the name of a repository, or a file is damaged.
+        ValueError: If `repo_id` is not a valid repository name, or a file is corrupt.
     """
     folder = Path(folder)
     if repo_id is not None:
@@ -65,13 +67,13 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
 
 
 def eval_results_file(folder: str | Path) -> bytes | None:
-    """The prediction's accuracy as a file of `.eval_results`, which the Hub shows on the pages of model and data set.
+    """Makes a file for `.eval_results` with the accuracy; the Hub shows it on the pages of the model and the data set.
 
     Args:
-        folder: The model's.
+        folder: The model folder.
 
     Returns:
-        YAML; None unless a finished run of these weights measured it on a data set of the Hub.
+        YAML; None unless a finished run measured the accuracy of these weights on a data set from the Hub.
     """
     folder = Path(folder)
     record = find_record(folder)
@@ -89,12 +91,12 @@ def eval_results_file(folder: str | Path) -> bytes | None:
 
 
 def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None) -> ModelCard:
-    """Makes the card of the student that a recipe trains: the paper's numbers, and apart from them what was measured.
+    """Makes the card of the student that a recipe trains. Numbers of the paper and measured numbers are separate.
 
     Args:
         recipe: Name of a recipe of the package.
-        name: The model's.
-        results: Content of the student's `results.json`. None: nobody has measured it.
+        name: Name of the model.
+        results: Content of the student's `results.json`; None if the student was not measured.
     """
     paper = _PAPER.search(recipe_description(recipe))
     planned, results = _planned(recipe), results or {}
@@ -111,13 +113,13 @@ def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None
 
 
 def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> Path | None:
-    """Writes the card of [`make_card`] into the folder, unless there is one that somebody else wrote or edited.
+    """Writes the card of [`make_card`] into the folder, unless a user wrote or edited the card there.
 
-    Metadata that the folder's card was given before, its licence and tags for two, stay if nothing else is given; a
-    `license` of None takes it back.
+    Metadata that were given for an earlier card, such as licence and tags, stay unless other values are given; a
+    `license` of None removes the licence.
 
     Returns:
-        The file; None if it stays as it is.
+        Path of the card; None if the existing card was kept.
     """
     path = Path(folder) / CARD_FILE
     before = given_metadata(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -125,7 +127,10 @@ def write_card(folder: str | Path, repo_id: str | None = None, name: str | None 
 
 
 def given_metadata(text: str) -> dict[str, Any]:
-    """What a card was given that is not of its weights, if it is as it was written here; else nothing."""
+    """Returns the metadata that a user gave for a generated card; empty if the card was edited.
+
+    Metadata about the weights and default tags are left out.
+    """
     if not is_generated(text):
         return {}
     given = {name: value for name, value in ModelCard(text).data.to_dict().items() if name not in _OF_WEIGHTS}
@@ -134,16 +139,18 @@ def given_metadata(text: str) -> dict[str, Any]:
 
 
 def join_metadata(*several: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of which a later one goes before an earlier one, but for tags, which come together."""
+    """Merges metadata. A later value overrides an earlier one, but tags are joined."""
     tags = [tag for metadata in several for tag in _listed(metadata.get("tags"))]
     joined = {name: value for metadata in several for name, value in metadata.items()}
     return joined | {"tags": list(dict.fromkeys(tags))}
 
 
 def save_card(card: ModelCard, path: Path) -> Path | None:
-    """Writes a card; warns, gives None and leaves the file as it is if somebody else wrote or edited it."""
+    """Writes a card and returns its path. If a user wrote or edited the file, warns, keeps it and returns None."""
     if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
-        warnings.warn(f"{path} is not as deitlt-hf wrote it and stays; move it away for a new one.", stacklevel=2)
+        warnings.warn(
+            f"{path} was not written by deitlt-hf, or was edited, and stays; move it away for a new one.", stacklevel=2
+        )
         return None
     with atomic_write(path) as part:
         card.save(part)
@@ -151,7 +158,7 @@ def save_card(card: ModelCard, path: Path) -> Path | None:
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card is to the letter as it was written here."""
+    """Whether a card is exactly as this package wrote it: its marker holds the digest of the text before."""
     body, marker, _ = text.rpartition(_MARKER)
     return bool(marker) and text == body + _signature(body)
 
@@ -197,7 +204,7 @@ def _listed(tags: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """Every measured accuracy, for the `model-index` that the Hub reads."""
+    """Returns all measured accuracies, for the `model-index` that the Hub reads."""
     dataset = facts.data.get("dataset") or "custom"
     return [
         EvalResult(
@@ -216,7 +223,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _planned(recipe: str) -> dict[str, Any]:
-    """What a run of a recipe will record before its first evaluation."""
+    """Returns the record that a run of a recipe will have before its first evaluation."""
     content = load_recipe(recipe)
     data = DataArguments(**content["data"])
     sizes = {field.name for field in fields(StudentArguments)}
@@ -232,7 +239,7 @@ def _planned(recipe: str) -> dict[str, Any]:
 
 
 def _cut(boundaries) -> str | None:
-    """How [`shot_groups`] words boundaries."""
+    """Describes group boundaries in the same words as [`shot_groups`]."""
     return boundaries and f"classes sorted by count, cut at {list(boundaries)}"
 
 
@@ -242,17 +249,17 @@ def _title(facts: CardFacts) -> str:
 
 
 def _is_of(record: RunRecord | None, folder: Path) -> bool:
-    """Whether the record of a run says that it is of the weights in a folder."""
+    """Whether the record of a run has the digest of the weights in a folder."""
     digest = (record or {}).get("weights_sha256")
     return digest is not None and digest == weights_digest(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a model.
+    """Reads and checks the configuration of a model folder.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it cannot be read, or what a card says of it has other types than models are saved with.
+        FileNotFoundError: If the folder has no configuration.
+        ValueError: If the configuration cannot be read, or a field for the card has a type that no saved model has.
     """
     path = folder / "config.json"
     if not path.is_file():

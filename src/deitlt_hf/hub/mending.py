@@ -1,4 +1,4 @@
-"""What an earlier version saved beside the weights, as this version saves it."""
+"""Updates model folders of earlier versions: image processor, model code and handler."""
 
 import inspect
 import shutil
@@ -14,14 +14,14 @@ _CODE = (configuration_deitlt, modeling_deitlt, configuration_flat_teacher, mode
 
 
 def mend_folder(folder: str | PathLike) -> list[str]:
-    """Brings the image processor, the model code and the handler in a model folder up to date; its weights stay.
+    """Updates the image processor, the model code and the handler in a model folder; the weights are not changed.
 
-    Folders of 0.1.0 have a `DeiTImageProcessor` that resizes the shorter side, which transformers 4 refuses, and code
-    that runs in few versions of transformers and gives an LDAM teacher's cosines for its logits. Code that is no
-    version of this package's stays as it is.
+    Folders of 0.1.0 have a `DeiTImageProcessor` that resizes the shorter side, which transformers 4 refuses. Their code
+    runs in few versions of transformers, and returns the cosines of an LDAM teacher instead of its logits. Code that is
+    not a version of this package's code is not changed.
 
     Returns:
-        Names of the files that were written.
+        Names of the updated files.
 
     Raises:
         ValueError: If the configuration of the image processor cannot be read.

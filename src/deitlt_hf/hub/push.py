@@ -1,4 +1,4 @@
-"""Model folders on the Hugging Face Hub: what of a folder goes up, and what must be in order first."""
+"""Pushes model folders to the Hugging Face Hub: checks the folder, selects its files, and commits them."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
 
-# The base of what httpx raises (huggingface_hub 1.x), or httpx2 (2.x).
+# HTTPError is the base class of the exceptions of httpx (huggingface_hub 1.x) or httpx2 (2.x).
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -40,8 +40,8 @@ _OWN_CODE = tuple(pattern.replace("*", name) for pattern in _CODE for name in ("
 EVAL_FILE = ".eval_results/deitlt-hf.yaml"
 _RUN = (RESULTS_FILE, "log.jsonl", CURVES_FILE)
 _REPORT = ("report/index.html", "report/report.json", "report/*.png")
-# All that is ever pushed, beside the weights that the model loads. Checkpoints, optimiser states, pickles and hidden
-# files are not in this list, so they stay.
+# The only files that are pushed, in addition to the weights that the model loads. Checkpoints, optimiser states,
+# pickles and hidden files are not in this list, so they are never uploaded.
 PUBLISHED = (
     *(place + name for place in ("", "ema/") for name in _MODEL + _CODE),
     CARD_FILE,
@@ -50,8 +50,8 @@ PUBLISHED = (
     "onnx/*.onnx",
     *_REPORT,
 )
-# What is removed from a repository if the folder does not have it: only what could have been made here, for another
-# model.
+# Files that a push removes from the repository if the folder does not have them. The list has only names that this
+# package writes: such a file is left from a push of another model.
 _REPLACED = (
     *(place + name for place in ("", "ema/") for name in _MODEL + _WEIGHTS + _OWN_CODE),
     CARD_FILE,
@@ -77,35 +77,36 @@ def push_folder(
     handler: bool = False,
     **metadata,
 ) -> CommitInfo:
-    """Puts a model folder on the Hub in one commit: the repository then has all of it, or else what it had.
+    """Pushes a model folder to the Hub in one commit: if the push fails, the repository is not changed.
 
-    What goes up are the weights and what is in `PUBLISHED`, without a record, ONNX files and a report of other weights
-    than the folder's, and the accuracy in the Hub's own form ([`eval_results_file`]). Image processor, model code and
-    handler of an earlier version are mended in the folder, see [`mend_folder`]. What an earlier push put there under
-    one of the names in `_REPLACED`, and the folder does not have, is removed from the repository, where it would belong
-    to another model; all else stays. A push that was interrupted, or is not needed, can be repeated: weights that are
-    on the Hub are not sent again, and without a change there is no commit.
+    The push includes the weights, the files in `PUBLISHED`, and the accuracy in the Hub's format
+    ([`eval_results_file`]). It leaves out a record, ONNX files and a report that belong to other weights. Before the
+    push, image processor, model code and handler of an earlier version are updated in the folder, see [`mend_folder`].
+
+    A file in the repository with a name in `_REPLACED` that the folder does not have is deleted: it is from an earlier
+    push, and would belong to another model. All other files stay. A push can be repeated: weights that are already on
+    the Hub are not sent again, and without changes there is no commit.
 
     Args:
         folder: A student or teacher with its image processor, as the trainers and `convert` save them.
-        repo_id: Repository, ORG/NAME; it is made if there is none.
-        private: Make a new repository private. None: as is usual for the organisation.
-        revision: Branch to push to; it is made if there is none. By default `main`.
-        token: A token that may write there. By default HF_TOKEN, or the one of `hf auth login`.
+        repo_id: Repository, ORG/NAME; it is created if it does not exist.
+        private: Make a new repository private. None uses the default of the organisation.
+        revision: Branch to push to; it is created if it does not exist. By default `main`.
+        token: A token with write access. By default HF_TOKEN, or the token of `hf auth login`.
         commit_message: First line of the commit.
-        card: Write the folder's card first, as [`write_card`] does.
-        overwrite_card: Replace a card in the repository that somebody wrote or edited there. By default it stays.
-        handler: Write `handler.py` first, as [`add_handler`] does.
-        **metadata: Of the card, such as `license` or `tags`. What is not given stays as the folder's card was given
-            it before, or else the repository's.
+        card: Write the card of the folder first, with [`write_card`].
+        overwrite_card: Replace a card in the repository that a user wrote or edited there. By default it stays.
+        handler: Write `handler.py` first, with [`add_handler`].
+        **metadata: Metadata of the card, such as `license` or `tags`. Values that are not given are taken from the card
+            in the folder, or else from the card in the repository.
 
     Raises:
         FileNotFoundError: If the folder or a file of the model is missing.
-        FileExistsError: If a handler is asked for, and the folder has another one.
-        ValueError: If a file is damaged or a link to one elsewhere, its run is not finished, the folder is being
-            written, `repo_id` is none, the repository has a model of another type, no handler could load this one, or
-            metadata are given with no card to write.
-        OSError: If the Hub cannot be reached, or the token may not write there.
+        FileExistsError: If a handler is requested, and the folder has another one.
+        ValueError: If a file is corrupt or a link to a file elsewhere, the run is not finished, the folder is being
+            written, `repo_id` is not valid, the repository has a model of another type, no handler could load the
+            model, or metadata are given without a card to write.
+        OSError: If the Hub cannot be reached, or the token has no write access.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -118,7 +119,7 @@ def push_folder(
     for place in _places(folder):
         mended = mend_folder(place)
         if mended:
-            warnings.warn(f"mended in {place}, as an earlier version saved them: {', '.join(mended)}.", stacklevel=2)
+            warnings.warn(f"updated in {place}, as an earlier version saved them: {', '.join(mended)}.", stacklevel=2)
     if handler:
         add_handler(folder)
     api = _api(token)
@@ -142,7 +143,7 @@ def push_folder(
             )
             contents.pop(CARD_FILE, None)
             stale.discard(CARD_FILE)
-        # Not upload_folder, which with hf_xet makes several commits of a large folder.
+        # upload_folder with hf_xet would split a large folder into several commits.
         return api.create_commit(
             repo_id,
             [
@@ -162,29 +163,29 @@ def prepare_repository(
     token: str | None = None,
     model_type: str | None = None,
 ) -> str:
-    """Makes a repository and its branch if they are missing, and makes sure that a push to them will be let in.
+    """Creates a repository and its branch if they do not exist, and checks that a push to them will be accepted.
 
-    Takes what [`push_folder`] takes, and the `model_type` of the configuration that will be pushed, if it is known.
+    The arguments are those of [`push_folder`], and the `model_type` of the configuration to push, if it is known.
 
     Returns:
-        The full name of the repository; one without an organisation is the user's own.
+        The full name of the repository. A name without an organisation becomes a repository of the user.
 
     Raises:
-        ValueError: If `repo_id` is no name of a repository, `private` is wanted of one that is public, or it has a
-            model of another type.
-        OSError: If there is no token, it may not write there, or the Hub cannot be reached.
+        ValueError: If `repo_id` is not a valid repository name, `private` is given but the repository is public, or the
+            repository has a model of another type.
+        OSError: If there is no token, the token has no write access, or the Hub cannot be reached.
     """
     if not repo_id:
         raise ValueError("no repository is given to push to; name it as ORG/NAME (in training, --hub_model_id).")
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository; give it as ORG/NAME.") from error
+        raise ValueError(f"{repo_id!r} is not a valid repository name; give it as ORG/NAME.") from error
     api = _api(token)
     if api.token is None:
-        raise PermissionError(f"there is no token to push to {repo_id} with; run 'hf auth login' or set HF_TOKEN.")
+        raise PermissionError(f"there is no token for a push to {repo_id}; run 'hf auth login' or set HF_TOKEN.")
     with _one_sentence(repo_id):
-        api.whoami()  # tells a token that is not valid from one that may not write
+        api.whoami()  # fails for an invalid token, so a failure below means that write access is missing
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
         is_public = not api.repo_info(repo_id).private
@@ -193,7 +194,9 @@ def prepare_repository(
     if private and is_public:
         raise ValueError(f"{repo_id} is public; make it private in its settings on the Hub, or push to another.")
     if model_type and other and model_type != other:
-        raise ValueError(f"{repo_id} has a model of type {other!r}, and this is a {model_type!r}; push it to another.")
+        raise ValueError(
+            f"{repo_id} has a model of type {other!r}, but this is a {model_type!r}; push it to another repository."
+        )
     if revision is not None and not has_branch:
         with _one_sentence(repo_id):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -201,12 +204,12 @@ def prepare_repository(
 
 
 def check_folder(folder: str | Path) -> None:
-    """Checks that a folder holds a whole model that loads in all ways, and the results of no other.
+    """Checks that a folder holds a complete model that can be loaded, from a finished run, without links to outside.
 
     Raises:
         FileNotFoundError: If the folder or a file is missing.
-        ValueError: If a file is damaged or a link to one elsewhere, the run in the folder is not finished, or the model
-            is being written.
+        ValueError: If a file is corrupt or a link to a file elsewhere, the run in the folder is not finished, or the
+            model is being written.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -218,23 +221,23 @@ def check_folder(folder: str | Path) -> None:
     record = find_record(folder)
     if record is not None and record.get("finished") is False:
         raise ValueError(
-            f"the run in {folder} is not finished; go on with --resume_from_checkpoint auto, and push its end."
+            f"the run in {folder} is not finished; resume it with --resume_from_checkpoint auto, and then push it."
         )
 
 
 def _places(folder: Path) -> list[Path]:
-    """The folders of a push that have a model: its own, and that of the moving average, if there is one."""
+    """Returns the folders with a model: the folder itself, and `ema` in it if it holds the moving average."""
     average = folder / "ema"
     return [folder, average] if (average / "config.json").exists() or weight_files(average) else [folder]
 
 
 def _check_model(folder: Path) -> None:
-    # While files are replaced, and after a process was killed there, those of two models stand side by side.
+    # While files are replaced, or after a process was killed meanwhile, the folder mixes files of two models.
     staged = folder / ".saving" / "model"
     if staged.exists():
         raise ValueError(
-            f"a model is being saved in {folder}, or was not saved to its end; wait for it, or save the model there "
-            f"again. If the files beside {staged.parent} are whole, remove that."
+            f"a model is being saved in {folder}, or its saving was interrupted; wait for it, or save the model there "
+            f"again. If the other files there are complete, remove {staged.parent}."
         )
     for name in _MODEL:
         if not (folder / name).is_file():
@@ -256,15 +259,15 @@ def _check_model(folder: Path) -> None:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from error
         lacking = sorted(_indexed(folder, path.name) - found)
         if lacking:
-            raise ValueError(f"{path} lacks {lacking[0]!r}, which {_INDEX} says is there; save the model again.")
+            raise ValueError(f"{path} lacks {lacking[0]!r}, which {_INDEX} lists for it; save the model again.")
     config = read_config(folder)
-    named = len(config.get("id2label") or range(2))  # transformers does not write its default, of two
+    named = len(config.get("id2label") or range(2))  # transformers does not save its default of two classes
     for name, number in classes.items():
         if number != named:
             raise ValueError(f"{folder} names {named} classes, but {name} has {number}; save the model again.")
     references = config.get("auto_map") or {}
     if not isinstance(references, dict):
-        raise ValueError(f"auto_map in {folder / 'config.json'} is no object; save the model again.")
+        raise ValueError(f"auto_map in {folder / 'config.json'} is not a JSON object; save the model again.")
     for reference in references.values():
         if isinstance(reference, str) and "--" not in reference:  # else the code is in another repository
             name = f"{reference.partition('.')[0]}.py"
@@ -274,19 +277,19 @@ def _check_model(folder: Path) -> None:
 
 def _not_whole(folder: Path, name: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{folder} is no whole model folder: {name} is missing; save model and image processor there again."
+        f"{folder} is not a complete model folder: {name} is missing; save model and image processor there again."
     )
 
 
 def _indexed(folder: Path, shard: str) -> set[str]:
-    """The tensors that an index places in a shard; none of a model in one file."""
+    """Returns the tensors that the index lists for a shard; empty for a model in one file."""
     if shard == "model.safetensors":
         return set()
     return {name for name, file in read_json(folder / _INDEX)["weight_map"].items() if file == shard}
 
 
 def _published(folder: Path) -> set[str]:
-    """Names of the files in `PUBLISHED` and of the weights."""
+    """Returns the names of the existing files that match `PUBLISHED`, and of the weights."""
     paths = [path for pattern in PUBLISHED for path in folder.glob(pattern)]
     for place in _places(folder):
         weights = weight_files(place)
@@ -297,7 +300,7 @@ def _published(folder: Path) -> set[str]:
 
 
 def _files_to_push(folder: Path) -> set[str]:
-    """Names of the files to push; warns of those that are left out because they are of other weights."""
+    """Returns the names of the files to push; warns about files that are left out because of other weights."""
     found = _published(folder)
     digest = weights_digest(folder)
     witnesses = {name: _witness(name) for name in found}
@@ -311,22 +314,22 @@ def _files_to_push(folder: Path) -> set[str]:
     if left_out:
         shown = sorted({"report/" if name.startswith("report/") else name for name in left_out})
         warnings.warn(
-            f"left out, as not known to be of the weights in {folder}: {', '.join(shown)}; train, export or analyze "
-            "again.",
+            f"left out, because they may belong to other weights than those in {folder}: {', '.join(shown)}; train, "
+            "export or analyze again.",
             stacklevel=3,
         )
     return found - left_out
 
 
 def _witness(name: str) -> str | None:
-    """The file that has the digest of the weights that a file is about; None if it is not about weights."""
+    """Returns the file with the digest of the weights to which a file belongs; None if it belongs to no weights."""
     if _matches(name, _RUN):
         return RESULTS_FILE
     return {"onnx": name, "report": "report/report.json"}.get(name.partition("/")[0])
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a path is one of some patterns, in which a star does not reach over a slash."""
+    """Whether a path matches one of the patterns; unlike in fnmatch, a star does not match a slash."""
     parts = name.split("/")
     return any(
         len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
@@ -335,26 +338,26 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _has_card_of_others(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> bool:
-    """Whether a repository has a card that was neither written by deitlt-hf nor is the folder's."""
+    """Whether a repository has a card that was not written by deitlt-hf and differs from the folder's card."""
     there = _text(api, repo_id, CARD_FILE, revision)
     return there is not None and not is_generated(there) and there != _own_card(folder)
 
 
 def _own_card(folder: Path) -> str | None:
-    """Text of a folder's card; None if it has none."""
+    """Returns the text of a folder's card; None if there is no card."""
     path = folder / CARD_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _model_type(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """Of the model in a repository; None if it has none, or does not tell."""
+    """Returns the model type in a repository's configuration; None if there is none."""
     config = json.loads(_text(api, repo_id, "config.json", revision) or "null")
     return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
-    """A file of a repository; None if there is no such file."""
-    # Not hf_hub_download, which would answer from its cache where the Hub does not.
+    """Reads a text file of a repository; None if the file does not exist."""
+    # hf_hub_download would return its cached file if the Hub cannot be reached.
     url = hf_hub_url(repo_id, name, revision=revision)
     response = get_session().get(url, headers=build_hf_headers(token=api.token))
     try:
@@ -370,16 +373,17 @@ def _api(token: str | None) -> HfApi:
 
 @contextlib.contextmanager
 def _one_sentence(repo_id: str) -> Iterator[None]:
-    """Says in one sentence what went wrong on the way to the Hub.
+    """Reports a failed request to the Hub in one sentence.
 
     Raises:
-        OSError: In place of what huggingface_hub raises.
+        OSError: Instead of the exceptions of huggingface_hub.
     """
     try:
         yield
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         cause: BaseException = error
-        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # "Error while uploading ..."
+        # huggingface_hub wraps the cause in a RuntimeError, "Error while uploading ...".
+        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise OSError(f"{repo_id} was not pushed: {_reason(cause)}.") from cause
 
@@ -389,12 +393,12 @@ def _reason(error: BaseException) -> str:
         status = error.response.status_code
         words = _line(error.server_message or str(error))
         if status == 401:
-            return f"the token is not valid; make one at {_TOKENS}, and give it to 'hf auth login' or set HF_TOKEN"
+            return f"the token is not valid; create one at {_TOKENS}, and give it to 'hf auth login' or set HF_TOKEN"
         if status == 403:
             return f"the token may not write there ({words}); give it write access at {_TOKENS}, or push elsewhere"
-        return f"the Hub answered {status} ({words}); what it has got is not sent again if you repeat the push"
+        return f"the Hub answered {status} ({words}); uploaded files are not sent again if you repeat the push"
     if isinstance(error, HTTPError):
-        return f"the Hub was not reached ({_line(error)}); what it has got is not sent again if you repeat the push"
+        return f"the Hub was not reached ({_line(error)}); uploaded files are not sent again if you repeat the push"
     return _line(error)
 
 

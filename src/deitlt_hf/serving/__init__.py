@@ -1,1 +1,1 @@
-"""Trained models in use: endpoint handler, prediction from files, ONNX, demo page."""
+"""Inference with trained models: endpoint handler, prediction for image files, ONNX export, demo page."""

@@ -1,5 +1,5 @@
-"""A web page that shows what each expert says of an image, where it looks, and how common its classes were in
-training."""
+"""Gradio demo: a web page that shows, for one image, the prediction of each expert, its attention, and the number of
+training images of the predicted classes."""
 
 import base64
 import io
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     import gradio
 
 TOP_K = 5
-SHOWN_PIXELS = 224  # smaller images are enlarged by a whole factor, so that their pixels stay sharp
-OPACITY = 0.6  # of attention over the image
+SHOWN_PIXELS = 224  # smaller images are enlarged by an integer factor, which keeps their pixels sharp
+OPACITY = 0.6  # of the attention map over the image
 MAX_EXAMPLES = 12
-KEPT_SECONDS = 3600  # after which uploads are deleted
+KEPT_SECONDS = 3600  # uploads are deleted after this time
 NAMES = {"cls": "CLS", "distillation": "DIST"}
 TWO_EXPERTS = (
-    "Two experts look at every image. **CLS** learned from the labels and knows frequent classes best. **DIST** "
-    "learned from a second network, with rare classes counted more, and knows rare classes best. The answer is the "
-    "mean of both."
+    "Two experts classify every image. **CLS** learned from the labels and is best at frequent classes. **DIST** "
+    "learned from a second network, with a higher weight for rare classes, and is best at rare classes. The prediction "
+    "is the mean of both."
 )
-ONE_EXPERT = "This model has one classifier, without the two experts of DeiT-LT."
-# Gradio 6.31 gives the pictures of examples no names, without which a screen reader has nothing to read out.
+ONE_EXPERT = "This model has one classifier, not the two experts of DeiT-LT."
+# Gradio 6.31 gives example images no alt text, which screen readers need.
 NAME_EXAMPLES = """() => {
     const name = (image) => { image.alt = decodeURIComponent(image.src.split("/").pop()) };
     const nameAll = () => document.querySelectorAll(".gallery-item img[alt='']").forEach(name);
     nameAll();
     new MutationObserver(nameAll).observe(document.body, { childList: true, subtree: true });
 }"""
-# On a phone the answer is below the examples.
+# On a phone the answer appears below the examples, out of view.
 SHOW_ANSWER = '() => document.querySelector(".answer")?.scrollIntoView({ block: "nearest" })'
 
 
@@ -49,17 +49,17 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
 
     Args:
         model: Folder or Hub id of a saved student. A classifier without two experts gets one column.
-        examples: Folder of images to try, of which the first 12 are shown; by default the model folder's `examples`,
-            if it has one.
+        examples: Folder of example images, of which the first 12 are shown. By default the folder `examples` of the
+            model folder, if it exists.
 
     Raises:
-        FileNotFoundError: If there are no images in `examples`.
-        OSError: If there is no such model.
+        FileNotFoundError: If `examples` holds no images.
+        OSError: If the model does not exist.
         ValueError: If the model has no attention over patches, or Gradio or matplotlib is missing.
     """
     try:
         import gradio as gr
-        import matplotlib  # noqa: F401  (it is used with the first image; that it is missing is told before)
+        import matplotlib  # noqa: F401  (used only with the first image; imported here to fail before serving)
         from gradio.processing_utils import check_all_files_in_cache
     except ImportError as error:
         raise ValueError("the demo needs Gradio and matplotlib: pip install 'deitlt-hf[demo]'.") from error
@@ -68,7 +68,7 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
 
     def answer(file: dict[str, Any]) -> str:
         try:
-            # Gradio does so only where a request says of itself that it has a file.
+            # Gradio checks only requests that declare a file; without this, a request could read any path here.
             check_all_files_in_cache(file)  # type: ignore[arg-type]
             return explain(Path(file["path"]).read_bytes())
         except (gr.Error, OSError) as error:
@@ -94,7 +94,7 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
                     explain.empty, html_template='<div aria-live="polite">${value}</div>', apply_default_css=False
                 )
         for event in given:
-            # The package reads the file itself: Gradio would clip 16 bits, and has no plain messages.
+            # preprocess=False: Gradio's own reader would clip 16-bit images, and its error messages are unclear.
             answered = event(answer, image, result, preprocess=False, api_visibility="private")
             answered.success(None, js=SHOW_ANSWER)
             answered.failure(lambda: explain.empty, None, result, api_visibility="private")
@@ -103,15 +103,18 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
 
 
 def example_images(model: str | PathLike, folder: str | PathLike | None = None) -> list[Path]:
-    """The first images of a folder, by name; those of the model folder's `examples`, or none, if no folder is given.
+    """Returns the first images of a folder, sorted by name.
+
+    If no folder is given, these are the images in `examples` of the model folder; the list may be empty.
 
     Raises:
         FileNotFoundError: If a folder is given and has no images.
-        ValueError: If one of the model folder's is a link to a file elsewhere.
+        ValueError: If an example in the model folder is a link to a file outside of it.
     """
     types = image_suffixes()
     paths = sorted(path for path in Path(folder or Path(model, "examples")).glob("*") if path.suffix.lower() in types)
-    for path in [] if folder else paths:  # of a model that may be a stranger's, and whose examples are served
+    # The model may come from a stranger: a link in its examples could publish any file of this machine.
+    for path in [] if folder else paths:
         check_link(path, model)
     if folder and not paths:
         raise FileNotFoundError(f"there are no images in --examples {str(folder)!r}; give a folder that holds some.")
@@ -119,7 +122,7 @@ def example_images(model: str | PathLike, folder: str | PathLike | None = None) 
 
 
 class Picture(NamedTuple):
-    """A picture of the page; `data` is its `data:` URL."""
+    """A picture on the page; `data` is its `data:` URL."""
 
     caption: str
     alt: str
@@ -127,13 +130,13 @@ class Picture(NamedTuple):
 
 
 class Explanation:
-    """From the bytes of an image to the part of the page that explains its prediction.
+    """Callable that turns the bytes of an image into the HTML that explains its prediction.
 
     Args:
         model: Folder or Hub id of a saved model.
 
     Raises:
-        OSError, ValueError: If there is no such model, or it has no attention over patches.
+        OSError, ValueError: If the model does not exist, or has no attention over patches.
     """
 
     def __init__(self, model: str | PathLike):
@@ -148,10 +151,10 @@ class Explanation:
         self.empty = self._page.render()
 
     def __call__(self, image: bytes) -> str:
-        """The HTML of one image's explanation.
+        """Returns the HTML that explains the prediction for an image.
 
         Raises:
-            ValueError: If it is no image that can be read.
+            ValueError: If the image cannot be read.
         """
         picture = read_image(image, "Your image", self._handler.background)
         (answer,) = self._answer(picture)
@@ -164,7 +167,7 @@ class Explanation:
         )
 
     def _tell_experts(self, model: str | PathLike) -> bool:
-        """Whether the model has two experts; tried out, so that one that cannot be shown is told before serving."""
+        """Whether the model has two experts; runs the model once, to refuse an unsuitable model before serving."""
         try:
             (answer,) = self._answer(Image.new("RGB", (32, 32)))
         except ValueError as error:
@@ -177,7 +180,7 @@ class Explanation:
         return self._handler({"inputs": image, "parameters": {"top_k": TOP_K, "attention": True}})
 
     def _pictures(self, image: Image.Image, attention: Mapping[str, Sequence[Sequence[float]]]) -> list[Picture]:
-        """The image as the model sees it, alone and under the attention of each token."""
+        """Returns the image as the model sees it, without and with the attention map of each token."""
         seen = model_view(self._handler.processor, image)
         pictures = [Picture("What the model sees", "The image as the model sees it", png_url(seen))]
         for token, rows in attention.items():
@@ -190,7 +193,7 @@ class Explanation:
 
 
 def model_view(processor: BaseImageProcessor, image: Image.Image) -> Image.Image:
-    """An image as its processor resizes and crops it for the model, enlarged if it is small."""
+    """Returns an image as the processor resizes and crops it for the model, enlarged if it is small."""
     pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
     seen = Image.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8).transpose(1, 2, 0))
     factor = max(1, SHOWN_PIXELS // max(seen.size))
@@ -198,11 +201,11 @@ def model_view(processor: BaseImageProcessor, image: Image.Image) -> Image.Image
 
 
 def attention_over(image: Image.Image, weights: np.ndarray) -> Image.Image:
-    """An image, in grey, under a map of attention from dark, the least of all patches, to bright, the most.
+    """Overlays a grey version of an image with an attention map, from dark (lowest) to bright (highest).
 
     Args:
-        image: What the model sees.
-        weights: At least 0; (rows, columns) of patches.
+        image: The image as the model sees it.
+        weights: Attention of each patch, at least 0; (rows, columns).
     """
     from matplotlib import colormaps
 
@@ -212,12 +215,12 @@ def attention_over(image: Image.Image, weights: np.ndarray) -> Image.Image:
 
 
 def png_url(image: Image.Image) -> str:
-    """An image as a `data:` URL."""
+    """Encodes an image as a PNG in a `data:` URL."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def percent(score: float) -> str:
-    """A score in [0, 1], in per cent with one decimal."""
+    """Formats a score in [0, 1] in per cent, with one decimal."""
     return f"{100 * score:.1f}\N{NO-BREAK SPACE}%"

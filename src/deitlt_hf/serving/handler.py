@@ -1,9 +1,10 @@
 """Hosted inference with both experts: what each says, which group a class is of, and where the tokens look.
 
-Inference Endpoints run a model without any code. With a copy of this file in its repository, named handler.py, they
-run [`EndpointHandler`] instead. The file travels alone, so it imports torch, transformers, NumPy, Pillow and the
-standard library only.
+Inference Endpoints run a model without any code. If its repository has a copy of this file, named handler.py, they run
+[`EndpointHandler`] instead. The file is copied without the package, so it imports torch, transformers, NumPy, Pillow
+and the standard library only.
 """
+# The first line of the docstring identifies copies of every version, see is_version_of: it must not change.
 
 import base64
 import copy
@@ -39,18 +40,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 try:
     from transformers import PreTrainedConfig
-except ImportError:  # its name in transformers 4
+except ImportError:  # the name of the class in transformers 4
     from transformers import PretrainedConfig as PreTrainedConfig
 
 MAX_BATCH = 64
-MAX_REQUEST_PIXELS = 2**27  # of all images of a request together, as they are decoded
-REDUCED_FROM = 2**24  # pixels; the processor takes eight times their bytes
+MAX_REQUEST_PIXELS = 2**27  # decoded pixels of all images of a request together
+REDUCED_FROM = 2**24  # pixels above which an image is reduced: the processor needs eight times the bytes
 MAX_DOWNLOAD = 20 * 2**20  # bytes
 MAX_URL = 8192  # characters
-WAIT = 10  # seconds for each answer of another server
+WAIT = 10  # seconds to wait for each response of another server
 DEADLINE = 30  # seconds for all downloads of a request together
 EXPERTS = ("cls", "distillation")
-ATTENTION_IMAGES = 8  # at once; all layers' attention of an image is 23 MB for a ViT-B/16
+ATTENTION_IMAGES = 8  # images in one forward pass: the attention of all layers is 23 MB per image for a ViT-B/16
 
 ImageSource = Image.Image | bytes | str
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -59,14 +60,14 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 class EndpointHandler:
     """Classifies images with a DeiT-LT student, or with any image classifier of transformers.
 
-    Threads can call it at the same time.
+    The handler is thread-safe: several threads can call it at the same time.
 
     Args:
         path: Folder or Hub id of the model.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no model in it.
-        ValueError: If it holds no image classifier that transformers knows, or the Hub has none of that name.
+        FileNotFoundError: If the folder does not exist, or holds no model.
+        ValueError: If the path holds no image classifier that transformers knows, or the Hub has no such model.
     """
 
     def __init__(self, path: str | os.PathLike = ""):
@@ -77,34 +78,34 @@ class EndpointHandler:
         num_labels = self.model.config.num_labels
         counts = getattr(self.model.config, "class_counts", None) or []
         groups = getattr(self.model.config, "class_groups", None) or {}
-        # Whoever gives a model other classes with plain transformers leaves the old ones' counts and groups in place.
+        # Plain transformers can give a model other classes, but keeps the counts and groups of the old classes.
         self.training_images = counts if len(counts) == num_labels else [None] * num_labels
         self.group_of = {label: name for name, labels in groups.items() for label in labels}
         if max(self.group_of, default=0) >= num_labels or (counts and len(counts) != num_labels):
             self.group_of = {}
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        """Answers a request.
+        """Classifies the images of a request.
 
         Args:
-            data: `inputs` is an image or a list of at most 64: a PIL image, the bytes of a file, base64 (with or
-                without `data:image/...;base64,`), or an http(s) URL. `parameters` can have `top_k`, the number of
-                classes (5), and `attention`, whether to tell where the tokens look (False).
+            data: `inputs` is an image or a list of at most 64 images. An image is a PIL image, the bytes of a file,
+                base64 (with or without `data:image/...;base64,`), or an http(s) URL. `parameters` can have `top_k`, the
+                number of classes (default 5), and `attention`, whether to return attention maps (default False).
 
         Returns:
-            One dictionary an image:
+            One dictionary for each image:
 
-            - `predictions`: the `top_k` classes by the mean of the experts' logits, the first one first, each with
-              `label`, `score`, `cls_score`, `distillation_score` (softmax of the mean, and of each expert's logits),
-              `group` and `training_images` (None where the model does not tell).
-            - `cls`, `distillation`: `label` and `score` of each expert's own first class.
-            - `attention`, if asked for: by token, attention rollout (Abnar and Zuidema, ACL 2020) over the patches, in
-              rows and columns, the highest 1.
+            - `predictions`: the `top_k` classes by the mean of the experts' logits, the best first, each with `label`,
+              `score`, `cls_score`, `distillation_score` (softmax of the mean, and of each expert's logits), `group` and
+              `training_images` (None if the model's configuration does not have them).
+            - `cls`, `distillation`: `label` and `score` of the best class of each expert.
+            - `attention`, if requested: for each token, attention rollout (Abnar and Zuidema, ACL 2020) over the
+              patches, in rows and columns, scaled to a maximum of 1.
 
-            A classifier without the two heads has no scores and choices of experts.
+            A classifier without the two heads returns no scores and no labels of experts.
 
         Raises:
-            ValueError: If something in the request is wrong; the message is one sentence for whoever sent it.
+            ValueError: If the request is not valid. The message is one sentence for the sender of the request.
         """
         if not isinstance(data, dict) or data.get("inputs") is None:
             raise ValueError("the request has no inputs; give an image, or a list of images.")
@@ -114,7 +115,7 @@ class EndpointHandler:
             return self.classify([self.prepare(inputs, "inputs")], top_k, attention)
         if not 1 <= len(inputs) <= MAX_BATCH:
             raise ValueError(f"inputs has {len(inputs)} images; give 1 to {MAX_BATCH}.")
-        # One after the other: of large images only one is in memory.
+        # Each image is reduced to the model's size before the next is decoded: only one large image is in memory.
         prepared, left = [], MAX_REQUEST_PIXELS
         for name, source in _fetched(inputs):
             image, pixels = _read(source, name, self.background, left)
@@ -123,14 +124,14 @@ class EndpointHandler:
         return self.classify(prepared, top_k, attention)
 
     def prepare(self, source: ImageSource, name: str) -> torch.Tensor:
-        """Reads an image as the evaluation does; (1, channels, height, width).
+        """Reads and preprocesses an image as the evaluation does; returns (1, channels, height, width).
 
         Args:
-            source: As in `inputs` of a request.
-            name: What errors call it.
+            source: An image as in `inputs` of a request.
+            name: Name of the image in error messages.
 
         Raises:
-            ValueError: If it cannot be read.
+            ValueError: If the image cannot be read.
         """
         return self._processed(read_image(source, name, self.background))
 
@@ -141,10 +142,10 @@ class EndpointHandler:
     def classify(
         self, prepared: Sequence[torch.Tensor], top_k: int = 5, attention: bool = False
     ) -> list[dict[str, Any]]:
-        """Classifies images that [`prepare`] has read, of one size or several; the result is that of a request.
+        """Classifies images from [`prepare`], which may differ in size; returns the same as a request.
 
         Raises:
-            ValueError: If attention is asked for but the model has none over patches.
+            ValueError: If attention is requested but the model has no attention over patches.
         """
         by_shape: dict[torch.Size, list[torch.Tensor]] = {}
         for image in prepared:
@@ -170,7 +171,7 @@ class EndpointHandler:
         grid = tuple(side // length for side, length in zip(pixel_values.shape[-2:], patch, strict=True))
         maps = _rollouts(outputs.get("attentions"), grid)
         if not maps:
-            raise ValueError(f"a {config.model_type} has no tokens that look at all patches; leave attention out.")
+            raise ValueError(f"a {config.model_type} has no tokens that attend to all patches; leave attention out.")
         results = self._results(outputs, top_k)
         for index, result in enumerate(results):
             result["attention"] = {token: rollout[index].tolist() for token, rollout in maps.items()}
@@ -201,19 +202,19 @@ class EndpointHandler:
 
 
 def add_handler(folder: str | os.PathLike) -> Path:
-    """Puts a copy of this file into a model folder, so that pushing the folder takes it along.
+    """Copies this file into a model folder as handler.py. A push of the folder then includes it.
 
-    It needs no requirements.txt: what it imports is in every image of Inference Endpoints that runs transformers.
+    The handler needs no requirements.txt: every image of Inference Endpoints with transformers has its imports.
 
     Returns:
-        The copy.
+        Path of the copy.
 
     Raises:
         FileNotFoundError: If the folder holds no model.
-        FileExistsError: If it has a handler.py that is no version of this file.
-        ValueError: If the model is of a type that transformers does not know, and an endpoint could not load it.
+        FileExistsError: If the folder has a handler.py that is not a version of this file.
+        ValueError: If transformers does not know the type of the model: an endpoint could not load it.
     """
-    from ..io import atomic_write  # which the copy neither has nor needs
+    from ..io import atomic_write  # imported here: a copy of this file does not have the package
 
     target = check_handler(folder)
     with atomic_write(target) as part:
@@ -222,7 +223,7 @@ def add_handler(folder: str | os.PathLike) -> Path:
 
 
 def check_handler(folder: str | os.PathLike) -> Path:
-    """The place of the handler in a folder; what [`add_handler`] refuses is refused."""
+    """Returns the path of the handler in a folder; raises the errors of [`add_handler`]."""
     _check_folder(folder)
     model_type = model_config(str(folder)).get("model_type")
     if model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
@@ -232,12 +233,15 @@ def check_handler(folder: str | os.PathLike) -> Path:
         )
     target = Path(folder) / "handler.py"
     if target.exists() and not is_version_of(target, __file__):
-        raise FileExistsError(f"{str(target)!r} is another handler; move it away to have that of deitlt_hf.")
+        raise FileExistsError(f"{str(target)!r} is another handler; move it away to use the handler of deitlt_hf.")
     return target
 
 
 def is_version_of(path: str | os.PathLike, own: str | os.PathLike) -> bool:
-    """Whether a file is a version of one of this package's, of which all begin with the same docstring."""
+    """Whether a file is a version, possibly an earlier one, of a file of this package.
+
+    All versions of a file begin with the same line.
+    """
     return _first_line(path) == _first_line(own)
 
 
@@ -253,22 +257,23 @@ def _check_folder(folder: str | os.PathLike) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the name of a model is `ORG/NAME` on the Hub, not a path: no folder of that name or named ORG is here.
+    """Whether the name of a model is a Hub id (`ORG/NAME`) and not a local path.
 
-    What is in the Hub's cache is an id in any case, so that a folder named like an organisation does no harm.
+    It is an id if neither the path nor a folder ORG exists here. A model in the Hub's cache is an id even if a folder
+    has the name of its organisation.
     """
     if Path(name).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is None or name.startswith("outputs/"):
-        return False  # outputs is where training writes by default
+        return False  # training writes to outputs by default
     return not Path(name).parent.is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def model_config(path: str) -> dict[str, Any]:
-    """What the configuration of a model folder or Hub repository says; of a path, the Hub is not asked.
+    """Reads the configuration of a model folder or Hub repository. For a local path, the Hub is not queried.
 
     Raises:
-        FileNotFoundError: If it is the path of a folder that is not there.
-        OSError: If it cannot be had.
-        ValueError: If it is no object, or as [`check_config`].
+        FileNotFoundError: If the path is local and the folder does not exist.
+        OSError: If the configuration cannot be read or downloaded.
+        ValueError: If the configuration is not a JSON object, or [`check_config`] refuses it.
     """
     path = str(path)
     if not Path(path).is_dir() and not is_hub_id(path):
@@ -277,21 +282,21 @@ def model_config(path: str) -> dict[str, Any]:
         config = PreTrainedConfig.get_config_dict(path)[0]
         if not isinstance(config, dict):
             raise TypeError
-    except TypeError as error:  # also of get_config_dict itself
+    except TypeError as error:  # get_config_dict itself can raise it, too
         raise ValueError(f"the config.json of {path!r} does not hold an object; save the model again.") from error
     check_config(config, f"the config.json of {path!r}")
     return config
 
 
 def check_config(config: dict[str, Any], place: str) -> None:
-    """Checks the types of what is read of a configuration beside the model: its type, classes and groups.
+    """Checks the types of the configuration fields that this package reads: model type, classes and groups.
 
     Args:
         config: Content of a `config.json`.
-        place: What errors call it.
+        place: Name of the configuration in error messages.
 
     Raises:
-        ValueError: If a field has another type than models are saved with.
+        ValueError: If a field has a type that no saved model has.
     """
     names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
     is_right = {
@@ -304,25 +309,26 @@ def check_config(config: dict[str, Any], place: str) -> None:
     for name, right in is_right.items():
         if not right:
             shown = " ".join(str(config.get(name))[:60].split())
-            raise ValueError(f"{place} has a {name} that no model is saved with ({shown}); save the model again.")
+            raise ValueError(f"{place} has a {name} that is not valid ({shown}); save the model again.")
 
 
 def _are_whole(values: Any) -> bool:
-    """Whether these are numbers of classes, or of their images."""
+    """Whether this is a list of whole numbers from 0: class indices, or numbers of images."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def load_native(path: str) -> PreTrainedModel:
-    """Loads any image classifier of transformers or timm, from a folder or the Hub, without code of its own."""
+    """Loads any image classifier of transformers or timm, from a folder or the Hub; never runs code from there."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if config.model_type == "timm_wrapper" and config.model_args:  # the class of it would import timm
-        # timm 1.0.31 writes their number here too, and transformers 5.23 then gives it to the model twice.
+    # The type is compared by name: importing the configuration class would import timm.
+    if config.model_type == "timm_wrapper" and config.model_args:
+        # timm 1.0.31 writes the number of classes here too, and transformers 5.23 then passes it to the model twice.
         config.model_args.pop("num_classes", None)
     return AutoModelForImageClassification.from_pretrained(path, config=config, trust_remote_code=False)
 
 
 def on_best_device(model: Model) -> Model:
-    """The same model, on a GPU if there is one."""
+    """Moves a model to the GPU if one is available, else to the CPU, and returns it."""
     module: torch.nn.Module = model
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     return model
@@ -335,13 +341,13 @@ def _load(path: str | os.PathLike) -> tuple[BaseImageProcessor, PreTrainedModel]
     try:
         model_config(name)
         return AutoImageProcessor.from_pretrained(name), load_native(name)
-    except Exception as error:  # damaged weights can raise anything
+    except Exception as error:  # corrupt weights can raise any exception
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ValueError(f"{name!r} cannot be loaded as an image classifier: {reason}.") from error
 
 
 def _parameters(parameters: dict[str, Any]) -> tuple[int, bool]:
-    """`top_k` and `attention` of a request."""
+    """Reads and checks `top_k` and `attention` of a request."""
     known = {"top_k": 5, "attention": False}
     if not isinstance(parameters, dict):
         raise ValueError(f"parameters must be an object with names and values, got {str(parameters)[:80]}.")
@@ -356,21 +362,23 @@ def _parameters(parameters: dict[str, Any]) -> tuple[int, bool]:
     return top_k, attention
 
 
-# ---- Where the tokens look ----
+# ---- Attention maps ----
 
 
 def _observed(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The model once more, on the same weights, with attention that can be looked at; None if it has no patches.
+    """Returns a second model that shares the weights and returns attention weights; None if it has no patches.
 
-    The fast attention of the model itself keeps no weights, and switching it for one request would switch it for those
-    that other threads are answering.
+    The model's own fast attention returns no weights. Switching it to eager for one request would also switch it for
+    requests in other threads.
     """
     if getattr(model.config, "patch_size", None) is None:
         return None
-    if not hasattr(model, "set_attn_implementation"):  # before transformers 4.54 the classes of the layers decide it
+    # Before transformers 4.54, the attention implementation is a choice of layer classes, made at construction.
+    if not hasattr(model, "set_attn_implementation"):
         observed = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").eval()
         observed.load_state_dict(model.state_dict(), assign=True)
         return observed
+    # deepcopy takes what its memo holds as already copied: the tensors are shared, only modules are copied.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     observed = copy.deepcopy(model, shared)
     observed.set_attn_implementation("eager")
@@ -378,11 +386,11 @@ def _observed(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _rollouts(attentions: Sequence[torch.Tensor] | None, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """How much each token before the patches holds of each patch; (images, rows, columns) each, the highest 1.
+    """Attention rollout from each special token to the patches; (images, rows, columns) each, with a maximum of 1.
 
     Args:
-        attentions: Weights of all layers, the first one first; (images, heads, tokens, tokens) each.
-        grid: Patches down and across.
+        attentions: Attention weights of all layers, from the first to the last; (images, heads, tokens, tokens) each.
+        grid: Number of rows and columns of patches.
     """
     patches = grid[0] * grid[1]
     if not attentions:
@@ -391,20 +399,22 @@ def _rollouts(attentions: Sequence[torch.Tensor] | None, grid: tuple[int, int]) 
     if not 1 <= num_tokens <= len(EXPERTS):
         return {}
     identity = torch.eye(num_tokens + patches, device=attentions[0].device)
+    # Only the rows of the special tokens are needed: from the last layer back, these products are small.
     rollout = identity[:num_tokens]
     for layer in reversed(attentions):
-        rollout = rollout @ (layer.float().mean(dim=1) + identity) / 2  # half of a layer is the residual connection
+        # The identity stands for the residual connection, with the same weight as the attention.
+        rollout = rollout @ (layer.float().mean(dim=1) + identity) / 2
     maps = rollout[..., num_tokens:].unflatten(-1, grid)
     maps = (maps / maps.amax(dim=(-2, -1), keepdim=True)).cpu()
     return {token: maps[:, index] for index, token in enumerate(EXPERTS[:num_tokens])}
 
 
-# ---- One rule of what an image is: the same text as in data/image_rule.py ----
+# ---- Decoding of image files: a verbatim copy from data/image_rule.py ----
 
-# Not all that Pillow reads: it hands EPS to Ghostscript, for one.
+# Not all formats that Pillow reads: for EPS, Pillow would run Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
-MAX_ASPECT = 100  # the processor enlarges the short side: of a line of pixels that would be gigabytes
+MAX_PIXELS = 89_478_485  # Pillow's limit, at which Pillow itself only warns: 256 MiB of RGB
+MAX_ASPECT = 100  # the processor enlarges the short side, so a line of pixels would become gigabytes
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -416,19 +426,19 @@ _TURNS = {
 }  # by EXIF orientation
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
-_PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts in which Pillow looks for it
+_PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # where Pillow looks for the orientation
 _PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # transparency, orientation, animation
-_MAX_TEXT = 2**20  # bytes; of more Pillow refuses the image
+_MAX_TEXT = 2**20  # bytes; Pillow refuses an image with a larger text
 
-# What Pillow warns of (palettes, damaged EXIF, TIFF tags) changes no pixel, and would come once an image or a worker.
+# Pillow's warnings (palettes, corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_encoded(data: bytes | bytearray) -> Image.Image:
-    """Opens the bytes of an image file, of which only the header is read.
+    """Opens an image from the bytes of a file. Only the header is read.
 
     Raises:
-        ValueError: If they are of none of `FORMATS`, or the image is larger or longer than the limits.
+        ValueError: If the format is not in `FORMATS`, or the image exceeds the limits of size or aspect ratio.
     """
     if not data:
         raise ValueError("it has no bytes")
@@ -438,13 +448,13 @@ def open_encoded(data: bytes | bytearray) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is damaged, or of none of the formats " + ", ".join(FORMATS)) from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"its pixels are more than {MAX_PIXELS}") from error
+        raise ValueError(f"it has more than {MAX_PIXELS} pixels") from error
     check_size(*image.size)
     return image
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """How names of files of these formats end, in lower case."""
+    """Returns the file name suffixes of the accepted formats, in lower case."""
     Image.init()
     return tuple(suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS)
 
@@ -456,21 +466,21 @@ def check_size(width: int, height: int) -> None:
         ValueError: If it has more than `MAX_PIXELS`, or a side is more than `MAX_ASPECT` times the other.
     """
     if width * height > MAX_PIXELS:
-        raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS}")
+        raise ValueError(f"its {width} x {height} pixels are more than the limit of {MAX_PIXELS}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"of its {width} x {height} pixels one side is more than {MAX_ASPECT} times the other")
+        raise ValueError(f"one side of its {width} x {height} pixels is more than {MAX_ASPECT} times the other")
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation that is still to be applied, 1 to 8; 1 where none can be read.
+    """Returns the EXIF orientation that is still to be applied, 1 to 8; 1 if it cannot be read.
 
-    Pillow's reader of TIFF turns the image as it decodes it, so that one is decoded here.
+    A TIFF is decoded here, because Pillow's TIFF reader turns the image while it decodes it.
     """
     if image.format == "TIFF":
         image.load()
     try:
         value = image.getexif().get(0x0112)
-    except Exception:  # damaged EXIF can raise anything, and says nothing of the pixels
+    except Exception:  # corrupt EXIF can raise any exception, and does not affect the pixels
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1  # some cameras write text
 
@@ -478,20 +488,21 @@ def orientation_of(image: Image.Image) -> int:
 def upright_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
     """Decodes an image into upright RGB.
 
-    Of an animation it is the first frame, and 16 bits a channel are scaled to 8.
+    An animation gives its first frame. 16 bits per channel are scaled to 8.
 
     Args:
-        image: Of any mode.
-        background: Colour that shows through transparent pixels, as Pillow writes colours (`white`, `#ff8000`). None
-            leaves transparency out, as transformers does: transparent pixels have whatever colour the file holds.
+        image: An image of any mode.
+        background: Colour behind transparent pixels, in Pillow's notation (`white`, `#ff8000`). None ignores
+            transparency, as transformers does: transparent pixels get the colour that the file holds for them.
 
     Raises:
-        ValueError: If its values have no known range.
+        ValueError: If the range of the values is not known.
     """
     turn = _TURNS.get(orientation_of(image))
     image = _eight_bits(image)
     if is_transparent(image) and (background is not None or image.mode == "P"):
-        image = image.convert("RGBA")  # of palettes, Pillow would warn of the direct way to the same pixels
+        # For a palette, the direct conversion to RGB gives the same pixels, but Pillow warns.
+        image = image.convert("RGBA")
         if background is not None:
             canvas = Image.new("RGBA", image.size, colour(background))
             image = Image.alpha_composite(canvas, image)
@@ -500,10 +511,10 @@ def upright_rgb(image: Image.Image, background: str | None = None) -> Image.Imag
 
 
 def colour(text: str) -> str:
-    """A colour by its name or as `#rrggbb`, as `#rrggbb`.
+    """Converts the name of a colour, or `#rrggbb`, to `#rrggbb`.
 
     Raises:
-        ValueError: If there is no such colour.
+        ValueError: If the text is not a colour.
     """
     try:
         red, green, blue = ImageColor.getrgb(text)[:3]
@@ -513,12 +524,12 @@ def colour(text: str) -> str:
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether an image has an alpha channel, or a colour or palette that stands for transparency."""
+    """Whether an image has an alpha channel, a transparent colour, or a palette with transparency."""
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16 bits to 8, which Pillow would clip."""
+    """Scales 16 bits per channel to 8; Pillow's own conversion would clip."""
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers, whose range is not known; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -533,7 +544,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _without_texts(data: bytes | bytearray) -> bytes | bytearray:
-    """A PNG without what says nothing of its pixels: Pillow refuses images for a large or damaged text or profile."""
+    """Removes from a PNG the chunks that do not affect its pixels.
+
+    Pillow refuses an image because of a large or corrupt text or profile, although its pixels are intact.
+    """
     if data[:8] != _PNG:
         return data
     kept, start = [data[:8]], 8
@@ -547,14 +561,14 @@ def _without_texts(data: bytes | bytearray) -> bytes | bytearray:
 
 
 def _has_orientation(kind: bytes | bytearray, content: bytes | bytearray) -> bool:
-    """Whether a chunk of a PNG is a text with the orientation in it, of a size that Pillow reads."""
+    """Whether a PNG chunk is a text that can hold the orientation, of a size that Pillow reads."""
     if kind not in _PNG_TEXT or not content.startswith(_PNG_ORIENTATION):
         return False
     start = content.index(b"\0") + 1
     is_compressed = kind == b"zTXt" or (kind == b"iTXt" and content[start : start + 1] == b"\1")
     if not is_compressed:
         return len(content) < _MAX_TEXT
-    if kind == b"iTXt":  # flag, method, language and translated keyword
+    if kind == b"iTXt":  # skip flag, method, language and translated keyword
         start = content.find(b"\0", content.find(b"\0", start + 2) + 1)
     try:
         return len(zlib.decompressobj().decompress(content[start + 1 :], _MAX_TEXT)) < _MAX_TEXT
@@ -568,22 +582,23 @@ def _has_orientation(kind: bytes | bytearray, content: bytes | bytearray) -> boo
 def read_image(source: ImageSource, name: str, background: str | None = None) -> Image.Image:
     """Reads an image, upright and in RGB, as in training.
 
-    Of an animation it is the first frame, and 16 bits a channel are scaled to 8. An image of more than 16.8 million
-    pixels is reduced to a half, a quarter or an eighth of its sides: of these at least 4.2 million are left.
+    An animation gives its first frame. 16 bits per channel are scaled to 8. An image of more than 16.8 million pixels
+    is reduced to a half, a quarter or an eighth of its sides; at least 4.2 million pixels remain.
 
     Args:
         source: A PIL image, the bytes of a file, base64, or an http(s) URL.
-        name: What errors call it.
-        background: As for [`upright_rgb`].
+        name: Name of the image in error messages.
+        background: Colour behind transparent pixels, see [`upright_rgb`].
 
     Raises:
-        ValueError: If it cannot be read, has more than 89 million pixels, or one side is more than 100 times the other.
+        ValueError: If the image cannot be read, has more than 89 million pixels, or one side is more than 100 times the
+            other.
     """
     return _read(source, name, background, MAX_PIXELS)[0]
 
 
 def _read(source: ImageSource, name: str, background: str | None, max_pixels: int) -> tuple[Image.Image, int]:
-    """As [`read_image`], and how many pixels were decoded for it, which is no more than `max_pixels`."""
+    """Like [`read_image`], but also returns the number of decoded pixels, which is at most `max_pixels`."""
     if isinstance(source, str):
         source = _download(source, name) if _is_url(source) else _decode(source, name)
     if not isinstance(source, Image.Image | bytes):
@@ -594,7 +609,7 @@ def _read(source: ImageSource, name: str, background: str | None, max_pixels: in
         check_size(*image.size)
         step = next((step for step in (1, 2, 4) if image.width * image.height <= step**2 * REDUCED_FROM), 8)
         if step > 1 and isinstance(source, bytes) and image.format in ("JPEG", "MPO"):
-            image.draft(image.mode, (image.width // step, image.height // step))  # which decodes no more than that
+            image.draft(image.mode, (image.width // step, image.height // step))  # JPEG decodes at the smaller size
             step = 1
         pixels = image.width * image.height
         if pixels > max_pixels:
@@ -603,13 +618,13 @@ def _read(source: ImageSource, name: str, background: str | None, max_pixels: in
             )
         upright = upright_rgb(image, background)
         return upright if step == 1 else upright.reduce(step), pixels
-    except Exception as error:  # a damaged file can raise anything
+    except Exception as error:  # a corrupt file can raise any exception
         what = " ".join(str(error)[:1000].split()).rstrip(".")[:300] or type(error).__name__
         raise ValueError(f"{name} cannot be read as an image: {what}.") from error
 
 
 def _decode(text: str, name: str) -> bytes:
-    """Bytes of base64, with line breaks or without, or of a `data:` URL."""
+    """Decodes base64, with or without line breaks, or a `data:` URL."""
     header, comma, encoded = text.partition(",") if text.startswith("data:") else ("", "", text)
     try:
         if comma and not header.endswith(";base64"):
@@ -620,7 +635,7 @@ def _decode(text: str, name: str) -> bytes:
         raise ValueError(f"{name} is neither an http(s) URL nor an image in base64; {beginning}.") from error
 
 
-# ---- Downloads: a server must not fetch for strangers what only it can reach ----
+# ---- Downloads: a request must not make the server fetch from its private network (SSRF) ----
 
 
 def _is_url(source: ImageSource) -> TypeGuard[str]:
@@ -628,7 +643,7 @@ def _is_url(source: ImageSource) -> TypeGuard[str]:
 
 
 def _fetched(sources: Sequence[ImageSource]) -> Iterator[tuple[str, ImageSource]]:
-    """The images of a request with their names, one after the other; all downloads have one deadline together."""
+    """Yields the images of a request with their names, and downloads URLs; one deadline holds for all downloads."""
     seconds: float = DEADLINE
     for index, source in enumerate(sources):
         name = f"inputs[{index}]"
@@ -640,12 +655,12 @@ def _fetched(sources: Sequence[ImageSource]) -> Iterator[tuple[str, ImageSource]
 
 
 def _download(url: str, name: str, seconds: float | None = None) -> bytes:
-    """Fetches an image of the public internet, of at most 20 MiB and within 30 seconds, or those that are left.
+    """Downloads an image of at most 20 MiB from the public internet, within `seconds` (default 30).
 
-    Addresses of private networks are let through if the environment has DEITLT_ALLOW_PRIVATE_URLS=1.
+    Addresses of private networks are allowed if the environment has DEITLT_ALLOW_PRIVATE_URLS=1.
     """
     deadline = time.monotonic() + (DEADLINE if seconds is None else seconds)
-    # Of the files of this machine, of FTP and of the environment's proxies this opener knows nothing.
+    # Unlike urllib's default opener, this one opens no local files and no FTP, and uses no proxies of the environment.
     opener = urllib.request.OpenerDirector()
     for handler in (
         _PublicHTTPHandler(deadline),
@@ -672,7 +687,11 @@ def _download(url: str, name: str, seconds: float | None = None) -> bytes:
 
 
 def _seconds_left(deadline: float) -> float:
-    """How long the next step of a download may take."""
+    """Returns the timeout of the next step of a download.
+
+    Raises:
+        TimeoutError: If the deadline has passed.
+    """
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -680,7 +699,7 @@ def _seconds_left(deadline: float) -> float:
 
 
 def _without_query(url: str) -> str:
-    """What errors and logs call a URL, whose query can hold what grants access."""
+    """Shortens a URL for error messages and logs. The query is removed because it can hold credentials."""
     if len(url) > MAX_URL:
         raise ValueError(f"it has more than {MAX_URL} characters")
     parts = urllib.parse.urlsplit(url)
@@ -700,27 +719,27 @@ def _reason(error: Exception) -> str:
 
 def _refuse_private(address: str) -> None:
     if os.environ.get("DEITLT_ALLOW_PRIVATE_URLS") != "1" and not _is_public(ipaddress.ip_address(address)):
-        raise ValueError("its address is not of the public internet")
+        raise ValueError("its address is not on the public internet")
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     if address.version == 6:
-        # IPv4 addresses in IPv6's form, as they are and for a translator (NAT64), are judged as what they stand for.
+        # IPv4-mapped and NAT64 addresses lead to the IPv4 address in their last 32 bits, so that one decides.
         if address.ipv4_mapped or address in ipaddress.ip_network("64:ff9b::/96"):
             return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-        # All others that lead on to an IPv4 address are out of use, as is what is outside of the public 2000::/3.
+        # 6to4 and Teredo also lead to an IPv4 address, but are out of use. Global unicast is 2000::/3 only.
         if address.sixtofour or address.teredo or address not in ipaddress.ip_network("2000::/3"):
             return False
     return address.is_global and not address.is_multicast
 
 
 class _PublicHTTPConnection(http.client.HTTPConnection):
-    """A connection to an address of the public internet, which ends at its deadline however slowly bytes come."""
+    """A connection to a public address that ends at its deadline, even if bytes keep arriving slowly."""
 
-    deadline: float  # by the monotonic clock
+    deadline: float  # on the monotonic clock
 
     def connect(self):
-        # A name is looked up once: the next time it may have another address than the one that was judged.
+        # The name is resolved only once: a second lookup could return another address than the checked one.
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         places = [(str(address[0]), address[1]) for *_, address in found]
         for host, _ in places:
@@ -740,11 +759,11 @@ class _PublicHTTPConnection(http.client.HTTPConnection):
 
 
 class _PublicHTTPSConnection(http.client.HTTPSConnection, _PublicHTTPConnection):
-    """The same with TLS, which begins after [`_PublicHTTPConnection.connect`]."""
+    """A [`_PublicHTTPConnection`] with TLS, which starts after [`_PublicHTTPConnection.connect`]."""
 
 
 class _TimedReader(io.RawIOBase):
-    """What a socket receives until the deadline; its own timeout begins anew with each byte."""
+    """Reads from a socket until the deadline. The timeout of a socket alone restarts with each received byte."""
 
     def __init__(self, sock: socket.socket, deadline: float):
         self.sock, self.deadline = sock, deadline
@@ -790,5 +809,5 @@ class _PublicHTTPHandler(urllib.request.AbstractHTTPHandler):
 class _RedirectHandler(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, response, *args):
         redirected = super().redirect_request(request, response, *args)
-        response.close()  # it would be read into memory, however large
+        response.close()  # else urllib reads the whole body into memory, however large
         return redirected

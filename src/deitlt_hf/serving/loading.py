@@ -1,4 +1,4 @@
-"""Loading of any image classifier and of its image processor, with one sentence where that fails."""
+"""Loads image classifiers and their image processors; an error is reported in one sentence."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClass
 from ..models.weight_files import check_model_files
 from .handler import load_native, model_config
 
-# A student as it is saved, and as the package's own class is.
+# Architecture names of a student: the name that is saved, and the name of the package's class.
 STUDENTS = ("DeiTForImageClassificationWithTeacher", "DeiTLTForImageClassification")
 
 
@@ -40,13 +40,13 @@ def load_processor(path: str) -> BaseImageProcessor:
 
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Says in one sentence why a model, its configuration or its image processor cannot be loaded.
+    """Reports in one sentence why a model, its configuration or its image processor cannot be loaded.
 
-    The files of a folder are looked at first: nothing in them is run, and the sentence names the one that is damaged.
+    The files of a folder are checked first, without running code from them. The sentence names the corrupt file.
 
     Raises:
         FileNotFoundError: If the folder has no model.
-        ValueError: If it cannot be loaded.
+        ValueError: If the model cannot be loaded.
     """
     if Path(path).is_dir():
         check_model_files(path)
@@ -54,12 +54,16 @@ def loading(path: str) -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:  # fields of a configuration that are of another type can raise anything
+    except Exception as error:  # configuration fields of a wrong type can raise any exception
         raise ValueError(f"{path} cannot be loaded as an image classifier: {one_line(error).rstrip('.')}.") from error
 
 
 def read_model_config(path: str) -> dict:
-    """What the configuration of a folder or Hub repository says."""
+    """Reads the configuration of a model folder or Hub repository.
+
+    Raises:
+        ValueError: If the path is a file, or a file of the folder is corrupt.
+    """
     if Path(path).is_file():
         raise ValueError(f"{path} is a file; convert it to a model folder first, with 'deitlt convert'.")
     if Path(path).is_dir():

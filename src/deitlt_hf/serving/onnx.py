@@ -1,7 +1,8 @@
-"""Models as ONNX files, for onnxruntime, optimum and transformers.js: in float32, or with int8 weights.
+"""Exports models as ONNX files for onnxruntime, optimum and transformers.js: in float32, or with int8 weights.
 
-torch's own exporter is used. optimum's cannot be installed beside transformers 5 (optimum-onnx 0.1.0 wants less than
-4.58), and that of transformers 5.23 is experimental and gives token features as a result too.
+The export uses torch's exporter. optimum's exporter cannot be installed together with transformers 5 (optimum-onnx
+0.1.0 requires transformers below 4.58). The exporter of transformers 5.23 is experimental, and also outputs token
+features.
 """
 
 import contextlib
@@ -23,13 +24,13 @@ from transformers.models.deit.modeling_deit import DeiTPreTrainedModel, eager_at
 
 from ..io import atomic_write
 
-# Where transformers.js and optimum look for them, in a model folder.
+# Paths in a model folder at which transformers.js and optimum expect the files.
 MODEL_FILE, QUANTIZED_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
 INPUT, OUTPUTS = "pixel_values", ("logits", "cls_logits", "distillation_logits")
-OPSET = 20  # the first with GELU as one operation; for onnxruntime 1.18, of May 2024, or newer
+OPSET = 20  # the first with GELU as one operation; needs onnxruntime 1.18 (May 2024) or newer
 TOLERANCE = 1e-4  # on logits in float32
-MAX_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; some is left for the graph
-# eager attention under a name that transformers has no mask for: in a graph it would add one, of zeros, in each block.
+MAX_BYTES = 2**31 - 2**24  # a protobuf file holds at most 2 GiB; the rest is for the graph
+# Eager attention under a new name, for which transformers makes no mask: it would export a mask of zeros in each block.
 _ATTENTION = "deitlt_onnx"
 _LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -40,26 +41,26 @@ def export_onnx(
     dynamic_size: bool = True,
     weights_sha256: str | None = None,
 ) -> Path:
-    """Writes a model as `onnx/model.onnx` in float32, and compares it with torch.
+    """Writes a model as `onnx/model.onnx` in float32, and compares its logits with torch.
 
-    Its input is `pixel_values`, normalised images; its outputs are `logits` and, of a DeiT with two heads,
-    `cls_logits` and `distillation_logits`. The metadata has `id2label`, as JSON. A quantized file of an earlier export
+    The input of the file is `pixel_values`, normalised images. Its outputs are `logits` and, for a DeiT with two heads,
+    `cls_logits` and `distillation_logits`. The metadata holds `id2label` as JSON. A quantized file of an earlier export
     is removed.
 
     Args:
-        model: A DeiT-LT, a flat teacher, or an image classifier of transformers. It stays as it is.
-        output: The model's folder, or another one.
-        dynamic_size: Take images of any size, not only the configuration's; position embeddings are resized in the
-            graph as transformers does with `interpolate_pos_encoding`. The number of images is free in any case.
-        weights_sha256: [`weights_digest`] of the folder that the model was loaded from, for the metadata; a push takes
-            along what is of the weights that it pushes.
+        model: A DeiT-LT, a flat teacher, or an image classifier of transformers. It is not changed.
+        output: The model's folder, or another folder.
+        dynamic_size: Accept images of any size, not only the size in the configuration. The graph then resizes position
+            embeddings like `interpolate_pos_encoding` of transformers. The batch size is always dynamic.
+        weights_sha256: [`weights_digest`] of the folder that the model was loaded from, for the metadata. A push
+            includes only ONNX files with the digest of the pushed weights.
 
     Returns:
         Path of the file.
 
     Raises:
-        ValueError: If a library is missing, the model is too large, tells no image size or cannot be exported, or if
-            the file's logits are not torch's to 1e-4. No file is written then, and an earlier one stays.
+        ValueError: If a library is missing, the model is too large, has no image size or cannot be exported, or if the
+            logits differ from torch's by more than 1e-4. No file is written then, and an earlier file stays.
     """
     require_libraries()
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -68,12 +69,12 @@ def export_onnx(
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     if size > MAX_BYTES:
         raise ValueError(f"the model has {size / 2**30:.1f} GiB of weights; an ONNX file can hold less than 2 GiB.")
-    # Traced at its own size, a DeiT would take the number of its patches for a constant.
+    # Traced at its own image size, the number of patches of a DeiT would become a constant.
     other = (2 * height, width * 3 // 2) if dynamic_size else (height, width)
     network = _Logits(model, dynamic_size)
     axes = {0: "batch_size"} | ({2: "height", 3: "width"} if dynamic_size else {})
     program = _translated(network, _random_images(model, 2, *other), axes)
-    ClearMetadataAndDocStringPass()(program.model)  # each node's has paths of this machine
+    ClearMetadataAndDocStringPass()(program.model)  # the metadata of nodes contain paths of this machine
     program.model.metadata_props["id2label"] = json.dumps(model.config.id2label)
     if weights_sha256 is not None:
         program.model.metadata_props["weights_sha256"] = weights_sha256
@@ -87,10 +88,10 @@ def export_onnx(
 
 
 def quantize(path: str | PathLike) -> Path:
-    """Writes `model_quantized.onnx` beside a model: int8 weights, and activations in 8 bits as they come.
+    """Writes `model_quantized.onnx` next to a model: int8 weights, and activations dynamically quantized to 8 bits.
 
-    Matrix products with weights are quantized, one scale for each of their outputs; that is all of a ViT but its
-    patch embedding, a convolution. There is nothing to calibrate.
+    Matrix products with weights are quantized, with one scale for each output. In a ViT, that is everything except the
+    patch embedding, which is a convolution. No calibration is needed.
 
     Args:
         path: File from [`export_onnx`].
@@ -99,7 +100,7 @@ def quantize(path: str | PathLike) -> Path:
         Path of the new file.
 
     Raises:
-        ValueError: If a library is missing, or most weights are in convolutions, as in a CNN.
+        ValueError: If a library is missing, or most weights belong to convolutions, as in a CNN.
     """
     require_libraries()
     import onnx
@@ -109,7 +110,7 @@ def quantize(path: str | PathLike) -> Path:
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
     products = {name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") for name in node.input}
     _check_share(sum(sizes[name] for name in products & sizes.keys()), sum(sizes.values()), str(path))
-    # torch 2.7 lists the shapes of weights there too, some of which are transposed below.
+    # torch 2.7 lists the shapes of weights here too; they become wrong, because the quantizer transposes some weights.
     del model.graph.value_info[:]
     quantized = _beside(path)
     with atomic_write(quantized) as part, _quiet():
@@ -118,19 +119,19 @@ def quantize(path: str | PathLike) -> Path:
             part,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
-            # 7 bits are used: sums of two products of 8 bits overflow in processors without VNNI.
+            # Use 7 bits: on processors without VNNI, the sum of two 8-bit products overflows.
             reduce_range=True,
             weight_type=QuantType.QInt8,
         )
-        OnnxClassifier(part)  # which fails if onnxruntime does not take it
+        OnnxClassifier(part)  # raises an error if onnxruntime cannot load the file
     return quantized
 
 
 def check_quantizable(model: PreTrainedModel) -> None:
-    """Refuses a model whose file [`quantize`] would refuse, before it is exported.
+    """Checks before the export whether [`quantize`] will accept the model.
 
     Raises:
-        ValueError: If most weights are in convolutions, as in a CNN.
+        ValueError: If most weights belong to convolutions, as in a CNN.
     """
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
     _check_share(matrices, sum(parameter.numel() for parameter in model.parameters()), f"a {type(model).__name__}")
@@ -140,15 +141,15 @@ def _check_share(in_products: int, in_all: int, what: str) -> None:
     share = in_products / in_all
     if share < 0.5:
         raise ValueError(
-            f"{what} has {share:.0%} of its weights in matrix products, and int8 is for these; leave it in float32."
+            f"{what} has {share:.0%} of its weights in matrix products, and only those become int8; keep it in float32."
         )
 
 
 class OnnxClassifier(nn.Module):
-    """An ONNX file in the place of a model: what it is called with and gives are torch's tensors, on the CPU.
+    """Runs an ONNX file with the interface of a model: torch tensors in and out, on the CPU.
 
     Args:
-        path: The file.
+        path: Path of the ONNX file.
     """
 
     device = torch.device("cpu")
@@ -159,18 +160,18 @@ class OnnxClassifier(nn.Module):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # what goes wrong is raised, too
+        options.log_severity_level = 4  # errors are raised as exceptions anyway
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.names = [output.name for output in self.session.get_outputs()]
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits by their name, (batch, classes) each, of images (batch, channels, height, width)."""
+        """Returns logits by name, (batch, classes) each, of images (batch, channels, height, width)."""
         logits = self.session.run(self.names, {INPUT: pixel_values.numpy()})
         return dict(zip(self.names, map(torch.from_numpy, logits), strict=True))
 
 
 class _Logits(nn.Module):
-    """What is exported: a copy of a model, on the CPU and in float32, that gives its logits only."""
+    """The module to export: a copy of a model, on the CPU and in float32, that returns only logits."""
 
     def __init__(self, model: PreTrainedModel, dynamic_size: bool):
         super().__init__()
@@ -189,7 +190,7 @@ class _Logits(nn.Module):
 
 
 def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]):
-    """The network as torch's `ONNXProgram`."""
+    """Exports the network to torch's `ONNXProgram`."""
     with torch.no_grad(), _quiet():
         try:
             return torch.onnx.export(
@@ -203,7 +204,7 @@ def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]):
                 dynamo=True,
                 verbose=False,
             )
-        except (AssertionError, RuntimeError, ValueError) as error:  # the exporter's are RuntimeErrors
+        except (AssertionError, RuntimeError, ValueError) as error:  # the exporter raises RuntimeErrors
             raise ValueError(
                 f"{type(network.model).__name__} cannot be exported with any {', '.join(axes.values())}: "
                 f"{_first_cause(error)}"
@@ -211,7 +212,7 @@ def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]):
 
 
 def _linear(x, weight, bias=None):
-    """A linear layer as a product of two matrices with the bias in it, in place of a product and a sum."""
+    """Translates a linear layer into one `Gemm`, which includes the bias, instead of a product and a sum."""
     from onnxscript import opset20 as op
 
     if len(x.shape) == 2:
@@ -222,16 +223,16 @@ def _linear(x, weight, bias=None):
 
 
 def _compare(network: _Logits, path: Path, images: torch.Tensor) -> None:
-    """Refuses a file whose logits are not the network's."""
+    """Raises `ValueError` if onnxruntime cannot run a file, or its logits differ from the network's."""
     shown = f"{len(images)} random image(s) of {images.shape[3]} x {images.shape[2]} pixels"
     with torch.no_grad():
         expected = network(images)
     try:
         found = OnnxClassifier(path)(images)
-    except Exception as error:  # onnxruntime's have nothing else in common
+    except Exception as error:  # the exceptions of onnxruntime have no other base class
         raise ValueError(f"onnxruntime cannot run the file on {shown}; it was not kept: {error}") from error
     difference = max((found[name] - logits).abs().max().item() for name, logits in expected.items())
-    if not difference <= TOLERANCE:  # nor if it is not a number
+    if not difference <= TOLERANCE:  # also true for NaN
         raise ValueError(
             f"the ONNX file's logits differ from torch's by {difference:.2g} on {shown}, more than {TOLERANCE:g}; it "
             "was not kept."
@@ -239,7 +240,7 @@ def _compare(network: _Logits, path: Path, images: torch.Tensor) -> None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """First line of what began a chain of errors."""
+    """Returns the first line of the error at the start of a chain of exceptions."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -251,20 +252,20 @@ def _random_images(model: PreTrainedModel, number: int, height: int, width: int)
 
 
 def _image_size(model: PreTrainedModel) -> tuple[int, int]:
-    """Height and width of the images that a model is for."""
+    """Returns height and width of the images that a model is configured for."""
     size = getattr(model.config, "image_size", None)
     if isinstance(size, int):
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2:
         return tuple(size)
-    raise ValueError(f"{type(model.config).__name__} does not tell the size of the model's images, got {size!r}.")
+    raise ValueError(f"{type(model.config).__name__} has no usable image_size, got {size!r}; set it in the config.")
 
 
 def require_libraries() -> None:
-    """Asks for the libraries of an export, before anything else is done.
+    """Checks that the libraries for an export are installed.
 
     Raises:
-        ValueError: If one is missing.
+        ValueError: If a library is missing.
     """
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
@@ -272,13 +273,13 @@ def require_libraries() -> None:
 
 
 def _beside(path: str | PathLike) -> Path:
-    """The quantized file that belongs to a file."""
+    """Returns the path of the quantized file that belongs to an ONNX file."""
     return Path(path).with_name(Path(QUANTIZED_FILE).name)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps to themselves what exporter and quantizer have to say of their own insides."""
+    """Suppresses log messages and warnings of the exporter and the quantizer about their internals."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

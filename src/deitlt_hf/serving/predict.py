@@ -1,4 +1,4 @@
-"""Classifying image files, as many as there are, a batch in memory at a time."""
+"""Finds and classifies image files; only one batch is in memory at a time."""
 
 import glob
 import itertools
@@ -27,8 +27,8 @@ def load_classifier(path: str | PathLike) -> EndpointHandler:
         path: Folder or Hub id.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it holds no image classifier, or a file is damaged.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If the path holds no image classifier, or a file is corrupt.
     """
     if Path(path).is_dir():
         check_model_files(path)
@@ -38,13 +38,14 @@ def load_classifier(path: str | PathLike) -> EndpointHandler:
 
 
 def find_images(entries: Iterable[str], others: Counter | None = None) -> Iterator[str]:
-    """Paths of images, in the order of what is asked for, and as often.
+    """Yields the paths of images, in the order of the entries. An image in two entries is yielded twice.
 
     Args:
-        entries: Files; folders, for the images in and below them; patterns such as `photos/**/*.jpg`; `-` for entries
-            from standard input, one a line. Links to folders are followed, but no entry gives a folder twice. What is
-            none of these is taken for a file; reading it will fail, as will a folder that cannot be listed.
-        others: Counts the files in folders whose names are not those of images, by suffix.
+        entries: Files; folders, searched with their subfolders; patterns such as `photos/**/*.jpg`; `-` to read entries
+            from standard input, one per line. Links to folders are followed, but an entry never gives a folder twice.
+            An entry that matches nothing is yielded as a path, and so is a folder that cannot be listed: reading them
+            fails later, with a message.
+        others: Counter of the files in folders that do not have the name of an image, by suffix.
     """
     for entry in entries:
         if entry == "-":
@@ -59,16 +60,16 @@ def find_images(entries: Iterable[str], others: Counter | None = None) -> Iterat
 def predict_images(
     classifier: EndpointHandler, paths: Iterable[str], top_k: int = 5, batch_size: int = 32
 ) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """Classifies files, in their order; a file that cannot be read does not keep others from it.
+    """Classifies image files in order. A file that cannot be read does not stop the others.
 
     Args:
         classifier: The model.
-        paths: Image files; they are taken as they are needed.
-        top_k: Classes of each image.
-        batch_size: Images that go through the model together.
+        paths: Image files; the iterable is consumed lazily.
+        top_k: Number of classes for each image.
+        batch_size: Number of images in one forward pass.
 
     Yields:
-        A path, and what [`EndpointHandler`] answers for one image, or why the file cannot be read.
+        A path, and the result of [`EndpointHandler`] for the image or, if the file cannot be read, the error.
     """
     paths = iter(paths)
     while batch := list(itertools.islice(paths, batch_size)):
@@ -82,8 +83,8 @@ def predict_images(
 def _prepared(classifier: EndpointHandler, path: str) -> torch.Tensor | ValueError:
     try:
         if os.path.isdir(path):
-            os.scandir(path).close()  # why it cannot be listed
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device could have no end
+            os.scandir(path).close()  # raises the reason why the folder cannot be listed
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device may never end
             return ValueError(f"{path!r} is not a file.")
         return classifier.prepare(Path(path).read_bytes(), repr(path))
     except FileNotFoundError:
@@ -95,12 +96,12 @@ def _prepared(classifier: EndpointHandler, path: str) -> torch.Tensor | ValueErr
 
 
 def _standard_input() -> Iterator[str]:
-    # Names of files are bytes; not all are text in any encoding.
+    # File names are bytes that may not be valid text; fsdecode keeps them intact.
     return (os.fsdecode(line.rstrip(b"\r\n")) for line in (sys.stdin.buffer if sys.stdin else ()))
 
 
 def _images_in(path: str, others: Counter | None) -> Iterator[str]:
-    """The images in and below a folder, and what of it cannot be listed; all else is itself."""
+    """Yields the images in and below a folder, and subfolders that cannot be listed; yields any other path as it is."""
     if not os.path.isdir(path):
         yield path
         return
@@ -119,7 +120,7 @@ def _images_in(path: str, others: Counter | None) -> Iterator[str]:
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str] | None]]:
-    """A folder and those below it, each once although links can lead round, with their files; None if unreadable."""
+    """Yields a folder and its subfolders with their files, or None if unreadable; visits each once despite links."""
     visited: set[str] = set()
     unreadable: list[str] = []
     steps = os.walk(top, onerror=lambda error: unreadable.append(error.filename), followlinks=True)
@@ -135,7 +136,7 @@ def _walk(top: str) -> Iterator[tuple[str, list[str] | None]]:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """What a pattern matches; `**` of glob itself would follow links round and round."""
+    """Yields the paths that a pattern matches. `**` is expanded here, because glob would follow cyclic links."""
     before, *after = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
     if not after:
         yield from glob.glob(pattern)
@@ -145,7 +146,7 @@ def _matches(pattern: str) -> Iterator[str]:
             yield top
             continue
         for folder, files in _walk(top):
-            if "/." in f"/{folder[len(top) :]}":  # hidden, which no star matches
+            if "/." in f"/{folder[len(top) :]}":  # a hidden folder, which a star does not match
                 continue
             if files is None:
                 yield folder
@@ -155,7 +156,7 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _once(paths: Iterable[str]) -> Iterator[str]:
-    """Leaves out what comes again, as do files that a pattern matches and that are in a folder that it matches."""
+    """Removes duplicates: a pattern can match both a folder and the files in it."""
     seen: set[tuple[str, str]] = set()
     for path in paths:
         folder, name = os.path.split(path)
