@@ -42,7 +42,11 @@ def trained_folder(tmp_path, monkeypatch, teacher_folder):
 
 def test_python_of_the_readme_runs(trained_folder, digits):
     """As it stands, but for fewer epochs; then the two ways of using the model that it has saved."""
-    use_plain, use_package, train = blocks(README)
+    use_plain, use_package, by_recipe, train = blocks(README)
+    tiny = by_recipe.replace('"digits_lt_fast"', repr(str(ROOT / "tests" / "fixtures" / "tiny.yaml")))
+    exec(compile(tiny, "README.md", "exec"), {})
+    assert (trained_folder / "outputs" / "python" / "teacher" / "model.safetensors").is_file()
+    shutil.rmtree(trained_folder / "outputs" / "python")
     short = train.replace("num_train_epochs=260", "num_train_epochs=7").replace("start_epoch=180", "start_epoch=6")
     assert short != train
     exec(compile(short, "README.md", "exec"), {})

@@ -24,9 +24,10 @@ from transformers.hf_argparser import DataClassType
 
 from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
-from .arguments import DataArguments, without_folders
+from .arguments import DataArguments, StudentArguments, TeacherArguments, without_folders
 from .usage import BriefParser
 
+_PACKAGE = __package__.partition(".")[0]
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
 _ABOUT = ("description", "extends")
 # Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
@@ -72,6 +73,16 @@ _ALIASES = {
     **dict.fromkeys(("depth", "layers"), "num_hidden_layers"),
     **dict.fromkeys(("rho",), "sam_rho"),
 }
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows an option by one spelling; HfArgumentParser also accepts hyphens."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2 or action.option_strings[0] == "-h":
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[0]} {value}".rstrip()
 
 
 class _RecipeParser(BriefParser, HfArgumentParser):
@@ -186,9 +197,8 @@ def teacher_folder(recipe: str, loss: str | None) -> str:
 
 def data_help() -> str:
     """Help text about the data fields of a recipe, for commands that accept these fields."""
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = HfArgumentParser(
-        DataClassType(DataArguments), usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter
+        DataClassType(DataArguments), usage=argparse.SUPPRESS, add_help=False, formatter_class=_Formatter
     )
     _add_recipe(parser)
     _, _, options = parser.format_help().partition("\n")
@@ -228,6 +238,7 @@ def parse_arguments(
     _allow_none(parser, classes)
     refused = {name for cls in classes for name in getattr(cls, "refused", ())}
     _hide(parser, refused.union(_FOR_SCRIPTS))
+    _group(parser, classes)
     parser.usage = parser.format_usage().removeprefix("usage: ")  # the short usage in the help, too
     # First pass: the options that decide which values of the recipe apply.
     first = BriefParser(add_help=False, allow_abbrev=False, usage=parser.usage)
@@ -290,7 +301,7 @@ def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeP
     return _RecipeParser(
         map(DataClassType, classes),
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
 
@@ -423,6 +434,27 @@ def _hide(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     for name in names:
         if f"--{name}" in parser._option_string_actions:
             parser._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
+
+
+def _group(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
+    """Sorts the options of the help into groups: this package's own first, those inherited from transformers last."""
+    titles: dict[type, str] = {DataArguments: "data", StudentArguments: "model", TeacherArguments: "model"}
+    inherited = "training: options of transformers"
+    group_of = {}
+    for cls in classes:
+        own = [
+            vars(parent).get("__annotations__", {}) for parent in cls.__mro__ if parent.__module__.startswith(_PACKAGE)
+        ]
+        title = "method and training" if hasattr(cls, "method_settings") else titles.get(cls, "this command")
+        for field in fields(cls):
+            if field.init:
+                group_of[field.name] = title if any(field.name in names for names in own) else inherited
+    actions = list(parser._actions)
+    parser._action_groups.clear()
+    for title in ("options", "this command", "method and training", "data", "model", inherited):
+        members = [action for action in actions if group_of.get(action.dest, "options") == title]
+        if members:
+            parser.add_argument_group(title)._group_actions.extend(members)
 
 
 def _or_none(kind: type) -> Callable[[str], Any]:

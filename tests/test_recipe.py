@@ -1,0 +1,72 @@
+"""Recipes from Python, and the help of commands that take a recipe."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from deitlt_hf import DeiTLTTrainingArguments, Recipe
+from deitlt_hf.cli import main
+from deitlt_hf.recipes import DataArguments, StudentArguments, parse_arguments
+
+TINY = str(Path(__file__).parent / "fixtures" / "tiny.yaml")
+
+
+def test_keywords_do_what_the_command_line_does(tmp_path):
+    options = {"learning_rate": 2e-3, "group_rule": "thirds", "imbalance_ratio": 5.0, "hidden_size": 96}
+    words = ["--recipe", TINY, "--output_dir", str(tmp_path)]
+    words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    _, *expected = parse_arguments("student", classes, words)
+    found = Recipe.load(TINY).student(output_dir=str(tmp_path), **options)
+    assert [found.data, found.model] == expected[:2]
+    assert found.args.method_settings() == expected[2].method_settings()
+    assert found.args.recipe == expected[2].recipe == {"name": "tiny.yaml", "overrides": options}
+    assert found.data.group_boundaries is None  # which the rule overrides
+
+
+def test_the_loss_of_a_teacher_changes_what_depends_on_it():
+    recipe = Recipe.load("fashion_mnist_lt_tiny")
+    own, paco = recipe.teacher(), recipe.teacher("paco")
+    assert (own.args.teacher_loss, own.args.learning_rate, own.args.drw_start_epoch) == ("ce", 0.1, 24)
+    assert (paco.args.teacher_loss, paco.args.learning_rate, paco.args.drw_start_epoch) == ("paco", 0.05, None)
+    assert paco.args.output_dir.endswith("teacher_paco")
+    assert recipe.teacher("paco", learning_rate=0.02).args.learning_rate == 0.02
+
+
+def test_data_are_loaded_with_overrides():
+    data = Recipe.load(TINY).data(imbalance_ratio=2, max_per_class=20).load()
+    counts = [data["train"]["label"][:].count(label) for label in range(10)]
+    assert (max(counts), min(counts)) == (20, 10)
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (lambda: Recipe.load("digit_lt"), FileNotFoundError, r"no recipe 'digit_lt' \(did you mean 'digits_lt'"),
+        (lambda: Recipe.load(__file__), ValueError, "test_recipe.py"),
+        (lambda: Recipe.load(TINY).student(lr=1), ValueError, r"unknown field 'lr' .*\(did you mean 'learning_rate'"),
+        (lambda: Recipe.load(TINY).data(learning_rate=1), ValueError, "unknown field 'learning_rate'"),
+        (lambda: Recipe.load(TINY).teacher("hinge"), ValueError, "teacher_loss must be one of .*, got 'hinge'"),
+        (lambda: Recipe.load(TINY).student(do_train=True), ValueError, "do_train has no effect"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(ask, error, message):
+    with pytest.raises(error, match=message):
+        ask()
+
+
+@pytest.mark.parametrize("command", ["distill", "train-teacher"])
+def test_help_has_the_methods_options_first_and_each_by_one_spelling(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    groups = re.findall(r"^([a-z][\w :]*):$", text, flags=re.MULTILINE)
+    assert groups == ["options", "method and training", "data", "model", "training: options of transformers"]
+    sections = dict(zip(groups, re.split(r"^[a-z][\w :]*:$", text, flags=re.MULTILINE)[1:], strict=True))
+    assert "--recipe RECIPE" in sections["options"]
+    assert "--drw_start_epoch" in sections["method and training"]
+    assert "--dataset " in sections["data"]
+    assert "--image_size" in sections["model"]
+    assert "--adam_beta1" not in sections["method and training"]
+    assert "--drw-start-epoch" not in text
