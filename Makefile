@@ -13,7 +13,7 @@ RANGE := --deselect tests/test_model.py::test_a_seed_gives_the_same_student_as_e
 	tests/test_streaming.py::test_parquet_is_streamed_with_its_class_names
 TOOLS := hypothesis matplotlib peft psutil pytest pytest-timeout pytest-xdist
 
-.PHONY: install demo test test-oldest test-newest research-check lint format clean
+.PHONY: install demo test test-fast test-oldest test-newest research-check lint format clean
 
 install: $(INSTALLED)
 
@@ -30,6 +30,12 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxproc
 
 test: install
 	$(PYTEST)
+
+# Modules whose tests train for seconds or start processes.
+SLOW := any_teacher budget data_commands demo distributed ecosystem handler onnx predict push readme report resume \
+	scripts sharpness speed streaming training versions watching
+test-fast: install  ## The tests without trainings and subprocesses, in about two minutes.
+	$(PYTEST) $(SLOW:%=--ignore=tests/test_%.py)
 
 research-check: install  ## Check docs/claims.md against the records in research/, and that its peer is one.
 	$(PYTEST) research

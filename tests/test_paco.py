@@ -81,7 +81,9 @@ def test_momentum_encoder_follows_slowly():
     assert not any(parameter.requires_grad for parameter in contrast.encoder.parameters())
 
 
-@pytest.mark.parametrize(("size", "momentum", "message"), [(0, 0.9, "queue_size must be 1 or more, got 0"), (4, 1.5, r"in \[0, 1\], got 1.5")])
+@pytest.mark.parametrize(
+    ("size", "momentum", "message"), [(0, 0.9, "queue_size .* got 0"), (4, 1.5, r"in \[0, 1\], got 1.5")]
+)
 def test_contrast_refuses(size, momentum, message):
     with pytest.raises(ValueError, match=message):
         MomentumContrast(MODEL, size, momentum)
