@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import timm.optim
@@ -33,7 +33,7 @@ class Muon(timm.optim.Muon):
     CPU with these instructions gains nothing at the size of small students (`benchmarks/muon_step.py`).
     """
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Any = None) -> Any:
         is_on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
         with float32_iteration() if is_on_cpu else contextlib.nullcontext():
             return super().step(closure)
