@@ -105,6 +105,7 @@ def test_imagenet_teacher_logits(reference, tmp_path):
     """The ImageNet teacher gives the reference logits within 1e-6 of the largest.
 
     The logits reach 192, where float32 has steps of 1.5e-5.
+
     The reference differs by as much from the same network in float64. On one machine there is no difference from
     torchvision's ResNet-50, which the original code uses.
     """

@@ -202,7 +202,7 @@ def test_batches_of_the_published_epochs(images, processes, repeats, batches, la
     assert sampler.sizes == [128] * (batches - 1) + [last]
     whole = batches - (last < 128)
     assert len(TrainBatches(images, 128, 1, processes, 4, repeats)) == (whole - whole % 4 if whole >= 4 else whole)
-    if images < 20_000:  # the longest case takes a second
+    if images < 20_000:  # the longest cases take a second each
         found = [index for batch in sampler for index, _ in batch]
         assert len(found) == sum(sampler.sizes)
         other = TrainBatches(images, 128, 0, processes, 4, repeats, partial=True)
