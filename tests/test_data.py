@@ -409,7 +409,7 @@ def test_unknown_crop_and_small_resize_are_refused():
         image_processor(16, 10)
 
 
-def test_renormalising_equals_normalising_again():
+def test_renormalising_equals_normalising_with_the_new_values():
     raw = torch.rand(2, 3, 16, 16)
     old, new = ([0.5, 0.4, 0.3], [0.2, 0.2, 0.3]), ([0.1, 0.2, 0.3], [0.5, 1.0, 0.7])
     normalised = [

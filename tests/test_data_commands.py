@@ -237,7 +237,7 @@ def test_the_papers_cifar_counts(tmp_path, monkeypatch, capsys):
     assert "CIFAR's python version" in capsys.readouterr().out
 
 
-def test_show_draws_the_classes_and_the_training_views(tmp_path):
+def test_show_draws_class_counts_and_images(tmp_path):
     output = run("show", "--recipe", "digits_lt", "--out", tmp_path / "new" / "pictures")
     assert output.splitlines() == [str(tmp_path / "new" / "pictures" / name) for name in ("classes.png", "images.png")]
     for path in output.splitlines():

@@ -210,7 +210,7 @@ def test_an_example_that_is_a_link_is_not_served(model_folder, tmp_path):
         build_demo(folder)
 
 
-def test_models_that_the_demo_cannot_show_are_refused(tmp_path, model_folder):
+def test_unusable_models_and_examples_are_refused(tmp_path, model_folder):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], **CLASSES)
     save(ResNetForImageClassification(config), tmp_path)
     with pytest.raises(ValueError, match="has no attention over patches to show; give a DeiT-LT, a DeiT or a ViT"):

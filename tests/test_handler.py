@@ -505,7 +505,7 @@ def test_a_name_that_changes_its_address_receives_no_request(handler, site, monk
     assert site.asked == []
 
 
-def test_tls_connects_to_the_checked_addresses(handler, site, monkeypatch):
+def test_tls_connects_only_after_the_address_check(handler, site, monkeypatch):
     url = f"https://127.0.0.1:{site.server_port}/image.png"
     with pytest.raises(ValueError, match="not on the public internet"):
         handler({"inputs": url})

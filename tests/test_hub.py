@@ -615,7 +615,7 @@ def test_invalid_classes_are_refused(given, message):
             load_original_student({"model": original_student(), in_file.get(name, name): given[name]})
 
 
-def test_id2label_must_have_the_number_of_classes():
+def test_id2label_sets_the_number_of_classes():
     model = load_original_student(original_student(), id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
     assert model.config.num_labels == 2
     assert model.config.label2id == {"cat": 0, "dog": 1}
@@ -641,7 +641,7 @@ def test_conversion_keeps_existing_files(tmp_path):
         (b"caf\xe9", "is not text in UTF-8"),
     ],
 )
-def test_invalid_class_name_files_are_refused(tmp_path, content, expected):
+def test_unusual_class_name_files_are_read_or_refused(tmp_path, content, expected):
     path = tmp_path / "names.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     if isinstance(expected, list):

@@ -397,7 +397,7 @@ def test_unlisted_formats_are_not_opened(kind):
 
 
 @pytest.mark.parametrize("size", [(1000, 1), (1, 101)])
-def test_an_image_of_one_line_is_refused(size):
+def test_an_extreme_aspect_ratio_is_refused(size):
     with pytest.raises(ValueError, match=r"one side of its .* pixels is more than 100 times the other"):
         decode(encoded(Image.new("RGB", size)))
 

@@ -652,7 +652,7 @@ def test_an_index_next_to_complete_weights_stays(hub, folder):
         (7, "which is not a weight file in its folder"),
     ],
 )
-def test_an_index_of_missing_weights_is_refused(hub, folder, change, message):
+def test_an_invalid_index_of_the_weights_is_refused(hub, folder, change, message):
     _, content = sharded(folder)
     tensor, shard = next(iter(content["weight_map"].items()))
     if change == "missing":

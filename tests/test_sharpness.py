@@ -155,7 +155,7 @@ def test_command_measures_a_half_precision_student(tmp_path, digits, capsys, mon
         (["--data_dri", "x"], r"unknown field 'data_dri' .*; --help lists all"),
     ],
 )
-def test_unusable_models_are_refused_before_any_work(option, message):
+def test_invalid_options_are_refused_before_any_work(option, message):
     with pytest.raises((ValueError, OSError), match=message):
         main(["--model", "./nowhere", "--recipe", "digits_lt", *option])
 

@@ -102,7 +102,7 @@ def test_repeats_are_augmented_separately(tmp_path):
         assert len({float(row["again"]) for row in copies}) == 3
 
 
-def test_a_worker_without_a_shard_works(streamed):
+def test_a_worker_without_a_shard_is_refused(streamed):
     loader = DataLoader(rows(streamed["train"]), batch_size=3, num_workers=5)
     with pytest.raises(ValueError, match="a worker has no shard: there are only 4 shards; lower --dataloader"):
         list(loader)
