@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Tests that use the APIs of other libraries, about five minutes: loading, a few steps, resume, push, handler, ONNX. The
-# test of fixed random numbers is deselected: the same seed gives other numbers in other versions of torch.
+# test of fixed random numbers is deselected, because the same seed gives other numbers in other versions of torch.
 RANGE := --deselect tests/test_model.py::test_a_seed_gives_the_same_student_as_ever \
 	tests/test_model.py tests/test_inherited.py tests/test_training.py tests/test_paco.py \
 	tests/test_resume.py::test_interrupted_and_undisturbed_runs_end_alike \
@@ -37,7 +37,7 @@ SLOW := any_teacher budget data_commands demo distributed ecosystem handler onnx
 test-fast: install  ## The tests without trainings and subprocesses, in about two minutes.
 	$(PYTEST) $(SLOW:%=--ignore=tests/test_%.py)
 
-research-check: install  ## Check docs/claims.md against the records in research/, and that its peer is one.
+research-check: install  ## Check docs/claims.md against the records in research/, and the peer against our method.
 	$(PYTEST) research
 
 # Each of the two targets creates a separate environment of 6 GB and keeps it for the next run.

@@ -1,4 +1,4 @@
-"""What `run.py` compares: a peer's way and ours, each a function that takes turns."""
+"""The comparisons of `run.py`: a peer's way and ours, each a function that takes turns."""
 
 import itertools
 import subprocess
@@ -27,22 +27,22 @@ from deitlt_hf.data import image_processor
 from deitlt_hf.losses import effective_number_weights
 from deitlt_hf.training.memory import keep_freed_memory
 
-Way = Callable  # of a run.Turns
+Way = Callable  # takes a run.Turns
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ways to do the same.
+    """Several ways of doing the same work.
 
     Args:
-        title: What is done in a turn.
+        title: The work of one turn.
         contenders: The ways, by name.
-        peers: Names of those that are not ours.
-        targets: What is wanted of ours, by name.
-        turns: Of each contender.
-        warm_up: Turns before them.
-        flops: Tells the operations of a turn, done the plain way, for the share of the machine's peak.
-        unit: Of what is measured: s, ms or MiB.
+        peers: Names of the ways that are not ours.
+        targets: Targets for our ways, by name.
+        turns: Measured turns of each contender.
+        warm_up: Turns before the measured ones.
+        flops: Returns the operations of a turn of the plain model, for the share of the machine's peak.
+        unit: Unit of the measured value: s, ms or MiB.
     """
 
     title: str
@@ -104,9 +104,9 @@ class Student:
         model.set_distilled_training(True)
         return model.train()
 
-    @cache  # noqa: B019 - there are two of them
+    @cache  # noqa: B019 - only two students exist
     def flops(self) -> float:
-        """Of a training step of the plain model: three times the forward pass."""
+        """FLOP of a training step of the plain model: three times the forward pass."""
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -119,13 +119,13 @@ SMALL = Student(32, 4, 192, 9, 3, batch=128)
 
 
 def two_heads(model: torch.nn.Module, images: torch.Tensor, **kwargs) -> Sequence[torch.Tensor]:
-    """Logits of the two heads of any of the students."""
+    """Logits of both heads, for any of the student implementations."""
     outputs = model(images, **kwargs)
     return outputs if isinstance(outputs, tuple) else (outputs.cls_logits, outputs.distillation_logits)
 
 
 def train_steps(turns, make: Callable, student: Student, keep: bool = False, half: bool = False, **kwargs) -> None:
-    """Forward pass, cross entropy of both heads, backward pass, AdamW."""
+    """Training step: forward pass, cross entropy of both heads, backward pass, AdamW."""
     model = make()
     if keep:
         keep_freed_memory()
@@ -170,7 +170,7 @@ IMAGES_PER_CLASS = [400 * 20 ** (-label / 9) for label in range(10)]
 
 
 def long_tailed_images() -> tuple[list, list[int]]:
-    """Pictures of 32 x 32 and their labels, at ratio 20."""
+    """Images of 32 x 32 and their labels, at ratio 20."""
     labels = [label for label, number in enumerate(IMAGES_PER_CLASS) for _ in range(int(number))]
     return [photograph(32, 32, seed) for seed in range(len(labels))], labels
 
@@ -184,7 +184,10 @@ def resnet32() -> FlatTeacherForImageClassification:
 
 
 def bare_distillation(turns, student: Student, crop: str) -> None:
-    """The step as one writes it: timm's transform, Mixup and student, torch's data loader, loss and optimiser."""
+    """The distillation step in a plain loop.
+
+    It uses timm's transform, Mixup and student, and torch's loader, loss and optimiser.
+    """
     from timm.data.mixup import Mixup
 
     pictures, labels = long_tailed_images()
@@ -216,7 +219,7 @@ def bare_distillation(turns, student: Student, crop: str) -> None:
 
 
 def our_distillation(turns, student: Student, crop: str) -> None:
-    """The step of the trainer, with all that it does beside."""
+    """The step of the trainer, with everything else that the trainer does."""
     import datasets
     from transformers import TrainerCallback
 
@@ -272,7 +275,7 @@ def distillation(title: str, student: Student, crop: str, target: str, turns: in
 
 
 def label(turns, prepare: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
-    """The classes that a teacher sees in a batch."""
+    """The teacher's labels for a batch."""
     teacher, images = prepare(resnet32()), torch.randn(128, 3, 32, 32)
     while turns.next():
         with torch.inference_mode():
@@ -296,7 +299,10 @@ EVALUATED = Student(28, 4, 128, 6, 4, batch=1)
 
 
 def test_images(number: int):
-    """Images of 28 x 28; 500 are real, the others repeat them, so that memory is not that of the data."""
+    """Images of 28 x 28, of which 500 are real.
+
+    The others repeat them, which keeps the data out of the memory measured.
+    """
     import datasets
 
     names = [str(label) for label in range(10)]
@@ -306,7 +312,7 @@ def test_images(number: int):
 
 
 def evaluate_with_pipeline(turns, number: int = 10_000) -> None:
-    """The top class of each image, as transformers' documentation shows it; one expert."""
+    """The most probable class of each image, as in transformers' documentation; one expert."""
     from transformers import pipeline
     from transformers.pipelines.pt_utils import KeyDataset
 
@@ -329,7 +335,7 @@ def evaluate_with_trainer(turns, number: int = 10_000) -> None:
         images = test_images(number)
         trainer = DeiTLTTrainer(model=EVALUATED.ours().eval(), args=args, eval_dataset=images, groups=groups)
         while turns.next():
-            trainer.evaluate(images)  # which it decodes anew, as the pipeline does
+            trainer.evaluate(images)  # the trainer decodes them again, like the pipeline
 
 
 def infer(turns, way: str, number: int) -> None:
@@ -363,17 +369,17 @@ def inference(number: int, turns: int) -> Comparison:
     )
 
 
-# ---- Processes from their start to their end ----
+# ---- Complete processes ----
 
 
 def processes(turns, command: Sequence[str]) -> None:
-    """A process a turn."""
+    """Runs one process in each turn."""
     while turns.next():
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def first_step(turns) -> None:
-    """What `make demo` begins with, up to the end of its first step."""
+    """The beginning of `make demo`, up to the end of its first step."""
     options = ["--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", "--overwrite"]
     with tempfile.TemporaryDirectory() as folder:
         script = ["scripts/train_teacher.py", "--recipe", "digits_lt", "--output_dir", folder]
@@ -381,14 +387,14 @@ def first_step(turns) -> None:
 
 
 def memory(turns, way: str) -> None:
-    """The largest memory of a process that does one of the things below."""
+    """The peak memory of a process that runs one of the functions in `MEMORY`."""
     value = None
     while turns.next(value):
         value = run(__file__, "memory", way).ru_maxrss / 1024
 
 
 class InARow:
-    """Turns that nobody else takes part in, for a process of its own."""
+    """Turns without other contenders, for a separate process."""
 
     def __init__(self, number: int):
         self.left = number
@@ -399,7 +405,7 @@ class InARow:
 
 
 def checkpointed(make: Callable) -> torch.nn.Module:
-    """A model that computes its activations once more in the backward pass."""
+    """A model with activation checkpointing."""
     model = make()
     model.activation_checkpointing_enable()
     return model

@@ -1,11 +1,11 @@
-"""What only GPUs can show: each check is a short run of its own, on one GPU or on all.
+"""Checks that need GPUs: each is a short, separate run on one GPU or on all.
 
     python benchmarks/device_checks.py
     python benchmarks/device_checks.py --only bf16 fp16 memory
 
 Half precision, torch.compile, FSDP2 and DeepSpeed through Accelerate's configuration files, steps that wait for
-nothing, and the memory of a ViT-B/16 step beside what `deitlt plan` says. Runs are of the digits recipe with its
-teacher, cut short; they pass if they end with code 0 and a loss that fell. Without a GPU the script says so.
+nothing, and the memory of a ViT-B/16 step compared with the estimate of `deitlt plan`. Runs use the digits recipe with
+its teacher, shortened; they pass if they end with code 0 and a decreased loss. Without a GPU the script reports that.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from deitlt_hf.records import read_record
 
 CONFIGURATIONS = ROOT / "scripts" / "accelerate"
 SHORT = ["--recipe", "digits_lt", "--num_train_epochs", "40", "--drw_start_epoch", "30", "--logging_steps", "10"]
-# Configuration file, and what the run is given.
+# Configuration file and arguments of each run.
 RUNS = {
     "float32": ("one_gpu.yaml", ["--bf16", "false"]),
     "bf16": ("one_gpu.yaml", ["--bf16", "true", "--ema_decay", "0.99"]),
@@ -50,7 +50,7 @@ RUNS = {
 
 
 def check_run(name: str, place: Path) -> dict:
-    """Distils a student; the mean of its first and of its last logged losses, and its accuracy."""
+    """Distils a student; returns the means of its first and last logged losses, and its accuracy."""
     configuration, values = RUNS[name]
     processes = "1" if configuration == "one_gpu.yaml" else str(torch.cuda.device_count())
     folder = place / "run" / name.replace(" ", "_")
@@ -73,7 +73,7 @@ def check_run(name: str, place: Path) -> dict:
 
 
 def check_memory(place: Path) -> dict:
-    """Peak memory of ViT-B/16 steps in bfloat16, beside the plan's."""
+    """Peak memory of ViT-B/16 steps in bfloat16, and the estimate of the plan."""
     batch_size = 128
     planned = student_model(StudentArguments(), 1000, None, DeiTLTTrainingArguments(str(place), num_train_epochs=1))
     model = DeiTLTForImageClassification(StudentArguments(drop_path_rate=0.0).config(num_labels=1000)).cuda()
@@ -92,14 +92,14 @@ def check_memory(place: Path) -> dict:
 
 
 class RefuseToWait(TrainerCallback):
-    """Lets torch raise an error where a step waits for the device, from the third to the twelfth."""
+    """Lets torch raise an error if a step waits for the device, from the third to the twelfth step."""
 
     def on_step_end(self, args, state, control, **kwargs):
         torch.cuda.set_sync_debug_mode("error" if 2 <= state.global_step < 12 else "default")
 
 
 def check_waiting(place: Path) -> dict:
-    """Steps of a student that neither log nor evaluate ask the device for nothing."""
+    """Steps of a student without logging and evaluation do not wait for the device."""
     data = load_long_tailed("digits", imbalance_ratio=20)
     labels = {"image_size": 16, "num_labels": 10}
     values = {"repeated_augmentation": 1, "train_crop": "padded", "logging_steps": 1000, "eval_strategy": "no"}

@@ -1,9 +1,9 @@
-"""DeiT-LT beside the same student on labels alone, and beside its teacher, over seeds.
+"""DeiT-LT compared with the same student trained on labels only, and with its teacher, over seeds.
 
     python benchmarks/experts.py --recipe digits_lt --seeds 0 1 2
 
-Every run is a process of its own and leaves its results in `benchmarks/results/`; a run whose results are there is not
-repeated, so that an interrupted series goes on. The seed changes the long-tailed subset, the initialisation, the
+Every run is a separate process and writes its results to `benchmarks/results/`. A run with existing results is not
+repeated, and an interrupted series continues. The seed changes the long-tailed subset, the initialisation, the
 augmentation and the order. All numbers are of the last epoch.
 """
 
@@ -16,7 +16,7 @@ from series import GROUPS, RESULTS, ROOT, mean_and_deviation, run, slug, write_r
 
 from deitlt_hf.records import read_record
 
-# What a student learns from, with the same epochs and the same end of mixing. With beta 0 all class weights are 1.
+# What each student learns from, with the same epochs and the same end of mixing. With beta 0 all class weights are 1.
 STUDENTS = {
     "DeiT-LT": [],
     "labels alone": ["--distillation", "none", "--drw_beta", "0"],
@@ -25,7 +25,7 @@ STUDENTS = {
 
 
 class Series:
-    """Runs of one recipe, each in a folder and with a record of its own."""
+    """Runs of one recipe, each with its own folder and record."""
 
     def __init__(self, recipe: str, data_arguments: list[str]):
         self.recipe = recipe
@@ -46,7 +46,7 @@ class Series:
         write_record(self.record(name, seed), read_record(self.folder(name, seed)))
 
     def results(self, seeds: list[int]) -> dict[str, list[dict]]:
-        """Results of all methods by seed, after the runs that are missing."""
+        """Results of all methods by seed; runs that are missing are made first."""
         for seed in seeds:
             teacher = self.folder("teacher", seed)
             wanted = not self.record("DeiT-LT", seed).exists() and not (teacher / "model.safetensors").exists()

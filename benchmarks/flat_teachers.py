@@ -1,10 +1,10 @@
-"""Teachers trained with SGD beside the same trained with SAM: accuracy, flatness, time and memory, over seeds.
+"""Teachers trained with SGD compared with the same teachers trained with SAM: accuracy, flatness, time and memory.
 
     python benchmarks/flat_teachers.py --data_dir /usr/share/datasets/fashion-mnist --jobs 2
 
-Long-tailed Fashion-MNIST at ratio 100, 1,500 to 15 images a class, shrunk to 14 pixels so that 60 epochs take minutes.
-The seed changes the subset, the initialisation, the augmentation and the order; SGD and SAM share all of these. Runs
-leave their records in `benchmarks/results/` and are not repeated, so that an interrupted series goes on.
+The data are long-tailed Fashion-MNIST at ratio 100, with 1,500 to 15 images a class, reduced to 14 pixels; 60 epochs
+then take minutes. The seed changes the subset, the initialisation, the augmentation and the order; SGD and SAM share
+all of these. Runs write their records to `benchmarks/results/` and are not repeated; an interrupted series continues.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from deitlt_hf.records import read_record
 RECIPE = "fashion_mnist_lt_tiny"
 SETTINGS = ["--image_size", 14, "--num_train_epochs", 60, "--warmup_epochs", 5, "--global_batch_size", 64]
 SETTINGS += ["--eval_strategy", "no", "--save_strategy", "no"]
-# By loss: its settings, and SAM's rho, which was chosen on seed 10 (see docs/teachers.md).
+# For each loss: its settings, and SAM's rho, which was chosen on seed 10 (see docs/teachers.md).
 LOSSES = {
     "ce": (["--learning_rate", 0.05, "--drw_start_epoch", 48], 0.1),
     "ldam": (["--learning_rate", 0.05, "--drw_start_epoch", 48], 0.1),
@@ -32,12 +32,12 @@ FLATNESS = ["--num_images", 256, "--num_vectors", 16, "--rho", 0.05]
 
 
 def record_of(loss: str, rho: float, seed: int) -> Path:
-    """Where a run's record is."""
+    """Path of a run's record."""
     return RESULTS / f"flat_teacher-{loss}-{f'sam{rho:g}' if rho else 'sgd'}-seed{seed}.json"
 
 
 def measure(loss: str, rho: float, seed: int, data_dir: str, threads: int) -> None:
-    """Trains a teacher, measures its flatness, and keeps both."""
+    """Trains a teacher, measures its flatness, and saves both results."""
     record = record_of(loss, rho, seed)
     if record.exists():
         return
@@ -70,7 +70,7 @@ def table(seeds: list[int], rhos: list[float] | None = None) -> str:
                 for group in ("overall", "tail") if field != "trace" else ("overall",):
                     values = np.array([[entry["sharpness"][group][field]] for entry in runs])
                     cells += mean_and_deviation(values, decimals)
-            # The least, as what else runs on the machine only adds.
+            # The minimum, because other programs on the machine can only add time.
             cells.append(f"{min(entry['train_seconds'] for entry in runs) / 60:.1f}")
             cells.append(f"{np.mean([entry['peak_memory_mib'] for entry in runs]):.0f}")
             lines.append(f"| {TITLES[loss]} | {f'SAM {rho:g}' if rho else 'SGD'} | {' | '.join(cells)} |")
@@ -82,8 +82,8 @@ def main():
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
-    parser.add_argument("--rho", type=float, nargs="+", help="these instead of 0 (SGD) and the chosen one")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--rho", type=float, nargs="+", help="values of rho instead of 0 (SGD) and the chosen one")
+    parser.add_argument("--jobs", type=int, default=1, help="number of simultaneous runs, which share the cores")
     args = parser.parse_args()
     threads = max(len(os.sched_getaffinity(0)) // args.jobs, 1)
     runs = [

@@ -1,9 +1,9 @@
-"""Rules that put DeiT-LT's experts together, beside their mean, over seeds.
+"""Rules that combine DeiT-LT's experts, compared with their mean, over seeds.
 
     python benchmarks/fusion.py --recipe digits_lt --seeds 0 1 2
 
-Uses the students of `benchmarks/experts.py`, and trains those that are missing. The rules are fitted on the training
-images; the table is of the test images. Records are in `benchmarks/results/`.
+The script uses the students of `benchmarks/experts.py` and trains missing ones. The rules are fitted on the training
+images; the table shows the test images. Records are in `benchmarks/results/`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main():
     series = Series(args.recipe, rest)
     found = [fusions(series, seed) for seed in args.seeds]
     print("| prediction | overall | head | mid | tail |\n|---|---:|---:|---:|---:|")
-    names = [name for name in found[0] if name not in ("mean", "cls")]  # the mean is a rule too
+    names = [name for name in found[0] if name not in ("mean", "cls")]  # "mean" is a rule as well
     for name in names:
         cells = mean_and_deviation(np.array([[100 * rows[name][group] for group in GROUPS] for rows in found]))
         print(f"| {name.removeprefix('fusion_')} | {' | '.join(cells)} |")

@@ -1,11 +1,12 @@
-"""The gradient of one optimiser step, with class weights on, however its batch is spread: largest differences.
+"""Differences between gradients of one optimiser step, with class weights, for several distributions of its batch.
 
     python benchmarks/gradients.py
 
-A student in its DRW phase, both heads re-weighted, and a teacher under SAM, on 64 fixed images. Each arrangement is
-real processes (gloo, on the CPU) that go through the trainer's `training_step`; FSDP2 is torch's `fully_shard` around
-every block. The table says by how much any entry of any parameter's gradient differs from that of one process with the
-whole batch, beside the largest entry; and what the mean of the slices' own weighted means (`per_process`) would give.
+The models are a student in its DRW phase, with both heads re-weighted, and a teacher under SAM, on 64 fixed images.
+Each arrangement runs real processes (gloo, on the CPU) that call the trainer's `training_step`; FSDP2 is torch's
+`fully_shard` around every block. The table gives the largest difference of any entry of any parameter's gradient from
+that of one process with the complete batch, and the largest entry. It also shows the mean of the weighted means of the
+slices (`per_process`). A slice is a micro-batch.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from deitlt_hf import (
 from deitlt_hf.data import load_long_tailed
 
 IMAGES = 64
-# Processes, images of one in a slice, slices, and how weights and loss are spread.
+# Processes, images of a process in a micro-batch, micro-batches, and how weights and loss are distributed.
 ARRANGEMENTS = {
     "1 x 64": (1, 64, 1, ""),
     "1 x 32 x 2 slices": (1, 32, 2, ""),
@@ -43,7 +44,7 @@ ARRANGEMENTS = {
 
 
 def make_trainer(kind: str, folder: str, batch_size: int, normalization: str):
-    """A trainer whose model is the same wherever it is made."""
+    """A trainer whose model is the same in every process and arrangement."""
     data = load_long_tailed("digits", imbalance_ratio=20)
     values = {
         "output_dir": folder,
@@ -60,7 +61,7 @@ def make_trainer(kind: str, folder: str, batch_size: int, normalization: str):
         num_labels=10, drop_path_rate=0.0,
     )  # fmt: skip
     student = DeiTLTForImageClassification(config)
-    if kind == "teacher, SAM":  # a CNN's batch norm sees each share by itself, so a ViT stands in
+    if kind == "teacher, SAM":  # a ViT, because a CNN's batch norm depends on the micro-batch
         args = FlatTeacherTrainingArguments(**values, sam_rho=[0.05])
         return FlatTeacherTrainer(model=student, args=args, **datasets)
     values |= {"distillation": "none", "reweight_cls": True, "repeated_augmentation": 1, "train_crop": "padded"}
@@ -68,11 +69,11 @@ def make_trainer(kind: str, folder: str, batch_size: int, normalization: str):
 
 
 def gradients(kind: str, folder: str, batch_size: int, slices: int, spread: str) -> dict[str, torch.Tensor]:
-    """This process's gradients after all slices, as the optimiser would see them."""
+    """This process's gradients after all micro-batches, as the optimiser receives them."""
     trainer = make_trainer(kind, folder, batch_size, spread if spread == "per_process" else "global")
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(IMAGES, 3, 16, 16, generator=generator)
-    labels = (torch.rand(IMAGES, generator=generator) ** 2 * 10).long()  # long-tailed too
+    labels = (torch.rand(IMAGES, generator=generator) ** 2 * 10).long()  # a long-tailed distribution
     processes, rank = trainer.args.world_size, trainer.args.process_index
     trainer.create_optimizer()
     model = trainer.model
@@ -100,7 +101,7 @@ def gradients(kind: str, folder: str, batch_size: int, slices: int, spread: str)
 
 
 def measure(kind: str, name: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Gradients of an arrangement, from processes of its own."""
+    """Gradients of an arrangement, computed in separate processes."""
     processes = ARRANGEMENTS[name][0]
     launcher = [sys.executable]
     if processes > 1:
@@ -132,7 +133,7 @@ def main():
             print(f"\n| {kind} (largest entry {largest:.2g}) | largest difference |\n|---|---:|", flush=True)
             for name, (*_, spread) in list(ARRANGEMENTS.items())[1:]:
                 if kind != "student" and spread == "fsdp":
-                    continue  # SAM is refused there
+                    continue  # SAM is refused here
                 found = measure(kind, name, Path(folder))
                 difference = max((found[key] - value).abs().max().item() for key, value in whole.items())
                 record[f"{kind}: {name}"] = difference

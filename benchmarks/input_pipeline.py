@@ -1,11 +1,11 @@
-"""Training images a second on one core: timm's `create_transform` and ours, side by side in one run.
+"""Training images per second on one core: timm's `create_transform` and ours, measured together in one run.
 
 python benchmarks/input_pipeline.py [--seconds 6] [--rounds 5]
 
 Each row is one pipeline of the paper: CIFAR enlarged to 224 pixels, CIFAR at 32, and JPEG photographs of 500 x 375 to
-224. Both sides end with batches of 64 normalised and randomly erased float images, stacked. In the first two rows timm
-is given decoded Pillow images; ours come from the data set, with labels. The rounds alternate, and the ratio is that of
-the medians. Posterizing with 0 bits, where timm crashes with Pillow 13, keeps 1 bit on its side.
+224. Both sides give stacked batches of 64 normalised and randomly erased float images. In the first two rows timm
+receives decoded Pillow images; ours come from the data set, with labels. The rounds alternate, and the ratio is that of
+the medians. timm crashes with Pillow 13 when it posterizes to 0 bits; here it keeps 1 bit.
 """
 
 import argparse
@@ -30,7 +30,7 @@ POLICY = "rand-m9-mstd0.5-inc1"
 
 
 def photograph(width: int, height: int, seed: int) -> Image.Image:
-    """A picture with detail at all scales, and about as many bytes as a photograph has."""
+    """An image with detail at all scales, and about as many bytes as a photograph has."""
     random = np.random.RandomState(seed)
     pixels = np.zeros((height, width, 3))
     for cells in (4, 16, 64, 256):
@@ -41,7 +41,7 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
 
 
 def encoded(width: int, height: int, seed: int) -> bytes:
-    """Such a picture as a JPEG."""
+    """Such an image as a JPEG."""
     stream = io.BytesIO()
     photograph(width, height, seed).save(stream, "JPEG", quality=90)
     return stream.getvalue()
@@ -58,7 +58,7 @@ def timms(size: int, crop: str) -> Callable[[Image.Image], torch.Tensor]:
         re_mode="pixel",
         re_count=1,
     )
-    if crop == "padded":  # as the authors do
+    if crop == "padded":  # as in the authors' code
         transform.transforms[0] = RandomCrop(size, padding=size // 8)
     for stage in transform.transforms:
         for operation in stage.ops if isinstance(stage, RandAugment) else ():
@@ -69,7 +69,7 @@ def timms(size: int, crop: str) -> Callable[[Image.Image], torch.Tensor]:
 
 
 def timms_batches(sources: list, size: int, crop: str) -> Iterator[int]:
-    """Batches as timm's users make them; `sources` are PIL images, or the bytes of encoded ones."""
+    """Batches as timm's users make them; `sources` are PIL images or the bytes of encoded images."""
     transform = timms(size, crop)
     while True:
         for start in range(0, len(sources), BATCH):
@@ -104,9 +104,9 @@ def rate(batches: Iterator[int], seconds: float) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=6, help="seconds a measurement")
+    parser.add_argument("--seconds", type=float, default=6, help="seconds of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the figures to this file too")
+    parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     small = [photograph(32, 32, seed) for seed in range(512)]

@@ -1,9 +1,10 @@
-"""iNaturalist 2018's 437,513 training images: time and memory of the index, and when the first batch is there.
+"""Time and memory of the index of iNaturalist 2018's 437,513 training images, and the time to the first batch.
 
 python benchmarks/large_data.py [--layout lists|folders] [--workers 2]
 
-Names, classes and labels are as many as in the real data; behind them are hard links to a few JPEGs of 500 x 375.
-`folders` makes a link for every image, which takes a while; `lists` makes one a class and lists it repeatedly.
+The numbers of names, classes and labels are those of the real data; the files are hard links to a few JPEGs of
+500 x 375. `folders` makes a link for every image, which takes a while; `lists` makes one link a class and lists it
+repeatedly.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def write(folder: Path, layout: str) -> None:
 
 
 class PeakMemory(threading.Thread):
-    """Largest memory of this process above what it had at the start, in MiB."""
+    """Peak memory of this process above its memory at the start, in MiB."""
 
     def __init__(self):
         super().__init__(daemon=True)

@@ -1,10 +1,10 @@
-"""Memory and open files of a run of 200 epochs: both must stay as they are once it is under way.
+"""Memory and open files of a run of 200 epochs: both must stay constant after the first epochs.
 
     python benchmarks/memory_over_epochs.py
 
-A small student with a teacher, two loader workers and a moving average, evaluated and drawn after every epoch, with a
-checkpoint every tenth. Resident memory and file handles are those of the process and its workers after each epoch,
-with the C library's free lists given back, so that growth is what is held.
+A small student trains with a teacher, two loader workers and a moving average. It is evaluated and drawn after every
+epoch, with a checkpoint every tenth. Resident memory and file handles are those of the process and its workers after
+each epoch. The C library returns its free memory before each measurement; growth is therefore memory in use.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main():
             model=DeiTLTForImageClassification(config), args=args, train_dataset=data["train"],
             eval_dataset=data["test"], teacher=teacher, callbacks=[gauge],
         )  # fmt: skip
-        trainer.check_teacher = lambda: {}  # it is not trained, and need not be
+        trainer.check_teacher = lambda: {}  # the teacher is not trained, and does not need to be
         trainer.train()
         log = (Path(folder) / "log.jsonl").stat().st_size
     # The first tenth fills caches.

@@ -1,9 +1,9 @@
-"""An optimiser step of Muon beside one of AdamW, and what it adds to a training step.
+"""An optimiser step of Muon compared with one of AdamW, and its share of a training step.
 
     OMP_NUM_THREADS=1 python benchmarks/muon_step.py
 
-Both in one process, turn by turn, on one model and its gradients; medians. The training step is forward, backward and
-AdamW, without a teacher and without reading images.
+Both run in one process in alternating turns, on one model and its gradients; the figures are medians. The training step
+is forward, backward and AdamW, without a teacher and without reading images.
 """
 
 import time
@@ -16,7 +16,7 @@ from series import RESULTS, write_record
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification
 from deitlt_hf.training.optimizers import muon
 
-# Side, patch, width, blocks, heads; images; turns.
+# Image size, patch size, width, blocks, heads; images; turns.
 CASES = {
     "digits_lt, 16 px": ((16, 4, 96, 6, 3), 64, 30),
     "fashion_mnist_lt_tiny, 28 px": ((28, 4, 128, 6, 4), 64, 15),

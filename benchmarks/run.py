@@ -1,13 +1,13 @@
-"""Speed and memory beside the peers', all in one run.
+"""Speed and memory compared with the peers', all in one run.
 
     python benchmarks/run.py                      # everything: about 22 minutes on two quiet cores
     python benchmarks/run.py --only small_step memory
     python benchmarks/run.py --table              # the table of docs/performance.md from the record
     python benchmarks/run.py --profile small_step deitlt-hf    # where one contender's time goes
 
-Each contender of a comparison is a process of its own, so that none profits or suffers from what another leaves in
-memory. They take turns on the same cores, and so does a matrix multiplication, whose rate is the peak that shares
-refer to. What is compared is in `comparisons.py`. Each is recorded when it is done, in the place of an older record.
+Each contender of a comparison is a separate process; memory that one leaves behind does not affect another. They take
+turns on the same cores with a matrix multiplication, whose rate is the peak that shares refer to. The comparisons are
+defined in `comparisons.py`. Each result is recorded when it is complete and replaces the older record.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from series import RESULTS, ROOT, write_record
 
 RECORD = RESULTS / "speed.json"
 PAGE = ROOT / "docs" / "performance.md"
-PAUSE = 0.1  # seconds before a turn: the threads of the one before have stopped looking for work by then
+PAUSE = 0.1  # seconds before a turn, after which the threads of the last turn no longer wait actively
 MARKERS = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
 class Turns:
-    """What a contender sees of the run: `while turns.next(): step()`, the time of each turn measured between."""
+    """A contender's view of the run: `while turns.next(): step()`; the time of each turn is measured."""
 
     def __init__(self):
         self._begun: float | None = None
 
     def next(self, value: float | None = None) -> bool:
-        """Ends a turn, with its time or another value, and waits for the next; whether there is one."""
+        """Ends a turn with its time or another value and waits for the next; returns whether one follows."""
         if self._begun is not None:
             value = time.perf_counter() - self._begun if value is None else value
             print(f"TURN {value!r}", flush=True)
@@ -59,10 +59,10 @@ class Contender:
         )  # fmt: skip
 
     def turn(self) -> float:
-        """One turn's seconds, or what else the comparison measures.
+        """Runs one turn and returns its seconds, or another value that the comparison measures.
 
         Raises:
-            RuntimeError: If the process ended; its own message comes with `--contender COMPARISON NAME`.
+            RuntimeError: If the process ended; `--contender COMPARISON NAME` shows its own message.
         """
         time.sleep(PAUSE)
         self._process.stdin.write("turn\n")
@@ -70,7 +70,7 @@ class Contender:
         for line in self._process.stdout:
             if line.startswith("TURN "):
                 return float(line.split()[1])
-        raise RuntimeError(f"{self.name!r} ended in its turn with code {self._process.wait()}.")
+        raise RuntimeError(f"{self.name!r} ended during its turn with code {self._process.wait()}.")
 
     def end(self) -> None:
         self._process.stdin.close()
@@ -80,7 +80,7 @@ class Contender:
 
 
 class Profiled:
-    """Turns of one contender alone, the last of them profiled."""
+    """Turns of a single contender, the last of which is profiled."""
 
     def __init__(self, warm_up: int = 10, turns: int = 5):
         self._left, self._turns = warm_up + turns, turns
@@ -96,7 +96,7 @@ class Profiled:
         return False
 
     def shares(self, number: int = 16) -> list[str]:
-        """The operations that take most of a turn, with their milliseconds, calls and share."""
+        """The operations that take most of a turn, with milliseconds, calls and share."""
         events = sorted(self._profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
         whole = sum(event.self_cpu_time_total for event in events)
         return [
@@ -115,7 +115,7 @@ def multiply(turns: Turns) -> None:
 
 
 def measure(name: str, comparison: Comparison, threads: int, turns: int | None) -> dict:
-    """Takes the turns of one comparison.
+    """Runs the turns of one comparison.
 
     Returns:
         Median, 10th and 90th percentile of each contender, and the machine's peak in GFLOP/s where it matters.
@@ -179,10 +179,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), metavar="NAME", help=", ".join(COMPARISONS))
     parser.add_argument("--json", type=Path, default=RECORD, help="the record (default: %(default)s)")
-    parser.add_argument("--turns", type=int, help="turns of each contender; by default what the comparison says")
+    parser.add_argument("--turns", type=int, help="turns of each contender (default: those of the comparison)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: %(default)s")
-    parser.add_argument("--table", action="store_true", help="measure nothing, write docs/performance.md's table anew")
-    parser.add_argument("--profile", nargs=2, metavar=("NAME", "CONTENDER"), help="where the time of one goes")
+    parser.add_argument("--table", action="store_true", help="only rewrite the table of docs/performance.md")
+    parser.add_argument("--profile", nargs=2, metavar=("NAME", "CONTENDER"), help="profile one contender")
     parser.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender is not None:
@@ -201,7 +201,7 @@ def main():
     for name in args.only or COMPARISONS:
         record[name] = measure(name, COMPARISONS[name], args.threads, args.turns)
         print(*rows(name, record[name]), sep="\n", flush=True)
-        write_record(args.json, record)  # after each: what is measured is not lost
+        write_record(args.json, record)  # after each comparison, to keep the results if the run is interrupted
     return None
 
 

@@ -1,10 +1,10 @@
-"""What a step of SAM costs: time in forward-backward passes, memory in copies of the parameters.
+"""Cost of a step of SAM: time in forward-backward passes, memory in copies of the parameters.
 
     python benchmarks/sam_step.py
     python benchmarks/sam_step.py --backbone timm/resnet50 --image_size 64 --batch_size 8
 
-The trainer's own step, with SAM and with SGD, beside one bare forward-backward pass and, if `pytorch-optimizer` is
-installed, that library's SAM; all take turns, and the median ratio of a turn is shown.
+The script compares the trainer's step, with SAM and with SGD, with one bare forward-backward pass and, if
+`pytorch-optimizer` is installed, with that library's SAM. All take turns; the output has the median ratio of a turn.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from deitlt_hf.training import SAM
 
 
 def trainer_step(config: FlatTeacherConfig, batch: dict, rho: float, folder: str):
-    """A training step of [`FlatTeacherTrainer`] on a fixed batch, the optimiser's update included."""
+    """A training step of [`FlatTeacherTrainer`] on a fixed batch, with the optimiser's update."""
     args = FlatTeacherTrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=len(batch["labels"]),
@@ -51,7 +51,7 @@ def trainer_step(config: FlatTeacherConfig, batch: dict, rho: float, folder: str
 
 
 def plain_step(config: FlatTeacherConfig, batch: dict, optimizer_class=None):
-    """One forward-backward pass; with a SAM of pytorch-optimizer, its whole step."""
+    """One forward-backward pass; with a SAM of pytorch-optimizer, its complete step."""
     model = FlatTeacherForImageClassification(config).train().to(batch["labels"].device)
 
     def loss():
@@ -80,7 +80,7 @@ def plain_step(config: FlatTeacherConfig, batch: dict, optimizer_class=None):
 
 
 def live_bytes() -> int:
-    """Memory of all tensors that are alive."""
+    """Memory of all tensors that exist."""
     storages = {}
     for value in gc.get_objects():
         if isinstance(value, torch.Tensor):
@@ -91,7 +91,7 @@ def live_bytes() -> int:
 
 
 def extra_copies(config: FlatTeacherConfig, batch: dict) -> float:
-    """Memory that SAM holds after the second pass beyond that after the first, in copies of the parameters."""
+    """Memory of SAM after the second pass minus that after the first, in copies of the parameters."""
     model = FlatTeacherForImageClassification(config).train().to(batch["labels"].device)
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -129,7 +129,7 @@ def main():
         else:
             steps["SAM step of pytorch-optimizer"] = plain_step(config, batch, PeerSAM)
         seconds = {name: [] for name in steps}
-        for turn in range(args.turns + 2):  # the first two warm up
+        for turn in range(args.turns + 2):  # the first two are for warm-up
             for name, step in steps.items():
                 started = time.perf_counter()
                 step()

@@ -1,18 +1,19 @@
-"""How the cost of training grows with the batch, the images, the classes and the processes, beside the arithmetic.
+"""Growth of the training cost with batch, image size, classes and processes, compared with the arithmetic.
 
     python benchmarks/scaling.py                            # measures what the record lacks, and draws
-    python benchmarks/scaling.py --only classes --again     # one curve anew
+    python benchmarks/scaling.py --only classes --again     # measures one curve again
     python benchmarks/scaling.py --draw                     # the picture and the table from the record
 
 A training step mixes labels, and has the student's forward pass, the loss with class weights and a hard teacher's
-random logits, the backward pass and fused AdamW. With many classes its parts are measured alone too. Processes are
-those of `DeiTLTTrainer`, with input and a ResNet-20 as teacher, which share a batch of 128 digits. All points of a
-curve are measured in turn, so that a change of the machine's speed hits all alike; the first turn warms up. The record
-has medians and 10th and 90th percentiles of the turns, in seconds. The arithmetic is in FLOP, of products of matrices,
-a core: 3 x the forward pass as torch counts it. A part without such products has its number of elements instead.
+random logits, the backward pass and fused AdamW. With many classes its parts are also measured separately. The curve of
+processes uses `DeiTLTTrainer` with input and a ResNet-20 as teacher; the processes share a batch of 128 digits. All
+points of a curve are measured in turn, and a change of the machine's speed affects all equally. The first turn is for
+warm-up. The record has medians and 10th and 90th percentiles of the turns, in seconds. The arithmetic is the FLOP of
+matrix products for each core: 3 x the forward pass as torch counts it. For a part without matrix products it is the
+number of elements.
 
-The table says how much faster than the arithmetic the time grows from one point to the next. Run it on a quiet machine:
-two threads that share a core with another program wait for each other.
+The table gives the growth of the time from one point to the next, divided by the growth of the arithmetic. Run it on a
+quiet machine: two threads that share a core with another program wait for each other.
 """
 
 import argparse
@@ -56,14 +57,14 @@ SMALL = {"patch_size": 4, "hidden_size": 192, "num_hidden_layers": 9, "num_atten
 VIT_S = {"patch_size": 16, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 DIGITS = {"image_size": 16, "patch_size": 4, "hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 3}
 TEACHER = FlatTeacherConfig(backbone="resnet20", image_size=DIGITS["image_size"], num_labels=10)
-WARMUP_STEPS, STEPS = 5, 30  # of the trainer, in a turn
-SHORTEST = 0.1  # seconds; a call that takes less is repeated within its turn
-TOLERANCE = 1.05  # growth beyond the arithmetic's that the table points at
+WARMUP_STEPS, STEPS = 5, 30  # steps of the trainer in a turn
+SHORTEST = 0.1  # seconds; a shorter call is repeated within its turn
+TOLERANCE = 1.05  # larger growth, relative to the arithmetic, is marked in the table
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured at one point of a curve: its place on the axis, its arithmetic, and what times it once."""
+    """One point of a curve: its position on the axis, its arithmetic, and a function that measures its time once."""
 
     at: int | str
     arithmetic: float
@@ -71,7 +72,7 @@ class Point:
 
 
 def repeatedly(call: Callable[[], object]) -> Callable[[], float]:
-    """What times a call, as often as it takes to be measurable."""
+    """A function that measures the time of a call, repeated until the time is measurable."""
 
     def seconds() -> float:
         begun = time.perf_counter()
@@ -85,13 +86,13 @@ def repeatedly(call: Callable[[], object]) -> Callable[[], float]:
 
 
 def student_config(image_size: int, classes: int, hidden_size: int, **shape: int) -> DeiTLTConfig:
-    """Without stochastic depth, so that all turns do the same."""
+    """A configuration without stochastic depth; all turns then do the same work."""
     sizes = {"image_size": image_size, "hidden_size": hidden_size, "intermediate_size": 4 * hidden_size}
     return DeiTLTConfig(**sizes, **shape, num_labels=classes, drop_path_rate=0.0)
 
 
 def step_flops(config: DeiTLTConfig) -> int:
-    """Operations of a training step, an image."""
+    """FLOP of a training step for one image."""
     with torch.device("meta"):
         model = DeiTLTForImageClassification(config)
     return 3 * counted_flops(model, config.image_size)
@@ -120,7 +121,7 @@ class Step:
         return mixup_target(self.labels, self.config.num_labels, 0.7, 0.1)
 
     def whole(self) -> None:
-        """The step. It leaves its gradients, with which the optimiser is measured alone."""
+        """The complete step. It keeps its gradients, with which the optimiser is measured separately."""
         self.optimizer.zero_grad()
         outputs = self.model(pixel_values=self.images)
         logits = (outputs.cls_logits, outputs.distillation_logits)
@@ -139,13 +140,13 @@ class Step:
 
 
 def class_points() -> dict[str, list[Point]]:
-    """The step, and alone what of it grows with the classes."""
+    """The step, and separately its parts that grow with the number of classes."""
     parts: dict[str, list[Point]] = {}
     for classes in CLASSES:
         step = Step(32, 32, SMALL, classes)
         head_flops = 3 * 2 * 2 * step.batch_size * step.config.hidden_size * classes
         points = {
-            "training step": step.point(classes),  # comes first, as AdamW alone takes its gradients
+            "training step": step.point(classes),  # first, because AdamW alone uses its gradients
             "heads + loss": Point(classes, head_flops, repeatedly(step.heads_and_loss)),
             "AdamW": Point(classes, step.model.num_parameters(), repeatedly(step.optimizer.step)),
             "mixed labels": Point(classes, step.batch_size * classes, repeatedly(step.mixed_labels)),
@@ -167,11 +168,11 @@ def process_points() -> dict[str, list[Point]]:
 
 
 def launched(processes: int, threads: int) -> Callable[[], float]:
-    """What times a step of the trainer in processes of its own."""
-    # accelerate launch looks for GPUs unless it is told before it reads its configuration.
+    """A function that measures a step of the trainer in separate processes."""
+    # accelerate launch looks for GPUs before it reads its configuration, unless an option forbids it.
     os.environ["ACCELERATE_USE_CPU"] = "1"
     configuration = ROOT / "scripts" / "accelerate" / "cpu.yaml"
-    # Port 0 is a free one: the default may be another run's.
+    # Port 0 is a free port; another run may use the default.
     launcher = ["-m", "accelerate.commands.launch", "--config_file", configuration, "--main_process_port", 0]
     launcher += ["--num_processes", processes]
 
@@ -184,7 +185,7 @@ def launched(processes: int, threads: int) -> Callable[[], float]:
 
 
 class StepTimes(TrainerCallback):
-    """When the steps ended."""
+    """A callback that records when each step ended."""
 
     def __init__(self):
         self.ends: list[float] = []
@@ -194,7 +195,7 @@ class StepTimes(TrainerCallback):
 
 
 def time_trainer(folder: Path) -> None:
-    """Writes a step's mean time, ends of epochs included, to `seconds.json`; in every process of an arrangement."""
+    """Writes the mean time of a step, with ends of epochs, to `seconds.json`; runs in every process."""
     torch.manual_seed(0)
     args = DeiTLTTrainingArguments(
         output_dir=str(folder / "run"), max_steps=WARMUP_STEPS + STEPS, drw_start_epoch=0, mixing_in_drw=True,
@@ -211,7 +212,7 @@ def time_trainer(folder: Path) -> None:
     times = StepTimes()
     trainer.add_callback(times)
     trainer.train()
-    trainer.accelerator.end_training()  # gloo may abort a process whose group is still open when it ends
+    trainer.accelerator.end_training()  # gloo may abort a process whose group is open when it exits
     if trainer.is_world_process_zero():
         write_record(folder / "seconds.json", (times.ends[-1] - times.ends[WARMUP_STEPS - 1]) / STEPS)
 
@@ -233,7 +234,7 @@ DRAWN = ("training step", "heads + loss", "AdamW")
 
 
 def measure(parts: dict[str, list[Point]], turns: int) -> dict[str, list[dict]]:
-    """Times all points turn by turn."""
+    """Measures all points in alternating turns."""
     points = [point for part in parts.values() for point in part]
     times = np.array([[point.seconds() for point in points] for _ in range(turns + 1)])[1:]
     low, median, high = (iter(values.tolist()) for values in np.percentile(times, [10, 50, 90], axis=0))
@@ -246,7 +247,7 @@ def measure(parts: dict[str, list[Point]], turns: int) -> dict[str, list[dict]]:
 
 
 def print_growth(record: dict) -> None:
-    """The table of all pairs of neighbours."""
+    """Prints the table of all pairs of neighbouring points."""
     print("| curve | part | from, to | time | arithmetic | ratio | |\n|---|---|---|---:|---:|---:|---|")
     for curve, found in record.items():
         for part, points in found["parts"].items():
@@ -267,7 +268,7 @@ def columns(points: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def draw_growth(axis, parts: dict[str, list[dict]]) -> None:
-    """Time against size, in logarithms."""
+    """Draws time against size, on logarithmic axes."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     for colour, name in zip(COLOURS.values(), DRAWN, strict=True):
@@ -280,14 +281,14 @@ def draw_growth(axis, parts: dict[str, list[dict]]) -> None:
     axis.plot([], linestyle="--", color="#444444", label="arithmetic")
     axis.set(xscale="log", yscale="log", ylabel="time in ms")
     axis.set_xticks(places, [f"{place:,}" for place in places])
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=99))  # one decade may be all there is
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=99))  # the axis may span one decade only
     axis.yaxis.set_major_formatter("{x:,g}")
     for direction in (axis.xaxis, axis.yaxis):
         direction.set_minor_locator(NullLocator())
 
 
 def draw_processes(axis, parts: dict[str, list[dict]]) -> None:
-    """Steps a second, from 0."""
+    """Draws steps per second, from 0."""
     points = parts["training step"]
     median, ends, arithmetic = (1 / values for values in columns(points))
     places = np.arange(len(points))
@@ -299,7 +300,7 @@ def draw_processes(axis, parts: dict[str, list[dict]]) -> None:
 
 
 def draw(record: dict) -> None:
-    """The picture of all curves that are in the record."""
+    """Draws all curves of the record in one picture."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -322,9 +323,9 @@ def draw(record: dict) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CURVES, default=list(CURVES), metavar="CURVE")
-    parser.add_argument("--turns", type=int, default=7, help="of each curve, after one that warms up")
-    parser.add_argument("--again", action="store_true", help="measure what is in the record too")
-    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    parser.add_argument("--turns", type=int, default=7, help="turns of each curve, after one for warm-up")
+    parser.add_argument("--again", action="store_true", help="also measure curves that the record has")
+    parser.add_argument("--draw", action="store_true", help="only draw the record")
     parser.add_argument("--trainer", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trainer is not None:

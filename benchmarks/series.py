@@ -1,4 +1,4 @@
-"""Series of runs over seeds, each a process with a record of its own: what is recorded is not run again."""
+"""Series of runs over seeds, each a separate process with its own record; recorded runs are not repeated."""
 
 import ctypes
 import json
@@ -14,28 +14,28 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 GROUPS = ("overall", "head", "mid", "tail")
-# Of Linux's prctl (linux/prctl.h): the signal that a process gets when what began it dies.
+# Option of Linux's prctl (linux/prctl.h): the signal that a process receives when its parent dies.
 _PR_SET_PDEATHSIG = 1
 _LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def slug(name: str) -> str:
-    """A name of methods as a part of a file's name."""
+    """Turns the name of a method into a part of a file name."""
     return name.lower().replace(",", "").replace(" ", "_")
 
 
 def run(*command, threads: int | None = None) -> resource.struct_rusage:
-    """Runs a Python program of the repository; on Linux it is ended if this process dies.
+    """Runs a Python program of the repository; on Linux it ends if this process dies.
 
     Args:
         *command: The program and its arguments.
-        threads: Threads that torch computes with; by default as many as it likes.
+        threads: Number of torch's threads; by default torch chooses.
 
     Returns:
-        What the process used: `ru_maxrss` in KiB, `ru_utime` and `ru_stime` in seconds.
+        The resources that the process used: `ru_maxrss` in KiB, `ru_utime` and `ru_stime` in seconds.
 
     Raises:
-        RuntimeError: If it fails; with the end of what it printed.
+        RuntimeError: If it fails; the message has the end of its output.
     """
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     process = subprocess.Popen(
@@ -56,12 +56,12 @@ def run(*command, threads: int | None = None) -> resource.struct_rusage:
 
 
 def _end_with_parent() -> None:
-    """Else a run whose driver was killed goes on, in the folder of the next driver's."""
+    """Ends this process with its parent; otherwise it would continue in the folder that the next driver uses."""
     _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def write_record(path: Path, content: dict) -> None:
-    """Writes a record whole or not at all."""
+    """Writes a record atomically."""
     path.parent.mkdir(exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""Serving under load: errors, wrong answers, latencies and memory of the handler, beside transformers' own pipeline.
+"""Load test of serving: errors, wrong answers, latencies and memory of the handler and of transformers' pipeline.
 
     python benchmarks/serving.py --model outputs/digits_lt_fast/student --vit_s16
     python benchmarks/serving.py --model outputs/digits_lt_fast/student --seconds 3
 
-A process serves the model over HTTP as Inference Endpoints do: the handler, and transformers' pipeline beside it.
-Eight clients, each with an image of its own, first ask the handler alone, which is watched for memory; then each asks
-both in turn. At last one client asks both in turn, and the handler for attention too. Every answer is compared with
-the one that its image got alone.
+A process serves the model over HTTP as Inference Endpoints do, with the handler and with transformers' pipeline. Eight
+clients, each with its own image, first send requests to the handler only, whose memory is measured; then each uses both
+in turn. Finally one client uses both in turn, and also requests attention from the handler. Every answer is compared
+with the answer for the same image without load.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 
 class Service(BaseHTTPRequestHandler):
-    """Answers as the toolkit of Inference Endpoints does: what the model says, or 400 with the error's sentence."""
+    """Answers like the toolkit of Inference Endpoints: the model's output, or status 400 with the error message."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body of an answer in one packet
@@ -59,7 +59,7 @@ class Service(BaseHTTPRequestHandler):
 
 
 def serve(model: str) -> None:
-    """Serves the handler and the pipeline of a model; prints the port."""
+    """Serves the handler and the pipeline of a model, and prints the port."""
     from transformers import pipeline
     from transformers.utils import logging
 
@@ -80,7 +80,7 @@ def serve(model: str) -> None:
 
 
 class Client(threading.Thread):
-    """Asks for one image over and over, the given models in turn."""
+    """Requests one image repeatedly from the given models in turn."""
 
     def __init__(self, port: int, seed: int, side: int, models: tuple[str, ...], seconds: float):
         super().__init__()
@@ -95,7 +95,7 @@ class Client(threading.Thread):
         self.alone = {model: self.ask(model) for model in models}
 
     def ask(self, model: str) -> np.ndarray:
-        """The scores of the classes, the highest first."""
+        """The scores of the classes in descending order."""
         self.connection.request("POST", f"/{model}", self.body, {"Content-Type": "application/json"})
         response = self.connection.getresponse()
         answer = json.loads(response.read())
@@ -119,7 +119,7 @@ class Client(threading.Thread):
 
 
 def load(port: int, num_clients: int, side: int, models: tuple[str, ...], seconds: float, watched=None) -> dict:
-    """Lets clients ask at once; with a process to watch, tells its memory too."""
+    """Runs clients concurrently; for a given process, returns its memory, too."""
     clients = [Client(port, seed, side, models, seconds) for seed in range(num_clients)]
     for client in clients:
         client.start()
@@ -137,7 +137,7 @@ def load(port: int, num_clients: int, side: int, models: tuple[str, ...], second
         p50, p99 = np.percentile(milliseconds, [50, 99]).round(2).tolist()
         record[model] = {"requests": len(milliseconds), "p50_ms": p50, "p99_ms": p99}
     if memory:
-        # The first tenth is when threads start and buffers find their size.
+        # In the first tenth, threads start and buffers reach their size.
         record["rss_mib"] = {"start": memory[0], "after_tenth": memory[len(memory) // 10], "end": memory[-1]}
     if PIPELINE in models:
         record["p50_ratio"] = round(record[HANDLER]["p50_ms"] / record[PIPELINE]["p50_ms"], 3)
@@ -145,7 +145,7 @@ def load(port: int, num_clients: int, side: int, models: tuple[str, ...], second
 
 
 def measure(model: str, seconds: float, num_clients: int) -> dict:
-    """Serves a model in a process of its own and asks it."""
+    """Serves a model in a separate process and measures the answers."""
     command = [sys.executable, __file__, "--model", model, "--serve"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -178,8 +178,8 @@ def main():
     parser.add_argument("--model", required=True, help="folder of a student")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--vit_s16", action="store_true", help="also a ViT-S/16 with random weights")
-    parser.add_argument("--record", default=str(RESULTS / "serving.json"), help="file that is written")
+    parser.add_argument("--vit_s16", action="store_true", help="also measure a ViT-S/16 with random weights")
+    parser.add_argument("--record", default=str(RESULTS / "serving.json"), help="output file")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:

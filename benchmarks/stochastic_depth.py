@@ -1,8 +1,9 @@
-"""A training step whose stochastic depth skips what it drops beside one that multiplies it by zero.
+"""A training step whose stochastic depth skips dropped samples, compared with one that multiplies them by zero.
 
     python benchmarks/stochastic_depth.py
 
-Both in one process, turn by turn, on one model; medians. A compiled model multiplies, so it is told that it is one.
+Both run in one process in alternating turns, on one model; the figures are medians. A compiled model multiplies; for
+that case the script makes torch report that the model is being compiled.
 """
 
 import time
@@ -14,7 +15,7 @@ from series import RESULTS, write_record
 
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification
 
-# Side, patch, width, blocks, heads; images; rate of the last block; turns.
+# Image size, patch size, width, blocks, heads; images; drop rate of the last block; turns.
 CASES = {
     "digits_lt, 16 px": ((16, 4, 96, 6, 3), 64, 0.1, 60),
     "192 wide, 32 px": ((32, 4, 192, 9, 3), 64, 0.1, 15),

@@ -1,10 +1,10 @@
-"""A run that is killed again and again beside one that is not: both must end with the same bytes.
+"""A run that is killed repeatedly, compared with an undisturbed run: both must end with the same bytes.
 
     python benchmarks/torture.py --kills 20
     python benchmarks/torture.py --kills 20 --kind teacher
 
 The student's run has the recipe's distillation, mixing, dropped paths, accumulation, data loader workers and a moving
-average; the teacher's has SAM and PaCo's queue. Every process is sent SIGKILL: two in three at a random moment, one in
+average; the teacher's has SAM and PaCo's queue. Every process receives SIGKILL: two in three at a random moment, one in
 three while a checkpoint is being written. The record is in `benchmarks/results/`.
 """
 
@@ -30,7 +30,7 @@ RUNS = {
 
 
 def start(kind: str, folder: Path, *arguments: str) -> subprocess.Popen:
-    """Starts or resumes a run in a process group of its own."""
+    """Starts or resumes a run in a separate process group."""
     script, *values = RUNS[kind]
     command = [sys.executable, ROOT / "scripts" / script, "--recipe", "digits_lt", *COMMON, *values]
     command += ["--output_dir", folder, "--resume_from_checkpoint", "auto", *arguments]
@@ -39,18 +39,18 @@ def start(kind: str, folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 def written(folder: Path) -> int:
-    """When a run last wrote to its log."""
+    """Time at which a run last wrote to its log."""
     log = folder / "log.jsonl"
     return log.stat().st_mtime_ns if log.exists() else 0
 
 
 def steps(folder: Path) -> int:
-    """Steps to the newest checkpoint."""
+    """Number of steps of the newest checkpoint."""
     return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*[0-9]")), default=0)
 
 
 def kill(process: subprocess.Popen, folder: Path, in_a_save: bool, chance: random.Random) -> bool:
-    """Kills a run once it trains; whether it was alive, and in a save if it was to be."""
+    """Kills a run after it has started training; returns whether it was alive and, if requested, in a save."""
     before = written(folder)
     while process.poll() is None and written(folder) == before:
         time.sleep(0.02)
@@ -67,7 +67,7 @@ def kill(process: subprocess.Popen, folder: Path, in_a_save: bool, chance: rando
 
 
 def digest(folder: Path) -> str:
-    """Hash of the weights that a run ended with, and of their average."""
+    """Hash of the final weights of a run and of their average."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("model.safetensors")) + sorted(folder.glob("ema/model.safetensors")):
         found.update(path.read_bytes())
@@ -85,7 +85,7 @@ def main():
         undisturbed, tortured = Path(place) / "undisturbed" / "run", Path(place) / "tortured" / "run"
         for folder in (undisturbed, tortured):
             folder.parent.mkdir()
-        # One worker beside none: neither the kills nor the workers may change the result.
+        # One run has a worker and the other none: neither the kills nor the workers may change the result.
         if start(args.kind, undisturbed, "--dataloader_num_workers", "0").wait():
             sys.exit((undisturbed.parent / "run.log").read_text()[-2000:])
         if args.kind == "student":

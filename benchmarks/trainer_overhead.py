@@ -1,11 +1,11 @@
-"""A step of `DeiTLTTrainer` beside one of a bare loop that does the same mathematics.
+"""A step of `DeiTLTTrainer` compared with one of a bare loop with the same mathematics.
 
     python benchmarks/trainer_overhead.py
 
-Both train in one process, turn by turn, each with a student, an optimiser and a data loader of its own: augmentation,
+Both train in one process in alternating turns, each with its own student, optimiser and data loader: augmentation,
 mixing, the teacher's forward pass on the mixed images, both heads' losses with class weights, AdamW, schedule. The
-trainer also measures the gradient's norm, looks for numbers that are not finite, logs the parts of the loss, and stands
-ready to evaluate, save and stop. The ratio is that of the medians; a GPU is used if there is one.
+trainer also measures the gradient's norm, checks for numbers that are not finite, logs the parts of the loss, and can
+evaluate, save and stop. The ratio is that of the medians. The script uses a GPU if one is available.
 """
 
 import argparse
@@ -38,7 +38,7 @@ STUDENTS = {
 
 
 class BareLoop(TrainerCallback):
-    """Takes a step of its own after each of the trainer's, and times both."""
+    """A callback that takes a step of the bare loop after each of the trainer's, and times both."""
 
     def __init__(self, trainer: DeiTLTTrainer, model: DeiTLTForImageClassification):
         self.trainer, self.model, self.args = trainer, model.train(), trainer.args
@@ -83,14 +83,14 @@ class BareLoop(TrainerCallback):
             self.times["bare loop"].append(self.ended - begun)
 
     def now(self) -> float:
-        """The time once the device has done what it was asked to."""
+        """The time after the device has finished its work."""
         if self.args.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
 def measure(name: str, steps: int) -> dict[str, float]:
-    """Median seconds of a step of each."""
+    """Median seconds of a step of the trainer and of the loop."""
     values = STUDENTS[name]
     data = load_long_tailed("digits", imbalance_ratio=20)
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def measure(name: str, steps: int) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=2, default=[300, 60], help="of the small and of the larger student")
+    parser.add_argument("--steps", type=int, nargs=2, default=[300, 60], help="steps of the small, the large student")
     args = parser.parse_args()
     record, lines = {}, []
     for name, steps in zip(STUDENTS, args.steps, strict=True):

@@ -1,12 +1,12 @@
-"""The same scores in other people's versions of transformers, of students and teachers as they are saved today.
+"""Scores of saved students and teachers in other versions of transformers, compared with those of this environment.
 
     python benchmarks/versions.py
     python benchmarks/versions.py --versions 4.57.6 5.0.0 --installed /tmp/versions
 
-Each version is installed, without what it depends on but tokenizers and huggingface_hub, into a folder of its own,
-which is removed before the next one unless --installed keeps it. A process that has it first on its path, and cannot
-import deitlt_hf, loads a student in four ways and teachers in the one that they have. What it says is compared with
-this environment's own classes. On a CPU, with random weights.
+Each version is installed into a separate folder, of its dependencies only with tokenizers and huggingface_hub. The
+folder is removed before the next version unless --installed keeps it. A process with this version first on its path,
+which cannot import deitlt_hf, loads a student in four ways and teachers in the one that exists for them. Its scores are
+compared with those of this environment's classes. The models have random weights and run on a CPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from series import RESULTS, write_record
 
-# Each with the tokenizers and huggingface_hub that it asks for, and NumPy where it needs an older one.
+# Each version with the tokenizers and huggingface_hub that it requires, and NumPy where it needs an older one.
 VERSIONS = {
     "4.41.2": ("tokenizers==0.19.1", "huggingface_hub==0.36.0", "numpy<2"),
     "4.44.2": ("tokenizers==0.19.1", "huggingface_hub==0.36.0", "numpy<2"),
@@ -40,15 +40,15 @@ WAYS = {
     "remote code, LDAM teacher": "ldam",
 }
 CLASSES = 10
-NOISE = {"student": 0.15, "ce": 0.02, "ldam": 0.05}  # beside initial weights, for scores that differ by class and image
+NOISE = {"student": 0.15, "ce": 0.02, "ldam": 0.05}  # added to initial weights; scores then differ
 TOLERANCE = 1e-3  # of a score, in [0, 1]; 4.x resizes with Pillow and 5.x with torchvision, two grey levels apart
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS), metavar="VERSION")
-    parser.add_argument("--installed", metavar="FOLDER", help="keep the versions here, and use those that are there")
-    parser.add_argument("--answer", metavar="FOLDER", help=argparse.SUPPRESS)  # what a process of a version does
+    parser.add_argument("--installed", metavar="FOLDER", help="keep installed versions in this folder and reuse them")
+    parser.add_argument("--answer", metavar="FOLDER", help=argparse.SUPPRESS)  # used in the process of a version
     args = parser.parse_args()
     if args.answer is not None:
         print(json.dumps({way: answer(way, Path(args.answer)) for way in WAYS}))
@@ -71,7 +71,7 @@ def main():
 
 
 def make_models(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Saves a student and two teachers with random weights, and images; gives our own classes' scores by model."""
+    """Saves a student, two teachers (all with random weights) and images; returns our classes' scores by model."""
     import numpy as np
     import torch
     from PIL import Image
@@ -110,11 +110,11 @@ def make_models(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def install(version: str, folder: Path) -> Path:
-    """Installs a version into a folder of its own in `folder`, unless it is there; gives that folder."""
+    """Installs a version into its own folder inside `folder`, unless it exists; returns the path."""
     target = folder / f"transformers-{version}"
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:  # an interrupted pip leaves half a package
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:  # an interrupted pip leaves an incomplete package
             command = [
                 sys.executable,
                 "-m",
@@ -131,7 +131,7 @@ def install(version: str, folder: Path) -> Path:
 
 
 def compare(version: str, folder: Path, installed: str | Path | None, expected: dict) -> dict[str, str]:
-    """What a version says in each way: that it is the same, by how much it differs, or its error."""
+    """Compares each way of a version: the same scores, the size of the difference, or the error."""
     with tempfile.TemporaryDirectory() as place:
         target = install(version, Path(installed or place))
         paths = {"PYTHONPATH": str(target), "HF_HOME": str(Path(place) / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -157,8 +157,8 @@ def verdict(answers: str | list[dict[str, float]], expected: list[dict[str, floa
 
 
 def answer(way: str, folder: Path) -> str | list[dict[str, float]]:
-    """Scores of each image by the name of the class, or the error."""
-    sys.modules["deitlt_hf"] = None  # it is not installed where these versions are
+    """Scores of each image by class name, or the error."""
+    sys.modules["deitlt_hf"] = None  # the package is not installed where these versions are used
     images = sorted(folder.glob("*.png"))
     path = str(folder / WAYS[way])
     try:

@@ -1,4 +1,4 @@
-"""What is trained for the claims: the settings, their teachers and students, and the runs with their records."""
+"""Trained models for the claims: settings, their teachers and students, and runs with their records."""
 
 import contextlib
 import gzip
@@ -20,14 +20,14 @@ from series import ROOT, run, write_record
 
 RESEARCH = Path(__file__).parent
 RESULTS = RESEARCH / "results"
-# For runs of minutes: begun anew if interrupted, with nothing seen of the test images before the last epoch.
+# For runs of minutes: an interrupted run starts again, and test images are not used before the last epoch.
 SHORT = ("--overwrite", "--eval_strategy", "no", "--save_strategy", "no", "--dataloader_num_workers", "0")
-# For runs of days: the recipe's workers and checkpoints, from the newest of which they go on.
+# For runs of days: the recipe's workers and checkpoints; an interrupted run resumes from the newest checkpoint.
 LONG = ("--resume_from_checkpoint", "auto")
 DISTILL, TEACH = "scripts/distill.py", "scripts/train_teacher.py"
 SHARPNESS = ("--num_images", 256, "--num_vectors", 16)
-LABELS = "teacher-labels"  # name of the records of what a seed's teachers say
-PRICES = RESULTS / "fashion-prices.json"  # what a step of each arm takes
+LABELS = "teacher-labels"  # name of the records with the labels of a seed's teachers
+PRICES = RESULTS / "fashion-prices.json"  # time of a training step of each arm
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Arm:
     """One way to train a teacher or a student.
 
     Args:
-        title: What tables call it.
-        arguments: Of the script.
-        teacher: Of a student: the name of the arm whose labels it learns; None for none.
-        script: What trains it.
+        title: Name in tables.
+        arguments: Arguments of the script.
+        teacher: For a student, the name of the arm that teaches it; None without a teacher.
+        script: The training script.
     """
 
     title: str
@@ -58,7 +58,7 @@ TEACHERS = {
     "paco-sam": teacher("PaCo, SAM", "paco", 0.025),
 }
 PEER = "research/timm_peer.py"
-# With beta 0 all class weights are 1. Mixing stops at the DRW epoch in all of them.
+# With beta 0 all class weights are 1. Mixing stops at the DRW epoch in all arms.
 NO_DRW = ("--drw_beta", 0)
 WEAK = ("--teacher_view", "weak")
 ALONE = ("--distillation", "none")
@@ -78,23 +78,23 @@ STUDENTS = {
     "deit-lt-ldam": Arm("DeiT-LT, LDAM-SAM teacher", (), "ldam-sam"),
     "deit-lt-paco": Arm("DeiT-LT, PaCo-SAM teacher", (), "paco-sam"),
 }
-# The authors mix no images where the teacher sees a weak view: its label would be of one image, whatever its share.
+# The authors do not mix where the teacher sees a weak view: its label would describe one image, whatever its share.
 STUDENTS["id-unmixed"] = Arm("in-distribution view, DRW, no mixing", (*WEAK, "--mixup", 0, "--cutmix", 0), "ce-sam")
 STUDENTS["ood-unmixed"] = Arm("out-of-distribution view, DRW, no mixing", ("--mixup", 0, "--cutmix", 0), "ce-sam")
-# Epochs of further students, with the same schedule stretched.
+# Epochs of further students; the schedule is stretched.
 LENGTHS = (15, 30, 120)
 
 
 def length(epochs: int) -> tuple:
-    """Arguments for a schedule of so many epochs."""
+    """Arguments for a schedule of the given number of epochs."""
     return "--num_train_epochs", epochs, "--drw_start_epoch", epochs * 4 // 5
 
 
 STUDENTS |= {f"deit-lt-{epochs}": Arm(f"DeiT-LT, {epochs} epochs", length(epochs), "ce-sam") for epochs in LENGTHS}
-# Beside the longest of them.
+# A student on labels only, for comparison with the longest of these.
 LONG_LABELS = f"labels-{max(LENGTHS)}"
 STUDENTS[LONG_LABELS] = Arm(f"labels only, {max(LENGTHS)} epochs", (*ALONE, *NO_DRW, *length(max(LENGTHS))))
-# Beyond the paper, all with Muon and without mixing: the recipes `*_fast`, and what it is held against.
+# Beyond the paper, all with Muon and without mixing: the recipes `*_fast`, and the arms for comparison.
 BEYOND = {
     "ours": Arm(
         "ours: Muon, soft labels, balanced softmax for CLS",
@@ -110,11 +110,11 @@ BEYOND = {
     "ood-muon": Arm("out-of-distribution view, no DRW, Muon", (*MUON, *UNMIXED, *NO_DRW), "ce-sam"),
     "id-drw-muon": Arm("in-distribution view, DRW, Muon", (*MUON, *UNMIXED, *WEAK), "ce-sam"),
 }
-# The CNN that taught them, trained for as many epochs as it and a student take together; it teaches nobody.
+# The CNN that taught them, trained for as many epochs as CNN and student take together; it teaches no student.
 LONG_CNN = "ce-sam-90"
 BEYOND[LONG_CNN] = Arm("the CNN itself, 90 epochs", (*TEACHERS["ce-sam"].arguments, *length(90)), script=TEACH)
 STUDENTS |= BEYOND
-# Arms by their epochs.
+# Arms by number of epochs.
 BY_LENGTH = dict(sorted({60: "deit-lt", **{epochs: f"deit-lt-{epochs}" for epochs in LENGTHS}}.items()))
 LATER = (
     *("id-unmixed", "ood-unmixed", "deit-lt-ldam", "deit-lt-paco"),
@@ -125,26 +125,26 @@ LATER = (
 SEEDS = (0, 1, 2)
 
 
-# What may suit the data, tried on held-out images.
+# Hyperparameters that are tried on held-out images.
 RHOS = {"ce": (0.05, 0.1, 0.2), "ldam": (0.05, 0.1), "paco": (0.025, 0.05)}
 CHOSEN_BATCH = "64-1e-3"
 BATCHES = {"128-1e-3": (128, 1e-3), "128-2e-3": (128, 2e-3), "64-1e-3": (64, 1e-3), "64-2e-3": (64, 2e-3)}
 
 
 def batch(size: int, learning_rate: float) -> tuple:
-    """Arguments for a batch and its learning rate."""
+    """Arguments for a batch size and its learning rate."""
     return "--global_batch_size", size, "--per_device_train_batch_size", size, "--learning_rate", learning_rate
 
 
 CANDIDATE_TEACHERS = {
     f"{loss}-{rho:g}": teacher(f"{loss}, rho {rho:g}", loss, rho) for loss, rhos in RHOS.items() for rho in rhos
 }
-# Of the arm that ours is to beat.
+# Candidates for the arm that ours is compared with.
 CANDIDATE_STUDENTS = {
     f"labels-{name}": Arm(f"labels only, batch {values[0]}, {values[1]:g}", (*ALONE, *NO_DRW, *batch(*values)))
     for name, values in BATCHES.items()
 }
-# Beyond the paper: what is tried with Muon, in half the epochs.
+# Beyond the paper: candidates with Muon, in half the epochs.
 PLAIN_VIEW = ("--auto_augment", "none", "--random_erasing", 0)
 TRAINED_ON_OURS = "ce-0.1-augmented"
 CANDIDATE_TEACHERS[TRAINED_ON_OURS] = Arm(
@@ -166,7 +166,7 @@ BEYOND_CANDIDATES = {
     "soft": candidate("soft labels", *SOFT),
     "plain-view": candidate("no RandAugment", *PLAIN_VIEW),
     "soft-no-drw-balanced": candidate("soft labels, no DRW, balanced softmax for CLS", *OURS),
-    # Of the best of these, what each part adds, and what may be better.
+    # The best of these with each part removed, and possible improvements.
     "ours-plain-view": candidate("the last, no RandAugment", *OURS, *PLAIN_VIEW),
     "ours-hard": candidate("the same, hard labels", *NO_DRW, *BALANCED),
     "ours-unbalanced": candidate("the same, cross entropy for CLS", *SOFT, *NO_DRW),
@@ -182,15 +182,15 @@ class Setting:
     """Data and arms.
 
     Args:
-        title: What docs call it.
-        recipe: Of the package.
-        seeds: Of subset, initialisation and augmentation.
-        teachers: Arms, by name.
-        students: Arms, by name; the most telling first. What they are held against is among them.
-        later: Names of students that come after the others of all seeds.
+        title: Name in the docs.
+        recipe: Recipe of the package.
+        seeds: Seeds of subset, initialisation and augmentation.
+        teachers: Arms by name.
+        students: Arms by name, with the baselines; the most informative arms come first.
+        later: Names of students that are trained after the other students of all seeds.
         common: Arguments of all students that are ViTs.
-        running: Arguments of all runs that change no result.
-        holds_out: Test on images that are held out of the training split, and train on the rest.
+        running: Arguments of all runs that do not change the results.
+        holds_out: Test on images held out of the training split, and train on the others.
     """
 
     title: str
@@ -223,7 +223,7 @@ SETTINGS = {
         CANDIDATE_STUDENTS | BEYOND_CANDIDATES,
         holds_out=True,
     ),
-    # Not used to choose anything: the recipe digits_lt_fast, and what it is held against.
+    # Not used to choose anything: the recipe digits_lt_fast, and the arms for comparison.
     "digits": Setting(
         "scikit-learn's digits, ratio 20, 119 to 5 images a class",
         "digits_lt",
@@ -238,7 +238,7 @@ SETTINGS = {
             },
         },
     ),
-    # The paper's own: 1,200 epochs of ViT-B/16 at 224 px, for a GPU. The recipe's teacher is LDAM-DRW with SAM.
+    # The paper's setting: 1,200 epochs of ViT-B/16 at 224 px, for a GPU. The recipe's teacher is LDAM-DRW with SAM.
     "cifar10_lt": Setting(
         "CIFAR-10-LT, ratio 100",
         "cifar10_lt_rho100",
@@ -262,9 +262,9 @@ class Runs:
     """The runs of a setting.
 
     Args:
-        name: Of the setting.
-        data_dir: Where its images are; None: from the Hub.
-        threads: Of each run: as its numbers depend on them, always the same.
+        name: Name of the setting.
+        data_dir: Folder of its images; with None they come from the Hub.
+        threads: Threads of each run; always the same number, because the results depend on it.
     """
 
     name: str
@@ -285,12 +285,12 @@ class Runs:
         return RESULTS / f"{self.name}-{arm}-seed{seed}.json"
 
     def data(self, seed: int) -> list:
-        """Arguments that say what the images are."""
+        """Arguments that select the images."""
         data = ["--recipe", self.setting.recipe, "--subset_seed", seed]
         return data + (["--data_dir", self.data_dir] if self.data_dir else [])
 
     def made_with(self, name: str) -> dict:
-        """What decides an arm's numbers beside recipe and seed, as records have it."""
+        """The values that, with recipe and seed, determine an arm's results, in the form used in records."""
         common = () if self.arm(name).script == TEACH else self.setting.common
         return {
             "arguments": [str(argument) for argument in (*common, *self.arm(name).arguments)],
@@ -298,10 +298,10 @@ class Runs:
         }
 
     def recorded(self, seed: int, name: str) -> dict | None:
-        """The record of a run; None if there is none.
+        """The record of a run; None if it does not exist.
 
         Raises:
-            ValueError: If it was made with other arguments or threads than it would be now.
+            ValueError: If the current arguments or threads differ from those of the record.
         """
         path = self.record(seed, name)
         if not path.exists():
@@ -313,11 +313,11 @@ class Runs:
         return record
 
     def teach(self, seed: int, name: str) -> None:
-        """Trains a teacher and measures how flat its loss is; not again if model and record are there.
+        """Trains a teacher and measures its flatness, unless model and record exist.
 
-        Where there is a record, but no model (which is not committed), training has other bits on another machine.
-        The first record stays, as students have learned from that teacher; the new one gets a record beside it, of how
-        it was trained and what it says of the test images.
+        If the record exists without the model (which is not committed), training on another machine gives other bits.
+        The first record stays, because students have learned from that teacher. The new teacher gets an additional
+        record of its training and of its outputs for the test images.
         """
         with self._alone(seed, name) as folder:
             first, results = self.recorded(seed, name), self._trained(seed, name)
@@ -331,7 +331,7 @@ class Runs:
             write_record(path, results)
 
     def study(self, seed: int, name: str) -> None:
-        """Trains a student, whose teacher is there, and looks at its tokens; not again if its record is there."""
+        """Trains a student, whose teacher exists, and observes its tokens, unless its record exists."""
         with self._alone(seed, name) as folder:
             if self.recorded(seed, name) is not None:
                 return
@@ -344,7 +344,7 @@ class Runs:
             write_record(self.record(seed, name), results)
 
     def compare_teachers(self, seed: int) -> None:
-        """Looks at what the teachers, which are there, say of a student's images; not again if its record is there."""
+        """Records the labels that the existing teachers give a student's images, unless the record exists."""
         folders = {name: self.folder(seed, name) for name in self.setting.teachers}
         made_of = {"arguments": [str(argument) for argument in self.setting.common], "threads": self.threads}
         made_of["teachers_sha256"] = {name: weights_digest(folder) for name, folder in folders.items()}
@@ -360,14 +360,14 @@ class Runs:
 
     @contextlib.contextmanager
     def _alone(self, seed: int, name: str) -> Iterator[Path]:
-        """The folder of a run, which no other driver works in."""
+        """The folder of a run, locked against other drivers."""
         folder = self.folder(seed, name)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             yield folder
 
     def _trained(self, seed: int, name: str) -> dict:
-        """Results of a run, after training unless the folder has just that."""
+        """Results of a run; trains it unless the folder already has this run."""
         arm, folder = self.arm(name), self.folder(seed, name)
         made_of = self.made_with(name)
         command = [ROOT / arm.script, *self.data(seed), "--seed", seed, "--output_dir", folder, *self.setting.running]
@@ -383,7 +383,7 @@ class Runs:
                 return results
         begun = folder.with_name(f"{folder.name}.begun.json")
         is_of_another = folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == made_of)
-        if is_of_another and self.setting.running == LONG:  # which would go on from its checkpoints
+        if is_of_another and self.setting.running == LONG:  # which would resume from its checkpoints
             raise ValueError(f"{folder} has a run with other arguments or teacher; move it away to begin anew.")
         write_record(begun, made_of)
         run(*command, threads=self.threads)
@@ -392,21 +392,21 @@ class Runs:
         return results
 
     def _look(self, seed: int, folder: Path, *command) -> dict:
-        """What a program finds of a trained model."""
+        """Runs a program on a trained model and returns its output."""
         found = folder / "found.json"
         run(*command, *self.data(seed), "--model", folder, "--json", found, threads=self.threads)
         return json.loads(found.read_text())
 
 
 def hold_out(data_dir: str, test: int = 10_000) -> Path:
-    """Makes a data set of the training images alone, some of which it has as test images.
+    """Makes a data set of the training images only, with some of them as test images.
 
     Args:
         data_dir: Folder of IDX files, gzipped or not.
-        test: Images to hold out.
+        test: Number of images to hold out.
 
     Returns:
-        Its folder.
+        The folder of the new data set.
     """
     source = hashlib.sha256(str(Path(data_dir).resolve()).encode()).hexdigest()[:8]
     folder = ROOT / "outputs" / "claims" / f"held_out_images_{source}"

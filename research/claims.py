@@ -1,4 +1,4 @@
-"""The claims, what each is judged by, and its figure."""
+"""The claims, with the checks that judge each claim and its figure."""
 
 from arms import BY_LENGTH, LONG_CNN, LONG_LABELS
 from evidence import EXPERTS, Check, Claim, accuracy, fused, of_groups, rank, reach, reach_of_uniform, sharpness, taught
@@ -9,7 +9,7 @@ LONGEST = BY_LENGTH[EPOCHS]
 
 
 def beside_sgd(teacher: str, arm: str) -> list[Check]:
-    """Rows, which judge nothing, of a student of another teacher beside that of the plain one."""
+    """Rows without a verdict that compare a student of another teacher with that of the plain one."""
     return [
         *of_groups(f"{teacher} teacher less CE-SGD", arm, "deit-lt-sgd", ["tail"], ("mean", "distillation"), False),
         Check(

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of the research share with those of the package."""
+"""Fixtures that the tests of the research share with the tests of the package."""
 
 import importlib.util
 from pathlib import Path

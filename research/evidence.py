@@ -1,4 +1,4 @@
-"""What the records that `run.py` left say of a claim."""
+"""Evidence for a claim: values from the records that `run.py` wrote."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from series import GROUPS
 
 from deitlt_hf.analysis.attention import patch_distances
 
-# Of a student, as tables and figures call them.
+# Experts of a student, by their names in tables and figures.
 EXPERTS = {"cls": "CLS", "distillation": "DIST", "mean": "prediction"}
 NOT_RUN = "not run yet"
 
 
 class Evidence:
-    """The records of a setting, of the seeds that have them.
+    """The records of a setting, for the seeds that have them.
 
     Args:
-        name: Of the setting.
+        name: Name of the setting.
     """
 
     def __init__(self, name: str = "fashion"):
@@ -35,7 +35,7 @@ class Evidence:
         return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
     def accuracies(self, arm: str, expert: str) -> np.ndarray:
-        """In %; (seeds, groups)."""
+        """Accuracies in %; (seeds, groups)."""
         rows = [record["last"]["accuracies"][expert] for record in self.records(arm).values()]
         return 100 * np.array([[row[group] for group in GROUPS] for row in rows])
 
@@ -44,12 +44,12 @@ class Evidence:
         return {seed: measure.of(record) for seed, record in self.records(measure.arm).items()}
 
     def compare(self, first: "Measure", second: "Measure") -> np.ndarray:
-        """First less second, for each seed that has both; (seeds,)."""
+        """First minus second, for each seed that has both; (seeds,)."""
         ours, theirs = self.values(first), self.values(second)
         return np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
     def price(self, arm: str) -> float | None:
-        """Minutes of one CPU that an arm takes, its teacher included; None if its steps were not measured."""
+        """Minutes of one CPU that an arm takes with its teacher; None if its steps were not measured."""
         measured = json.loads(PRICES.read_text())["seconds_per_step"] if PRICES.exists() else {}
         teacher = self.runs.arm(arm).teacher
         seconds = 0.0
@@ -63,7 +63,7 @@ class Evidence:
 
     @cached_property
     def digest(self) -> str:
-        """Tells apart the records that a picture was made of."""
+        """Digest of the records that a picture was made from."""
         paths = sorted(RESULTS.glob(f"{self.runs.name}-*.json"))
         return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in paths)).hexdigest()
 
@@ -73,8 +73,8 @@ class Measure:
     """A number of a run.
 
     Args:
-        arm: Whose.
-        of: Finds it in a record.
+        arm: Name of the arm.
+        of: Returns the number from a record.
     """
 
     arm: str
@@ -82,12 +82,12 @@ class Measure:
 
 
 def accuracy(arm: str, expert: str, group: str) -> Measure:
-    """In %."""
+    """Accuracy in %."""
     return Measure(arm, lambda record: 100 * record["last"]["accuracies"][expert][group])
 
 
 def taught(arm: str, group: str) -> Measure:
-    """Accuracy of the teacher that an arm's student learned from, in %."""
+    """Accuracy in % of the teacher that an arm's student learned from."""
     return Measure(arm, lambda record: 100 * record["teacher"]["accuracies"][group])
 
 
@@ -112,7 +112,7 @@ def reach(arm: str) -> Measure:
 
 
 def reach_of_uniform(arm: str) -> Measure:
-    """What the attention distance is of a patch that looks at all alike, in the mean over patches, in pixels."""
+    """Attention distance of a patch with uniform attention, in the mean over patches, in pixels."""
 
     def of(record: Mapping) -> float:
         size, patch = (record["architecture"][field] for field in ("image_size", "patch_size"))
@@ -122,22 +122,22 @@ def reach_of_uniform(arm: str) -> Measure:
 
 
 def sharpness(arm: str, field: str) -> Measure:
-    """How sharp a teacher's loss is on training images."""
+    """Sharpness of a teacher's loss on training images."""
     return Measure(arm, lambda record: record["sharpness"]["overall"][field])
 
 
 @dataclass(frozen=True)
 class Check:
-    """A difference that a claim says something about: of the first measure less the second.
+    """A difference that a claim is about: the first measure minus the second.
 
     Args:
-        what: In words.
-        first: Claimed to be larger.
-        second: Claimed to be smaller.
-        is_claimed: Or only of interest.
-        margin: By how much the first may be behind.
-        unit: Of the difference.
-        decimals: Shown of it.
+        what: Description.
+        first: The measure that is claimed to be larger.
+        second: The measure that is claimed to be smaller.
+        is_claimed: Whether the claim depends on it; otherwise it is shown only.
+        margin: By how much the first may be smaller.
+        unit: Unit of the difference.
+        decimals: Decimals shown.
     """
 
     what: str
@@ -154,19 +154,19 @@ class Check:
         ends = interval(differences)
         if not self.is_claimed:
             return differences, ends, ""
-        # Not before all seeds are there: who may stop at any of them finds what they like.
+        # No verdict before all seeds have records: somebody who may stop after any seed can choose the result.
         is_whole = len(differences) == len(evidence.runs.setting.seeds)
         low, high = (end + self.margin for end in ends)
         return differences, ends, verdict(low, high) if is_whole else NOT_RUN
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval says of a difference that is claimed to be above 0."""
+    """Verdict on a difference that is claimed to be above 0, from its interval."""
     return "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell"
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of values, by Student's t; all numbers for fewer than two."""
+    """95 % interval of the mean of values, by Student's t; infinite for fewer than two values."""
     if len(values) < 2:
         return -np.inf, np.inf
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
@@ -181,7 +181,7 @@ def of_groups(
     experts: Sequence[str] = ("mean",),
     is_claimed: bool = True,
 ) -> list[Check]:
-    """Checks of accuracies of two arms."""
+    """Checks that compare the accuracies of two arms."""
     return [
         Check(
             f"{title}: {EXPERTS[expert]}, {group}",
@@ -196,12 +196,12 @@ def of_groups(
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that the paper says, or that one asks of its method.
+    """A statement of the paper, or a requirement on its method.
 
     Args:
-        title: What is claimed.
-        checks: What it is judged by.
-        draw: Draws its figure on a new one.
+        title: The claim.
+        checks: The differences that judge it.
+        draw: Draws its figure on an empty one.
     """
 
     title: str

@@ -18,7 +18,7 @@ def errors(values: np.ndarray) -> np.ndarray:
 
 
 def draw_bars(panels: Mapping[str, Sequence[tuple[str, str, str]]]) -> Callable:
-    """Draws accuracies by group: by the title of a panel its rows of arm, expert and label."""
+    """Draws accuracies by group: for each panel title, rows of arm, expert and label."""
 
     def draw(figure, evidence: Evidence) -> None:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -42,7 +42,7 @@ def draw_bars(panels: Mapping[str, Sequence[tuple[str, str, str]]]) -> Callable:
 
 
 def draw_beside_teacher(students: Mapping[str, str]) -> Callable:
-    """Draws students, by the name of their arm its label, beside the teacher of the first one."""
+    """Draws students (labels by arm name) next to the teacher of the first one."""
 
     def draw(figure, evidence: Evidence) -> None:
         rows = [("its teacher", [taught(next(iter(students)), group) for group in GROUPS])]
@@ -63,7 +63,7 @@ def draw_beside_teacher(students: Mapping[str, str]) -> Callable:
 
 
 def draw_prices(figure, evidence: Evidence) -> None:
-    """Accuracy of every student, and of the CNN, over the CPU time that it takes with its teacher."""
+    """Accuracy of every student, and of the CNN, against the CPU time of its training with its teacher."""
     lines = {
         "DeiT-LT, 15 to 120 epochs": list(BY_LENGTH.values()),
         "labels only, 60 and 120 epochs": ["labels", LONG_LABELS],
@@ -140,7 +140,7 @@ def draw_distances(figure, evidence: Evidence) -> None:
 
 
 def draw_lengths(figure, evidence: Evidence) -> None:
-    """Student over epochs of training, beside its teacher."""
+    """Accuracy of the student against epochs of training, with its teacher."""
     axes = figure.subplots(1, 2)
     for axis, group in zip(axes, ("overall", "tail"), strict=True):
         column = GROUPS.index(group)

@@ -1,4 +1,4 @@
-"""What the tokens of a student look at and hold, on test images.
+"""Attention and features of a student's tokens, on test images.
 
 python research/observe_tokens.py --recipe R --model DIR --json FILE
 """
@@ -20,7 +20,7 @@ IMAGES = 2000
 
 
 def rounded(values: np.ndarray) -> list:
-    """Four digits of each value."""
+    """Rounds each value to four digits."""
     return [float(f"{value:.4g}") for value in values]
 
 
@@ -36,7 +36,7 @@ def main():
     model = load_model(args.model)
     seen = observe(model, ImageDataset(chosen, "image", "label"), collate, IMAGES)
     groups = {"overall": range(len(data["test"].features["label"].names)), **data_args.groups(data)}
-    with torch.no_grad():  # what the heads see: the last block's tokens, normalised
+    with torch.no_grad():  # the heads' input: the last block's tokens, normalised
         features = model.deit.layernorm(torch.from_numpy(seen.features[-1])).numpy()
     last = dict(zip(seen.tokens, features.transpose(1, 0, 2), strict=True))
     found = {

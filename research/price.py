@@ -1,10 +1,10 @@
-"""Measures the CPU time of a training step of each arm, for the accuracy over the price in `docs/claims.md`.
+"""Measures the CPU time of a training step of each arm, for the figure of accuracy against price in `docs/claims.md`.
 
     python research/price.py --data_dir /usr/share/datasets/fashion-mnist
 
-Each arm runs on one thread, for one epoch and for three, in turn with the other arms; the difference of the processes'
-CPU time is that of two epochs, without loading and evaluation. Of several rounds the median counts. Leave the machine
-alone meanwhile: two threads of one core take each other's time. A student's step includes its teacher's answer.
+Each arm runs on one thread, for one epoch and for three, in turn with the other arms. The difference of the processes'
+CPU times is the time of two epochs, without loading and evaluation. The result is the median of several rounds. Run
+nothing else meanwhile: two threads on one core slow each other down. A student's step includes its teacher's answer.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Judges the claims of the paper by the records that `run.py` left, and writes `docs/claims.md`.
+"""Judges the claims of the paper by the records that `run.py` wrote, and writes `docs/claims.md`.
 
     python research/report.py
     python research/report.py --setting cifar10_lt
@@ -21,10 +21,10 @@ from series import GROUPS, ROOT, mean_and_deviation
 PAGE = ROOT / "docs" / "claims.md"
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
-IN_SHORT = ("labels", "labels-drw", "deit", "timm", "deit-lt")  # of the README's table
-# Numbers of the paper: overall, head, mid, tail.
+IN_SHORT = ("labels", "labels-drw", "deit", "timm", "deit-lt")  # columns of the README's table
+# Numbers of the paper: overall, head, medium, tail.
 PAPER = {"cifar10_lt": (87.5, 94.5, 84.1, 85.0)}
-SAID = (*GROUPS[1:], "right", "as first")  # of a teacher's labels
+SAID = (*GROUPS[1:], "right", "as first")  # columns of the teachers' labels
 NOTHING = "(no run of it is recorded yet)"
 
 
@@ -32,13 +32,13 @@ NOTHING = "(no run of it is recorded yet)"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Markdown, the first columns of which are text."""
+    """A Markdown table whose first columns are text."""
     lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def checks_table(claim: Claim, evidence: Evidence) -> str:
-    """What a claim is judged by."""
+    """The checks that judge a claim."""
     rows = []
     for check in claim.checks:
         differences, ends, said = check.judge(evidence)
@@ -86,7 +86,7 @@ def teachers_table(evidence: Evidence, arms: Mapping[str, Arm]) -> str:
 
 
 def labels_table(evidence: Evidence) -> str:
-    """What the teachers say of the images that a student is trained on."""
+    """The labels that the teachers give the images that a student is trained on."""
     records = list(evidence.records(LABELS).values())
     if not records:
         return NOTHING
@@ -106,7 +106,7 @@ def labels_table(evidence: Evidence) -> str:
 
 
 def fusions_table(evidence: Evidence, arm: str = "deit-lt") -> str:
-    """Rules that put the experts of an arm's students together."""
+    """Rules that combine the experts of an arm's students."""
     records = evidence.records(arm).values()
     rules = list(next(iter(records))["fusions"]) if records else []
     rows = []
@@ -118,7 +118,7 @@ def fusions_table(evidence: Evidence, arm: str = "deit-lt") -> str:
 
 
 def prices_table(evidence: Evidence) -> str:
-    """What the arms take and reach, the cheapest first."""
+    """Cost and accuracy of the arms, the cheapest first."""
     rows, setting = [], evidence.runs.setting
     for name, arm in {**setting.teachers, **setting.students}.items():
         price = evidence.price(name)
@@ -130,7 +130,7 @@ def prices_table(evidence: Evidence) -> str:
 
 
 def held_out_table() -> str:
-    """What was tried on held-out images."""
+    """The candidates on held-out images."""
     evidence, rows = Evidence("held_out"), []
     for name, arm in {**CANDIDATE_TEACHERS, **CANDIDATE_STUDENTS}.items():
         values = evidence.accuracies(name, "teacher" if name in CANDIDATE_TEACHERS else "mean")
@@ -140,7 +140,7 @@ def held_out_table() -> str:
 
 
 def verdicts_table(evidence: Evidence) -> str:
-    """All claims in one place."""
+    """The verdicts of all claims."""
     rows = [
         [f"[{number}](#{number}-{anchor(claim.title)})", claim.title, claim.verdict(evidence)]
         for number, claim in enumerate(CLAIMS, 1)
@@ -153,12 +153,12 @@ def verdicts_table(evidence: Evidence) -> str:
 
 
 def anchor(title: str) -> str:
-    """A heading's address, as GitHub makes it."""
+    """The anchor that GitHub makes for a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def against_paper(name: str) -> str:
-    """A setting's runs beside what the paper reports."""
+    """A setting's runs compared with the paper's numbers."""
     evidence = Evidence(name)
     rows = [["DeiT-LT, as the paper reports", *(f"{value:.1f}" for value in PAPER[name])]]
     for arm, what in {**evidence.runs.setting.teachers, **evidence.runs.setting.students}.items():
@@ -172,7 +172,7 @@ def against_paper(name: str) -> str:
 
 
 def parts(evidence: Evidence) -> dict[str, str]:
-    """What is between the page's markers."""
+    """The contents between the page's markers."""
     students = evidence.runs.setting.students
     made = {
         "verdicts": verdicts_table(evidence),
@@ -196,7 +196,7 @@ def parts(evidence: Evidence) -> dict[str, str]:
 
 
 def with_parts(page: str, made: Mapping[str, str]) -> str:
-    """A page with the parts between its markers; those that it has no markers for are left out."""
+    """A page with the parts inserted between its markers; parts without markers are left out."""
     for name, text in made.items():
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         if start in page:
@@ -206,7 +206,7 @@ def with_parts(page: str, made: Mapping[str, str]) -> str:
 
 
 def draw_all(evidence: Evidence) -> None:
-    """Draws the figure of each claim, which says of which records."""
+    """Draws the figure of each claim, marked with the records that it was made from."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -231,7 +231,7 @@ def draw_all(evidence: Evidence) -> None:
 
 
 def picture(number: int) -> Path:
-    """File of a claim's figure."""
+    """Path of a claim's figure."""
     return PICTURES / f"claim_{number}.png"
 
 

@@ -1,12 +1,12 @@
-"""Trains what the claims of the paper are judged by; `report.py` judges them.
+"""Trains the models that judge the claims of the paper; `report.py` judges them.
 
     python research/run.py --data_dir /usr/share/datasets/fashion-mnist
     python research/run.py --setting held_out --data_dir /usr/share/datasets/fashion-mnist
     python research/run.py --setting cifar10_lt --data_dir DIR --jobs 1 --threads 16
 
-Every run is a process of its own and leaves a record in `research/results/`; what is recorded is not run
-again, so that a series can be stopped at any time and goes on where it was. Two runs on one thread each take less than
-one after the other on two.
+Every run is a separate process and writes a record to `research/results/`. Recorded runs are not repeated: a series
+can be stopped at any time and continues from there. Two simultaneous runs on one thread each take less time than one
+after the other on two threads.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from arms import LABELS, SETTINGS, Runs, hold_out
 
 
 def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) -> dict[str, Future]:
-    """Plans runs of one seed: first the teachers among them or needed, then the students that have no record."""
+    """Plans the runs of one seed: first the required teachers, then the students that have no record."""
     setting = runs.setting
     todo = [name for name in names if runs.recorded(seed, name) is None]
     needed = {setting.students[name].teacher for name in todo if name in setting.students}
@@ -31,7 +31,7 @@ def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) ->
 
     def compare() -> None:
         for teacher in teachers.values():
-            teacher.result()  # which began before, so that it ends
+            teacher.result()  # it was submitted earlier, and therefore ends
         tell(lambda seed, _: runs.compare_teachers(seed), seed, LABELS)
 
     def study(name: str) -> None:
@@ -45,7 +45,7 @@ def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) ->
 
 
 def plan(pool: ThreadPoolExecutor, runs: Runs, seeds: list[int], names: list[str]) -> dict[tuple[int, str], Future]:
-    """Plans all runs, those that can wait after the others of all seeds."""
+    """Plans all runs; the later students come after the others of all seeds."""
     later = [name for name in names if name in runs.setting.later]
     first = [name for name in names if name not in later]
     return {
@@ -66,10 +66,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", default="fashion", choices=list(SETTINGS))
     parser.add_argument("--data_dir", help="folder of the images; by default they come from the Hub")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the setting's")
-    parser.add_argument("--arms", nargs="+", help="teachers and students, instead of all of the setting's")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run; its numbers depend on them")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds instead of the setting's")
+    parser.add_argument("--arms", nargs="+", help="teachers and students instead of all of the setting")
+    parser.add_argument("--jobs", type=int, default=2, help="number of simultaneous runs")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run, which affect the results")
     args = parser.parse_args()
     setting = SETTINGS[args.setting]
     arms = [*setting.teachers, *setting.students]
@@ -85,7 +85,7 @@ def main():
             futures = plan(pool, runs, args.seeds or list(setting.seeds), args.arms or arms)
             wait(futures.values())
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)  # else it begins what is queued, one after the other
+            pool.shutdown(wait=False, cancel_futures=True)  # otherwise it would start the queued runs
             raise
     failed = {key: future.exception() for key, future in futures.items() if future.exception() is not None}
     for (seed, name), error in failed.items():

@@ -1,4 +1,4 @@
-"""What teachers say of the images that a student is trained on: how often they name each group of classes.
+"""Labels that teachers give the images that a student is trained on: how often they name each group of classes.
 
 python research/teacher_labels.py --recipe R --teachers NAME=DIR ... --json FILE
 """
@@ -16,7 +16,7 @@ from deitlt_hf.recipes import DataArguments, StudentArguments, parse_arguments
 from deitlt_hf.serving.loading import load_classifier
 
 UNMIXED = ("--mixup", "0", "--cutmix", "0")
-# What a teacher sees of an image, as options of `scripts/distill.py`.
+# The views that a teacher can see, as options of `scripts/distill.py`.
 VIEWS = {
     "out of distribution": (),
     "out of distribution, not mixed": UNMIXED,
@@ -43,10 +43,10 @@ def trainer_of(argv: Sequence[str], teacher: str, folder: str) -> DeiTLTTrainer:
 
 @torch.no_grad()
 def labels_of_epoch(trainer: DeiTLTTrainer) -> tuple[np.ndarray, np.ndarray]:
-    """The class that the teacher sees in each image of the first epoch, and the class that has most of it."""
+    """The teacher's class for each image of the first epoch, and the class with the largest share of the image."""
     seen, true = [], []
     for batch in trainer.get_train_dataloader():
-        trainer.seed_slice(len(seen), purpose=1)  # so that all teachers see the same
+        trainer.seed_slice(len(seen), purpose=1)  # all teachers see the same images
         prepared = trainer.training_batch(batch)
         labels = prepared["labels"]
         seen.append(prepared["teacher_logits"].argmax(dim=1))
@@ -55,7 +55,7 @@ def labels_of_epoch(trainer: DeiTLTTrainer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shares(labels: np.ndarray, groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """How many of some labels are of each group."""
+    """Shares of the groups among some labels."""
     return {name: float(np.isin(labels, list(classes)).mean()) for name, classes in groups.items()}
 
 
@@ -83,7 +83,7 @@ def main():
             }
             for name, labels in said.items()
         }
-    # Mixing pairs the images of a batch, and so leaves these as they are.
+    # Mixing pairs the images of a batch, and does not change these images.
     found = {"images": {"number": len(true), **shares(true, trainer.groups)}, "views": views}
     with open(args.json, "w") as file:
         json.dump(found, file)

@@ -1,4 +1,4 @@
-"""The claims of the paper: how they are judged, and that the page says what the records say."""
+"""Tests of the claims of the paper: how they are judged, and that the page agrees with the records."""
 
 import importlib
 import itertools
@@ -38,8 +38,8 @@ def claims(monkeypatch):
     """Modules of `research`."""
     folder = ROOT / "research"
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # `arms` adds to it
-    # Others of these names are elsewhere.
+    monkeypatch.setattr(sys, "path", list(sys.path))  # because `arms` extends it
+    # Other folders have modules of the same names.
     names = {path.stem for path in folder.glob("*.py")} - {"conftest", "test_research"}
 
     def forget():
@@ -55,7 +55,7 @@ def claims(monkeypatch):
 
 
 def records(evidence, folder, differences, seeds=(0, 1, 2)):
-    """Two arms whose tails differ by so much, and nothing else."""
+    """Two arms whose tail accuracies differ by the given values, and otherwise are equal."""
     for seed, difference in zip(seeds, differences, strict=True):
         for arm, tail in (("first", 0.5 + difference), ("second", 0.5)):
             record = {"last": {"accuracies": {"mean": {"overall": 0.5, "head": 0.5, "mid": 0.5, "tail": tail}}}}
@@ -89,13 +89,13 @@ def test_verdict_is_by_the_interval_over_seeds(evidence, tmp_path, differences, 
     np.testing.assert_allclose((low, high), expected)
 
 
-def test_nothing_is_said_before_all_seeds_are_there(evidence, tmp_path):
-    """Who may stop at any of them finds what they like."""
+def test_no_verdict_before_all_seeds_have_records(evidence, tmp_path):
+    """No verdict is given before all seeds have records: somebody who may stop after any seed can choose the result."""
     check = records(evidence, tmp_path, [0.3, 0.31], seeds=(0, 1))
     assert check.judge(evidence.Evidence())[2] == evidence.NOT_RUN
 
 
-def test_a_first_that_may_be_behind_by_a_margin_is_not_behind(evidence, tmp_path):
+def test_a_margin_allows_a_smaller_first_measure(evidence, tmp_path):
     check = records(evidence, tmp_path, [-0.004, -0.005, -0.006])
     said = {margin: replace(check, margin=margin).judge(evidence.Evidence())[2] for margin in (0, 0.5, 1)}
     assert said == {0: "does not hold", 0.5: "cannot tell", 1: "holds"}
@@ -117,7 +117,7 @@ def test_only_seeds_that_both_have_are_compared(evidence, tmp_path):
         ([-0.1, -0.11, -0.12], [-0.1, -0.11, -0.12], "does not hold"),
     ],
 )
-def test_claim_holds_if_all_of_it_does(evidence, one, other, verdict):
+def test_claim_holds_if_all_its_checks_hold(evidence, one, other, verdict):
     class Given:
         def __init__(self, differences):
             self.is_claimed, self.differences = True, np.array(differences)
@@ -141,7 +141,7 @@ def test_reach_of_uniform_attention(evidence):
 
 
 def made_up(generator, is_teacher):
-    """A record with all that the page shows."""
+    """A record with every value that the page shows."""
 
     def row():
         return dict(zip(("overall", "head", "mid", "tail"), generator.uniform(0.2, 0.9, 4), strict=True))
@@ -161,7 +161,7 @@ def made_up(generator, is_teacher):
     }
 
 
-def test_all_records_make_a_whole_page(evidence, claims, tmp_path, monkeypatch):
+def test_all_records_make_a_complete_page(evidence, claims, tmp_path, monkeypatch):
     report, setting = claims("report"), sys.modules["arms"].SETTINGS["fashion"]
     generator = np.random.default_rng(0)
     for name, arm in {**setting.teachers, **setting.students}.items():
@@ -196,8 +196,8 @@ def test_all_records_make_a_whole_page(evidence, claims, tmp_path, monkeypatch):
             assert len(set(picture.convert("L").tobytes())) > 10
 
 
-def test_page_and_pictures_are_those_of_the_records(claims):
-    """Records without a new report would leave the page with numbers that nobody measured."""
+def test_page_and_pictures_agree_with_the_records(claims):
+    """Page and pictures agree with the records; after new records without a new report, the page would be wrong."""
     report = claims("report")
     evidence = report.Evidence()
     made = report.parts(evidence)
@@ -218,7 +218,7 @@ def test_sections_of_the_page_are_the_claims(claims):
         assert f"## {number}. {claim.title}" in headings
 
 
-# ---- What was chosen ----
+# ---- Hyperparameters ----
 
 
 def test_hyperparameters_are_the_best_on_held_out_images(claims):
@@ -235,7 +235,7 @@ def test_hyperparameters_are_the_best_on_held_out_images(claims):
     assert max(scores, key=scores.get) == arms.CHOSEN_BATCH
 
 
-def test_held_out_images_are_of_the_training_split_and_not_trained_on(claims, tmp_path, monkeypatch):
+def test_held_out_images_are_from_the_training_split_and_not_trained_on(claims, tmp_path, monkeypatch):
     claims("run")
     arms = sys.modules["arms"]
     monkeypatch.setattr(arms, "ROOT", tmp_path)
@@ -253,12 +253,15 @@ def test_held_out_images_are_of_the_training_split_and_not_trained_on(claims, tm
     assert found["train"] | found["test"] == {
         (image.tobytes(), label) for image, label in zip(pixels, labels.tolist(), strict=True)
     }
-    with pytest.raises(FileNotFoundError):  # those of one folder are not taken for another's
+    with pytest.raises(FileNotFoundError):  # images of one folder are not mistaken for another's
         arms.hold_out(str(tmp_path / "another"))
 
 
 def test_records_of_a_seed_belong_together(claims):
-    """With another subset, or a teacher that nobody knows, an arm is no pair of the others."""
+    """Records of a seed belong together.
+
+    With another subset or an unknown teacher, an arm cannot be paired with the others.
+    """
     report = claims("report")
     evidence = report.Evidence()
     setting = evidence.runs.setting
@@ -284,7 +287,7 @@ def test_records_of_a_seed_belong_together(claims):
 
 
 def test_peer_has_our_loss_and_gradients(claims, teacher_folder):
-    """Else it is another method, and not ours without re-weighting."""
+    """The peer has our loss and gradients; otherwise it would not be our method without re-weighting."""
     peer = claims("timm_peer")
     torch.manual_seed(0)
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -304,7 +307,10 @@ def test_peer_has_our_loss_and_gradients(claims, teacher_folder):
 
 
 def test_peer_trains_as_ours_does(claims, teacher_folder, tmp_path, monkeypatch):
-    """From the same weights and random numbers: all but stochastic depth, whose draws cannot be made the same."""
+    """The peer trains as ours does, from the same weights and random numbers.
+
+    Stochastic depth is left out, because its draws cannot be made equal.
+    """
     peer = claims("timm_peer")
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -321,7 +327,7 @@ def test_peer_trains_as_ours_does(claims, teacher_folder, tmp_path, monkeypatch)
     finish, predict = TrainTransform.finish, peer.predict
 
     def finish_as_ours(view, pixels):
-        seed_streams(0, next(step), 0, 0, 1)  # seed, step, slice, process, and that it is for mixing
+        seed_streams(0, next(step), 0, 0, 1)  # seed, step, micro-batch, process, purpose (1: mixing)
         return finish(view, pixels)
 
     monkeypatch.setattr(TrainTransform, "finish", finish_as_ours)
@@ -343,7 +349,7 @@ def test_peer_trains_as_ours_does(claims, teacher_folder, tmp_path, monkeypatch)
 
 
 def tiny_setting(arms):
-    """Seconds of training on the embedded digits."""
+    """A setting with seconds of training on the embedded digits."""
     short = ("--num_train_epochs", 12, "--warmup_epochs", 2, "--drw_start_epoch", 9)
     teacher = arms.Arm("teacher", ("--learning_rate", 0.05, *short), script="scripts/train_teacher.py")
     brief = ("--num_train_epochs", 2, "--warmup_epochs", 0, "--drw_start_epoch", 1)
@@ -386,8 +392,8 @@ def test_runs_leave_records_and_are_not_repeated(claims, tmp_path, monkeypatch, 
     assert capsys.readouterr().out == ""
 
 
-def test_record_of_other_arguments_is_not_taken_for_the_run(claims, tmp_path, monkeypatch):
-    """Changed hyperparameters would be mixed with the old ones in one table."""
+def test_record_of_other_arguments_is_refused(claims, tmp_path, monkeypatch):
+    """A record of other arguments is refused; one table would mix old and new hyperparameters."""
     claims("run")
     arms = sys.modules["arms"]
     monkeypatch.setattr(arms, "RESULTS", tmp_path)
@@ -404,7 +410,7 @@ def test_record_of_other_arguments_is_not_taken_for_the_run(claims, tmp_path, mo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 def test_run_ends_with_its_driver(tmp_path):
-    """Else it goes on in the folder of the driver that is started next."""
+    """A run ends with its driver; otherwise it would continue in the folder that the next driver uses."""
     run = "import os, pathlib, time; pathlib.Path({!r}).write_text(str(os.getpid())); time.sleep(100)"
     began = tmp_path / "pid"
     driver = f"import sys; sys.path.append('benchmarks'); import series; series.run('-c', {run.format(str(began))!r})"
@@ -423,7 +429,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
-def test_interrupted_driver_begins_nothing_more(claims, tmp_path, monkeypatch):
+def test_interrupted_driver_starts_no_further_run(claims, tmp_path, monkeypatch):
     run = claims("run")
     arms = sys.modules["arms"]
     monkeypatch.setattr(arms, "RESULTS", tmp_path)
@@ -446,8 +452,11 @@ def test_interrupted_driver_begins_nothing_more(claims, tmp_path, monkeypatch):
     assert begun == ["labels"]
 
 
-def test_run_of_other_arguments_does_not_go_on_from_old_checkpoints(claims, tmp_path, monkeypatch):
-    """Those of days resume by themselves; a changed one would take the old one's weights for its own."""
+def test_run_of_other_arguments_does_not_resume_from_old_checkpoints(claims, tmp_path, monkeypatch):
+    """A run with other arguments does not resume from old checkpoints.
+
+    Runs of days resume automatically; a changed run would continue with the old run's weights.
+    """
     claims("run")
     arms = sys.modules["arms"]
     monkeypatch.setattr(arms.Runs, "folder", lambda self, seed, arm: tmp_path / arm)
@@ -466,8 +475,11 @@ def test_run_of_other_arguments_does_not_go_on_from_old_checkpoints(claims, tmp_
     assert found == [False, True, True]
 
 
-def test_teacher_trained_anew_to_other_bits_gets_a_record_of_its_own(claims, tmp_path, monkeypatch):
-    """Models are not committed, and another machine adds in another order; students were taught by the first."""
+def test_teacher_trained_again_with_other_bits_gets_a_separate_record(claims, tmp_path, monkeypatch):
+    """A teacher trained again with other bits gets a separate record.
+
+    Models are not committed, and another machine adds in another order; students learned from the first teacher.
+    """
     claims("run")
     arms = sys.modules["arms"]
     monkeypatch.setattr(arms, "RESULTS", tmp_path / "results")
@@ -485,7 +497,7 @@ def test_teacher_trained_anew_to_other_bits_gets_a_record_of_its_own(claims, tmp
     }
 
 
-def test_failed_run_is_told_and_the_others_go_on(claims, tmp_path, monkeypatch, capsys):
+def test_failed_run_is_reported_and_the_others_continue(claims, tmp_path, monkeypatch, capsys):
     run = claims("run")
     arms = sys.modules["arms"]
     monkeypatch.setattr(arms, "RESULTS", tmp_path)

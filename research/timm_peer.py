@@ -1,10 +1,10 @@
-"""The peer: timm's `TokenDistillationTask` with hard labels, in a loop as one writes it with timm.
+"""The peer: timm's `TokenDistillationTask` with hard labels, in a plain training loop with timm.
 
     python research/timm_peer.py --recipe R --teacher DIR --output_dir DIR --seed 0
 
-timm's student, Mixup, optimiser (AdamW, or Muon with `--optim muon`), schedule and task. Images, their order and
-augmentation, batch, epochs and learning rate are those of `scripts/distill.py` with the same recipe and seed; so is the
-end of mixing. timm's task shows the teacher what the student sees, and does not re-weight classes.
+Student, Mixup, optimiser (AdamW, or Muon with `--optim muon`), schedule and task are timm's. Images, their order and
+augmentation, batch, epochs, learning rate and the end of mixing are those of `scripts/distill.py` with the same recipe
+and seed. timm's task gives the teacher the student's images, and does not re-weight classes.
 """
 
 import json
@@ -35,7 +35,7 @@ from deitlt_hf.training.optimizers import float32_iteration
 
 
 class Teacher(torch.nn.Module):
-    """A teacher as timm takes one: images in, logits out."""
+    """A teacher in timm's form: images in, logits out."""
 
     def __init__(self, path: str, student: torch.nn.Module):
         super().__init__()
@@ -63,7 +63,7 @@ def make_student(args: StudentArguments, num_classes: int) -> VisionTransformerD
 
 
 def make_task(student: VisionTransformerDistilled, teacher: str, alpha: float) -> TokenDistillationTask:
-    """timm's loss of a student and the teacher in a folder, of which the DIST head's share is alpha."""
+    """timm's loss of a student and of the teacher in a folder; alpha is the share of the DIST head."""
     return TokenDistillationTask(
         student,
         Teacher(teacher, student),
@@ -75,7 +75,7 @@ def make_task(student: VisionTransformerDistilled, teacher: str, alpha: float) -
 
 
 def make_optimizer(model: VisionTransformerDistilled, args: DeiTLTTrainingArguments) -> torch.optim.Optimizer:
-    """timm's optimiser of a name of ours; Muon has the matrices of the blocks, as ours does."""
+    """timm's optimiser for one of our names; Muon updates the matrices of the blocks, as in ours."""
     values = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optim == "muon":
         return create_optimizer_v2(model, opt="nmuon", momentum=0.95, fallback_list=("head*", "patch_embed*"), **values)
@@ -84,7 +84,7 @@ def make_optimizer(model: VisionTransformerDistilled, args: DeiTLTTrainingArgume
 
 @torch.no_grad()
 def predict(model: VisionTransformerDistilled, images: ImageDataset, collate: ImageCollator) -> dict[str, np.ndarray]:
-    """The class that each expert gives each image."""
+    """The class that each expert predicts for each image."""
     found = {"mean": [], "cls": [], "distillation": []}
     for batch in DataLoader(images, 100, collate_fn=collate):
         tokens = model.eval().forward_features(batch["pixel_values"])
@@ -133,7 +133,7 @@ def main():
                 targets = mixup_target(targets, classes, 1.0, smoothing)
             optimizer.zero_grad()
             task(pixel_values, targets)["loss"].backward()
-            with float32_iteration():  # of Muon, as in ours on a CPU
+            with float32_iteration():  # for Muon on a CPU, as in ours
                 optimizer.step()
             step += 1
             schedule.step_update(step)

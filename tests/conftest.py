@@ -19,12 +19,12 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 @pytest.fixture(scope="session")
 def reference():
-    """What the original implementations compute; `tests/fixtures/README.md` says how."""
+    """Outputs of the original implementations; `tests/fixtures/README.md` describes how they were computed."""
     return json.loads((FIXTURES / "reference_values.json").read_text())
 
 
 def filled_state_dict(keys, seed=0):
-    """The reference weights: per tensor, from a generator seeded by the tensor's name."""
+    """The reference weights: each tensor comes from a generator seeded by the tensor's name."""
     state = {}
     for name, spec in keys.items():
         shape, dtype = (spec[0], spec[1]) if spec and isinstance(spec[0], list) else (spec, "float32")
@@ -75,7 +75,7 @@ def make_student(seed=0, **config):
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory, digits):
-    """A teacher that is trained well enough to pass the check before distillation."""
+    """A teacher trained well enough to pass the check before distillation."""
     from deitlt_hf import (
         FlatTeacherConfig,
         FlatTeacherForImageClassification,

@@ -1,4 +1,4 @@
-"""One of several processes: which images it gets, and its gradient of a fixed batch. Run by `test_distributed.py`."""
+"""One data-parallel process, run by `test_distributed.py`: its images, and its gradient of a fixed batch."""
 
 import sys
 
@@ -51,7 +51,7 @@ def make_trainers(folder, accumulation=1):
 
 
 def repeated_augmentation_order(folder):
-    """The images that this process gets in epochs 0 and 1 of a run with repeated augmentation."""
+    """The images that this process receives in epochs 0 and 1 of a run with repeated augmentation."""
     data = load_long_tailed("digits", imbalance_ratio=5)
     args = DeiTLTTrainingArguments(
         output_dir=folder, use_cpu=True, per_device_train_batch_size=32, distillation="none", repeated_augmentation=3
@@ -66,7 +66,7 @@ def repeated_augmentation_order(folder):
 
 
 def gradients_of_a_step(trainer, wrap=True):
-    """Gradients after all slices of one optimiser step, as the optimiser will see them."""
+    """Gradients after all micro-batches of one optimiser step, as the optimiser receives them."""
     batch, slices = fixed_batch(), trainer.args.gradient_accumulation_steps
     size = trainer.args.per_device_train_batch_size
     first = trainer.args.process_index * size
@@ -87,7 +87,7 @@ def gradients_of_a_step(trainer, wrap=True):
 
 
 def paco_queue(folder):
-    """The queue after three steps of a PaCo teacher, and the model."""
+    """The queue of a PaCo teacher after three steps, and the model."""
     data = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)
     config = FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10, projection_size=4)
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def paco_queue(folder):
 
 
 def evaluated_statistics(folder):
-    """Batch norm's means in evaluation, after a step on other images in each process."""
+    """Batch-norm means during evaluation, after a training step on different images in each process."""
     data = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)
     args = FlatTeacherTrainingArguments(
         output_dir=f"{folder}/statistics", use_cpu=True, per_device_train_batch_size=16, max_steps=1, eval_strategy="no"
@@ -128,7 +128,7 @@ def evaluated_statistics(folder):
 
 
 def sharded_step(folder):
-    """Gradients of a student whose weights are shared out (FSDP2), and weights after a step of Muon, whole again."""
+    """Gathered gradients of a student with sharded weights (FSDP2), and its gathered weights after a step of Muon."""
     _, trainer = next(make_trainers(f"{folder}/sharded"))
     for layer in trainer.model.deit.layers:
         fully_shard(layer)
@@ -147,7 +147,7 @@ def weights_after_muon(trainer):
 
 
 def uneven_evaluation(folder):
-    """Figures of 101 test images, of which no process has as many as the other."""
+    """Metrics of 101 test images, which the two processes cannot share equally."""
     _, trainer = next(make_trainers(f"{folder}/evaluation"))
     trainer.args.per_device_eval_batch_size = 8
     figures = trainer.evaluate(uneven_test_images())

@@ -1,7 +1,8 @@
 """A small Hugging Face Hub on the loopback interface: the part of its HTTP protocol that pushing and loading use.
 
 It answers as huggingface.co does, status codes and error headers included, and keeps everything in memory. Weights and
-pictures go through git LFS, in parts if they are larger than `PART`; xet is not offered (set HF_HUB_DISABLE_XET=1).
+pictures go through git LFS, in several parts if they are larger than `PART`. Xet is not supported (set
+HF_HUB_DISABLE_XET=1).
 """
 
 import base64
@@ -18,12 +19,12 @@ from math import ceil
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".onnx", ".onnx.data", ".png")
-PART = 16_384  # bytes; the real Hub's are some megabytes
+PART = 16_384  # bytes; the parts of the real Hub are several megabytes
 
 
 @dataclass
 class Entry:
-    """A file of a commit; one in LFS is a reference to an object."""
+    """A file of a commit; a file in LFS is a reference to an object."""
 
     content: bytes
     is_lfs: bool
@@ -37,7 +38,7 @@ class Entry:
 
 @dataclass
 class Repository:
-    """Commits, from the first to the last, and the branches that point to them."""
+    """Commits from the first to the last, and the branches that point to them."""
 
     private: bool = False
     commits: dict[str, dict[str, Entry]] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Repository:
 
 @dataclass
 class Account:
-    """Who a token is of, and what it may: `read` or `write` in the user's own namespace and the organisations."""
+    """The user of a token and its permission in the user's namespace and organisations: `read` or `write`."""
 
     name: str
     role: str = "write"
@@ -68,7 +69,7 @@ class Account:
 
 
 class HubError(Exception):
-    """An answer that is an error."""
+    """An HTTP answer that reports an error."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         self.status, self.message, self.code = status, message, code
@@ -78,13 +79,13 @@ class Hub:
     """The state of the server.
 
     Attributes:
-        accounts: By token.
-        repositories: By full name.
-        objects: Of LFS, by SHA-256.
-        stored: SHA-256 of each LFS object, in the order of being uploaded whole.
+        accounts: Accounts by token.
+        repositories: Repositories by full name.
+        objects: LFS objects by SHA-256.
+        stored: SHA-256 of each LFS object, in the order in which the uploads finished.
         requests: Method and path of each request.
-        disturb: Is called before each request; what it raises, the server does: a `HubError` is the answer, and a
-            `ConnectionError` drops the connection after the request was read.
+        disturb: Called before each request. If it raises a `HubError`, the server sends that as the answer; if it
+            raises a `ConnectionError`, the server drops the connection after it has read the request.
     """
 
     def __init__(self):
@@ -98,7 +99,7 @@ class Hub:
         self.parts: dict[tuple[str, int], bytes] = {}
         self.lock = threading.Lock()
 
-    # ---- Who may do what ----
+    # ---- Permissions ----
 
     def account(self, token: str | None) -> Account:
         if token not in self.accounts:
@@ -366,7 +367,7 @@ def running_hub() -> Iterator[Hub]:
 
 
 def once(condition: Callable[[str, str], bool], error: Exception) -> Callable[[str, str], None]:
-    """A disturbance of the first request for which a condition holds."""
+    """A `disturb` function that affects only the first request that fulfils a condition."""
     calls = itertools.count()
 
     def disturb(method: str, path: str) -> None:

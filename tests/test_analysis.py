@@ -1,4 +1,4 @@
-"""Analyses against independent computations and the limits that must hold."""
+"""Tests of the analyses against independent computations and known limits."""
 
 import math
 from functools import partial
@@ -36,8 +36,8 @@ def random_attention(*shape):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def test_attention_distance_is_its_definition():
-    """A loop over images, heads, queries and keys."""
+def test_attention_distance_matches_its_definition():
+    """The attention distance equals a plain loop over images, heads, queries and keys."""
     grid, size, tokens = (2, 3), 16, 2
     attentions = random_attention(3, 2, 8, 8)
     expected = np.zeros(2)
@@ -51,7 +51,7 @@ def test_attention_distance_is_its_definition():
     assert attention_distances(attentions, grid, size) == pytest.approx(expected)
 
 
-def test_limits_of_attention_distance():
+def test_attention_distance_stays_within_its_limits():
     everywhere, itself = np.full((1, 1, 11, 11), 1 / 11), np.eye(11)[None, None]
     pairs = patch_distances((3, 3), 4).mean()
     assert attention_distances(everywhere, (3, 3), 4) == pytest.approx([pairs])
@@ -64,11 +64,11 @@ def test_limits_of_attention_distance():
         attention_distances(everywhere, (4, 4))
 
 
-def test_distances_of_patches_that_are_not_square():
+def test_attention_distance_of_patches_that_are_not_square():
     assert patch_distances((2, 2), (4, 8))[0].tolist() == pytest.approx([0, 8, 4, math.hypot(4, 8)])
 
 
-def test_spread_of_a_token_is_its_definition():
+def test_spread_of_a_token_matches_its_definition():
     attentions = random_attention(2, 3, 8, 8)
     expected = np.zeros((2, 3))
     for image in range(2):
@@ -82,7 +82,7 @@ def test_spread_of_a_token_is_its_definition():
     assert token_spreads(attentions, (2, 3)) == pytest.approx(expected)
 
 
-def test_rollout_is_its_definition():
+def test_rollout_matches_its_definition():
     layers = [random_attention(2, 3, 5, 5) for _ in range(3)]
     for image in range(2):
         expected = np.eye(5)
@@ -126,7 +126,7 @@ def test_outcomes_of_two_experts():
     cls = [0, 0, 1, 2, 0, 1]
     distillation = [0, 1, 1, 1, 4, 0]
     found = expert_outcomes(cls, distillation, labels, GROUPS)
-    # Two images of class 1, one of which CLS alone has right; two of class 0, one of which both have right.
+    # Class 1 has two images, one of which only CLS classifies correctly; both experts classify both images of class 0.
     assert found["head"]["only_cls"] == 0.25
     assert found["overall"] == pytest.approx(
         {
@@ -163,7 +163,7 @@ def test_outcomes_add_up_to_the_accuracies_of_the_table(seed, images):
 
 @given(seed=st.integers(0, 100), images=st.integers(12, 60))
 @settings(deadline=None, max_examples=30)
-def test_figures_are_scikit_learns_and_their_definitions(seed, images):
+def test_figures_match_scikit_learn_and_their_definitions(seed, images):
     random = np.random.RandomState(seed)
     labels = np.r_[np.arange(6), random.randint(0, 6, images - 6)]
     predictions = np.where(random.rand(images) < 0.6, labels, random.randint(0, 6, images))
@@ -182,7 +182,7 @@ def test_figures_are_scikit_learns_and_their_definitions(seed, images):
     assert found["calibration_error"] == pytest.approx(expected)
 
 
-def test_calibration_of_the_certain():
+def test_calibration_of_certain_predictions():
     assert calibration_error([True, True], [1.0, 1.0]) == 0.0
     assert calibration_error([False, False], [1.0, 1.0]) == 1.0
     assert calibration_error([True, False], [0.5, 0.5]) == 0.0
@@ -190,8 +190,8 @@ def test_calibration_of_the_certain():
         calibration_error([True, False], [0.5, 1.5])
 
 
-def test_intervals_cover_what_they_say():
-    """Accuracy of 0.8 over 40 images: the interval covers the truth in about 19 of 20 experiments."""
+def test_intervals_have_the_stated_coverage():
+    """For an accuracy of 0.8 over 40 images, the interval covers the true value in about 19 of 20 experiments."""
     covered = 0
     for seed in range(200):
         right = np.random.RandomState(seed).rand(40) < 0.8
@@ -199,7 +199,7 @@ def test_intervals_cover_what_they_say():
         low, high = bootstrap_intervals(share, np.zeros(40), resamples=200)["accuracy"]
         covered += low <= 0.8 <= high
     assert 0.85 <= covered / 200 <= 0.99
-    # Every sample has as many images of each class as the test set.
+    # Resampling keeps the number of test images of each class.
     labels = np.array([0, 0, 0, 0, 1, 1, 2])
     shares = bootstrap_intervals(lambda rows: {"of 0": np.mean(labels[rows] == 0)}, labels, resamples=20)
     assert shares["of 0"] == pytest.approx((4 / 7, 4 / 7))
@@ -211,8 +211,11 @@ def test_intervals_cover_what_they_say():
 
 
 @pytest.mark.parametrize("images_a_class", [2, 3])
-def test_intervals_cover_where_a_class_has_few_test_images(images_a_class):
-    """iNaturalist 2018 has three. Of as many as there are, 73 and 81 intervals covered the truth."""
+def test_intervals_have_their_coverage_with_few_test_images_a_class(images_a_class):
+    """Intervals keep their coverage with two or three test images a class (iNaturalist 2018 has three).
+
+    Resampling as many images as a class has would cover the true value in only 73 and 81 of 100 experiments.
+    """
     labels, covered = np.repeat(np.arange(40), images_a_class), 0
     for seed in range(100):
         right = np.random.RandomState(seed).rand(len(labels)) < 0.7
@@ -226,21 +229,21 @@ def test_intervals_cover_where_a_class_has_few_test_images(images_a_class):
     assert covered >= 88
 
 
-def test_figures_know_classes_that_are_in_no_group():
+def test_figures_include_classes_that_are_in_no_group():
     found = long_tail_figures([0, 1, 2, 3], [0, 1, 2, 2], {"tail": [1]})
     assert found["balanced_accuracy"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert math.isnan(long_tail_figures([0, 1], [0, 1], {"head": [], "tail": []})["tail"])
 
 
-def test_accuracies_of_classes_are_scikit_learns():
+def test_accuracies_of_classes_match_scikit_learn():
     random = np.random.RandomState(0)
     labels, predictions = random.randint(0, 9, (2, 200))
     expected = recall_score(labels, predictions, labels=np.arange(10), average=None, zero_division=np.nan)
     np.testing.assert_allclose(class_accuracies(predictions, labels, 10), expected)
 
 
-def test_a_table_shows_names_as_they_are(capsys):
-    """In rich's markup a folder such as [lr=1e-3] would be left out, and [/b] an error."""
+def test_a_table_prints_names_literally(capsys):
+    """Tables print names literally: rich's markup would drop a folder name such as [lr=1e-3] and fail on [/b]."""
     show(ExpertTable("runs/[lr=1e-3][/b]", {"mean": {"overall": 0.5, "[tail]": 1.0}}, {"[tail]": [0]}, [3]))
     printed = capsys.readouterr().out
     assert "runs/[lr=1e-3][/b]" in printed
@@ -253,7 +256,10 @@ COUNTS = [100, 80, 30, 20, 6, 5]
 
 
 def two_experts(images_a_class=80):
-    """CLS is sure of head classes, DIST of tail classes; each calls what it does not know head or tail."""
+    """Logits of two experts.
+
+    CLS is sure of head classes, DIST of tail classes, and each guesses within its own group.
+    """
     labels = torch.arange(6).repeat_interleave(images_a_class)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, len(labels), 6, generator=generator)
@@ -264,7 +270,7 @@ def two_experts(images_a_class=80):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_is_no_worse_than_the_mean_where_it_was_fitted(rule):
+def test_a_rule_is_no_worse_than_the_mean_on_its_fitting_data(rule):
     cls, distillation, labels = two_experts()
     fused = fit_fusion(rule, cls, distillation, labels, COUNTS, GROUPS)(cls, distillation)
     mean = (cls + distillation) / 2
@@ -277,7 +283,7 @@ def test_a_rule_is_no_worse_than_the_mean_where_it_was_fitted(rule):
         assert found < start - 1e-3
 
 
-def test_weights_by_group_and_count_find_who_knows_what():
+def test_weights_by_group_and_count_prefer_the_better_expert():
     cls, distillation, labels = two_experts()
     for rule in ("group_weights", "count_weights"):
         fusion = fit_fusion(rule, cls, distillation, labels, COUNTS, GROUPS)
@@ -286,8 +292,8 @@ def test_weights_by_group_and_count_find_who_knows_what():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_folded_model_gives_the_fusion_as_its_mean(rule, tmp_path):
-    """Loaded by plain transformers too."""
+def test_mean_of_a_folded_model_is_the_fusion(rule, tmp_path):
+    """A folded model computes the fusion as the mean of its heads, also when plain transformers loads it."""
     from transformers import AutoModelForImageClassification
 
     student = make_student(num_labels=6).eval()
@@ -301,12 +307,12 @@ def test_a_folded_model_gives_the_fusion_as_its_mean(rule, tmp_path):
         folded.save_pretrained(tmp_path)
         plain = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
         torch.testing.assert_close(plain(images).logits, expected, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(student(images).logits, outputs.logits)  # a copy was folded
+        torch.testing.assert_close(student(images).logits, outputs.logits)  # folding leaves the original unchanged
 
 
 @given(seed=st.integers(0, 100), limit=st.integers(1, 80))
 @settings(deadline=None, max_examples=30)
-def test_rows_to_fit_on_are_balanced(seed, limit):
+def test_rows_for_fitting_are_balanced(seed, limit):
     random = np.random.RandomState(seed)
     labels = random.choice(5, 70, p=[0.6, 0.2, 0.1, 0.05, 0.05])
     rows = balanced_rows(labels, limit, seed)
@@ -317,7 +323,7 @@ def test_rows_to_fit_on_are_balanced(seed, limit):
     assert rows.tolist() == balanced_rows(labels, limit, seed).tolist() == sorted(rows)
 
 
-def test_fusions_that_are_refused():
+def test_invalid_fusions_are_refused():
     cls, distillation, labels = two_experts(2)
     with pytest.raises(ValueError, match=r"fusion must be one of mean, temperatures, .*, got 'vote'"):
         fit_fusion("vote", cls, distillation, labels, COUNTS, GROUPS)

@@ -1,4 +1,4 @@
-"""Teachers that are not this package's own: any image classifier of transformers or timm."""
+"""Tests of external teachers: any image classifier of transformers or timm."""
 
 import copy
 import json
@@ -78,9 +78,11 @@ def student_trainer(folder, digits, **kwargs):
 
 
 @pytest.mark.parametrize("kind", ["resnet", "convnext", "regnet", "timm"])
-def test_a_teacher_sees_what_its_own_pipeline_would_show_it(tmp_path, digits, kind):
-    """Loaded from a folder, with its size, normalisation and order of classes. The images have the teacher's size
-    already, so that both ways compute the same."""
+def test_a_teacher_receives_the_input_of_its_own_pipeline(tmp_path, digits, kind):
+    """A teacher loaded from a folder receives what its own pipeline would give it: size, normalisation, class order.
+
+    The images already have the teacher's size, and both ways compute the same.
+    """
     if kind == "timm":
         teacher = timm_teacher()
         save_for_hf(teacher, tmp_path / "teacher", model_config={"label_names": SHUFFLED})
@@ -99,7 +101,7 @@ def test_a_teacher_sees_what_its_own_pipeline_would_show_it(tmp_path, digits, ki
     got = trainer.teacher_logits((pixels / 255 - mean) / std)
     images = [image.permute(1, 2, 0).byte().numpy() for image in pixels]
     if kind == "resnet":
-        processor.do_resize = False  # to 20 pixels, of which it would take the middle 16
+        processor.do_resize = False  # to 20 pixels, of which it would crop the middle 16
     with torch.no_grad():
         own = teacher(processor(images, return_tensors="pt").pixel_values)
     own = own if kind == "timm" else own.logits
@@ -107,8 +109,8 @@ def test_a_teacher_sees_what_its_own_pipeline_would_show_it(tmp_path, digits, ki
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_teachers_sharpness_is_of_its_own_classes(tmp_path, digits, monkeypatch):
-    """With another order, the loss would be that of wrong labels."""
+def test_sharpness_uses_the_teachers_class_order(tmp_path, digits, monkeypatch):
+    """Sharpness uses the class order of the teacher; with another order, the loss would use wrong labels."""
     teacher, processor = transformers_teacher("resnet")
     figures = []
     for name, order in (("own", SHUFFLED), ("sorted", sorted(SHUFFLED))):
@@ -127,8 +129,8 @@ def test_a_teachers_sharpness_is_of_its_own_classes(tmp_path, digits, monkeypatc
 
 
 @pytest.mark.parametrize("content", ['[{"acc": 1}]', '{"data": "imagenet", "settings": {}}', '{"settings": null}', "{"])
-def test_a_file_of_that_name_which_is_no_record_of_ours(tmp_path, content):
-    """Whatever a teacher's repository calls results.json must not stop its student."""
+def test_an_unrelated_results_file_of_a_teacher_is_ignored(tmp_path, content):
+    """An unrelated file named results.json in a teacher's repository does not stop its student."""
     make_student().save_pretrained(tmp_path)
     (tmp_path / "results.json").write_text(content)
     record = teacher_record(AutoModelForImageClassification.from_pretrained(tmp_path), None)
@@ -136,7 +138,7 @@ def test_a_file_of_that_name_which_is_no_record_of_ours(tmp_path, content):
     assert record["source"] == tmp_path.name
 
 
-def test_any_classifier_is_evaluated(tmp_path, monkeypatch, capsys):
+def test_any_classifier_can_be_evaluated(tmp_path, monkeypatch, capsys):
     names = [str(label) for label in range(10)]
     save_for_hf(timm_teacher(), tmp_path / "model", model_config={"label_names": names})
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--recipe", "digits_lt", "--model", str(tmp_path / "model")])
@@ -144,8 +146,8 @@ def test_any_classifier_is_evaluated(tmp_path, monkeypatch, capsys):
     assert "│ teacher     │" in capsys.readouterr().out
 
 
-def test_a_deit_with_one_head_is_no_student(tmp_path, monkeypatch, capsys):
-    """Its second head would be made up."""
+def test_a_deit_with_one_head_is_refused_as_a_student(tmp_path, monkeypatch, capsys):
+    """A DeiT with one head is refused as a student, because its second head would be random."""
     labels = {"id2label": {label: str(label) for label in range(10)}, "label2id": {str(n): n for n in range(10)}}
     config = DeiTConfig(image_size=16, hidden_size=12, num_hidden_layers=1, intermediate_size=12, **labels)
     DeiTForImageClassification(config).save_pretrained(tmp_path)
@@ -165,14 +167,14 @@ def test_a_deit_with_one_head_is_no_student(tmp_path, monkeypatch, capsys):
     ],
     ids=["twice", "bgr"],
 )
-def test_processors_that_do_more_than_to_normalise_are_refused(processor):
-    """EfficientNet's normalises twice, MobileViT's swaps the channels."""
+def test_processors_with_further_steps_are_refused(processor):
+    """Processors with further steps are refused: EfficientNet's normalises twice, MobileViT's swaps the channels."""
     with pytest.raises(ValueError, match="changes images in other ways than by size, mean and standard deviation"):
         ImageFormat.of(processor)
 
 
-def test_classes_without_names_are_taken_in_their_order(tmp_path, digits):
-    """As timm's own training script leaves them."""
+def test_classes_without_names_are_matched_by_index(tmp_path, digits):
+    """Classes without names are matched by index; timm's training script saves no names."""
     model = timm.create_model("resnet10t", num_classes=10)
     teacher = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet10t", num_labels=10))
     teacher.timm_model.load_state_dict(model.state_dict())
@@ -186,7 +188,7 @@ def test_classes_without_names_are_taken_in_their_order(tmp_path, digits):
     torch.testing.assert_close(trainer.teacher_logits((images - mean) / std), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_teacher_may_know_more_classes_and_two_of_one_name(tmp_path, digits):
+def test_a_teacher_may_have_more_classes_and_duplicate_names(tmp_path, digits):
     teacher, processor = transformers_teacher("resnet")
     names = ["crane", "5", "x", *map(str, (9, 8, 7, 6)), "crane", *map(str, (4, 3, 2, 1, 0))]
     torch.manual_seed(0)
@@ -200,7 +202,7 @@ def test_a_teacher_may_know_more_classes_and_two_of_one_name(tmp_path, digits):
     assert order == [0, 12, 11, 10, 9, 8, 7, 1, 6, 5]
 
 
-def test_a_model_that_does_not_tell_its_size_needs_a_processor(tmp_path, digits):
+def test_a_model_without_an_image_size_needs_a_processor(tmp_path, digits):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=10)
     with pytest.raises(ValueError, match="ResNetConfig has no integer image_size; give an image"):
         FlatTeacherTrainer(
@@ -210,7 +212,7 @@ def test_a_model_that_does_not_tell_its_size_needs_a_processor(tmp_path, digits)
         )
 
 
-def test_a_resnet_of_transformers_is_trained_flat_and_teaches(tmp_path, digits, monkeypatch, capsys):
+def test_a_resnet_of_transformers_trains_with_sam_and_teaches(tmp_path, digits, monkeypatch, capsys):
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10)
     trainer = FlatTeacherTrainer(

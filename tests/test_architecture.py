@@ -1,4 +1,4 @@
-"""Imports of the package go one way, in the order of docs/architecture.md."""
+"""Tests that the package's imports follow the layers of docs/architecture.md."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "deitlt_hf"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-ROOMS = re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE)  # from the top
+ROOMS = re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE)  # from the top layer to the lowest
 
 
 def room_of(path: Path) -> str:
@@ -17,7 +17,7 @@ def room_of(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports, also inside functions, as paths from the package."""
+    """Package modules that a file imports, also inside functions, as paths relative to the package."""
     package, found = list(path.relative_to(PACKAGE).parts[:-1]), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -28,13 +28,13 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_every_room_is_on_the_page():
+def test_every_subpackage_is_on_the_page():
     rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name[0] not in "_."}
     assert rooms - {"py"} == set(ROOMS)
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_from_below_only(room):
+def test_a_subpackage_imports_only_from_lower_layers(room):
     below = ROOMS[ROOMS.index(room) :]
     files = [path for path in PACKAGE.rglob("*.py") if room_of(path) == room]
     assert files
@@ -47,21 +47,21 @@ def test_a_room_imports_from_below_only(room):
     assert not wrong
 
 
-def test_arrows_are_seen():
-    """Else the test above would hold of any code."""
+def test_imports_are_found():
+    """Checks that `imported` finds imports; without this, the test above would pass for any code."""
     assert "training.runs" in imported(PACKAGE / "cli" / "distill.py")
     assert any(module.startswith("models.deitlt") for module in imported(PACKAGE / "serving" / "loading.py"))
 
 
-def test_files_and_modules_that_the_page_names_exist():
+def test_files_and_modules_named_on_the_page_exist():
     names = re.findall(r"`([a-z_]+/[a-z_/]*(?:\.\w+)?)`", PAGE)
     assert len(names) > 20
     for name in names:
         assert any((folder / name).exists() for folder in (ROOT, PACKAGE, *(PACKAGE / room for room in ROOMS))), name
 
 
-def test_public_names_of_earlier_versions_stay():
-    """docs: `deitlt_hf.hub` had the authors' checkpoints before `deitlt_hf.original`."""
+def test_public_names_of_earlier_versions_can_be_imported():
+    """Old import paths work: the page promises that `deitlt_hf.hub` exports what is now in `deitlt_hf.original`."""
     from deitlt_hf import hub, original
 
     for name in original.__all__:

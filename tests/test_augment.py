@@ -1,4 +1,4 @@
-"""Our RandAugment operations against timm's, and the training transform against its `create_transform`."""
+"""Tests of the RandAugment operations against timm's, and of the training transform against its `create_transform`."""
 
 import random
 
@@ -17,7 +17,7 @@ FILL = (124, 116, 104)
 
 
 def images():
-    """Noise, a smooth picture, a flat one, and a wide one with few values."""
+    """Test images: noise, a smooth gradient, a uniform image, and a wide image with few values."""
     smooth = Image.fromarray(RANDOM.randint(0, 256, (5, 7, 3)).astype(np.uint8)).resize((60, 43), Image.BICUBIC)
     return [
         Image.fromarray(RANDOM.randint(0, 256, (33, 32, 3)).astype(np.uint8)),
@@ -35,8 +35,11 @@ def operations(names, resample, magnitude=9, **hparams):
 @pytest.mark.parametrize("resample", [Image.BICUBIC, Image.BILINEAR], ids=["bicubic", "bilinear"])
 @pytest.mark.parametrize("name", sorted({*_RAND_INCREASING_TRANSFORMS, *_RAND_TRANSFORMS}))
 @pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
-def test_operation_gives_timms_pixels(name, resample, large, monkeypatch):
-    """Everything is equal but bicubic movements: there, at most one value in 500 is one grey level off (float32)."""
+def test_operation_matches_timm(name, resample, large, monkeypatch):
+    """Each operation gives timm's pixels.
+
+    After bicubic movements, one value in 500 may differ by one grey level (float32).
+    """
     timms, ours = operations([name], resample)[0], operations([name], resample)[0]
     on_arrays(RandAugment([ours]))
     monkeypatch.setattr(augment, "SMALL", 0 if large else 8192)
@@ -48,7 +51,7 @@ def test_operation_gives_timms_pixels(name, resample, large, monkeypatch):
                 try:
                     given = image if operation is timms else np.asarray(image)
                     result = np.asarray(operation(given)).astype(int)
-                except ValueError:  # Pillow 13 on timm's 0 bits
+                except ValueError:  # Pillow 13 fails when timm posterizes to 0 bits
                     assert operation is timms
                     result = np.zeros((image.height, image.width, 3), int)
                 if operation is timms:
@@ -62,8 +65,8 @@ def test_operation_gives_timms_pixels(name, resample, large, monkeypatch):
 
 @pytest.mark.parametrize("magnitude", [9, 10, 13, 20, 30])
 @pytest.mark.parametrize("name", _RAND_INCREASING_TRANSFORMS)
-def test_magnitudes_beyond_ten(name, magnitude):
-    """As of `rand-m20-mmax30-inc1`, which leaves posterize less than no bit: a black image."""
+def test_magnitudes_above_ten(name, magnitude):
+    """Magnitudes above ten work, as in `rand-m20-mmax30-inc1`: posterize then keeps 0 bits and gives a black image."""
     operation = operations([name], Image.BICUBIC, magnitude, magnitude_std=0, magnitude_max=30)[0]
     on_arrays(RandAugment([operation]))
     result = operation(np.asarray(images()[0]))
@@ -73,8 +76,8 @@ def test_magnitudes_beyond_ten(name, magnitude):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, -0.5, 1.0, -1.0])
-def test_movements_by_whole_pixels_are_exact(share, monkeypatch):
-    """Nothing is rounded, and nothing falls one level short."""
+def test_translation_by_whole_pixels_is_exact(share, monkeypatch):
+    """Movements by whole pixels are exact: no value is rounded or one level too low."""
     monkeypatch.setattr(augment, "SMALL", 0)
     for image in images():
         for name in ("TranslateXRel", "TranslateYRel"):
@@ -119,10 +122,11 @@ def timm_transform(size, crop):
         ((90, 70), 48, "random_resized"),
     ],
 )
-def test_transform_is_timms_on_the_same_draw(image_size, size, crop, monkeypatch):
-    """Crop, flip, operations and erased area are the same; grey levels differ by what resizing rounds.
+def test_transform_matches_timm_for_the_same_draws(image_size, size, crop, monkeypatch):
+    """With the same draws, crop, flip, operations and erased area are timm's; grey levels differ by rounding.
 
-    An operation that looks at single values, such as solarizing, can make much of one level, so the mean is compared.
+    The test compares the mean, because an operation such as solarizing can turn a difference of one level into a large
+    one.
     """
     ours, timms = train_transform(image_processor(size), crop), timm_transform(size, crop)
     image = Image.fromarray(RANDOM.randint(0, 256, (6, 8, 3)).astype(np.uint8)).resize(image_size, Image.BICUBIC)
@@ -149,8 +153,8 @@ def test_transform_is_timms_on_the_same_draw(image_size, size, crop, monkeypatch
     assert compared > 55
 
 
-def test_a_batch_that_is_still_held_is_not_written_over():
-    """Batches use the memory of the one before, but only once nobody has it."""
+def test_memory_of_a_batch_in_use_is_not_reused():
+    """The memory of a batch is reused for the next one only when nobody holds it any more."""
     transform = train_transform(image_processor(16), random_erasing=0)
     pixels = [torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8) for _ in range(3)]
     first = transform.finish(pixels[0])

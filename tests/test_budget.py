@@ -1,4 +1,4 @@
-"""What a run will take, checked against what torch counts and keeps."""
+"""Tests of the estimates of `deitlt plan` against the operations and memory that torch counts."""
 
 import subprocess
 import sys
@@ -36,17 +36,17 @@ ROOT = Path(__file__).parent.parent
         {"num_hidden_layers": 1},
     ],
 )
-def test_flops_are_those_that_torch_counts(values):
+def test_flops_match_torchs_counter(values):
     config = DeiTLTConfig(**values)
     with torch.device("meta"):
         model = DeiTLTForImageClassification(config)
     assert student_flops(config) == counted_flops(model, config.image_size)
 
 
-def test_known_figures():
-    """ViT-B/16: 17.6 billion products at 224 pixels, 86 million parameters; ResNet-50: 4.1 billion.
+def test_published_figures_of_known_models():
+    """ViT-B/16 at 224 pixels: 17.6 billion multiply-adds, 86 million parameters; ResNet-50: 4.1 billion multiply-adds.
 
-    The last block makes 2 of 198 tokens, which saves all of its 1.47 billion but the keys' and values' 0.23.
+    The last block computes 2 of 198 tokens. Of its 1.47 billion, only the 0.23 for keys and values remain.
     """
     model = student_model(StudentArguments(), 1000, None, DeiTLTTrainingArguments("nowhere", num_train_epochs=1))
     assert model.flops / 2 == pytest.approx(17.6e9 - 1.47e9 + 0.23e9, rel=0.01)
@@ -58,7 +58,10 @@ def test_known_figures():
 
 
 def test_dropped_paths_are_not_counted():
-    """By torch's counter and the rates of the model's own layers: the last block costs less, and so saves less."""
+    """Dropped paths are not counted, by torch's counter and the layers' drop rates.
+
+    The last block costs less, and computing only its class tokens saves less.
+    """
     students = [StudentArguments(image_size=32, num_hidden_layers=depth, drop_path_rate=0.3) for depth in (1, 2, 3)]
     with torch.device("meta"):
         models = [DeiTLTForImageClassification(student.config(num_labels=10)) for student in students]
@@ -70,8 +73,8 @@ def test_dropped_paths_are_not_counted():
     assert planned.training_flops == pytest.approx(3 * expected, rel=1e-9)
 
 
-def test_activations_are_what_the_backward_pass_needs():
-    """Known for one layer: its input, whatever the weights."""
+def test_activations_are_the_tensors_of_the_backward_pass():
+    """Activations are the tensors that the backward pass needs; for one known layer, its input."""
 
     class Layer(torch.nn.Module):
         def __init__(self):
@@ -98,7 +101,7 @@ def test_activations_are_what_the_backward_pass_needs():
         ({"dataset": "digits", "imbalance_ratio": 20}, (10, 402)),
     ],
 )
-def test_images_of_the_benchmarks(values, expected):
+def test_image_counts_of_the_benchmarks(values, expected):
     assert training_images(DataArguments(**values)) == expected
 
 
@@ -110,7 +113,7 @@ def plan(gpus, model=None, **values):
     return budget(model, GPUS["a100"], gpus, **{**defaults, **values})
 
 
-def test_a_run_is_the_same_on_more_gpus_and_faster_until_they_wait():
+def test_more_gpus_shorten_a_run_until_communication_limits_it():
     plans = [plan(gpus) for gpus in (1, 4, 16, 128, 1024)]
     assert len({found.steps for found in plans}) == 1
     assert len({found.images_per_epoch for found in plans}) == 1
@@ -122,18 +125,18 @@ def test_a_run_is_the_same_on_more_gpus_and_faster_until_they_wait():
     shares = [found.exposed_seconds / found.step_seconds for found in plans]
     assert shares == sorted(shares)
     assert shares[-1] > 0.5
-    # A ring sends twice the gradient, however many share it: time has a floor.
+    # A ring all-reduce sends twice the gradient, whatever the number of GPUs: the time has a lower bound.
     assert plans[-1].step_seconds > 2 * 4 * 10**8 * 0.99 / GPUS["a100"].network
 
 
-def test_memory_says_whether_it_fits():
+def test_memory_estimate_says_whether_the_run_fits():
     assert plan(4).memory == pytest.approx(16e8 + 128 * 1e8 + 2**30)
     assert plan(4).fits
     assert not plan(1, batch_size=1024).fits
     assert reduce_seconds(10**9, 1, GPUS["h100"]) == 0
 
 
-def test_repeats_and_whole_steps_are_those_of_the_sampler():
+def test_repeats_and_steps_match_the_sampler():
     from deitlt_hf.data.sampling import TrainBatches
 
     found = plan(4, images=12_406, num_repeats=3, global_batch_size=1024, epochs=1)
@@ -150,14 +153,14 @@ def test_repeats_and_whole_steps_are_those_of_the_sampler():
         ({"gpus": [0]}, "gpus must be 1 or more, got 0"),
     ],
 )
-def test_plans_that_are_refused(values, message):
+def test_invalid_plans_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         PlanArguments(**values)
     with pytest.raises(ValueError, match=r"2048 is not a multiple of 3 process\(es\)"):
         plan(3)
 
 
-def test_what_a_run_refuses_is_not_planned():
+def test_plan_refuses_what_a_run_refuses():
     with pytest.raises(ValueError, match="mixing needs an even batch on each GPU, but 2048 GPUs have 1 image"):
         plan(2048, pairs_images=True)
     with pytest.raises(ValueError, match="96 is not a multiple of"):
@@ -166,7 +169,7 @@ def test_what_a_run_refuses_is_not_planned():
     assert training_images(DataArguments("uoft-cs/cifar10", imbalance_ratio=10, max_per_class=100))[1] == 403
 
 
-def test_a_student_that_starts_from_another_is_planned_at_its_size(tmp_path):
+def test_plan_uses_the_size_of_the_starting_student(tmp_path):
     make_student(hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "deitlt_hf.cli", "plan", "--recipe", "cifar10_lt_rho100", "--init_from", tmp_path],

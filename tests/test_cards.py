@@ -1,4 +1,4 @@
-"""Model cards say what the run measured, all of it as it was, and nothing else."""
+"""Tests of model cards: they contain exactly the run's measurements and settings."""
 
 import json
 import re
@@ -32,7 +32,7 @@ from deitlt_hf.training.results import read_emissions
 
 ROOT = Path(__file__).parent.parent
 CHANGED = ["--max_per_class", "50", "--num_train_epochs", "2", "--drw_start_epoch", "1"]
-# Overall, head, mid and tail in the paper's tables.
+# Overall, head, medium and tail accuracy in the paper's tables.
 PAPER = {
     "cifar10_lt_rho100": (87.5, 94.5, 84.1, 85.0),
     "cifar10_lt_rho50": (89.8, 94.9, 87.0, 88.6),
@@ -45,7 +45,7 @@ PAPER = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A student with values of its own and the teacher that was trained for it, by the command."""
+    """A student with non-default settings and its teacher, both trained by the command."""
     folder = tmp_path_factory.mktemp("run")
     recipe = yaml.safe_load((ROOT / "tests" / "fixtures" / "tiny.yaml").read_text())
     recipe["teacher"]["num_train_epochs"] = 8
@@ -57,7 +57,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def student_folder(trained, tmp_path):
-    """A copy that a test may change."""
+    """A copy of the student's folder that a test may change."""
     ignored = shutil.ignore_patterns("checkpoint-*")
     return Path(shutil.copytree(trained / "student", tmp_path / "student", ignore=ignored))
 
@@ -82,7 +82,7 @@ def tables(text):
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_training_leaves_a_card_with_the_numbers_of_its_last_epoch(trained, kind):
+def test_training_writes_a_card_with_the_last_epochs_numbers(trained, kind):
     accuracies = results(trained / kind)["last"]["accuracies"]
     card = ModelCard.load(trained / kind / "README.md")
     measured = {(entry.metric_name, entry.metric_value) for entry in card.data.eval_results}
@@ -97,7 +97,7 @@ def test_training_leaves_a_card_with_the_numbers_of_its_last_epoch(trained, kind
     ]
 
 
-def test_metadata_are_those_the_hub_knows(trained):
+def test_metadata_use_the_hubs_fields(trained):
     metadata = metadata_load(trained / "student" / "README.md")
     assert metadata["pipeline_tag"] == "image-classification"
     assert metadata["library_name"] == "transformers"
@@ -110,7 +110,7 @@ def test_metadata_are_those_the_hub_knows(trained):
     assert str(ModelCard(str(card))) == (trained / "student" / "README.md").read_text()
 
 
-def test_card_says_what_was_changed_of_the_recipe_and_nothing_that_was_not(trained):
+def test_card_lists_only_the_changed_recipe_values(trained):
     text = section(ModelCard.load(trained / "student" / "README.md"), "## Training")
     changed = "`tiny.yaml`, a custom file, with changes: `max_per_class` `50`, `num_train_epochs` `2.0`"
     assert changed in text
@@ -122,7 +122,7 @@ def test_card_says_what_was_changed_of_the_recipe_and_nothing_that_was_not(train
     assert "deitlt train-teacher --recipe tiny.yaml --max_per_class 50\n" in teacher
 
 
-def test_card_tells_data_hardware_and_versions(trained):
+def test_card_describes_data_hardware_and_versions(trained):
     record = results(trained / "student")
     text = str(ModelCard.load(trained / "student" / "README.md"))
     assert "digits, long-tailed at ratio 10 (exp, subset seed 0)" in text
@@ -137,12 +137,12 @@ def test_card_tells_data_hardware_and_versions(trained):
     assert record["hardware"]["threads"] >= 1
 
 
-def test_card_tells_how_the_teacher_was_trained_and_what_it_knows(trained):
+def test_card_describes_the_teachers_training_and_accuracy(trained):
     record = results(trained / "student")["teacher"]
     own = results(trained / "teacher")
     assert record["source"] == "teacher", "of an absolute path only the last part is published"
     assert record["training"]["settings"]["sam_rho"] == own["settings"]["sam_rho"]
-    # The same images in the same size, through the student's pipeline.
+    # The teacher's evaluation uses the same images at the same size, through the student's pipeline.
     assert record["accuracies"] == pytest.approx(own["last"]["accuracies"]["teacher"], abs=2e-3)
     text = section(ModelCard.load(trained / "student" / "README.md"), "## Training")
     assert (
@@ -161,7 +161,7 @@ def test_card_tells_how_the_teacher_was_trained_and_what_it_knows(trained):
         ({"sam_rho": [0.05, 0.1, 0.5, 0.5]}, "rho 0.05, 0.1, 0.5, 0.5 by stage of the backbone,"),  # an old record
     ],
 )
-def test_card_tells_when_each_rho_holds(settings, words):
+def test_card_says_when_each_rho_applies(settings, words):
     record = {"backbone": "resnet20", "training": {"settings": settings | {"num_train_epochs": 9}}}
     assert f"SAM with {words} 9 epochs" in CardFacts({"teacher": record}, {}).teacher
 
@@ -172,7 +172,7 @@ def test_no_token_or_path_of_the_user_is_in_card_or_record(trained):
         assert str(trained) not in path.read_text()
 
 
-def test_card_for_a_repository_loads_the_model_from_there(trained):
+def test_card_for_a_repository_names_it_in_its_code(trained):
     card = make_card(trained / "student", "org/deitlt-tiny", license="mit", tags="digits")
     assert "# deitlt-tiny\n" in card.text
     assert card.text.count('"org/deitlt-tiny"') == 3
@@ -183,7 +183,7 @@ def test_card_for_a_repository_loads_the_model_from_there(trained):
         make_card(trained / "student", "org/a/b")
 
 
-def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
+def test_a_better_earlier_epoch_is_only_mentioned(student_folder):
     record = results(student_folder)
     change_results(student_folder, settings=record["settings"] | {"drw_start_epoch": 1.5})
     assert "weighted up late" in str(make_card(student_folder))
@@ -192,13 +192,13 @@ def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
     card = make_card(student_folder)
     assert "The best epoch on the same test images was 1, with 98.7 overall; its weights were not kept." in card.text
     assert 0.987 not in [entry.metric_value for entry in card.data.eval_results]
-    # With load_best_model_at_end, the weights are those of the best checkpoint, and so are the numbers.
+    # With load_best_model_at_end, the weights are those of the best checkpoint; the card gives their numbers.
     change_results(student_folder, saved_step=3)
     card = make_card(student_folder)
     assert "at epoch 1, whose weights were kept because they were the best" in card.text
     assert [entry.metric_value for entry in card.data.eval_results] == [0.987, 0.9, 0.9, 0.9]
     assert "weighted up late" not in str(card)
-    # Of weights that were not evaluated there are no numbers.
+    # Weights that were not evaluated have no numbers.
     change_results(student_folder, saved_step=4)
     card = make_card(student_folder)
     assert card.data.eval_results is None
@@ -207,14 +207,14 @@ def test_a_better_epoch_than_the_last_is_named_as_such_only(student_folder):
     assert record["saved_step"] == record["last"]["step"]
 
 
-def test_an_unfinished_run_claims_nothing_in_the_metadata(student_folder):
+def test_metadata_of_an_unfinished_run_have_no_results(student_folder):
     change_results(student_folder, finished=False)
     card = make_card(student_folder)
     assert card.data.eval_results is None
     assert "of an unfinished run" in section(card, "## Accuracy")
 
 
-def test_groups_without_test_images_have_no_number(student_folder):
+def test_groups_without_test_images_have_no_accuracy(student_folder):
     record = results(student_folder)
     record["last"]["accuracies"]["mean"]["tail"] = None
     change_results(student_folder, **record)
@@ -224,7 +224,7 @@ def test_groups_without_test_images_have_no_number(student_folder):
 
 
 @pytest.mark.parametrize("change", ["weights", "no digest", "not ours"])
-def test_a_record_of_other_weights_gives_no_numbers(student_folder, change):
+def test_numbers_of_other_weights_are_left_out(student_folder, change):
     if change == "weights":
         model = DeiTLTForImageClassification.from_pretrained(student_folder)
         torch.nn.init.normal_(model.cls_classifier.weight)
@@ -245,8 +245,12 @@ def test_a_record_of_other_weights_gives_no_numbers(student_folder, change):
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])
-def test_classes_of_an_earlier_head_are_not_those_of_the_training_data(tmp_path, num_labels):
-    """transformers keeps every other field of the configuration, and of two classes it writes no names."""
+def test_class_counts_of_an_earlier_head_are_left_out(tmp_path, num_labels):
+    """Class counts of an earlier head are left out.
+
+    When plain transformers changes the head, it keeps every other field of the configuration, and it writes no names
+    for two unnamed classes.
+    """
     groups = {"head": [0, 1, 2], "tail": [3]}
     make_student(num_labels=4, class_counts=[90, 30, 9, 5], class_groups=groups).save_pretrained(tmp_path / "four")
     model = AutoModelForImageClassification.from_pretrained(
@@ -258,7 +262,7 @@ def test_classes_of_an_earlier_head_are_not_those_of_the_training_data(tmp_path,
     assert "| tail | 3 | 1 | 5 | 5 to 5 |" in str(make_card(tmp_path / "four")).replace("LABEL\\_", "")
 
 
-def test_a_run_that_ended_before_the_re_weighting_is_not_said_to_have_it(student_folder):
+def test_card_does_not_claim_re_weighting_that_was_not_reached(student_folder):
     record = results(student_folder)
     text = str(make_card(student_folder))
     assert "weighted up late" in text
@@ -269,7 +273,7 @@ def test_a_run_that_ended_before_the_re_weighting_is_not_said_to_have_it(student
     assert "re-weighted" not in text.partition("<details>")[0]
 
 
-def test_files_of_the_users_own_are_no_data_set_of_the_hub(student_folder):
+def test_local_files_are_not_named_as_a_hub_data_set(student_folder):
     data = results(student_folder)["data"] | {"dataset": "data/photos"}
     change_results(student_folder, data=data | {"local_files": True})
     assert make_card(student_folder).data.datasets is None
@@ -277,7 +281,7 @@ def test_files_of_the_users_own_are_no_data_set_of_the_hub(student_folder):
     assert make_card(student_folder).data.datasets == ["data/photos"]
 
 
-def test_models_of_the_hub_that_a_student_came_from_are_linked(student_folder):
+def test_hub_models_that_a_student_started_from_are_linked(student_folder):
     base = {"name": "inat18", "overrides": {"init_from": "facebook/deit-base-distilled-patch16-224"}}
     teacher = results(student_folder)["teacher"] | {"source": "zoo/flat-teacher"}
     change_results(student_folder, recipe=base, teacher=teacher)
@@ -287,14 +291,14 @@ def test_models_of_the_hub_that_a_student_came_from_are_linked(student_folder):
     assert "[zoo/flat-teacher](https://huggingface.co/zoo/flat-teacher)" in str(card)
     change_results(student_folder, recipe={"name": "inat18", "overrides": {"init_from": "student"}})
     assert make_card(student_folder).data.base_model is None
-    change_results(student_folder, recipe=None, started_from="zoo/deit")  # from Python
+    change_results(student_folder, recipe=None, started_from="zoo/deit")  # started from Python
     assert make_card(student_folder).data.base_model == "zoo/deit"
 
 
-def test_the_hub_id_that_a_model_was_loaded_from_is_known(tmp_path, monkeypatch):
+def test_hub_id_of_a_loaded_model_is_found(tmp_path, monkeypatch):
     model = make_student()
     assert started_from(model) is None
-    model.name_or_path = "zoo/deit"  # as from_pretrained leaves it
+    model.name_or_path = "zoo/deit"  # set by from_pretrained
     assert started_from(model) == "zoo/deit"
     assert started_from(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == "zoo/deit"
     monkeypatch.chdir(tmp_path)
@@ -302,7 +306,7 @@ def test_the_hub_id_that_a_model_was_loaded_from_is_known(tmp_path, monkeypatch)
     assert started_from(model) is None
 
 
-def test_a_teacher_whose_training_did_not_end_is_named_as_such(student_folder):
+def test_card_says_that_the_teachers_training_did_not_finish(student_folder):
     assert "not finished" not in str(make_card(student_folder))
     teacher = results(student_folder)["teacher"]
     change_results(student_folder, teacher=teacher | {"training": teacher["training"] | {"finished": False}})
@@ -311,7 +315,7 @@ def test_a_teacher_whose_training_did_not_end_is_named_as_such(student_folder):
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
 def test_without_a_record_there_are_no_numbers(tmp_path, kind):
-    """As of a converted checkpoint, or a folder of plain transformers."""
+    """A card without a record has no numbers: a converted checkpoint, or a folder of plain transformers."""
     if kind == "student":
         make_student(num_labels=3, class_counts=[90, 30, 5]).save_pretrained(tmp_path)
     else:
@@ -327,7 +331,7 @@ def test_without_a_record_there_are_no_numbers(tmp_path, kind):
 
 
 def test_without_test_images_there_is_no_table(tmp_path, digits):
-    """And without a recipe, from Python, the settings stand for themselves."""
+    """A run without test images has no table of accuracies; a run from Python without a recipe lists its settings."""
     trainer = DeiTLTTrainer(
         model=make_student(),
         args=DeiTLTTrainingArguments(
@@ -356,7 +360,7 @@ def test_without_test_images_there_is_no_table(tmp_path, digits):
     assert "mine" in card.data.tags
 
 
-def test_a_card_of_the_users_own_is_left_as_it_is(student_folder):
+def test_a_card_written_by_the_user_is_not_overwritten(student_folder):
     readme = student_folder / "README.md"
     readme.write_text("# Mine\n")
     with pytest.warns(UserWarning, match="was not written by deitlt-hf, or was edited, and stays"):
@@ -365,7 +369,7 @@ def test_a_card_of_the_users_own_is_left_as_it_is(student_folder):
 
 
 def test_a_card_is_not_written_through_a_link(tmp_path):
-    """As the files of a snapshot in the Hub's cache are."""
+    """A card that is a link, as in the Hub's cache, is replaced; the file that it points to stays unchanged."""
     make_student().save_pretrained(tmp_path)
     earlier = str(make_card(tmp_path))
     (tmp_path / "blob").write_text(earlier)
@@ -374,7 +378,7 @@ def test_a_card_is_not_written_through_a_link(tmp_path):
     assert (tmp_path / "blob").read_text() == earlier
 
 
-def test_a_card_that_was_edited_is_left_and_one_that_was_not_is_written_anew(student_folder):
+def test_only_an_unedited_card_is_rewritten(student_folder):
     readme = write_card(student_folder, license="apache-2.0")
     change_results(student_folder, train_seconds=7)
     assert "0:00:07" in write_card(student_folder).read_text()
@@ -386,7 +390,7 @@ def test_a_card_that_was_edited_is_left_and_one_that_was_not_is_written_anew(stu
     assert readme.read_text() == edited
 
 
-def test_a_licence_and_tags_that_were_given_stay_in_the_card_that_is_written_anew(student_folder):
+def test_given_licence_and_tags_stay_in_a_rewritten_card(student_folder):
     change_results(student_folder, data=results(student_folder)["data"] | {"dataset": "zoo/photos"})
     write_card(student_folder, license="cc-by-nc-4.0", tags=["mine"], language="en")
     change_results(student_folder, data=results(student_folder)["data"] | {"dataset": "digits"}, finished=False)
@@ -401,7 +405,7 @@ def test_a_licence_and_tags_that_were_given_stay_in_the_card_that_is_written_ane
     assert card.data.license is None
 
 
-def test_a_licence_that_nobody_gave_is_not_in_the_card(trained):
+def test_card_has_no_licence_unless_one_was_given(trained):
     for kind in ("student", "teacher"):
         card = ModelCard.load(trained / kind / "README.md")
         assert card.data.license is None
@@ -409,7 +413,7 @@ def test_a_licence_that_nobody_gave_is_not_in_the_card(trained):
         assert "apache" not in str(card)
 
 
-def test_names_of_classes_are_shown_as_they_are(tmp_path):
+def test_class_names_are_printed_literally(tmp_path):
     names = ["<script>alert(1)</script>", "a | b", "*bold* _x_ `y`", "line\nbreak", "[link](http://x)", "A & B"]
     groups = {"head": [0, 1], "mid": [2, 3], "tail": [4, 5]}
     config = DeiTLTConfig(
@@ -437,15 +441,15 @@ def test_a_card_with_thousands_of_classes_does_not_list_them(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_a_card_sends_nobody_to_pypi(trained, kind):
-    """The package's name is free there: whoever takes it would be installed by the readers of every card."""
+def test_cards_do_not_install_from_pypi(trained, kind):
+    """No card tells readers to install the package from PyPI. The name is free there, and anybody could register it."""
     text = section(ModelCard.load(trained / kind / "README.md"), "## Use")
     assert "pip install" not in text
     assert text.index("from transformers import") < text.index("from deitlt_hf import")
     assert "`deitlt_hf`, installed from its repository" in text
 
 
-def test_what_is_wrong_is_told(tmp_path):
+def test_invalid_input_raises_a_clear_message(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config.json; give the folder of a saved model."):
         make_card(tmp_path)
     make_student().save_pretrained(tmp_path)
@@ -458,8 +462,8 @@ HOSTILE = "a|b `c` <script>alert(1)</script> *d* {{ 7*7 }} {% raw %}\n\n---\nlic
 
 
 @pytest.mark.parametrize("text", [HOSTILE, "x" * 100_000, "Käfer 🪲", "", "]( http://a )[", "$$x$$"])
-def test_foreign_text_is_shown_as_it_is(student_folder, text):
-    """Names from data, recipes and teachers of others are neither Markdown, HTML, YAML nor templates of the card."""
+def test_foreign_text_is_escaped(student_folder, text):
+    """Names from data, recipes and external teachers are escaped for Markdown, HTML, YAML and the card's template."""
     record = results(student_folder)
     teacher = record["teacher"] | {"backbone": text, "source": text, "accuracies": {text: 0.5}}
     names = [f"{label} {text}" for label in range(10)]
@@ -509,7 +513,7 @@ def test_foreign_text_is_shown_as_it_is(student_folder, text):
         {"architectures": "x"},
     ],
 )
-def test_a_configuration_of_odd_types_is_refused_in_a_sentence(tmp_path, config):
+def test_a_configuration_with_wrong_types_is_refused(tmp_path, config):
     content = {"model_type": "deit"} | config if isinstance(config, dict) else config
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"config\.json (cannot be read: it holds a|has a \w+ that is not valid)"):
@@ -531,7 +535,7 @@ def test_command_writes_the_card_of_a_folder(student_folder, capsys):
         make_model_cards(["--model", str(student_folder), "--folder", "cards"])
 
 
-def test_command_tells_no_card_that_it_did_not_write(student_folder, capsys):
+def test_command_does_not_report_a_card_that_it_did_not_write(student_folder, capsys):
     (student_folder / "README.md").write_text("# Mine\n")
     with pytest.warns(UserWarning, match="stays; move it away for a new one"):
         make_model_cards(["--model", str(student_folder)])
@@ -541,7 +545,7 @@ def test_command_tells_no_card_that_it_did_not_write(student_folder, capsys):
 # ---- The repository's cards ----
 
 
-def test_cards_and_recipes_are_in_step(tmp_path):
+def test_committed_cards_match_recipes_and_results(tmp_path):
     shutil.copytree(ROOT / "model_cards" / "results", tmp_path / "results")
     make_model_cards(["--folder", str(tmp_path)])
     committed = {path.name: path.read_bytes() for path in (ROOT / "model_cards").glob("*.md")}
@@ -551,7 +555,7 @@ def test_cards_and_recipes_are_in_step(tmp_path):
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_what_the_paper_reports_is_never_said_to_be_measured(name):
+def test_the_papers_numbers_are_not_presented_as_measured(name):
     recipe = CARDS[name]
     card = recipe_card(recipe, name)
     assert card.data.eval_results is None
@@ -566,7 +570,7 @@ def test_what_the_paper_reports_is_never_said_to_be_measured(name):
     assert f"{student['num_train_epochs']} epochs" in card.text
 
 
-def test_measured_numbers_stand_beside_the_papers(student_folder):
+def test_measured_numbers_stand_next_to_the_papers(student_folder):
     record = results(student_folder)
     card = recipe_card("cifar10_lt_rho100", "deitlt-cifar10-lt-rho100", record)
     overall = record["last"]["accuracies"]["mean"]["overall"]
@@ -577,14 +581,17 @@ def test_measured_numbers_stand_beside_the_papers(student_folder):
     assert rows[5][1] == f"{100 * overall:.1f}"
 
 
-def test_metadata_of_every_card_of_the_repository_can_be_read():
+def test_metadata_of_every_repository_card_are_valid():
     for path in sorted((ROOT / "model_cards").glob("*.md")):
         assert yaml.safe_load(path.read_text().split("---")[1]) == ModelCard.load(path).data.to_dict()
         assert is_generated(path.read_text())
 
 
-def test_the_energy_that_codecarbon_estimated_is_in_record_and_card(trained, student_folder):
-    """The file is codecarbon 3.3's; a resumed run has a row for each part."""
+def test_codecarbons_energy_is_in_record_and_card(trained, student_folder):
+    """Record and card contain the energy that codecarbon estimated.
+
+    The file is from codecarbon 3.3; a resumed run has a row for each part.
+    """
     header = "timestamp,run_id,duration,emissions,energy_consumed,country_name,country_iso_code,cpu_model\n"
     rows = (
         "2026-11-28T19:36:34,a,3.1,0.0012,0.02,Canada,CAN,EPYC\n2026-11-28T20:36:34,b,3.1,0.0003,0.01,Canada,CAN,EPYC\n"
@@ -610,7 +617,7 @@ def test_the_energy_that_codecarbon_estimated_is_in_record_and_card(trained, stu
 @pytest.mark.parametrize(
     "content", [b"", b"emissions\n1\n", b"energy_consumed,emissions,country_name\nx,1,A\n", b"\xff\xfe"]
 )
-def test_a_damaged_log_of_codecarbon_costs_no_run(tmp_path, content):
+def test_a_damaged_codecarbon_log_does_not_stop_a_run(tmp_path, content):
     (tmp_path / "emissions.csv").write_bytes(content)
     with pytest.warns(UserWarning, match="cannot be read"):
         assert read_emissions(tmp_path) is None

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, whatever happens while they are written."""
+"""Tests that checkpoints are complete or absent, whatever happens while they are written."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ from deitlt_hf.training.checkpoints import (
 
 
 def write_checkpoint(output_dir, step, weight=0.0, left_out=()):
-    """Files as transformers writes them, but small."""
+    """Writes small files with the layout of a transformers checkpoint."""
     staged = begin_checkpoint(output_dir) / f"checkpoint-{step}"
     (staged / "deeper").mkdir(parents=True)
     save_file({"weight": torch.full((2,), weight)}, staged / "model.safetensors")
@@ -45,7 +45,7 @@ def write_checkpoint(output_dir, step, weight=0.0, left_out=()):
     return finish_checkpoint(staged, output_dir)
 
 
-def test_a_finished_checkpoint_is_whole_and_replaces_another(tmp_path):
+def test_a_finished_checkpoint_is_complete_and_replaces_another(tmp_path):
     first = write_checkpoint(tmp_path, 3)
     assert find_corruption(first) is None
     assert {"model.safetensors", "deeper/state.bin"} < set(json.loads((first / MANIFEST).read_text()))
@@ -86,7 +86,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("harm", DAMAGES)
-def test_a_damaged_checkpoint_is_left_out_and_named(tmp_path, harm):
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, harm):
     whole, torn = write_checkpoint(tmp_path, 9), write_checkpoint(tmp_path, 10)
     assert newest_checkpoint(tmp_path) == str(torn)
     harm(torn)
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(tmp_path, harm):
         ({"model.safetensors": {"size": "x" * 9999, "sha256": 1}}, r"instead of x+\.\.\.$"),
     ],
 )
-def test_a_manifest_that_says_too_little_is_damaged(tmp_path, manifest, what):
+def test_an_incomplete_manifest_counts_as_damaged(tmp_path, manifest, what):
     checkpoint = write_checkpoint(tmp_path, 3)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     assert re.search(what, find_corruption(checkpoint))
@@ -122,12 +122,15 @@ def test_a_manifest_that_says_too_little_is_damaged(tmp_path, manifest, what):
 @pytest.mark.parametrize(
     "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 )
-def test_what_going_on_needs_must_be_there(tmp_path, name):
-    """Also if the manifest agrees: else a run goes on without its optimiser, to another end, without a word."""
+def test_files_needed_to_resume_must_exist(tmp_path, name):
+    """Files needed to resume must exist, even if the manifest does not list them.
+
+    Otherwise a run resumes without its optimiser state, silently, and gives other results.
+    """
     what = "weights" if name.startswith("model") else name
     checkpoint = write_checkpoint(tmp_path, 3, left_out=[name])
     assert f"does not list {what}" in find_corruption(checkpoint)
-    (checkpoint / MANIFEST).unlink()  # as plain transformers writes them
+    (checkpoint / MANIFEST).unlink()  # plain transformers writes no manifest
     if name in ("trainer_state.json", "model.safetensors"):
         with pytest.raises(ValueError, match=f"it has no {what}"):
             whole_checkpoint(str(checkpoint))
@@ -159,8 +162,11 @@ class Harm:
 
 @pytest.mark.parametrize("harm", [hostile, cut, empty, of_something_else])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
-def test_nothing_of_a_hostile_or_damaged_file_is_run(tmp_path, monkeypatch, name, harm):
-    """One sentence that names the file, without torch's advice to switch its guard off."""
+def test_malicious_or_damaged_files_run_no_code(tmp_path, monkeypatch, name, harm):
+    """Damaged or malicious files run no code and give one message that names the file.
+
+    The message leaves out torch's advice to switch off its protection.
+    """
     monkeypatch.chdir(tmp_path)
     checkpoint = write_checkpoint(tmp_path, 3)
     if name == "pytorch_model.bin":
@@ -187,8 +193,8 @@ def test_a_damaged_state_of_the_trainer_is_named(tmp_path, content):
         whole_checkpoint(str(checkpoint))
 
 
-def test_checkpoints_are_ordered_by_step_whatever_the_clock_says(tmp_path):
-    """Else a clock that was wrong has every new checkpoint removed as soon as it is written."""
+def test_checkpoints_are_ordered_by_step_not_by_time(tmp_path):
+    """Checkpoints are ordered by step, not by time. Otherwise a wrong clock would have each new checkpoint removed."""
     for step in (9, 10, 2):
         write_checkpoint(tmp_path, step)
     for step, days in ((9, 2), (10, 0), (2, 1)):
@@ -201,12 +207,12 @@ def test_checkpoints_are_ordered_by_step_whatever_the_clock_says(tmp_path):
     write_checkpoint(tmp_path, 11)
     remove_old_checkpoints(tmp_path, 2, str(tmp_path / "checkpoint-9"))
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
-    remove_old_checkpoints(tmp_path, None, None, step=9)  # the run has gone another way from an earlier step
+    remove_old_checkpoints(tmp_path, None, None, step=9)  # the run continues from an earlier step
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9"]
     assert (tmp_path / "checkpoint-99-by-hand").is_dir()
 
 
-def test_a_run_without_a_checkpoint_begins_and_a_finished_model_is_kept(tmp_path):
+def test_a_run_without_a_checkpoint_starts_and_keeps_a_finished_model(tmp_path):
     assert newest_checkpoint(tmp_path / "none") is None
     (tmp_path / "results.json").write_text("{}")
     assert newest_checkpoint(tmp_path) is None
@@ -244,7 +250,7 @@ class Steps(TrainerCallback):
 
 
 def fail_at(monkeypatch, step, error):
-    """Makes the last but one file of a step's checkpoint fail, when the weights are written already."""
+    """Makes the second-to-last file of a step's checkpoint fail, after the weights have been written."""
     save = Trainer._save_rng_state
 
     def failing(self, output_dir):
@@ -255,13 +261,13 @@ def fail_at(monkeypatch, step, error):
     monkeypatch.setattr(Trainer, "_save_rng_state", failing)
 
 
-def test_a_run_that_dies_while_saving_goes_on_from_the_checkpoint_before(tmp_path, digits, monkeypatch):
+def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(tmp_path, digits, monkeypatch):
     with monkeypatch.context() as patched:
         fail_at(patched, 6, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             make_trainer(tmp_path, digits).train()
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
-    (tmp_path / STAGING).mkdir()  # as a process leaves it that is killed
+    (tmp_path / STAGING).mkdir()  # a killed process leaves this folder
     trainer, counter = make_trainer(tmp_path, digits), Steps()
     trainer.add_callback(counter)
     trainer.train(resume_from_checkpoint="auto")
@@ -269,8 +275,8 @@ def test_a_run_that_dies_while_saving_goes_on_from_the_checkpoint_before(tmp_pat
     assert checkpoints(tmp_path) == ["checkpoint-6", "checkpoint-7"]
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, digits):
-    """The other one is a process of its own; when it is gone, however it ended, the folder is free again."""
+def test_two_runs_cannot_use_one_folder(tmp_path, digits):
+    """A second run in a used folder is refused; when the first process ends, in any way, the folder is free."""
     code = f"""
 import time
 from deitlt_hf.training.output_folder import run_lock
@@ -291,7 +297,7 @@ with run_lock({str(tmp_path)!r}):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_full_disk_ends_in_a_sentence_and_leaves_the_checkpoint_before(tmp_path, digits, monkeypatch):
+def test_a_full_disk_gives_one_message_and_keeps_the_previous_checkpoint(tmp_path, digits, monkeypatch):
     fail_at(monkeypatch, 4, OSError(errno.ENOSPC, "No space left on device"))
     sentence = r"the checkpoint of step 4 cannot be written to .*: \[Errno 28\] No space left on device; earlier"
     with pytest.raises(OSError, match=sentence):
@@ -300,14 +306,14 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_checkpoint_before(tmp_pat
     assert not (tmp_path / "checkpoint-4").exists()
 
 
-def test_the_last_whole_checkpoint_is_kept(tmp_path, digits):
+def test_the_last_complete_checkpoint_is_kept(tmp_path, digits):
     make_trainer(tmp_path, digits, save_total_limit=1).train()
     last = checkpoints(tmp_path)
     assert last == ["checkpoint-7"]
     assert find_corruption(tmp_path / last[0]) is None
 
 
-def test_the_best_checkpoint_is_found_where_it_is(tmp_path, digits):
+def test_the_recorded_best_checkpoint_exists(tmp_path, digits):
     trainer = make_trainer(
         tmp_path,
         digits,
@@ -326,7 +332,7 @@ def test_the_best_checkpoint_is_found_where_it_is(tmp_path, digits):
     assert saved["last_epoch"] > 0
 
 
-def test_a_model_that_cannot_be_written_leaves_the_one_before(tmp_path, digits, monkeypatch):
+def test_a_failed_save_keeps_the_previous_model(tmp_path, digits, monkeypatch):
     trainer = make_trainer(tmp_path, digits, max_steps=1)
     trainer.train()
     trainer.save_model()

@@ -1,4 +1,4 @@
-"""The `deitlt` command."""
+"""Tests of the `deitlt` command."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments,
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 
 
-def test_help_comes_without_the_heavy_libraries():
+def test_help_does_not_import_the_heavy_libraries():
     code = (
         "import sys; from deitlt_hf.cli import main; main([]); main(['--help']); main(['--version'])\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
@@ -30,8 +30,8 @@ def test_help_comes_without_the_heavy_libraries():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_tells_what_it_does(name, capsys):
-    """Its help begins with a sentence, and its examples are of commands, which are there without the repository."""
+def test_every_command_describes_itself(name, capsys):
+    """The help of every command begins with a sentence and shows examples that work without the repository."""
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
@@ -69,7 +69,7 @@ def test_help_lists_the_fields_of_a_recipes_data(name, capsys):
         ("--learning_rat", "learning_rate"),
     ],
 )
-def test_options_of_other_packages_name_ours(tmp_path, word, field):
+def test_options_of_other_packages_suggest_ours(tmp_path, word, field):
     classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
     with pytest.raises(ValueError, match=rf"in the command line \(did you mean '{field}'\?\)"):
         parse_arguments("student", classes, ["--recipe", "digits_lt", word, "1"])
@@ -87,7 +87,7 @@ def test_options_of_other_packages_name_ours(tmp_path, word, field):
         ("teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments), "deitlt train-teacher --help"),
     ],
 )
-def test_an_unknown_field_names_the_help_that_lists_all(section, classes, command):
+def test_error_of_an_unknown_field_points_to_the_help(section, classes, command):
     words = ["--recipe", "digits_lt", "--data_dri", "x"]
     with pytest.raises(ValueError, match=f"unknown field 'data_dri' in the command line .*; {command} lists all"):
         parse_arguments(section, classes, words)
@@ -105,8 +105,8 @@ def test_an_unknown_field_names_the_help_that_lists_all(section, classes, comman
         ("{sam_rho: much}", "sam_rho of recipe .* must be a list of numbers, got 'much'"),
     ],
 )
-def test_lists_of_a_recipe(tmp_path, teacher, expected):
-    """One value is a list of one."""
+def test_list_options_accept_one_value(tmp_path, teacher, expected):
+    """An option that takes a list accepts a single value."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"data: {{dataset: digits, class_names: names.txt}}\nteacher: {teacher}\n")
     classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
@@ -120,8 +120,8 @@ def test_lists_of_a_recipe(tmp_path, teacher, expected):
         assert data_args.class_names == ["names.txt"]
 
 
-def test_a_loss_that_is_given_with_a_dash(tmp_path):
-    """Both spellings of an option choose what the recipe has for the loss."""
+def test_both_spellings_of_the_loss_option_select_its_values(tmp_path):
+    """Both spellings of the loss option, with dash and with underscore, select the recipe's values for that loss."""
     classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
     for option in ("--teacher_loss", "--teacher-loss"):
         args = parse_arguments("teacher", classes, ["--recipe", "digits_lt", option, "paco"])[-1]
@@ -137,7 +137,7 @@ def test_a_loss_that_is_given_with_a_dash(tmp_path):
     ],
 )
 def test_convert_takes_a_recipes_fields_in_any_order(tmp_path, words, capsys):
-    """The value of a field was taken for the file."""
+    """A field's value is not mistaken for the file, whatever the order of the arguments."""
     student = make_student(hidden_size=64, num_attention_heads=1)
     torch.save({"model": student_to_original(student.state_dict())}, tmp_path / "student.pth")
     main(["convert", *words.format(file=tmp_path / "student.pth", folder=tmp_path / "student").split()])
@@ -157,7 +157,7 @@ def test_convert_takes_a_recipes_fields_in_any_order(tmp_path, words, capsys):
         ("export --model M --opset x", "--model MODEL", "unrecognized arguments: --opset x"),
         ("predict --model M --top_k x", "--model MODEL IMAGE [IMAGE ...]", "argument --top_k: invalid int value: 'x'"),
         ("predict a.png", "--model MODEL IMAGE [IMAGE ...]", "the following arguments are required: --model"),
-        # A file of figures is what --json names elsewhere; here are lines for every image, on standard output.
+        # Elsewhere --json names a file of figures; here it prints one line for each image.
         (
             "predict --model M --json o.jsonl a.png",
             "--model MODEL IMAGE [IMAGE ...]",
@@ -167,8 +167,8 @@ def test_convert_takes_a_recipes_fields_in_any_order(tmp_path, words, capsys):
         ("push", "folder ORG/NAME", "the following arguments are required: folder, ORG/NAME"),
     ],
 )
-def test_a_wrong_command_line_is_told_in_two_lines(words, usage, message, capsys):
-    """And in one, where a field of a recipe is wrong in a command that hands those on."""
+def test_a_wrong_command_line_gives_two_lines(words, usage, message, capsys):
+    """A wrong command line gives two lines, or one if a recipe field is wrong in a command that passes fields on."""
     command = f"deitlt {words.split()[0]}"
     with pytest.raises(SystemExit) as ended:
         main(words.split())
@@ -186,7 +186,7 @@ def test_a_wrong_command_line_is_told_in_two_lines(words, usage, message, capsys
         ("teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)),
     ],
 )
-def test_help_hides_fields_that_are_refused(section, classes, capsys):
+def test_help_hides_refused_fields(section, classes, capsys):
     values = {"auto_find_batch_size": "true", "lr_scheduler_kwargs": '{"power": 2}', "warmup_steps": "5"}
     with pytest.raises(SystemExit):
         parse_arguments(section, classes, ["--help"], "Its own help.")
@@ -210,14 +210,14 @@ def test_help_hides_fields_that_are_refused(section, classes, capsys):
         ("xyz", "deitlt --help lists all"),
     ],
 )
-def test_an_unknown_command(word, hint, capsys):
+def test_an_unknown_command_is_refused(word, hint, capsys):
     with pytest.raises(SystemExit) as ended:
         main([word])
     assert ended.value.code == 2
     assert hint in capsys.readouterr().err
 
 
-def test_ctrl_c_is_told_without_a_traceback(capsys):
+def test_ctrl_c_shows_no_traceback(capsys):
     with pytest.raises(SystemExit) as ended, command_line_errors():
         raise KeyboardInterrupt
     assert ended.value.code == 130
@@ -225,7 +225,7 @@ def test_ctrl_c_is_told_without_a_traceback(capsys):
 
 
 def test_errors_are_one_sentence():
-    """The console script itself, as pip makes it."""
+    """Errors of the installed console script are one sentence."""
     script = Path(sys.executable).with_name("deitlt")
     done = subprocess.run([script, "plan", "--recipe", "inat"], capture_output=True, text=True)
     assert done.returncode == 1
@@ -233,7 +233,7 @@ def test_errors_are_one_sentence():
     assert "Traceback" not in done.stderr
 
 
-def test_warnings_of_a_command_are_one_line_without_our_code():
+def test_warnings_of_a_command_are_one_line_without_code():
     own, former = sys.modules[main.__module__].__file__, warnings.formatwarning
     with command_line_errors():
         assert warnings.formatwarning("the seed changed.", UserWarning, own, 7) == "warning: the seed changed.\n"

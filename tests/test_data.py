@@ -1,4 +1,4 @@
-"""Long-tailed subsets, groups, sources of images, transforms."""
+"""Tests of long-tailed subsets, class groups, image sources and transforms."""
 
 import gzip
 import logging
@@ -57,7 +57,7 @@ def test_long_tailed_subsets_of_balanced_data(num_classes, per_class, ratio, kin
     assert np.array_equal(indices, long_tailed_indices(labels, num_classes, ratio, kind, seed))
 
 
-def test_subset_depends_on_the_seed_and_on_max_per_class():
+def test_subset_depends_on_seed_and_max_per_class():
     labels = np.repeat(np.arange(4), 50)
     first, second = (long_tailed_indices(labels, 4, 10, seed=seed) for seed in (0, 1))
     assert not np.array_equal(first, second)
@@ -74,7 +74,7 @@ def test_subset_depends_on_the_seed_and_on_max_per_class():
         ({"imbalance_ratio": 2, "num_classes": 5}, r"class 4 would get no image \(it has 0"),
     ],
 )
-def test_long_tailed_subsets_refuse(values, message):
+def test_invalid_long_tailed_subsets_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         long_tailed_indices(np.repeat(np.arange(4), 50), **{"num_classes": 4, **values})
 
@@ -97,8 +97,8 @@ def test_long_tailed_subsets_refuse(values, message):
         ([100, 24, 9], {"imbalance_ratio": 4, "max_per_class": 36}, None),
     ],
 )
-def test_an_imbalance_that_the_data_cannot_make(counts, values, message):
-    """It was made of what there is, with a smaller largest class or other counts than the ratio says."""
+def test_an_imbalance_beyond_the_data_is_refused(counts, values, message):
+    """A ratio that the data cannot provide is refused; no smaller largest class or other ratio is used instead."""
     labels = np.repeat(np.arange(len(counts)), counts)
     if message is None:
         long_tailed_indices(labels, len(counts), **values)
@@ -110,14 +110,14 @@ def test_an_imbalance_that_the_data_cannot_make(counts, values, message):
 @pytest.mark.parametrize("kind", ["exp", "step"])
 @pytest.mark.parametrize("ratio", [1, 5, 20])
 def test_data_that_are_nearly_balanced_may_lack_some_images(kind, ratio):
-    """scikit-learn's digits have 116 to 122 training images a class."""
+    """Nearly balanced data may lack a few images: scikit-learn's digits have 116 to 122 training images a class."""
     counts = training_counts(load_long_tailed("digits", imbalance_ratio=ratio, imbalance_type=kind)["train"])
     assert counts.max() == 119
     assert counts[0] >= 0.95 * 119
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.data())
-def test_groups_part_the_classes_by_count(counts, data):
+def test_groups_partition_the_classes_by_count(counts, data):
     ends = sorted(data.draw(st.tuples(st.integers(0, len(counts)), st.integers(0, len(counts)))))
     for boundaries, rule in ((None, "shots"), (None, "auto"), (None, "thirds"), (ends, "auto")):
         groups = shot_groups(counts, boundaries, rule)
@@ -138,12 +138,12 @@ def test_groups_part_the_classes_by_count(counts, data):
 
 
 @pytest.mark.parametrize("boundaries", [[7, 3], [3], [3, 11], [-1, 2]])
-def test_groups_refuse_wrong_boundaries(boundaries):
+def test_invalid_group_boundaries_are_refused(boundaries):
     with pytest.raises(ValueError, match="two increasing positions among 10 classes"):
         shot_groups(range(10), boundaries)
 
 
-def test_groups_refuse_an_unknown_rule():
+def test_an_unknown_group_rule_is_refused():
     with pytest.raises(ValueError, match="group_rule must be one of auto, shots, thirds, got 'halves'"):
         shot_groups(range(10), rule="halves")
 
@@ -173,7 +173,7 @@ def write_idx(folder, compress, images=30, classes=3):
     return folder
 
 
-def test_digits_are_embedded_and_their_test_split_stays_whole(digits):
+def test_digits_are_embedded_and_their_test_split_is_complete(digits):
     assert digits["train"].features["label"].names == [str(digit) for digit in range(10)]
     assert class_counts(digits["train"]["label"]).tolist() == [60, 46, 35, 27, 21, 16, 12, 10, 7, 6]
     assert class_counts(digits["test"]["label"]).min() >= 55
@@ -201,7 +201,7 @@ def test_idx_files(tmp_path, compress):
 
 
 def test_saved_data_set_and_hub_layout(tmp_path):
-    """A folder of parquet files goes the way of a Hub id; its columns have other names, as CIFAR-100's do."""
+    """A folder of parquet files is read like a Hub id; its columns may have other names, as those of CIFAR-100."""
     rows = {
         "img": [Image.fromarray(RANDOM.randint(0, 256, (6, 6, 3)).astype(np.uint8)) for _ in range(12)],
         "fine_label": [0, 1, 2] * 4,
@@ -248,13 +248,13 @@ def test_saved_data_set_and_hub_layout(tmp_path):
         (("train", "test"), ("cat", "dog"), {"test_split": "dev"}, r"no test \(dev\) split"),
     ],
 )
-def test_folders_that_cannot_be_used(tmp_path, splits, classes, values, message):
+def test_unusable_folders_are_refused(tmp_path, splits, classes, values, message):
     write_folder(tmp_path, splits, classes)
     with pytest.raises(ValueError, match=message):
         load_long_tailed(data_dir=str(tmp_path), **values)
 
 
-def test_splits_with_other_classes(tmp_path):
+def test_splits_with_different_classes_are_refused(tmp_path):
     write_folder(tmp_path, ("train",), ("cat", "dog"))
     write_folder(tmp_path, ("test",), ("cat", "eel"))
     with pytest.raises(ValueError, match="classes without a training image: eel"):
@@ -271,8 +271,8 @@ def test_splits_with_other_classes(tmp_path):
         load_long_tailed(data_dir=str(tmp_path / "disk"))
 
 
-def test_test_split_without_labels(tmp_path):
-    """ImageNet's test split on the Hub has label -1 throughout."""
+def test_a_test_split_without_labels_is_refused(tmp_path):
+    """A test split without labels is refused; ImageNet's test split on the Hub has the label -1 everywhere."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     image = Image.new("RGB", (4, 4))
     splits = {"train": [0, 1], "test": [-1, -1], "validation": [1, 0]}
@@ -288,14 +288,14 @@ def test_test_split_without_labels(tmp_path):
     assert load_long_tailed(data_dir=str(tmp_path / "disk"), test_split="validation")["test"]["label"][:] == [1, 0]
 
 
-def test_missing_and_empty_folders(tmp_path):
+def test_missing_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_long_tailed(data_dir=str(tmp_path / "missing"))
     with pytest.raises(FileNotFoundError, match="has no files"):
         load_long_tailed(data_dir=str(tmp_path))
 
 
-def test_broken_idx_files(tmp_path):
+def test_broken_idx_files_are_refused(tmp_path):
     write_idx(tmp_path, compress=False)
     labels = tmp_path / "t10k-labels-idx1-ubyte"
     content = labels.read_bytes()
@@ -354,7 +354,7 @@ def test_evaluation_resizes_and_crops_like_the_paper():
     pixel_values = processor(image, return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 3, 224, 224)
     timm_transform = create_transform(224, interpolation="bicubic", crop_pct=224 / 256)
-    # Pillow rounds to whole grey levels between its two passes; torchvision does not.
+    # Pillow rounds to whole grey levels between its two resize passes; torchvision does not.
     assert (pixel_values[0] - timm_transform(image)).abs().mean() < 0.02
 
 
@@ -367,7 +367,10 @@ def seed_all(seed):
 
 
 def test_strongest_augmentation_does_not_crash():
-    """The paper's own policy stops with `ValueError` after some hundred images when it draws 0 bits."""
+    """The strongest augmentation does not crash.
+
+    timm's implementation of the paper's policy raises `ValueError` after some hundred images, when it draws 0 bits.
+    """
     transform = train_transform(image_processor(16), "padded", auto_augment="rand-m10-mstd0.5-inc1")
     image = Image.fromarray(RANDOM.randint(0, 256, (16, 16, 3)).astype(np.uint8))
     seed_all(0)
@@ -375,8 +378,11 @@ def test_strongest_augmentation_does_not_crash():
         assert torch.isfinite(transform.finish(transform(image)[None])).all()
 
 
-def test_padded_crop_keeps_the_shape_of_things():
-    """Squeezing a wide image in training, but not in evaluation, would train on other shapes than it is tested on."""
+def test_padded_crop_keeps_the_aspect_ratio():
+    """The padded crop keeps the aspect ratio.
+
+    Squeezing wide images in training only would train on other shapes than those of evaluation.
+    """
     image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (16, 1, 3)))
     transform = train_transform(image_processor(16), "padded", auto_augment=None, hflip=0, random_erasing=0)
     slopes = transform(image)[8, :, 0].float().diff()
@@ -394,7 +400,7 @@ def test_color_jitter_changes_brightness_but_no_shape():
     assert 125 < middles.max() <= 141
 
 
-def test_unknown_crop_and_small_resize():
+def test_unknown_crop_and_small_resize_are_refused():
     with pytest.raises(ValueError, match="train_crop must be one of random_resized, padded, got 'centre'"):
         train_transform(image_processor(16), "centre")
     with pytest.raises(ValueError, match="training images are square, but the image processor makes 16 x 12 px"):
@@ -403,7 +409,7 @@ def test_unknown_crop_and_small_resize():
         image_processor(16, 10)
 
 
-def test_renormalising_is_normalising_anew():
+def test_renormalising_equals_normalising_with_the_new_values():
     raw = torch.rand(2, 3, 16, 16)
     old, new = ([0.5, 0.4, 0.3], [0.2, 0.2, 0.3]), ([0.1, 0.2, 0.3], [0.5, 1.0, 0.7])
     normalised = [
@@ -428,7 +434,7 @@ def test_renormalising_is_normalising_anew():
     ids=["deit", "rectangle", "convnext", "not normalised", "to 2", "not rescaled"],
 )
 def test_format_of_a_processor(processor):
-    """The images that it makes, whatever its own way to say so."""
+    """The format found for an image processor is that of the images that it makes, however its settings express it."""
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     expected = processor(images, return_tensors="pt").pixel_values
     form = ImageFormat.of(processor)
@@ -443,11 +449,11 @@ def test_format_of_a_processor_without_a_size():
         ImageFormat.of(ViTImageProcessor(size={"longest_edge": 16}))
 
 
-# ---- Order ----
+# ---- Order of the images ----
 
 
 def steps_of(arrangement, images, repeats, epoch, seed=0):
-    """The draws of each optimiser step, of all processes and slices."""
+    """The draws of each optimiser step, over all processes and micro-batches."""
     processes, batch_size, slices = arrangement
     ranks = [
         TrainBatches(images, batch_size, rank, processes, slices, num_repeats=repeats, seed=seed)
@@ -465,8 +471,11 @@ def steps_of(arrangement, images, repeats, epoch, seed=0):
 
 @given(images=st.integers(256, 1200), repeats=st.integers(1, 4), epoch=st.integers(0, 50))
 @settings(deadline=None, max_examples=30)
-def test_a_step_is_the_same_however_many_processes_and_slices_share_it(images, repeats, epoch):
-    """Images and the seeds of their augmentation; and an epoch has as many steps."""
+def test_a_step_does_not_depend_on_processes_and_micro_batches(images, repeats, epoch):
+    """A step has the same images and augmentation seeds for any number of processes and micro-batches.
+
+    An epoch has the same number of steps, too.
+    """
     alone = steps_of((1, 24, 1), images, repeats, epoch)
     for arrangement in ((2, 12, 1), (1, 8, 3), (3, 8, 1), (2, 3, 4)):
         spread = steps_of(arrangement, images, repeats, epoch)
@@ -474,12 +483,12 @@ def test_a_step_is_the_same_however_many_processes_and_slices_share_it(images, r
     draws = [draw for step in alone for draw in step]
     counts = class_counts([index for index, _ in draws])
     assert counts.max() <= repeats
-    assert len({seed for _, seed in draws}) == len(draws)  # copies of an image are augmented differently
+    assert len({seed for _, seed in draws}) == len(draws)  # copies of an image have different augmentation seeds
     kept = images if repeats == 1 else images // 256 * 256
     assert kept - 24 < len(draws) <= kept
 
 
-def test_copies_of_an_image_are_spread_over_the_processes():
+def test_copies_of_an_image_are_distributed_over_the_processes():
     first, second = (
         {index for batch in TrainBatches(300, 16, rank, 2, num_repeats=2) for index, _ in batch} for rank in range(2)
     )
@@ -498,8 +507,8 @@ def test_order_and_augmentation_depend_on_epoch_and_seed(repeats):
         assert {seed for _, seed in other}.isdisjoint(seed for _, seed in draws[0])
 
 
-def test_fewer_images_than_a_step_are_one():
-    """An epoch without a step would never end."""
+def test_fewer_images_than_a_batch_make_one_step():
+    """Fewer images than a batch still make one step; an epoch without a step would never end."""
     assert len(steps_of((1, 16, 8), 100, 1, 0)) == 1
     assert len(TrainBatches(100, 16, slices=8)) == 6
     assert len(TrainBatches(100, 16, slices=4)) == 4
@@ -522,8 +531,8 @@ def test_all_random_streams_are_seeded():
     assert len({value for values in found[1:] for value in values}) == 9
 
 
-def test_records_name_no_folders_of_this_machine(tmp_path, monkeypatch):
-    """They are published with the model."""
+def test_records_contain_no_paths_of_this_machine(tmp_path, monkeypatch):
+    """Records contain no paths of this machine, because they are published with the model."""
     (tmp_path / "data" / "photos").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for text, published in (

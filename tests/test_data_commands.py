@@ -1,4 +1,4 @@
-"""`deitlt data check` and `show`, as a user runs them."""
+"""Tests of `deitlt data check` and `show`, run as a user runs them."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def run(*command, code=0):
     return done.stdout + done.stderr
 
 
-def test_check_tells_what_is_there():
+def test_check_describes_the_data():
     output = run("check", "--recipe", "digits_lt", "--deep")
     for text in (
         "scikit-learn's digits",
@@ -51,8 +51,12 @@ def test_check_tells_what_is_there():
     assert re.search(r"sha256 [0-9a-f]{64}", output)
 
 
-def test_check_names_what_is_wrong(tmp_path):
-    """One of each: a class without a test image, an empty file, a cut one, a bomb, a leak by path and one by bytes."""
+def test_check_reports_each_problem(tmp_path):
+    """Each problem is reported.
+
+    The data have one of each: a class without a test image, an empty file, a truncated one, a decompression bomb, and
+    images in both splits, one by path and one by bytes.
+    """
     write_lists(tmp_path, counts=(4, 3, 2))
     lines = (tmp_path / "ImageNet_LT_test.txt").read_text().splitlines()
     lines = [*lines[:2], "train/n03/1.png 0"]
@@ -116,7 +120,7 @@ def test_check_without_problems_and_with_missing_images(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_check_refuses_in_one_sentence(arguments, message):
+def test_check_refuses_with_one_clear_message(arguments, message):
     output = run("check", *arguments, code=1)
     assert output.startswith(message)
     assert output.count("\n") == 1
@@ -130,8 +134,8 @@ def test_check_refuses_in_one_sentence(arguments, message):
         "check --counts {counts} --group_rule thirds --recipe digits_lt",
     ],
 )
-def test_options_and_the_command_in_any_order(tmp_path, words, capsys):
-    """The usage line has the options first; their values were taken for the command."""
+def test_options_work_before_and_after_the_command(tmp_path, words, capsys):
+    """Options work before and after the command, as in the usage line; their values are not taken for the command."""
     words = words.format(counts=tmp_path / "counts.json").split()
     with pytest.raises(SystemExit) as ended:
         main(["data", *words])
@@ -179,8 +183,8 @@ SECTIONS = {
     ],
     ids=["none", "rounds", "drops", "field", "both", "two"],
 )
-def test_check_tells_what_training_would_refuse(tmp_path, monkeypatch, capsys, changed, problems):
-    """It called data ready that the same recipe would not be trained on."""
+def test_check_reports_what_training_would_refuse(tmp_path, monkeypatch, capsys, changed, problems):
+    """The check reports what training would refuse; otherwise it would call data ready that cannot be trained on."""
     for split in ("train", "test"):
         for index in range(24):
             save_image(
@@ -198,7 +202,7 @@ def test_check_tells_what_training_would_refuse(tmp_path, monkeypatch, capsys, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "mine.yaml"]
 
 
-def test_the_report_is_there_where_the_counts_cannot_be_written():
+def test_report_is_printed_when_the_counts_cannot_be_written():
     output = run("check", "--recipe", "digits_lt", "--counts", "/dev/full", code=1)
     assert "digits_lt: ready to train on" in output
     assert "No space left" in output
@@ -213,19 +217,19 @@ def test_the_report_is_there_where_the_counts_cannot_be_written():
         (["--group_boundaries", "1", "2"], "cut at [1, 2]"),
     ],
 )
-def test_groups_of_the_command_line_go_before_those_of_the_recipe(options, expected):
+def test_groups_of_the_command_line_override_those_of_the_recipe(options, expected):
     _, arguments = parse_arguments("data", (DataArguments,), ["--recipe", "digits_lt", *options])
     assert expected in arguments.groups(arguments.load()).rule
 
 
-def test_numbers_of_a_recipe_are_taken_back():
+def test_numbers_of_a_recipe_can_be_unset():
     words = ["--recipe", "fashion_mnist_lt_tiny", "--imbalance_ratio", "none", "--max_per_class", "None"]
     _, arguments = parse_arguments("data", (DataArguments,), words)
     assert (arguments.imbalance_ratio, arguments.max_per_class) == (None, None)
 
 
 def test_the_papers_cifar_counts(tmp_path, monkeypatch, capsys):
-    """Balanced data of the pickles' layout, made long-tailed by the paper's recipe."""
+    """The recipe makes the paper's class counts from balanced data in the layout of CIFAR's pickles."""
     write_cifar(tmp_path, images=80)
     monkeypatch.setitem(BENCHMARKS, "uoft-cs/cifar10", Benchmark(10, 800, 800))
     argv = ["--recipe", "cifar10_lt_rho50", "--data_dir", str(tmp_path), "--imbalance_ratio", "5"]
@@ -233,14 +237,14 @@ def test_the_papers_cifar_counts(tmp_path, monkeypatch, capsys):
     assert "CIFAR's python version" in capsys.readouterr().out
 
 
-def test_show_draws_the_classes_and_what_is_seen(tmp_path):
+def test_show_draws_class_counts_and_images(tmp_path):
     output = run("show", "--recipe", "digits_lt", "--out", tmp_path / "new" / "pictures")
     assert output.splitlines() == [str(tmp_path / "new" / "pictures" / name) for name in ("classes.png", "images.png")]
     for path in output.splitlines():
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert pixels.shape[1] > 900
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
-        if path.endswith("classes.png"):  # the groups have the colours that they have in reports
+        if path.endswith("classes.png"):  # the groups have the same colours as in reports
             for colour in GROUP_COLOURS[:3]:
                 assert (pixels == np.round(255 * np.array(to_rgb(colour)))).all(axis=2).sum() > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"new"}
@@ -249,7 +253,7 @@ def test_show_draws_the_classes_and_what_is_seen(tmp_path):
 @pytest.mark.parametrize(
     "options", [("--teacher_view", "weak"), ("--drw_start_epoch", "inf", "--distillation", "none")]
 )
-def test_show_follows_the_options(tmp_path, options):
+def test_show_uses_the_options(tmp_path, options):
     from deitlt_hf.analysis import pictures
 
     drawn = {}
@@ -279,8 +283,8 @@ def test_show_refuses_a_file_before_it_reads_images(tmp_path):
         draw_data(["--recipe", "image_folder", "--data_dir", str(tmp_path / "nowhere")], file)
 
 
-def test_a_deep_check_of_files_with_many_names(tmp_path):
-    """Names with spaces and letters of any script come through lists and messages."""
+def test_a_deep_check_handles_unusual_file_names(tmp_path):
+    """A deep check works with many file names: lists and messages show names with spaces and non-Latin letters."""
     for split in ("train", "test"):
         for name in ("été chaud", "冬"):
             save_image(tmp_path / split / name / "ein Bild.png", len(name + split))
@@ -299,8 +303,11 @@ def test_check_names_broken_links(tmp_path):
     assert "1 files cannot be read (broken links" in output
 
 
-def test_check_counts_what_is_not_seen(tmp_path, capsys):
-    """Empty cells stop a run. Transparency, flat images and frames do not, but a user wants to know of them."""
+def test_check_counts_empty_cells_transparency_and_frames(tmp_path, capsys):
+    """The check counts properties that are easy to overlook.
+
+    Empty cells stop a run. Transparency, uniform images and several frames do not, but users need to know about them.
+    """
     clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4))
     flat = Image.new("RGBA", (8, 8), (0, 0, 0, 255))
     flat.putpixel((3, 3), (0, 0, 0, 0))
@@ -328,8 +335,8 @@ def test_check_counts_what_is_not_seen(tmp_path, capsys):
         assert "several frames in 2 images" in output
 
 
-def test_check_takes_the_fields_that_its_advice_names(tmp_path, capsys):
-    """It said to pass --repeated_augmentation 1, and refused that."""
+def test_check_accepts_the_fields_that_it_recommends(tmp_path, capsys):
+    """The check accepts the fields that its advice names, such as --repeated_augmentation 1."""
     for split in ("train", "test"):
         for index in range(24):
             save_image(
@@ -367,11 +374,11 @@ def test_check_takes_the_fields_that_its_advice_names(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("rate", "init_from", "is_low"), [(1.56e-5, None, True), (1e-4, None, False), (1e-5, "DIR", False)]
 )
-def test_a_peak_learning_rate_that_is_too_small(rate, init_from, is_low):
+def test_a_low_peak_learning_rate_is_detected(rate, init_from, is_low):
     assert (low_peak(rate, init_from) is not None) == is_low
 
 
-def test_check_sees_files_by_any_link_and_classes_that_share_them(tmp_path, capsys):
+def test_check_detects_linked_files_and_shared_classes(tmp_path, capsys):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             save_image(tmp_path / split / name / "0.png", len(split + name))

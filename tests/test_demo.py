@@ -1,4 +1,4 @@
-"""The demo as people meet it: a server process and a browser. And what it makes of models and images, without one."""
+"""Tests of the demo with a server process and a browser, and of its functions without either."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from deitlt_hf.serving.handler import EndpointHandler
 
 ROOT = Path(__file__).parent.parent
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-# Markup, templates and a length that would widen the page, if they were let through.
+# Class names with markup, templates and a length that would widen the page if they were not escaped and cut.
 NAMES = [
     "<b>bold</b>",
     "${1+1} {{value}}",
@@ -66,7 +66,7 @@ def draw(seed, size=(60, 40)):
 
 @pytest.fixture(scope="module")
 def address(model_folder, tmp_path_factory):
-    """Where `deitlt demo` serves the student, as a process of its own."""
+    """Address at which `deitlt demo` serves the student, in a separate process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "deitlt_hf.cli", "demo", "--model", model_folder, "--port", str(port)]
@@ -88,7 +88,10 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """The page in a window of a phone's width; it must neither complain nor ask others than the server."""
+    """The page in a window as wide as a phone.
+
+    The fixture fails if the page logs an error or requests anything from another host.
+    """
     page = browser.new_page(viewport={"width": 375, "height": 700})
     complaints, hosts = [], set()
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
@@ -99,7 +102,7 @@ def page(browser, address):
     yield page
     page.close()
     assert complaints == []
-    assert hosts - {None} == {"127.0.0.1"}  # None: data: and blob: addresses
+    assert hosts - {None} == {"127.0.0.1"}  # None: data: and blob: URLs
 
 
 def upload(page, path):
@@ -107,13 +110,13 @@ def upload(page, path):
 
 
 def shown_table(page):
-    """Cells of the table, and names of the classes without what stands below them."""
+    """Cells of the table, and class names without the text below them."""
     rows = [row.locator("th, td").all_inner_texts() for row in page.locator(".experts tbody tr").all()]
     return [[row[0].strip().splitlines()[0].strip(), *map(str.strip, row[1:])] for row in rows]
 
 
 @needs_browser
-def test_an_uploaded_image_is_explained_as_the_handler_answers(page, model_folder, tmp_path):
+def test_an_uploaded_image_shows_the_handlers_answer(page, model_folder, tmp_path):
     draw(1).save(tmp_path / "one.png")
     upload(page, tmp_path / "one.png")
     page.locator(".answer").wait_for()
@@ -152,7 +155,7 @@ def test_an_example_is_explained_and_removed(page, model_folder):
 
 
 @needs_browser
-def test_a_broken_image_is_told_and_leaves_no_old_answer(page, tmp_path):
+def test_a_broken_image_shows_an_error_and_removes_the_old_answer(page, tmp_path):
     draw(1).save(tmp_path / "one.png")
     upload(page, tmp_path / "one.png")
     page.locator(".answer").wait_for()
@@ -164,8 +167,11 @@ def test_a_broken_image_is_told_and_leaves_no_old_answer(page, tmp_path):
     page.locator(".answer").wait_for(state="detached")
 
 
-def test_files_of_the_server_are_not_shown(address, tmp_path):
-    """A request can name any path, and leave out what makes Gradio look at it."""
+def test_files_of_the_server_are_not_served(address, tmp_path):
+    """The server does not serve other files.
+
+    A request can name any path, and can leave out the field that makes Gradio check it.
+    """
     draw(3).save(tmp_path / "private.png")
     events = httpx.get(f"{address}config").json()["dependencies"]
     (on_upload,) = (event["id"] for event in events if "upload" in [kind for _, kind in event["targets"]])
@@ -196,7 +202,7 @@ def test_a_classifier_with_one_expert_gets_one_column(tmp_path):
 
 
 def test_an_example_that_is_a_link_is_not_served(model_folder, tmp_path):
-    """A cloned repository can have links to any file of this machine."""
+    """An example that is a link is not served; a cloned repository can contain links to any file of this machine."""
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     (tmp_path / "private").write_text("key")
     (folder / "examples" / "key.png").symlink_to(tmp_path / "private")
@@ -204,7 +210,7 @@ def test_an_example_that_is_a_link_is_not_served(model_folder, tmp_path):
         build_demo(folder)
 
 
-def test_what_cannot_be_shown_is_refused(tmp_path, model_folder):
+def test_unusable_models_and_examples_are_refused(tmp_path, model_folder):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], **CLASSES)
     save(ResNetForImageClassification(config), tmp_path)
     with pytest.raises(ValueError, match="has no attention over patches to show; give a DeiT-LT, a DeiT or a ViT"):
@@ -213,14 +219,14 @@ def test_what_cannot_be_shown_is_refused(tmp_path, model_folder):
         build_demo(model_folder, tmp_path)
 
 
-def test_an_address_that_is_taken_is_told_before_the_model_is_loaded():
+def test_an_address_in_use_is_reported_before_the_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with pytest.raises(ValueError, match=f"cannot serve on 127.0.0.1:{port}: the port is taken"):
             main(["--model", "no model", "--port", port])
 
 
-def test_pictures_show_what_the_model_sees_and_where_it_looks():
+def test_pictures_show_the_models_input_and_attention():
     image = draw(3, (16, 8))
     seen = model_view(image_processor(8), image)
     assert seen.size == (224, 224)

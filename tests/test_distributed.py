@@ -1,4 +1,4 @@
-"""Several processes do what one does."""
+"""Tests that several data-parallel processes compute the same as one process."""
 
 import json
 import os
@@ -47,8 +47,11 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["student", "sharded", "sam", "sam, accumulated"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradient_does_not_depend_on_the_arrangement(two_ranks, tmp_path, name, accumulation):
-    """With class weights, the mean of the processes' own weighted means is another loss."""
+def test_gradient_does_not_depend_on_processes_and_micro_batches(two_ranks, tmp_path, name, accumulation):
+    """The gradient is the same for any number of processes and micro-batches.
+
+    With class weights, the mean of each process's own weighted mean would be another loss.
+    """
     trainer = dict(make_trainers(str(tmp_path), accumulation))[
         name.removesuffix(", accumulated").replace("sharded", "student")
     ]
@@ -58,7 +61,7 @@ def test_gradient_does_not_depend_on_the_arrangement(two_ranks, tmp_path, name, 
             torch.testing.assert_close(rank[name]["gradients"][parameter], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_a_step_of_muon_is_the_same_where_weights_are_shared_out(two_ranks, tmp_path):
+def test_a_step_of_muon_is_the_same_with_sharded_weights(two_ranks, tmp_path):
     trainer = dict(make_trainers(str(tmp_path)))["student"]
     gradients_of_a_step(trainer)
     for name, weight in weights_after_muon(trainer).items():
@@ -66,8 +69,12 @@ def test_a_step_of_muon_is_the_same_where_weights_are_shared_out(two_ranks, tmp_
             torch.testing.assert_close(rank["sharded"]["stepped"][name], weight, atol=2e-6, rtol=1e-4)
 
 
-def test_processes_can_perturb_each_on_its_own(two_ranks):
-    """The gradient, derived by hand: each half of the batch has its gradient taken where that half's loss is worst."""
+def test_processes_can_perturb_separately(two_ranks):
+    """With `sam_per_process`, each process perturbs the weights for its own part of the batch.
+
+    The expected gradient is computed by hand: each half of the batch has its gradient at the point that half's gradient
+    leads to.
+    """
     batch, halves = fixed_batch(), (slice(0, GLOBAL_BATCH // 2), slice(GLOBAL_BATCH // 2, GLOBAL_BATCH))
     labels = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)["train"]["label"]
     weights = effective_number_weights(class_counts(labels))
@@ -93,8 +100,11 @@ def test_processes_can_perturb_each_on_its_own(two_ranks):
     assert max((shared[name] - gradient).abs().max() for name, gradient in total.items()) > 1e-4
 
 
-def test_repeated_augmentation_is_timms_in_each_process(two_ranks):
-    """And another order in every epoch: a sampler that is not told the epoch repeats the first one forever."""
+def test_repeated_augmentation_matches_timm_in_each_process(two_ranks):
+    """Repeated augmentation gives each process the images of timm's sampler.
+
+    The order changes with every epoch; a sampler that does not receive the epoch number would repeat the first order.
+    """
     for rank, found in enumerate(two_ranks):
         timms = RepeatAugSampler(range(found["repeated"]["images"]), num_replicas=2, rank=rank)
         for epoch, indices in enumerate(found["repeated"]["epochs"]):
@@ -105,7 +115,7 @@ def test_repeated_augmentation_is_timms_in_each_process(two_ranks):
 
 @pytest.mark.parametrize("name", ["student", "sam"])
 def test_processes_share_an_epoch_without_overlap(two_ranks, name):
-    """An order of its own for each would show some images twice."""
+    """Processes share the images of an epoch without overlap; with separate orders, some images would appear twice."""
     indices = [[[index for index, _ in batch] for batch in rank[name]["batches"]] for rank in two_ranks]
     assert len(indices[0]) == len(indices[1]) == 240 // GLOBAL_BATCH
     flat = [index for rank in indices for batch in rank for index in batch]
@@ -114,7 +124,7 @@ def test_processes_share_an_epoch_without_overlap(two_ranks, name):
 
 
 def test_evaluation_counts_every_image_once(two_ranks, tmp_path):
-    """101 images: the sampler fills up the last batches with images that were there before."""
+    """Evaluation counts each of 101 images once, although the sampler repeats images to fill the last batches."""
     alone = uneven_evaluation(str(tmp_path))
     assert alone["images"] == 101
     for rank in two_ranks:
@@ -123,13 +133,16 @@ def test_evaluation_counts_every_image_once(two_ranks, tmp_path):
 
 
 def test_processes_evaluate_the_model_that_is_saved(two_ranks):
-    """Batch norm's statistics are of each process's own images, and those of the first are saved."""
+    """All processes evaluate the model that is saved.
+
+    Each process has batch-norm statistics of its own images; the file contains those of the main process.
+    """
     first, second = (rank["statistics"] for rank in two_ranks)
     assert torch.equal(first, second)
 
 
 def test_processes_have_the_same_queue(two_ranks):
-    """Keys of all processes are in it; queues of their own would be two different losses."""
+    """All processes have the same queue, with the keys of every process; separate queues would give two losses."""
     first, second = (rank["paco"] for rank in two_ranks)
     assert len(first["keys"]) == 70
     for name in ("keys", "labels", "weight"):
@@ -143,8 +156,8 @@ CONFIGURATIONS = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
-def test_configuration_files_are_accelerates(path):
-    """Which refuses keys that it does not know."""
+def test_configuration_files_are_valid_for_accelerate(path):
+    """The configuration files are valid for Accelerate, which refuses unknown keys."""
     config = load_config_from_file(str(path))
     assert config.mixed_precision in ("bf16", "no")
     assert path.name in (ROOT / "docs" / "scale.md").read_text()
@@ -177,12 +190,12 @@ def check(process, output_dir):
     assert results["processes"]["per_device_train_batch_size"] == 32
 
 
-def test_processes_on_a_cpu(tmp_path):
+def test_processes_on_a_cpu_train(tmp_path):
     check(launch("cpu.yaml", tmp_path), tmp_path)
 
 
-def test_several_machines(tmp_path):
-    """Two launchers that find each other by an address, as on two machines; the folder is shared."""
+def test_launchers_on_several_machines_train(tmp_path):
+    """Two launchers find each other by address, as on two machines that share the folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

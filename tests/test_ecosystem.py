@@ -1,4 +1,4 @@
-"""A saved folder in other hands: plain transformers, `trust_remote_code`, Accelerate, PEFT, export, compilation."""
+"""Tests of a saved folder in other libraries: plain transformers, `trust_remote_code`, Accelerate, PEFT and export."""
 
 import functools
 import http.server
@@ -33,7 +33,7 @@ NAMES = [f"species {label}" for label in range(10)]
 
 
 def run_python(code, folder, package):
-    """Runs code in a process of its own, which may be one that cannot import this package."""
+    """Runs code in a separate process, which can be one that cannot import this package."""
     hide = "" if package else "import sys; sys.modules['deitlt_hf'] = None\n"
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -43,17 +43,17 @@ def run_python(code, folder, package):
     return done
 
 
-# ---- Three ways ----
+# ---- Three ways of loading ----
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A student with its processor, image files, and what `scripts/evaluate.py` makes of them."""
+    """A student with its processor, image files, and the output of `scripts/evaluate.py` for them."""
     folder = tmp_path_factory.mktemp("published")
     model = make_student(id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)}).eval()
     random = np.random.RandomState(0)
     rotated = Image.Exif()
-    rotated[0x0112] = 6  # stored on its side
+    rotated[0x0112] = 6  # rotated by its EXIF orientation
     for name, mode, options in (
         ("colour.png", "RGB", {}),
         ("grey.png", "L", {}),
@@ -130,8 +130,8 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_three_ways(published, server, way):
-    """Each in a process of its own; the package cannot be imported in the other two."""
+def test_three_ways_of_loading_give_the_same_scores(published, server, way):
+    """Each of three ways of loading gives the same scores, in separate processes; two cannot import the package."""
     folder, files, expected = published
     trust, load, model = WAYS[way]
     code = USE.format(trust=trust, load=load, model=model, files=files, url=server)
@@ -158,8 +158,8 @@ def test_three_ways(published, server, way):
         assert [answer["label"] for answer in result[source]] == [answer["label"] for answer in result["batch"][0]]
 
 
-def test_plain_loading_is_silent(published):
-    """No word about unexpected, missing or newly initialised weights, which a user would take for an error."""
+def test_plain_loading_gives_no_warning(published):
+    """Plain transformers loads the model without warnings about unexpected, missing or newly initialised weights."""
     code = """
 import transformers
 transformers.utils.logging.disable_progress_bar()
@@ -172,7 +172,10 @@ print(pipeline("image-classification", model="model")("grey.png")[0]["label"])
 
 
 def test_remote_model_can_be_saved_and_loaded_again(published, tmp_path):
-    """A fine-tuned copy must not depend on the repository that its code came from."""
+    """A model loaded with remote code can be saved and loaded again.
+
+    A fine-tuned copy must not depend on the repository that its code came from.
+    """
     code = f"""
 from transformers import AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("model", trust_remote_code=True)
@@ -192,7 +195,7 @@ model.save_pretrained(r"{tmp_path}/copy")
 
 
 @pytest.mark.parametrize("backbone", ["resnet32", "timm/resnet18"])
-def test_teacher_without_the_package(tmp_path, backbone):
+def test_teacher_loads_without_the_package(tmp_path, backbone):
     config = FlatTeacherConfig(backbone=backbone, image_size=32, id2label=dict(enumerate(NAMES)))
     teacher = FlatTeacherForImageClassification(config).eval()
     teacher.save_pretrained(tmp_path / "model")
@@ -255,7 +258,10 @@ def test_offloading_to_the_disk(tmp_path, student):
 
 
 def test_accelerate_reads_a_folder_saved_with_names_as_in_memory(tmp_path, student):
-    """Accelerate's own loader does not know transformers' renaming: with the file's usual names it loads nothing."""
+    """Accelerate loads a folder saved with parameter names as in memory.
+
+    Its loader does not know transformers' renaming; with the file's usual names it loads nothing.
+    """
     student.eval().save_pretrained(tmp_path, save_original_format=False)
     with init_empty_weights():
         empty = DeiTLTForImageClassification(student.config)
@@ -266,7 +272,7 @@ def test_accelerate_reads_a_folder_saved_with_names_as_in_memory(tmp_path, stude
     torch.testing.assert_close(native(IMAGES).logits, student(IMAGES).logits, atol=1e-6, rtol=0)
 
 
-# ---- Transforming ----
+# ---- Export, compilation and adapters ----
 
 
 def test_torch_export_with_any_batch_size(student):
@@ -281,7 +287,10 @@ def test_torch_export_with_any_batch_size(student):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_as_one_graph(training):
-    """`fullgraph` refuses any break; the code generator itself, which needs a compiler, is left out."""
+    """The model compiles as one graph: `fullgraph` refuses graph breaks.
+
+    The code generator, which needs a compiler, is off.
+    """
     model = make_student(drop_path_rate=0.0).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     labels = torch.tensor([0, 1, 2])
@@ -292,7 +301,7 @@ def test_compiles_as_one_graph(training):
 
 
 def lora(kind):
-    """A student with adapters: a model of PEFT, or one by transformers' own `add_adapter`."""
+    """A student with adapters: a PEFT model, or a student with transformers' `add_adapter`."""
     torch.manual_seed(0)
     heads = ["cls_classifier", "distillation_classifier"]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], modules_to_save=heads)
@@ -305,7 +314,10 @@ def lora(kind):
 
 @pytest.mark.parametrize("kind", ["PEFT", "add_adapter"])
 def test_a_trainer_saves_a_student_with_adapters_as_a_plain_folder(tmp_path, digits, kind):
-    """It loads without PEFT, and can be pushed; a run goes on from a checkpoint, an adapter, to the same bytes."""
+    """A trainer saves a student with adapters as a plain folder, which loads without PEFT and can be pushed.
+
+    A resumed run continues from the adapter in its checkpoint and ends with the same bytes.
+    """
 
     def trained(resume=None):
         args = DeiTLTTrainingArguments(
@@ -348,7 +360,10 @@ def test_a_trainer_saves_a_student_with_adapters_as_a_plain_folder(tmp_path, dig
 
 
 def test_lora_trains_attention_projections_and_heads_only(tmp_path):
-    """The adapter comes back onto the same base, and the merged model is a folder that plain transformers loads."""
+    """LoRA trains only attention projections and heads.
+
+    The saved adapter loads onto the same base, and plain transformers loads the merged model's folder.
+    """
     base = make_student(drop_path_rate=0.0)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     heads = ["cls_classifier", "distillation_classifier"]

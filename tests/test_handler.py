@@ -1,4 +1,4 @@
-"""The hosted handler: right scores and attention, every way of sending an image, and what it refuses."""
+"""Tests of the inference handler: scores and attention, ways of sending an image, and refused requests."""
 
 import base64
 import contextlib
@@ -77,14 +77,14 @@ def handler(folder):
 
 
 def outputs_of(folder, images, **options):
-    """What plain transformers computes, without the handler."""
+    """Outputs of plain transformers, without the handler."""
     model = AutoModelForImageClassification.from_pretrained(folder, **options)
     with torch.no_grad():
         pixel_values = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt").pixel_values
         return model(pixel_values, output_attentions=options.get("attn_implementation") == "eager")
 
 
-def test_scores_are_those_of_the_model_and_of_each_expert(folder, handler):
+def test_scores_match_the_model_and_each_expert(folder, handler):
     images = [image_of(seed) for seed in range(3)]
     outputs = outputs_of(folder, images)
     for index, result in enumerate(handler({"inputs": images, "parameters": {"top_k": 10}})):
@@ -115,8 +115,8 @@ def test_scores_are_those_of_the_native_pipeline(folder, handler):
         assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
 
 
-def test_attention_is_the_rollout_of_each_token(folder, handler):
-    images = [image_of(seed) for seed in range(11)]  # more than go through the model at once
+def test_attention_is_each_tokens_rollout(folder, handler):
+    images = [image_of(seed) for seed in range(11)]  # more images than one forward pass takes
     results = handler({"inputs": images, "parameters": {"attention": True}})
     attentions = outputs_of(folder, images, attn_implementation="eager").attentions
     expected = attention_rollout([layer.numpy() for layer in attentions])[:, :2, 2:].reshape(11, 2, 2, 2)
@@ -131,15 +131,18 @@ def test_attention_is_the_rollout_of_each_token(folder, handler):
     ]
 
 
-def test_attention_is_of_the_same_weights(handler):
-    """A second copy of the weights would double the memory."""
+def test_attention_uses_the_same_weights(handler):
+    """The model that returns attention shares the weights; a second copy would double the memory."""
     pairs = zip(handler.model.parameters(), handler._observed.parameters(), strict=True)
     assert all(one is other for one, other in pairs)
     assert handler.model.config._attn_implementation == "sdpa"
 
 
-def test_it_needs_no_package(folder, tmp_path):
-    """The toolkit loads the file by its path, where deitlt_hf is not installed."""
+def test_handler_works_without_the_package(folder, tmp_path):
+    """The handler works without the package.
+
+    The toolkit loads the file by its path, where deitlt_hf is not installed.
+    """
     copy = add_handler(folder)
     (tmp_path / "image.png").write_bytes(encoded(image_of(1)))
     code = f"""
@@ -157,13 +160,13 @@ print(json.dumps(handler({{"inputs": open({str(tmp_path / "image.png")!r}, "rb")
     assert json.loads(done.stdout) == EndpointHandler(folder)({"inputs": image_of(1)})
 
 
-def test_add_handler_wants_a_model(tmp_path):
+def test_add_handler_needs_a_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model folder: there is no config.json in it"):
         add_handler(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_add_handler_leaves_what_another_wrote(folder, tmp_path):
+def test_add_handler_keeps_a_foreign_handler(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     (tmp_path / "handler.py").write_text("class EndpointHandler: ...")
     with pytest.raises(FileExistsError, match=r"handler.py' is another handler; move it away"):
@@ -175,7 +178,7 @@ def test_add_handler_leaves_what_another_wrote(folder, tmp_path):
 
 
 def test_add_handler_does_not_write_through_a_link(folder, tmp_path):
-    """As the files of a snapshot in the Hub's cache are."""
+    """A handler file that is a link, as in the Hub's cache, is replaced; the file that it points to stays unchanged."""
     shutil.copy(folder / "config.json", tmp_path)
     earlier = Path(handler_module.__file__).read_text().splitlines()[0]
     (tmp_path / "blob").write_text(earlier)
@@ -184,7 +187,7 @@ def test_add_handler_does_not_write_through_a_link(folder, tmp_path):
     assert (tmp_path / "blob").read_text() == earlier
 
 
-def test_add_handler_refuses_what_endpoints_cannot_load(tmp_path):
+def test_add_handler_refuses_models_that_endpoints_cannot_load(tmp_path):
     FlatTeacherConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"a model of type 'flat_teacher', which transformers does not know"):
         add_handler(tmp_path)
@@ -192,19 +195,19 @@ def test_add_handler_refuses_what_endpoints_cannot_load(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["nowhere", "/nowhere/model", "./nowhere"])
-def test_a_missing_model_is_named(path):
+def test_a_missing_model_is_named_in_the_error(path):
     with pytest.raises(FileNotFoundError, match=f"'{path}' is no model folder"):
         EndpointHandler(path)
 
 
-def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_not_requested_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     with pytest.raises(FileNotFoundError, match="'outputs/typo' is no model folder: it does not exist"):
         EndpointHandler("outputs/typo")
 
 
-def test_damaged_weights_are_told_in_a_sentence(folder, tmp_path):
+def test_damaged_weights_give_a_clear_message(folder, tmp_path):
     for file in ("config.json", "preprocessor_config.json"):
         (tmp_path / file).write_bytes((folder / file).read_bytes())
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
@@ -215,7 +218,7 @@ def test_damaged_weights_are_told_in_a_sentence(folder, tmp_path):
 # ---- Ways to send an image ----
 
 
-BEGINNINGS = {  # of answers that go on a byte at a time
+BEGINNINGS = {  # of answers that continue one byte at a time
     "/slow_status": b"",
     "/slow_header": b"HTTP/1.1 200 OK\r\nX: ",
     "/slow_chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
@@ -223,7 +226,7 @@ BEGINNINGS = {  # of answers that go on a byte at a time
 
 
 class Site(BaseHTTPRequestHandler):
-    """A web site with one image, and the ways in which a site can be difficult."""
+    """A web site with one image that can also misbehave, for example by answering slowly."""
 
     def do_GET(self):
         self.server.asked.append(self.path)
@@ -260,7 +263,7 @@ class Site(BaseHTTPRequestHandler):
         self._drip(chunk, times, pause)
 
     def _drip(self, chunk, times, pause):
-        with contextlib.suppress(OSError):  # the other side has had enough
+        with contextlib.suppress(OSError):  # the client has closed the connection
             for _ in range(times):
                 self.wfile.write(chunk)
                 self.server.stopped.wait(pause)
@@ -271,7 +274,7 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site():
-    """A web site on this machine; its address, and what it was asked for in `asked`."""
+    """A local web site: its address, and the requests that it received in `asked`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     server.asked, server.stopped = [], threading.Event()
     server.address = f"http://127.0.0.1:{server.server_port}"
@@ -289,7 +292,7 @@ def private_urls(monkeypatch):
     monkeypatch.setenv("DEITLT_ALLOW_PRIVATE_URLS", "1")
 
 
-def test_all_ways_of_sending_an_image_are_alike(handler, site, private_urls):
+def test_all_ways_of_sending_an_image_give_the_same_answer(handler, site, private_urls):
     image = image_of(1)
     base = text(image)
     ways = [
@@ -332,18 +335,18 @@ def test_all_ways_of_sending_an_image_are_alike(handler, site, private_urls):
         ({"inputs": text(image_of(0)), "parameters": {"attention": 1}}, "attention must be true or false, got 1"),
     ],
 )
-def test_a_wrong_request_is_told_in_a_sentence(handler, request_, sentence):
+def test_an_invalid_request_gives_a_clear_message(handler, request_, sentence):
     with pytest.raises(ValueError, match=sentence) as refusal:
         handler(request_)
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).endswith(".")
 
 
-def test_more_classes_than_there_are_is_all(handler):
+def test_more_classes_than_exist_gives_all(handler):
     assert len(handler({"inputs": image_of(0), "parameters": {"top_k": 1000}})[0]["predictions"]) == 10
 
 
-# ---- Odd images ----
+# ---- Unusual images ----
 
 
 def sixteen_bits():
@@ -373,7 +376,7 @@ ODD_IMAGES = {
 
 
 @pytest.mark.parametrize("data", ODD_IMAGES.values(), ids=ODD_IMAGES.keys())
-def test_odd_images_are_read_as_in_training(handler, data):
+def test_unusual_images_are_read_as_in_training(handler, data):
     expected = decode_image({"bytes": data, "path": None})
     tolerance = 2 if data.startswith(b"\xff\xd8") else 0  # training reads JPEG with another decoder
     for source in (data, Image.open(io.BytesIO(data))):
@@ -384,7 +387,7 @@ def test_odd_images_are_read_as_in_training(handler, data):
 
 
 def png_header(width, height):
-    """A PNG that says how large it is, and has no pixels."""
+    """A PNG file that declares a size and has no pixels."""
     png = b"\x89PNG\r\n\x1a\n"
     for chunk in (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"):
         png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -403,21 +406,24 @@ def png_header(width, height):
         (encoded(image_of(1), "EPS"), "of none of the formats"),
     ],
 )
-def test_what_cannot_be_read_is_refused_in_a_sentence(handler, data, sentence):
+def test_unreadable_images_are_refused_with_a_clear_message(handler, data, sentence):
     with pytest.raises(ValueError, match=rf"^inputs cannot be read as an image: .*({sentence})") as refusal:
         handler({"inputs": data})
     assert "\n" not in str(refusal.value)
 
 
-def test_the_rule_of_what_an_image_is_has_one_text():
-    """The handler travels alone, so it has a copy of the rule that the package reads images by."""
+def test_image_reading_code_equals_the_packages():
+    """The handler's copy of the image-reading code equals the package's; the handler must work as a single file."""
     beginning = "# Not all formats that Pillow reads"
     rule = Path(image_rule.__file__).read_text()
     assert rule[rule.index(beginning) :].strip() in Path(handler_module.__file__).read_text()
 
 
 def test_a_request_has_a_limit_of_pixels(handler, monkeypatch):
-    """Of a PNG of few bytes each image can have 89 million; no more is decoded than a request may have."""
+    """A request has a limit of pixels.
+
+    One PNG of a few bytes can have 89 million pixels; no more pixels are decoded than a request may have.
+    """
     monkeypatch.setattr(handler_module, "MAX_REQUEST_PIXELS", 1000)
     decoded = []
     upright_rgb = handler_module.upright_rgb
@@ -433,7 +439,10 @@ def test_a_request_has_a_limit_of_pixels(handler, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_large_images_are_reduced(monkeypatch, kind):
-    """The processor would take eight times their bytes; what it makes of them stays nearly the same."""
+    """Large images are reduced before the processor, which would need eight times their memory.
+
+    The processor's output stays nearly the same.
+    """
     image = image_of(3, (8, 6)).resize((800, 600), Image.BICUBIC)
     data = encoded(image, kind)
     whole = read_image(data, "inputs")
@@ -449,7 +458,7 @@ def test_large_images_are_reduced(monkeypatch, kind):
 
 LOOPBACK = ["127.0.0.1", "localhost", "127.1", "2130706433", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"]
 PRIVATE = ["10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "[fe80::1]", "[fd00::1]", "224.0.0.1"]
-# IPv6 for an IPv4 address (translated, tunnelled), and what was once, or is for a site of one's own.
+# IPv6 addresses that contain an IPv4 address (translated or tunnelled), and formerly or currently site-local ones.
 WRAPPED = ["[64:ff9b::a9fe:a9fe]", "[64:ff9b::7f00:1]", "[::127.0.0.1]", "[2002:7f00:1::]", "[2001:0:7f00:1::]"]
 LOCAL = ["[64:ff9b:1::1]", "[fec0::1]", "[ff0e::1]", "[::]"]
 
@@ -461,18 +470,18 @@ def test_private_addresses_are_refused(handler, host):
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"])
-def test_public_addresses_are_not_refused(address):
+def test_public_addresses_are_accepted(address):
     handler_module._refuse_private(address)
 
 
-def test_a_private_address_is_not_asked(handler, site):
+def test_a_private_address_receives_no_request(handler, site):
     with pytest.raises(ValueError, match="not on the public internet"):
         handler({"inputs": f"{site.address}/image.png"})
     assert site.asked == []
 
 
 def test_a_redirection_to_a_private_address_is_refused(handler, site, monkeypatch):
-    """The first address is let through here as a public one would be."""
+    """A redirection to a private address is refused. The test lets the first address pass as if it were public."""
     refuse = handler_module._refuse_private
     monkeypatch.setattr(handler_module, "_refuse_private", lambda address: address == "127.0.0.1" or refuse(address))
     with pytest.raises(ValueError, match="not on the public internet"):
@@ -480,8 +489,8 @@ def test_a_redirection_to_a_private_address_is_refused(handler, site, monkeypatc
     assert len(site.asked) == 1
 
 
-def test_a_name_that_changes_its_address_is_not_asked(handler, site, monkeypatch):
-    """DNS rebinding: the name has a public address when it is judged, here 127.0.0.2, and a private one later."""
+def test_a_name_that_changes_its_address_receives_no_request(handler, site, monkeypatch):
+    """DNS rebinding is refused: a name has a public address (here 127.0.0.2) at the check and a private one later."""
     resolve = socket.getaddrinfo
     refuse = handler_module._refuse_private
     monkeypatch.setattr(handler_module, "_refuse_private", lambda address: address == "127.0.0.2" or refuse(address))
@@ -496,12 +505,12 @@ def test_a_name_that_changes_its_address_is_not_asked(handler, site, monkeypatch
     assert site.asked == []
 
 
-def test_tls_begins_with_addresses_that_were_judged(handler, site, monkeypatch):
+def test_tls_connects_only_after_the_address_check(handler, site, monkeypatch):
     url = f"https://127.0.0.1:{site.server_port}/image.png"
     with pytest.raises(ValueError, match="not on the public internet"):
         handler({"inputs": url})
     monkeypatch.setenv("DEITLT_ALLOW_PRIVATE_URLS", "1")
-    with pytest.raises(ValueError, match="SSL"):  # the site knows no TLS
+    with pytest.raises(ValueError, match="SSL"):  # the site does not support TLS
         handler({"inputs": url})
 
 
@@ -521,7 +530,7 @@ def test_tls_begins_with_addresses_that_were_judged(handler, site, monkeypatch):
         ("/" + "x" * 8192, "it has more than 8192 characters"),
     ],
 )
-def test_a_difficult_site_is_told_in_a_sentence(handler, site, private_urls, monkeypatch, path, sentence):
+def test_a_misbehaving_site_gives_a_clear_message(handler, site, private_urls, monkeypatch, path, sentence):
     monkeypatch.setattr(handler_module, "DEADLINE", 0.3 if "/slow" in path else 30)
     with pytest.raises(ValueError, match=rf"^inputs cannot be fetched from \S*( URL)?: {sentence}\.$"):
         handler({"inputs": site.address + path})
@@ -537,7 +546,7 @@ def test_all_downloads_of_a_request_have_one_deadline(handler, site, private_url
 @pytest.mark.parametrize(
     "url", ["http://u:secret@10.0.0.1/a", "http://10.0.0.1/a?key=secret", "http://10.0.0.1:secret/"]
 )
-def test_no_secret_of_a_url_is_in_an_error(handler, url):
+def test_errors_contain_no_secret_of_a_url(handler, url):
     with pytest.raises(ValueError, match="cannot be fetched") as refusal:
         handler({"inputs": url})
     assert "secret" not in str(refusal.value)
@@ -546,7 +555,7 @@ def test_no_secret_of_a_url_is_in_an_error(handler, url):
 # ---- Other models ----
 
 
-def test_a_vit_has_no_experts_but_attention(tmp_path):
+def test_a_vit_has_attention_and_no_experts(tmp_path):
     config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     config.num_labels = 3
     ViTForImageClassification(config).save_pretrained(tmp_path)
@@ -569,7 +578,7 @@ def test_a_cnn_has_no_attention(tmp_path):
 
 
 def test_a_model_of_timm(tmp_path):
-    """As timm itself saves it."""
+    """The handler serves a timm model in the form that timm itself saves."""
     data = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
     model = timm.create_model("resnet10t", num_classes=3, pretrained_cfg_overlay=data).eval()
     save_for_hf(model, tmp_path, model_config={"label_names": ["cat", "dog", "fox"]})
@@ -595,8 +604,11 @@ def test_images_of_several_sizes_get_their_own_answers(tmp_path):
         assert result["predictions"][0]["score"] == pytest.approx(expected["predictions"][0]["score"], abs=1e-6)
 
 
-def test_attention_where_transformers_cannot_switch_it(handler, monkeypatch):
-    """As in 4.41 to 4.53, which many endpoints have; the weights are in memory once there too."""
+def test_attention_in_versions_that_cannot_switch_the_implementation(handler, monkeypatch):
+    """Attention works in transformers 4.41 to 4.53, whose models cannot switch the implementation.
+
+    Many endpoints run these versions; the weights are in memory only once there too.
+    """
     monkeypatch.delattr(PreTrainedModel, "set_attn_implementation")
     observed, pixels = handler_module._observed(handler.model), torch.randn(2, 3, 8, 8)
     pairs = zip(handler.model.parameters(), observed.parameters(), strict=True)
@@ -606,7 +618,10 @@ def test_attention_where_transformers_cannot_switch_it(handler, monkeypatch):
 
 
 def test_counts_and_groups_of_other_classes_are_left_out(folder, tmp_path):
-    """Plain transformers keeps both when it gives a model a new head."""
+    """Counts and groups of other classes are left out.
+
+    Plain transformers keeps both when it gives a model a new head.
+    """
     model = AutoModelForImageClassification.from_pretrained(folder, num_labels=4, ignore_mismatched_sizes=True)
     model.save_pretrained(tmp_path)
     image_processor(8).save_pretrained(tmp_path)
@@ -616,11 +631,11 @@ def test_counts_and_groups_of_other_classes_are_left_out(folder, tmp_path):
         assert prediction["training_images"] is None
 
 
-# ---- Many at once ----
+# ---- Concurrency ----
 
 
-def test_threads_get_their_own_answers(handler):
-    """Attention asked for by one thread must not reach another's request, nor be missing from its own."""
+def test_threads_receive_their_own_answers(handler):
+    """Threads receive their own answers: attention requested by one thread appears in that answer only."""
     requests = [{"inputs": image_of(seed), "parameters": {"attention": seed % 2 == 0}} for seed in range(8)]
     alone = [handler(request) for request in requests]
     with ThreadPoolExecutor(8) as threads:
@@ -630,7 +645,7 @@ def test_threads_get_their_own_answers(handler):
 
 
 def test_eight_clients_over_http(folder, tmp_path):
-    """The benchmark's server and clients, for seconds in place of its minute."""
+    """The benchmark's server and eight clients work over HTTP; the test runs them for seconds instead of a minute."""
     command = [sys.executable, "benchmarks/serving.py", "--model", folder, "--seconds", "2"]
     done = subprocess.run(
         [*map(str, command), "--record", str(tmp_path / "record.json")],
@@ -648,7 +663,7 @@ def test_eight_clients_over_http(folder, tmp_path):
             assert phase["rss_mib"]["end"] < phase["rss_mib"]["after_tenth"] + 20
 
 
-def test_python_of_the_serving_page(folder, tmp_path, monkeypatch, capsys):
+def test_python_of_the_serving_page_runs(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, "outputs/digits_lt_fast/student")
     image_of(0).save("image.png")

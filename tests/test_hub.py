@@ -1,4 +1,4 @@
-"""The authors' checkpoints in and out."""
+"""Tests of reading and writing the authors' checkpoints."""
 
 import argparse
 import contextlib
@@ -38,14 +38,14 @@ def normal(seed, shape):
 
 
 def paco_state_dict(values):
-    """As in the authors' files: the names have a prefix, which did not seed the generator."""
+    """Reference weights as in the authors' files: names have a prefix, which does not enter the generator's seed."""
     names = {name.removeprefix("module."): spec for name, spec in values["keys"].items()}
     return {f"module.{name}": tensor for name, tensor in filled_state_dict(names).items()}
 
 
 @pytest.fixture(scope="module")
 def student_file(reference, tmp_path_factory):
-    """A student's file as the authors write it: a command line, an optimiser and numpy numbers beside the weights."""
+    """A student's file as the authors write it: weights with a command line, an optimiser and numpy numbers."""
     weights = filled_state_dict(reference["student_base"]["keys"])
     args = argparse.Namespace(lr=5e-4, output_dir=pathlib.PosixPath("deit_out/run"), data_set="CIFAR10LT")
     content = {
@@ -64,7 +64,10 @@ def student_file(reference, tmp_path_factory):
 
 
 def test_student_logits(reference, student_file):
-    """A wrong layer-norm epsilon, token order or qkv split would show here only."""
+    """A converted student gives the reference logits.
+
+    A wrong layer-norm epsilon, token order or qkv split fails only here.
+    """
     values = reference["student_base"]
     model = load_original_student(student_file)
     with torch.no_grad():
@@ -75,7 +78,7 @@ def test_student_logits(reference, student_file):
     assert (outputs.logits - (cls_logits + dist_logits) / 2).abs().max() < 2e-5
 
 
-def test_student_goes_back_bit_for_bit(reference, student_file, tmp_path):
+def test_student_exports_bit_for_bit(reference, student_file, tmp_path):
     export_original_student(load_original_student(student_file), tmp_path / "back.pth")
     before = filled_state_dict(reference["student_base"]["keys"])
     after = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
@@ -93,16 +96,18 @@ def test_cifar_teacher_logits(reference, tmp_path, name, key):
     model = load_original_teacher(tmp_path / "t.pth.tar")
     with torch.no_grad():
         logits = model(normal(200, (4, 3, 32, 32))).logits
-    # The authors' LDAM classifier gives cosines, and their loss has the scale.
+    # The authors' LDAM classifier returns cosines; their loss applies the scale.
     scale = 1 if "paco" in name else 30
     assert (logits / scale - torch.tensor(values["logits"])).abs().max() < 2e-5
 
 
 def test_imagenet_teacher_logits(reference, tmp_path):
-    """These logits reach 192, where float32 has steps of 1.5e-5: the bound is 1e-6 of the largest.
+    """The ImageNet teacher gives the reference logits within 1e-6 of the largest.
 
-    The reference itself is that far from the same network in float64. On one machine there is no difference to
-    torchvision's ResNet-50, which is what the original code has.
+    The logits reach 192, where float32 has steps of 1.5e-5.
+
+    The reference differs by as much from the same network in float64. On one machine there is no difference from
+    torchvision's ResNet-50, which the original code uses.
     """
     values = reference["teacher_paco_imagenet"]
     weights = paco_state_dict(values)
@@ -122,13 +127,17 @@ def test_imagenet_teacher_logits(reference, tmp_path):
 
 
 def small_weights(**config):
-    """A small student's weights under the authors' names, apart from the class order."""
+    """A small student's weights under the authors' names, without the class order."""
     model = make_student(hidden_size=128, **config).eval()
     return model, student_to_original(model.state_dict())
 
 
-def test_timm_loads_what_we_export_and_the_other_way_round(tmp_path):
-    """timm's distilled DeiT has the names of the authors' model: an independent reader, and a source to start from."""
+def test_timm_and_this_package_load_each_others_files(tmp_path):
+    """timm loads our exports, and timm's files load here.
+
+    timm's distilled DeiT uses the authors' parameter names. It serves as an independent reader and as a model to start
+    from.
+    """
     model, _ = small_weights()
     export_original_student(model, tmp_path / "student.pth")
     settings = {"img_size": 8, "patch_size": 4, "embed_dim": 128, "depth": 3, "num_heads": 2, "mlp_ratio": 0.25}
@@ -154,8 +163,11 @@ def test_start_from_a_student_with_other_classes():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_weights_of_a_model_that_was_wrapped(tmp_path, prefix):
-    """torch.compile, DataParallel and others prefix the names of weights, nested in any order."""
+def test_weights_of_a_wrapped_model_load(tmp_path, prefix):
+    """Weights of wrapped models load.
+
+    torch.compile, DataParallel and others add prefixes to the names of weights, in any order.
+    """
     _, weights = small_weights()
     torch.save({prefix + name: weight for name, weight in weights.items()}, tmp_path / "wrapped.pth")
     expected = load_original_student(weights).state_dict()
@@ -167,7 +179,7 @@ def test_weights_of_a_model_that_was_wrapped(tmp_path, prefix):
         load_original_student(weights | {prefix + "cls_token": weights["cls_token"]})
 
 
-def test_moving_average_on_request(student_file, tmp_path):
+def test_moving_average_is_loaded_on_request(student_file, tmp_path):
     raw, ema = load_original_student(student_file), load_original_student(student_file, ema=True)
     for name, tensor in raw.state_dict().items():
         assert torch.equal(ema.state_dict()[name], tensor + 1), name
@@ -185,7 +197,7 @@ NAMES = [f"class {label}" for label in range(10)]
 
 @pytest.fixture
 def sorted_file(tmp_path):
-    """A student as from ImageNet-LT: its head is in order of decreasing count, and the command line has the map."""
+    """A student as trained on ImageNet-LT: its head is in order of decreasing count; the command line has the map."""
     model, weights = small_weights()
     rows = np.argsort(MAP)
     in_file = {name: tensor[rows] if name.startswith("head") else tensor for name, tensor in weights.items()}
@@ -196,7 +208,7 @@ def sorted_file(tmp_path):
     return tmp_path / "sorted.pth", model
 
 
-def test_classes_come_back_in_the_order_of_the_data(sorted_file, tmp_path):
+def test_classes_are_reordered_to_the_order_of_the_data(sorted_file, tmp_path):
     path, model = sorted_file
     images = normal(0, (2, 3, 8, 8))
     loaded = load_original_student(path, class_names=NAMES)
@@ -204,7 +216,7 @@ def test_classes_come_back_in_the_order_of_the_data(sorted_file, tmp_path):
     assert loaded.config.class_counts == COUNTS
     assert loaded.config.id2label[3] == "class 3"
     assert loaded.config.class_map == MAP
-    # The map survives our own folder, and the file comes back as it was.
+    # The map is saved in our folder, and the export equals the original file.
     loaded.save_pretrained(tmp_path / "ours")
     again = DeiTLTForImageClassification.from_pretrained(tmp_path / "ours")
     export_original_student(again, tmp_path / "back.pth")
@@ -217,7 +229,10 @@ def test_classes_come_back_in_the_order_of_the_data(sorted_file, tmp_path):
 
 
 def test_class_order_from_counts_or_a_given_map(sorted_file, tmp_path, caplog):
-    """The map of a file from another run of the authors may be missing; a teacher's always is."""
+    """The class order comes from counts or a given map.
+
+    A file from another run of the authors may lack the map; a teacher's file never has it.
+    """
     path, model = sorted_file
     images = normal(0, (2, 3, 8, 8))
     weights = read_checkpoint(path)["model"]
@@ -231,7 +246,7 @@ def test_class_order_from_counts_or_a_given_map(sorted_file, tmp_path, caplog):
     for head in ("cls_classifier", "distillation_classifier"):
         for name, value in getattr(model, head).named_parameters():
             assert torch.equal(dict(getattr(in_order, head).named_parameters())[name][MAP], value)
-    # Not to the bit: where a class stands decides in which order some processors add.
+    # Not bit for bit: on some processors the position of a class changes the order of additions.
     torch.testing.assert_close(in_order(images).logits[:, MAP], model(images).logits)
 
 
@@ -239,8 +254,11 @@ TEACHER_COUNTS = [20 - abs(label - 9) for label in range(20)]
 TEACHER_NAMES = [f"class {label}" for label in range(20)]
 
 
-def test_a_paco_teacher_is_in_the_order_of_the_data(reference, tmp_path, caplog):
-    """With counts, with names, or with neither: DeiT-LT maps its predictions to the order of the students' heads."""
+def test_a_paco_teacher_is_reordered_to_the_order_of_the_data(reference, tmp_path, caplog):
+    """A PaCo teacher is reordered to the data's classes, with counts, with names, or with neither.
+
+    The authors' DeiT-LT maps its predictions to the order of the students' heads.
+    """
     weights = paco_state_dict(reference["teacher_paco_imagenet"])
     for given in ({}, {"class_counts": TEACHER_COUNTS}, {"class_names": TEACHER_NAMES}):
         loaded = load_original_teacher(weights, **given)
@@ -255,8 +273,11 @@ def test_a_paco_teacher_is_in_the_order_of_the_data(reference, tmp_path, caplog)
     assert not (tmp_path / "teacher").exists()
 
 
-def test_an_ldam_teacher_of_imagenet_lt_comes_back_in_the_order_of_the_data(reference, caplog):
-    """Saddle-LongTail's: torchvision's ResNet-50 with a cosine classifier `fc`, in order of decreasing count."""
+def test_an_ldam_teacher_of_imagenet_lt_is_reordered_to_the_data(reference, caplog):
+    """An LDAM teacher of Saddle-LongTail is reordered to the data's classes.
+
+    It is torchvision's ResNet-50 with a cosine classifier `fc`, in order of decreasing count.
+    """
     paco = paco_state_dict(reference["teacher_paco_imagenet"])
     prefix = "module.encoder_q."
     weights = {f"module.{name.removeprefix(prefix)}": paco[name] for name in paco if name.startswith(prefix)}
@@ -283,7 +304,7 @@ def test_an_ldam_teacher_of_imagenet_lt_comes_back_in_the_order_of_the_data(refe
         ({"class_counts": [6, *COUNTS[1:]]}, "class 0 had 5 training images for .* but has 6 in class_counts"),
     ],
 )
-def test_classes_that_do_not_fit(sorted_file, given, message):
+def test_classes_that_do_not_fit_are_refused(sorted_file, given, message):
     with pytest.raises(ValueError, match=message):
         load_original_student(sorted_file[0], **given)
 
@@ -307,13 +328,13 @@ def test_class_names_from_a_file(tmp_path, text, names):
         (read_class_map, '["a"]', "has no class_map"),
     ],
 )
-def test_class_files_that_are_none(tmp_path, read, text, message):
+def test_invalid_class_files_are_refused(tmp_path, read, text, message):
     (tmp_path / "file").write_text(text)
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "file")
 
 
-# ---- Hostile and broken files ----
+# ---- Malicious and corrupt files ----
 
 
 class Bomb:
@@ -340,7 +361,7 @@ def write_legacy(path, marker):
 
 @pytest.mark.parametrize("write", [write_pickle, write_zip, write_legacy])
 @pytest.mark.parametrize("load", [load_original_student, load_original_teacher])
-def test_nothing_of_a_hostile_file_is_run(tmp_path, write, load):
+def test_malicious_files_run_no_code(tmp_path, write, load):
     path, marker = tmp_path / "hostile.pth", tmp_path / "marker"
     write(path, marker)
     with pytest.raises(ValueError, match=r"hostile\.pth cannot be loaded: it refers to \S*open, code that could"):
@@ -380,14 +401,14 @@ def damaged(path):
         (lambda path: torch.save(torch.nn.Linear(2, 2), path), "it refers to torch.nn.modules.linear.Linear"),
     ],
 )
-def test_broken_files(tmp_path, write, message):
+def test_corrupt_files_are_refused(tmp_path, write, message):
     path = tmp_path / "broken.pth"
     write(path)
     with pytest.raises(ValueError, match=rf"broken\.pth .*{message}"):
         load_original_student(path)
 
 
-def test_broken_safetensors_and_missing_files(tmp_path):
+def test_corrupt_safetensors_and_missing_files_are_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"version https://git-lfs")
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         load_original_student(tmp_path / "broken.safetensors")
@@ -418,7 +439,7 @@ def without(*names):
         ),
     ],
 )
-def test_state_dicts_that_are_no_whole_student(change, message):
+def test_incomplete_state_dicts_of_a_student_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         load_original_student({"model": change(small_weights()[1])})
 
@@ -433,7 +454,7 @@ def test_state_dicts_that_are_no_whole_student(change, message):
         (lambda s: {**s, "fc.weight": s["conv1.weight"]}, "it has 'fc.weight' too"),
     ],
 )
-def test_state_dicts_that_are_no_whole_teacher(reference, change, message):
+def test_incomplete_state_dicts_of_a_teacher_are_refused(reference, change, message):
     with pytest.raises(ValueError, match=message):
         load_original_teacher(change(filled_state_dict(reference["teacher_ldam_cifar"]["keys"])))
 
@@ -463,7 +484,10 @@ def test_converted_teacher_has_its_processor(reference, tmp_path):
 
 
 def test_a_folder_of_an_earlier_version_is_converted(tmp_path):
-    """The same weights; the image processor and the code are those of this version."""
+    """A folder of an earlier version can be converted.
+
+    The weights stay the same; the image processor and the code become those of this version.
+    """
     model = make_student(num_labels=2, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}).eval()
     model.save_pretrained(tmp_path / "old")
     image_processor(8).save_pretrained(tmp_path / "old")
@@ -483,11 +507,11 @@ def test_a_folder_of_an_earlier_version_is_converted(tmp_path):
         convert([str(tmp_path / "old"), str(tmp_path / "new")])
 
 
-# ---- What a review found ----
+# ---- Unusual files and models ----
 
 
-def test_a_compressed_zip_is_not_read_as_noise(tmp_path):
-    """Mapped into memory, the compressed bytes would be taken for weights."""
+def test_a_compressed_zip_is_refused(tmp_path):
+    """A compressed zip file is refused: mapped into memory, its compressed bytes would be read as weights."""
     model = make_student(hidden_size=64, num_attention_heads=1)
     export_original_student(model, tmp_path / "plain.pth")
     with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "small.pth", "w") as small:
@@ -498,8 +522,11 @@ def test_a_compressed_zip_is_not_read_as_noise(tmp_path):
         assert torch.equal(loaded[name], tensor)
 
 
-def test_what_tensors_do_not_tell_survives_an_export(tmp_path):
-    """The digits' student has three heads for a width of 96; with one, it would be another function."""
+def test_export_keeps_settings_that_tensors_do_not_determine(tmp_path):
+    """An export keeps settings that tensor shapes do not determine.
+
+    The digits' student has three heads for a width of 96; with one head it would compute another function.
+    """
     model = make_student(hidden_size=96, num_attention_heads=3, layer_norm_eps=1e-5).eval()
     export_original_student(model, tmp_path / "new" / "student.pth")
     loaded = load_original_student(tmp_path / "new" / "student.pth")
@@ -514,8 +541,8 @@ def test_what_tensors_do_not_tell_survives_an_export(tmp_path):
     assert converted.config.num_attention_heads == 3
 
 
-def test_heads_that_a_file_does_not_tell(tmp_path):
-    """A recipe's student that started from a file of timm's had heads 64 wide, whatever the recipe says."""
+def test_recipe_sets_the_heads_that_a_file_does_not_contain(tmp_path):
+    """A student that starts from a timm file keeps the recipe's number of heads, which the file does not contain."""
     model = make_student(hidden_size=128, num_attention_heads=4)
     export_original_student(model, tmp_path / "tells.pth")
     tensors = student_to_original(model.state_dict())
@@ -534,13 +561,13 @@ def test_heads_that_a_file_does_not_tell(tmp_path):
         (lambda: torch.compile(make_student()), "is not a student with two heads: parameter '_orig_mod"),
     ],
 )
-def test_models_that_the_authors_code_does_not_have(tmp_path, make, message):
+def test_models_outside_the_authors_code_are_not_exported(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         export_original_student(make(), tmp_path / "student.pth")
     assert not (tmp_path / "student.pth").exists()
 
 
-def test_export_under_another_formats_name(tmp_path):
+def test_export_with_another_formats_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"give a name ending in \.pth"):
         export_original_student(make_student(), tmp_path / "student.safetensors")
 
@@ -560,7 +587,7 @@ def original_student(**config):
         (lambda s: s | {"patch_embed.proj.weight": torch.ones(64, 1, 4, 4)}, "images of 1 channels; only RGB"),
     ],
 )  # fmt: skip
-def test_odd_tensors(change, message):
+def test_invalid_tensors_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         load_original_student(change(original_student()))
 
@@ -576,7 +603,7 @@ def test_odd_tensors(change, message):
         ({"class_names": ["a", "", "b"]}, "class_names has an empty name for class 1"),
     ],
 )
-def test_odd_classes(given, message):
+def test_invalid_classes_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         load_original_student(original_student(), **given)
     in_file = {"class_counts": "cls_num_list"}
@@ -588,13 +615,13 @@ def test_odd_classes(given, message):
             load_original_student({"model": original_student(), in_file.get(name, name): given[name]})
 
 
-def test_id2label_asks_for_its_number_of_classes():
+def test_id2label_sets_the_number_of_classes():
     model = load_original_student(original_student(), id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
     assert model.config.num_labels == 2
     assert model.config.label2id == {"cat": 0, "dog": 1}
 
 
-def test_conversion_leaves_what_is_there(tmp_path):
+def test_conversion_keeps_existing_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file; choose another folder"):
         convert_original(original_student(), tmp_path / "file")
@@ -614,7 +641,7 @@ def test_conversion_leaves_what_is_there(tmp_path):
         (b"caf\xe9", "is not text in UTF-8"),
     ],
 )
-def test_odd_class_name_files(tmp_path, content, expected):
+def test_unusual_class_name_files_are_read_or_refused(tmp_path, content, expected):
     path = tmp_path / "names.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     if isinstance(expected, list):

@@ -1,4 +1,4 @@
-"""Images as they come: each kind is decoded, or refused in one sentence that names it."""
+"""Tests of image decoding: each kind of file is decoded, or refused with one message that names it."""
 
 import io
 import os
@@ -54,7 +54,10 @@ def difference(pixels, image):
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "RGB", "RGBA", "1", "CMYK", "YCbCr", "LAB", "HSV"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF"])
 def test_images_of_any_mode_become_rgb(mode, kind):
-    """What Pillow can write in that mode and format is read as Pillow reads it, and a JPEG to the last bit."""
+    """Images of any mode become RGB.
+
+    Whatever Pillow can write in that mode and format is read as Pillow reads it, and a JPEG bit for bit.
+    """
     image = picture().convert("P") if mode == "PA" else picture()
     try:
         data = encoded(image.convert(mode), kind)
@@ -64,7 +67,7 @@ def test_images_of_any_mode_become_rgb(mode, kind):
         return
     try:
         expected = Image.open(io.BytesIO(data)).convert("RGB")
-    except OSError:  # Pillow 12 writes a TIFF of YCbCr that it cannot read
+    except OSError:  # Pillow 12 writes YCbCr TIFF files that it cannot read
         with pytest.raises(ValueError, match="cannot read the image"):
             decode(data)
         return
@@ -82,8 +85,8 @@ def test_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bits_are_scaled(dtype, kind):
-    """Pillow clips them at 255, which makes nearly every pixel white."""
+def test_sixteen_bit_images_are_scaled(dtype, kind):
+    """16-bit images are scaled to 8 bits; Pillow clips them at 255, which makes nearly every pixel white."""
     values = (np.arange(48 * 64).reshape(48, 64) * 21).astype(dtype)
     try:
         data = encoded(Image.fromarray(values), kind)
@@ -95,7 +98,7 @@ def test_sixteen_bits_are_scaled(dtype, kind):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_first_frame_of_an_animation(kind):
+def test_the_first_frame_of_an_animation_is_read(kind):
     frames = [Image.new("RGB", (20, 10), color) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -104,7 +107,7 @@ def test_first_frame_of_an_animation(kind):
 
 
 def bomb(side=20_000):
-    """A PNG of a few kilobytes that would take 1.2 GB of memory."""
+    """A decompression bomb: a PNG of a few kilobytes that would take 1.2 GB of memory."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -136,7 +139,7 @@ def cut(kind):
     ],
     ids=["empty", "html", "jpeg", "png", "webp", "gif", "bomb", "small bomb", "float", "negative"],
 )
-def test_what_cannot_be_decoded_is_named(tmp_path, data, message):
+def test_files_that_cannot_be_decoded_are_named(tmp_path, data, message):
     path = tmp_path / "bad image.jpg"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"cannot read the image .*bad image\.jpg: .*{message}.*--skip_bad_images\.$"):
@@ -183,8 +186,8 @@ except ValueError:
     assert "DecompressionBomb" not in done.stderr
 
 
-def test_one_of_each_in_a_folder(tmp_path):
-    """A folder with every kind of image trains, without the bad ones, which are counted."""
+def test_a_folder_with_every_kind_of_image_trains(tmp_path):
+    """A folder with every kind of image can be trained on; corrupt images are left out and counted."""
     good = {
         "grey.png": encoded(picture().convert("L")),
         "palette.gif": encoded(picture().convert("P"), "GIF"),
@@ -214,7 +217,7 @@ def test_one_of_each_in_a_folder(tmp_path):
 
 
 def photograph(width, height):
-    """Detail at all scales, about as much of it as photographs have."""
+    """An image with detail at all scales, about as much as photographs have."""
     layers = []
     for cells in (4, 16, 64, 256):
         noise = RANDOM.randint(0, 256, (max(height * cells // width, 2), cells, 3)).astype(np.uint8)
@@ -225,7 +228,7 @@ def photograph(width, height):
 
 @pytest.mark.parametrize(("size", "crop"), [(64, "random_resized"), (64, "padded"), (100, "random_resized")])
 def test_large_photographs_are_decoded_at_a_fraction(size, crop):
-    """Nearly the same pixels, from a fraction of the work."""
+    """Large photographs are decoded at a fraction of their size, which costs less and gives nearly the same pixels."""
     data = encoded(photograph(1600, 1200), "JPEG", quality=92)
     transform = train_transform(image_processor(size), crop, auto_augment=None, random_erasing=0)
     sizes = []
@@ -278,7 +281,7 @@ def test_small_images_are_decoded_once(monkeypatch):
     open_image = module.open_image
     monkeypatch.setattr(module, "open_image", lambda *args: (opened.append(1), open_image(*args))[1])
     passes = [[dataset[row]["image"].copy() for row in range(6)] for _ in range(3)]
-    assert len(opened) == 6 + 2  # the one of another size, each time
+    assert len(opened) == 6 + 2  # the image of another size is decoded each time
     for first, second in zip(*passes[:2], strict=True):
         assert np.array_equal(first, second)
 
@@ -292,12 +295,12 @@ def test_workers_fill_the_cache_together(context):
     assert dataset._cache[1].all() == (context == "fork")
 
 
-def test_large_images_are_not_kept():
+def test_large_images_are_not_cached():
     assert ImageDataset(rows_of([picture(200, 150)] * 2), "image", "label")._cache is None
     assert ImageDataset(rows_of([]), "image", "label")._cache is None
 
 
-def test_orientation_that_is_text():
+def test_an_orientation_that_is_text_is_ignored():
     entry = struct.pack("<HHI4s", 0x0112, 2, 4, b"top")
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
     data = encoded(picture(), "JPEG", exif=exif)
@@ -305,12 +308,15 @@ def test_orientation_that_is_text():
     assert decode(data).shape == (48, 64, 3)
 
 
-# ---- One rule of what an image is ----
+# ---- Details of decoding ----
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO", "GIF", "BMP", "JPEG2000", "PPM"])
-def test_the_size_is_that_of_the_decoded_image(kind):
-    """Pillow's readers of TIFF turn an image by themselves, others do not; crops are chosen by the size."""
+def test_the_reported_size_is_that_of_the_decoded_image(kind):
+    """The reported size is that of the decoded image, by which crops are chosen.
+
+    Pillow's TIFF readers apply the orientation by themselves; its other readers do not.
+    """
     for orientation in range(1, 9):
         for size, mode in (((33, 64), "RGB"), ((7, 5), "RGB"), ((40, 3), "L")):
             exif = Image.Exif()
@@ -324,8 +330,8 @@ def test_the_size_is_that_of_the_decoded_image(kind):
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg"])
-def test_regions_of_a_turned_tiff(compression):
-    """Of a camera's TIFF on its side, the transform saw crops of another shape than it chose."""
+def test_regions_of_a_rotated_tiff(compression):
+    """Regions of a rotated TIFF from a camera have the shape of the chosen crop."""
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(picture(400, 300), "TIFF", exif=exif, compression=compression)
@@ -361,15 +367,15 @@ LARGE = zlib.compress(bytes(3 * 2**20))
     ],
     ids=["profile", "text", "text after", "utf-8", "exif", "method", "checksum", "density", "damaged exif"],
 )
-def test_a_png_whose_pixels_are_whole_is_read(before, after):
-    """Pillow refuses images for texts and profiles that are large or damaged."""
+def test_a_png_with_complete_pixels_is_read(before, after):
+    """A PNG with complete pixels is read, although Pillow refuses files with large or damaged texts and profiles."""
     image = picture()
     whole = encoded(image)
     assert difference(decode(whole[:33] + before + whole[33:-12] + after + whole[-12:]), image).max() == 0
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_an_orientation_in_a_text_of_a_png_counts(compressed):
+def test_an_orientation_in_a_text_chunk_of_a_png_is_applied(compressed):
     texts = PngImagePlugin.PngInfo()
     texts.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>', zip=compressed)
     data = encoded(picture(), pnginfo=texts)
@@ -379,25 +385,25 @@ def test_an_orientation_in_a_text_of_a_png_counts(compressed):
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0rubbish", b"Exif\0\0MM\0*\xff\xff\xff\xff"])
-def test_damaged_exif_says_nothing(exif):
+def test_damaged_exif_is_ignored(exif):
     data = encoded(picture(), "JPEG", exif=exif)
     assert difference(decode(data), Image.open(io.BytesIO(data))).max() == 0
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF"])
-def test_formats_that_are_not_listed_are_not_opened(kind):
+def test_unlisted_formats_are_not_opened(kind):
     with pytest.raises(ValueError, match="of none of the formats AVIF, BMP"):
         decode(encoded(picture(), kind))
 
 
 @pytest.mark.parametrize("size", [(1000, 1), (1, 101)])
-def test_a_line_of_pixels_is_refused(size):
+def test_an_extreme_aspect_ratio_is_refused(size):
     with pytest.raises(ValueError, match=r"one side of its .* pixels is more than 100 times the other"):
         decode(encoded(Image.new("RGB", size)))
 
 
 def see_through(mode):
-    """An image of every transparency, and how it is to be saved."""
+    """An image with every level of transparency, and the options for saving it."""
     image = picture(16, 16).convert("RGBA")
     image.putalpha(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))
     options = {"P": {"transparency": bytes(range(256))}, "L": {"transparency": 7}, "RGB": {"transparency": (1, 2, 3)}}
@@ -405,8 +411,12 @@ def see_through(mode):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
-def test_a_background_shows_through(mode, recwarn):
-    """And without one the pixels are those of transformers' pipeline; Pillow's warning of palettes does not come."""
+def test_a_background_is_composited(mode, recwarn):
+    """Transparent images are composited over the given background.
+
+    Without a background the pixels are those of transformers' pipeline. Pillow's warning about palettes does not
+    appear.
+    """
     image, options = see_through(mode)
     data = encoded(image, **options)
     opened = Image.open(io.BytesIO(data)).convert("RGBA")
@@ -417,7 +427,7 @@ def test_a_background_shows_through(mode, recwarn):
     assert difference(pixels, Image.open(io.BytesIO(data))).max() == 0
 
 
-def test_a_background_of_sixteen_bits():
+def test_a_background_under_sixteen_bit_images():
     values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     data = encoded(Image.fromarray(values), transparency=77 * 257)
     pixels = decode_image({"bytes": data, "path": None}, "white")
@@ -430,13 +440,13 @@ def test_an_unknown_background_is_refused(text):
         image_processor(8, background=text)
 
 
-def test_a_background_is_kept_with_the_processor(tmp_path):
+def test_a_background_is_saved_with_the_processor(tmp_path):
     image_processor(8, background="white").save_pretrained(tmp_path)
     assert AutoImageProcessor.from_pretrained(tmp_path).background == "#ffffff"
     assert not hasattr(image_processor(8), "background")
 
 
-def test_pipes_are_not_waited_for(tmp_path):
+def test_pipes_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path, message in ((tmp_path / "pipe.png", "not a file"), (tmp_path, "not a file"), ("/dev/zero", "not a file")):
         with pytest.raises(ValueError, match=f"cannot read the image {path}: it is {message}"):
@@ -465,7 +475,7 @@ def test_a_broken_image_of_a_data_set_is_named_by_its_row():
     assert len(str(error.value)) < 400
 
 
-def test_what_decodes_is_named():
+def test_the_decoders_are_named():
     assert decoder_versions()["pillow"] == PIL.__version__
 
 
@@ -485,7 +495,7 @@ def test_what_decodes_is_named():
 )
 @pytest.mark.parametrize("column", ["image", "picture"])
 def test_tables_of_other_libraries_are_read(tmp_path, kind, column):
-    """Without the metadata of datasets, a column of images has no type of its own."""
+    """Tables written by other libraries are read; without the metadata of datasets, an image column has no type."""
     data = encoded(picture())
     (tmp_path / "a.png").write_bytes(data)
     is_path = str(kind).removeprefix("large_") == "string"
@@ -503,13 +513,13 @@ def picture_of(data):
     return Image.open(io.BytesIO(data))
 
 
-def test_a_column_of_something_else_is_refused():
+def test_a_column_without_images_is_refused():
     rows = datasets.Dataset.from_dict({"image": [1, 2], "label": ["a", "b"]})
     with pytest.raises(ValueError, match="'image' holds no images"):
         standard_columns(datasets.DatasetDict(train=rows), "image", "label")
 
 
-def test_files_that_are_no_images_are_counted(tmp_path, caplog):
+def test_files_that_are_not_images_are_counted(tmp_path, caplog):
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
         for name in ("a.png", "b.png"):
@@ -523,7 +533,7 @@ def test_files_that_are_no_images_are_counted(tmp_path, caplog):
     assert "beside its class folders, and left out: loose.png" in caplog.text
 
 
-def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
         (tmp_path / label / "a.png").write_bytes(encoded(picture()))
@@ -534,8 +544,8 @@ def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("background", [None, "#00ff00"])
-def test_training_evaluation_and_serving_see_the_same_background(tmp_path, background):
-    """The processor carries it from the trainer to the saved folder, and from there to whatever answers."""
+def test_training_evaluation_and_serving_use_the_same_background(tmp_path, background):
+    """Training, evaluation and serving use the same background; the processor stores it in the saved folder."""
     image = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
     rows = rows_of([{"bytes": encoded(image)}] * 8)
     trainer = FlatTeacherTrainer(

@@ -1,4 +1,4 @@
-"""What the trainers inherit from transformers: it works, or it is refused in a sentence; nothing is without effect."""
+"""Tests of what the trainers inherit from transformers: each argument and method works or is refused with a message."""
 
 import copy
 import inspect
@@ -37,12 +37,12 @@ from deitlt_hf.hub.cards import make_card
 from deitlt_hf.training import SAM
 from deitlt_hf.training.inherited import ARGUMENTS, PARAMETERS, TEACHER_ARGUMENTS, refused
 
-OTHER = torch.optim.SGD([torch.zeros(1)])  # of no model
+OTHER = torch.optim.SGD([torch.zeros(1)])  # an optimiser of another model's parameters
 NAMES = {field.name for field in fields(TrainingArguments)}
 
 
 def trainer_of(folder, digits, model=None, trainer=None, **values):
-    """A student's trainer of two steps on labels; `trainer` has its parameters."""
+    """A student's trainer of two steps on labels; `trainer` holds further parameters of the trainer."""
     values = {"max_steps": 2, "distillation": "none", "report_to": "none", "use_cpu": True, **values}
     parameters = {"train_dataset": digits["train"], "eval_dataset": digits["test"], **(trainer or {})}
     if "model_init" not in parameters:
@@ -67,11 +67,14 @@ def record_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-# ---- The tables ----
+# ---- Tables of arguments and parameters ----
 
 
-def test_every_argument_and_parameter_of_transformers_has_a_verdict():
-    """A new version of transformers must not bring an argument that nobody looked at."""
+def test_every_argument_and_parameter_of_transformers_is_covered():
+    """The tables cover every argument and parameter of transformers.
+
+    A new version of transformers must not add an argument that is not handled.
+    """
     assert set(ARGUMENTS) >= NAMES
     of_some_versions = {"warmup_ratio", "logging_dir", "dataloader_in_order", "dataloader_multiprocessing_context"}
     of_some_versions |= {"activation_checkpointing", "activation_checkpointing_kwargs"}
@@ -81,7 +84,7 @@ def test_every_argument_and_parameter_of_transformers_has_a_verdict():
 
 
 @pytest.mark.parametrize("trainer_class", [DeiTLTTrainer, FlatTeacherTrainer])
-def test_public_methods_take_what_those_of_transformers_take(trainer_class):
+def test_public_methods_have_the_signatures_of_transformers(trainer_class):
     for name in ("train", "evaluate", "predict", "save_model", "push_to_hub", "hyperparameter_search"):
         own = inspect.signature(getattr(trainer_class, name)).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
@@ -107,7 +110,7 @@ def test_refused_arguments_are_refused(tmp_path, name):
         ({"optim": "lomo"}, "optim 'lomo' cannot be used: it updates weights in the backward pass"),
         ({"optim": "galore_adamw"}, "optim 'galore_adamw' cannot be used"),
         ({"optim": "schedule_free_adamw"}, "it does not use a learning-rate schedule"),
-        # Of which torch 2.8 and newer have a fused one.
+        # torch 2.8 and newer have fused versions of these.
         ({"optim_args": "momentum=0.9"}, "optim_args 'momentum=0.9' has no effect on optim 'adamw_torch"),
         ({"optim_args": "momentum"}, "optim_args 'momentum' cannot be made"),
         ({"optim": "sgd", "adam_beta2": 0.9}, "adam_beta2 has no effect on optim 'sgd'"),
@@ -142,7 +145,7 @@ def test_parameters_without_effect_are_refused(tmp_path, digits, values, message
         trainer_of(tmp_path, digits, trainer=values)
 
 
-def test_what_a_run_could_not_measure_or_use_is_refused_before_it(tmp_path, digits):
+def test_unusable_settings_are_refused_before_a_run(tmp_path, digits):
     with pytest.raises(ValueError, match="metric_for_best_model 'acuracy' is not measured; choose one of loss"):
         trainer_of(tmp_path, digits, metric_for_best_model="acuracy")
     with pytest.raises(ValueError, match=r"include_for_metrics .* has no effect without compute_metrics"):
@@ -157,7 +160,10 @@ def test_what_a_run_could_not_measure_or_use_is_refused_before_it(tmp_path, digi
 
 
 def test_values_that_are_set_later_take_effect(tmp_path):
-    """transformers' helpers set the batch of a process after the global batch was divided."""
+    """Values that are set after the arguments were made take effect.
+
+    transformers' helpers set the batch of a process after the global batch was divided.
+    """
     args = student_arguments(tmp_path, learning_rate=None, global_batch_size=64, per_device_train_batch_size=32)
     rate = args.learning_rate
     args.global_batch_size = 128
@@ -167,7 +173,7 @@ def test_values_that_are_set_later_take_effect(tmp_path):
     assert (args.global_batch_size, args.learning_rate) == (16, rate / 2)
     args = args.set_training(batch_size=8, gradient_accumulation_steps=2, learning_rate=0.1)
     assert (args.global_batch_size, args.learning_rate) == (16, 0.1)
-    assert (args.seed, args.data_seed) == (42, 42)  # the order follows the seed, unless it has its own
+    assert (args.seed, args.data_seed) == (42, 42)  # without a data_seed, the order follows the seed
     assert args.set_dataloader(train_batch_size=4, num_workers=1).global_batch_size == 8
     assert args.set_push_to_hub("me/model").hub_strategy == "end"
     with pytest.raises(ValueError, match="set_lr_scheduler has no effect"):
@@ -176,12 +182,15 @@ def test_values_that_are_set_later_take_effect(tmp_path):
         args.set_evaluate(loss_only=True).settle()
 
 
-# ---- One dtype ----
+# ---- Precision of the weights ----
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_is_trained_and_saved_is_float32(tmp_path, digits, dtype):
-    """transformers 5 loads the dtype of the file: in 16 bits nine of ten weights never move at small learning rates."""
+def test_weights_are_trained_and_saved_in_float32(tmp_path, digits, dtype):
+    """Weights are trained and saved in float32.
+
+    transformers 5 loads the dtype of the file; in 16 bits, nine of ten weights never change at small learning rates.
+    """
     make_student().to(dtype).save_pretrained(tmp_path / "half")
     student = DeiTLTForImageClassification.from_pretrained(tmp_path / "half", dtype="auto")
     assert student.dtype == dtype
@@ -208,7 +217,7 @@ def test_an_evaluation_changes_no_weight(tmp_path, digits, field):
     whole = trainer_of(tmp_path, digits).predict(digits["test"]).predictions
     half = trainer.predict(digits["test"]).predictions
     trainer.evaluate()
-    assert 0 < np.abs(half - whole).max() < 0.02  # it was another arithmetic
+    assert 0 < np.abs(half - whole).max() < 0.02  # the half-precision evaluation did run in another precision
     for name, tensor in trainer.model.state_dict(keep_vars=True).items():
         assert tensor is tensors[name][0]
         assert torch.equal(tensor, tensors[name][1])
@@ -218,7 +227,7 @@ def test_an_evaluation_changes_no_weight(tmp_path, digits, field):
 # ---- Optimisers ----
 
 
-def test_a_given_optimiser_is_under_sam_and_in_record_plan_and_card(tmp_path, digits, capsys):
+def test_a_given_optimiser_is_sams_base_and_recorded(tmp_path, digits, capsys):
     model = small_teacher()
     halves = [list(model.parameters())[::2], list(model.parameters())[1::2]]
     optimizer = torch.optim.AdamW([{"params": halves[0]}, {"params": halves[1], "lr": 3e-4}], lr=1e-3)
@@ -236,7 +245,7 @@ def test_a_given_optimiser_is_under_sam_and_in_record_plan_and_card(tmp_path, di
     assert "sam" in card.data.tags
 
 
-def test_an_optimiser_that_is_sam_or_need_not_be_is_taken_as_it_is(tmp_path, digits):
+def test_optimisers_that_need_no_sam_wrapper_are_used_unchanged(tmp_path, digits):
     model = small_teacher()
     sam = SAM(torch.optim.SGD(model.parameters(), 0.1), rho=0.3)
     trainer = flat_trainer_of(tmp_path, digits, model, (sam, None), max_steps=1)
@@ -250,7 +259,7 @@ def test_an_optimiser_that_is_sam_or_need_not_be_is_taken_as_it_is(tmp_path, dig
     assert "sam" not in make_card(tmp_path / "b").data.tags
 
 
-def test_the_optimiser_that_ran_is_recorded_and_its_rates_stay_after_a_resume(tmp_path, digits):
+def test_the_used_optimiser_is_recorded_and_resumes_with_its_rates(tmp_path, digits):
     def trainer(**values):
         model = make_student()
         matrices = [weight for weight in model.parameters() if weight.ndim == 2]
@@ -273,7 +282,7 @@ def test_the_optimiser_that_ran_is_recorded_and_its_rates_stay_after_a_resume(tm
     assert resumed.lr_scheduler.base_lrs == [2e-3]
 
 
-def test_muon_is_in_record_plan_and_card_and_another_one_resumes_nothing(tmp_path, digits, capsys):
+def test_muon_is_recorded_and_another_optimiser_cannot_resume(tmp_path, digits, capsys):
     values = {"optim": "muon", "save_strategy": "steps", "save_steps": 1, "learning_rate": 2e-3}
     trainer_of(tmp_path, digits, **values).train()
     assert "optimiser muon" in re.sub(" +", " ", capsys.readouterr().out)
@@ -286,7 +295,7 @@ def test_muon_is_in_record_plan_and_card_and_another_one_resumes_nothing(tmp_pat
         trainer_of(tmp_path, digits, **{**values, "optim": "adamw_torch", "max_steps": 3}).train("auto")
 
 
-def test_a_given_scheduler_and_class_of_optimisers_are_what_runs(tmp_path, digits, capsys):
+def test_a_given_scheduler_and_optimiser_class_are_used(tmp_path, digits, capsys):
     model = make_student()
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=9)
@@ -307,10 +316,10 @@ def test_a_given_scheduler_and_class_of_optimisers_are_what_runs(tmp_path, digit
     assert (ran["settings"]["lr"], ran["sam"]["rho"]) == (0.1, [0.1])
 
 
-# ---- Habits of a Trainer's user ----
+# ---- Common uses of a Trainer ----
 
 
-def test_metrics_and_predictions_of_a_users_own(tmp_path, digits):
+def test_custom_metrics_and_predictions(tmp_path, digits):
     seen = []
 
     def compute(prediction):
@@ -341,7 +350,7 @@ def test_metrics_and_predictions_of_a_users_own(tmp_path, digits):
     assert "eval_mine" not in trainer.evaluate()
 
 
-def test_several_sets_of_test_images(tmp_path, digits):
+def test_several_evaluation_sets(tmp_path, digits):
     sets = {"a": digits["test"].select(range(100)), "b": digits["test"].select(range(100, 300))}
     values = {"metric_for_best_model": "b_accuracy", "eval_strategy": "epoch", "num_train_epochs": 1, "max_steps": -1}
     trainer = trainer_of(tmp_path, digits, trainer={"eval_dataset": sets}, **values)
@@ -356,20 +365,23 @@ def test_several_sets_of_test_images(tmp_path, digits):
     assert "eval_c_accuracy" in other
 
 
-def test_other_images_in_training_are_not_the_runs_evaluation(tmp_path, digits):
+def test_evaluating_other_images_does_not_change_the_runs_results(tmp_path, digits):
     trainer = trainer_of(tmp_path, digits)
     trainer._recording = True
     trainer.evaluate(digits["train"])
     assert "last" not in trainer.results.content
 
 
-def test_models_are_made_for_each_trial_of_a_search(tmp_path, digits, monkeypatch):
-    """What a search sets reaches batch, loss and mixing; each trial has its own folder and begins with a new model."""
+def test_each_trial_of_a_search_has_a_new_model(tmp_path, digits, monkeypatch):
+    """Each trial of a hyperparameter search has its own folder and starts with a new model.
+
+    The searched values reach batch, loss and mixing.
+    """
     parameters = {"model_init": lambda: make_student()}
     trainer = trainer_of(tmp_path, digits, trainer=parameters, max_steps=1, ema_decay=0.5)
     first = trainer.model
     trainer.hp_search_backend = "wandb"
-    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # which takes the trials of installed backends
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # else it accepts installed backends only
     trainer._get_output_dir = lambda trial: str(tmp_path / f"run-{trial['number']}") if trial else str(tmp_path)
     for number, batch in enumerate((16, 32)):
         trial = {"number": number, "per_device_train_batch_size": batch, "alpha": 0.25, "mixup": 0.0, "cutmix": 0.5}
@@ -380,11 +392,11 @@ def test_models_are_made_for_each_trial_of_a_search(tmp_path, digits, monkeypatc
         assert trainer.mixup.cutmix_alpha == 0.5
         assert len(trainer._window[0]["labels"]) == batch
         assert record_of(tmp_path / f"run-{number}")["settings"]["global_batch_size"] == batch
-        first, trainer.model, trainer.model_wrapped = trainer.model, None, None  # as Optuna's backend does
+        first, trainer.model, trainer.model_wrapped = trainer.model, None, None  # Optuna's backend does this
     assert not (tmp_path / "results.json").exists()
 
 
-def test_callbacks_find_their_state_in_a_checkpoint(tmp_path, digits):
+def test_callbacks_restore_their_state_from_a_checkpoint(tmp_path, digits):
     values = {
         "restore_callback_states_from_checkpoint": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3,
         "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "accuracy",
@@ -415,10 +427,10 @@ def test_a_student_of_transformers_is_trained_on_its_own_weights(tmp_path, digit
     with torch.no_grad():
         assert torch.equal(trainer.model.eval()(images).logits, expected)
     trainer.train()
-    assert not torch.equal(plain(images).logits, expected)  # the parameters are shared
+    assert not torch.equal(plain(images).logits, expected)  # both share the parameters
 
 
-def test_models_that_are_no_students_are_refused_before_the_teacher_is_looked_at(tmp_path, digits):
+def test_invalid_students_are_refused_before_the_teacher_is_loaded(tmp_path, digits):
     config = DeiTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     for model in (DeiTForImageClassification(config), small_teacher()):
         with pytest.raises(ValueError, match=f"a student has two heads, but a {type(model).__name__} was given"):
@@ -426,7 +438,7 @@ def test_models_that_are_no_students_are_refused_before_the_teacher_is_looked_at
 
 
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
-def test_another_problem_than_one_class_is_refused(tmp_path, digits, problem):
+def test_problems_other_than_single_label_are_refused(tmp_path, digits, problem):
     for model in (make_student(problem_type=problem), small_teacher()):
         model.config.problem_type = problem
         images = torch.zeros(2, 3, 8, 8)
@@ -438,7 +450,7 @@ def test_another_problem_than_one_class_is_refused(tmp_path, digits, problem):
 
 
 @pytest.mark.parametrize("values", [{"return_dict": False}, {"output_hidden_states": True}])
-def test_a_config_that_changes_the_output_trains_too(tmp_path, digits, values):
+def test_a_config_that_changes_the_output_still_trains(tmp_path, digits, values):
     trainer_of(tmp_path, digits, make_student(**values), max_steps=1).train()
 
 
@@ -452,8 +464,8 @@ def test_dropouts_of_the_config_are_applied():
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_what_is_made_under_inference_mode_can_be_used_outside_of_it(size):
-    """Folded weights that were inference tensors failed for batches of one image only."""
+def test_tensors_from_inference_mode_can_be_used_outside_of_it(size):
+    """Tensors made in inference mode can be used outside of it, also for batches of one image."""
     model = small_teacher().eval()
     with torch.inference_mode():
         folded = model.folded()
@@ -465,7 +477,7 @@ def test_what_is_made_under_inference_mode_can_be_used_outside_of_it(size):
     assert torch.allclose(folded(images.clone()).logits, expected, atol=1e-4)
 
 
-def test_a_run_has_lines_in_its_log_by_default(tmp_path, digits):
+def test_a_run_logs_losses_by_default(tmp_path, digits):
     args = student_arguments(tmp_path)
     values = {field.name: field.default for field in fields(type(args))}
     trainer = trainer_of(tmp_path, digits, logging_steps=values["logging_steps"], max_steps=5)

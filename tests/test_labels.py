@@ -1,4 +1,4 @@
-"""What a label is: the same in every reader, and for data sets that are given to the trainers."""
+"""Tests that all readers, and the trainers' data sets, interpret labels in the same way."""
 
 import json
 
@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def write(reader, folder, labels):
-    """The same images with the same labels, for training and for testing."""
+    """Writes the same images with the same labels as training and test data."""
     for split in ("train", "test"):
         if reader == "class folders":
             for index, label in enumerate(labels):
@@ -68,7 +68,7 @@ NAMED = ("class folders", "named classes")
         *((reader, labels) for reader in ("csv", "class folders") for labels in (["0", "1", "-1"], ["a", " ", "b"])),
     ],
 )
-def test_what_stands_for_no_label_is_refused_alike(tmp_path, reader, labels):
+def test_missing_labels_are_refused_by_every_reader(tmp_path, reader, labels):
     write(reader, tmp_path, labels)
     with pytest.raises(ValueError, match=r"have no label|stands for images without a label|empty name"):
         read(reader, tmp_path)
@@ -83,7 +83,7 @@ def test_what_stands_for_no_label_is_refused_alike(tmp_path, reader, labels):
         ("parquet", [0.5, 1.0, 2.0], "not whole numbers"),
     ],
 )
-def test_values_that_are_no_label_are_refused_alike(tmp_path, reader, labels, message):
+def test_invalid_labels_are_refused_by_every_reader(tmp_path, reader, labels, message):
     write(reader, tmp_path, labels)
     with pytest.raises(ValueError, match=message):
         read(reader, tmp_path)
@@ -120,7 +120,7 @@ def test_other_types_are_refused(labels, message):
 
 
 def test_spellings_of_a_number_and_space_around_a_name_are_one_class(caplog):
-    """As two classes, half of the images would have had a label of their own."""
+    """Spellings of a number, and names with surrounding spaces, are one class; as two, they would divide its images."""
     names, labels = encode_labels({"train": ["1", "2.0"], "test": ["1.0", "2"]})
     assert (names, labels["test"].tolist()) == (["1", "2"], [0, 1])
     names, labels = encode_labels({"train": ["cat ", "cat", "dog"]})
@@ -128,7 +128,7 @@ def test_spellings_of_a_number_and_space_around_a_name_are_one_class(caplog):
     assert "differ only by space around them are one class: cat" in caplog.text
 
 
-def test_messages_about_labels_are_bounded():
+def test_messages_about_labels_have_limited_length():
     with pytest.raises(ValueError, match="a label is b") as error:
         encode_labels({"train": [b"x" * 10**6, b"y"]})
     assert len(str(error.value)) < 500
@@ -141,7 +141,7 @@ def test_names_that_look_alike_are_reported(tmp_path, caplog):
     assert "classes whose names look alike: 'Cat' and 'cat'" in caplog.text
 
 
-def test_a_class_that_is_called_like_a_missing_value_can_be_renamed(tmp_path):
+def test_a_class_named_like_a_missing_value_can_be_renamed(tmp_path):
     write("named classes", tmp_path, ["None", "some"])
     data = load_long_tailed(data_dir=str(tmp_path), class_names=["nothing", "some"])
     assert data["train"].features["label"].names == ["nothing", "some"]
@@ -149,8 +149,8 @@ def test_a_class_that_is_called_like_a_missing_value_can_be_renamed(tmp_path):
         check_class_names(["", "a"], "class_names")
 
 
-def test_labels_beyond_the_classes(tmp_path):
-    """`datasets` does not look at numbers that come from an Arrow file."""
+def test_labels_beyond_the_classes_are_refused(tmp_path):
+    """Labels beyond the number of classes are refused; `datasets` does not check numbers from an Arrow file."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4))] * 2, "label": [0, 7]}, features)
     rows._info.features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
@@ -160,7 +160,7 @@ def test_labels_beyond_the_classes(tmp_path):
 
 
 def test_counts_of_a_streams_decimal_labels_are_read(tmp_path):
-    """They go by the name of a class, which is a whole number."""
+    """A file of counts works for a stream of decimal labels; its keys are class names, which are whole numbers."""
     write("stream", tmp_path, [10.0, 2.0, 2.0])
     (tmp_path / "counts.json").write_text('{"2": 2, "10": 1}')
     arguments = DataArguments(data_dir=str(tmp_path), streaming=True, class_counts=str(tmp_path / "counts.json"))
@@ -169,7 +169,7 @@ def test_counts_of_a_streams_decimal_labels_are_read(tmp_path):
 
 
 def test_a_model_is_evaluated_by_the_names_of_its_classes(tmp_path):
-    """One of version 0.1.0 has numbered class folders in alphabetical order."""
+    """A model is evaluated by its class names. Version 0.1.0 put numbered class folders in alphabetical order."""
     write("class folders", tmp_path / "data", [2, 10, 10])
     model = make_student(num_labels=2, num_hidden_layers=1, id2label={0: "10", 1: "2"}, label2id={"10": 0, "2": 1})
     model.save_pretrained(tmp_path / "model")
@@ -180,7 +180,7 @@ def test_a_model_is_evaluated_by_the_names_of_its_classes(tmp_path):
     assert evaluated.groups["mid"] + evaluated.groups["tail"] == [0, 1]
 
 
-# ---- Data sets that are given to the trainers ----
+# ---- Data sets passed to the trainers ----
 
 CLASSES = datasets.ClassLabel(names=["a", "b"])
 
@@ -225,7 +225,7 @@ NUMBERS, TEXTS = rows(feature=datasets.Value("int64")), rows(("a", "b") * 4, dat
     ],
     ids=["numbers", "texts", "dict", "iterable", "paths", "-1", "null", "transform"],
 )
-def test_what_a_trainer_cannot_take_is_refused_in_a_sentence(tmp_path, wrong, message):
+def test_unusable_data_sets_are_refused_with_a_clear_message(tmp_path, wrong, message):
     for pair in ((wrong, rows()), (rows(), wrong)):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, *pair)
@@ -242,7 +242,7 @@ def test_what_a_trainer_cannot_take_is_refused_in_a_sentence(tmp_path, wrong, me
     ],
     ids=["cast", "encoded", "torch", "numpy", "pandas", "arrow", "renamed"],
 )
-def test_what_the_sentences_advise_is_trained_on(tmp_path, given):
+def test_the_advice_of_the_messages_works(tmp_path, given):
     made = trainer(tmp_path, given, given)
     assert made.train_dataset[5]["labels"] == 1
     assert made.eval_dataset[5]["image"][0, 0].tolist() == [100] * 3

@@ -1,4 +1,4 @@
-"""Properties of losses and class weights beyond their reference values."""
+"""Tests of properties of losses and class weights, in addition to their reference values."""
 
 import math
 
@@ -37,20 +37,20 @@ def test_weights_fall_with_the_count_and_have_mean_one(counts, beta):
         ([5], 1.0, r"beta must be in \[0, 1\)"),
     ],
 )
-def test_weights_refuse(counts, beta, message):
+def test_invalid_weights_are_refused(counts, beta, message):
     with pytest.raises(ValueError, match=message):
         effective_number_weights(counts, beta)
 
 
 @pytest.mark.parametrize("loss", [LDAMLoss, LogitAdjustedLoss, PaCoLoss])
-def test_losses_refuse_a_class_without_images(loss):
-    """Its margin or logarithm would be infinite, and take the others along."""
+def test_losses_refuse_a_class_without_training_images(loss):
+    """Losses refuse a class without images, whose margin or logarithm would be infinite and spoil the other classes."""
     with pytest.raises(ValueError, match=r"classes without one: \[1\]"):
         loss([10, 0])
 
 
 @pytest.mark.parametrize("values", [{"beta": 0.0}, {"gamma": 0.0}])
-def test_paco_refuses(values):
+def test_invalid_paco_arguments_are_refused(values):
     with pytest.raises(ValueError, match="beta and gamma must be above 0"):
         PaCoLoss([10, 5], **values)
 
@@ -59,8 +59,11 @@ def test_paco_refuses(values):
 @pytest.mark.parametrize("cls_loss", CLS_LOSSES)
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS])
-def test_parts_add_up_over_slices_of_a_batch(distillation, cls_loss, weights, labels):
-    """`F.cross_entropy(weight=...)` divides by each slice's own weight sum, which is another loss."""
+def test_losses_add_up_over_micro_batches(distillation, cls_loss, weights, labels):
+    """Losses of micro-batches add up to the loss of the batch.
+
+    `F.cross_entropy(weight=...)` divides by the weight sum of each micro-batch, which gives another loss.
+    """
     criterion = DistillationLoss(0.3, distillation, 2.0, cls_loss, weights, cls_loss == "ce", class_counts=COUNTS)
     whole = criterion(CLS, DIST, labels, TEACHER)
     slices = [slice(0, 5), slice(5, 12)]
@@ -71,7 +74,7 @@ def test_parts_add_up_over_slices_of_a_batch(distillation, cls_loss, weights, la
     torch.testing.assert_close(whole.loss, whole.cls_loss + whole.distillation_loss)
 
 
-def test_variants_are_what_they_are_called():
+def test_variants_match_their_names():
     alone = DistillationLoss(1.0, "none")(CLS, DIST, LABELS)
     torch.testing.assert_close(alone.loss, F.cross_entropy(DIST, LABELS))
     assert alone.cls_loss == 0
@@ -83,8 +86,11 @@ def test_variants_are_what_they_are_called():
     torch.testing.assert_close(reweighted.loss, F.cross_entropy(CLS, LABELS, weight=WEIGHTS))
 
 
-def test_soft_labels_summed_over_classes_pull_as_hard_as_labels():
-    """The gradient of cross entropy with the teacher's probabilities, five times that of the authors' mean."""
+def test_summed_soft_labels_give_gradients_as_large_as_labels():
+    """Soft labels summed over classes give gradients as large as those of hard labels.
+
+    The gradient is that of cross entropy with the teacher's probabilities, five times that of the authors' mean.
+    """
     gradients = {}
     for distillation in ("soft", "soft_sum"):
         student = DIST.clone().requires_grad_()
@@ -98,7 +104,10 @@ def test_soft_labels_summed_over_classes_pull_as_hard_as_labels():
 
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS])
 def test_logit_adjusted_cls_loss_is_balanced_softmax(labels):
-    """Ren et al., equation 4, by hand: shares of `n_c * exp(logit)`."""
+    """The logit-adjusted CLS loss is balanced softmax (Ren et al., equation 4).
+
+    The test computes it by hand, with shares of `n_c * exp(logit)`.
+    """
     weighted = CLS.exp() * torch.tensor(COUNTS)
     targets = labels if labels.dim() == 2 else F.one_hot(labels, CLS.shape[1])
     expected = -(targets * (weighted / weighted.sum(dim=1, keepdim=True)).log()).sum(dim=1).mean()
@@ -133,7 +142,7 @@ def test_no_gradient_reaches_the_teacher():
         ({"reweight_cls": True, "cls_loss": "bce"}, "reweight_cls needs cls_loss='ce'"),
     ],
 )
-def test_distillation_loss_refuses(values, message):
+def test_invalid_distillation_arguments_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         DistillationLoss(**values)
 
@@ -159,7 +168,7 @@ def test_ldam_margins_are_largest_for_the_rarest_class():
 
 
 def paco_by_hand(logits, queries, labels, keys, key_labels, counts, alpha, beta, gamma, temperature):
-    """Equations 4 to 6 of the paper, one image and one term at a time."""
+    """PaCo computed by hand: equations 4 to 6 of the paper, one image and one term at a time."""
     others, other_labels = torch.cat([queries, keys]), torch.cat([labels, key_labels])
     losses = []
     for image, label in enumerate(labels.tolist()):
@@ -178,7 +187,7 @@ def paco_by_hand(logits, queries, labels, keys, key_labels, counts, alpha, beta,
 
 @given(seed=st.integers(0, 1000), alpha=st.floats(0, 1), gamma=st.floats(0.1, 2), num_keys=st.integers(0, 9))
 @settings(deadline=None, max_examples=25)
-def test_paco_is_its_definition(seed, alpha, gamma, num_keys):
+def test_paco_matches_its_definition(seed, alpha, gamma, num_keys):
     random = torch.Generator().manual_seed(seed)
     counts = [40, 9, 3]
     logits = torch.randn(5, 3, generator=random, dtype=torch.float64)
@@ -207,7 +216,7 @@ def test_paco_gives_a_finite_gradient_without_keys():
 
 
 def test_logit_adjustment():
-    """tau 1 is balanced softmax, whose shares are n_c exp(logit_c); tau 0 is the cross entropy."""
+    """With tau 1 the loss is balanced softmax, whose shares are n_c exp(logit_c); with tau 0 it is cross entropy."""
     counts, logits, labels = torch.tensor([90.0, 9.0, 1.0]), torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
     shares = counts * logits.exp()
     expected = -(shares / shares.sum(dim=1, keepdim=True)).gather(1, labels[:, None]).log().mean()

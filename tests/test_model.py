@@ -1,4 +1,4 @@
-"""The student and the teacher as transformers models."""
+"""Tests of the student and the teacher as transformers models."""
 
 import dataclasses
 import json
@@ -40,7 +40,10 @@ IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_outputs_are_the_same_in_training_and_evaluation(student):
-    """The original returns four values in training and two in evaluation, which breaks every generic tool."""
+    """Outputs are the same in training and evaluation.
+
+    The original returns four values in training and two in evaluation, which breaks generic tools.
+    """
     fields = {mode: set(student.train(mode)(IMAGES).keys()) for mode in (True, False)}
     assert fields[True] == fields[False] == {"logits", "cls_logits", "distillation_logits", "token_features"}
 
@@ -80,12 +83,16 @@ def test_bare_model_loads_from_a_classifier(tmp_path, student):
         tokens = model.eval()(IMAGES).last_hidden_state
         torch.testing.assert_close(tokens[:, :2], student(IMAGES).token_features, atol=1e-6, rtol=0)
         whole = student.deit.layernorm(student(IMAGES, output_hidden_states=True).hidden_states[-1])
-        torch.testing.assert_close(tokens, whole, atol=1e-6, rtol=0)  # of the patches too
+        torch.testing.assert_close(tokens, whole, atol=1e-6, rtol=0)  # the patch tokens are equal, too
 
 
 @pytest.mark.parametrize("source", [DeiTForImageClassification, DeiTForImageClassificationWithTeacher])
 def test_starts_from_any_deit_checkpoint_with_other_classes(tmp_path, source):
-    """transformers renames parameters on loading, but not for custom classes: all of them would silently be new."""
+    """A student starts from any DeiT checkpoint with other classes and loads its weights.
+
+    transformers renames parameters on loading, but not for custom classes; without this all of them would silently be
+    random.
+    """
     config = DeiTConfig(**{**make_student().config.to_dict(), "num_labels": 5, "id2label": None, "label2id": None})
     pretrained = source(config)
     pretrained.save_pretrained(tmp_path)
@@ -106,7 +113,7 @@ def test_starts_from_any_deit_checkpoint_with_other_classes(tmp_path, source):
         ({"id2label": {label: f"other {label}" for label in range(10)}}, False),
     ],
 )
-def test_other_classes_forget_what_was_known_of_the_old_ones(tmp_path, labels, kept):
+def test_other_classes_remove_counts_and_groups_of_the_old_ones(tmp_path, labels, kept):
     counts, class_map = list(range(60, 0, -6)), list(range(9, -1, -1))
     known = {"class_counts": counts, "class_groups": {"head": [0, 1], "tail": [2, 9]}, "class_map": class_map}
     make_student(**known).save_pretrained(tmp_path / "old")
@@ -117,7 +124,10 @@ def test_other_classes_forget_what_was_known_of_the_old_ones(tmp_path, labels, k
 
 
 def test_initialisation_is_that_of_the_authors():
-    """Every parameter has a rule here, so that a new one cannot start from another library's defaults unnoticed."""
+    """Each parameter is initialised as by the authors.
+
+    The test has a rule for every parameter, which reveals a new parameter with the defaults of another library.
+    """
     config = DeiTLTConfig(
         hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=768, num_labels=100
     )
@@ -143,7 +153,7 @@ def test_initialisation_is_that_of_the_authors():
 
 
 def test_a_seed_gives_the_same_student_as_ever():
-    """Recorded runs can be repeated only while construction draws the same random numbers."""
+    """A seed gives the same student in every version of this package; otherwise recorded runs could not be repeated."""
     torch.manual_seed(0)
     student = make_student()
     assert sum(parameter.abs().sum().item() for parameter in student.parameters()) == pytest.approx(
@@ -166,13 +176,16 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean(student):
     assert dropped.unique().tolist() == pytest.approx([1.0, 1 + 2 * 4 / 3])
     assert torch.all(dropped == dropped[:, :1, :1])
     assert dropped.mean() == pytest.approx(3.0, abs=0.06)
-    assert seen == [(dropped[:, 0, 0] > 1).sum()]  # the others cost nothing
+    assert seen == [(dropped[:, 0, 0] > 1).sum()]  # dropped samples are not computed
     assert torch.equal(drop_path.eval()(torch.ones(4, 2), branch), torch.full((4, 2), 3.0))
 
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_stochastic_depth_scales_each_sample_and_its_gradient(student, monkeypatch, compiling):
-    """In both ways of computing it; a step that keeps no sample gives zero gradients, which processes wait for."""
+    """Stochastic depth scales each sample and its gradient, compiled or not.
+
+    A step that keeps no sample must give zero gradients, because other processes wait for gradients.
+    """
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     drop_path = student.deit.layers[2].drop_path.train()
     drop_path.drop_prob = 0.5
@@ -226,8 +239,11 @@ def test_hidden_states_and_attentions():
 
 @pytest.mark.parametrize("asked", [["hidden_states"], ["attentions"], ["hidden_states", "attentions"]])
 @pytest.mark.parametrize("by", ["argument", "configuration"])
-def test_who_asks_for_hidden_states_or_attentions_gets_all_tokens(tmp_path, asked, by):
-    """The last block makes CLS and DIST only, unless it is looked at: maps and probes would lack the patches."""
+def test_hidden_states_and_attentions_have_all_tokens(tmp_path, asked, by):
+    """Requests for hidden states or attentions return all tokens.
+
+    The last block otherwise computes only CLS and DIST; maps and probes would lack the patches.
+    """
     student = make_student(attn_implementation="eager").eval()
     student.save_pretrained(tmp_path)
     native = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path, attn_implementation="eager").eval()
@@ -244,7 +260,7 @@ def test_who_asks_for_hidden_states_or_attentions_gets_all_tokens(tmp_path, aske
 
 
 def losses_and_gradients(student, class_tokens_only, **options):
-    """What the heads' two tokens give, the gradient of each parameter, and how many tokens the last MLP saw."""
+    """Outputs of both heads, the gradient of each parameter, and the number of tokens that the last MLP received."""
     seen = []
     hook = student.deit.layers[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     images = torch.randn(8, 3, 8, 8, dtype=student.dtype, generator=torch.Generator().manual_seed(0))
@@ -257,7 +273,7 @@ def losses_and_gradients(student, class_tokens_only, **options):
 
 
 def masks():
-    """By a token whether all see it, or by a query what is added to its scores."""
+    """Attention masks: one of padded tokens, and one of scores that are added for each query."""
     padding = torch.ones(8, 6, dtype=torch.bool)
     padding[3, 1:4] = padding[5, 4:] = False
     return {"padding": padding, "scores": torch.randn(1, 1, 6, 6, dtype=torch.float64)}
@@ -278,8 +294,11 @@ def masks():
         (True, 1 - 1e-9, None),  # the last block keeps no image
     ],
 )
-def test_class_tokens_alone_change_no_output_and_no_gradient(attention, checkpointing, training, drop_path_rate, mask):
-    """Or training would go on, and a little differently: with the rows of other queries, or without a path back."""
+def test_class_tokens_only_changes_no_output_and_no_gradient(attention, checkpointing, training, drop_path_rate, mask):
+    """Computing only the class tokens in the last block changes no output and no gradient.
+
+    This fails if the mask's rows are those of other queries, or if gradients lack a path.
+    """
     student = make_student(attn_implementation=attention, drop_path_rate=drop_path_rate, initializer_range=0.3)
     student = student.double().train(training)
     if checkpointing:
@@ -288,15 +307,15 @@ def test_class_tokens_alone_change_no_output_and_no_gradient(attention, checkpoi
     *expected, whole = losses_and_gradients(student, False, **options)
     *found, few = losses_and_gradients(student, True, **options)
     assert (whole, few) == ({6}, {2})
-    # Eager attention takes its softmax in float32.
+    # Eager attention computes its softmax in float32.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if attention == "sdpa" else 1e-6)
     if mask == "scores" and not training:
         changed = losses_and_gradients(student, True)[0]
         assert (changed["logits"] - found[0]["logits"]).abs().max() > 1e-2
 
 
-def test_class_tokens_alone_in_half_precision():
-    """There the residual is in float32 and the branch in bfloat16; what is left is a rounding of the latter."""
+def test_class_tokens_only_in_half_precision():
+    """Class tokens only agrees in half precision, up to bfloat16 rounding in the branch; the residual is in float32."""
     student = make_student(drop_path_rate=0.5, initializer_range=0.3).train()
     with torch.autocast("cpu", torch.bfloat16):
         (*expected, _), (*found, _) = (losses_and_gradients(student, few) for few in (False, True))
@@ -304,8 +323,11 @@ def test_class_tokens_alone_in_half_precision():
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
 
 
-def test_class_tokens_alone_with_a_mask_that_has_no_queries():
-    """Flash attention's masks are (batch, tokens), flex attention's a block mask: there are no rows to choose."""
+def test_class_tokens_only_with_a_mask_without_query_rows():
+    """Class tokens only works with masks that have no row for each query.
+
+    Flash attention's masks are (batch, tokens), and flex attention's is a block mask.
+    """
     student = make_student(initializer_range=0.3).double().eval()
     mask = masks()["padding"]
     *expected, _ = losses_and_gradients(student, False, attention_mask=mask)
@@ -356,7 +378,7 @@ def test_other_image_sizes_and_channels(student):
         ("class_counts", [5, 4], "class_counts has 2 entries but the model has 10 labels"),
     ],
 )
-def test_configuration_refuses(field, value, message):
+def test_invalid_configurations_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         make_student(**{field: value})
 
@@ -413,7 +435,7 @@ def test_configuration_survives_a_round_trip_with_every_field(tmp_path):
         {"backbone": "resnet20"},
         {"backbone": "resnet32", "classifier": "cosine"},
         {"backbone": "timm/resnet18", "image_size": 64},
-        {"backbone": "timm/resnetblur18", "image_size": 64},  # with buffers that no file has
+        {"backbone": "timm/resnetblur18", "image_size": 64},  # with buffers that are not saved
     ],
 )
 def test_teacher_survives_a_round_trip(tmp_path, config):
@@ -456,7 +478,10 @@ def test_logits_of_a_cosine_teacher_are_scaled_cosines(given, scale):
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
 def test_a_plain_trainer_trains_and_predicts(tmp_path, kind):
-    """The same step for a batch in one piece or in four, and logits alone as predictions."""
+    """A plain Trainer trains and predicts.
+
+    Four micro-batches give the step of one batch; predictions are logits only.
+    """
     rows = [{"pixel_values": image, "labels": label % 10} for label, image in enumerate(torch.randn(16, 3, 8, 8))]
     logs = []
     for size in (16, 4):
@@ -468,7 +493,7 @@ def test_a_plain_trainer_trains_and_predicts(tmp_path, kind):
             )
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.train = lambda mode=True, module=module: module  # else each slice has statistics of its own
+                    module.train = lambda mode=True, module=module: module  # keeps the statistics fixed
                     module.training = False
         args = TrainingArguments(
             tmp_path,
@@ -498,25 +523,31 @@ def test_teacher_refuses_an_unknown_backbone():
 
 
 def test_import_is_lazy():
-    """`import deitlt_hf` must not wait for torch."""
+    """`import deitlt_hf` does not import torch."""
     code = "import sys, deitlt_hf; assert 'torch' not in sys.modules; deitlt_hf.DeiTLTConfig; print(dir(deitlt_hf))"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-# ---- What a configuration says of its classes ----
+# ---- Class information in the configuration ----
 
 
-def test_code_says_which_version_it_needs(tmp_path, student, monkeypatch):
-    """Before 5.9 the blocks of transformers' DeiT are others: their weights would be new ones, without a word."""
+def test_saved_code_names_the_version_that_it_needs(tmp_path, student, monkeypatch):
+    """The saved code names the transformers version that it needs.
+
+    Before 5.9, the blocks of transformers' DeiT have other parameters, and the weights would silently be random.
+    """
     student.save_pretrained(tmp_path)
     monkeypatch.setattr(transformers, "__version__", "5.8.1")
     with pytest.raises(ImportError, match=r"needs transformers 5\.9 or newer, and this is 5\.8\.1; .*loads without"):
-        runpy.run_path(str(tmp_path / "configuration_deitlt.py"))  # what is loaded first
+        runpy.run_path(str(tmp_path / "configuration_deitlt.py"))  # transformers loads this file first
 
 
 @pytest.mark.parametrize("make", [image_processor, lambda size: model_processor(FlatTeacherConfig(image_size=size))])
-def test_image_processor_is_one_that_all_versions_take(tmp_path, make):
-    """DeiT's own refuses `shortest_edge` in transformers 4; benchmarks/versions.py runs them."""
+def test_image_processor_can_be_loaded_by_all_versions(tmp_path, make):
+    """The image processor is of a class that all versions can load.
+
+    DeiT's own refuses `shortest_edge` in transformers 4; benchmarks/versions.py runs these versions.
+    """
     make(32).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert written["image_processor_type"] == "BitImageProcessor"
@@ -528,7 +559,7 @@ def test_image_processor_is_one_that_all_versions_take(tmp_path, make):
 
 @pytest.fixture(params=["student", "teacher"])
 def counted_folder(request, tmp_path):
-    """A saved model that knows counts, groups and map of its four classes, and its class."""
+    """A saved model with counts, groups and map of its four classes, and its class."""
     classes = {"num_labels": 4, "class_counts": [4, 3, 2, 1], "class_map": [0, 1, 2, 3]}
     classes["class_groups"] = {"head": [0, 1], "tail": [2, 3]}
     classes["id2label"] = dict(enumerate("abcd"))
@@ -554,7 +585,7 @@ def test_stale_classes_are_left_out(counted_folder):
 
 
 def test_a_folder_that_plain_transformers_changed_loads(counted_folder, tmp_path):
-    """Plain transformers keeps our fields, also for other classes: such a folder must not be lost."""
+    """A folder changed by plain transformers loads, although it keeps our fields when the classes change."""
     folder, model_class = counted_folder
     content = json.loads((folder / "config.json").read_text())
     content["id2label"] = {"0": "x", "1": "y", "2": "z"}
@@ -564,8 +595,8 @@ def test_a_folder_that_plain_transformers_changed_loads(counted_folder, tmp_path
     assert (config.num_labels, config.class_counts, config.class_groups, config.class_map) == (3, None, None, None)
 
 
-def test_counts_of_two_unnamed_classes_stay(tmp_path):
-    """transformers does not store the names of two unnamed labels."""
+def test_counts_of_two_unnamed_classes_are_kept(tmp_path):
+    """Counts of two unnamed classes are kept; transformers does not store the names of two unnamed labels."""
     make_student(num_labels=2, class_counts=[5, 2]).save_pretrained(tmp_path)
     assert DeiTLTForImageClassification.from_pretrained(tmp_path, num_labels=2).config.class_counts == [5, 2]
 
@@ -577,7 +608,7 @@ NOT_OF_FOUR = "class_counts has 2 entries|class_groups has classes beyond|class_
     "values",
     [{"class_counts": [1, 2]}, {"class_groups": {"head": [0, 4]}}, {"class_map": [0, 1]}, {"class_map": [0, 1, 1, 3]}],
 )
-def test_classes_that_do_not_fit_the_labels(counted_folder, values):
+def test_class_fields_that_do_not_fit_the_labels_are_refused(counted_folder, values):
     folder, model_class = counted_folder
     with pytest.raises(ValueError, match=NOT_OF_FOUR):
         model_class.config_class(num_labels=4, **values)

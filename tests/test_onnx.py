@@ -1,4 +1,4 @@
-"""ONNX files: their logits are torch's, at every size; int8; what is refused leaves no file."""
+"""Tests of ONNX files: logits equal torch's at every size, int8 works, and a refused export leaves no file."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from deitlt_hf.serving.predict import load_classifier
 
 
 def lively(model):
-    """Gives every parameter values that matter; biases and position embeddings begin at nothing or next to it."""
+    """Sets every parameter to values that affect the output; biases and position embeddings start at or near zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,7 +36,7 @@ def largest_difference(path, model, images, **options):
     with torch.no_grad():
         expected = model.eval()(pixel_values=images, **options)
     found = OnnxClassifier(path)(images)
-    assert all(expected[name].std() > 0.05 for name in found)  # else everything would agree
+    assert all(expected[name].std() > 0.05 for name in found)  # otherwise the comparison would show nothing
     return max((found[name] - expected[name]).abs().max().item() for name in found)
 
 
@@ -52,13 +52,16 @@ def exported(student, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [1, 3, 7])
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (20, 12), (9, 31), (4, 4)])
-def test_logits_are_torchs_for_any_number_and_size(student, exported, number, size):
-    """Position embeddings are resized in the graph; one traced at a single size would work for that alone."""
+def test_logits_match_torch_for_any_number_and_size(student, exported, number, size):
+    """ONNX logits equal torch's for any number and size of images.
+
+    The graph resizes position embeddings; a graph traced at one size would work for that size only.
+    """
     images = torch.randn(number, 3, *size)
     assert largest_difference(exported, student, images, interpolate_pos_encoding=True) < 1e-4
 
 
-def test_file_is_what_runtimes_look_for(student, exported):
+def test_file_has_the_layout_that_runtimes_expect(student, exported):
     session = onnxruntime.InferenceSession(exported)
     assert exported.parts[-2:] == ("onnx", "model.onnx")
     assert [entry.name for entry in session.get_inputs()] == ["pixel_values"]
@@ -68,10 +71,10 @@ def test_file_is_what_runtimes_look_for(student, exported):
     assert names == {str(label): name for label, name in student.config.id2label.items()}
     assert (
         str(Path(__file__).parents[1]).encode() not in exported.read_bytes()
-    )  # where it was made is nobody's business
+    )  # the file contains no paths of the exporting machine
 
 
-def test_fixed_size_takes_only_that(student, tmp_path):
+def test_a_fixed_size_accepts_only_that_size(student, tmp_path):
     path = export_onnx(student, tmp_path, dynamic_size=False)
     assert largest_difference(path, student, torch.randn(3, 3, 8, 8)) < 1e-4
     with pytest.raises(Exception, match="Got: 16 Expected: 8"):
@@ -90,7 +93,7 @@ def test_native_deit_and_other_transformers(student, tmp_path):
 
 
 def test_teacher_has_one_output(tmp_path):
-    """Not a second one for the projections of PaCo."""
+    """A teacher's file has one output, also for PaCo, whose projections are left out."""
     config = {"backbone": "resnet20", "image_size": 8, "num_labels": 10, "classifier": "cosine", "projection_size": 8}
     teacher = FlatTeacherForImageClassification(FlatTeacherConfig(**config))
     path = export_onnx(teacher, tmp_path)
@@ -110,7 +113,10 @@ TEACHERS = {
 
 @pytest.mark.parametrize("kind", ["student", *TEACHERS])
 def test_every_way_gives_the_same_scores(tmp_path, kind, capsys):
-    """A way that forgot the scale of LDAM's cosines would say 0.11 of each class."""
+    """Pipeline, handler, command and ONNX give the same scores.
+
+    Without the scale of LDAM's cosines, each class would have a score of about 0.11.
+    """
     names = {label: f"class {label}, Käfer" for label in range(10)}
     labels = {"id2label": names, "label2id": {name: label for label, name in names.items()}}
     if kind == "student":
@@ -159,12 +165,15 @@ def test_int8_agrees_and_is_smaller(exported):
 
 @pytest.fixture
 def exported_before(exported, tmp_path):
-    """Another file like `exported`, in `tmp_path`."""
+    """A copy of `exported` in `tmp_path`."""
     return shutil.copytree(exported.parent, tmp_path / "onnx") / exported.name
 
 
-def test_export_leaves_the_model_alone_and_old_int8_weights_nowhere(exported_before, tmp_path):
-    """int8 weights of an earlier model beside new ones in float32 would be another model under the same name."""
+def test_export_keeps_the_model_and_removes_old_int8_weights(exported_before, tmp_path):
+    """An export leaves the model unchanged and removes old int8 weights.
+
+    int8 weights of an earlier model next to new float32 weights would be another model under the same name.
+    """
     quantize(exported_before)
     model = make_student(num_hidden_layers=1).bfloat16().train()
     attention = model.config._attn_implementation
@@ -175,7 +184,7 @@ def test_export_leaves_the_model_alone_and_old_int8_weights_nowhere(exported_bef
     assert model.config._attn_implementation == attention
 
 
-def test_file_that_does_not_agree_is_not_left(exported_before, tmp_path):
+def test_a_file_that_disagrees_with_torch_is_not_kept(exported_before, tmp_path):
     before = {path: path.read_bytes() for path in exported_before.parent.iterdir()}
     broken = make_student(num_hidden_layers=1)
     torch.nn.init.constant_(broken.cls_classifier.weight, torch.nan)
@@ -184,7 +193,7 @@ def test_file_that_does_not_agree_is_not_left(exported_before, tmp_path):
     assert {path: path.read_bytes() for path in exported_before.parent.iterdir()} == before
 
 
-def test_refusals(student, tmp_path, monkeypatch):
+def test_invalid_exports_are_refused(student, tmp_path, monkeypatch):
     with torch.device("meta"):
         giant = DeiTLTForImageClassification(
             DeiTLTConfig(hidden_size=2560, num_attention_heads=16, intermediate_size=10240)
@@ -211,7 +220,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_command_compares_on_test_images_and_says_no_more(folder, tmp_path):
+def test_command_compares_on_test_images(folder, tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -235,7 +244,7 @@ def test_command_compares_on_test_images_and_says_no_more(folder, tmp_path):
     for name in ("model.onnx", "model_quantized.onnx"):
         session = onnxruntime.InferenceSession(tmp_path / "out" / "onnx" / name)
         assert session.get_modelmeta().custom_metadata_map["weights_sha256"] == digest
-        assert digest.encode() in (tmp_path / "out" / "onnx" / name).read_bytes()  # how a push looks for it
+        assert digest.encode() in (tmp_path / "out" / "onnx" / name).read_bytes()  # as a push looks for it
     assert found == ["config.json", "onnx/model.onnx", "onnx/model_quantized.onnx", "preprocessor_config.json"]
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 

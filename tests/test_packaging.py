@@ -1,4 +1,4 @@
-"""What a wheel and a source distribution hold, and what of other packages this one depends on."""
+"""Tests of the files in the wheel and the source distribution, and of the private names of other packages in use."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ FILES = {
 
 
 def files(folder: Path) -> set[str]:
-    """Below a folder, without what running leaves there."""
+    """Files below a folder, without those that running the code creates."""
     paths = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(folder).as_posix() for path in paths}
 
@@ -37,7 +37,7 @@ def setup(*words) -> None:
 
 
 def test_a_wheel_has_every_file_of_the_package(tmp_path):
-    """Recipes, the template of the cards and pages, of which setup.py tells the names."""
+    """A wheel has every file of the package, with recipes, the card template and HTML pages, which setup.py lists."""
     setup("build", "--build-base", tmp_path / "base", "--build-lib", tmp_path / "built")
     assert files(tmp_path / "built" / "deitlt_hf") == files(ROOT / "src" / "deitlt_hf")
     assert (tmp_path / "built" / "deitlt_hf" / "py.typed").is_file()
@@ -53,14 +53,17 @@ def test_a_source_distribution_has_what_its_readme_and_tests_need(tmp_path):
     assert not [name for name in names if name.endswith(".pyc")]
 
 
-def test_every_private_name_of_others_has_its_reason_in_the_docs():
-    """Or what a new version of transformers breaks would be found by those who run it."""
+def test_docs_explain_every_private_name_of_other_packages():
+    """The docs give a reason for every private name of other packages.
+
+    Otherwise only users would notice that a new version of transformers breaks one.
+    """
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = [line for line in text.splitlines() if re.match(r"\| `_", line)]
     named = {name for row in rows for name in re.findall(r"`(_\w+)`", row.split("|")[1])}
     own = {name for cls in (DeiTLTTrainer, FlatTeacherTrainer) for name in _overridden(cls)}
-    used, defined = set(), {"_buffers", "_parameters", "_BatchNorm", "_core", "_reconstruct"}  # of torch and numpy
-    defined |= {"_actions", "_option_string_actions", "_exit", "_replace"}  # of Python
+    used, defined = set(), {"_buffers", "_parameters", "_BatchNorm", "_core", "_reconstruct"}  # torch, numpy
+    defined |= {"_actions", "_option_string_actions", "_exit", "_replace"}  # Python
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr, re.IGNORECASE):

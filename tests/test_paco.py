@@ -1,4 +1,4 @@
-"""PaCo teachers: the momentum encoder, its queue, and whole runs."""
+"""Tests of PaCo teachers: the momentum encoder, its queue, and complete runs."""
 
 import copy
 from collections import deque
@@ -51,7 +51,10 @@ def paco_trainer(folder, digits, model=None, **values):
 @given(size=st.integers(1, 12), batches=st.lists(st.integers(0, 30), max_size=8))
 @settings(deadline=None, max_examples=60)
 def test_queue_keeps_the_latest_keys_of_batches_of_any_size(size, batches):
-    """The original asserts that the batch divides the queue."""
+    """The queue keeps the latest keys for batches of any size.
+
+    The original requires that the batch divides the queue.
+    """
     contrast = MomentumContrast(MODEL, size)
     expected = deque(maxlen=size)
     value = 0
@@ -68,7 +71,7 @@ def test_queue_keeps_the_latest_keys_of_batches_of_any_size(size, batches):
 MODEL = paco_model()
 
 
-def test_momentum_encoder_follows_slowly():
+def test_momentum_encoder_is_a_moving_average():
     model, contrast = paco_model(0), MomentumContrast(paco_model(1), 8, momentum=0.9)
     before = {name: value.clone() for name, value in contrast.encoder.named_parameters()}
     contrast.follow(model)
@@ -84,15 +87,18 @@ def test_momentum_encoder_follows_slowly():
 @pytest.mark.parametrize(
     ("size", "momentum", "message"), [(0, 0.9, "queue_size .* got 0"), (4, 1.5, r"in \[0, 1\], got 1.5")]
 )
-def test_contrast_refuses(size, momentum, message):
+def test_invalid_contrast_arguments_are_refused(size, momentum, message):
     with pytest.raises(ValueError, match=message):
         MomentumContrast(MODEL, size, momentum)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_paco_teacher_trains_and_is_saved_whole(tmp_path, digits, rho, accumulation):
-    """Every parameter moves, the queue has the keys of all slices, and the saved teacher loads as any other."""
+def test_a_paco_teacher_trains_and_is_saved_completely(tmp_path, digits, rho, accumulation):
+    """A PaCo teacher trains and is saved completely.
+
+    Every parameter changes, the queue has the keys of all micro-batches, and the saved teacher loads like any other.
+    """
     trainer = paco_trainer(
         tmp_path,
         digits,
@@ -104,7 +110,7 @@ def test_a_paco_teacher_trains_and_is_saved_whole(tmp_path, digits, rho, accumul
     trainer.train()
     for name, value in trainer.model.named_parameters():
         assert not torch.equal(value, before[name]), name
-    assert int(trainer.contrast.added) == 240 // 32 * 32  # of 240 images, in whole steps
+    assert int(trainer.contrast.added) == 240 // 32 * 32  # 240 images, in complete steps only
     keys, labels = trainer.contrast.queue()
     assert len(keys) == 50
     assert labels.min() >= 0
@@ -132,7 +138,7 @@ def test_a_step_compares_with_own_keys_and_those_of_earlier_batches(tmp_path, di
         trainer._prepare_window()
         assert "key_pixel_values" not in batch
         seen.append((batch["keys"], batch["key_labels"]))
-        encoder = copy.deepcopy(trainer.contrast.encoder).train()  # as a batch of its own, with its own statistics
+        encoder = copy.deepcopy(trainer.contrast.encoder).train()  # a separate batch with its own batch-norm statistics
         keys = F.normalize(encoder(pixel_values=views).projections, dim=1)
         torch.testing.assert_close(batch["keys"][:32], keys, atol=1e-4, rtol=1e-3)
     for name, value in trainer.contrast.encoder.named_parameters():
@@ -150,7 +156,7 @@ def test_a_step_compares_with_own_keys_and_those_of_earlier_batches(tmp_path, di
     torch.testing.assert_close(loss, expected)
 
 
-def test_an_interrupted_run_has_its_queue_back(tmp_path, digits):
+def test_a_resumed_run_restores_its_queue(tmp_path, digits):
     run = {"save_strategy": "epoch", "num_train_epochs": 2, "save_total_limit": None}
     whole = paco_trainer(tmp_path, digits, **run)
     whole.train()
@@ -168,7 +174,7 @@ def test_an_interrupted_run_has_its_queue_back(tmp_path, digits):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for name, value in load_file(checkpoint / CONTRAST_FILE).items():
         assert torch.equal(at_first[name], value), name
-    # One epoch was run here; the rest of what was added is the first epoch's.
+    # The resumed run adds the keys of one epoch; the others are from the first epoch.
     assert int(resumed.contrast.added) == int(whole.contrast.added)
 
 
@@ -191,7 +197,7 @@ def test_loss_and_projection_belong_together(tmp_path, digits, loss, projection_
         ({"teacher_loss": "focal"}, "teacher_loss must be one of ce, ldam, logit_adjusted, paco, got 'focal'"),
     ],
 )
-def test_values_outside_their_range(tmp_path, values, message):
+def test_values_outside_their_range_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         FlatTeacherTrainingArguments(output_dir=str(tmp_path), **values)
 

@@ -1,4 +1,4 @@
-"""`predict` as users run it, and the functions behind it."""
+"""Tests of `predict` as users run it, and of its functions."""
 
 import csv
 import glob
@@ -52,7 +52,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder with images of odd names, and files that are none."""
+    """A folder with images of unusual names, and files that are not images."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "sub" / "deep").mkdir(parents=True)
     for index, name in enumerate(NAMES):
@@ -72,7 +72,7 @@ def json_lines(output):
     return [json.loads(line) for line in output.splitlines()]
 
 
-def test_a_folder_as_csv_keeps_its_results_beside_a_broken_file(model, images):
+def test_a_folder_as_csv_keeps_its_results_despite_a_corrupt_file(model, images):
     done = predict("--model", model, "--csv", "--experts", "--top_k", "2", "--batch_size", "3", images)
     assert done.returncode == 1
     errors = done.stderr.decode().splitlines()
@@ -105,12 +105,12 @@ def test_a_folder_as_csv_keeps_its_results_beside_a_broken_file(model, images):
         ["--", "b.png", "sub"],
     ],
 )
-def test_options_may_stand_between_images(options):
+def test_options_may_appear_between_images(options):
     assert _parsed(["--model", "student", *options]).images == ["b.png", "sub"]
 
 
 def test_names_from_standard_input_as_json_lines(model, images, tmp_path):
-    odd = os.fsencode(tmp_path) + b"/\xff.png"  # a name that is no text
+    odd = os.fsencode(tmp_path) + b"/\xff.png"  # a name that is not valid text
     (tmp_path / "x.png").write_bytes((images / "b.png").read_bytes())
     os.rename(tmp_path / "x.png", odd)
     wanted = [os.fsencode(images / "b.png"), b"", odd, os.fsencode(images / "b.png"), os.fsencode(images / "sub")]
@@ -132,7 +132,7 @@ def test_names_from_standard_input_as_json_lines(model, images, tmp_path):
     assert done.stderr == b""
 
 
-def test_who_has_enough_results_is_let_go(model, images):
+def test_a_closed_pipe_ends_the_command_silently(model, images):
     command = f"{sys.executable} -m deitlt_hf.cli predict --model {model} --jsonl --batch_size 1 - | head -n 1"
     done = subprocess.run(
         command, shell=True, input=f"{images}/b.png\n" * 300, capture_output=True, text=True, cwd=ROOT, check=False
@@ -141,8 +141,8 @@ def test_who_has_enough_results_is_let_go(model, images):
     assert done.stderr == ""
 
 
-def test_results_come_before_the_last_file_is_known(model, images):
-    """Standard input can be a process that is still looking for files."""
+def test_results_are_printed_before_the_last_file_is_known(model, images):
+    """Results are printed before the last file is known; standard input can be a process that still searches files."""
     process = subprocess.Popen(
         [sys.executable, "-m", "deitlt_hf.cli", "predict", "--model", model, "--jsonl", "--batch_size", "1", "-"],
         stdin=subprocess.PIPE,
@@ -157,7 +157,7 @@ def test_results_come_before_the_last_file_is_known(model, images):
     assert process.wait() == 0
 
 
-def test_text_is_for_people(model, images, capsys):
+def test_text_output_is_readable(model, images, capsys):
     main(["--model", model, "--experts", "--top_k", "1", str(images / "b.png"), str(images / "new\nline.png")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{images}/b.png"
@@ -180,7 +180,7 @@ def test_text_is_for_people(model, images, capsys):
         (["--model", "{model}", "--batch_size", "-1", "{images}"], ValueError, "must be 1 or more"),
     ],
 )
-def test_wrong_input_is_told_in_a_sentence(model, images, tmp_path, arguments, error, sentence):
+def test_invalid_input_gives_a_clear_message(model, images, tmp_path, arguments, error, sentence):
     (tmp_path / "empty").mkdir()
     places = {"model": model, "images": images, "empty": tmp_path / "empty"}
     with pytest.raises(error, match=sentence):
@@ -192,7 +192,7 @@ ODD = ("[1]", "null", "7", '"text"', "{", "{}", DEIT % '["a"]', DEIT % '{"a": "b
 
 
 @pytest.mark.parametrize("content", ODD)
-def test_a_configuration_that_is_none_is_refused_by_every_command(model, images, tmp_path, content):
+def test_an_invalid_configuration_is_refused_by_every_command(model, images, tmp_path, content):
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / "config.json").write_text(content)
     for command, options in (
@@ -227,8 +227,8 @@ def test_an_unreadable_file_is_named(model, tmp_path, capsys, name, sentence):
 
 
 @pytest.mark.parametrize("pattern", ["{}", "{}/**", "{}/**/*", "{}/**/*.png", "{}/*/../**/**/*.png", "{}/round/**"])
-def test_links_that_lead_round_end(tmp_path, pattern):
-    """Each image comes once, by whatever way; two links would have 2 to the 40th ways."""
+def test_loops_of_links_end(tmp_path, pattern):
+    """Loops of links end and each image appears once, whatever its path; two links would give 2 to the 40th paths."""
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     for name in ("a.png", "sub/b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name)
@@ -241,7 +241,7 @@ def test_links_that_lead_round_end(tmp_path, pattern):
     ]
 
 
-def test_patterns_are_those_of_the_shell(tmp_path, monkeypatch):
+def test_patterns_match_as_in_the_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "x/b.png", "x/[y]/c.png", "x/.hidden/d.png", "-"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -260,10 +260,10 @@ def test_patterns_are_those_of_the_shell(tmp_path, monkeypatch):
         assert list(find_images([pattern])) == expected
 
 
-# root may list a locked folder.
+# root can list a locked folder.
 @pytest.fixture(params=["too long", *(["locked"] if os.geteuid() else [])])
 def unreadable_folder(request, tmp_path):
-    """A folder that cannot be listed, beside an image."""
+    """A folder that cannot be listed, next to an image."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     if request.param == "locked":
         folder = tmp_path / "locked"
@@ -294,7 +294,7 @@ def test_an_unreadable_folder_is_named_and_counted(model, unreadable_folder, cap
     ]
 
 
-def test_a_closed_output_is_told_in_a_sentence(model, images):
+def test_a_closed_output_gives_a_clear_message(model, images):
     command = f"{sys.executable} -m deitlt_hf.cli predict --model {model} {images}/b.png >&-"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
@@ -302,14 +302,14 @@ def test_a_closed_output_is_told_in_a_sentence(model, images):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_patterns_and_files_are_found_in_the_order_of_the_command_line(images):
+def test_files_are_in_the_order_of_the_command_line(images):
     found = list(find_images([f"{images}/sub/[5].png", f"{images}/**/*.png", f"{images}/b.png"]))
-    assert found[0] == f"{images}/sub/[5].png"  # a file's own name goes before what it means as a pattern
+    assert found[0] == f"{images}/sub/[5].png"  # an existing file name overrides its meaning as a pattern
     assert found[-1] == f"{images}/b.png"
     assert found[1:-1] == sorted(map(str, images.rglob("[!.]*.png")))
 
 
-def test_files_that_are_no_images_are_counted(model, images, tmp_path, capsys):
+def test_files_that_are_not_images_are_counted(model, images, tmp_path, capsys):
     shutil.copy(images / "b.png", tmp_path)
     for name in ("a.heic", "b.HEIC", "c"):
         (tmp_path / name).write_bytes(b"x")
@@ -320,8 +320,8 @@ def test_files_that_are_no_images_are_counted(model, images, tmp_path, capsys):
         main(["--model", model, str(tmp_path)])
 
 
-def test_files_are_taken_a_batch_at_a_time(model, images):
-    """As many files as there are must fit: the next are opened only when the last have been answered."""
+def test_files_are_opened_one_batch_at_a_time(model, images):
+    """Files are opened one batch at a time, after the previous batch. Any number of files therefore fits in memory."""
     taken = []
 
     def paths():
@@ -345,7 +345,7 @@ def test_a_flat_teacher_predicts_too(images, tmp_path, capsys):
     assert first["cls_score"] == ""
 
 
-def test_commands_of_the_serving_page_are_understood():
+def test_commands_of_the_serving_page_are_valid():
     commands = re.findall(r"deitlt predict ([^>\n]*)", (ROOT / "docs" / "serving.md").read_text())
     assert len(commands) == 3
     for command in commands:
@@ -353,8 +353,8 @@ def test_commands_of_the_serving_page_are_understood():
 
 
 @pytest.mark.parametrize("name", ["outputs/nope", "models/nope", "./nope", "/nope", "nope", "nope/", "~/nope"])
-def test_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch, name):
-    """Offline, five requests were made before the error."""
+def test_a_path_is_not_requested_from_the_hub(tmp_path, monkeypatch, name):
+    """A path is not requested from the Hub, which offline would take five requests before the error."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))

@@ -1,4 +1,4 @@
-"""The arrangement of the authors' training loop, held against figures of that loop itself."""
+"""Tests of `as_published` against figures from the authors' training loop."""
 
 import json
 
@@ -22,7 +22,7 @@ FIGURES = json.loads((FIXTURES / "published_loop.json").read_text())
 
 
 class Rows(RowsOfTensors):
-    """The images and labels of the run that the figures are of."""
+    """The images and labels of the authors' run."""
 
     def __init__(self):
         values = FIGURES["settings"]
@@ -39,7 +39,7 @@ class Rows(RowsOfTensors):
 
 
 class WatchedTrainer(DeiTLTTrainer):
-    """Notes losses and learning rates, and mixes each slice by its number, as was done for the figures."""
+    """Records losses and learning rates, and seeds mixing by the micro-batch's number, as the reference run did."""
 
     slices, losses, rates = 0, (), ()
 
@@ -78,7 +78,7 @@ def published_trainer(folder, **values):
         filled_state_dict(FIGURES["student_keys"]), num_attention_heads=2, drop_path_rate=0.0
     )
     weights = filled_state_dict(FIGURES["teacher_keys"], seed=5)
-    # Twice as strong, so that what it says depends on the image.
+    # Twice as large; the teacher's answer then depends on the image.
     weights = {name: 2 * tensor if tensor.dim() == 4 else tensor for name, tensor in weights.items()}
     teacher = load_original_teacher(weights)
     teacher.config.image_size = settings["teacher_size"]
@@ -92,7 +92,7 @@ def published_trainer(folder, **values):
 
 
 def older_box(shape, lam, count=None):
-    """The box of CutMix in timm 0.8.15, the authors' version: of an odd side timm 1.0 takes a pixel more."""
+    """The CutMix box of timm 0.8.15, the authors' version; for an odd side, timm 1.0 takes one more pixel."""
     height, width = shape[-2:]
     halves = [int(side * np.sqrt(1 - lam)) // 2 for side in (height, width)]
     centre = [np.random.randint(0, side, size=count) for side in (height, width)]
@@ -102,22 +102,26 @@ def older_box(shape, lam, count=None):
 
 
 def furthest(model, expected):
-    """Largest distance of what the figures hold of each tensor: its length and its first three values."""
+    """Largest difference from the figures of each tensor: its norm and its first three values."""
     weights = student_to_original(model.state_dict())
     assert weights.keys() == expected.keys()
     found = {name: [tensor.double().norm().item(), *tensor.flatten()[:3].tolist()] for name, tensor in weights.items()}
     return max(abs(a - b) for name, values in expected.items() for a, b in zip(found[name], values, strict=True))
 
 
-def test_the_published_arrangement_takes_the_authors_steps(tmp_path, capsys, monkeypatch):
-    """36 updates of their loop: warm-up, cosine, mixing, DRW without mixing, incomplete steps and batches, EMA."""
+def test_as_published_takes_the_authors_steps(tmp_path, capsys, monkeypatch):
+    """`as_published` takes the 36 updates of the authors' loop.
+
+    They include warm-up, cosine, mixing, DRW without mixing, incomplete steps and batches, and EMA.
+    """
     monkeypatch.setattr(timm.data.mixup, "rand_bbox", older_box)
     trainer = published_trainer(tmp_path, as_published=True)
     trainer.train()
     assert len(trainer.rates) == FIGURES["updates"]
     np.testing.assert_allclose(trainer.rates, FIGURES["learning_rates"], rtol=0, atol=4e-16)
     np.testing.assert_allclose(trainer.losses, FIGURES["losses"], rtol=0, atol=4e-6)
-    # Weights moved by 1e-2; AdamW makes steps of rounding where a gradient is nearly 0, as of the keys' biases.
+    # Weights moved by 1e-2. Where a gradient is nearly 0, as of the keys' biases, AdamW amplifies rounding to full
+    # steps.
     assert furthest(trainer.model, FIGURES["weights"]) < 1e-4
     assert furthest(trainer.averaged_model, FIGURES["ema"]) < 1e-4
     text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
@@ -132,11 +136,11 @@ def test_the_published_arrangement_takes_the_authors_steps(tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("name", ["teacher_antialias", "loss_normalization", "partial_steps"])
-def test_each_part_of_the_arrangement_matters(tmp_path, name, monkeypatch):
-    """Each has an effect that the test above sees, within an epoch."""
+def test_each_setting_of_as_published_matters(tmp_path, name, monkeypatch):
+    """Each setting of `as_published` has an effect, within an epoch, that the test above would detect."""
     monkeypatch.setattr(timm.data.mixup, "rand_bbox", older_box)
     trainer = published_trainer(tmp_path, as_published=True)
-    monkeypatch.setattr(DeiTLTTrainingArguments, "_decide_arrangement", lambda args: None)  # it would refuse the value
+    monkeypatch.setattr(DeiTLTTrainingArguments, "_decide_arrangement", lambda args: None)  # refuses the value
     setattr(trainer.args, name, trainer.args.arrangements()[name][False])
     trainer.add_callback(StopAt(6))
     with pytest.raises(KeyboardInterrupt):
@@ -156,13 +160,13 @@ def test_each_part_of_the_arrangement_matters(tmp_path, name, monkeypatch):
         ({"bf16": True}, "as_published trains in full precision on this device, not in bf16"),
     ],
 )
-def test_what_contradicts_it_is_refused(tmp_path, values, message):
+def test_settings_that_contradict_as_published_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         DeiTLTTrainingArguments(output_dir=str(tmp_path), as_published=True, use_cpu=True, **values)
 
 
-def test_half_precision_on_a_gpu(tmp_path, monkeypatch):
-    """Only where the arguments are those of a GPU; the default stays full precision there."""
+def test_as_published_uses_half_precision_on_a_gpu(tmp_path, monkeypatch):
+    """`as_published` uses half precision only when the run uses a GPU; the default is full precision there, too."""
     args = DeiTLTTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert args.arrangements()["fp16"] == (False, False)
@@ -170,14 +174,14 @@ def test_half_precision_on_a_gpu(tmp_path, monkeypatch):
     assert args.arrangements()["fp16"] == (False, True)
 
 
-def test_the_default_arrangement(tmp_path):
+def test_the_default_settings(tmp_path):
     args = DeiTLTTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     assert (args.loss_normalization, args.partial_steps, args.ema_every_slice) == ("global", False, False)
     assert (args.teacher_antialias, args.fp16) == (True, False)
 
 
 @pytest.mark.parametrize(("loss", "partial"), [("paco", False), ("ldam", True), ("ce", True)])
-def test_teachers_take_incomplete_batches_as_their_authors_do(tmp_path, loss, partial):
+def test_teachers_use_incomplete_batches_as_their_authors_do(tmp_path, loss, partial):
     args = FlatTeacherTrainingArguments(output_dir=str(tmp_path), teacher_loss=loss, as_published=True)
     assert (args.partial_steps, args.loss_normalization) == (partial, "per_process")
 
@@ -186,10 +190,10 @@ def test_teachers_take_incomplete_batches_as_their_authors_do(tmp_path, loss, pa
     ("images", "processes", "repeats", "batches", "last"),
     [
         (12_406, 2, 3, 48, 128),  # CIFAR-10-LT, ratio 100
-        (10_847, 2, 3, 42, 128),  # CIFAR-100-LT, ratio 100: 11 steps of 4 slices in place of 10
+        (10_847, 2, 3, 42, 128),  # CIFAR-100-LT, ratio 100: 11 steps of 4 micro-batches instead of 10
         (115_846, 4, 3, 226, 128),  # ImageNet-LT
         (437_513, 4, 3, 855, 64),  # iNaturalist: half a batch at the end
-        (1_001, 2, 1, 4, 116),  # without repeats an even number of what a process has
+        (1_001, 2, 1, 4, 116),  # without repeats, all processes have the same number of images
     ],
 )
 def test_batches_of_the_published_epochs(images, processes, repeats, batches, last):
@@ -198,15 +202,18 @@ def test_batches_of_the_published_epochs(images, processes, repeats, batches, la
     assert sampler.sizes == [128] * (batches - 1) + [last]
     whole = batches - (last < 128)
     assert len(TrainBatches(images, 128, 1, processes, 4, repeats)) == (whole - whole % 4 if whole >= 4 else whole)
-    if images < 20_000:  # the longest take a second
+    if images < 20_000:  # the longest cases take a second each
         found = [index for batch in sampler for index, _ in batch]
         assert len(found) == sum(sampler.sizes)
         other = TrainBatches(images, 128, 0, processes, 4, repeats, partial=True)
         assert repeats > 1 or not {index for batch in other for index, _ in batch} & set(found)
 
 
-def test_the_authors_scheduler():
-    """Two epochs of 5 batches in steps of 2: it moves with the first slice, and with an epoch's last batch again."""
+def test_the_authors_scheduler_is_reproduced():
+    """The authors' scheduler is reproduced for two epochs of 5 batches in steps of 2.
+
+    It advances with the first micro-batch of a step, and with the last batch of an epoch.
+    """
     assert [published_epoch(step, 5, 2) for step in range(6)] == [0.0, 0.4, 0.8, 1.0, 1.4, 1.8]
     assert [published_epoch(step, 4, 2) for step in range(4)] == [0.0, 0.75, 1.0, 1.75]
     assert [published_epoch(step, 2, 1) for step in range(6)] == [0, 0, 0, 0, 1, 1]

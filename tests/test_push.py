@@ -1,4 +1,4 @@
-"""Pushing to a Hub on the loopback interface with huggingface_hub itself, and loading from there."""
+"""Tests of pushing to a local Hub with huggingface_hub, and of loading from it."""
 
 import hashlib
 import json
@@ -41,11 +41,11 @@ RUN = {"README.md", "results.json", "log.jsonl", "training_curves.png"}
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub with one user, who has a token to write and one to read; huggingface_hub of this process uses it."""
+    """A Hub with one user, who has a write token and a read token; huggingface_hub of this process uses it."""
     with running_hub() as hub:
         hub.accounts = {WRITER: Account("ann", organisations=("zoo",)), READER: Account("ann", role="read")}
         monkeypatch.setenv("HF_TOKEN", WRITER)
-        # Read from HF_ENDPOINT and the like when huggingface_hub is imported.
+        # huggingface_hub reads HF_ENDPOINT and similar variables when it is imported.
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         place = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
         template = "".join((hub.url, *place[1:]))
@@ -68,7 +68,7 @@ def make_trainer(folder, digits, **args):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, digits):
-    """The folder of a run, with checkpoints, moving average and all; and what must not leave it."""
+    """The folder of a run with checkpoints and moving average, and with files that must not be pushed."""
     folder = tmp_path_factory.mktemp("trained") / "student"
     trainer = make_trainer(folder, digits, ema_decay=0.9, save_strategy="epoch")
     trainer.train()
@@ -90,7 +90,7 @@ def folder(trained, tmp_path):
 
 
 def environment(hub: Hub, home: Path, token: str | None = None) -> dict[str, str]:
-    """What a process needs to meet the Hub of the tests, and no token of whoever runs them."""
+    """Environment of a process that uses the tests' Hub, without the token of the user who runs the tests."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     added = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     return kept | added | ({} if token is None else {"HF_TOKEN": token})
@@ -114,7 +114,7 @@ def finish(process: subprocess.Popen, returncode: int = 0) -> tuple[str, str]:
 
 
 def put_by_hand(hub: Hub, name: str, files: dict[str, bytes]) -> Repository:
-    """A commit of somebody else's."""
+    """Makes a commit that did not come from this package."""
     repository = hub.repositories.setdefault(name, Repository())
     before = repository.commits[repository.branches["main"]] if repository.commits else {}
     added = {path: Entry(content, False) for path, content in files.items()}
@@ -133,7 +133,7 @@ def check_no_token(hub: Hub, *places: Path | str) -> None:
         assert not any(token.encode() in text for text in texts)
 
 
-# ---- A push, and what comes back ----
+# ---- Pushing and loading ----
 
 LOAD = {
     "plain transformers": "AutoModelForImageClassification.from_pretrained('zoo/digits'{place})",
@@ -155,7 +155,7 @@ print(json.dumps([type(models[0]).__name__, size, logits]))
 
 
 def test_command_pushes_what_loads_in_three_ways(hub, folder, tmp_path):
-    """Each in a process of its own, by the name of the repository; two of them cannot import the package."""
+    """A pushed repository loads by name in three ways, in separate processes; two cannot import the package."""
     output, errors = finish(start(hub, tmp_path / "home", "scripts/push.py", folder, "zoo/digits", token=WRITER))
     assert f"{hub.url}/zoo/digits" in output
     repository = hub.repositories["zoo/digits"]
@@ -191,7 +191,10 @@ def test_command_pushes_what_loads_in_three_ways(hub, folder, tmp_path):
 
 
 def test_two_processes_train_and_push_once(hub, tmp_path):
-    """With the token on the command line, which transformers writes beside every checkpoint."""
+    """Two processes train and push once.
+
+    The token is on the command line, and transformers saves such arguments with every checkpoint.
+    """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     recipe = ("scripts/distill.py", "--recipe", TINY, "--distillation", "none", "--output_dir", tmp_path / "student")
     place = ("--hub_private_repo", "true", "--hub_revision", "first")
@@ -213,7 +216,7 @@ def test_two_processes_train_and_push_once(hub, tmp_path):
     check_no_token(hub, output, errors, tmp_path)
 
 
-# ---- Repeating ----
+# ---- Repeated pushes ----
 
 
 def test_a_push_that_changes_nothing_makes_no_commit(hub, folder):
@@ -223,8 +226,11 @@ def test_a_push_that_changes_nothing_makes_no_commit(hub, folder):
     assert len(hub.repositories["zoo/digits"].commits) == 2
 
 
-def test_killed_in_the_middle_and_repeated(hub, folder, tmp_path):
-    """Only what the Hub has not got is sent again, and until all is there the repository is as it was."""
+def test_a_killed_push_can_be_repeated(hub, folder, tmp_path):
+    """A push that was killed and repeated sends only what the Hub lacks.
+
+    The repository does not change until all files have arrived.
+    """
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     others = len([folder / "ema", *folder.glob("*.png"), *folder.glob("onnx/*.onnx")])
     reached, killed = threading.Event(), threading.Event()
@@ -264,7 +270,7 @@ def test_killed_in_the_middle_and_repeated(hub, folder, tmp_path):
     ],
     ids=["commit refused", "commit dropped", "upload refused", "upload dropped"],
 )
-def test_trouble_of_the_hub(hub, folder, path, error, recovers):
+def test_errors_of_the_hub(hub, folder, path, error, recovers):
     hub.disturb = once(lambda method, called: path in called and method in ("PUT", "POST"), error)
     if not recovers:
         with pytest.raises(OSError, match=r"zoo/digits was not pushed: the Hub .* if you repeat the push\.") as caught:
@@ -276,8 +282,11 @@ def test_trouble_of_the_hub(hub, folder, path, error, recovers):
     assert len(hub.stored) == len(set(hub.stored))
 
 
-def test_nothing_of_an_earlier_model_stays(hub, folder, tmp_path):
-    """Its shards, its average and its results would belong to no model; what others added is left."""
+def test_files_of_an_earlier_model_are_removed(hub, folder, tmp_path):
+    """Files of an earlier model are removed: its shards, average and results belong to no model.
+
+    Files of others stay.
+    """
     sharded = tmp_path / "sharded"
     model = DeiTLTForImageClassification.from_pretrained(folder)
     model.save_pretrained(sharded, max_shard_size="10KB")
@@ -301,15 +310,15 @@ def test_nothing_of_an_earlier_model_stays(hub, folder, tmp_path):
 
 @pytest.fixture
 def retrained(folder):
-    """The folder with other weights; the rest is of those before."""
+    """The folder with new weights; the other files belong to the previous weights."""
     model = DeiTLTForImageClassification.from_pretrained(folder)
     torch.nn.init.normal_(model.cls_classifier.weight)
     model.save_pretrained(folder)
     return folder
 
 
-def test_what_is_of_other_weights_is_left_out(hub, folder, retrained):
-    """And removed from the repository, where it is of the earlier model."""
+def test_files_of_other_weights_are_left_out(hub, folder, retrained):
+    """Files of other weights are not pushed. The repository's copies, of the earlier model, are removed."""
     (folder / "report").mkdir()
     (folder / "report" / "index.html").write_text("report")
     (folder / "report" / "report.json").write_text(json.dumps({"models": [{"weights_sha256": "0" * 64}]}))
@@ -324,8 +333,8 @@ def test_what_is_of_other_weights_is_left_out(hub, folder, retrained):
     assert b"model-index" not in files["README.md"]
 
 
-def test_what_is_of_the_weights_goes_along(hub, folder):
-    """Of a report on two models, too, if one is this."""
+def test_files_of_the_weights_are_pushed(hub, folder):
+    """Files that belong to the weights are pushed, also a report on two models if one is this model."""
     (folder / "report").mkdir()
     models = [{"weights_sha256": digest} for digest in ("0" * 64, weights_digest(folder))]
     (folder / "report" / "report.json").write_text(json.dumps({"models": models}))
@@ -336,7 +345,7 @@ def test_what_is_of_the_weights_goes_along(hub, folder):
     assert b"model-index" in files["README.md"]
 
 
-def test_the_accuracy_stands_in_the_hubs_own_form_while_it_is_of_the_weights(hub, folder):
+def test_the_accuracy_is_pushed_in_the_hubs_format_if_it_is_of_the_weights(hub, folder):
     record = json.loads((folder / "results.json").read_text())
     data = record["data"] | {"dataset": "zoo/photos", "local_files": False}
     (folder / "results.json").write_text(json.dumps(record | {"data": data}))
@@ -349,7 +358,7 @@ def test_the_accuracy_stands_in_the_hubs_own_form_while_it_is_of_the_weights(hub
     assert EVAL_FILE not in hub.repositories["zoo/digits"].files()
 
 
-def test_stars_do_not_reach_into_deeper_folders(hub, folder):
+def test_stars_do_not_match_deeper_folders(hub, folder):
     digest = weights_digest(folder)
     for name in ("onnx/private/deep/model.onnx", "report/faces/anna.png", "report/report.json", "ema/old/config.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -360,7 +369,7 @@ def test_stars_do_not_reach_into_deeper_folders(hub, folder):
     assert set(hub.repositories["zoo/digits"].files()) == expected
 
 
-def test_what_was_put_on_the_hub_by_hand_stays(hub, folder, tmp_path):
+def test_files_added_on_the_hub_by_hand_stay(hub, folder, tmp_path):
     push_folder(folder, "zoo/digits")
     card = b"---\nlicense: cc-by-nc-4.0\n---\n# edited on the Hub\n"
     others = dict.fromkeys(("handler.py", "onnx/model_q4.onnx", "modeling_mine.py", "report/x/y.png"), b"mine")
@@ -375,7 +384,7 @@ def test_what_was_put_on_the_hub_by_hand_stays(hub, folder, tmp_path):
 
 
 def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path, digits):
-    """Of the same folder, of another one to the same repository, and of a new run."""
+    """Later pushes keep a licence: of the same folder, of another folder to the same repository, and of a new run."""
 
     def metadata():
         (tmp_path / "card.md").write_bytes(hub.repositories["zoo/digits"].files()["README.md"])
@@ -428,7 +437,7 @@ def test_handler_is_written_after_all_checks(hub, folder, tmp_path):
     assert hub.repositories["zoo/digits"].files()["handler.py"] == (folder / "handler.py").read_bytes()
 
 
-def test_a_handler_of_somebody_elses_is_told_before_the_hub_is_asked(hub, folder):
+def test_a_foreign_handler_is_reported_before_any_request(hub, folder):
     (folder / "handler.py").write_text("class EndpointHandler: ...")
     with pytest.raises(FileExistsError, match=r"handler.py' is another handler; move it away"):
         push_folder(folder, "zoo/digits", handler=True)
@@ -436,14 +445,14 @@ def test_a_handler_of_somebody_elses_is_told_before_the_hub_is_asked(hub, folder
 
 
 @pytest.mark.parametrize("text", ["[1]", '"text"', "null", '{"finished": 1}'])
-def test_a_results_file_of_somebody_elses_is_left_out(hub, folder, text):
+def test_a_foreign_results_file_is_left_out(hub, folder, text):
     (folder / "results.json").write_text(text)
     with pytest.warns(UserWarning, match=r"left out, .*results\.json"):
         push_folder(folder, "zoo/digits")
     assert not {"results.json", "log.jsonl"} & set(hub.repositories["zoo/digits"].files())
 
 
-def test_a_card_of_the_users_own_is_pushed_as_it_is(hub, folder):
+def test_a_card_written_by_the_user_is_pushed_unchanged(hub, folder):
     (folder / "README.md").write_text("# Mine\n")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -462,7 +471,7 @@ def test_private_repository_and_branch(hub, folder):
     assert len(repository.commits) == 2
 
 
-# ---- What is refused, in one sentence ----
+# ---- Refused with one clear message ----
 
 
 @pytest.mark.parametrize(
@@ -478,8 +487,11 @@ def test_private_repository_and_branch(hub, folder):
         (WRITER, None, "no repository is given"),
     ],
 )
-def test_no_permission(hub, folder, token, repo_id, message):
-    """`theirs` can be read by everybody, `hidden` by nobody else."""
+def test_a_push_without_permission_is_refused(hub, folder, token, repo_id, message):
+    """A push without write permission is refused.
+
+    Everybody can read `theirs`; only its owner can read `hidden`.
+    """
     for name, private in (("bob/theirs", False), ("bob/hidden", True)):
         hub.repositories[name] = Repository(private)
         hub.repositories[name].commit("main", "initial commit", {})
@@ -493,28 +505,28 @@ def test_no_permission(hub, folder, token, repo_id, message):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_public_repository_is_not_taken_for_private(hub, folder):
+def test_a_public_repository_is_refused_for_a_private_push(hub, folder):
     prepare_repository("zoo/digits")
     with pytest.raises(ValueError, match="zoo/digits is public"):
         push_folder(folder, "zoo/digits", private=True)
     assert not hub.stored
 
 
-def test_no_hub(monkeypatch, folder, hub):
+def test_an_unreachable_hub_is_reported(monkeypatch, folder, hub):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OSError, match=r"^zoo/digits was not pushed: the Hub was not reached \(.*refused"):
         push_folder(folder, "zoo/digits")
 
 
 @pytest.mark.parametrize("name", [*sorted(MODEL), ""])
-def test_missing_file(hub, folder, name):
+def test_a_missing_file_is_reported(hub, folder, name):
     shutil.rmtree(folder / name) if name == "" else (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} is missing" if name else "there is no model folder"):
         push_folder(folder, "zoo/digits")
     assert hub.requests == []
 
 
-def test_damaged_or_unfinished_model(hub, folder):
+def test_damaged_or_unfinished_models_are_refused(hub, folder):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
@@ -536,7 +548,7 @@ def test_a_damaged_index_of_the_weights_is_named(hub, folder, text):
     assert hub.requests == []
 
 
-LINKS = {  # each, in a folder, and what it leads to
+LINKS = {  # each link in a folder, and its target
     "modeling_x.py": "outside/private.key",
     "modeling_deitlt.py": "outside/private.key",
     "config.json": "outside/config.json",
@@ -554,7 +566,7 @@ LINKS = {  # each, in a folder, and what it leads to
 @pytest.mark.parametrize("name", LINKS)
 @pytest.mark.parametrize("is_absolute", [False, True])
 def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name, is_absolute):
-    """`modeling_x.py -> private.key` would publish the key."""
+    """A link to a file outside the folder is not followed: `modeling_x.py -> private.key` would publish the key."""
     shutil.copytree(folder, tmp_path / "student2")
     outside = Path(shutil.copytree(folder, tmp_path / "outside"))
     for extra in ("private.key", "model.onnx", "report.json", "a.png"):
@@ -573,7 +585,7 @@ def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name, i
 
 
 def test_a_snapshot_of_the_hubs_cache_and_a_linked_folder_are_pushed(hub, folder, tmp_path):
-    """All files of a snapshot are links to blobs beside it."""
+    """A snapshot of the Hub's cache and a linked folder can be pushed; all files of a snapshot are links to blobs."""
     repository = tmp_path / "models--zoo--digits"
     (repository / "blobs").mkdir(parents=True)
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and "checkpoint" not in str(path)):
@@ -603,8 +615,8 @@ def sharded(folder, rename=lambda name: name):
     return model, content
 
 
-def test_the_weights_that_an_index_names_go_along(hub, folder, tmp_path):
-    """Whatever they are called; one that it does not name is of another model."""
+def test_the_weights_that_an_index_names_are_pushed(hub, folder, tmp_path):
+    """All weight files that an index names are pushed, under any name; weight files that it lacks are left out."""
     model, content = sharded(folder, lambda name: name.replace("model-", "part."))
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier model")
     with warnings.catch_warnings():
@@ -621,8 +633,8 @@ def test_the_weights_that_an_index_names_go_along(hub, folder, tmp_path):
     assert torch.equal(got(IMAGES).logits, model.eval()(IMAGES).logits)
 
 
-def test_an_index_beside_whole_weights_stays(hub, folder):
-    """transformers does not look at it."""
+def test_an_index_next_to_complete_weights_stays(hub, folder):
+    """An index next to complete weights stays, because transformers ignores it."""
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     push_folder(folder, "zoo/digits")
     assert "model.safetensors.index.json" not in hub.repositories["zoo/digits"].files()
@@ -640,7 +652,7 @@ def test_an_index_beside_whole_weights_stays(hub, folder):
         (7, "which is not a weight file in its folder"),
     ],
 )
-def test_an_index_whose_weights_are_not_there(hub, folder, change, message):
+def test_an_invalid_index_of_the_weights_is_refused(hub, folder, change, message):
     _, content = sharded(folder)
     tensor, shard = next(iter(content["weight_map"].items()))
     if change == "missing":
@@ -659,7 +671,7 @@ def test_pickled_weights_are_refused(hub, folder):
     torch.save(DeiTLTForImageClassification.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
     before = weights_digest(folder)
     (folder / "model.safetensors").unlink()
-    assert weights_digest(folder) not in (None, before)  # a record of the one is not of the other
+    assert weights_digest(folder) not in (None, before)  # records of the old weights must not count for the new ones
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
         push_folder(folder, "zoo/digits")
     assert hub.requests == []
@@ -674,7 +686,7 @@ def test_pickled_weights_are_refused(hub, folder):
         ({"auto_map": ["x"]}, "auto_map in .* is not a JSON object"),
     ],
 )
-def test_a_configuration_that_is_not_of_the_weights(hub, folder, change, message):
+def test_a_configuration_of_other_weights_is_refused(hub, folder, change, message):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
@@ -690,8 +702,11 @@ def test_a_folder_that_is_being_written_is_refused(hub, folder, place):
     assert hub.requests == []
 
 
-def test_what_an_earlier_version_saved_is_mended(hub, folder):
-    """0.1.0's image processor fails in transformers 4, its code in most versions; edited code of others stays."""
+def test_files_of_an_earlier_version_are_repaired(hub, folder):
+    """Files saved by an earlier version are repaired; code that others edited stays.
+
+    The image processor of 0.1.0 fails in transformers 4, and its code in most versions.
+    """
     for place in (folder, folder / "ema"):
         processor = json.loads((place / "preprocessor_config.json").read_text())
         assert processor["image_processor_type"] == "BitImageProcessor"
@@ -709,7 +724,7 @@ def test_what_an_earlier_version_saved_is_mended(hub, folder):
     assert files["modeling_other.py"] == b"# of somebody else\n"
 
 
-def test_no_token(hub, folder, tmp_path, monkeypatch):
+def test_a_missing_token_is_reported(hub, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(PermissionError, match=r"^there is no token for a push to zoo/digits; run 'hf auth login'"):
@@ -720,8 +735,8 @@ def test_no_token(hub, folder, tmp_path, monkeypatch):
 # ---- Training ----
 
 
-def test_training_that_may_not_push_does_not_begin(hub, tmp_path):
-    """Nor does the training of the teacher, which comes first."""
+def test_training_that_may_not_push_does_not_start(hub, tmp_path):
+    """Training that may not push does not start, nor does the training of its teacher, which comes first."""
     recipe = ("scripts/distill.py", "--recipe", TINY, "--output_dir", tmp_path / "run" / "student")
     process = start(hub, tmp_path, *recipe, "--push_to_hub", "--hub_model_id", "zoo/digits", token=READER)
     output, errors = finish(process, returncode=1)
@@ -765,7 +780,7 @@ def test_nothing_is_pushed_if_the_run_was_asked_to_stop(hub, tmp_path, digits):
     assert len(hub.repositories["zoo/digits"].commits) == 1
 
 
-def test_a_trainer_that_has_not_trained_does_not_replace_a_model(hub, folder, digits, tmp_path):
+def test_an_untrained_trainer_does_not_replace_a_model(hub, folder, digits, tmp_path):
     folder = folder.rename(folder.with_name("my student"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     trainer = make_trainer(folder, digits, push_to_hub=True, hub_model_id="zoo/digits")

@@ -1,4 +1,4 @@
-"""The Python of the documentation is run, and its commands are those that exist."""
+"""Tests that the Python code of the documentation runs and that its commands exist."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def trained_folder(tmp_path, monkeypatch, teacher_folder):
 
 
 def test_python_of_the_readme_runs(trained_folder, digits):
-    """As it stands, but for fewer epochs; then the two ways of using the model that it has saved."""
+    """The README's Python runs with fewer epochs; both ways of using the saved model work."""
     use_plain, use_package, by_recipe, train = blocks(README)
     tiny = by_recipe.replace('"digits_lt_fast"', repr(str(ROOT / "tests" / "fixtures" / "tiny.yaml")))
     exec(compile(tiny, "README.md", "exec"), {})
@@ -56,8 +56,8 @@ def test_python_of_the_readme_runs(trained_folder, digits):
         exec(compile(block.replace("digits_lt_fast/student", "python/student"), "README.md", "exec"), {})
 
 
-def test_models_page(trained_folder, digits, reference, monkeypatch):
-    """docs/hub.md from top to bottom, as one session, after the commands that it gives."""
+def test_hub_page(trained_folder, digits, reference, monkeypatch):
+    """The Python of docs/hub.md runs from top to bottom as one session, after the page's commands."""
     student = make_student(class_counts=list(range(60, 0, -6)), hidden_size=128)
     student.save_pretrained("outputs/digits_lt_fast/student")
     image_processor(8).save_pretrained("outputs/digits_lt_fast/student")
@@ -70,7 +70,7 @@ def test_models_page(trained_folder, digits, reference, monkeypatch):
     commands = re.findall(r"^deitlt (convert .*)$", page, flags=re.MULTILINE)
     assert len(commands) == 2
     for words in commands:
-        monkeypatch.setattr(sys, "argv", ["deitlt"])  # which the command changes
+        monkeypatch.setattr(sys, "argv", ["deitlt"])  # the command changes sys.argv
         main(words.split())
     assert {path.parent.name for path in Path("converted").glob("*/model.safetensors")} == {"student", "teacher"}
     session = {}
@@ -80,7 +80,7 @@ def test_models_page(trained_folder, digits, reference, monkeypatch):
 
 
 def test_serving_page(trained_folder, digits):
-    """docs/serving.md: its Python as one session, and its commands as far as they need nothing else."""
+    """The Python of docs/serving.md runs as one session, with the commands that need nothing else."""
     student = make_student(class_counts=list(range(60, 0, -6)))
     student.save_pretrained("outputs/digits_lt_fast/student")
     image_processor(8).save_pretrained("outputs/digits_lt_fast/student")
@@ -88,7 +88,7 @@ def test_serving_page(trained_folder, digits):
     page = (ROOT / "docs" / "serving.md").read_text()
     session = {}
     for block in blocks(page):
-        if not block.lstrip().startswith("# app.py"):  # which serves for ever
+        if not block.lstrip().startswith("# app.py"):  # app.py serves until it is stopped
             exec(compile(block, "docs/serving.md", "exec"), session)
     commands = [
         line.split("#")[0] for block in blocks(page, "bash") for line in block.splitlines() if "deitlt " in line
@@ -105,7 +105,7 @@ def test_serving_page(trained_folder, digits):
 
 
 def test_teachers_page(tmp_path, monkeypatch):
-    """docs/teachers.md: its Python as one session, and its commands."""
+    """The Python of docs/teachers.md runs as one session, with its commands."""
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "teachers.md").read_text()
     session = {}
@@ -125,7 +125,7 @@ def test_teachers_page(tmp_path, monkeypatch):
         assert flag in known, flag
 
 
-def test_flags_of_the_readme_are_understood(tmp_path):
+def test_flags_of_the_readme_are_valid(tmp_path):
     section = README[README.index("The ablations are flags of") : README.index("## From Python")]
     for_student, for_teacher = section.split("`train_teacher.py`")
     common = ["--recipe", "digits_lt", "--output_dir", str(tmp_path)]
@@ -155,7 +155,7 @@ def test_readme_names_every_recipe_and_only_scripts_that_exist():
         }
 
 
-def test_flags_of_the_data_page_are_understood(tmp_path, monkeypatch):
+def test_flags_of_the_data_page_are_valid(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "data.md").read_text()
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(blocks(page, "yaml")[0])
@@ -175,7 +175,7 @@ def test_flags_of_the_data_page_are_understood(tmp_path, monkeypatch):
 
 
 def test_the_small_folder_of_the_data_page(tmp_path, monkeypatch, capsys):
-    """docs/data.md: its recipe trains on 90 images, and the packaged one would not."""
+    """The recipe of docs/data.md trains on 90 images; the packaged recipe would not."""
     page = (ROOT / "docs" / "data.md").read_text()
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(blocks(page, "yaml")[0])
@@ -196,7 +196,7 @@ def test_the_small_folder_of_the_data_page(tmp_path, monkeypatch, capsys):
 
 
 def test_analysis_page():
-    """docs/analysis.md: its Python, its commands, and the functions that it names."""
+    """The Python and the commands of docs/analysis.md run, and the functions that it names exist."""
     page = (ROOT / "docs" / "analysis.md").read_text()
     session = {}
     for block in blocks(page):
@@ -219,7 +219,7 @@ def test_analysis_page():
         assert f"| `{rule}` |" in page
 
 
-def test_commands_of_the_scale_page_are_understood():
+def test_commands_of_the_scale_page_are_valid():
     page = (ROOT / "docs" / "scale.md").read_text()
     known = {field.name for field in dataclasses.fields(DeiTLTTrainingArguments)}
     flags = [*re.findall(r"^\| `--([a-z0-9_]+)", page, flags=re.MULTILINE), *re.findall(r"`--([a-z0-9_]+)[ `]", page)]

@@ -1,4 +1,4 @@
-"""Recipes from Python, and the help of commands that take a recipe."""
+"""Tests of recipes from Python, and of the help of commands that take a recipe."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from deitlt_hf.recipes import DataArguments, StudentArguments, parse_arguments
 TINY = str(Path(__file__).parent / "fixtures" / "tiny.yaml")
 
 
-def test_keywords_do_what_the_command_line_does(tmp_path):
+def test_keywords_match_the_command_line(tmp_path):
     options = {"learning_rate": 2e-3, "group_rule": "thirds", "imbalance_ratio": 5.0, "hidden_size": 96}
     words = ["--recipe", TINY, "--output_dir", str(tmp_path)]
     words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -22,10 +22,10 @@ def test_keywords_do_what_the_command_line_does(tmp_path):
     assert [found.data, found.model] == expected[:2]
     assert found.args.method_settings() == expected[2].method_settings()
     assert found.args.recipe == expected[2].recipe == {"name": "tiny.yaml", "overrides": options}
-    assert found.data.group_boundaries is None  # which the rule overrides
+    assert found.data.group_boundaries is None  # overridden by group_rule
 
 
-def test_the_loss_of_a_teacher_changes_what_depends_on_it():
+def test_the_loss_of_a_teacher_changes_the_values_that_depend_on_it():
     recipe = Recipe.load("fashion_mnist_lt_tiny")
     own, paco = recipe.teacher(), recipe.teacher("paco")
     assert (own.args.teacher_loss, own.args.learning_rate, own.args.drw_start_epoch) == ("ce", 0.1, 24)
@@ -51,13 +51,13 @@ def test_data_are_loaded_with_overrides():
         (lambda: Recipe.load(TINY).student(do_train=True), ValueError, "do_train has no effect"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(ask, error, message):
+def test_invalid_input_raises_one_clear_message(ask, error, message):
     with pytest.raises(error, match=message):
         ask()
 
 
 @pytest.mark.parametrize("command", ["distill", "train-teacher"])
-def test_help_has_the_methods_options_first_and_each_by_one_spelling(command, capsys):
+def test_help_lists_the_methods_options_first_in_one_spelling(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Files on the disk are read through one schema, a model folder through one function: odd ones cost a sentence."""
+"""Tests that records and model folders are validated: wrong types give one clear message."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_records_of_earlier_versions_are_read():
         ({"schema": 99}, "a newer version of deitlt-hf wrote it"),
     ],
 )
-def test_odd_types_are_named(tmp_path, values, place):
+def test_wrong_types_are_named(tmp_path, values, place):
     make_student().save_pretrained(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(RECORD | values))
     for read in (read_record, find_record, make_card):
@@ -93,7 +93,7 @@ def odd_size(folder):
         (odd_size, "hidden_size"),
     ],
 )
-def test_a_damaged_model_folder_costs_one_sentence(tmp_path, monkeypatch, harm, name):
+def test_a_damaged_model_folder_gives_one_message(tmp_path, monkeypatch, harm, name):
     monkeypatch.chdir(tmp_path)
     make_student().save_pretrained(tmp_path)
     harm(tmp_path)

@@ -1,4 +1,4 @@
-"""Numerical parity with the original implementations."""
+"""Tests of numerical parity with the original implementations."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def test_class_weights(reference):
 
 def test_ldam_loss(reference):
     values = reference["ldam_loss"]
-    # Theirs takes cosines and scales them; ours takes logits, which the classifier has scaled.
+    # The original takes cosines and scales them; ours takes logits that the classifier has scaled.
     logits, labels = values["s"] * torch.tensor(values["logits"]), torch.tensor(values["labels"])
     for name, weights in (("loss", None), ("loss_drw", effective_number_weights(values["counts"]))):
         loss = LDAMLoss(values["counts"], values["max_m"], values["s"], weights)(logits, labels)
@@ -65,8 +65,12 @@ PACO = json.loads((FIXTURES / "paco_values.json").read_text())
 
 
 @pytest.mark.parametrize("case", PACO["cases"], ids=lambda case: "-".join(str(case[name]) for name in PACO_WEIGHTS))
-def test_paco_weighs_what_the_original_weighs(case):
-    """Its gamma weighs the images in the denominator: with another value than 1, what weighs the centres differs."""
+def test_paco_weights_the_terms_of_the_original(case):
+    """PaCo weights the terms as the original does.
+
+    The original's gamma weights the images in the denominator; with values other than 1, the weights of the centres
+    differ.
+    """
     batch, queue, features, classes = PACO["batch"], PACO["queue"], PACO["features"], len(PACO["counts"])
     logits, queries, keys = (
         torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
@@ -105,7 +109,7 @@ def test_long_tailed_subsets(reference):
     ids=["imagenet_lt", "inat18"],
 )
 def test_class_map_has_the_ties_of_numpy_1_24(largest, smallest, classes, exponent, sha256):
-    """The authors sorted with numpy 1.24.3 (their environment.yml); later versions give ties another order.
+    """The class map orders ties as numpy 1.24 does. The authors used 1.24.3 (environment.yml); later versions differ.
 
     The expected values are SHA-256 of `np.argsort(-counts)` in numpy 1.24.3, int64, for counts with many ties.
     """
@@ -135,7 +139,7 @@ def test_learning_rate(reference):
 
 
 def test_repeated_augmentation_order(reference):
-    """What one process gets is the original's order."""
+    """Each process receives the images in the original's order."""
     for case in reference["repeated_aug_sampler"]:
         batches = TrainBatches(
             case["dataset_len"], 1, case["rank"], case["num_replicas"], num_repeats=case["num_repeats"]

@@ -1,4 +1,4 @@
-"""The report page, the commands that make it, and the fusion of experts by command."""
+"""Tests of the report page, of the commands that make it, and of the fusion of experts by command."""
 
 import base64
 import io
@@ -57,7 +57,7 @@ def student_folder(tmp_path_factory, digits):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, digits, student_folder):
-    """A report of a student, and one of it beside a ViT, which has one token and one expert."""
+    """A report of a student, and one of a student and a ViT, which has one token and one expert."""
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
@@ -72,7 +72,7 @@ def pages(tmp_path_factory, digits, student_folder):
 
 
 class Page(HTMLParser):
-    """What a page has."""
+    """The parsed content of a report page."""
 
     def __init__(self, text):
         super().__init__()
@@ -94,7 +94,7 @@ class Page(HTMLParser):
             self.cells.append(data.strip())
 
 
-def test_a_page_has_all_figures_and_needs_no_other_file(pages):
+def test_a_page_is_complete_in_one_file(pages):
     alone, _ = pages
     page = Page((alone / "index.html").read_text())
     assert [name for name in page.headings if name != "only_distillation"] == FIGURES
@@ -109,7 +109,7 @@ def test_a_page_has_all_figures_and_needs_no_other_file(pages):
     record = json.loads((alone / "report.json").read_text())
     (model,) = record["models"]
     assert f"{100 * model['figures']['cls']['overall']:.1f}" in page.cells
-    # It may be published: of folders there are the last names only.
+    # Pages may be published: they contain only the last part of folder names.
     assert str(alone.parent) not in (alone / "index.html").read_text() + (alone / "report.json").read_text()
     low, high = model["intervals"]["cls"]["overall"]
     assert low <= model["figures"]["cls"]["overall"] <= high
@@ -123,7 +123,7 @@ def test_a_page_has_all_figures_and_needs_no_other_file(pages):
     )
 
 
-def test_the_terminal_has_the_table_or_the_json_alone(student_folder, tmp_path, capsys):
+def test_the_terminal_shows_the_table_or_only_the_json(student_folder, tmp_path, capsys):
     data = [word for name, value in DATA.items() if name != "dataset" for word in (f"--{name}", str(value))]
     options = ["--num_images", "9", "--resamples", "2", "--sharpness_images", "0", "--output", str(tmp_path)]
     command = ["--model", student_folder, "--recipe", "digits_lt", *data, *options]
@@ -156,8 +156,11 @@ def test_two_models_stand_side_by_side(pages):
     assert "The CLS token learns from the labels" in text
 
 
-def test_a_report_of_one_expert_does_not_speak_of_two(pages, student_folder, digits, tmp_path):
-    """In a folder with the report of a student, whose pictures go."""
+def test_a_report_of_one_expert_does_not_mention_two(pages, student_folder, digits, tmp_path):
+    """A report of one expert does not mention two experts.
+
+    It removes the pictures of an earlier report in its folder.
+    """
     _, beside = pages
     vit = str(beside.parent / json.loads((beside / "report.json").read_text())["models"][1]["model"].split("/")[-1])
     for model in (student_folder, vit):
@@ -171,8 +174,11 @@ def test_a_report_of_one_expert_does_not_speak_of_two(pages, student_folder, dig
     assert names == {"notes", *Page(text).headings}
 
 
-def test_figures_of_two_models_reach_equally_high():
-    """Drawn each to its own height, a small difference looks like none or like a large one."""
+def test_figures_of_two_models_share_one_scale():
+    """Figures of two models share one scale.
+
+    With separate scales, a small difference would look like none or like a large one.
+    """
     sections = []
     for height in (1.0, 3.0):
         figure = Figure()
@@ -184,8 +190,11 @@ def test_figures_of_two_models_reach_equally_high():
     assert high >= 3
 
 
-def test_names_with_dollars_are_drawn_as_they_are():
-    """matplotlib takes what is between two of them for mathematics, and fails on what is none."""
+def test_names_with_dollars_are_drawn_literally():
+    """Names with dollar signs are drawn literally.
+
+    matplotlib reads text between two of them as mathematics, and may fail.
+    """
     figure = Figure()
     draw_images([figure.subplots()], [np.zeros((4, 4, 3), dtype=np.uint8)], ["Ke$ha\n$x^$"])
     assert Picture("confusions", "", "", figure).png.startswith(b"\x89PNG")
@@ -206,7 +215,7 @@ def test_sizes_as_pairs_and_images_that_are_not_square(digits):
 
 @pytest.mark.parametrize("order", [list("9876543210"), list("0123456789ab")])
 def test_classes_in_another_order_or_among_others(student_folder, digits, tmp_path, order):
-    """What is observed of a model is in the data's order."""
+    """Observations of a model are in the order of the data's classes."""
     names = list("0123456789")
     torch.manual_seed(0)
     student = make_student(num_labels=len(order)).eval()
@@ -224,7 +233,7 @@ def test_classes_in_another_order_or_among_others(student_folder, digits, tmp_pa
         label_order(["z"], student.config, "model")
 
 
-def test_what_is_wrong_shows_before_any_work(student_folder, teacher_folder, tmp_path, capsys, monkeypatch):
+def test_invalid_input_is_reported_before_any_work(student_folder, teacher_folder, tmp_path, capsys, monkeypatch):
     data = DataArguments(**DATA)
     for values, error, message in (
         ({"compare": str(teacher_folder)}, ValueError, "has no attention over patches"),
@@ -244,7 +253,7 @@ def test_what_is_wrong_shows_before_any_work(student_folder, teacher_folder, tmp
         main(["--model", student_folder, "--recipe", "digits_lt", "--json", str(tmp_path / "no" / "x.json")])
     with pytest.raises(IsADirectoryError, match=f"--json {tmp_path} is a folder; name a file"):
         main(["--model", student_folder, "--recipe", "digits_lt", "--json", str(tmp_path)])
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # simulates that matplotlib is not installed
     with pytest.raises(ValueError, match="pictures need matplotlib: pip install"):
         report("digits", AnalysisArguments(student_folder, str(tmp_path / "out")), data)
     assert capsys.readouterr().out == ""
@@ -255,7 +264,7 @@ def test_what_is_wrong_shows_before_any_work(student_folder, teacher_folder, tmp
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; the page itself is checked above")
 def test_pages_open_in_a_browser(pages, tmp_path):
-    """No error in the console, and every image is drawn."""
+    """Pages open in a browser without errors in the console, and every image is drawn."""
     for folder in pages:
         script = (
             "<script>addEventListener('load', () => document.body.dataset.drawn = "
@@ -271,7 +280,7 @@ def test_pages_open_in_a_browser(pages, tmp_path):
         assert "CONSOLE" not in done.stderr
 
 
-def test_what_is_observed_is_what_the_model_gives(digits):
+def test_observations_match_the_models_outputs(digits):
     student = make_student(attn_implementation="eager").eval()
     dataset = ImageDataset(digits["test"].select(range(40)), "image", "label")
     collate = ImageCollator(image_processor(8))
@@ -294,7 +303,7 @@ def test_a_model_without_attention_is_refused(teacher_folder):
         report("digits", AnalysisArguments(str(teacher_folder)), DataArguments(**DATA))
 
 
-def test_the_metric_loads_from_its_file_and_takes_batches(monkeypatch):
+def test_the_metric_loads_from_its_file_and_accepts_batches(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     random = np.random.RandomState(0)
     labels, predictions = random.randint(0, 6, 50), random.randint(0, 6, (50, 2))
@@ -337,7 +346,7 @@ def test_fusions_are_compared_and_saved(student_folder, tmp_path, capsys):
     assert capsys.readouterr().out == ""  # before anything is evaluated
 
 
-def test_evaluation_takes_its_settings_from_the_recipe_or_the_command_line(student_folder, tmp_path, monkeypatch):
+def test_evaluation_uses_settings_of_the_recipe_or_the_command_line(student_folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "deitlt_hf.cli.evaluate.evaluate",
@@ -373,13 +382,13 @@ def test_evaluation_refuses_before_any_work(words, message):
         ({"fusion": "weight"}, "one rule of --fusion and --fused_output must be given together"),
     ],
 )
-def test_fusion_arguments_refuse(values, message):
+def test_invalid_fusion_arguments_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         FusionArguments(**values)
 
 
-def test_agreement_with_the_teacher_is_its_definition(digits, teacher_folder):
-    """In distribution by hand; out of distribution a student that is its teacher would agree on mixed images too."""
+def test_agreement_with_the_teacher_matches_its_definition(digits, teacher_folder):
+    """The agreement with the teacher matches its definition, which the test computes by hand for clean images."""
     student = make_student().eval()
     teacher = FlatTeacherForImageClassification.from_pretrained(teacher_folder).eval()
     groups = {"head": [0, 1, 2], "mid": [3, 4, 5], "tail": [6, 7, 8, 9]}
@@ -393,7 +402,7 @@ def test_agreement_with_the_teacher_is_its_definition(digits, teacher_folder):
         assert found["in distribution"][expert] == pytest.approx(expected, abs=0.01)
     assert all(0 <= share <= 1 for share in found["out of distribution"].values())
     assert found == teacher_agreement("digits_lt", student, str(teacher_folder), digits, groups)
-    # A few batches of a test split that is sorted by class are of all classes.
+    # With a test split sorted by class, a few batches still have images of all classes.
     by_class = {**digits, "test": digits["test"].sort("label")}
     found = teacher_agreement("digits_lt", student, str(teacher_folder), by_class, groups, num_batches=1)
     rows = np.argsort(digits["test"]["label"][:], kind="stable")[spread_rows(len(images), 200)]
@@ -401,8 +410,11 @@ def test_agreement_with_the_teacher_is_its_definition(digits, teacher_folder):
     assert found["in distribution"]["mean"] == pytest.approx(expected, abs=0.01)
 
 
-def test_agreement_is_on_the_images_that_the_student_was_shown(digits, teacher_folder, tmp_path, monkeypatch):
-    """Augmentation and mixing of its own record, with fewer images than repeated augmentation draws at a time."""
+def test_agreement_uses_the_students_augmentation(digits, teacher_folder, tmp_path, monkeypatch):
+    """The agreement uses the augmentation and mixing of the student's record.
+
+    The data have fewer images than one round of repeated augmentation.
+    """
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "data: {dataset: digits}\n"
@@ -428,7 +440,7 @@ def test_agreement_is_on_the_images_that_the_student_was_shown(digits, teacher_f
     assert len(trainers) == 2
     for trainer, batch in trainers:
         assert {name: getattr(trainer.args, name) for name in shown} == shown
-        # Nothing is mixed: apart from what smoothing gives to all, a label is one class.
+        # Nothing is mixed: without the share that smoothing gives to all classes, a label is one class.
         labels = batch["labels"] if batch["labels"].dim() == 2 else torch.eye(10)[batch["labels"]]
         assert ((labels > labels.amin(dim=1, keepdim=True)).sum(dim=1) == 1).all()
 

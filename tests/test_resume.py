@@ -1,4 +1,4 @@
-"""A run that is interrupted ends with the weights of one that was not, bit for bit."""
+"""Tests that an interrupted and resumed run ends with the same weights as an uninterrupted one, bit for bit."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ STUDENT = {
 
 
 class DrawNumbers(TrainerCallback):
-    """A user's callback that uses up random numbers, here as many as there were steps in this process."""
+    """A callback that draws random numbers, as many as this process has taken steps."""
 
     def on_step_end(self, args, state, control, **kwargs):
         torch.rand(int(torch.randint(1, 50, (1,))))
@@ -82,7 +82,10 @@ def assert_same(found, expected):
     ids=["student, in an epoch", "student, between epochs", "student with Muon", "paco", "ldam"],
 )
 def test_interrupted_and_undisturbed_runs_end_alike(tmp_path, digits, teacher, kind, save_steps, stop):
-    """Whatever was cut off, another number of workers, and whoever else draws random numbers."""
+    """A resumed run equals an undisturbed one, wherever it was interrupted.
+
+    The number of workers may change, and other code may draw random numbers.
+    """
     undisturbed = make_trainer(kind, tmp_path / "undisturbed", digits, teacher, save_strategy="no")
     undisturbed.train()
     values = {"save_steps": save_steps}
@@ -99,8 +102,8 @@ def test_interrupted_and_undisturbed_runs_end_alike(tmp_path, digits, teacher, k
         assert_same(trainer.contrast.state_dict(), undisturbed.contrast.state_dict())
 
 
-def test_other_seeds_end_otherwise(tmp_path, digits, teacher):
-    """The test above would also pass if nothing were random."""
+def test_other_seeds_give_other_weights(tmp_path, digits, teacher):
+    """Other seeds give other weights; otherwise the test above would also pass if nothing were random."""
     ends = []
     for seed in (0, 1):
         trainer = make_trainer("student", tmp_path / str(seed), digits, teacher, seed=seed, num_train_epochs=1,
@@ -110,7 +113,7 @@ def test_other_seeds_end_otherwise(tmp_path, digits, teacher):
     assert not torch.equal(*ends)
 
 
-def test_accumulation_in_an_interrupted_run(tmp_path, digits, teacher):
+def test_gradient_accumulation_in_an_interrupted_run(tmp_path, digits, teacher):
     values = {"per_device_train_batch_size": 8, "global_batch_size": 32, "save_steps": 5}
     undisturbed = make_trainer("student", tmp_path / "undisturbed", digits, teacher, **values)
     undisturbed.train()
@@ -128,12 +131,15 @@ def test_accumulation_in_an_interrupted_run(tmp_path, digits, teacher):
 
 
 def test_a_resumed_student_has_the_weights_of_its_checkpoint(tmp_path, digits):
-    """transformers' own resumption drops the blocks' weights, whose names in files are others, and only warns."""
+    """A resumed student has the weights of its checkpoint.
+
+    The blocks' weights have other names in files; transformers' own resumption drops them and only warns.
+    """
     values = {"distillation": "none", "save_strategy": "epoch", "num_train_epochs": 1}
     undisturbed = student_trainer(tmp_path, digits, **values)
     undisturbed.train()
     trainer = student_trainer(tmp_path, digits, model=make_student(seed=1), **values)
-    trainer.train(resume_from_checkpoint=True)  # the run is at its end already
+    trainer.train(resume_from_checkpoint=True)  # the run has already ended
     assert_same(weights(trainer), weights(undisturbed))
 
 
@@ -148,7 +154,10 @@ def test_the_best_model_has_the_weights_of_its_checkpoint(tmp_path, digits):
 
 
 def test_the_best_model_has_the_average_of_its_checkpoint(tmp_path, digits):
-    """Without the optimiser's state in it too, which only going on needs."""
+    """The best model has its checkpoint's moving average.
+
+    The checkpoint has no optimiser state, which only resuming needs.
+    """
     values = {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 3, "save_total_limit": None}
     values |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
     trainer = student_trainer(tmp_path, digits, distillation="none", ema_decay=0.5, save_only_model=True, **values)
@@ -160,8 +169,11 @@ def test_the_best_model_has_the_average_of_its_checkpoint(tmp_path, digits):
     assert_same({name: trainer.averaged_model.state_dict()[name] for name in expected}, expected)
 
 
-def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path, digits, teacher):
-    """The record says what the saved weights do, also if a run goes on in another way from an early checkpoint."""
+def test_measurements_after_the_checkpoint_are_removed(tmp_path, digits, teacher):
+    """Measurements after the checkpoint are removed from the record.
+
+    The record describes the saved weights, also if a run continues differently from an early checkpoint.
+    """
     values = {"eval_strategy": "no", "save_steps": 8, "save_total_limit": 9}
     trainer = make_trainer("student", tmp_path, digits, teacher, **values)
     trainer.train()
@@ -183,7 +195,7 @@ def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path, digits, t
     assert record["resumed"] is True
 
 
-def test_resuming_what_has_ended_leaves_its_record(tmp_path, digits, teacher):
+def test_resuming_a_finished_run_keeps_its_record(tmp_path, digits, teacher):
     values = {"num_train_epochs": 1, "drw_start_epoch": None, "save_strategy": "epoch"}
     make_trainer("student", tmp_path, digits, teacher, **values).train()
     first = json.loads((tmp_path / "results.json").read_text())
@@ -207,8 +219,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, digits, config, mess
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_epochs_follow_from_the_step_with_another_batch_too(tmp_path, digits):
-    """Else a run that goes on with half the batch sees an order twice."""
+def test_epochs_follow_from_the_step_with_another_batch_size(tmp_path, digits):
+    """Epochs follow from the step, also with another batch size.
+
+    Otherwise a run that resumes with half the batch would use the order of one epoch twice.
+    """
     values = {"distillation": "none", "save_strategy": "steps", "save_steps": 5, "num_train_epochs": 2}
     student_trainer(tmp_path, digits, max_steps=5, **values).train()
     trainer = student_trainer(tmp_path, digits, per_device_train_batch_size=8, **values)  # 30 steps an epoch
@@ -224,7 +239,7 @@ def test_epochs_follow_from_the_step_with_another_batch_too(tmp_path, digits):
 
 
 def test_workers_end_with_training(tmp_path, digits):
-    """Collected as garbage later, each would be waited for."""
+    """Workers end with training; if they ended at garbage collection, the process would wait for each."""
     student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1, dataloader_num_workers=2).train()
     assert multiprocessing.active_children() == []
 
@@ -257,7 +272,7 @@ LENGTHS = {"max_steps": {}, "epochs": {"max_steps": -1, "num_train_epochs": 1.25
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, digits):
-    """Folders of finished runs, not to be changed."""
+    """Folders of finished runs, which tests must not change."""
     folders = {}
     for kind in ("student", "teacher"):
         for length, values in LENGTHS.items():
@@ -268,8 +283,11 @@ def finished(tmp_path_factory, digits):
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_a_finished_run_that_goes_on_does_nothing(finished, digits, capsys, kind, length):
-    """transformers begins the epoch that holds the last step, takes one more step, and the model has other bytes."""
+def test_resuming_a_finished_run_does_nothing(finished, digits, capsys, kind, length):
+    """Resuming a finished run does nothing.
+
+    transformers would start the epoch of the last step again and take one more step, which changes the model.
+    """
     folder = finished[kind, length]
     before, ema = content_of(folder), 0.9 if kind == "student" else None
     for resume in ("auto", True, str(folder / "checkpoint-9")):
@@ -302,8 +320,11 @@ def test_a_run_that_was_killed_before_its_model_was_saved_saves_it_once(finished
     assert read_record(folder)["weights_sha256"] == weights_digest(folder)
 
 
-def test_a_finished_run_without_checkpoints_has_nothing_to_do_either(finished, tmp_path, digits):
-    """Its record may be of 0.1.0, which did not count the steps."""
+def test_a_finished_run_without_checkpoints_has_nothing_to_do(finished, tmp_path, digits):
+    """A finished run without checkpoints has nothing to do.
+
+    Its record may be of 0.1.0, which did not count the steps.
+    """
     shutil.copytree(finished["student", "max_steps"], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
     record = read_record(tmp_path / "run")
     for name in ("steps", "schema"):
@@ -330,15 +351,18 @@ def test_a_run_can_be_made_longer_but_not_shorter(finished, tmp_path, digits):
     assert trainer.state.global_step == 11
 
 
-def test_true_needs_a_checkpoint_and_auto_does_not(tmp_path, digits):
+def test_resume_true_needs_a_checkpoint_and_auto_does_not(tmp_path, digits):
     with pytest.raises(ValueError, match=r"there is no checkpoint in .* 'auto' begins without one"):
         short("student", tmp_path, digits).train(resume_from_checkpoint=True)
     assert list(tmp_path.iterdir()) == []
     assert short("student", tmp_path, digits, max_steps=1).train(resume_from_checkpoint="auto").global_step == 1
 
 
-def test_going_another_way_from_an_early_checkpoint_leaves_none_of_the_former(finished, tmp_path, digits):
-    """Else the next `auto` would take up the former course at its later step."""
+def test_resuming_from_an_early_checkpoint_removes_later_ones(finished, tmp_path, digits):
+    """A run that continues differently from an early checkpoint removes the later checkpoints.
+
+    Otherwise the next `auto` would resume the previous run at its later step.
+    """
     shutil.copytree(finished["student", "max_steps"], tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint-8"
     trainer = short("student", tmp_path / "run", digits, max_steps=9, save_strategy="no", callbacks=None)
@@ -348,14 +372,17 @@ def test_going_another_way_from_an_early_checkpoint_leaves_none_of_the_former(fi
 
 
 class AtEnd(TrainerCallback):
-    """Asks for a checkpoint after every step."""
+    """Requests a checkpoint after every step."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = True
 
 
-def test_a_plain_resume_says_nothing_of_its_arguments(tmp_path, digits):
-    """Steps that are given as a share of the run are those of its checkpoint; others that are given count."""
+def test_a_resume_with_unchanged_arguments_gives_no_warning(tmp_path, digits):
+    """A resume with unchanged arguments gives no warning; changed arguments take effect.
+
+    Step counts given as a fraction of the run are those of the checkpoint.
+    """
     values = {"eval_strategy": "steps", "eval_steps": 0.5, "save_steps": 0.25, "logging_steps": 0.1}
     trainer = short("student", tmp_path, digits, **values)
     trainer.add_callback(StopAt(7))
@@ -388,7 +415,7 @@ def test_other_decoders_of_images_are_reported(finished, tmp_path, digits, monke
         short("student", folder, digits, **LENGTHS["epochs"], ema_decay=0.9).train(resume_from_checkpoint="auto")
 
 
-# ---- What a run is ----
+# ---- Identity of a run ----
 
 
 @pytest.fixture(scope="module")
@@ -422,13 +449,13 @@ def make_small(folder, data_dir, options=None, **values):
 
 
 def rename_class(place):
-    """Labels shift: the trained heads would stand for other classes."""
+    """Renames a class, which shifts the labels: the trained heads would then belong to other classes."""
     for split in ("train", "test"):
         (place / split / "ant").rename(place / split / "zebra")
 
 
 def replace_image(place):
-    """Of the same name and size in bytes."""
+    """Replaces an image with another of the same name and size in bytes."""
     path = place / "train" / "bee" / "3.bmp"
     content = path.read_bytes()
     path.write_bytes(content[:-4] + bytes(255 - byte for byte in content[-4:]))
@@ -447,7 +474,7 @@ def remove_image(place):
     [
         *((rename_class, {}, {}, "trained on other classes (label 0 was 'ant' and is 'bee')", old) for old in (0, 1)),
         *((remove_image, {}, {}, "trained on other images (class 'bee' had 8, and has 7)", old) for old in (0, 1)),
-        (replace_image, {}, {}, "trained on other images (files, names or labels differ)", 0),  # 0.1.0 does not know
+        (replace_image, {}, {}, "trained on other images (files, names or labels differ)", 0),  # 0.1.0: unnoticed
         (rename_image, {}, {}, "trained on other images (files, names or labels differ)", 0),
         (None, {"imbalance_ratio": 2}, {}, "trained on other images (class 'bee' had 8, and has 5)", 0),
         *((None, {}, {"cls_loss": "bce"}, "begun with cls_loss ce, not bce", old) for old in (0, 1)),
@@ -486,7 +513,7 @@ def test_the_same_images_elsewhere_are_the_same_run(folder_data, cut_run, tmp_pa
     assert make_small(tmp_path / "run", tmp_path / "moved").train(resume_from_checkpoint="auto").global_step == 4
 
 
-def test_what_identifies_images_in_tables(digits):
+def test_hash_of_images_in_tables(digits):
     train = digits["train"]
     assert images_hash(train) == images_hash(train.select(range(len(train))))
     swapped = [1, 0, *range(2, len(train))]
@@ -499,8 +526,11 @@ def test_what_identifies_images_in_tables(digits):
     "text", [b"", b'{"finished": fal', b"[1]", b"\xff\x00", b'{"settings": {"sam_rho": 1}, "data": {}}'],
     ids=["empty", "cut", "list", "binary", "odd"],
 )  # fmt: skip
-def test_a_damaged_record_costs_a_sentence_and_not_the_run(folder_data, cut_run, tmp_path, text):
-    """A power loss may leave the record so; the checkpoints have one of their own."""
+def test_a_damaged_record_gives_a_warning_and_the_run_resumes(folder_data, cut_run, tmp_path, text):
+    """A damaged record gives a warning, and the run still resumes.
+
+    A power loss can damage the record; the checkpoints have a copy.
+    """
     shutil.copytree(cut_run, tmp_path / "run")
     (tmp_path / "run" / "results.json").write_bytes(text)
     (tmp_path / "run" / "log.jsonl").write_bytes(b'{"step": 1, "loss": 1.0, "epoch": 0.1}\n[1]\n\xff\n{"step": 2, "lo')
@@ -516,7 +546,10 @@ def test_a_damaged_record_costs_a_sentence_and_not_the_run(folder_data, cut_run,
 
 
 def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(folder_data, cut_run, tmp_path):
-    """A checkpoint of plain transformers can have any."""
+    """An optimiser state that does not fit is refused before anything is written.
+
+    A foreign checkpoint can contain one.
+    """
     shutil.copytree(cut_run, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint-2"
     (checkpoint / "manifest.json").unlink()
@@ -529,8 +562,11 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(folder_
     assert content_of(tmp_path / "run") == before
 
 
-def test_remains_without_weights_are_replaced(folder_data, tmp_path, capsys):
-    """Of a run that was interrupted before its first checkpoint; a finished record may be all that is kept."""
+def test_an_interrupted_run_without_weights_is_replaced(folder_data, tmp_path, capsys):
+    """Files of a run that was interrupted before its first checkpoint are replaced.
+
+    A finished run is not, because its record may be all that was kept.
+    """
     trainer = make_small(tmp_path, folder_data)
     trainer.add_callback(StopAt(1))
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: whole runs in processes of their own, and what they say to wrong input."""
+"""Tests of the scripts as a user runs them: complete runs in separate processes, and messages for invalid input."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def run(*command, **environment):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run of `distill.py` without a teacher, and what it printed."""
+    """A finished run of `distill.py` without a teacher, and its output."""
     folder = tmp_path_factory.mktemp("run")
     return folder, run("scripts/distill.py", "--recipe", TINY, "--output_dir", folder / "student")
 
@@ -73,7 +73,7 @@ def test_distill_trains_the_teacher_first_and_says_so(trained):
         assert results(folder / name)["finished"]
 
 
-def test_distill_uses_the_recipes_teacher_if_it_is_there(trained, tmp_path):
+def test_distill_uses_an_existing_teacher_of_the_recipe(trained, tmp_path):
     folder, _ = trained
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
     before = (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns
@@ -91,14 +91,17 @@ def test_distill_uses_the_recipes_teacher_if_it_is_there(trained, tmp_path):
     assert results(tmp_path / "student")["last"]["epoch"] == pytest.approx(2.5, abs=1 / 7)
 
 
-def test_distill_goes_on_with_a_teacher_that_was_interrupted(tmp_path):
-    """Training it anew would lose its checkpoints, which on a GPU may be days."""
+def test_distill_resumes_an_interrupted_teacher(tmp_path):
+    """The training of an interrupted teacher resumes.
+
+    Starting again would lose checkpoints that may have taken days.
+    """
     recipe = yaml.safe_load(Path(TINY).read_text())
     recipe["teacher"] |= {"save_strategy": "epoch", "num_train_epochs": 10, "logging_steps": 1}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     folders = ("--recipe", tmp_path / "recipe.yaml", "--output_dir")
     run("scripts/train_teacher.py", *folders, tmp_path / "teacher")
-    # As if it had been killed in its last epoch.
+    # The folder looks as if the run had been killed in its last epoch.
     (tmp_path / "teacher" / "model.safetensors").unlink()
     shutil.rmtree(tmp_path / "teacher" / "checkpoint-70")
     record = results(tmp_path / "teacher") | {"finished": False}
@@ -123,7 +126,7 @@ def test_evaluate_repeats_the_results_of_the_run(trained, tmp_path):
 
 
 def test_pipeline_without_the_package_agrees_with_evaluation(trained, tmp_path):
-    """Hosted inference: transformers alone, from image files to the accuracy that the run reported."""
+    """Transformers alone, as in hosted inference, reaches the run's accuracy from image files."""
     from deitlt_hf.data import load_long_tailed
 
     folder, _ = trained
@@ -147,7 +150,7 @@ print(sum(map(str.__eq__, predicted, labels)) / len(labels))
 
 
 def test_two_processes_end_with_one_result(trained, tmp_path):
-    """Through Accelerate's launcher, with the teacher trained by both processes too."""
+    """Two processes of Accelerate's launcher end with one result; both also train the teacher."""
     folder, _ = trained
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     script = tmp_path / "distill.py"
@@ -182,7 +185,10 @@ print("threads:", {threads})
 
 
 def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path):
-    """What the README says of one's own images; every image is used as it is, whatever its size."""
+    """A student trains on an image folder from a checkpoint of other classes, as in the README.
+
+    Every image is used, whatever its size.
+    """
     random = np.random.RandomState(0)
     for split, per_class in (("train", {"cat": 30, "dog": 12, "eel": 6}), ("test", {"cat": 5, "dog": 5, "eel": 5})):
         for name, images in per_class.items():
@@ -210,8 +216,11 @@ def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path
     assert model.config.hidden_size == 32
 
 
-def test_the_authors_files_from_conversion_to_evaluation_and_training(tmp_path, reference):
-    """A student and a teacher in the authors' layout; both are evaluated, and both take part in a new run."""
+def test_the_authors_files_are_converted_evaluated_and_used_for_training(tmp_path, reference):
+    """The authors' files are converted, evaluated and used for training.
+
+    A student and a teacher in the authors' layout take part in a new run.
+    """
     student = make_student(hidden_size=32, num_hidden_layers=2)
     torch.save({"model": student_to_original(student.state_dict())}, tmp_path / "student.pth")
     torch.save({"state_dict": filled_state_dict(reference["teacher_ldam_cifar"]["keys"])}, tmp_path / "teacher.pth.tar")
@@ -229,17 +238,17 @@ def test_the_authors_files_from_conversion_to_evaluation_and_training(tmp_path, 
     )
     trained = DeiTLTForImageClassification.from_pretrained(tmp_path / "run")
     assert trained.config.hidden_size == 32
-    # A few small steps away from the file's weights, which a new start would not be.
+    # The weights are a few small steps away from the file's; those of a new start would not be.
     drift = (trained.deit.embeddings.position_embeddings - student.deit.embeddings.position_embeddings).abs().max()
     assert 0 < drift < 0.05
 
 
-# ---- Wrong input: one sentence, nothing written ----
+# ---- Invalid input: one message, nothing written ----
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """Runs a script in this process and returns the sentence it ends with."""
+    """Runs a script in this process and returns its error message."""
 
     def refuse(script, *arguments):
         monkeypatch.chdir(tmp_path)
@@ -309,12 +318,12 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--recipe", TINY, "--group_boundaries", "7", "3"], r"two increasing positions among 10 classes"),
     ],
 )
-def test_distill_refuses(refused, arguments, sentence):
+def test_distill_refuses_invalid_input(refused, arguments, sentence):
     assert re.search(sentence, refused("distill.py", *arguments))
 
 
 def test_distill_names_an_unreadable_image(monkeypatch, capsys, tmp_path):
-    """A data loader's worker wraps the sentence into a traceback."""
+    """distill.py names an unreadable image, although a data loader worker wraps the message into a traceback."""
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -341,8 +350,8 @@ def test_distill_refuses_another_runs_folder_before_training_a_teacher(refused, 
     assert not (folder.parent / "teacher").exists()
 
 
-def test_distill_in_another_precision_trains_its_teacher_in_that_too(tmp_path):
-    """A process keeps the precision that it began with."""
+def test_distill_trains_its_teacher_in_the_same_precision(tmp_path):
+    """A run in another precision trains its teacher in that precision, too. A process keeps its initial precision."""
     command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--num_train_epochs", "2.5")
     run("scripts/distill.py", *command, "--use_cpu", "true", "--bf16", "true")
     for name in ("teacher", "student"):
@@ -351,7 +360,7 @@ def test_distill_in_another_precision_trains_its_teacher_in_that_too(tmp_path):
     assert not results(tmp_path / "student")["settings"]["bf16"]
 
 
-def test_distill_names_the_teachers_options(refused, tmp_path):
+def test_distill_points_to_the_teachers_options(refused, tmp_path):
     recipe = load_recipe(TINY)
     recipe["teacher"] |= {"global_batch_size": 512, "per_device_train_batch_size": 512}
     (tmp_path / "big_teacher.yaml").write_text(yaml.safe_dump({name: part for name, part in recipe.items() if part}))
@@ -361,7 +370,7 @@ def test_distill_names_the_teachers_options(refused, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["vit", "teacher", "sizes", "part"])
-def test_distill_refuses_to_start_from(refused, tmp_path_factory, kind):
+def test_distill_refuses_invalid_starting_weights(refused, tmp_path_factory, kind):
     folder, more = tmp_path_factory.mktemp("start"), []
     if kind == "vit":
         small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
@@ -404,7 +413,10 @@ def test_distill_refuses_a_recipes_teacher_of_other_images(trained, tmp_path_fac
 
 
 def test_distill_refuses_a_recipes_teacher_of_other_settings(tmp_path_factory, refused):
-    """Made by the README's first step with other flags; its folder is where the recipe's would be."""
+    """A teacher in the recipe's folder with other settings is refused.
+
+    It was made by the README's first step with other flags.
+    """
     tmp_path = tmp_path_factory.mktemp("other")
     folder = ("--output_dir", tmp_path / "teacher")
     run("scripts/train_teacher.py", "--recipe", TINY, *folder, "--sam_rho", "0", "--num_train_epochs", "3")
@@ -427,7 +439,7 @@ def test_distill_refuses_a_recipes_teacher_of_other_settings(tmp_path_factory, r
     assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == weights
 
 
-def test_a_record_of_before_architectures_were_kept_is_taken(trained, tmp_path):
+def test_an_old_record_without_architecture_is_accepted(trained, tmp_path):
     folder, _ = trained
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
     record = results(tmp_path / "teacher")
@@ -439,7 +451,7 @@ def test_a_record_of_before_architectures_were_kept_is_taken(trained, tmp_path):
 
 
 def test_overwriting_a_student_keeps_its_teacher(trained, tmp_path):
-    """Which took longer than it on any real data."""
+    """Overwriting a student keeps its teacher, which on real data took longer to train."""
     folder, _ = trained
     shutil.copytree(folder, tmp_path / "run")
     before = (tmp_path / "run" / "teacher" / "model.safetensors").stat().st_mtime_ns
@@ -448,7 +460,7 @@ def test_overwriting_a_student_keeps_its_teacher(trained, tmp_path):
     assert (tmp_path / "run" / "teacher" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_distill_trains_a_teacher_of_another_loss_beside_the_recipes(trained, tmp_path):
+def test_distill_trains_a_teacher_of_another_loss_next_to_the_recipes(trained, tmp_path):
     folder, _ = trained
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
     command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--teacher_loss", "paco")
@@ -459,7 +471,7 @@ def test_distill_trains_a_teacher_of_another_loss_beside_the_recipes(trained, tm
     assert results(tmp_path / "student")["finished"]
 
 
-def test_evaluate_and_teacher_refuse(refused, tmp_path):
+def test_evaluate_and_teacher_refuse_invalid_input(refused, tmp_path):
     assert "there is no model folder 'nowhere'" in refused("evaluate.py", "--recipe", TINY, "--model", "nowhere")
     assert "unknown backbone 'resnet18'" in refused("train_teacher.py", "--recipe", TINY, "--backbone", "resnet18")
     (tmp_path / "broken.yaml").write_text("student: {lerning_rate: 1}")
@@ -486,7 +498,7 @@ def test_help_lists_every_field(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipes_fill_their_arguments(name, tmp_path):
+def test_recipes_set_their_arguments(name, tmp_path):
     folder = ["--recipe", name, "--output_dir", str(tmp_path)]
     recipe, data, model, args = parse_arguments(
         "student", (DataArguments, StudentArguments, DeiTLTTrainingArguments), folder
@@ -500,8 +512,8 @@ def test_recipes_fill_their_arguments(name, tmp_path):
 FAST = [name for name in recipe_names() if name.endswith("_fast")]
 
 
-def test_every_benchmark_has_a_recipe_of_this_packages_own():
-    """All with the method that docs/claims.md tests, and the data and teacher of the benchmark."""
+def test_every_benchmark_has_a_fast_recipe():
+    """Every benchmark has a fast recipe with its data and teacher, and with the method that docs/claims.md tests."""
     benchmarks = {name for name in recipe_names() if not name.endswith("_fast")} - {"image_folder"}
     assert {name.removesuffix("_fast") for name in FAST} == benchmarks
     method = ("optim", "distillation", "cls_loss", "drw_start_epoch")
@@ -520,7 +532,7 @@ def teacher_arguments(name, folder, *arguments):
 @pytest.mark.parametrize("loss", [None, *TEACHER_LOSSES])
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_have_teachers_of_every_loss(name, loss, tmp_path):
-    """Each with the classifier and projection that it needs, and with its classes weighted once."""
+    """Recipes have teachers of every loss, with the right classifier and projection, and class weights used once."""
     model, args = teacher_arguments(name, tmp_path, *([] if loss is None else ["--teacher_loss", loss]))
     own = load_recipe(name)["teacher"].get("teacher_loss", "ce")
     assert args.teacher_loss == (loss or own)
@@ -540,15 +552,15 @@ def test_recipes_have_teachers_of_every_loss(name, loss, tmp_path):
         ({"ldam": {"ldam_margn": 3}}, r"unknown field 'ldam_margn' in teacher_losses of recipe .* 'ldam_margin'\?\)"),
     ],
 )
-def test_what_a_recipe_says_of_losses_is_checked(losses, sentence, tmp_path):
-    """Also of losses that are not asked for."""
+def test_values_of_all_losses_in_a_recipe_are_checked(losses, sentence, tmp_path):
+    """The values that a recipe gives for each loss are checked, also for losses that the run does not use."""
     recipe = yaml.safe_load(Path(TINY).read_text()) | {"teacher_losses": losses}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ValueError, match=sentence):
         teacher_arguments(str(tmp_path / "recipe.yaml"), tmp_path)
 
 
-def test_empty_parts_of_a_recipe_are_left_out(tmp_path):
+def test_empty_parts_of_a_recipe_are_ignored(tmp_path):
     (tmp_path / "recipe.yaml").write_text(Path(TINY).read_text() + "\nteacher_losses:\n  paco:\n")
     assert (
         teacher_arguments(str(tmp_path / "recipe.yaml"), tmp_path, "--teacher_loss", "paco")[1].teacher_loss == "paco"
@@ -557,7 +569,7 @@ def test_empty_parts_of_a_recipe_are_left_out(tmp_path):
     assert teacher_arguments(str(tmp_path / "recipe.yaml"), tmp_path)[1].teacher_loss == "ce"
 
 
-def test_the_command_line_goes_before_what_a_loss_changes(tmp_path):
+def test_the_command_line_overrides_values_of_a_loss(tmp_path):
     _, args = teacher_arguments(
         "cifar10_lt_rho100", tmp_path, "--teacher_loss", "ldam", "--num_train_epochs", "190", "--sam_rho", "0.3"
     )
@@ -570,7 +582,7 @@ def test_the_command_line_goes_before_what_a_loss_changes(tmp_path):
 
 
 def test_teachers_of_other_losses_have_folders_of_their_own():
-    """The one that `train_teacher.py` makes is the one that `distill.py` looks for."""
+    """Each other loss has its own teacher folder; `distill.py` looks for the one that `train_teacher.py` writes."""
     for loss, folder in ((None, "teacher"), ("paco", "teacher"), ("ldam", "teacher_ldam")):
         assert teacher_folder("cifar10_lt_rho100", loss) == folder
         command = ["--recipe", "cifar10_lt_rho100", *([] if loss is None else ["--teacher_loss", loss])]
@@ -580,7 +592,7 @@ def test_teachers_of_other_losses_have_folders_of_their_own():
 
 
 # From run.sh and the training scripts of Saddle-LongTail, and from sh/ and the training scripts of PaCo: epochs, peak
-# learning rate, batch, weight decay, rho and the epochs from which it holds, warm-up, drops and DRW.
+# learning rate, batch, weight decay, rho and its starting epochs, warm-up, learning-rate drops and DRW.
 PHASES = [0, 5, 60]
 TEACHERS = {
     ("cifar10_lt_rho100", "ldam"): (200, 0.1, 128, 2e-4, [0.8], [0], 5, [160, 180], 160),
@@ -615,7 +627,7 @@ def test_recipes_have_the_teachers_values(name, loss, tmp_path):
         assert args.paco_momentum == 0.999
 
 
-# From the paper and the authors' code: epochs, DRW from, peak learning rate, global batch, groups, mixing goes on.
+# From the paper and the authors' code: epochs, DRW epoch, peak learning rate, global batch, groups, mixing after DRW.
 PAPER = {
     "cifar10_lt_rho100": (1200, 1100, 2.5e-4, 1024, [3, 7], False),
     "cifar10_lt_rho50": (1200, 1100, 2.5e-4, 1024, [3, 7], False),
@@ -627,8 +639,8 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_numbers_are_of_paco_teachers(name, tmp_path):
-    """Every training script of DeiT-LT has `--paco`."""
+def test_the_papers_numbers_belong_to_paco_teachers(name, tmp_path):
+    """The paper's numbers belong to PaCo teachers: every training script of DeiT-LT has `--paco`."""
     assert teacher_arguments(name, tmp_path)[1].teacher_loss == "paco"
     assert "best epoch on the test set, with a PaCo + SAM teacher" in recipe_description(name)
 
@@ -648,6 +660,6 @@ def test_recipes_have_the_papers_values(name, tmp_path):
     assert (args.auto_augment, args.random_erasing, args.train_crop) == ("rand-m9-mstd0.5-inc1", 0.25, "random_resized")
 
 
-def test_tiny_recipe_is_a_recipe():
+def test_tiny_recipe_is_valid():
     assert set(load_recipe(TINY)) == {"data", "teacher", "teacher_losses", "student"}
     assert yaml.safe_load(Path(TINY).read_text())["student"]["num_train_epochs"] == 3

@@ -1,4 +1,4 @@
-"""Flatness against Hessians that are computed whole."""
+"""Tests of the flatness measures against completely computed Hessians."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 
 
 class Tiny(nn.Module):
-    """A classifier with few weights, one of which the logits do not depend on."""
+    """A classifier with few weights, one of which does not affect the logits."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def whole_hessian(model, data):
     return loss, flat, torch.func.hessian(loss)(flat)
 
 
-def test_against_the_whole_hessian():
+def test_figures_match_the_complete_hessian():
     torch.manual_seed(0)
     model, data = Tiny(), batches()
     loss, flat, hessian = whole_hessian(model, data)
@@ -73,8 +73,11 @@ def test_against_the_whole_hessian():
         assert torch.equal(value, before[name])
 
 
-def test_a_student_as_it_is_loaded():
-    """torch's fast attention has no forward-mode derivatives on a CPU; of weights with few bits steps are lost."""
+def test_a_loaded_student_can_be_measured():
+    """A student can be measured as it was loaded.
+
+    On a CPU, torch's fast attention has no forward-mode derivatives; in low precision, small steps are lost.
+    """
     student = make_student().eval()
     assert student.config._attn_implementation == "sdpa"
     data = [(torch.randn(6, 3, 8, 8), torch.arange(6))]
@@ -86,7 +89,7 @@ def test_a_student_as_it_is_loaded():
         loss_rises(student.bfloat16(), data, [0.05])
 
 
-def test_same_seed_same_figures_and_batches_do_not_matter():
+def test_figures_depend_on_the_seed_and_not_on_the_batch_size():
     torch.manual_seed(0)
     model = Tiny()
     first, second = (sharpness(model, batches(), seed=3) for _ in range(2))
@@ -110,7 +113,7 @@ def test_groups_are_measured_on_their_own_images(digits):
     assert found["tail"].loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_command_line(teacher_folder, tmp_path, capsys):
+def test_command_line_writes_the_figures(teacher_folder, tmp_path, capsys):
     options = ["--num_images", "20", "--num_vectors", "1", "--json", str(tmp_path / "figures.json")]
     recipe = ["--recipe", str(Path(__file__).parent / "fixtures" / "tiny.yaml")]
     main(["--model", str(teacher_folder), *options, *recipe])
@@ -123,8 +126,8 @@ def test_command_line(teacher_folder, tmp_path, capsys):
         assert values["num_images"] <= 20
 
 
-def test_a_student_of_few_bits_by_command(tmp_path, digits, capsys, monkeypatch):
-    """It is measured in float32; and where the figures cannot go is told before they are measured."""
+def test_command_measures_a_half_precision_student(tmp_path, digits, capsys, monkeypatch):
+    """The command measures a half-precision student in float32. It refuses an unusable output path before measuring."""
     measured = []
     monkeypatch.setattr(
         "deitlt_hf.cli.sharpness.sharpness_of_groups", lambda model, *_, **__: measured.append(model.dtype) or {}
@@ -152,12 +155,12 @@ def test_a_student_of_few_bits_by_command(tmp_path, digits, capsys, monkeypatch)
         (["--data_dri", "x"], r"unknown field 'data_dri' .*; --help lists all"),
     ],
 )
-def test_what_cannot_be_measured_shows_before_any_work(option, message):
+def test_invalid_options_are_refused_before_any_work(option, message):
     with pytest.raises((ValueError, OSError), match=message):
         main(["--model", "./nowhere", "--recipe", "digits_lt", *option])
 
 
-def test_a_teacher_is_left_as_it_was():
+def test_measuring_does_not_change_a_teacher():
     model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=3))
     model.requires_grad_(False)
     statistics = model.backbone.bn1.running_mean.clone()
@@ -169,7 +172,7 @@ def test_a_teacher_is_left_as_it_was():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_sharpness_refuses(digits):
+def test_invalid_sharpness_arguments_are_refused(digits):
     with pytest.raises(ValueError, match="no images to measure"):
         sharpness(Tiny(), [])
     with pytest.raises(ValueError, match="num_vectors must be 1 or more, got 0"):

@@ -1,4 +1,4 @@
-"""The layouts that users have their images in: list files, iNaturalist, CIFAR, tables, shards, single folders."""
+"""Tests of the supported data layouts: list files, iNaturalist, CIFAR, tables, shards, single folders."""
 
 import functools
 import io
@@ -40,7 +40,7 @@ def save_image(path, shade=0, size=(8, 6)):
 
 
 def shade(row):
-    """The grey value of a row's image, which says which file it is."""
+    """The grey value of a row's image, which identifies its file."""
     return int(np.asarray(row["image"])[0, 0, 0])
 
 
@@ -65,7 +65,7 @@ def test_stratified_split(labels, fraction, seed):
     assert np.array_equal(again[0], train)
 
 
-def test_stratified_split_refuses():
+def test_invalid_stratified_splits_are_refused():
     with pytest.raises(ValueError, match=r"test_fraction must be in \(0, 1\), got 1"):
         stratified_split([0, 0], 1)
     with pytest.raises(ValueError, match=r"2 classes have a single image, .* labels 1, 2; add images"):
@@ -87,7 +87,7 @@ def test_one_folder_and_a_fraction(tmp_path):
     assert other["test"]["source_index"][:] != data["test"]["source_index"][:]
 
 
-def test_a_fraction_beside_a_test_split_is_refused(tmp_path):
+def test_a_fraction_with_an_existing_test_split_is_refused(tmp_path):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             save_image(tmp_path / split / name / "0.png")
@@ -109,7 +109,7 @@ def test_class_folders_of_any_case_with_other_files_in_them(tmp_path):
     assert len(load_long_tailed(data_dir=str(tmp_path), test_split="Val")["test"]) == 2
 
 
-def test_folder_without_images(tmp_path):
+def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.md").write_text("nothing")
     with pytest.raises(FileNotFoundError, match="has no folders with images; put them below train/CLASS/"):
         load_long_tailed(data_dir=str(tmp_path))
@@ -119,7 +119,7 @@ def test_folder_without_images(tmp_path):
 
 
 def write_lists(folder, stem="ImageNet_LT", counts=(5, 3, 2), test="test", names=("n03", "n01", "n02")):
-    """List files whose labels are not in the order of the folders' names, and their images."""
+    """List files and their images; the labels are not in the order of the folder names."""
     lines = {"train": [], test: []}
     for label, (count, name) in enumerate(zip(counts, names, strict=True)):
         for index in range(count):
@@ -146,8 +146,11 @@ def test_nested_class_folders_have_their_path_as_name(tmp_path):
     assert data["train"].features["label"].names == list(names)
 
 
-def test_validation_images_without_class_folders(tmp_path):
-    """ImageNet's validation archive is flat, the list files say val/CLASS/."""
+def test_validation_images_without_class_folders_are_found(tmp_path):
+    """Validation images without class folders are found.
+
+    ImageNet's validation archive is flat; its list has val/CLASS/.
+    """
     write_lists(tmp_path)
     for path in list(tmp_path.glob("val/*/*.png")):
         path.rename(tmp_path / "val" / path.name)
@@ -174,7 +177,7 @@ def test_missing_images_are_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["train/n03/1.png", "train/n03/1.png one", "7"])
-def test_broken_list_line(tmp_path, line):
+def test_a_broken_list_line_is_named(tmp_path, line):
     write_lists(tmp_path)
     with (tmp_path / "ImageNet_LT_train.txt").open("a") as file:
         file.write(f"\n{line}\n")
@@ -199,7 +202,10 @@ def long_tail_of(classes, images, largest, smallest):
     [("imagenet_lt", "ImageNet_LT", "test", 1000, 115_846), ("inat18", "iNaturalist18", "val", 8142, 437_513)],
 )
 def test_lists_of_the_papers_sizes(tmp_path, recipe, stem, test, classes, images):
-    """Every row has a path and a label of its own class; one real image a class is behind them."""
+    """Lists as long as the paper's are read.
+
+    Every row has a path and a label of its own class; links to one real image a class stand for the images.
+    """
     counts = RANDOM.permutation(long_tail_of(classes, images, 1280 if classes == 1000 else 1000, 2))
     original = save_image(tmp_path / "original.png")
     train, tests = [], []
@@ -283,7 +289,7 @@ def test_list_files_take_species_names(tmp_path):
     assert class_counts(data["train"]["label"][:]).tolist() == [4, 2, 1]
 
 
-def test_broken_competition_files(tmp_path):
+def test_broken_competition_files_are_refused(tmp_path):
     write_competition(tmp_path)
     (tmp_path / "categories.json").unlink()
     assert load_long_tailed("inat18", str(tmp_path))["train"].features["label"].names == ["0", "1", "2"]
@@ -305,7 +311,7 @@ def test_names_without_a_folder(name):
 
 
 def write_cifar(folder, kind=10, images=5):
-    """The archives' layout and pickle protocol, with some images a class."""
+    """Writes the layout and pickle protocol of the archives, with some images a class."""
     name = "cifar-10-batches-py" if kind == 10 else "cifar-100-python"
     files = [f"data_batch_{batch}" for batch in range(1, 6)] if kind == 10 else ["train"]
     labels = RANDOM.permutation(np.repeat(np.arange(kind), images))
@@ -343,8 +349,8 @@ CIFAR_RECIPES = [name for name in recipe_names() if re.fullmatch(r"cifar.*\d", n
 
 @pytest.mark.parametrize("layout", ["pickles", "class folders", "list files", "IDX files", "Hub parquet", "saved"])
 @pytest.mark.parametrize("recipe", CIFAR_RECIPES)
-def test_every_recipe_of_cifar_takes_every_layout(tmp_path, recipe, layout):
-    """Those of CIFAR-100 name the Hub's column of labels, and were refused of all that is not from there."""
+def test_every_recipe_of_cifar_works_with_every_layout(tmp_path, recipe, layout):
+    """Every CIFAR recipe works with every layout, although those of CIFAR-100 name the label column of the Hub."""
     kind = int(re.search(r"\d+", recipe).group())
     labels = np.repeat(np.arange(kind), 2)
     if layout == "pickles":
@@ -379,7 +385,7 @@ def test_every_recipe_of_cifar_takes_every_layout(tmp_path, recipe, layout):
     assert np.array_equal(np.unique(data["train"]["label"][:]), np.arange(kind))
 
 
-def test_hostile_and_broken_cifar(tmp_path):
+def test_malicious_and_broken_cifar_files_are_refused(tmp_path):
     write_cifar(tmp_path)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     marker = tmp_path / "marker"
@@ -439,8 +445,8 @@ def test_columns_with_unusual_names(tmp_path):
 
 
 @pytest.mark.parametrize("named", [{"label_column": "kinds"}, {"image_column": "were", "label_column": "kind"}])
-def test_a_wrong_column_is_refused_beside_class_folders_too(tmp_path, named):
-    """Of the folders the labels would be others."""
+def test_a_wrong_column_is_refused_even_with_class_folders(tmp_path, named):
+    """A wrong column name is refused even if class folders exist, because their labels would be different."""
     for place in ("train/a", "train/b", "test/a", "test/b"):
         save_image(tmp_path / place / "0.png")
     rows = ["where,kind", "train/a/0.png,cat", "train/b/0.png,dog"]
@@ -454,14 +460,14 @@ def test_a_wrong_column_is_refused_beside_class_folders_too(tmp_path, named):
     assert data["train"].features["label"].names == ["cat", "dog"]
 
 
-def test_a_named_column_of_a_table_goes_before_lists(tmp_path):
+def test_a_named_column_of_a_table_overrides_lists(tmp_path):
     write_lists(tmp_path)
     (tmp_path / "all.csv").write_text("path,species,split\ntrain/n01/0.png,owl,train\nval/n03/0.png,owl,test\n")
     _, splits = load_source(data_dir=str(tmp_path), label_column="species")
     assert splits["train"].features["species"].names == ["owl"]
 
 
-def test_a_recipes_column_is_taken_back(tmp_path):
+def test_a_recipes_column_can_be_unset(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     data = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4))] * 2, "label": [1, 0]}, features)
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path)
@@ -473,7 +479,7 @@ def test_a_recipes_column_is_taken_back(tmp_path):
 
 
 def test_numbers_in_a_table_keep_their_value(tmp_path):
-    """Sorted as text, class 10 would come before class 2."""
+    """Numbers in a table are sorted by value; as text, class 10 would come before class 2."""
     for label in range(12):
         save_image(tmp_path / f"{label}.png", label)
     for split in ("train", "test"):
@@ -495,7 +501,7 @@ def test_numbers_in_a_table_keep_their_value(tmp_path):
         ("path,label\na.png,1", {}, "1 of 1 images are not in"),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path, content, values, message):
+def test_unusable_tables_are_refused(tmp_path, content, values, message):
     (tmp_path / "train.csv").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_long_tailed(data_dir=str(tmp_path), **values)
@@ -537,7 +543,7 @@ def test_the_hubs_folder_of_parquet_files(tmp_path):
     assert [(shade(row), row["label"]) for row in data["test"]] == [(1, 1), (0, 0)]
 
 
-def test_texts_and_json_files_beside_class_folders_are_left_alone(tmp_path):
+def test_text_and_json_files_next_to_class_folders_are_ignored(tmp_path):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             save_image(tmp_path / split / name / "0.png")
@@ -572,20 +578,20 @@ def test_webdataset_shards(tmp_path):
 @pytest.mark.parametrize(
     ("file", "length"),
     [
-        ("data-train-000000.tar", 3000),  # within the first header or image, which was a traceback
-        ("data-train-000001.tar", 5 * 512 + 100),  # within a header, upon which images were left out without a word
+        ("data-train-000000.tar", 3000),  # within the first header or image
+        ("data-train-000001.tar", 5 * 512 + 100),  # within a header
         ("data-train-000001.tar", 8 * 512),
         ("data-test-000000.tar", 0),
     ],
 )
-def test_shards_that_are_cut_short(tmp_path, file, length, streaming):
+def test_truncated_shards_are_refused(tmp_path, file, length, streaming):
     path = write_shards(tmp_path) / file
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match=rf"{path} is not a whole tar file: .*; copy it again\."):
         DataArguments(data_dir=str(tmp_path), streaming=streaming).load()
 
 
-def test_what_datasets_cannot_read_is_named(tmp_path):
+def test_files_that_datasets_cannot_read_are_named(tmp_path):
     path = write_shards(tmp_path, shards=1) / "data-train-000000.tar"
     path.write_bytes(b"text" * 128 + bytes(1024))
     with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: "):
@@ -612,7 +618,7 @@ def test_what_datasets_cannot_read_is_named(tmp_path):
         ("counts.json", '{"été": 3}'),
     ],
 )
-def test_text_that_is_not_in_utf8_is_named(tmp_path, file, text):
+def test_text_that_is_not_utf8_is_named(tmp_path, file, text):
     write_table_images(tmp_path)
     (tmp_path / file).write_bytes(text.encode("latin-1"))
     options = {"data_dir": str(tmp_path)}
@@ -635,7 +641,7 @@ def test_single_saved_data_set(tmp_path):
     assert len(data["test"]) == 2
 
 
-def test_labels_that_are_missing(tmp_path):
+def test_missing_labels_are_refused(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     rows = {"image": [Image.new("RGB", (4, 4))] * 3, "label": ["b", None, "a"]}
     datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "disk")
@@ -652,7 +658,7 @@ def test_class_names_from_a_file(tmp_path):
     assert arguments.load()["train"].features["label"].names == ["cat", "dog"]
 
 
-def test_rule_of_the_groups_is_told():
+def test_rule_of_the_groups_is_described():
     assert shot_groups([200, 50, 3]).rule == "more than 100 training images, 20 to 100, fewer"
     assert shot_groups([90, 50, 3]).rule == "thirds of the classes sorted by count"
     assert shot_groups([90, 50, 3], rule="shots")["head"].tolist() == []
@@ -660,7 +666,7 @@ def test_rule_of_the_groups_is_told():
 
 
 def test_a_student_trained_from_list_files_exports_in_the_authors_order(tmp_path):
-    """Their ImageNet-LT heads are sorted by decreasing training count."""
+    """A student trained from list files exports in the authors' order: decreasing training counts for ImageNet-LT."""
     from deitlt_hf.hub import export_original_student
     from deitlt_hf.recipes import StudentArguments
     from deitlt_hf.training import DeiTLTTrainingArguments
@@ -691,7 +697,7 @@ def test_a_student_trained_from_list_files_exports_in_the_authors_order(tmp_path
     assert torch.equal(content["model"]["head.bias"], trainer.model.cls_classifier.bias[[1, 2, 0]])
 
 
-# ---- What a review found ----
+# ---- Unusual files ----
 
 
 def test_the_test_list_is_never_the_training_list(tmp_path):
@@ -703,7 +709,7 @@ def test_the_test_list_is_never_the_training_list(tmp_path):
     assert len(load_long_tailed(data_dir=str(tmp_path), test_fraction=0.4)["test"]) == 4
 
 
-def test_values_of_a_split_column_that_mean_the_same(tmp_path):
+def test_equivalent_values_of_a_split_column(tmp_path):
     write_table_images(tmp_path)
     rows = ["path,label,Split"]
     for name in ("cat", "dog"):
@@ -734,13 +740,13 @@ def test_empty_cells_blank_lines_and_decimal_labels(tmp_path, rows, message):
         assert names == sorted(names, key=int)
 
 
-def test_columns_of_the_same_name(tmp_path):
+def test_duplicate_column_names_are_refused(tmp_path):
     (tmp_path / "train.csv").write_text("path,label,label\na.png,1,2")
     with pytest.raises(ValueError, match=r"has two columns of the same name: path, label, label"):
         load_long_tailed(data_dir=str(tmp_path))
 
 
-def test_tables_that_are_something_else_are_left_out(tmp_path):
+def test_unrelated_tables_are_ignored(tmp_path):
     for split in ("cat", "dog"):
         for index in range(3):
             save_image(tmp_path / split / f"{index}.png")
@@ -752,8 +758,11 @@ def test_tables_that_are_something_else_are_left_out(tmp_path):
     assert len(splits["train"]) == 6
 
 
-def test_missing_training_images_are_not_taken_from_the_folder_above(tmp_path):
-    """Only test images may lie without their class folder: one image would get three labels."""
+def test_missing_training_images_are_not_taken_from_the_parent_folder(tmp_path):
+    """Missing training images are not taken from the parent folder.
+
+    Only test images may lie outside their class folder; otherwise one image could get three labels.
+    """
     write_lists(tmp_path)
     for name in ("n01", "n02", "n03"):
         (tmp_path / "train" / name / "0.png").unlink()
@@ -779,7 +788,7 @@ def test_split_folders_by_a_word_in_their_name_and_all_test_splits(tmp_path):
     assert shade(load_long_tailed(data_dir=str(tmp_path), test_split="val")["test"][0]) == len("val_images/cat")
 
 
-def test_a_flat_test_folder_is_no_split_and_a_class_may_be_called_train(tmp_path):
+def test_a_flat_test_folder_is_not_a_split_and_a_class_may_be_named_train(tmp_path):
     for place in ("train/cat", "train/dog"):
         for index in range(4):
             save_image(tmp_path / "flat" / place / f"{index}.png")
@@ -793,7 +802,7 @@ def test_a_flat_test_folder_is_no_split_and_a_class_may_be_called_train(tmp_path
     assert data["train"].features["label"].names == ["car", "plane", "train"]
 
 
-def test_folders_without_images_are_told(tmp_path, caplog):
+def test_folders_without_images_are_reported(tmp_path, caplog):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             save_image(tmp_path / split / name / "0.png")
@@ -804,7 +813,7 @@ def test_folders_without_images_are_told(tmp_path, caplog):
     assert "have files but no images, left out: bat" in caplog.text
 
 
-def test_images_beside_class_folders_are_reported(tmp_path, caplog):
+def test_images_next_to_class_folders_are_reported(tmp_path, caplog):
     for path in ("a/0.png", "a/1.png", "b/0.png", "b/1.png", "loose.png"):
         save_image(tmp_path / path)
     assert len(load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)["train"]) == 2
@@ -858,19 +867,19 @@ def test_shards_named_after_a_word_that_begins_like_a_split(tmp_path):
     ],
     ids=["text", "floats", "codes", "long", "names"],
 )
-def test_labels_stay_apart(labels, names):
-    """Codes with leading zeros and numbers beyond 2 ** 53 must not become the same class."""
+def test_similar_labels_stay_different_classes(labels, names):
+    """Different labels stay different classes: codes with leading zeros, and numbers beyond 2 ** 53."""
     found, indices = encode_labels({"train": labels})
     assert found == names
     texts = [str(int(label)) if isinstance(label, float) else label for label in labels]
     assert [found[index] for index in indices["train"]] == texts
 
 
-# ---- Layouts that are taken for what they are, or refused ----
+# ---- Layouts that are easily confused ----
 
 
 def write_metadata(folder, kind="csv", splits=("train", "validation"), column="file_name", labels=("b", "a")):
-    """Hugging Face's documented layout of image folders: images, and a file with a row for each."""
+    """Writes Hugging Face's documented layout of image folders: images, and a metadata file with a row for each."""
     for number, split in enumerate(splits):
         rows = []
         for index in range(4):
@@ -894,8 +903,8 @@ def write_metadata(folder, kind="csv", splits=("train", "validation"), column="f
         ("parquet", "photo_file_name", (1, 0)),
     ],
 )
-def test_hugging_faces_image_folder(tmp_path, kind, column, labels):
-    """Its folders of splits became the classes "train" and "validation"."""
+def test_hugging_faces_image_folder_is_read(tmp_path, kind, column, labels):
+    """Hugging Face's image folder is read; its split folders "train" and "validation" are not classes."""
     write_metadata(tmp_path, kind, column=column, labels=labels)
     name, _ = load_source(data_dir=str(tmp_path))
     assert name == f"tables (train/metadata.{kind}, validation/metadata.{kind})"
@@ -912,7 +921,7 @@ def test_the_test_folder_of_an_image_folder_overrides_its_validation(tmp_path):
     assert shade(load_long_tailed(data_dir=str(tmp_path))["test"][0]) == 200
 
 
-def test_metadata_and_images_that_do_not_fit(tmp_path):
+def test_metadata_and_images_that_do_not_match_are_refused(tmp_path):
     write_metadata(tmp_path)
     save_image(tmp_path / "train" / "more" / "5.png")
     with pytest.raises(ValueError, match=r"train/metadata\.csv has no row for 1 of the images .*more/5\.png"):
@@ -924,8 +933,8 @@ def test_metadata_and_images_that_do_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "labels.csv"])
-def test_metadata_of_all_splits_in_one_file(tmp_path, name):
-    """Test images were mixed into training with test_fraction."""
+def test_one_metadata_file_for_all_splits(tmp_path, name):
+    """One metadata file for all splits keeps the splits; test_fraction must not mix test images into training."""
     lines = ["file_name,label"]
     for split in ("train", "test"):
         for index in range(4):
@@ -938,8 +947,8 @@ def test_metadata_of_all_splits_in_one_file(tmp_path, name):
         load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
 
 
-def test_metadata_beside_class_folders(tmp_path):
-    """With labels it has them, as in `datasets`; without any the folders have."""
+def test_metadata_next_to_class_folders(tmp_path):
+    """Labels in the metadata override class folders, as in `datasets`; without labels, the folders give the classes."""
     for split in ("train", "test"):
         for name in ("a", "b"):
             save_image(tmp_path / split / name / "0.png")
@@ -961,7 +970,7 @@ def test_metadata_beside_class_folders(tmp_path):
     ids=["flat", "classes and val", "train alone", "words"],
 )
 def test_folders_of_splits_do_not_become_classes(tmp_path, images):
-    """What the error advises is what is read afterwards."""
+    """Split folders do not become classes, and the layout that the error recommends can be read."""
     for index, path in enumerate(images):
         save_image(tmp_path / path, index)
     for options in ({}, {"test_fraction": 0.4}):
@@ -970,8 +979,8 @@ def test_folders_of_splits_do_not_become_classes(tmp_path, images):
 
 
 @pytest.mark.parametrize("layout", ["folders", "list", "table", "column"])
-def test_a_split_that_is_given_is_kept(tmp_path, layout):
-    """By folders in paths, or by a column: a fraction would have mixed test images into training."""
+def test_a_given_split_is_kept(tmp_path, layout):
+    """A split given by folders in paths or by a column is kept; a fraction must not mix test images into training."""
     paths = []
     for number, split in enumerate(("train", "val")):
         for index in range(4):
@@ -995,7 +1004,7 @@ def test_a_split_that_is_given_is_kept(tmp_path, layout):
         load_long_tailed(data_dir=folder, test_fraction=0.5)
 
 
-def test_paths_of_which_some_are_for_testing(tmp_path):
+def test_paths_of_a_list_below_a_test_folder_are_refused(tmp_path):
     for path in ("a/0.png", "b/0.png", "a/test/1.png"):
         save_image(tmp_path / path)
     (tmp_path / "all.csv").write_text("path,label\na/0.png,a\nb/0.png,b\na/test/1.png,a")
@@ -1003,7 +1012,7 @@ def test_paths_of_which_some_are_for_testing(tmp_path):
         load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
 
 
-# ---- Images inside parquet, by any library ----
+# ---- Images inside parquet files of any library ----
 
 
 def encoded(value):
@@ -1028,7 +1037,7 @@ STRUCTURE = pyarrow.struct([("path", pyarrow.large_string()), ("bytes", pyarrow.
 )
 @pytest.mark.parametrize("name", ["image", "pixels"])
 def test_parquet_with_images_of_other_libraries(tmp_path, column, name):
-    """No metadata say that they are images; naming the column said the same again."""
+    """Parquet files written by other libraries are read, although no metadata mark the column as images."""
     for split in ("train", "test"):
         table = pyarrow.table({name: column, "label": list("abab")})
         pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
@@ -1040,8 +1049,8 @@ def test_parquet_with_images_of_other_libraries(tmp_path, column, name):
     assert decode_image(next(iter(streamed.stream))[name]).shape == (4, 5, 3)
 
 
-def test_bytes_in_messages_are_bounded(tmp_path):
-    """A column of bytes beside one of other paths gave a message of a megabyte."""
+def test_bytes_in_messages_have_limited_length(tmp_path):
+    """Messages do not print a column's bytes completely, which could take a megabyte."""
     rows = {"file": [b"x" * 10**6] * 2, "label": [0, 1], "words": [["a"], ["b"]]}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet")
     for options in ({"label_column": "words"}, {"image_column": "label"}, {"label_column": "file"}, {}):
@@ -1050,11 +1059,11 @@ def test_bytes_in_messages_are_bounded(tmp_path):
         assert len(str(error.value)) < 500
 
 
-# ---- Links, pipes and files that are something else ----
+# ---- Links, pipes and special files ----
 
 
-def test_links_that_lead_round_give_every_image_once(tmp_path):
-    """A loop below a class made 492 images of 12."""
+def test_loops_of_links_give_every_image_once(tmp_path):
+    """Loops of links give every image once; followed further, a loop below a class gives 492 images instead of 12."""
     for split in ("train", "test"):
         for name in ("a", "b"):
             for index in range(3):
@@ -1090,7 +1099,7 @@ def test_pipes_do_not_stop_the_reader(tmp_path):
         load_source(data_dir=str(tmp_path))
 
 
-def test_names_that_are_no_text(tmp_path):
+def test_names_that_are_not_valid_text(tmp_path):
     for name in ("a", "b"):
         save_image(tmp_path / name / "0.png")
     Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/\xff.png")).touch()
@@ -1127,7 +1136,7 @@ def test_names_that_are_no_text(tmp_path):
         ("train.tar", bytes(10240), "train.tar is an empty tar file"),
     ],
 )
-def test_files_that_are_something_else_end_in_a_sentence(tmp_path, file, content, message):
+def test_files_of_another_kind_give_a_clear_message(tmp_path, file, content, message):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         load_long_tailed(data_dir=str(tmp_path))
@@ -1135,7 +1144,7 @@ def test_files_that_are_something_else_end_in_a_sentence(tmp_path, file, content
 
 
 @pytest.mark.parametrize("form", ["semicolons", "tabs", "CRLF", "absolute", "dots"])
-def test_tables_and_lists_as_others_write_them(tmp_path, form):
+def test_tables_and_lists_of_other_programs_are_read(tmp_path, form):
     write_table_images(tmp_path)
     paths = [f"images/{name}_{index}.png" for name in ("cat", "dog") for index in range(3)]
     if form in ("absolute", "dots"):
@@ -1151,7 +1160,7 @@ def test_tables_and_lists_as_others_write_them(tmp_path, form):
     assert all(shade(row) // 40 == row["label"] for row in data["train"])
 
 
-def test_a_recipe_has_what_it_does_not_give_from_the_one_that_it_extends(tmp_path):
+def test_a_recipe_inherits_from_the_one_that_it_extends(tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: digits_lt\nstudent: {optim: muon, num_train_epochs: 30}")
     (tmp_path / "shorter.yaml").write_text(
         "extends: mine.yaml\nstudent: {num_train_epochs: 20}\nteacher_losses: {paco: {learning_rate: 0.1}}"
@@ -1178,7 +1187,7 @@ def test_a_recipe_has_what_it_does_not_give_from_the_one_that_it_extends(tmp_pat
         ("extends: digits", r"no recipe 'digits' \(did you mean 'digits_lt'\?\); give the path"),
     ],
 )
-def test_recipes_that_are_none(tmp_path, text, message):
+def test_invalid_recipes_are_refused(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load_recipe(str(tmp_path / "recipe.yaml"))

@@ -1,4 +1,4 @@
-"""What makes things faster changes no result."""
+"""Tests that optimisations for speed do not change results."""
 
 import importlib.util
 import json
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def norms(model):
-    """Batch norms that are computed: modules, and calls in what torch.fx has followed."""
+    """Batch norms that are computed: modules, and calls in graphs that torch.fx has traced."""
     modules = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     graphs = [module.graph for module in model.modules() if isinstance(module, fx.GraphModule)]
     return modules + [node for graph in graphs for node in graph.nodes if node.target is F.batch_norm]
 
 
-# timm has the norms of the last three, but not all of the very last's, in one module with an activation.
+# For the last three, except the last layers, timm has norm and activation in one module.
 BACKBONES = {
     "resnet32": True,
     "timm/resnet18": True,
@@ -40,13 +40,16 @@ BACKBONES = {
 
 @pytest.mark.parametrize(("backbone", "is_folded"), BACKBONES.items())
 def test_folded_teacher_gives_the_same_labels(backbone, is_folded, digits):
-    """A wrongly folded batch norm still gives plausible logits, and the student learns from another teacher."""
+    """A teacher with folded batch norms gives the same labels.
+
+    A wrongly folded batch norm would still give plausible logits, and the student would learn from another teacher.
+    """
     torch.manual_seed(0)
     teacher = FlatTeacherForImageClassification(FlatTeacherConfig(backbone=backbone, image_size=32, num_labels=10))
     pictures = [digits["test"][row]["image"].resize((32, 32)) for row in range(300)]
     images = torch.stack([pil_to_tensor(picture.convert("RGB")) for picture in pictures]) / 255
     with torch.no_grad():
-        teacher.train()(images)  # statistics that are not those of a new model
+        teacher.train()(images)  # statistics unlike those of a new model
         for norm in norms(teacher):
             norm.weight.uniform_(0.5, 1.5)
             norm.bias.normal_(std=0.2)
@@ -61,7 +64,7 @@ def test_folded_teacher_gives_the_same_labels(backbone, is_folded, digits):
 
 
 class LooksAtItsInput(nn.Module):
-    """A backbone that torch.fx cannot follow."""
+    """A backbone that torch.fx cannot trace."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +75,7 @@ class LooksAtItsInput(nn.Module):
         return features if features.sum() > 0 else -features
 
 
-def test_backbone_that_cannot_be_followed_stays_as_it_is():
+def test_an_untraceable_backbone_is_not_changed():
     teacher = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=2))
     teacher.backbone, teacher.classifier = LooksAtItsInput(), nn.Linear(4, 2)
     images = torch.randn(5, 3, 8, 8)
@@ -82,7 +85,7 @@ def test_backbone_that_cannot_be_followed_stays_as_it_is():
 
 
 class TwoNormsOfOneConvolution(nn.Module):
-    """A backbone that torch.fx follows, but whose convolution takes both norms if they are folded into it."""
+    """A traceable backbone with one convolution that both batch norms would be folded into."""
 
     def __init__(self):
         super().__init__()
@@ -95,8 +98,11 @@ class TwoNormsOfOneConvolution(nn.Module):
         return images.mean(dim=(2, 3))
 
 
-def test_backbone_that_would_be_folded_wrongly_stays_as_it_is():
-    """Its labels would be plausible, and another teacher's."""
+def test_a_backbone_that_folding_would_change_is_not_folded():
+    """A backbone that folding would change is not folded.
+
+    Its labels would be plausible, but those of another teacher.
+    """
     torch.manual_seed(0)
     teacher = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=2))
     teacher.backbone, teacher.classifier = TwoNormsOfOneConvolution(), nn.Linear(3, 2)
@@ -108,15 +114,15 @@ def test_backbone_that_would_be_folded_wrongly_stays_as_it_is():
         torch.testing.assert_close(teacher.eval().folded()(images).logits, teacher(images).logits)
 
 
-def test_folding_leaves_the_random_numbers_alone(teacher):
-    """A run would not be the same with and without it."""
+def test_folding_draws_no_random_numbers(teacher):
+    """Folding draws no random numbers; otherwise runs with and without it would differ."""
     state = torch.get_rng_state()
     teacher.folded()
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_trainer_folds_a_copy_of_the_teacher_where_that_is_safe(tmp_path, digits, teacher):
-    """The user's own model must keep its batch norms: it may be saved or trained on."""
+    """The trainer folds a copy of the teacher where that is safe; the user may save or train the original."""
     plain = student_trainer(tmp_path, digits, teacher, fold_teacher=False)
     folding = student_trainer(tmp_path, digits, teacher)
     assert norms(plain.teacher)
@@ -130,7 +136,7 @@ def test_trainer_folds_a_copy_of_the_teacher_where_that_is_safe(tmp_path, digits
     assert plain.check_teacher() == folding.check_teacher()
 
 
-def test_folding_does_not_change_what_a_run_ends_with(tmp_path, digits, teacher):
+def test_folding_does_not_change_the_result_of_a_run(tmp_path, digits, teacher):
     for value in (True, False):
         trainer = student_trainer(tmp_path / str(value), digits, teacher, num_train_epochs=1, fold_teacher=value)
         trainer.train()
@@ -154,10 +160,10 @@ print(min(plain), min(kept))
 
 
 def test_freed_memory_is_used_again():
-    """The setting has no effect that one sees but speed: pages that the system has to clear anew.
+    """Freed memory is reused, which shows in the number of page faults.
 
-    Whether glibc gives memory back of itself depends on what happens to lie at the end of its heap, so that the process
-    begins with thresholds that always do.
+    Without thresholds, it depends on the end of the heap whether glibc returns memory to the system. The process starts
+    with thresholds that always return it.
     """
     gives_back = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
     printed = subprocess.check_output([sys.executable, "-c", FAULTS], env={**os.environ, **gives_back}, text=True)
@@ -165,8 +171,11 @@ def test_freed_memory_is_used_again():
     assert kept < plain / 4
 
 
-def test_other_c_libraries_are_left_alone(monkeypatch):
-    """On Windows there is not even a library without a name to ask, and every trainer would fail on it."""
+def test_other_c_libraries_are_not_changed(monkeypatch):
+    """Other C libraries are not changed.
+
+    On Windows, looking up the library without a name fails, and every trainer would fail with it.
+    """
 
     def no_library(name):
         raise TypeError(name)
@@ -196,7 +205,7 @@ def test_page_has_the_recorded_figures(benchmark):
     assert benchmark.page_with(page, record) == page
 
 
-def test_comparison_is_measured_in_processes_of_its_own(tmp_path):
+def test_comparison_is_measured_in_separate_processes(tmp_path):
     record = tmp_path / "speed.json"
     command = [sys.executable, "benchmarks/run.py", "--only", "teacher_labels", "--turns", "1", "--json", str(record)]
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Training images from shards, as they come."""
+"""Tests of streaming training images from shards."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Four training shards of nine images each, whose grey values tell them apart within a class, and a test shard."""
+    """Four training shards of nine images and a test shard; within a class, grey values identify the images."""
     return write_shards(tmp_path_factory.mktemp("shards"), shards=4)
 
 
@@ -32,7 +32,7 @@ def streamed(shards):
 
 
 def shades(image):
-    """In place of a transform: the grey value."""
+    """Replaces the transform: returns the grey value."""
     pixels = image if isinstance(image, np.ndarray) else image.decode()
     return torch.tensor(int(pixels[0, 0, 0]))
 
@@ -48,7 +48,7 @@ def test_counts_and_classes_are_known_before_training(streamed):
     assert all(shade(row) // 40 == row["label"] for row in streamed["test"])
 
 
-def test_an_epoch_has_every_image_once_in_an_order_of_its_own(streamed):
+def test_each_epoch_has_every_image_once_in_another_order(streamed):
     images = rows(streamed["train"])
     orders = []
     for epoch in (0, 1, 0):
@@ -64,7 +64,10 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own(streamed):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_processes_and_workers_share_the_shards(streamed, workers, world_size):
-    """Together they have every image once, unless there are images over; each has as many whole batches."""
+    """Processes and workers together use every image once, up to incomplete batches.
+
+    Each process has the same number of complete batches.
+    """
     seen, sizes = Counter(), set()
     for rank in range(world_size):
         images = rows(streamed["train"], rank=rank, world_size=world_size)
@@ -79,7 +82,7 @@ def test_processes_and_workers_share_the_shards(streamed, workers, world_size):
         assert set(seen.values()) == {4}
 
 
-def test_workers_that_stay_see_the_epoch(streamed):
+def test_persistent_workers_receive_the_epoch(streamed):
     loader = DataLoader(rows(streamed["train"]), batch_size=3, num_workers=2, persistent_workers=True)
     orders = []
     for epoch in (0, 1, 0):
@@ -88,7 +91,7 @@ def test_workers_that_stay_see_the_epoch(streamed):
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_repeats_are_augmented_one_by_one(tmp_path):
+def test_repeats_are_augmented_separately(tmp_path):
     split = load_streamed("any", str(write_shards(tmp_path, shards=2, per_class=50)))[1]["train"]
     images = StreamedImages(split, {"shade": shades, "again": lambda image: torch.rand(1)}, 8, num_repeats=3)
     found = list(images)
@@ -99,13 +102,13 @@ def test_repeats_are_augmented_one_by_one(tmp_path):
         assert len({float(row["again"]) for row in copies}) == 3
 
 
-def test_a_worker_without_a_shard(streamed):
+def test_a_worker_without_a_shard_is_refused(streamed):
     loader = DataLoader(rows(streamed["train"]), batch_size=3, num_workers=5)
     with pytest.raises(ValueError, match="a worker has no shard: there are only 4 shards; lower --dataloader"):
         list(loader)
 
 
-def test_bad_images_are_named_or_left_out(tmp_path, caplog):
+def test_corrupt_images_are_named_or_left_out(tmp_path, caplog):
     write_shards(tmp_path, shards=1)
     path = tmp_path / "data-train-000000.tar"
     content = path.read_bytes()
@@ -138,7 +141,7 @@ def test_counts_from_a_file(shards, tmp_path, content, message):
         list(rows(load_streamed("any", str(shards), class_counts=str(tmp_path / "counts.json"))[1]["train"]))
 
 
-def test_a_label_that_was_not_counted(streamed):
+def test_a_label_without_a_count_is_refused(streamed):
     train = streamed["train"]
     split = StreamedSplit(train.stream, "png", "cls", {0: 12, 1: 12})
     with pytest.raises(ValueError, match="has a label that was not counted: 2"):
@@ -165,7 +168,7 @@ def test_counts_written_by_check_are_read(shards, tmp_path, monkeypatch, capsys)
         ({"test_split": "other"}, "streaming needs a train and a test split; the splits are test, train"),
     ],
 )
-def test_what_cannot_be_streamed(shards, values, message):
+def test_layouts_that_cannot_be_streamed_are_refused(shards, values, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(**{"data_dir": str(shards), "streaming": True, **values}).load()
 
@@ -186,7 +189,7 @@ def test_parquet_is_streamed_with_its_class_names(tmp_path):
     assert all(row["shade"] == row["labels"] for row in rows(data["train"], batch_size=2))
 
 
-def test_batches_are_those_of_the_trainers_transform(streamed):
+def test_batches_use_the_trainers_transform(streamed):
     transform = train_transform(image_processor(8), "padded")
     loader = DataLoader(StreamedImages(streamed["train"], {"pixel_values": transform}, 4), batch_size=4)
     batch = next(iter(loader))
@@ -194,8 +197,11 @@ def test_batches_are_those_of_the_trainers_transform(streamed):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_student_trains_on_a_stream_and_goes_on_after_an_interruption(tmp_path, processes):
-    """Real processes. The run that is cut off and resumed takes as many steps and sees the same images."""
+def test_a_student_trains_on_a_stream_and_resumes(tmp_path, processes):
+    """A student trains on a stream in real processes.
+
+    The run that is interrupted and resumed takes as many steps and sees the same images.
+    """
     write_shards(tmp_path, shards=4, per_class=30)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -253,7 +259,7 @@ def test_a_student_trains_on_a_stream_and_goes_on_after_an_interruption(tmp_path
     ],
 )
 def test_counts_of_named_classes(tmp_path, content, expected):
-    """By name or by label; what is no class is refused."""
+    """Counts of named classes are given by name or by label; other keys are refused."""
     import datasets
     from PIL import Image
 
@@ -272,7 +278,10 @@ def test_counts_of_named_classes(tmp_path, content, expected):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_counts_by_name_whatever_the_order_of_the_labels(tmp_path, named):
-    """Sorted as text, class "10" has label 2: a file of names must not be read as one of labels."""
+    """Counts by name do not depend on the order of the labels.
+
+    Sorted as text, class "10" has label 2; a file of names must not be read as one of labels.
+    """
     import datasets
     from PIL import Image
 
@@ -297,8 +306,8 @@ def rows_of(split):
     return StreamedImages(split, {"shade": shades}, batch_size=2)
 
 
-def test_nothing_but_bad_images_ends(tmp_path, monkeypatch):
-    """Leaving out all images of a shard must not go on for ever."""
+def test_a_stream_of_only_corrupt_images_ends(tmp_path, monkeypatch):
+    """A stream with only corrupt images ends; leaving out all images of a shard must not continue for ever."""
     from deitlt_hf.data import streaming
 
     def refuse(*args):

@@ -1,4 +1,4 @@
-"""The trainers, on models that train in seconds."""
+"""Tests of the trainers, with models that train in seconds."""
 
 import copy
 import dataclasses
@@ -89,7 +89,7 @@ def fixed_batch(digits, size=64, image_size=8):
 
 
 def gradients(trainer, batch, slices):
-    """Gradients of one optimiser step whose batch is cut into slices of equal size."""
+    """Gradients of one optimiser step, with the batch divided into micro-batches of equal size."""
     size = len(batch["labels"]) // slices
     parts = [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(slices)]
     batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
@@ -101,8 +101,11 @@ def gradients(trainer, batch, slices):
 # ---- Distillation ----
 
 
-def test_every_student_parameter_learns_and_the_teacher_stays(tmp_path, digits, teacher):
-    """A frozen DIST head, or a teacher whose batch statistics drift, costs accuracy without any error."""
+def test_every_student_parameter_learns_and_the_teacher_does_not_change(tmp_path, digits, teacher):
+    """Every student parameter learns, and the teacher does not change.
+
+    A frozen DIST head, or a teacher whose batch statistics drift, costs accuracy without any error.
+    """
     trainer = student_trainer(tmp_path, digits, teacher, drw_start_epoch=1, save_strategy="epoch")
     before = copy.deepcopy(trainer.model.state_dict())
     teacher_before = copy.deepcopy(teacher.state_dict())
@@ -122,7 +125,7 @@ def test_every_student_parameter_learns_and_the_teacher_stays(tmp_path, digits, 
     assert loaded.config.id2label == {label: str(label) for label in range(10)}
 
 
-def test_logs_tell_the_parts_of_the_loss(tmp_path, digits, teacher):
+def test_logs_contain_the_parts_of_the_loss(tmp_path, digits, teacher):
     trainer = student_trainer(tmp_path, digits, teacher, gradient_accumulation_steps=3)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -144,7 +147,10 @@ def test_mixed_precision_and_gradient_checkpointing_train(tmp_path, digits, teac
 
 @pytest.mark.parametrize("distillation", ["hard", "soft", "soft_sum", "none"])
 def test_gradient_does_not_depend_on_accumulation(tmp_path, digits, teacher, distillation):
-    """With class weights, the mean of the slices' weighted means is another loss."""
+    """The gradient does not depend on accumulation.
+
+    With class weights, the mean of the micro-batches' weighted means is another loss.
+    """
     batch = fixed_batch(digits)
     model = make_student(drop_path_rate=0.0)
     trainer = student_trainer(
@@ -195,7 +201,7 @@ def test_smoothing_without_mixing(tmp_path, digits, teacher):
 
 
 class SeenImages(nn.Module):
-    """Stands before a teacher and keeps what it is shown."""
+    """Wraps a teacher and keeps the images that it receives."""
 
     def __init__(self, teacher):
         super().__init__()
@@ -206,15 +212,18 @@ class SeenImages(nn.Module):
         return self.teacher(images)
 
 
-def test_teacher_sees_the_students_own_mixed_image(tmp_path, digits, teacher):
-    """The out-of-distribution part of the method: showing it the clean image is the ablation, and 2 points worse."""
+def test_teacher_receives_the_students_mixed_image(tmp_path, digits, teacher):
+    """The teacher receives the student's own mixed image, the out-of-distribution part of the method.
+
+    The clean image is the ablation, and 2 points worse.
+    """
     trainer = student_trainer(tmp_path, digits, teacher)
     trainer.teacher = SeenImages(teacher)
     batch = trainer.prepare_batch(fixed_batch(digits))
     assert torch.equal(trainer.teacher.images[0], batch["pixel_values"])
 
 
-def test_teacher_sees_a_weak_view_in_the_ablation(tmp_path, digits, teacher):
+def test_teacher_receives_a_weak_view_in_the_ablation(tmp_path, digits, teacher):
     trainer = student_trainer(tmp_path, digits, teacher, teacher_view="weak")
     batch = next(iter(trainer.get_train_dataloader()))
     weak = trainer.views["teacher_pixel_values"].finish(batch["teacher_pixel_values"].clone())
@@ -224,7 +233,7 @@ def test_teacher_sees_a_weak_view_in_the_ablation(tmp_path, digits, teacher):
     assert "teacher_pixel_values" not in student_trainer(tmp_path, digits, teacher).train_dataset[0]
 
 
-def test_teacher_gets_images_in_its_own_size_and_normalisation(tmp_path, digits, teacher):
+def test_teacher_receives_images_in_its_size_and_normalisation(tmp_path, digits, teacher):
     trainer = student_trainer(tmp_path, digits, teacher, model=make_student(image_size=16))
     trainer.teacher = SeenImages(teacher)
     pixel_values = fixed_batch(digits, image_size=16)["pixel_values"]
@@ -238,15 +247,18 @@ def test_teacher_gets_images_in_its_own_size_and_normalisation(tmp_path, digits,
     torch.testing.assert_close(trainer.teacher.images[1], expected)
 
 
-def test_a_batch_does_not_go_through_the_image_processor(tmp_path, digits, teacher, monkeypatch):
-    """It is made for images one by one; what is to know of it is known before the first step."""
+def test_a_batch_does_not_pass_through_the_image_processor(tmp_path, digits, teacher, monkeypatch):
+    """A batch does not pass through the teacher's image processor, which handles single images.
+
+    Its settings are read before the first step.
+    """
     trainer = student_trainer(tmp_path, digits, teacher)
     monkeypatch.setattr(type(trainer.processing_class), "__call__", None)
     assert trainer.teacher_logits(fixed_batch(digits)["pixel_values"]).shape == (64, 10)
 
 
 def test_teachers_classes_are_matched_by_name(tmp_path, digits, teacher):
-    """Another class order between teacher and student means near-zero accuracy, and no error."""
+    """The teacher's classes are matched by name; another order would give near-zero accuracy and no error."""
     pixel_values = fixed_batch(digits)["pixel_values"]
     expected = student_trainer(tmp_path, digits, teacher).teacher_logits(pixel_values)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
@@ -258,7 +270,7 @@ def test_teachers_classes_are_matched_by_name(tmp_path, digits, teacher):
     torch.testing.assert_close(shuffled, expected)
 
 
-def test_teachers_that_cannot_teach(tmp_path, digits, teacher):
+def test_unusable_teachers_are_refused(tmp_path, digits, teacher):
     with pytest.raises(ValueError, match="distillation='hard' needs a teacher"):
         student_trainer(tmp_path, digits).train()
     with pytest.raises(ValueError, match="the teacher has 5 classes without names, but the data have 10"):
@@ -284,7 +296,7 @@ def test_tokens_positions_norms_and_biases_have_no_weight_decay(tmp_path, digits
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
 
 
-def test_balanced_softmax_of_cls_takes_the_counts_of_the_data(tmp_path, digits, teacher):
+def test_balanced_softmax_of_cls_uses_the_counts_of_the_data(tmp_path, digits, teacher):
     batch = fixed_batch(digits)
     model = make_student(drop_path_rate=0.0)
     values = {"alpha": 0.0, "drw_start_epoch": 0, "cls_loss": "logit_adjusted"}
@@ -294,7 +306,7 @@ def test_balanced_softmax_of_cls_takes_the_counts_of_the_data(tmp_path, digits, 
     torch.testing.assert_close(loss, F.cross_entropy(adjusted, batch["labels"]).detach())
 
 
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path, digits):
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path, digits):
     model = make_student()
     values = {"optim": "muon", "learning_rate": 3e-3, "adam_beta2": 0.99, "weight_decay": 0.1}
     trainer = student_trainer(tmp_path, digits, model=model, distillation="none", **values)
@@ -316,8 +328,11 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path, digits
     )
 
 
-def test_a_step_of_muon_is_orthogonal_and_one_of_adamw_the_learning_rate(tmp_path, digits):
-    """All singular values are near 0.2 * sqrt(longer side) learning rates, so that one schedule serves both."""
+def test_steps_of_muon_and_adamw_have_the_expected_size(tmp_path, digits):
+    """A step of Muon is orthogonal, with singular values near 0.2 * sqrt(longer side) learning rates.
+
+    One schedule therefore serves both optimisers.
+    """
     model = make_student()
     values = {"optim": "muon", "learning_rate": 1e-2, "weight_decay": 0.0}
     optimizer = student_trainer(tmp_path, digits, model=model, distillation="none", **values).create_optimizer()
@@ -335,8 +350,11 @@ def test_a_step_of_muon_is_orthogonal_and_one_of_adamw_the_learning_rate(tmp_pat
         torch.testing.assert_close(steps[name].abs(), torch.full_like(steps[name], 1e-2), atol=1e-5, rtol=0)
 
 
-def test_muon_multiplies_in_float32_on_a_cpu_and_leaves_timm_as_it_was(monkeypatch):
-    """In bfloat16, which timm always takes, a step of the digits' student costs seconds on some processors."""
+def test_muon_multiplies_in_float32_on_a_cpu_and_restores_timm(monkeypatch):
+    """On a CPU, Muon multiplies in float32, and timm's functions are not changed.
+
+    timm always uses bfloat16, in which a step of the digits' student takes seconds on some processors.
+    """
     seen, original = [], timm_muon.zeropower_via_newtonschulz
 
     def iterate(*args, **options):
@@ -365,7 +383,7 @@ def test_a_given_class_of_optimisers_overrides_muon(tmp_path, digits):
     assert isinstance(trainer.create_optimizer(), torch.optim.RMSprop)
 
 
-def test_muon_refuses_what_flattens_matrices(tmp_path, digits, monkeypatch):
+def test_muon_refuses_settings_that_flatten_matrices(tmp_path, digits, monkeypatch):
     make = DeiTLTTrainer.create_accelerator_and_postprocess
 
     def under_deepspeed(trainer):
@@ -402,7 +420,7 @@ def test_evaluation_counts_each_expert_on_each_image_once(tmp_path, digits):
     assert metrics["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_loss_of_cosines_is_at_the_scale_that_they_learn_with(tmp_path, digits):
+def test_evaluation_loss_of_cosines_uses_the_training_scale(tmp_path, digits):
     config = FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=10)
     trainer = teacher_trainer(tmp_path, digits, FlatTeacherForImageClassification(config), teacher_loss="ldam")
     images = [image.convert("RGB") for image in digits["test"]["image"]]
@@ -435,7 +453,7 @@ def test_mixed_precision_of_the_launcher_is_recorded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["evaluate", "predict"])
-def test_other_data_than_the_trainers_must_have_the_models_classes_too(tmp_path, digits, method):
+def test_other_evaluation_data_must_have_the_models_classes(tmp_path, digits, method):
     names = [str(label) for label in range(10)]
     reversed_names = digits["test"].cast_column("label", ClassLabel(names=names[::-1]))
     for trainer in (student_trainer(tmp_path, digits), teacher_trainer(tmp_path, digits)):
@@ -445,19 +463,22 @@ def test_other_data_than_the_trainers_must_have_the_models_classes_too(tmp_path,
 
 
 def test_no_step_counts_labels(tmp_path, digits):
-    """transformers does where a model takes any keyword: the device is waited for, and the other processes."""
+    """Training steps do not count labels.
+
+    transformers counts them for models that accept any keyword, which waits for the device and the other processes.
+    """
     vit = ViTForImageClassification(
         ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=10)
     )
     student = student_trainer(tmp_path, digits, distillation="none")
     for trainer in (student, teacher_trainer(tmp_path, digits, vit, sam_rho=[0.0])):
-        trainer._get_num_items_in_batch = None  # cannot be called
+        trainer._get_num_items_in_batch = None  # a call would raise an error
         batches, counted = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
         assert (len(batches), counted) == (1, None)
 
 
-def test_the_plan_tells_a_phase_that_is_not_reached(tmp_path, digits):
-    values = {"distillation": "none", "drw_start_epoch": 1}  # of 7 steps
+def test_the_plan_reports_a_phase_that_is_not_reached(tmp_path, digits):
+    values = {"distillation": "none", "drw_start_epoch": 1}  # an epoch has 7 steps
     assert (
         "(max_steps ends the run before it)"
         in student_trainer(tmp_path, digits, max_steps=7, **values).plan()["phases"]
@@ -505,7 +526,7 @@ def test_learning_rate_follows_the_schedule_by_epoch(tmp_path, digits):
     rates = {round(e["epoch"], 3): e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e}
     steps_per_epoch = len(trainer.get_train_dataloader())
     assert len(rates) == 4 * steps_per_epoch
-    # What is logged at the end of a step is the rate that it used, that of its beginning.
+    # The rate logged at the end of a step is the rate that the step used, which is the rate at its start.
     assert rates[round(1 / steps_per_epoch, 3)] == pytest.approx(1e-6)
     assert rates[round(1 + 1 / steps_per_epoch, 3)] == pytest.approx((1e-6 + 1e-3) / 2)
     assert rates[round(2 + 1 / steps_per_epoch, 3)] == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 2)) / 2)
@@ -514,7 +535,7 @@ def test_learning_rate_follows_the_schedule_by_epoch(tmp_path, digits):
 # ---- Output folder, interruption, bad numbers ----
 
 
-def test_another_run_is_not_written_over(tmp_path, digits):
+def test_another_run_is_not_overwritten(tmp_path, digits):
     student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1, save_strategy="epoch").train()
     checkpoint = next(tmp_path.glob("checkpoint-*"))
     before = (checkpoint / "model.safetensors").read_bytes()
@@ -527,7 +548,7 @@ def test_another_run_is_not_written_over(tmp_path, digits):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_checkpoint_of_another_run_does_not_open_a_folder(tmp_path, digits):
+def test_a_checkpoint_of_another_run_does_not_allow_overwriting(tmp_path, digits):
     values = {"distillation": "none", "num_train_epochs": 1, "save_strategy": "epoch"}
     for run in ("first", "second"):
         student_trainer(tmp_path / run, digits, **values).train()
@@ -550,7 +571,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_interrupted_run_goes_on(tmp_path, digits, teacher):
+def test_an_interrupted_run_resumes(tmp_path, digits, teacher):
     values = {"num_train_epochs": 4, "save_strategy": "epoch", "eval_strategy": "epoch", "drw_start_epoch": 3}
     with pytest.raises(KeyboardInterrupt):
         student_trainer(tmp_path, digits, teacher, callbacks=[StopAt(17)], **values).train()
@@ -568,7 +589,7 @@ def test_interrupted_run_goes_on(tmp_path, digits, teacher):
 
 
 class Poison(TrainerCallback):
-    """Makes a weight infinite after some steps, as a learning rate that is too high does."""
+    """Makes a weight infinite after some steps, as a too high learning rate does."""
 
     def __init__(self, step):
         self.step = step
@@ -619,12 +640,12 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
         ({"learning_rate": None, "learning_rate_slices": -4}, "learning_rate_slices must be 1 or more, got -4"),
     ],
 )
-def test_arguments_refuse(tmp_path, values, message):
+def test_invalid_arguments_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         student_arguments(tmp_path, **values)
 
 
-def test_trainer_refuses_what_cannot_run(tmp_path, digits):
+def test_trainer_refuses_unusable_input(tmp_path, digits):
     with pytest.raises(ValueError, match="fewer than one batch of 512"):
         student_trainer(tmp_path, digits, distillation="none", per_device_train_batch_size=512).train()
     with pytest.raises(ValueError, match="the training set has only 240; pass --repeated_augmentation 1"):
@@ -642,8 +663,11 @@ def test_trainer_refuses_what_cannot_run(tmp_path, digits):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_an_epoch_of_repeated_images_has_fewer_than_there_are(tmp_path):
-    """It takes rounds of 256: a batch of 280 is never full, though there are 300 images."""
+def test_an_epoch_of_repeated_augmentation_has_fewer_images(tmp_path):
+    """An epoch of repeated augmentation has fewer images than the data.
+
+    It uses rounds of 256 images; a batch of 280 is never full, although the data have 300.
+    """
     args = student_arguments(tmp_path, repeated_augmentation=3, per_device_train_batch_size=280)
     with pytest.raises(ValueError, match="an epoch has 256 images, fewer than one batch of 280"):
         args.check_data(300)
@@ -661,7 +685,10 @@ def test_copied_arguments_keep_the_token_and_files_have_none(tmp_path, digits):
 
 @pytest.mark.parametrize(("per_device", "accumulation"), [(128, 8), (256, 4), (64, 16), (4096, 1)])
 def test_one_global_batch_gives_one_learning_rate(tmp_path, per_device, accumulation):
-    """The authors' users get other numbers with another number of GPUs: batch and learning rate changed silently."""
+    """One global batch gives one learning rate.
+
+    In the authors' code, batch and learning rate change silently with the number of GPUs.
+    """
     args = student_arguments(
         tmp_path,
         global_batch_size=1024,
@@ -678,13 +705,16 @@ def test_one_global_batch_gives_one_learning_rate(tmp_path, per_device, accumula
 
 def test_teacher_learns_and_is_saved_with_its_processor(teacher_folder, teacher):
     results = json.loads((teacher_folder / "results.json").read_text())
-    assert results["last"]["accuracies"]["teacher"]["overall"] > 0.3  # chance is 0.1
+    assert results["last"]["accuracies"]["teacher"]["overall"] > 0.3  # chance level is 0.1
     assert (teacher_folder / "preprocessor_config.json").is_file()
     assert teacher.config.id2label[7] == "7"
 
 
 def test_sam_gradient_does_not_depend_on_accumulation(tmp_path, digits):
-    """Climbing along the last slice's gradient alone is another, noisier method."""
+    """The gradient of SAM does not depend on accumulation.
+
+    Ascending along the last micro-batch's gradient only is another, noisier method.
+    """
     results = []
     for slices in (1, 4):
         trainer = teacher_trainer(tmp_path, digits, make_student(drop_path_rate=0.0), sam_rho=[0.5], drw_start_epoch=0)
@@ -704,7 +734,7 @@ def test_sam_gradient_does_not_depend_on_accumulation(tmp_path, digits):
     for name, gradient in results[0].items():
         torch.testing.assert_close(results[1][name], gradient, atol=1e-6, rtol=1e-4)
 
-    # The same gradient derived by hand, at the perturbed point.
+    # The same gradient computed by hand, at the perturbed point.
     model = make_student(drop_path_rate=0.0)
     weights = effective_number_weights(class_counts(digits["train"]["label"]))
 
@@ -737,7 +767,7 @@ def test_batch_norm_statistics_come_from_the_unperturbed_pass(tmp_path, digits):
 
 
 def sam_steps(steps, scaler=None, poisoned=()):
-    """Weights after each step of SAM on a linear layer, with losses scaled as for half precision."""
+    """Weights after each step of SAM on a linear layer, with losses scaled as in half precision."""
     torch.manual_seed(0)
     layer = nn.Linear(4, 3)
     optimizer = SAM(torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9), rho=0.5)
@@ -767,8 +797,11 @@ def test_sam_does_not_depend_on_the_scale_of_the_loss():
         torch.testing.assert_close(scaled, plain)
 
 
-def test_sam_leaves_out_a_step_that_overflows():
-    """Weights that were perturbed along an infinite gradient would be lost, and the state with them."""
+def test_sam_skips_a_step_that_overflows():
+    """SAM skips a step that overflows.
+
+    A perturbation along an infinite gradient would destroy the weights and the optimiser state.
+    """
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     weights = sam_steps(3, scaler, poisoned=[1])
     assert torch.equal(weights[1], weights[0])
@@ -776,8 +809,8 @@ def test_sam_leaves_out_a_step_that_overflows():
     torch.testing.assert_close(weights[2], sam_steps(2)[1])
 
 
-def test_sam_takes_new_groups_states_of_plain_sgd_and_copies():
-    """Each once ended in a KeyError or AttributeError at the next step."""
+def test_sam_accepts_new_groups_states_of_plain_sgd_and_copies():
+    """SAM accepts new parameter groups, the state of plain SGD, and copies, without an error at the next step."""
     first, second = nn.Linear(4, 3), nn.Linear(3, 3)
     sgd = torch.optim.SGD([{"params": first.parameters()}, {"params": second.parameters()}], lr=0.1, momentum=0.9)
     state = sgd.state_dict()
@@ -796,8 +829,11 @@ def test_sam_takes_new_groups_states_of_plain_sgd_and_copies():
     assert not torch.equal(weights[0], torch.zeros(3, 4))
 
 
-def test_sam_climbs_in_half_precision_and_leaves_out_groups_of_radius_0():
-    """The squares of these gradients are infinite in float16."""
+def test_sam_ascends_in_half_precision_and_leaves_out_groups_of_radius_0():
+    """SAM ascends in half precision, where the squares of these gradients are infinite in float16.
+
+    It leaves out groups of radius 0.
+    """
     layers = [nn.Linear(4, 3, bias=False).half() for _ in range(2)]
     groups = [{"params": list(layer.parameters()), "rho": rho} for layer, rho in zip(layers, (0.5, 0.0), strict=True)]
     optimizer = SAM(torch.optim.SGD(groups, lr=0.1))
@@ -811,7 +847,7 @@ def test_sam_climbs_in_half_precision_and_leaves_out_groups_of_radius_0():
     assert len(optimizer._perturbed) == 1
 
 
-def test_a_run_that_is_stopped_in_the_second_pass_has_its_own_weights(tmp_path, digits, monkeypatch):
+def test_a_run_stopped_in_the_second_pass_has_unperturbed_weights(tmp_path, digits, monkeypatch):
     trainer = teacher_trainer(tmp_path, digits, sam_rho=[0.5], max_steps=1)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     passes = []
@@ -830,7 +866,7 @@ def test_a_run_that_is_stopped_in_the_second_pass_has_its_own_weights(tmp_path, 
         assert torch.equal(parameter, before[name]), name
 
 
-def test_a_second_pass_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, digits):
+def test_a_second_pass_that_is_not_finite_stops_the_run_before_saving(tmp_path, digits):
     trainer = teacher_trainer(tmp_path, digits, sam_rho=[1e38], max_steps=1, save_strategy="steps", save_steps=1)
     with pytest.raises(FloatingPointError, match="not finite at step 1"):
         trainer.train()
@@ -857,8 +893,8 @@ def test_a_second_pass_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_p
     ],
     ids=["radius", "SGD", "AdamW"],
 )
-def test_a_resumed_run_has_the_values_that_are_asked_for(tmp_path, digits, make_trainer, first, then, expected):
-    """Not those of its checkpoint, which neither plan nor record shows."""
+def test_a_resumed_run_uses_the_given_values(tmp_path, digits, make_trainer, first, then, expected):
+    """A resumed run uses the given values, not those of its checkpoint, which neither plan nor record would show."""
     values = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
     make_trainer(tmp_path, digits, **first, **values).train()
     trainer = make_trainer(tmp_path, digits, **then, **values)
@@ -870,7 +906,7 @@ def test_a_resumed_run_has_the_values_that_are_asked_for(tmp_path, digits, make_
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} - {0.0} == {trainer.args.weight_decay}
 
 
-def test_sam_refuses_to_climb_twice():
+def test_sam_refuses_to_ascend_twice():
     layer = nn.Linear(4, 3)
     optimizer = SAM(torch.optim.SGD(layer.parameters(), lr=0.1))
     layer(torch.ones(1, 4)).sum().backward()
@@ -880,7 +916,10 @@ def test_sam_refuses_to_climb_twice():
 
 
 def test_sam_trains_in_mixed_precision(tmp_path, digits):
-    """Both passes compute in bfloat16: with one of them in float32 they would be gradients of two functions."""
+    """SAM trains in mixed precision with both passes in bfloat16.
+
+    Otherwise they would be gradients of two functions.
+    """
     seen = []
     trainer = teacher_trainer(tmp_path, digits, sam_rho=[0.1], bf16=True, use_cpu=True, max_steps=2)
     handle = trainer.model.backbone.layer1.register_forward_hook(
@@ -896,7 +935,7 @@ def test_sam_trains_in_mixed_precision(tmp_path, digits):
 
 
 def test_sam_radius_by_phase_of_training(tmp_path, digits, monkeypatch):
-    """All weights climb by the radius of the epoch; a phase of radius 0 is plain SGD."""
+    """The radius of SAM depends on the epoch and applies to all weights; a phase of radius 0 is plain SGD."""
     trainer = teacher_trainer(
         tmp_path, digits, num_train_epochs=3, max_steps=16, sam_rho=[0.1, 0.0, 0.5], sam_rho_epochs=[0, 0.5, 2]
     )
@@ -911,7 +950,7 @@ def test_sam_radius_by_phase_of_training(tmp_path, digits, monkeypatch):
 
     monkeypatch.setattr(SAM, "ascend", note)
     trainer.train()
-    # Seven steps an epoch: the radius is that of the epoch in which a step begins.
+    # An epoch has seven steps; the radius is that of the epoch in which a step starts.
     assert [(step, round(length.item(), 3)) for step, length in used] == [
         *((step, 0.1) for step in range(4)),
         *((step, 0.5) for step in range(14, 16)),
@@ -919,7 +958,10 @@ def test_sam_radius_by_phase_of_training(tmp_path, digits, monkeypatch):
 
 
 def test_sam_radius_by_group():
-    """The perturbation's length in each group is its own rho times its share of the gradient."""
+    """The radius of SAM depends on the parameter group.
+
+    In each group, the perturbation's length is the group's rho times its share of the gradient.
+    """
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     groups = [{"params": list(layers[0].parameters()), "rho": 0.1}, {"params": list(layers[2].parameters())}]
@@ -940,7 +982,7 @@ def test_sam_radius_by_group():
     assert all(torch.equal(*pair) for pair in zip(layers.parameters(), before, strict=True))
 
 
-def test_sam_without_ascending_is_its_base_and_its_state_resumes():
+def test_sam_without_ascending_equals_its_base_and_resumes():
     def make():
         torch.manual_seed(0)
         layer = nn.Linear(4, 3)
@@ -972,7 +1014,7 @@ def test_sam_without_ascending_is_its_base_and_its_state_resumes():
     assert torch.equal(layer.weight, copied.weight)
 
 
-def test_teacher_arguments_refuse(tmp_path, digits):
+def test_invalid_teacher_arguments_are_refused(tmp_path, digits):
     with pytest.raises(ValueError, match=r"lr_drop_epochs \[160\] and lr_drops \[\]"):
         teacher_trainer(tmp_path, digits, lr_drop_epochs=[160])
     with pytest.raises(ValueError, match="sam_rho must be one or more values, none negative"):
@@ -1023,7 +1065,7 @@ def test_arguments_reach_the_loss(tmp_path, digits):
     assert trainer.criterion.label_smoothing == 0.3
 
 
-def test_ldam_teacher_with_drops_trains(tmp_path, digits):
+def test_ldam_teacher_with_learning_rate_drops_trains(tmp_path, digits):
     torch.manual_seed(0)
     model = FlatTeacherForImageClassification(
         FlatTeacherConfig(backbone="resnet20", classifier="cosine", image_size=8, num_labels=10)

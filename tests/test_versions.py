@@ -1,6 +1,6 @@
-"""Saved models in other people's versions of transformers: one of 4.x and an old one of 5.x.
+"""Tests of saved models in other versions of transformers: one version 4.x and an old version 5.x.
 
-benchmarks/versions.py has all of them.
+benchmarks/versions.py runs all supported versions.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "versions.py"
-INSTALLED = Path(sys.prefix) / "versions"  # kept in the environment for the next time
+INSTALLED = Path(sys.prefix) / "versions"  # kept in the environment for later runs
 
 
 @pytest.fixture(scope="module")

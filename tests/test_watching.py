@@ -1,4 +1,4 @@
-"""What a run does while it goes on: averages, guards, its log, and how it ends when it is asked to."""
+"""Tests of features during a run: moving averages, checks of numbers, the log, and stopping on request."""
 
 import json
 import os
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Weights(TrainerCallback):
-    """Keeps the weights after every step."""
+    """A callback that keeps the weights after every step."""
 
     def __init__(self):
         self.seen = []
@@ -42,7 +42,7 @@ class Weights(TrainerCallback):
         self.seen.append({name: value.clone() for name, value in model.state_dict().items()})
 
 
-def test_moving_average_is_its_definition_and_is_evaluated_and_saved(tmp_path, digits, capsys):
+def test_moving_average_matches_its_definition_and_is_evaluated_and_saved(tmp_path, digits, capsys):
     kept = Weights()
     trainer = student_trainer(
         tmp_path, digits, distillation="none", num_train_epochs=1, ema_decay=0.9, callbacks=[kept]
@@ -58,7 +58,7 @@ def test_moving_average_is_its_definition_and_is_evaluated_and_saved(tmp_path, d
     assert_same(DeiTLTForImageClassification.from_pretrained(tmp_path).state_dict(), kept.seen[-1])
     student_trainer(tmp_path, digits, distillation="none", num_train_epochs=1, overwrite=True).train()
     assert not (tmp_path / "ema").exists()
-    assert len(read_log(tmp_path / "log.jsonl")) == 9  # 7 steps, the end, and its evaluation
+    assert len(read_log(tmp_path / "log.jsonl")) == 9  # 7 steps, the end of training, and its evaluation
     accuracies = trainer.results.content["last"]["accuracies"]
     assert list(accuracies) == ["mean", "cls", "distillation", "ema_mean", "ema_cls", "ema_distillation"]
     alone = student_trainer(tmp_path / "alone", digits, model=averaged, distillation="none")
@@ -66,7 +66,7 @@ def test_moving_average_is_its_definition_and_is_evaluated_and_saved(tmp_path, d
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_moving_average_goes_on_after_an_interruption(tmp_path, digits, kind):
+def test_moving_average_resumes(tmp_path, digits, kind):
     make = student_trainer if kind == "student" else teacher_trainer
     values = {"save_strategy": "steps", "save_steps": 4, "ema_decay": 0.9, "num_train_epochs": 2}
     values |= {"distillation": "none"} if kind == "student" else {"bf16": True, "use_cpu": True}
@@ -88,7 +88,7 @@ def test_moving_average_goes_on_after_an_interruption(tmp_path, digits, kind):
 
 
 def test_normalisation_of_the_authors(tmp_path, digits):
-    """The mean of the slices' own weighted means, each divided by the weights in that slice alone."""
+    """The authors' normalisation is the mean of the micro-batches' means, each divided by its own sum of weights."""
     batch, model = fixed_batch(digits), make_student(drop_path_rate=0.0)
     values = {"distillation": "none", "drw_start_epoch": 0, "mixing_in_drw": False, "per_device_train_batch_size": 16}
     values["gradient_accumulation_steps"] = 4
@@ -123,7 +123,7 @@ class PoisonGradient(TrainerCallback):
 
 
 @pytest.mark.parametrize("make", [student_trainer, teacher_trainer])
-def test_an_update_that_is_not_finite_can_be_left_out(tmp_path, digits, make):
+def test_an_update_that_is_not_finite_can_be_skipped(tmp_path, digits, make):
     values = {"distillation": "none"} if make is student_trainer else {"sam_rho": [0.1]}
     trainer = make(tmp_path, digits, on_nonfinite="skip", num_train_epochs=1, logging_steps=1, **values)
     kept = Weights()
@@ -159,8 +159,8 @@ class PoisonWeight(TrainerCallback):
 
 @pytest.mark.parametrize("step", [7, 14])
 @pytest.mark.parametrize("strategy", ["epoch", "no"])
-def test_what_is_not_finite_is_neither_saved_nor_evaluated(tmp_path, digits, step, strategy):
-    """In an epoch's last step, and in the run's."""
+def test_a_model_that_is_not_finite_is_neither_saved_nor_evaluated(tmp_path, digits, step, strategy):
+    """A model with non-finite weights is neither saved nor evaluated, in the last step of an epoch or of the run."""
     values = {"distillation": "none", "save_strategy": strategy, "eval_strategy": strategy, "logging_steps": 100}
     trainer = student_trainer(tmp_path, digits, **values, callbacks=[PoisonWeight(step)])
     with pytest.raises(FloatingPointError, match="loss or weights not finite at step"):
@@ -172,7 +172,7 @@ def test_what_is_not_finite_is_neither_saved_nor_evaluated(tmp_path, digits, ste
     trainer.optimizer = None
     trainer.remove_callback(PoisonWeight)
     trainer.args.overwrite = True
-    trainer.train()  # with other values, as in a notebook
+    trainer.train()  # with other values, as a user does in a notebook
     assert trainer.state.global_step == 14
 
 
@@ -200,7 +200,7 @@ def test_one_loss_that_is_not_finite_does_not_spoil_the_log(tmp_path, digits):
 
 
 class Readings(TorchDispatchMode):
-    """Counts where values are read from a device, or shapes depend on them."""
+    """Counts where the code reads values from a device, or where shapes depend on values."""
 
     def __init__(self):
         super().__init__()
@@ -214,11 +214,11 @@ class Readings(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    # These read what is always on the CPU.
+    # Allowed: these files read values that are always on the CPU.
     ("kind", "allowed"),
     [("student", {"modeling_deitlt.py"}), ("paco", {"momentum_encoder.py"}), ("ldam", {"ldam.py"})],
 )
-def test_a_step_waits_for_nothing(tmp_path, digits, teacher, kind, allowed):
+def test_a_step_does_not_wait_for_the_device(tmp_path, digits, teacher, kind, allowed):
     trainer = make_trainer(kind, tmp_path, digits, teacher, drw_start_epoch=0, save_strategy="no", eval_strategy="no")
     trainer.create_optimizer()
     batches = [next(iter(trainer.get_train_dataloader()))]
@@ -236,7 +236,7 @@ def without_times(entry):
     return {name: value for name, value in entry.items() if not name.endswith(("runtime", "_per_second"))}
 
 
-def test_every_log_is_a_line_and_a_resumed_run_goes_on_with_them(tmp_path, digits):
+def test_every_log_is_a_line_and_a_resumed_run_appends(tmp_path, digits):
     values = {"distillation": "none", "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 4}
     values |= {"num_train_epochs": 3, "drw_start_epoch": 2}
     undisturbed = student_trainer(tmp_path / "undisturbed", digits, **values)
@@ -245,14 +245,14 @@ def test_every_log_is_a_line_and_a_resumed_run_goes_on_with_them(tmp_path, digit
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     with (tmp_path / "cut" / "log.jsonl").open("a") as file:
-        file.write('{"step": 15, "lo')  # cut off
+        file.write('{"step": 15, "lo')  # incomplete line
     student_trainer(tmp_path / "cut", digits, **values).train(resume_from_checkpoint=True)
     expected, found = (
         [without_times(entry) for entry in read_log(tmp_path / name / "log.jsonl")] for name in ("undisturbed", "cut")
     )
     assert [entry["step"] for entry in expected if "loss" in entry] == list(range(1, 22))
     assert [entry["step"] for entry in expected if "eval_cls_head" in entry] == [7, 14, 21]
-    assert found[:-1] == expected[:-1]  # the last has means over the process's own steps
+    assert found[:-1] == expected[:-1]  # the last entry has means over the steps of its own process
     picture = Image.open(tmp_path / "cut" / "training_curves.png").convert("L")
     assert picture.size[0] > 600
     assert len(picture.getcolors(256)) > 50
@@ -263,7 +263,7 @@ def test_evaluation_alone_writes_no_log(tmp_path, digits):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lines_tell_the_time_that_is_left(tmp_path, digits, capsys, monkeypatch):
+def test_lines_show_the_remaining_time(tmp_path, digits, capsys, monkeypatch):
     from deitlt_hf.training import run_log as watch
 
     clock = iter(range(0, 10_000, 10))
@@ -276,7 +276,7 @@ def test_lines_tell_the_time_that_is_left(tmp_path, digits, capsys, monkeypatch)
     assert any(line.startswith("epoch 1.00  step 7/14") and "0:01:" in line for line in lines)
 
 
-# ---- Asked to stop ----
+# ---- Stopping on request ----
 
 
 def wait_for(process, text):
@@ -289,8 +289,11 @@ def wait_for(process, text):
 @pytest.mark.parametrize(
     ("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)], ids=str
 )
-def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(tmp_path, processes, number):
-    """Real processes. All of a group get it, twice, the loaders' too; or only one rank does."""
+def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(tmp_path, processes, number):
+    """A signal ends a run with a checkpoint to resume from, in real processes.
+
+    Either all processes of a group receive it twice, including data loaders, or only one rank does.
+    """
     command = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
     ]  # fmt: skip
@@ -318,14 +321,14 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(tmp_path, processes
         wait_for(process, f"Stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'} after step")
         assert time.monotonic() - asked < 20
         process.communicate(timeout=60)
-    assert process.returncode == (128 + number if processes == 1 else 1)  # torchrun's own
+    assert process.returncode == (128 + number if processes == 1 else 1)  # 1 is torchrun's exit code
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     assert find_corruption(checkpoint) is None
     assert json.loads((tmp_path / "results.json").read_text())["finished"] is False
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_signals_are_given_back(tmp_path, digits):
+def test_signal_handlers_are_restored(tmp_path, digits):
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     student_trainer(tmp_path, digits, distillation="none", max_steps=1).train()
@@ -358,8 +361,11 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_second_one_ends_at_once(tmp_path, digi
 
 
 @pytest.mark.parametrize("step", [7, 9])
-def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_end(tmp_path, digits, step):
-    """With an evaluation that was due at step 7 too, which may be the best."""
+def test_a_run_stopped_on_request_resumes_to_the_same_end(tmp_path, digits, step):
+    """A run that was stopped on request ends as an undisturbed one.
+
+    An evaluation due at step 7, which may be the best, is made, too.
+    """
     values = {"distillation": "none", "eval_strategy": "epoch"}
     undisturbed = student_trainer(tmp_path / "undisturbed", digits, **values)
     undisturbed.train()
@@ -376,7 +382,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_end(tmp_path, digits, 
     assert evaluated == [7, 14]
 
 
-def test_the_best_checkpoint_can_be_one_whose_evaluation_was_left_out(tmp_path, digits):
+def test_the_best_checkpoint_can_be_one_whose_evaluation_was_skipped(tmp_path, digits):
     values = {"distillation": "none", "eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 3}
     values |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "ema_decay": 0.5}
     undisturbed = student_trainer(tmp_path / "undisturbed", digits, **values)
@@ -392,8 +398,11 @@ def test_the_best_checkpoint_can_be_one_whose_evaluation_was_left_out(tmp_path, 
     assert_same(weights(trainer), weights(undisturbed))
 
 
-def test_a_run_that_is_asked_too_late_is_finished_and_nothing_else_begun(tmp_path, monkeypatch):
-    """distill.py trains a teacher first: a signal in its last moments must not start the student."""
+def test_a_late_stop_request_finishes_the_run_and_starts_nothing_else(tmp_path, monkeypatch):
+    """A signal near the end finishes the run and starts nothing else.
+
+    distill.py trains a teacher first; a signal in its last moments must not start the student.
+    """
     evaluate = FlatTeacherTrainer.evaluate
 
     def slow(self, *args, **kwargs):
