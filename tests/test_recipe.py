@@ -34,6 +34,15 @@ def test_the_loss_of_a_teacher_changes_the_values_that_depend_on_it():
     assert recipe.teacher("paco", learning_rate=0.02).args.learning_rate == 0.02
 
 
+def test_values_are_read_as_on_the_command_line():
+    """A caller may give a single value for a list, or a number as text."""
+    teacher = Recipe.load(TINY).teacher
+    for value in (0.05, "5e-2", [0.05]):
+        assert teacher(sam_rho=value).args.sam_rho == [0.05]
+    args = teacher(num_train_epochs="8", drw_start_epoch="none", use_cpu="true").args
+    assert (args.num_train_epochs, args.drw_start_epoch, args.use_cpu) == (8, None, True)
+
+
 def test_data_are_loaded_with_overrides():
     data = Recipe.load(TINY).data(imbalance_ratio=2, max_per_class=20).load()
     counts = [data["train"]["label"][:].count(label) for label in range(10)]
@@ -48,6 +57,13 @@ def test_data_are_loaded_with_overrides():
         (lambda: Recipe.load(TINY).student(lr=1), ValueError, r"unknown field 'lr' .*\(did you mean 'learning_rate'"),
         (lambda: Recipe.load(TINY).data(learning_rate=1), ValueError, "unknown field 'learning_rate'"),
         (lambda: Recipe.load(TINY).teacher("hinge"), ValueError, "teacher_loss must be one of .*, got 'hinge'"),
+        (lambda: Recipe.load(TINY).student(learning_rate="fast"), ValueError, "learning_rate cannot be 'fast': could"),
+        (lambda: Recipe.load(TINY).student(use_cpu="maybe"), ValueError, "use_cpu cannot be 'maybe': Truthy value"),
+        (
+            lambda: Recipe.load(TINY).teacher(sam_rho="x"),
+            ValueError,
+            "sam_rho of the overrides must be a list of numbers",
+        ),
         (lambda: Recipe.load(TINY).student(do_train=True), ValueError, "do_train has no effect"),
     ],
 )

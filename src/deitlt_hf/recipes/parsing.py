@@ -286,10 +286,15 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
     values = _set_defaults(parser, section, classes, recipe, overrides.get("teacher_loss"))
     listed_by = f"deitlt {_LISTED_BY[section]} --help"
     _refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
-    if overrides.get("group_rule") is not None and "group_boundaries" not in overrides:
+    _allow_none(parser, classes)
+    if overrides.get("group_rule") is not None:
+        values.pop("group_boundaries", None)
         parser.set_defaults(group_boundaries=None)
-    changed = {name: value for name, value in overrides.items() if value != parser.get_default(name)}
-    parser.set_defaults(**overrides)
+    given = {name: _fitting(value, parser, name, "the overrides") for name, value in overrides.items()}
+    changed = {name: value for name, value in given.items() if value != parser.get_default(name)}
+    # argparse would end the program at a default text that it cannot read.
+    typed = {name: _read_text(value, parser, name) for name, value in (values | given).items()}
+    parser.set_defaults(**typed)
     # Defaults that no class has, such as output_dir of data alone, come last, in a namespace.
     filled = parser.parse_args_into_dataclasses([], look_for_args_file=False)[: len(classes)]
     _finish(recipe, filled, changed, values)
@@ -329,7 +334,7 @@ def _set_defaults(
             _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
         values |= recipe["teacher_losses"].get(teacher_loss or own_loss(name)) or {}
     _refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
-    values = {key: _fitting(value, parser, key, name) for key, value in values.items()}
+    values = {key: _fitting(value, parser, key, f"recipe {name!r}") for key, value in values.items()}
     folder = teacher_folder(name, teacher_loss) if section == "teacher" else section
     stem = Path(name).name.removesuffix(".yaml")
     parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, folder)} | values)
@@ -465,7 +470,7 @@ def _or_none(kind: type) -> Callable[[str], Any]:
     return read
 
 
-def _fitting(value: Any, parser: argparse.ArgumentParser, field: str, recipe: str) -> Any:
+def _fitting(value: Any, parser: argparse.ArgumentParser, field: str, place: str) -> Any:
     """Converts a value of a recipe to a list if the field is a list."""
     action = parser._option_string_actions[f"--{field}"]
     if action.nargs != "+" or value is None:
@@ -475,7 +480,18 @@ def _fitting(value: Any, parser: argparse.ArgumentParser, field: str, recipe: st
     try:  # YAML parses 5e-2, which has no dot, as text
         return [read(item) if isinstance(item, str) else item for item in items]
     except ValueError as error:
-        raise ValueError(f"{field} of recipe {recipe!r} must be a list of numbers, got {value!r}.") from error
+        raise ValueError(f"{field} of {place} must be a list of numbers, got {value!r}.") from error
+
+
+def _read_text(value: Any, parser: argparse.ArgumentParser, field: str) -> Any:
+    """A value of a field; a text is read as on the command line."""
+    read = parser._option_string_actions[f"--{field}"].type
+    if not isinstance(value, str) or not callable(read):
+        return value
+    try:
+        return read(value)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{field} cannot be {value!r}: {str(error).rstrip('.')}.") from error
 
 
 def _refuse_unknown(
