@@ -16,6 +16,7 @@ _MODULES = {
     "FlatTeacherTrainer": "training",
     "FlatTeacherTrainingArguments": "training",
     "Recipe": "training.recipe",
+    "train": "quickstart",
 }
 __all__ = [*_MODULES, "__version__"]
 

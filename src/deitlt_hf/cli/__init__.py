@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 COMMANDS = {  # command, its module, and its description; in the order of use in a project
+    "train": ("train", "train on a folder of images, with a recipe that is fitted to it"),
+    "recipes": ("recipes", "list the recipes, print one, or fit one to a folder of images"),
     "data": ("data", "check or draw the images of a recipe before a run"),
     "plan": ("plan", "estimate the GPU time and memory of a recipe"),
     "train-teacher": ("train_teacher", "train a flat CNN teacher with SAM"),
@@ -26,7 +28,8 @@ COMMANDS = {  # command, its module, and its description; in the order of use in
 }
 # Names of these commands in other packages.
 ALIASES = {
-    **dict.fromkeys(("train", "fit", "finetune", "train-student"), "distill"),
+    **dict.fromkeys(("fit", "auto", "quickstart"), "train"),
+    **dict.fromkeys(("finetune", "train-student"), "distill"),
     **dict.fromkeys(("val", "validate", "test", "eval", "benchmark"), "evaluate"),
     **dict.fromkeys(("infer", "inference", "classify"), "predict"),
     **dict.fromkeys(("upload", "push-to-hub"), "push"),
@@ -69,5 +72,6 @@ deitlt COMMAND [OPTIONS]; deitlt COMMAND --help lists the options, deitlt --vers
 
 {lines}
 
-First example, with included data (2 minutes on 2 cores):  deitlt distill --recipe digits_lt
+Your own images, one folder for each class:     deitlt train FOLDER
+A first example, with included data:            deitlt distill --recipe digits_lt_fast
 On several GPUs or machines: accelerate launch --no_python deitlt distill --recipe ..."""

@@ -7,105 +7,11 @@ deitlt analyze --model M --compare M2 --recipe fashion_mnist_lt_tiny --data_dir 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-
-from ..analysis.observe import check_transformer
-from ..analysis.pictures import require_matplotlib
-from ..analysis.report import REPORT_FILE, Section, analyze, check_report_folder, write_report
-from ..analysis.teaching import teacher_agreement
-from ..console import quiet_log, show
-from ..data.loading import training_counts
-from ..data.long_tail import class_counts
-from ..evaluation import ExpertTable
-from ..io import weights_digest
-from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..analysis.report import REPORT_FILE
+from ..analysis.reporting import AnalysisArguments, report
 from ..recipes import DataArguments, parse_arguments
-from ..serving.loading import load_model
-from ..training.distillation import label_order
 from .json_output import json_output
-
-
-@dataclass
-class AnalysisArguments:
-    """Options of the analysis: models, sample sizes and the folder of the report."""
-
-    model: str = field(metadata={"help": "Folder or Hub id of a DeiT-LT, or a DeiT or ViT of transformers."})
-    output: str = field(default="report", metadata={"help": "Folder of the report."})
-    compare: str | None = field(default=None, metadata={"help": "Another model, shown next to the first."})
-    teacher: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of the first model's teacher; the report then shows how often they agree."},
-    )
-    num_images: int = field(default=512, metadata={"help": "Number of images for attention and features."})
-    resamples: int = field(default=200, metadata={"help": "Bootstrap samples for the confidence intervals."})
-    sharpness_images: int = field(
-        default=128,
-        metadata={"help": "Training images, overall and of each group, for the flatness of the loss; 0 leaves it out."},
-    )
-    json: str | None = field(
-        default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the tables."}
-    )
-
-    def __post_init__(self):
-        for name, least in (("num_images", 2), ("resamples", 1), ("sharpness_images", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
-
-
-def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Path:
-    """Analyses one or two models on a recipe's test images, prints their tables, and writes the report.
-
-    Returns:
-        Path of the HTML page.
-
-    Raises:
-        FileExistsError: If `args.output` is a file, or holds a page or record that is not from this command.
-        ValueError: If a model does not know the classes of the data or has no attention over patches, or matplotlib is
-            not installed.
-    """
-    quiet_log()
-    require_matplotlib()
-    check_report_folder(args.output)
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    data = data_args.load()
-    names = data["test"].features["label"].names
-    counts, groups = training_counts(data["train"]), data_args.groups(data)
-    models = []
-    for path in [args.model] if args.compare is None else [args.model, args.compare]:
-        model = load_model(path).float().to("cuda" if torch.cuda.is_available() else "cpu")
-        check_transformer(model)
-        models.append((path, model, label_order(names, model.config, f"model {path}")))
-    if args.teacher is not None and not isinstance(models[0][1], DeiTLTForImageClassification):
-        raise ValueError(f"{args.model} is not a DeiT-LT student; leave --teacher out.")
-    sections: list[Section] = []
-    for path, model, order in models:
-        agreement = None
-        if args.teacher is not None and not sections:
-            agreement = teacher_agreement(recipe, model, args.teacher, data, groups)
-        section = analyze(
-            path,
-            model,
-            data,
-            counts,
-            groups,
-            args.num_images,
-            args.resamples,
-            0 if data_args.streaming else args.sharpness_images,
-            agreement,
-            order,
-        )
-        section.findings["weights_sha256"] = weights_digest(path)
-        sections.append(section)
-        accuracies = {
-            expert: {name: row[name] for name in ("overall", *groups)} for expert, row in section.figures.items()
-        }
-        show(ExpertTable(path, accuracies, groups, class_counts(data["test"]["label"][:], len(names)).tolist()))
-    page = write_report(sections, recipe, groups, args.output)
-    print(f"The report is in {page}.")
-    return page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -22,6 +22,9 @@ from torch.utils.data import Dataset, default_collate
 
 from ..io import one_line
 from .image_rule import is_transparent, open_encoded, orientation_of, upright_rgb
+
+if TYPE_CHECKING:
+    from .copies import ReducedCopies
 
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 
@@ -295,6 +298,7 @@ class ImageDataset(Dataset):
             the model input that they make. Without views, a row contains the decoded image under `image`, for
             [`ImageCollator`].
         background: See [`EncodedImage`].
+        copies: Opens images by their reduced copies ([`ReducedCopies`]); None reads the images themselves.
     """
 
     def __init__(
@@ -304,12 +308,14 @@ class ImageDataset(Dataset):
         label_column: str,
         views: Mapping[str, Callable[[EncodedImage | np.ndarray], torch.Tensor]] | None = None,
         background: str | None = None,
+        copies: "ReducedCopies | None" = None,
     ):
         # `datasets` would decode without naming the corrupt file in its error.
         images = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.images = images.with_format("arrow")  # the fastest format for single rows
         self.views = views or {}
         self.background = background
+        self._open_cell = open_image if copies is None else copies.open
         self.column, self._rows = image_column, source_rows(dataset)
         self.labels = np.asarray(dataset[label_column][:])
         self._cache = self._make_cache()
@@ -329,26 +335,26 @@ class ImageDataset(Dataset):
 
     def _image(self, index: int) -> EncodedImage | np.ndarray:
         if self._cache is None:
-            return self._open(index)
+            return self._open_cell(*self._cell(index), self.background)
         pixels, known = self._cache
         if not known[index]:
-            image = self._open(index).decode()
+            image = open_image(*self._cell(index), self.background).decode()
             if image.shape != pixels.shape[1:]:
                 return image
             pixels[index] = image
             known[index] = True  # set after the pixels, since another worker may read at the same time
         return pixels[index]
 
-    def _open(self, index: int) -> EncodedImage:
-        place = f"row {self._rows[index]} of the column {self.column}"
-        return open_image(self.images[index].column(0)[0].as_py(), place, self.background)
+    def _cell(self, index: int) -> tuple[Mapping[str, Any] | None, str]:
+        """Cell of an image, and its place for errors."""
+        return self.images[index].column(0)[0].as_py(), f"row {self._rows[index]} of the column {self.column}"
 
     def _make_cache(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Allocates memory for all images and their flags; None if the first image or the total is too large."""
         if len(self) == 0:
             return None
         try:
-            width, height = self._open(0).size
+            width, height = open_image(*self._cell(0), self.background).size
         except ValueError:
             return None
         num_bytes = len(self) * 3 * width * height

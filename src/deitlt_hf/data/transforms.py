@@ -333,7 +333,7 @@ def _random_resized_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndar
     height, width = _height_width(image)
     shape = torch.empty((1, height, width), device="meta")  # timm reads only the size
     region = RandomResizedCropAndInterpolation.get_params(shape, (0.08, 1.0), (3 / 4, 4 / 3))
-    return _resized_region(image, region, (size, size))
+    return resized_region(image, region, (size, size))
 
 
 def _padded_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
@@ -341,7 +341,7 @@ def _padded_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
     height, width = _height_width(image)
     shorter = min(height, width)
     # Rounded down, as torchvision does.
-    resized = _resized_region(image, (0, 0, height, width), (size * height // shorter, size * width // shorter))
+    resized = resized_region(image, (0, 0, height, width), (size * height // shorter, size * width // shorter))
     padding = size // 8
     height, width, _ = resized.shape
     top, left = (
@@ -357,7 +357,7 @@ def _height_width(image: EncodedImage | np.ndarray) -> tuple[int, int]:
     return image.size[::-1] if isinstance(image, EncodedImage) else image.shape[:2]
 
 
-def _resized_region(
+def resized_region(
     image: EncodedImage | np.ndarray, region: tuple[int, int, int, int], size: tuple[int, int]
 ) -> np.ndarray:
     """Resizes a region (top, left, height, width) of an image, decoded at no higher resolution than needed."""

@@ -27,6 +27,7 @@ _RUNNING = {
     "recipe",
     "overwrite",
     "image_resize",
+    "image_cache",
     "save_adapter",
     "remove_unused_columns",
     "logging_nan_inf_filter",
@@ -128,6 +129,11 @@ class LongTailTrainingArguments(TrainingArguments):
     hflip: float = _option(0.5, "Probability that a training image is flipped horizontally.")
     random_erasing: float = _option(
         0.25, "Probability that a random rectangle of a training image is erased. 0.25 in the paper."
+    )
+    image_cache: str | None = _option(
+        None,
+        "Folder for reduced copies of the images, for training at twice the image size. Each image is decoded at its "
+        "full size only once; later epochs and runs read the copies. None: no copies.",
     )
     ema_decay: float | None = _option(
         None,
@@ -354,6 +360,8 @@ class LongTailTrainingArguments(TrainingArguments):
         names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
         settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
         settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations to values
+        if self.image_cache:  # pixels differ from those of the images, but the folder does not matter
+            settings["image_cache"] = True
         return settings | {
             name: self.mixed_precision == name for name in PRECISIONS
         }  # may come from `accelerate launch`

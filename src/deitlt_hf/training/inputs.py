@@ -6,6 +6,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Iterable
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
+from ..data.copies import ReducedCopies
 from ..data.images import ImageDataset
 from ..data.loading import find_columns
 from ..data.sources.labels import check_indices
@@ -26,9 +27,19 @@ def outliving(loader: DataLoader) -> DataLoader:
     return loader
 
 
-def as_images(dataset, background: str | None, views: Mapping[str, TrainTransform] | None = None, args=None):
-    """Wraps a data set: its rows become model inputs. Data sets that already have such rows are returned unchanged."""
+def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):
+    """Wraps a data set: its rows become model inputs. Data sets that already have such rows are returned unchanged.
+
+    Args:
+        dataset: A data set, or a mapping from names to data sets.
+        processor: Image processor of the model.
+        args: Training arguments.
+        views: Training transforms by model input; None for evaluation, by the processor.
+    """
+    background = getattr(processor, "background", None)
     if isinstance(dataset, StreamedSplit):
+        if args.image_cache:
+            raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
         if args.partial_steps:
             raise ValueError(
                 "partial_steps does not work with --streaming; leave out one of them (as_published sets partial_steps)."
@@ -47,11 +58,16 @@ def as_images(dataset, background: str | None, views: Mapping[str, TrainTransfor
     if isinstance(dataset, DatasetDict | IterableDatasetDict | IterableDataset):
         _check_kind(dataset)
     if isinstance(dataset, dict):
-        return {name: as_images(images, background) for name, images in dataset.items()}
+        return {name: as_images(images, processor, args) for name, images in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
     dataset = dataset.with_format(None)
-    return ImageDataset(dataset, *find_columns(dataset), views, background)
+    copies = None
+    if args.image_cache and views:
+        copies = ReducedCopies.for_training(args.image_cache, max(view.size for view in views.values()))
+    elif args.image_cache:
+        copies = ReducedCopies.for_evaluation(args.image_cache, processor)
+    return ImageDataset(dataset, *find_columns(dataset), views, background, copies)
 
 
 def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:

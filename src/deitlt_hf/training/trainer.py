@@ -148,8 +148,8 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=as_images(train_dataset, collator.background, self.views, args),
-            eval_dataset=as_images(eval_dataset, collator.background),
+            train_dataset=as_images(train_dataset, processing_class, args, self.views),
+            eval_dataset=as_images(eval_dataset, processing_class, args),
             processing_class=processing_class,
             optimizers=optimizers,
             compute_loss_func=self.compute_training_loss,  # without it, the parent divides by accumulation
@@ -271,8 +271,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             return
         self.args.settle()
         self.views = self.train_views(self.args, self.processing_class)
-        background = self.data_collator.background
-        self.train_dataset = as_images(self._datasets[0], background, self.views, self.args)
+        self.train_dataset = as_images(self._datasets[0], self.processing_class, self.args, self.views)
         self.make_losses()
 
     def _check_best_metric(self) -> None:
@@ -807,7 +806,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def _matching_images(self, dataset):
         if isinstance(dataset, Dataset | IterableDataset):
             match_labels(self.model.config, dataset)
-        return as_images(dataset, getattr(self.processing_class, "background", None))
+        return as_images(dataset, self.processing_class, self.args)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert and prints the table. During training, results on the trainer's test set are recorded.

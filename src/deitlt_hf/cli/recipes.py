@@ -1,0 +1,43 @@
+"""Lists the recipes of the package, prints one, or fits one to a folder of images.
+
+deitlt recipes
+deitlt recipes show digits_lt_fast
+deitlt recipes init photos --minutes 60 > my.yaml
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ..quickstart import IMAGES_FOLDER, STUDENT, TEACHER, fit
+from ..recipes import load_recipe, recipe_description, recipe_names
+from .parser import command_parser, parse_with_fields
+from .train import fields_of
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("command", nargs="?", choices=["list", "show", "init"], default="list")
+    parser.add_argument("name", nargs="?", help="show: name or path of a recipe; init: folder with the images")
+    parser.add_argument("--minutes", type=float, help="init: time for training; chooses image size and epochs")
+    args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
+    if args.command != "init" and (rest or args.minutes is not None):
+        parser.error(f"{args.command} takes no options, got {rest[0] if rest else '--minutes'}")
+    if (args.command == "list") != (args.name is None):
+        parser.error("give 'show NAME' or 'init FOLDER', or nothing for the list")
+    if args.command == "list":
+        width = max(map(len, recipe_names()))
+        for name in recipe_names():
+            print(f"{name:{width}}  {' '.join(recipe_description(name).split())}")
+    elif args.command == "show":
+        sections = {section: values for section, values in load_recipe(args.name).items() if values}
+        print(yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=110), end="")
+    else:
+        folder = Path(args.name)
+        with contextlib.redirect_stdout(sys.stderr):  # the plan; standard output is the recipe alone
+            cache = str(Path("outputs") / folder.resolve().name / IMAGES_FOLDER)
+            fitted = fit(folder, args.minutes, fields_of(rest, parser), cache)
+        print(fitted.text(f"Recipe for the images in {folder.resolve().name}."), end="")

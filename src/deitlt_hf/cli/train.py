@@ -1,0 +1,43 @@
+"""Trains on a folder of images: fits a recipe to it, trains a CNN teacher and a student, evaluates and reports.
+
+deitlt train photos
+deitlt train photos --minutes 30 --output_dir outputs/photos
+deitlt train photos --dry_run
+deitlt train photos --image_size 96 --num_train_epochs 100
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..quickstart import STUDENT, TEACHER, train
+from .parser import command_parser, parse_with_fields
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("folder", help="folder with the images, such as one folder for each class")
+    parser.add_argument("--output_dir", help="folder of recipe, models and report (default: outputs/NAME)")
+    parser.add_argument("--minutes", type=float, help="time for training; chooses image size and number of epochs")
+    parser.add_argument("--dry_run", action="store_true", help="print the recipe and the expected time, and end")
+    parser.add_argument("--overwrite", action="store_true", help="fit a new recipe and replace an earlier run")
+    parser.epilog = (
+        "Any field of the data or of the student overrides the fitted value: --field value. 'deitlt distill --help' "
+        "lists them. To change everything, edit recipe.yaml in the output folder and run the same command again."
+    )
+    args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
+    train(args.folder, args.output_dir, args.minutes, args.dry_run, args.overwrite, **fields_of(rest, parser))
+
+
+def fields_of(words: Sequence[str], parser) -> dict[str, Any]:
+    """Fields and their values, as texts, from the remaining words of a command line."""
+    fields: dict[str, Any] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            name = name.replace("-", "_")
+            fields[name] = [value] if equals else []
+        elif not fields:
+            parser.error(f"unrecognized argument {word!r}")
+        else:
+            fields[name].append(word)
+    return {name: values[0] if len(values) == 1 else values or "true" for name, values in fields.items()}

@@ -1,0 +1,395 @@
+"""From a folder of images to a trained model: fits a recipe to the folder, trains, evaluates and reports."""
+
+import csv
+import dataclasses
+import importlib.util
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from .analysis.reporting import AnalysisArguments, report
+from .console import quiet_log, show
+from .data.images import decode_all, open_image
+from .data.loading import find_columns, training_counts
+from .data.long_tail import class_counts
+from .data.sources.files import TEST_NAMES, find_split
+from .evaluation.accuracy import group_accuracies
+from .evaluation.metrics import bootstrap_intervals
+from .io import atomic_write, check_can_be_folder, one_line
+from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments
+from .recipes.fit import (
+    EVALUATIONS,
+    LONGEST,
+    SHORTEST,
+    Choice,
+    FittedRecipe,
+    Folder,
+    Machine,
+    fit_recipe,
+    sizes_for,
+    with_given,
+)
+from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from .training.inputs import label_names
+from .training.runs import distill
+from .training.trial import StepTimes, measure_steps
+
+RECIPE_FILE, PREDICTIONS_FILE, IMAGES_FOLDER = "recipe.yaml", "predictions.csv", "images"
+BASE = "image_folder"  # recipe that gives the fields of the data before the folder's own recipe exists
+SAMPLE = 1000  # images that are decoded before the run
+STUDENT = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+TEACHER = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+
+
+def train(
+    data: str | Path,
+    output: str | Path | None = None,
+    minutes: float | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    **given: Any,
+) -> DeiTLTTrainer | None:
+    """Trains a teacher and a student on a folder of images, with a recipe that is fitted to the folder.
+
+    The output folder then holds `recipe.yaml`, the models `teacher` and `student`, `report/index.html` and
+    `predictions.csv`. If it already has a recipe, that recipe is used, and an interrupted run continues.
+
+    ```python
+    trainer = deitlt_hf.train("photos", minutes=30)
+    ```
+
+    Args:
+        data: Folder with the images, in any layout of `deitlt data check`, such as one folder for each class.
+        output: Output folder; by default `outputs/NAME` with the name of the folder.
+        minutes: Time for training. By default each model sees a standard number of images.
+        dry_run: Print the recipe and the expected time, and end. Nothing is written.
+        overwrite: Fit a new recipe and replace an earlier run in the output folder.
+        **given: Fields of the data, the student or the teacher, which override the fitted values. A field that the
+            student and the teacher have is the student's, except the size of the images and the batch.
+
+    Returns:
+        The trainer of the student; None for a dry run.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or has no images.
+        ValueError: If a field or its value is not possible, or several processes run and there is no recipe yet.
+    """
+    quiet_log()
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes:g}.")
+    source = Path(data).expanduser()
+    output = Path("outputs") / source.resolve().name if output is None else Path(output).expanduser()
+    check_can_be_folder(output)
+    path = output / RECIPE_FILE
+    if path.is_file() and not overwrite and not dry_run:
+        if minutes is not None or given:
+            names = ", ".join([*(["minutes"] if minutes is not None else []), *given])
+            raise ValueError(
+                f"{path} exists; leave out {names} to continue with it, edit it, or pass --overwrite to replace it and "
+                "its run."
+            )
+        print(f"Continuing with {path}.", flush=True)
+    else:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"a recipe is fitted by one process; write it with 'deitlt recipes init {data} > my.yaml', and start "
+                "several processes with 'deitlt distill --recipe my.yaml'."
+            )
+        fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER))
+        if dry_run:
+            return None
+        output.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write_text(fitted.text(f"Recipe for the images in {source.resolve().name}."), encoding="utf-8")
+        print(f"The recipe is in {path}.\n", flush=True)
+    overrides = {"output_dir": str(output / "student"), "overwrite": overwrite}
+    if not overwrite:
+        overrides["resume_from_checkpoint"] = "auto"
+    data_args, model_args, args = fill_arguments("student", STUDENT, str(path), overrides)
+    trainer = distill(str(path), data_args, model_args, args)
+    if trainer.is_world_process_zero():
+        conclude(trainer, output, path, data_args)
+    return trainer
+
+
+def fit(
+    source: Path, minutes: float | None = None, given: Mapping[str, Any] | None = None, cache: str | None = None
+) -> FittedRecipe:
+    """Fits a recipe to a folder, and prints it with its reasons and the expected time.
+
+    Args:
+        source: The folder.
+        minutes: Time for training.
+        given: Fields that override the fitted values.
+        cache: Folder for reduced copies of large images; None for no copies.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or has no images.
+        ValueError: If a field or its value is not possible.
+    """
+    choices = [_given(name, value) for name, value in (given or {}).items()]
+    folder, data = _look(source, choices)
+    use_cpu = next((choice.value for choice in choices if choice.name == "use_cpu"), False)
+    machine = Machine(torch.cuda.is_available() and not use_cpu, os.cpu_count() or 1)
+    wanted = next((int(choice.value) for choice in choices if choice.name == "image_size"), None)
+    choices.insert(0, Choice("data", "data_dir", str(source.resolve()), "the images"))
+    fitted, seconds = None, (math.nan, math.nan)
+    for size in sizes_for(folder, machine, wanted):
+        fitted, seconds = _fit_to_time(folder, machine, size, choices, data, minutes, cache)
+        if minutes is None or fitted.share >= SHORTEST:
+            break
+    assert fitted is not None  # there is at least one size
+    _print_plan(fitted, folder, data, seconds)
+    return fitted
+
+
+def _fit_to_time(
+    folder: Folder,
+    machine: Machine,
+    size: int,
+    given: list[Choice],
+    data: Mapping,
+    minutes: float | None,
+    cache: str | None,
+) -> tuple[FittedRecipe, tuple[float, float]]:
+    """Chooses the number of epochs for an image size by a trial. Returns the recipe, and seconds of both models."""
+    fitted = with_given(fit_recipe(folder, machine, size, cache=cache), given)
+    expected = _trial(fitted, folder, data)
+    if minutes is None:
+        return fitted, expected(fitted)
+    # The time is linear in the epochs, apart from reading and evaluation.
+    fixed = sum(expected(dataclasses.replace(fitted, teacher_epochs=0, student_epochs=0)))
+    share = max(60 * minutes - fixed, 0) / (sum(expected(fitted)) - fixed)
+    fitted = with_given(fit_recipe(folder, machine, size, min(share, LONGEST), cache), given)
+    return fitted, expected(fitted)
+
+
+def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[FittedRecipe], tuple[float, float]]:
+    """Measures the steps of a recipe. Returns a function from the recipe to the seconds of teacher and student."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / RECIPE_FILE
+        path.write_text(fitted.text("trial"), encoding="utf-8")
+        cached = {"image_cache": str(Path(place) / "images")} if fitted.value("student", "image_cache") else {}
+        options = {"output_dir": place, **cached}
+        _, student_model, student_args = fill_arguments("student", STUDENT, str(path), options)
+        _, teacher_model, teacher_args = fill_arguments(
+            "teacher", TEACHER, str(path), options | {"use_cpu": student_args.use_cpu}
+        )
+        num_images = len(folder.labels)
+        student_args.check_data(num_images)
+        teacher_args.check_data(num_images)
+        times: StepTimes = measure_steps(teacher_model, teacher_args, student_model, student_args, data)
+
+    def expected(recipe: FittedRecipe) -> tuple[float, float]:
+        return times.seconds(
+            num_images,
+            sum(folder.test_counts),
+            student_args.global_batch_size,
+            recipe.teacher_epochs,
+            recipe.student_epochs,
+            EVALUATIONS + 1,
+            student_args.dataloader_num_workers,
+        )
+
+    return expected
+
+
+def _given(name: str, value: Any) -> Choice:
+    """A value of the user as a choice, with the section that its field belongs to."""
+    in_section = {
+        "data": _names((DataArguments,)),
+        "student": _names(STUDENT[1:]),
+        "teacher": _names(TEACHER[1:]),
+    }
+    if name in ("output_dir", "overwrite", "data_dir", "resume_from_checkpoint"):
+        raise ValueError(f"{name} is not a field here; use the folder, output and overwrite of this command.")
+    if name in ("image_size", "global_batch_size", "train_crop", "use_cpu", "bf16", "fp16", "seed", "image_cache"):
+        section = "both"
+    else:
+        section = next((section for section, names in in_section.items() if name in names), "student")
+    return Choice(section, name, value, "given")
+
+
+def _names(classes: Sequence[type]) -> set[str]:
+    return {item.name for cls in classes for item in dataclasses.fields(cls) if item.init}
+
+
+def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
+    """Looks at a data set. Returns what a recipe depends on, and its splits."""
+    fields = {choice.name: choice.value for choice in given if choice.section == "data"}
+    (args,) = fill_arguments("data", (DataArguments,), BASE, {"data_dir": str(source), **fields})
+    splits = args.source()[1]
+    if args.streaming:
+        raise ValueError("a stream cannot be examined before a run; write a recipe for it, see docs/data.md.")
+    has_test = find_split(splits, [args.test_split] if args.test_split else TEST_NAMES) is not None
+    if not has_test and args.test_fraction is None:
+        args.test_fraction = 0.2
+    skips, args.skip_bad_images = args.skip_bad_images, False
+    data = args.load(splits)
+    train = data["train"]
+    step = max(len(train) // SAMPLE, 1)
+    sample = train.select(range(0, len(train), step))
+    decoded = decode_all(sample, args.background)
+    readable = [row for row, result in enumerate(decoded) if result.error is None]
+    if not readable:
+        raise ValueError(f"none of the {len(sample)} images of a sample can be read: {decoded[0].error}.")
+    sizes = _sizes(sample.select(readable))
+    num_classes = train.features["label"].num_classes
+    unreadable = [one_line(result.error) for result in decoded if result.error is not None]
+    if unreadable:
+        args.skip_bad_images = True
+        data = args.load(splits)
+    folder = Folder(
+        labels=data["train"]["label"][:],
+        num_classes=num_classes,
+        test_counts=class_counts(data["test"]["label"][:], num_classes).tolist(),
+        has_test=has_test or any(choice.name == "test_fraction" for choice in given),
+        shorter_sides=[min(size) for size in sizes],
+        longer_sides=[max(size) for size in sizes],
+        transparent=sum(result.is_transparent for result in decoded) / len(decoded),
+        unreadable=() if skips else unreadable,
+    )
+    return folder, data
+
+
+def _sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
+    """Width and height of each image, from its header."""
+    cells = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    return [open_image(cell["image"]).size for cell in cells]
+
+
+def _print_plan(fitted: FittedRecipe, folder: Folder, data: Mapping, seconds: tuple[float, float]) -> None:
+    names = data["train"].features["label"].names
+    counts = training_counts(data["train"])
+    print(
+        f"{counts.sum():,} training and {sum(folder.test_counts):,} test images of {len(names):,} classes, "
+        f"{counts.max():,} ({names[int(counts.argmax())]}) to {counts.min():,} ({names[int(counts.argmin())]}) "
+        "training images a class.\n"
+    )
+    table = Table(title="Recipe: the values that depend on the folder", title_justify="left")
+    for column in ("for", "field", "value", "reason"):
+        table.add_column(column, overflow="fold")
+    for choice in fitted.choices:
+        if choice.reason:
+            section = "both models" if choice.section == "both" else choice.section
+            table.add_row(section, choice.name, escape(str(choice.value)), escape(choice.reason))
+    show(table)
+    for note in fitted.notes:
+        print(f"Note: {note}")
+    teacher, student = seconds
+    print(
+        f"\nExpected time, from a trial of a few steps: teacher {duration(teacher)}, student {duration(student)}, "
+        f"together {duration(teacher + student)}.\n",
+        flush=True,
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as `25 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: DataArguments) -> None:
+    """Writes predictions and report, and prints how student and teacher compare and how to use the model."""
+    student = output / "student"
+    test = data_args.load()["test"]
+    predictions = trainer.predict(test).predictions
+    by_expert = {name: np.asarray(values).argmax(axis=1) for name, values in zip(trainer.experts, predictions)}  # noqa: B905
+    names = label_names(trainer.model.config)
+    file = output / PREDICTIONS_FILE
+    write_predictions(file, test, names, by_expert, np.asarray(predictions[0]))
+    if trainer.teacher is not None:
+        teacher_predictions = _teacher_predictions(trainer, test)
+        print(comparison(by_expert["mean"], teacher_predictions, np.asarray(test["label"][:]), trainer.groups, output))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so there is no report page; pip install 'deitlt-hf[report]'.")
+    else:
+        options = AnalysisArguments(model=str(student), output=str(output / "report"))
+        report(str(recipe), options, data_args)
+    print(
+        f"""The predictions for the test images are in {file}. To use the student, you need only transformers:
+
+    from transformers import pipeline
+    classifier = pipeline("image-classification", model="{student}")
+    print(classifier("image.png"))
+""",
+        flush=True,
+    )
+
+
+def write_predictions(
+    file: Path, test: datasets.Dataset, names: Sequence[str], by_expert: Mapping[str, np.ndarray], logits: np.ndarray
+) -> None:
+    """Writes a CSV with a row for each test image: its path, its class, and the classes that the experts predict.
+
+    Args:
+        file: The CSV file.
+        test: The test images, in the order of the predictions.
+        names: Names of the classes.
+        by_expert: Predicted class of each image, by expert; the first is the prediction of the model.
+        logits: Logits of the model, (images, classes), for the score of the predicted class.
+    """
+    image, label = find_columns(test)
+    paths = test.select_columns(image).cast_column(image, datasets.Image(decode=False)).flatten()[f"{image}.path"][:]
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
+    first, *others = by_expert
+    with atomic_write(file) as place, open(place, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", "label", "predicted", "score", *(f"{name}_predicted" for name in others)])
+        for row, (path, true) in enumerate(zip(paths, test[label][:], strict=True)):
+            found = [names[by_expert[name][row]] for name in (first, *others)]
+            writer.writerow([path or f"row {row}", names[true], found[0], f"{scores[row]:.4f}", *found[1:]])
+
+
+def _teacher_predictions(trainer: DeiTLTTrainer, test: datasets.Dataset) -> np.ndarray:
+    found = []
+    with torch.inference_mode():
+        for batch in trainer.get_eval_dataloader(test):
+            found.append(trainer.teacher_logits(batch["pixel_values"].to(trainer.args.device)).argmax(dim=1).cpu())
+    return torch.cat(found).numpy()
+
+
+def comparison(
+    student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, groups: Mapping[str, Sequence[int]], output: Path
+) -> str:
+    """Compares student and teacher on the same test images, and says which to use.
+
+    Args:
+        student: Classes predicted by the student, (images,).
+        teacher: Classes predicted by the teacher, (images,).
+        labels: True classes, (images,).
+        groups: Class indices of head, mid and tail.
+        output: Folder of both models.
+    """
+
+    def leads(rows: np.ndarray) -> dict[str, float]:
+        ahead = group_accuracies(student[rows], labels[rows], groups)
+        behind = group_accuracies(teacher[rows], labels[rows], groups)
+        return {name: 100 * (ahead[name] - behind[name]) for name in ahead}
+
+    found, intervals = leads(np.arange(len(labels))), bootstrap_intervals(leads, labels, resamples=500)
+    parts = [
+        f"{name} {value:+.1f} [{intervals[name][0]:+.1f}, {intervals[name][1]:+.1f}]"
+        for name, value in found.items()
+        if not math.isnan(value)
+    ]
+    low, high = intervals["overall"]
+    if low > 0:
+        advice = "The student is better overall: use it."
+    elif high < 0:
+        advice = f"The teacher, a CNN, is better overall: use {output / 'teacher'}, or train longer."
+    else:
+        advice = "These test images do not show which one is better overall."
+    return f"Student minus teacher in points, with 95 % intervals: {', '.join(parts)}.\n{advice}"
