@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -75,6 +76,7 @@ def train(
         overwrite: Fit a new recipe and replace an earlier run in the output folder.
         **given: Fields of the data, the student or the teacher, which override the fitted values. A field that the
             student and the teacher have is the student's, except the size of the images and the batch.
+            `teacher_epochs` are the epochs of the teacher.
 
     Returns:
         The trainer of the student; None for a dry run.
@@ -137,14 +139,18 @@ def fit(
         ValueError: If a field or its value is not possible.
     """
     choices = [_given(name, value) for name, value in (given or {}).items()]
+    epochs = (_whole(choices, "teacher", "num_train_epochs"), _whole(choices, "student", "num_train_epochs"))
     folder, data = _look(source, choices)
     use_cpu = next((choice.value for choice in choices if choice.name == "use_cpu"), False)
     machine = Machine(torch.cuda.is_available() and not use_cpu, os.cpu_count() or 1)
-    wanted = next((int(choice.value) for choice in choices if choice.name == "image_size"), None)
     choices.insert(0, Choice("data", "data_dir", str(source.resolve()), "the images"))
     fitted, seconds = None, (math.nan, math.nan)
-    for size in sizes_for(folder, machine, wanted):
-        fitted, seconds = _fit_to_time(folder, machine, size, choices, data, minutes, cache)
+    for size in sizes_for(folder, machine, _whole(choices, "both", "image_size")):
+
+        def recipe(share: float, size: int = size) -> FittedRecipe:
+            return with_given(fit_recipe(folder, machine, size, share, cache, epochs), choices)
+
+        fitted, seconds = _fit_to_time(recipe, folder, data, minutes)
         if minutes is None or fitted.share >= SHORTEST:
             break
     assert fitted is not None  # there is at least one size
@@ -153,24 +159,38 @@ def fit(
 
 
 def _fit_to_time(
-    folder: Folder,
-    machine: Machine,
-    size: int,
-    given: list[Choice],
-    data: Mapping,
-    minutes: float | None,
-    cache: str | None,
+    recipe: Callable[[float], FittedRecipe], folder: Folder, data: Mapping, minutes: float | None
 ) -> tuple[FittedRecipe, tuple[float, float]]:
-    """Chooses the number of epochs for an image size by a trial. Returns the recipe, and seconds of both models."""
-    fitted = with_given(fit_recipe(folder, machine, size, cache=cache), given)
+    """Chooses the share of the standard number of epochs by a trial.
+
+    Args:
+        recipe: Makes the recipe for a share.
+        folder: The data set.
+        data: Its splits.
+        minutes: Time for training; None for the standard number.
+
+    Returns:
+        The recipe, and the expected seconds of teacher and student.
+    """
+    fitted = recipe(1.0)
     expected = _trial(fitted, folder, data)
-    if minutes is None:
-        return fitted, expected(fitted)
-    # The time is linear in the epochs, apart from reading and evaluation.
-    fixed = sum(expected(dataclasses.replace(fitted, teacher_epochs=0, student_epochs=0)))
-    share = max(60 * minutes - fixed, 0) / (sum(expected(fitted)) - fixed)
-    fitted = with_given(fit_recipe(folder, machine, size, min(share, LONGEST), cache), given)
+    if minutes is not None:
+        # The time is linear in the epochs, apart from reading and evaluation.
+        fixed = sum(expected(dataclasses.replace(fitted, teacher_epochs=0, student_epochs=0)))
+        fitted = recipe(min(max(60 * minutes - fixed, 0) / (sum(expected(fitted)) - fixed), LONGEST))
     return fitted, expected(fitted)
+
+
+def _whole(choices: Sequence[Choice], section: str, name: str) -> int | None:
+    """A whole number that the user gives for a field; None if it is not given.
+
+    Raises:
+        ValueError: If the value is not a whole number above 0.
+    """
+    value = next((choice.value for choice in choices if (choice.section, choice.name) == (section, name)), None)
+    if value is not None and not (isinstance(value, int) and value > 0):
+        raise ValueError(f"{name} must be a whole number above 0, got {one_line(value)}.")
+    return value
 
 
 def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[FittedRecipe], tuple[float, float]]:
@@ -180,9 +200,9 @@ def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[Fit
         path.write_text(fitted.text("trial"), encoding="utf-8")
         cached = {"image_cache": str(Path(place) / "images")} if fitted.value("student", "image_cache") else {}
         options = {"output_dir": place, **cached}
-        _, student_model, student_args = fill_arguments("student", STUDENT, str(path), options)
-        _, teacher_model, teacher_args = fill_arguments(
-            "teacher", TEACHER, str(path), options | {"use_cpu": student_args.use_cpu}
+        student_model, student_args = section_arguments("student", str(path), options)
+        teacher_model, teacher_args = section_arguments(
+            "teacher", str(path), options | {"use_cpu": student_args.use_cpu}
         )
         num_images = len(folder.labels)
         student_args.check_data(num_images)
@@ -203,8 +223,19 @@ def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[Fit
     return expected
 
 
+def section_arguments(section: str, path: str, overrides: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Model and training arguments of a section of a recipe file, `teacher` or `student`."""
+    _, model, args = fill_arguments(section, STUDENT if section == "student" else TEACHER, path, overrides)
+    return model, args
+
+
 def _given(name: str, value: Any) -> Choice:
     """A value of the user as a choice, with the section that its field belongs to."""
+    if isinstance(value, str):  # from the command line
+        plain = yaml.safe_load(value) if value else value
+        value = plain if isinstance(plain, bool | int | float) else value
+    if name == "teacher_epochs":
+        return Choice("teacher", "num_train_epochs", value, "given")
     in_section = {
         "data": _names((DataArguments,)),
         "student": _names(STUDENT[1:]),
@@ -304,14 +335,12 @@ def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: Data
     """Writes predictions and report, and prints how student and teacher compare and how to use the model."""
     student = output / "student"
     test = data_args.load()["test"]
-    predictions = trainer.predict(test).predictions
-    by_expert = {name: np.asarray(values).argmax(axis=1) for name, values in zip(trainer.experts, predictions)}  # noqa: B905
-    names = label_names(trainer.model.config)
+    logits, teacher = _logits(trainer, test)
+    by_expert = {name: values.argmax(axis=1) for name, values in logits.items()}
     file = output / PREDICTIONS_FILE
-    write_predictions(file, test, names, by_expert, np.asarray(predictions[0]))
-    if trainer.teacher is not None:
-        teacher_predictions = _teacher_predictions(trainer, test)
-        print(comparison(by_expert["mean"], teacher_predictions, np.asarray(test["label"][:]), trainer.groups, output))
+    write_predictions(file, test, label_names(trainer.model.config), by_expert, next(iter(logits.values())))
+    if teacher is not None:
+        print(comparison(by_expert["mean"], teacher, np.asarray(test["label"][:]), trainer.groups, output))
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed, so there is no report page; pip install 'deitlt-hf[report]'.")
     else:
@@ -353,12 +382,20 @@ def write_predictions(
             writer.writerow([path or f"row {row}", names[true], found[0], f"{scores[row]:.4f}", *found[1:]])
 
 
-def _teacher_predictions(trainer: DeiTLTTrainer, test: datasets.Dataset) -> np.ndarray:
-    found = []
-    with torch.inference_mode():
-        for batch in trainer.get_eval_dataloader(test):
-            found.append(trainer.teacher_logits(batch["pixel_values"].to(trainer.args.device)).argmax(dim=1).cpu())
-    return torch.cat(found).numpy()
+@torch.inference_mode()
+def _logits(trainer: DeiTLTTrainer, test: datasets.Dataset) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Logits of each expert for the test images, (images, classes), and the classes that the teacher predicts."""
+    model, found, by_teacher = trainer.model.eval(), [], []
+    for batch in trainer.get_eval_dataloader(test):
+        images = batch["pixel_values"].to(trainer.args.device)
+        outputs = model(pixel_values=images)
+        found.append([outputs[field].float().cpu() for field in trainer.experts.values()])
+        if trainer.teacher is not None:
+            by_teacher.append(trainer.teacher_logits(images).argmax(dim=1).cpu())
+    logits = {
+        name: torch.cat(parts).numpy() for name, parts in zip(trainer.experts, zip(*found, strict=True), strict=True)
+    }
+    return logits, torch.cat(by_teacher).numpy() if by_teacher else None
 
 
 def comparison(

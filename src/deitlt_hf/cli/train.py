@@ -3,7 +3,7 @@
 deitlt train photos
 deitlt train photos --minutes 30 --output_dir outputs/photos
 deitlt train photos --dry_run
-deitlt train photos --image_size 96 --num_train_epochs 100
+deitlt train photos --image_size 96 --teacher_epochs 50 --num_train_epochs 100
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="folder with the images, such as one folder for each class")
     parser.add_argument("--output_dir", help="folder of recipe, models and report (default: outputs/NAME)")
     parser.add_argument("--minutes", type=float, help="time for training; chooses image size and number of epochs")
+    parser.add_argument("--teacher_epochs", help="epochs of the teacher; --num_train_epochs are those of the student")
     parser.add_argument("--dry_run", action="store_true", help="print the recipe and the expected time, and end")
     parser.add_argument("--overwrite", action="store_true", help="fit a new recipe and replace an earlier run")
     parser.epilog = (
@@ -25,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "lists them. To change everything, edit recipe.yaml in the output folder and run the same command again."
     )
     args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
-    train(args.folder, args.output_dir, args.minutes, args.dry_run, args.overwrite, **fields_of(rest, parser))
+    given = fields_of(rest, parser)
+    if args.teacher_epochs is not None:
+        given["teacher_epochs"] = args.teacher_epochs
+    train(args.folder, args.output_dir, args.minutes, args.dry_run, args.overwrite, **given)
 
 
 def fields_of(words: Sequence[str], parser) -> dict[str, Any]:

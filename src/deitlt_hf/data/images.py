@@ -338,10 +338,10 @@ class ImageDataset(Dataset):
             return self._open_cell(*self._cell(index), self.background)
         pixels, known = self._cache
         if not known[index]:
-            image = open_image(*self._cell(index), self.background).decode()
-            if image.shape != pixels.shape[1:]:
-                return image
-            pixels[index] = image
+            image = open_image(*self._cell(index), self.background)
+            if image.size != (pixels.shape[2], pixels.shape[1]):
+                return self._open_cell(*self._cell(index), self.background)
+            pixels[index] = image.decode()
             known[index] = True  # set after the pixels, since another worker may read at the same time
         return pixels[index]
 

@@ -20,7 +20,7 @@ TEACHER_IMAGES, TEACHER_EPOCHS = 110_000, (20, 90)
 STUDENT_IMAGES, STUDENT_EPOCHS = 220_000, (40, 160)
 SHORTEST = 0.4  # share of the standard number of epochs below which smaller images are a better use of the time
 LONGEST = 3.0  # share above which more epochs are not expected to help
-FEWEST_EPOCHS = 2
+FEWEST_EPOCHS = 5
 EVALUATIONS = 4
 
 
@@ -168,6 +168,7 @@ def fit_recipe(
     image_size: int,
     share: float = 1.0,
     cache: str | None = None,
+    epochs: tuple[int | None, int | None] = (None, None),
 ) -> FittedRecipe:
     """Chooses the values of a recipe for a folder.
 
@@ -179,10 +180,11 @@ def fit_recipe(
         image_size: Side of the training images, in pixels; see [`sizes_for`].
         share: Number of epochs relative to [`standard_epochs`].
         cache: Folder for reduced copies of the images, for images that are much larger than those of training.
+        epochs: Epochs of teacher and student that the user gives; None for each that is chosen.
     """
-    num_images = len(folder.labels)
     teacher_epochs, student_epochs = (
-        max(round(share * epochs), FEWEST_EPOCHS) for epochs in standard_epochs(num_images)
+        wanted or max(round(share * standard), FEWEST_EPOCHS)
+        for wanted, standard in zip(epochs, standard_epochs(len(folder.labels)), strict=True)
     )
     choices = _data_choices(folder)
     choices += _image_choices(folder, machine, image_size, cache)
@@ -200,7 +202,6 @@ def with_given(fitted: FittedRecipe, given: Sequence[Choice]) -> FittedRecipe:
         fitted,
         choices=[*kept, *given],
         image_size=values.get(("both", "image_size"), fitted.image_size),
-        student_epochs=values.get(("student", "num_train_epochs"), fitted.student_epochs),
     )
 
 

@@ -18,7 +18,7 @@ from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .inputs import as_images
 from .optimizers import MUON, muon
 
-STEPS = 3
+STEPS = 2
 DECODED = 32  # images
 START_SECONDS = 5.0  # imports, checks and saving of a run, on a CPU
 

@@ -1,0 +1,244 @@
+"""From a folder of images to a model: `deitlt train`, `deitlt recipes` and the choice of a recipe."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import deitlt_hf
+from deitlt_hf import quickstart
+from deitlt_hf.cli import main
+from deitlt_hf.quickstart import comparison, duration, section_arguments
+from deitlt_hf.recipes import load_recipe
+from deitlt_hf.recipes.fit import Choice, Folder, Machine, fit_recipe, sizes_for, standard_epochs, with_given
+from deitlt_hf.training.trial import StepTimes
+
+CLASSES = 16
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 16 classes with 16 to 3 images: transparent, with palettes, large, and one that is damaged."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    random = np.random.default_rng(0)
+    for label in range(CLASSES):
+        place = folder / f"class_{label:02}"
+        place.mkdir(parents=True)
+        for number in range(round(16 * (3 / 16) ** (label / (CLASSES - 1)))):
+            first, second = (np.array([80 * (code % 4), 80 * (code // 4), 128]) for code in (label, 15 - label))
+            pixels = np.tile(first.astype(np.uint8), (48, 60, 1))
+            pixels[random.integers(16, 32) :] = second
+            image = Image.fromarray(pixels)
+            if number == 0:
+                image.putalpha(Image.fromarray(np.tile(np.arange(60, dtype=np.uint8) * 4, (48, 1))))
+            elif number == 1:
+                image = image.convert("P")
+            image.save(place / f"{number}.png")
+    Image.fromarray(np.tile(np.arange(3000, dtype=np.uint8)[None], (2000, 1))).save(folder / "class_00" / "large.png")
+    (folder / "class_00" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """Output folder of a short run on the photos."""
+    output = tmp_path_factory.mktemp("out") / "run"
+    short = ["--image_size", "16", "--teacher_epochs", "15", "--num_train_epochs", "5"]
+    main(["train", str(photos), "--output_dir", str(output), *short])
+    return output
+
+
+def test_a_folder_becomes_models_predictions_and_a_report(trained, photos):
+    record = json.loads((trained / "student" / "results.json").read_text())
+    assert record["finished"]
+    assert json.loads((trained / "teacher" / "results.json").read_text())["finished"]
+    assert "<html" in (trained / "report" / "index.html").read_text()
+    with open(trained / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == record["data"]["test_images"]
+    assert all(f"/{row['label']}/" in row["image"] for row in rows)
+    right = np.mean([row["label"] == row["predicted"] for row in rows])
+    assert right == pytest.approx(record["last"]["accuracies"]["mean"]["overall"])
+
+
+def test_the_recipe_says_why(trained, photos):
+    text = (trained / "recipe.yaml").read_text()
+    sections = load_recipe(str(trained / "recipe.yaml"))
+    assert sections["data"]["data_dir"] == str(photos.resolve())
+    assert sections["data"]["background"] == "white"
+    assert "# the data have no test split" in text
+    assert sections["data"]["skip_bad_images"] is True
+    assert sections["teacher"]["image_size"] == sections["student"]["image_size"] == 16
+    assert list((trained / "images").rglob("*.png")), "copies of the large images were expected"
+
+
+def test_the_same_command_continues_or_finds_a_finished_run(trained, photos, capsys):
+    main(["train", str(photos), "--output_dir", str(trained)])
+    printed = capsys.readouterr().out
+    assert "Continuing with" in printed
+    assert "nothing is left to train" in printed
+
+
+def test_a_fitted_recipe_is_not_changed_by_options(trained, photos, capsys):
+    before = (trained / "recipe.yaml").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["train", str(photos), "--output_dir", str(trained), "--learning_rate", "1"])
+    assert "leave out learning_rate to continue with it" in capsys.readouterr().err
+    assert (trained / "recipe.yaml").read_bytes() == before
+
+
+def test_python_and_dry_run(photos, tmp_path, capsys):
+    assert deitlt_hf.train(photos, tmp_path / "run", dry_run=True, image_size=16, hidden_size=64) is None
+    printed = capsys.readouterr().out
+    assert "Expected time" in printed
+    assert "64" in printed.partition("hidden_size")[2].partition("\n")[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_listed_shown_and_fitted(photos, tmp_path, capsys):
+    main(["recipes"])
+    assert "digits_lt_fast" in capsys.readouterr().out
+    main(["recipes", "show", "digits_lt_fast"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["student"]["optim"], shown["teacher"]["backbone"]) == ("muon", "resnet20")
+    main(["recipes", "init", str(photos), "--image_size", "16", "--hidden_size", "64"])
+    path = tmp_path / "my.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert load_recipe(str(path))["student"]["hidden_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "PHOTOS", "--minutes", "0"], "minutes must be above 0, got 0"),
+        (["train", "PHOTOS/none"], "is not a folder"),
+        (["train", "PHOTOS", "--lr", "0.1"], "learning_rate"),
+        (["train", "PHOTOS", "--epochs", "2"], "num_train_epochs"),
+        (["train", "PHOTOS", "--learning_rate", "fast"], "learning_rate cannot be 'fast'"),
+        (["train", "PHOTOS", "--hidden_size", "65"], "65"),
+        (["train", "PHOTOS", "--image_size", "big"], "image_size must be a whole number above 0, got big"),
+        (["train", "PHOTOS", "--teacher_epochs", "0"], "num_train_epochs must be a whole number above 0, got 0"),
+        (["train", "PHOTOS", "--data_dir", "x"], "data_dir is not a field here"),
+        (["train"], "folder"),
+        (["recipes", "show"], "show NAME"),
+        (["recipes", "show", "digits_lt_fats"], "digits_lt_fast"),
+        (["recipes", "show", "digits_lt", "--hidden_size", "3"], "show takes no options"),
+    ],
+)
+def test_refused_in_one_sentence(photos, arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main([word.replace("PHOTOS", str(photos)) for word in arguments])
+    assert exit.value.code not in (0, None)
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_several_processes_need_a_recipe_first(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="deitlt recipes init"):
+        deitlt_hf.train(photos, tmp_path / "run")
+
+
+# ---- The choice ----
+
+
+def folder(num_images: int, side: int, **changed) -> Folder:
+    facts = {
+        "labels": [row % 4 for row in range(num_images)],
+        "num_classes": 4,
+        "test_counts": [100] * 4,
+        "has_test": True,
+        "shorter_sides": [side],
+        "longer_sides": [2 * side],
+    }
+    return Folder(**facts | changed)
+
+
+@pytest.mark.parametrize(
+    ("side", "has_gpu", "size"),
+    [(28, False, 28), (32, True, 32), (30, False, 28), (50, False, 64), (48, False, 64), (42, False, 48),
+     (500, False, 64), (500, True, 224), (100, True, 128)],
+)  # fmt: skip
+def test_the_image_size_follows_images_and_machine(side, has_gpu, size):
+    assert sizes_for(folder(1000, side), Machine(has_gpu, 2))[0] == size
+    assert sizes_for(folder(1000, side), Machine(has_gpu, 2), 96) == [96]
+
+
+@pytest.mark.parametrize("num_images", [8, 100, 3_720, 100_000, 2_000_000])
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("share", [0.001, 0.5, 1, 3])
+def test_every_recipe_can_be_trained(num_images, has_gpu, share, tmp_path):
+    """The values of a fitted recipe pass the checks that a training does at its start."""
+    images = folder(num_images, 300)
+    for size in sizes_for(images, Machine(has_gpu, 4)):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(fit_recipe(images, Machine(has_gpu, 4), size, share).text("a test"))
+        for kind in ("teacher", "student"):
+            _, args = section_arguments(kind, str(path), {"output_dir": str(tmp_path / "run"), "use_cpu": True})
+            args.check_data(num_images)
+
+
+def test_more_images_need_fewer_epochs():
+    epochs = [standard_epochs(number) for number in (100, 3_720, 1_000_000)]
+    assert epochs == sorted(epochs, reverse=True)
+    assert epochs[1] == (30, 59)  # about the lengths of docs/claims.md: 30 and 60
+
+
+def test_large_images_get_copies_and_transparent_ones_a_background():
+    recipe = fit_recipe(folder(1000, 2000, transparent=0.1), Machine(False, 2), 64, cache="images").sections()
+    assert recipe["teacher"]["image_cache"] == recipe["student"]["image_cache"] == "images"
+    assert recipe["data"]["background"] == "white"
+    small = fit_recipe(folder(1000, 64), Machine(False, 2), 64, cache="images").sections()
+    assert "image_cache" not in small["student"]
+    assert "background" not in small["data"]
+
+
+def test_given_values_replace_chosen_ones():
+    fitted = fit_recipe(folder(1000, 64), Machine(False, 2), 64)
+    changed = with_given(fitted, [Choice("both", "image_size", 48), Choice("student", "hidden_size", 64)])
+    assert changed.image_size == changed.value("teacher", "image_size") == changed.value("student", "image_size") == 48
+    assert changed.value("student", "hidden_size") == 64
+
+
+def test_given_epochs_change_what_depends_on_them():
+    fitted = fit_recipe(folder(1000, 64), Machine(False, 2), 64, epochs=(10, 4))
+    assert (fitted.value("teacher", "num_train_epochs"), fitted.value("teacher", "drw_start_epoch")) == (10, 8)
+    assert (fitted.value("student", "num_train_epochs"), fitted.value("student", "warmup_epochs")) == (4, 0)
+
+
+def test_less_time_gives_fewer_epochs_and_then_smaller_images(photos, monkeypatch):
+    def measured(teacher_model, teacher_args, student_model, student_args, data):
+        step = (student_model.image_size / 32) ** 2
+        return StepTimes(step, step, 0, 0, 0, 0)
+
+    monkeypatch.setattr(quickstart, "measure_steps", measured)
+    fitted = [quickstart.fit(photos, minutes) for minutes in (60, 30, 20, 8, 0.05)]
+    assert [recipe.image_size for recipe in fitted] == [64, 64, 48, 32, 32]
+    epochs = [recipe.student_epochs / standard_epochs(100)[1] for recipe in fitted]
+    assert epochs[0] > epochs[1] >= 0.4
+    assert any("give more --minutes" in note for note in fitted[-1].notes)
+
+
+def test_durations_are_words():
+    assert [duration(seconds) for seconds in (5, 89.6, 600, 5399, 7200)] == ["5 s", "90 s", "10 min", "90 min", "2.0 h"]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "advice"),
+    [(1.0, 0.2, "The student is better overall"), (0.2, 1.0, "The teacher, a CNN, is better"), (0.5, 0.5, "do not")],
+)
+def test_the_advice_follows_the_interval(student, teacher, advice, tmp_path):
+    labels = np.repeat([0, 1], 50)
+
+    def predicted(share):
+        return np.where(np.tile(np.arange(50), 2) < 50 * share, labels, 1 - labels)
+
+    text = comparison(predicted(student), predicted(teacher), labels, {"head": [0], "tail": [1]}, tmp_path)
+    assert advice in text
+    assert f"overall {100 * (student - teacher):+.1f} [" in text
