@@ -79,7 +79,7 @@ def make_models(folder: Path) -> dict[str, list[dict[str, float]]]:
     from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherConfig
     from deitlt_hf import FlatTeacherForImageClassification as FlatTeacher
     from deitlt_hf.data.transforms import model_processor
-    from deitlt_hf.serving.handler import add_handler
+    from deitlt_hf.hub.handler_file import add_handler
 
     random = np.random.RandomState(0)
     for index, (height, width) in enumerate(((100, 130), (64, 48), (33, 32))):

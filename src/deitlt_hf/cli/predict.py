@@ -22,6 +22,7 @@ from rich.progress import Progress
 from ..console import quiet_log
 from ..data.sources.files import not_read
 from ..io import one_line
+from ..serving.handler import EXPERTS
 from ..serving.predict import find_images, load_classifier, predict_images
 from .parser import command_parser
 
@@ -57,9 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Else the interpreter would report another BrokenPipeError when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         is_complete = False
-    except KeyboardInterrupt:
-        print("interrupted; the results so far are printed.", file=sys.stderr)
-        sys.exit(130)
     if not is_complete:
         sys.exit(1)
 
@@ -135,7 +133,7 @@ def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
     table.writeheader()
 
     def write(path: str, result: Result) -> None:
-        choices = {f"{expert}_label": result[expert]["label"] for expert in ("cls", "distillation") if expert in result}
+        choices = {f"{expert}_label": result[expert]["label"] for expert in EXPERTS if expert in result}
         for rank, prediction in enumerate(result["predictions"], start=1):
             table.writerow({"image": path, "rank": rank} | prediction | choices)
 
@@ -156,5 +154,5 @@ def _write_text(path: str, result: Result) -> None:
             about += [f"cls {prediction['cls_score']:.1%}", f"distillation {prediction['distillation_score']:.1%}"]
         print(f"  {prediction['score']:6.1%}  {prediction['label']}" + (f"  ({', '.join(about)})" if about else ""))
     if "cls" in result:
-        choices = (f"{expert} says {result[expert]['label']}" for expert in ("cls", "distillation"))
+        choices = (f"{expert} says {result[expert]['label']}" for expert in EXPERTS)
         print(f"          {', '.join(choices)}")

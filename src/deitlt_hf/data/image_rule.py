@@ -5,7 +5,6 @@ imports. A test compares the two.
 """
 
 import io
-import warnings
 import zlib
 
 import numpy as np
@@ -30,9 +29,6 @@ _PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # where
 _PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # transparency, orientation, animation
 _MAX_TEXT = 2**20  # bytes; Pillow refuses an image with a larger text
 
-# Pillow's warnings (palettes, corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 def open_encoded(data: bytes | bytearray) -> Image.Image:
     """Opens an image from the bytes of a file. Only the header is read.
@@ -51,12 +47,6 @@ def open_encoded(data: bytes | bytearray) -> Image.Image:
         raise ValueError(f"it has more than {MAX_PIXELS} pixels") from error
     check_size(*image.size)
     return image
-
-
-def image_suffixes() -> tuple[str, ...]:
-    """Returns the file name suffixes of the accepted formats, in lower case."""
-    Image.init()
-    return tuple(suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS)
 
 
 def check_size(width: int, height: int) -> None:

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..io import atomic_write, one_line, read_json, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
 from ..records import RESULTS_FILE, RunRecord, find_record
-from ..serving.handler import check_config
+from ..serving.loading import check_config
 from .card_facts import CardFacts, code, plain, quoted, table
 
 CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"

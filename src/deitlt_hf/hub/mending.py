@@ -9,6 +9,7 @@ from ..io import atomic_write, read_json, write_json
 from ..models.deitlt import configuration_deitlt, modeling_deitlt
 from ..models.flat_teacher import configuration_flat_teacher, modeling_flat_teacher
 from ..serving import handler
+from .handler_file import is_version_of
 
 _CODE = (configuration_deitlt, modeling_deitlt, configuration_flat_teacher, modeling_flat_teacher, handler)
 
@@ -38,7 +39,7 @@ def mend_folder(folder: str | PathLike) -> list[str]:
     for module in _CODE:
         source = Path(inspect.getfile(module))
         target = folder / source.name
-        if target.is_file() and handler.is_version_of(target, source) and target.read_bytes() != source.read_bytes():
+        if target.is_file() and is_version_of(target, source) and target.read_bytes() != source.read_bytes():
             with atomic_write(target) as part:
                 shutil.copyfile(source, part)
             mended.append(target.name)

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from ..io import check_link, read_json, weight_files, weights_digest
 from ..records import RESULTS_FILE, find_record
-from ..serving.handler import add_handler, check_handler
 from ..serving.onnx import MODEL_FILE, QUANTIZED_FILE
 from .cards import (
     CARD_FILE,
@@ -29,6 +28,7 @@ from .cards import (
     read_config,
     write_card,
 )
+from .handler_file import add_handler, check_handler
 from .mending import mend_folder
 
 _MODEL = ("config.json", "preprocessor_config.json")

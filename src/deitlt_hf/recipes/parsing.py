@@ -365,6 +365,8 @@ def command_line_errors() -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     formatwarning = warnings.formatwarning
     warnings.formatwarning = _format_warning
+    # Pillow's warnings (corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         yield
         _leave_group()

@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 from transformers import BaseImageProcessor
 
+from ..data.sources.files import is_image
 from ..evaluation.accuracy import COLOURS
 from ..io import check_link
-from .handler import image_suffixes, read_image
+from .handler import read_image
 from .predict import load_classifier
 
 if TYPE_CHECKING:
@@ -111,8 +112,7 @@ def example_images(model: str | PathLike, folder: str | PathLike | None = None) 
         FileNotFoundError: If a folder is given and has no images.
         ValueError: If an example in the model folder is a link to a file outside of it.
     """
-    types = image_suffixes()
-    paths = sorted(path for path in Path(folder or Path(model, "examples")).glob("*") if path.suffix.lower() in types)
+    paths = sorted(path for path in Path(folder or Path(model, "examples")).glob("*") if is_image(path.name))
     # The model may come from a stranger: a link in its examples could publish any file of this machine.
     for path in [] if folder else paths:
         check_link(path, model)

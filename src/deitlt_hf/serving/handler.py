@@ -4,57 +4,32 @@ Inference Endpoints run a model without any code. If its repository has a copy o
 [`EndpointHandler`] instead. The file is copied without the package, so it imports torch, transformers, NumPy, Pillow
 and the standard library only.
 """
-# The first line of the docstring identifies copies of every version, see is_version_of: it must not change.
+# The first line of the docstring identifies copies of every version (hub/handler_file.py): it must not change.
+
+from __future__ import annotations  # endpoints can have Python 3.9, which does not evaluate `X | Y`
 
 import base64
 import copy
-import http.client
 import io
-import ipaddress
 import os
 import re
-import shutil
-import socket
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageColor
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
-try:
-    from transformers import PreTrainedConfig
-except ImportError:  # the name of the class in transformers 4
-    from transformers import PretrainedConfig as PreTrainedConfig
 
 MAX_BATCH = 64
 MAX_REQUEST_PIXELS = 2**27  # decoded pixels of all images of a request together
 REDUCED_FROM = 2**24  # pixels above which an image is reduced: the processor needs eight times the bytes
-MAX_DOWNLOAD = 20 * 2**20  # bytes
-MAX_URL = 8192  # characters
-WAIT = 10  # seconds to wait for each response of another server
-DEADLINE = 30  # seconds for all downloads of a request together
 EXPERTS = ("cls", "distillation")
 ATTENTION_IMAGES = 8  # images in one forward pass: the attention of all layers is 23 MB per image for a ViT-B/16
-
-ImageSource = Image.Image | bytes | str
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class EndpointHandler:
@@ -73,7 +48,7 @@ class EndpointHandler:
     def __init__(self, path: str | os.PathLike = ""):
         self.processor, model = _load(path)
         self.background = getattr(self.processor, "background", None)  # as in training
-        self.model = on_best_device(model).eval()
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self._observed = _observed(self.model)
         num_labels = self.model.config.num_labels
         counts = getattr(self.model.config, "class_counts", None) or []
@@ -88,8 +63,8 @@ class EndpointHandler:
         """Classifies the images of a request.
 
         Args:
-            data: `inputs` is an image or a list of at most 64 images. An image is a PIL image, the bytes of a file,
-                base64 (with or without `data:image/...;base64,`), or an http(s) URL. `parameters` can have `top_k`, the
+            data: `inputs` is an image or a list of at most 64 images. An image is a PIL image, the bytes of a file, or
+                base64 (with or without `data:image/...;base64,`). URLs are refused. `parameters` can have `top_k`, the
                 number of classes (default 5), and `attention`, whether to return attention maps (default False).
 
         Returns:
@@ -111,19 +86,19 @@ class EndpointHandler:
             raise ValueError("the request has no inputs; give an image, or a list of images.")
         top_k, attention = _parameters(data.get("parameters") or {})
         inputs = data["inputs"]
-        if not isinstance(inputs, list | tuple):
+        if not isinstance(inputs, (list, tuple)):
             return self.classify([self.prepare(inputs, "inputs")], top_k, attention)
         if not 1 <= len(inputs) <= MAX_BATCH:
             raise ValueError(f"inputs has {len(inputs)} images; give 1 to {MAX_BATCH}.")
         # Each image is reduced to the model's size before the next is decoded: only one large image is in memory.
         prepared, left = [], MAX_REQUEST_PIXELS
-        for name, source in _fetched(inputs):
-            image, pixels = _read(source, name, self.background, left)
+        for index, source in enumerate(inputs):
+            image, pixels = _read(source, f"inputs[{index}]", self.background, left)
             left -= pixels
             prepared.append(self._processed(image))
         return self.classify(prepared, top_k, attention)
 
-    def prepare(self, source: ImageSource, name: str) -> torch.Tensor:
+    def prepare(self, source: Image.Image | bytes | str, name: str) -> torch.Tensor:
         """Reads and preprocesses an image as the evaluation does; returns (1, channels, height, width).
 
         Args:
@@ -167,8 +142,8 @@ class EndpointHandler:
         if self._observed is None:
             raise ValueError(f"a {config.model_type} has no attention over patches; leave attention out.")
         outputs = self._observed(pixel_values, output_attentions=True)
-        patch = config.patch_size if isinstance(config.patch_size, Sequence) else (config.patch_size,) * 2
-        grid = tuple(side // length for side, length in zip(pixel_values.shape[-2:], patch, strict=True))
+        height, width = config.patch_size if isinstance(config.patch_size, Sequence) else (config.patch_size,) * 2
+        grid = (pixel_values.shape[-2] // height, pixel_values.shape[-1] // width)
         maps = _rollouts(outputs.get("attentions"), grid)
         if not maps:
             raise ValueError(f"a {config.model_type} has no tokens that attend to all patches; leave attention out.")
@@ -201,55 +176,6 @@ class EndpointHandler:
         }
 
 
-def add_handler(folder: str | os.PathLike) -> Path:
-    """Copies this file into a model folder as handler.py. A push of the folder then includes it.
-
-    The handler needs no requirements.txt: every image of Inference Endpoints with transformers has its imports.
-
-    Returns:
-        Path of the copy.
-
-    Raises:
-        FileNotFoundError: If the folder holds no model.
-        FileExistsError: If the folder has a handler.py that is not a version of this file.
-        ValueError: If transformers does not know the type of the model: an endpoint could not load it.
-    """
-    from ..io import atomic_write  # imported here: a copy of this file does not have the package
-
-    target = check_handler(folder)
-    with atomic_write(target) as part:
-        shutil.copyfile(__file__, part)
-    return target
-
-
-def check_handler(folder: str | os.PathLike) -> Path:
-    """Returns the path of the handler in a folder; raises the errors of [`add_handler`]."""
-    _check_folder(folder)
-    model_type = model_config(str(folder)).get("model_type")
-    if model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        raise ValueError(
-            f"{str(folder)!r} has a model of type {model_type!r}, which transformers does not know: no endpoint can "
-            "load it; leave the handler out."
-        )
-    target = Path(folder) / "handler.py"
-    if target.exists() and not is_version_of(target, __file__):
-        raise FileExistsError(f"{str(target)!r} is another handler; move it away to use the handler of deitlt_hf.")
-    return target
-
-
-def is_version_of(path: str | os.PathLike, own: str | os.PathLike) -> bool:
-    """Whether a file is a version, possibly an earlier one, of a file of this package.
-
-    All versions of a file begin with the same line.
-    """
-    return _first_line(path) == _first_line(own)
-
-
-def _first_line(path: str | os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return file.readline().rstrip().removesuffix(b'"""')
-
-
 def _check_folder(folder: str | os.PathLike) -> None:
     if not (Path(folder) / "config.json").is_file():
         why = "there is no config.json in it" if Path(folder).is_dir() else "it does not exist"
@@ -267,56 +193,6 @@ def is_hub_id(name: str) -> bool:
     return not Path(name).parent.is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def model_config(path: str) -> dict[str, Any]:
-    """Reads the configuration of a model folder or Hub repository. For a local path, the Hub is not queried.
-
-    Raises:
-        FileNotFoundError: If the path is local and the folder does not exist.
-        OSError: If the configuration cannot be read or downloaded.
-        ValueError: If the configuration is not a JSON object, or [`check_config`] refuses it.
-    """
-    path = str(path)
-    if not Path(path).is_dir() and not is_hub_id(path):
-        raise FileNotFoundError(f"there is no model folder {path!r}.")
-    try:
-        config = PreTrainedConfig.get_config_dict(path)[0]
-        if not isinstance(config, dict):
-            raise TypeError
-    except TypeError as error:  # get_config_dict itself can raise it, too
-        raise ValueError(f"the config.json of {path!r} does not hold an object; save the model again.") from error
-    check_config(config, f"the config.json of {path!r}")
-    return config
-
-
-def check_config(config: dict[str, Any], place: str) -> None:
-    """Checks the types of the configuration fields that this package reads: model type, classes and groups.
-
-    Args:
-        config: Content of a `config.json`.
-        place: Name of the configuration in error messages.
-
-    Raises:
-        ValueError: If a field has a type that no saved model has.
-    """
-    names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
-    is_right = {
-        "model_type": isinstance(config.get("model_type"), str),
-        "id2label": isinstance(names, dict) and {*names} == {str(label) for label in range(len(names))},
-        "class_counts": not counts or _are_whole(counts),
-        "class_groups": isinstance(groups, dict) and all(map(_are_whole, groups.values())),
-        "architectures": isinstance(config.get("architectures") or [], list),
-    }
-    for name, right in is_right.items():
-        if not right:
-            shown = " ".join(str(config.get(name))[:60].split())
-            raise ValueError(f"{place} has a {name} that is not valid ({shown}); save the model again.")
-
-
-def _are_whole(values: Any) -> bool:
-    """Whether this is a list of whole numbers from 0: class indices, or numbers of images."""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
 def load_native(path: str) -> PreTrainedModel:
     """Loads any image classifier of transformers or timm, from a folder or the Hub; never runs code from there."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -327,19 +203,11 @@ def load_native(path: str) -> PreTrainedModel:
     return AutoModelForImageClassification.from_pretrained(path, config=config, trust_remote_code=False)
 
 
-def on_best_device(model: Model) -> Model:
-    """Moves a model to the GPU if one is available, else to the CPU, and returns it."""
-    module: torch.nn.Module = model
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model
-
-
 def _load(path: str | os.PathLike) -> tuple[BaseImageProcessor, PreTrainedModel]:
     name = str(path)
     if not is_hub_id(name):
         _check_folder(path)
     try:
-        model_config(name)
         return AutoImageProcessor.from_pretrained(name), load_native(name)
     except Exception as error:  # corrupt weights can raise any exception
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
@@ -430,9 +298,6 @@ _PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # where
 _PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # transparency, orientation, animation
 _MAX_TEXT = 2**20  # bytes; Pillow refuses an image with a larger text
 
-# Pillow's warnings (palettes, corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 def open_encoded(data: bytes | bytearray) -> Image.Image:
     """Opens an image from the bytes of a file. Only the header is read.
@@ -451,12 +316,6 @@ def open_encoded(data: bytes | bytearray) -> Image.Image:
         raise ValueError(f"it has more than {MAX_PIXELS} pixels") from error
     check_size(*image.size)
     return image
-
-
-def image_suffixes() -> tuple[str, ...]:
-    """Returns the file name suffixes of the accepted formats, in lower case."""
-    Image.init()
-    return tuple(suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS)
 
 
 def check_size(width: int, height: int) -> None:
@@ -579,14 +438,14 @@ def _has_orientation(kind: bytes | bytearray, content: bytes | bytearray) -> boo
 # ---- Reading images ----
 
 
-def read_image(source: ImageSource, name: str, background: str | None = None) -> Image.Image:
+def read_image(source: Image.Image | bytes | str, name: str, background: str | None = None) -> Image.Image:
     """Reads an image, upright and in RGB, as in training.
 
     An animation gives its first frame. 16 bits per channel are scaled to 8. An image of more than 16.8 million pixels
     is reduced to a half, a quarter or an eighth of its sides; at least 4.2 million pixels remain.
 
     Args:
-        source: A PIL image, the bytes of a file, base64, or an http(s) URL.
+        source: A PIL image, the bytes of a file, or base64.
         name: Name of the image in error messages.
         background: Colour behind transparent pixels, see [`upright_rgb`].
 
@@ -597,13 +456,14 @@ def read_image(source: ImageSource, name: str, background: str | None = None) ->
     return _read(source, name, background, MAX_PIXELS)[0]
 
 
-def _read(source: ImageSource, name: str, background: str | None, max_pixels: int) -> tuple[Image.Image, int]:
+def _read(
+    source: Image.Image | bytes | str, name: str, background: str | None, max_pixels: int
+) -> tuple[Image.Image, int]:
     """Like [`read_image`], but also returns the number of decoded pixels, which is at most `max_pixels`."""
     if isinstance(source, str):
-        source = _download(source, name) if _is_url(source) else _decode(source, name)
-    if not isinstance(source, Image.Image | bytes):
-        kind = type(source).__name__
-        raise ValueError(f"{name} is of type {kind}; give an image, its bytes, base64 or an http(s) URL.")
+        source = _decode(source, name)
+    if not isinstance(source, (Image.Image, bytes)):
+        raise ValueError(f"{name} is of type {type(source).__name__}; give an image, its bytes or base64.")
     try:
         image = source if isinstance(source, Image.Image) else open_encoded(source)
         check_size(*image.size)
@@ -624,190 +484,12 @@ def _read(source: ImageSource, name: str, background: str | None, max_pixels: in
 
 
 def _decode(text: str, name: str) -> bytes:
-    """Decodes base64, with or without line breaks, or a `data:` URL."""
-    header, comma, encoded = text.partition(",") if text.startswith("data:") else ("", "", text)
+    """Decodes base64, with or without line breaks and `data:image/...;base64,`."""
+    if text.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{name} is a URL; send the bytes of the image or base64 text; this endpoint does not download URLs."
+        )
     try:
-        if comma and not header.endswith(";base64"):
-            raise ValueError("not base64")
-        return base64.b64decode("".join(encoded.split()), validate=True)
+        return base64.b64decode("".join(re.sub(r"^data:[^,]*;base64,", "", text).split()), validate=True)
     except ValueError as error:
-        beginning = f"it begins with {text[:40]!r}"
-        raise ValueError(f"{name} is neither an http(s) URL nor an image in base64; {beginning}.") from error
-
-
-# ---- Downloads: a request must not make the server fetch from its private network (SSRF) ----
-
-
-def _is_url(source: ImageSource) -> TypeGuard[str]:
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
-
-
-def _fetched(sources: Sequence[ImageSource]) -> Iterator[tuple[str, ImageSource]]:
-    """Yields the images of a request with their names, and downloads URLs; one deadline holds for all downloads."""
-    seconds: float = DEADLINE
-    for index, source in enumerate(sources):
-        name = f"inputs[{index}]"
-        if _is_url(source):
-            start = time.monotonic()
-            source = _download(source, name, seconds)
-            seconds -= time.monotonic() - start
-        yield name, source
-
-
-def _download(url: str, name: str, seconds: float | None = None) -> bytes:
-    """Downloads an image of at most 20 MiB from the public internet, within `seconds` (default 30).
-
-    Addresses of private networks are allowed if the environment has DEITLT_ALLOW_PRIVATE_URLS=1.
-    """
-    deadline = time.monotonic() + (DEADLINE if seconds is None else seconds)
-    # Unlike urllib's default opener, this one opens no local files and no FTP, and uses no proxies of the environment.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        _PublicHTTPHandler(deadline),
-        _RedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    place = "its URL"
-    try:
-        place = _without_query(url)
-        with opener.open(url) as response:
-            content = bytearray()
-            while chunk := response.read1(2**16):
-                content += chunk
-                if len(content) > MAX_DOWNLOAD:
-                    raise ValueError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
-            return bytes(content)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        is_late = time.monotonic() >= deadline
-        reason = f"the downloads of a request took more than {DEADLINE} seconds" if is_late else _reason(error)
-        raise ValueError(f"{name} cannot be fetched from {place}: {reason}.") from error
-
-
-def _seconds_left(deadline: float) -> float:
-    """Returns the timeout of the next step of a download.
-
-    Raises:
-        TimeoutError: If the deadline has passed.
-    """
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return min(left, WAIT)
-
-
-def _without_query(url: str) -> str:
-    """Shortens a URL for error messages and logs. The query is removed because it can hold credentials."""
-    if len(url) > MAX_URL:
-        raise ValueError(f"it has more than {MAX_URL} characters")
-    parts = urllib.parse.urlsplit(url)
-    if not parts.hostname or parts.username is not None:
-        raise ValueError("it has no host, or a password")
-    return f"{parts.scheme}://{parts.hostname}{parts.path}"[:100]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"the answer is {error.code}"
-    if isinstance(error, http.client.HTTPException):
-        return "its URL or the answer is not valid HTTP"
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    return getattr(cause, "strerror", None) or " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
-
-
-def _refuse_private(address: str) -> None:
-    if os.environ.get("DEITLT_ALLOW_PRIVATE_URLS") != "1" and not _is_public(ipaddress.ip_address(address)):
-        raise ValueError("its address is not on the public internet")
-
-
-def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    if address.version == 6:
-        # IPv4-mapped and NAT64 addresses lead to the IPv4 address in their last 32 bits, so that one decides.
-        if address.ipv4_mapped or address in ipaddress.ip_network("64:ff9b::/96"):
-            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-        # 6to4 and Teredo also lead to an IPv4 address, but are out of use. Global unicast is 2000::/3 only.
-        if address.sixtofour or address.teredo or address not in ipaddress.ip_network("2000::/3"):
-            return False
-    return address.is_global and not address.is_multicast
-
-
-class _PublicHTTPConnection(http.client.HTTPConnection):
-    """A connection to a public address that ends at its deadline, even if bytes keep arriving slowly."""
-
-    deadline: float  # on the monotonic clock
-
-    def connect(self):
-        # The name is resolved only once: a second lookup could return another address than the checked one.
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        places = [(str(address[0]), address[1]) for *_, address in found]
-        for host, _ in places:
-            _refuse_private(host)
-        for place in places:
-            try:
-                self.sock = socket.create_connection(place, _seconds_left(self.deadline))
-                break
-            except OSError as error:
-                failure = error
-        else:
-            raise failure
-        self.sock.settimeout(_seconds_left(self.deadline))
-
-    def response_class(self, sock, **options):  # type: ignore[override]
-        return http.client.HTTPResponse(_TimedReader(sock, self.deadline), **options)  # type: ignore[arg-type]
-
-
-class _PublicHTTPSConnection(http.client.HTTPSConnection, _PublicHTTPConnection):
-    """A [`_PublicHTTPConnection`] with TLS, which starts after [`_PublicHTTPConnection.connect`]."""
-
-
-class _TimedReader(io.RawIOBase):
-    """Reads from a socket until the deadline. The timeout of a socket alone restarts with each received byte."""
-
-    def __init__(self, sock: socket.socket, deadline: float):
-        self.sock, self.deadline = sock, deadline
-        self.file = sock.makefile("rb", buffering=0)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int | None:
-        self.sock.settimeout(_seconds_left(self.deadline))
-        return self.file.readinto(buffer)
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-class _PublicHTTPHandler(urllib.request.AbstractHTTPHandler):
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def __init__(self, deadline: float):
-        super().__init__()
-        self.deadline = deadline
-
-    def http_open(self, request):
-        return self._open(_PublicHTTPConnection, request)
-
-    def https_open(self, request):
-        return self._open(_PublicHTTPSConnection, request)
-
-    def _open(self, kind, request):
-        def connection(host, **options):
-            made = kind(host, **options)
-            made.deadline = self.deadline
-            return made
-
-        return self.do_open(connection, request)
-
-
-class _RedirectHandler(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, response, *args):
-        redirected = super().redirect_request(request, response, *args)
-        response.close()  # else urllib reads the whole body into memory, however large
-        return redirected
+        raise ValueError(f"{name} is not an image in base64; it begins with {text[:40]!r}.") from error

@@ -2,16 +2,18 @@
 
 import contextlib
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..io import one_line
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..models.weight_files import check_model_files
-from .handler import load_native, model_config
+from .handler import is_hub_id, load_native
 
 # Architecture names of a student: the name that is saved, and the name of the package's class.
 STUDENTS = ("DeiTForImageClassificationWithTeacher", "DeiTLTForImageClassification")
@@ -19,21 +21,28 @@ STUDENTS = ("DeiTForImageClassificationWithTeacher", "DeiTLTForImageClassificati
 
 def load_model(path: str) -> PreTrainedModel:
     """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does."""
-    if any(name in STUDENTS for name in read_model_config(path).get("architectures") or []):
-        with loading(path):
-            return DeiTLTForImageClassification.from_pretrained(path)
-    return load_classifier(path)
+    config = read_model_config(path)
+    if not any(name in STUDENTS for name in config.get("architectures") or []):
+        return _load_classifier(path, config)
+    with loading(path):
+        return DeiTLTForImageClassification.from_pretrained(path)
 
 
 def load_classifier(path: str) -> PreTrainedModel:
     """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm."""
-    is_flat_teacher = read_model_config(path).get("model_type") == FlatTeacherConfig.model_type
+    return _load_classifier(path, read_model_config(path))
+
+
+def _load_classifier(path: str, config: dict[str, Any]) -> PreTrainedModel:
+    is_flat_teacher = config.get("model_type") == FlatTeacherConfig.model_type
     with loading(path):
         return FlatTeacherForImageClassification.from_pretrained(path) if is_flat_teacher else load_native(path)
 
 
 def load_processor(path: str) -> BaseImageProcessor:
     """Loads the image processor of a model folder or Hub repository."""
+    if Path(path).is_dir():
+        check_model_files(path)
     with loading(path):
         return AutoImageProcessor.from_pretrained(path)
 
@@ -42,14 +51,9 @@ def load_processor(path: str) -> BaseImageProcessor:
 def loading(path: str) -> Iterator[None]:
     """Reports in one sentence why a model, its configuration or its image processor cannot be loaded.
 
-    The files of a folder are checked first, without running code from them. The sentence names the corrupt file.
-
     Raises:
-        FileNotFoundError: If the folder has no model.
         ValueError: If the model cannot be loaded.
     """
-    if Path(path).is_dir():
-        check_model_files(path)
     try:
         yield
     except OSError:
@@ -58,14 +62,53 @@ def loading(path: str) -> Iterator[None]:
         raise ValueError(f"{path} cannot be loaded as an image classifier: {one_line(error).rstrip('.')}.") from error
 
 
-def read_model_config(path: str) -> dict:
-    """Reads the configuration of a model folder or Hub repository.
+def read_model_config(path: str | PathLike) -> dict[str, Any]:
+    """Reads the configuration of a model folder or Hub repository. For a local path, the Hub is not queried.
+
+    The files of a folder are checked first, without running code from them. An error names the corrupt file.
 
     Raises:
-        ValueError: If the path is a file, or a file of the folder is corrupt.
+        FileNotFoundError: If the path is local and no folder, or the folder has no model.
+        OSError: If the configuration cannot be downloaded.
+        ValueError: If the path is a file, a file of the folder is corrupt, or [`check_config`] refuses the
+            configuration.
     """
+    path = str(path)
     if Path(path).is_file():
         raise ValueError(f"{path} is a file; convert it to a model folder first, with 'deitlt convert'.")
     if Path(path).is_dir():
         check_model_files(path)
-    return model_config(path)
+    elif not is_hub_id(path):
+        raise FileNotFoundError(f"there is no model folder {path!r}.")
+    config = PreTrainedConfig.get_config_dict(path)[0]
+    check_config(config, f"the config.json of {path!r}")
+    return config
+
+
+def check_config(config: dict[str, Any], place: str) -> None:
+    """Checks the types of the configuration fields that this package reads: model type, classes and groups.
+
+    Args:
+        config: Content of a `config.json`.
+        place: Name of the configuration in error messages.
+
+    Raises:
+        ValueError: If a field has a type that no saved model has.
+    """
+    names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
+    is_right = {
+        "model_type": isinstance(config.get("model_type"), str),
+        "id2label": isinstance(names, dict) and {*names} == {str(label) for label in range(len(names))},
+        "class_counts": not counts or _are_whole(counts),
+        "class_groups": isinstance(groups, dict) and all(map(_are_whole, groups.values())),
+        "architectures": isinstance(config.get("architectures") or [], list),
+    }
+    for name, right in is_right.items():
+        if not right:
+            shown = " ".join(str(config.get(name))[:60].split())
+            raise ValueError(f"{place} has a {name} that is not valid ({shown}); save the model again.")
+
+
+def _are_whole(values: Any) -> bool:
+    """Whether this is a list of whole numbers from 0: class indices, or numbers of images."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

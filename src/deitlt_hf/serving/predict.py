@@ -1,9 +1,7 @@
 """Finds and classifies image files; only one batch is in memory at a time."""
 
-import glob
 import itertools
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,10 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from ..data.sources.files import is_image
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..models.weight_files import check_model_files
-from .handler import EndpointHandler, image_suffixes
+from .handler import EndpointHandler
+from .loading import read_model_config
 
 
 def load_classifier(path: str | PathLike) -> EndpointHandler:
@@ -28,10 +27,10 @@ def load_classifier(path: str | PathLike) -> EndpointHandler:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+        OSError: If the Hub has no such model, or cannot be reached.
         ValueError: If the path holds no image classifier, or a file is corrupt.
     """
-    if Path(path).is_dir():
-        check_model_files(path)
+    read_model_config(path)  # an error names the corrupt file
     AutoConfig.register(FlatTeacherConfig.model_type, FlatTeacherConfig, exist_ok=True)
     AutoModelForImageClassification.register(FlatTeacherConfig, FlatTeacherForImageClassification, exist_ok=True)
     return EndpointHandler(path)
@@ -42,9 +41,9 @@ def find_images(entries: Iterable[str], others: Counter | None = None) -> Iterat
 
     Args:
         entries: Files; folders, searched with their subfolders; patterns such as `photos/**/*.jpg`; `-` to read entries
-            from standard input, one per line. Links to folders are followed, but an entry never gives a folder twice.
-            An entry that matches nothing is yielded as a path, and so is a folder that cannot be listed: reading them
-            fails later, with a message.
+            from standard input, one per line. Links to folders are followed, except by `**`, but an entry never gives a
+            folder twice. An entry that matches nothing is yielded as a path, and so is a folder that cannot be listed:
+            reading them fails later, with a message.
         others: Counter of the files in folders that do not have the name of an image, by suffix.
     """
     for entry in entries:
@@ -53,7 +52,7 @@ def find_images(entries: Iterable[str], others: Counter | None = None) -> Iterat
         elif os.path.lexists(entry):
             yield from _images_in(entry, others)
         else:
-            matches = sorted(_matches(entry)) or [entry]
+            matches = _matches(entry) or [entry]
             yield from _once(image for match in matches for image in _images_in(match, others))
 
 
@@ -97,7 +96,7 @@ def _prepared(classifier: EndpointHandler, path: str) -> torch.Tensor | ValueErr
 
 def _standard_input() -> Iterator[str]:
     # File names are bytes that may not be valid text; fsdecode keeps them intact.
-    return (os.fsdecode(line.rstrip(b"\r\n")) for line in (sys.stdin.buffer if sys.stdin else ()))
+    return (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
 
 
 def _images_in(path: str, others: Counter | None) -> Iterator[str]:
@@ -105,54 +104,32 @@ def _images_in(path: str, others: Counter | None) -> Iterator[str]:
     if not os.path.isdir(path):
         yield path
         return
-    suffixes = image_suffixes()
-    for folder, files in _walk(path):
-        if files is None:
-            yield folder
-            continue
-        for file in sorted(files):
-            if file.startswith("."):
-                continue
-            if file.lower().endswith(suffixes):
-                yield os.path.join(folder, file)
-            elif others is not None:
-                others[os.path.splitext(file)[1].lower()] += 1
-
-
-def _walk(top: str) -> Iterator[tuple[str, list[str] | None]]:
-    """Yields a folder and its subfolders with their files, or None if unreadable; visits each once despite links."""
-    visited: set[str] = set()
+    visited: set[str] = set()  # links can form cycles
     unreadable: list[str] = []
-    steps = os.walk(top, onerror=lambda error: unreadable.append(error.filename), followlinks=True)
-    for folder, folders, files in steps:
+    for folder, folders, files in os.walk(
+        path, onerror=lambda error: unreadable.append(error.filename), followlinks=True
+    ):
         place = os.path.realpath(folder)
         if place in visited:
             folders.clear()
             continue
         visited.add(place)
         folders.sort()
-        yield folder, files
-    yield from ((folder, None) for folder in unreadable)
+        for file in sorted(files):
+            if is_image(file):
+                yield os.path.join(folder, file)
+            elif others is not None and not file.startswith("."):
+                others[os.path.splitext(file)[1].lower()] += 1
+    yield from unreadable
 
 
-def _matches(pattern: str) -> Iterator[str]:
-    """Yields the paths that a pattern matches. `**` is expanded here, because glob would follow cyclic links."""
-    before, *after = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
-    if not after:
-        yield from glob.glob(pattern)
-        return
-    for top in glob.glob(before) if before else ["."]:
-        if not after[0]:
-            yield top
-            continue
-        for folder, files in _walk(top):
-            if "/." in f"/{folder[len(top) :]}":  # a hidden folder, which a star does not match
-                continue
-            if files is None:
-                yield folder
-            else:
-                rest = os.path.join(glob.escape(folder), after[0])
-                yield from (match if before else match.removeprefix("./") for match in _matches(rest))
+def _matches(pattern: str) -> list[str]:
+    """Returns the paths that a pattern matches, sorted. As in the shell, a star matches no hidden name."""
+    if not any(sign in pattern for sign in "*?["):  # a missing file
+        return []
+    top, named = Path(pattern).anchor, Path(pattern).parts
+    found = Path(top).glob(pattern[len(top) :].lstrip("/"))
+    return sorted(str(path) for path in found if not any(name.startswith(".") for name in {*path.parts} - {*named}))
 
 
 def _once(paths: Iterable[str]) -> Iterator[str]:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+from PIL import Image
 
 from ...io import one_line, read_json, read_text
-from ..image_rule import FORMATS, image_suffixes
+from ..image_rule import FORMATS
 from .labels import check_class_names, encode_labels, sorted_names
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def images_below(
             for entry in entries:
                 if entry.is_dir():
                     (linked if entry.is_symlink() else folders).append(entry.path)
-                elif _is_image(entry.name):
+                elif is_image(entry.name):
                     if entry.is_symlink():
                         links.append(entry.path)
                     elif entry.is_file():
@@ -151,8 +152,10 @@ def images_below(
     return sorted(found)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(image_suffixes()) and not name.startswith(".")
+def is_image(name: str) -> bool:
+    """Whether a file name has the suffix of an accepted format and is not hidden. The file is not opened."""
+    Image.init()
+    return not name.startswith(".") and Image.EXTENSION.get(os.path.splitext(name)[1].lower()) in FORMATS
 
 
 def _folders(folder: Path) -> list[str]:
@@ -188,7 +191,7 @@ def _scan(folder: Path) -> dict[str, list[str]]:
             without.append(name)
     if others:
         logger.warning("%s: %s", folder, not_read(others))
-    loose = [entry.name for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name)]
+    loose = [entry.name for entry in os.scandir(folder) if entry.is_file() and is_image(entry.name)]
     if classes and loose:
         logger.warning(
             "%d images are in %s itself, beside its class folders, and left out: %s",
