@@ -184,15 +184,15 @@ class DeiTLTTrainer(LongTailTrainer):
         parts = self.active_criterion(
             outputs.cls_logits, outputs.distillation_logits, batch["labels"], teacher_logits, batch["denominators"]
         )
-        processes, slices = self.accelerator.num_processes, len(self._window)
+        processes, micro_batches = self.accelerator.num_processes, len(self._window)
         self.log_part("cls_loss", parts.cls_loss * processes)
         self.log_part("distillation_loss", parts.distillation_loss * processes)
         if teacher_logits is not None:
             agreement = outputs.distillation_logits.argmax(dim=1) == teacher_logits.argmax(dim=1)
-            self.log_part("teacher_agreement", agreement.float().mean() / slices)
+            self.log_part("teacher_agreement", agreement.float().mean() / micro_batches)
         tokens = outputs.token_features.detach().float()
         similarity = F.cosine_similarity(tokens[:, 0], tokens[:, 1]).mean()
-        self.log_part("token_similarity", similarity / slices)
+        self.log_part("token_similarity", similarity / micro_batches)
         return parts.loss
 
     # ---- Before the first step ----

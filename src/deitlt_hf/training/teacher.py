@@ -137,7 +137,7 @@ class FlatTeacherTrainer(LongTailTrainer):
             try:
                 with _frozen_batch_norm_statistics(model):
                     for index, batch in enumerate(self._window):
-                        self.seed_slice(index)  # both passes drop the same paths
+                        self.seed_micro_batch(index)  # both passes drop the same paths
                         # One reduction over processes, with the last micro-batch.
                         with self._gradients_stay(model, index < len(self._window) - 1):
                             with self.compute_loss_context_manager():

@@ -175,7 +175,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
         decay = self.args.ema_decay
-        self.ema = None if decay is None else MovingAverage(decay, bool(self.args.ema_every_slice))
+        self.ema = None if decay is None else MovingAverage(decay, bool(self.args.ema_every_micro_batch))
         self._check_best_metric()
         for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema, MissedEvaluation(self)):
             if callback is not None:
@@ -187,7 +187,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.run_dir = self.args.output_dir
         self.make_losses()
         self._window: list[dict[str, Any]] = []
-        self._slice = 0
+        self._micro_batch = 0
         self._logged: dict[str, torch.Tensor] = {}
         self._steps_logged = 0
         self._recording = False
@@ -599,7 +599,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             worker_init_fn=outlive_signals,
         )
 
-    def seed_slice(self, index: int, purpose: int = 0) -> None:
+    def seed_micro_batch(self, index: int, purpose: int = 0) -> None:
         """Seeds the random streams of a micro-batch of the next optimiser step, for dropped paths (0) or mixing (1).
 
         The seeds depend only on seed, step, micro-batch and process: a resumed run draws the same numbers.
@@ -613,16 +613,16 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = list(islice(epoch_iterator, num_batches))  # the parent's method also synchronises the device
-        self._window, self._slice = batches, 0
+        self._window, self._micro_batch = batches, 0
         if batches:
             self._prepare_window()
         return batches, None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.seed_slice(self._slice)
+        self.seed_micro_batch(self._micro_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_guard.note(loss, self.state.global_step + 1)
-        self._slice += 1
+        self._micro_batch += 1
         # The logged loss is without this factor of `compute_loss`, which only the gradient needs.
         return self._finite(loss) / self._window_weight
 
@@ -653,7 +653,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
     def _prepare_window(self) -> None:
         """Prepares all micro-batches of an optimiser step, and sets the denominators of the whole batch in each."""
         for index, batch in enumerate(self._window):
-            self.seed_slice(index, purpose=1)
+            self.seed_micro_batch(index, purpose=1)
             batch.update(self.training_batch(batch))
         own = torch.stack([self.loss_denominators(batch) for batch in self._window])
         # One reduction for denominators and stop votes: each reduction costs a round trip.
@@ -661,22 +661,24 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         total = self.accelerator.reduce(total, "sum")
         if self.accelerator.num_processes > 1:
             self.stop_signal.count(total[-1])
-        slices = len(self._window) * self.accelerator.num_processes
+        micro_batches = len(self._window) * self.accelerator.num_processes
         for batch, denominators in zip(self._window, own, strict=True):
             # per_process: the mean of each micro-batch, averaged over all micro-batches and processes.
             is_global = self.args.loss_normalization == "global"
-            batch["denominators"] = total[:-1] if is_global else denominators * slices
+            batch["denominators"] = total[:-1] if is_global else denominators * micro_batches
         self._steps_logged += 1
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Creates the learning-rate schedule of the method, a function of the epoch that is updated at every step."""
         if self.lr_scheduler is None:
-            slices, batches = self.args.gradient_accumulation_steps, len(self.get_train_dataloader())
+            micro_batches, batches = self.args.gradient_accumulation_steps, len(self.get_train_dataloader())
             steps_per_epoch = self.steps_per_epoch()
             epochs = num_training_steps / steps_per_epoch
 
             def epoch_of(step: int) -> float:
-                return published_epoch(step, batches, slices) if self.args.as_published else step / steps_per_epoch
+                return (
+                    published_epoch(step, batches, micro_batches) if self.args.as_published else step / steps_per_epoch
+                )
 
             optimizer = optimizer or self.optimizer
             assert optimizer is not None  # created before
