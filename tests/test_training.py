@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.optim import muon as timm_muon
 from torch import nn
 from torch.nn import functional as F
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from conftest import make_student
 from deitlt_hf import (
@@ -384,13 +384,13 @@ def test_a_given_class_of_optimisers_overrides_muon(tmp_path, digits):
 
 
 def test_muon_refuses_settings_that_flatten_matrices(tmp_path, digits, monkeypatch):
-    make = DeiTLTTrainer.create_accelerator_and_postprocess
+    make = Trainer.create_accelerator_and_postprocess
 
     def under_deepspeed(trainer):
         make(trainer)
         trainer.is_deepspeed_enabled = True
 
-    monkeypatch.setattr(DeiTLTTrainer, "create_accelerator_and_postprocess", under_deepspeed)
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", under_deepspeed)
     with pytest.raises(ValueError, match="optim 'muon' needs whole matrices, which DeepSpeed"):
         student_trainer(tmp_path, digits, distillation="none", optim="muon")
 

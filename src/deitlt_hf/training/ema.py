@@ -56,14 +56,12 @@ class MovingAverage(TrainerCallback):
         assert self.model is not None  # in training
         save_model(self.model, str(Path(folder) / EMA_FILE))
 
-    def save_pretrained(self, output_dir: str | Path, processor) -> None:
-        """Saves the averaged model and its image processor in the subfolder `ema` of a model folder."""
 
-        model = self.model
-        assert model is not None  # in training
+def save_average(model: PreTrainedModel, output_dir: str | Path, processor) -> None:
+    """Saves an averaged model and its image processor in the subfolder `ema` of a model folder."""
 
-        def save(folder: str) -> None:
-            merged(model).save_pretrained(folder)
-            processor.save_pretrained(folder)
+    def save(folder: str) -> None:
+        merged(model).save_pretrained(folder)
+        processor.save_pretrained(folder)
 
-        replace_model(Path(output_dir) / EMA_FOLDER, save)
+    replace_model(Path(output_dir) / EMA_FOLDER, save)
