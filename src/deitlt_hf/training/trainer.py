@@ -125,10 +125,11 @@ class LongTailTrainer(WholeBatchTrainer):
 
         # Data and model are checked completely before the model is changed.
         self._datasets = (train_dataset, eval_dataset)
-        self.model_init = model_init
-        if model is None:
+        if model_init is not None:
+            self.model_init = model_init
             set_seed(args.seed)
-            model = super().call_model_init()
+            model = super().call_model_init()  # type: ignore[assignment]
+        assert model is not None  # checked above
         model = self.convert_model(model)
         if processing_class is None:
             processing_class = model_processor(model.config, args.image_resize)
@@ -156,7 +157,8 @@ class LongTailTrainer(WholeBatchTrainer):
             views=views,
             **kwargs,
         )
-        self.model_init = model_init  # not passed to the parent, which would create another model
+        if model_init is not None:  # not passed to the parent, which would create another model
+            self.model_init = model_init
         self.make_losses()
         self.set_up_model(model)
 
@@ -570,8 +572,8 @@ class LongTailTrainer(WholeBatchTrainer):
             counted: Columns of [`expert_columns`]; (images, experts + 1).
             labels: True classes; (images,).
         """
-        names, num_labels = self.expert_names(self.averaged_model is not None), self.model.config.num_labels
-        self.last_table, metrics = expert_table(counted, labels, names, self.groups, num_labels)
+        names = self.expert_names(self.averaged_model is not None)
+        self.last_table, metrics = expert_table(counted, labels, names, self.groups, len(self.class_names))
         return metrics
 
     def get_eval_dataloader(self, eval_dataset=None):
