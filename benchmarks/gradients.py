@@ -6,7 +6,7 @@ The models are a student in its DRW phase, with both heads re-weighted, and a te
 Each arrangement runs real processes (gloo, on the CPU) that call the trainer's `training_step`; FSDP2 is torch's
 `fully_shard` around every block. The table gives the largest difference of any entry of any parameter's gradient from
 that of one process with the complete batch, and the largest entry. It also shows the mean of the weighted means of the
-slices (`per_process`). A slice is a micro-batch.
+micro-batches (`per_process`).
 """
 
 import argparse
@@ -33,13 +33,13 @@ IMAGES = 64
 # Processes, images of a process in a micro-batch, micro-batches, and how weights and loss are distributed.
 ARRANGEMENTS = {
     "1 x 64": (1, 64, 1, ""),
-    "1 x 32 x 2 slices": (1, 32, 2, ""),
-    "1 x 8 x 8 slices": (1, 8, 8, ""),
+    "1 x 32 x 2 micro-batches": (1, 32, 2, ""),
+    "1 x 8 x 8 micro-batches": (1, 8, 8, ""),
     "2 x 32": (2, 32, 1, ""),
-    "2 x 16 x 2 slices": (2, 16, 2, ""),
+    "2 x 16 x 2 micro-batches": (2, 16, 2, ""),
     "2 x 32, FSDP2": (2, 32, 1, "fsdp"),
     "2 x 32, per_process": (2, 32, 1, "per_process"),
-    "1 x 32 x 2 slices, per_process": (1, 32, 2, "per_process"),
+    "1 x 32 x 2 micro-batches, per_process": (1, 32, 2, "per_process"),
 }
 
 
@@ -68,7 +68,7 @@ def make_trainer(kind: str, folder: str, batch_size: int, normalization: str):
     return DeiTLTTrainer(model=student, args=DeiTLTTrainingArguments(**values), **datasets)
 
 
-def gradients(kind: str, folder: str, batch_size: int, slices: int, spread: str) -> dict[str, torch.Tensor]:
+def gradients(kind: str, folder: str, batch_size: int, micro_batches: int, spread: str) -> dict[str, torch.Tensor]:
     """This process's gradients after all micro-batches, as the optimiser receives them."""
     trainer = make_trainer(kind, folder, batch_size, spread if spread == "per_process" else "global")
     generator = torch.Generator().manual_seed(3)
@@ -85,11 +85,11 @@ def gradients(kind: str, folder: str, batch_size: int, slices: int, spread: str)
         fully_shard(model)
     elif processes > 1:
         model = trainer.accelerator.prepare(model)
-    starts = [(index * processes + rank) * batch_size for index in range(slices)]
+    starts = [(index * processes + rank) * batch_size for index in range(micro_batches)]
     parts = [{"pixel_values": images[at : at + batch_size], "labels": labels[at : at + batch_size]} for at in starts]
-    batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
+    batches, _ = trainer.get_batch_samples(iter(parts), micro_batches, trainer.args.device)
     for index, part in enumerate(batches):
-        last = index == slices - 1
+        last = index == micro_batches - 1
         trainer.accelerator.gradient_state._set_sync_gradients(last)
         if last:
             trainer.training_step(model, part)

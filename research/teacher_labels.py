@@ -46,7 +46,7 @@ def labels_of_epoch(trainer: DeiTLTTrainer) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's class for each image of the first epoch, and the class with the largest share of the image."""
     seen, true = [], []
     for batch in trainer.get_train_dataloader():
-        trainer.seed_slice(len(seen), purpose=1)  # all teachers see the same images
+        trainer.seed_micro_batch(len(seen), purpose=1)  # all teachers see the same images
         prepared = trainer.training_batch(batch)
         labels = prepared["labels"]
         seen.append(prepared["teacher_logits"].argmax(dim=1))

@@ -67,16 +67,16 @@ def repeated_augmentation_order(folder):
 
 def gradients_of_a_step(trainer, wrap=True):
     """Gradients after all micro-batches of one optimiser step, as the optimiser receives them."""
-    batch, slices = fixed_batch(), trainer.args.gradient_accumulation_steps
+    batch, micro_batches = fixed_batch(), trainer.args.gradient_accumulation_steps
     size = trainer.args.per_device_train_batch_size
     first = trainer.args.process_index * size
-    starts = [first + index * size * trainer.args.world_size for index in range(slices)]
+    starts = [first + index * size * trainer.args.world_size for index in range(micro_batches)]
     parts = [{name: value[start : start + size] for name, value in batch.items()} for start in starts]
     trainer.create_optimizer()
     model = trainer.accelerator.prepare(trainer.model) if trainer.args.world_size > 1 and wrap else trainer.model
-    batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
+    batches, _ = trainer.get_batch_samples(iter(parts), micro_batches, trainer.args.device)
     for index, part in enumerate(batches):
-        last = index == slices - 1
+        last = index == micro_batches - 1
         trainer.accelerator.gradient_state._set_sync_gradients(last)
         if last:
             trainer.training_step(model, part)

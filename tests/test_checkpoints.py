@@ -42,7 +42,8 @@ def write_checkpoint(output_dir, step, weight=0.0, left_out=()):
     TrainerState(global_step=step, train_batch_size=8).save_to_json(str(staged / "trainer_state.json"))
     for name in left_out:
         (staged / name).unlink()
-    return finish_checkpoint(staged, output_dir)
+    finish_checkpoint(staged, output_dir)
+    return output_dir / staged.name
 
 
 def test_a_finished_checkpoint_is_complete_and_replaces_another(tmp_path):

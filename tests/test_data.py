@@ -454,9 +454,9 @@ def test_format_of_a_processor_without_a_size():
 
 def steps_of(arrangement, images, repeats, epoch, seed=0):
     """The draws of each optimiser step, over all processes and micro-batches."""
-    processes, batch_size, slices = arrangement
+    processes, batch_size, micro_batches = arrangement
     ranks = [
-        TrainBatches(images, batch_size, rank, processes, slices, num_repeats=repeats, seed=seed)
+        TrainBatches(images, batch_size, rank, processes, micro_batches, num_repeats=repeats, seed=seed)
         for rank in range(processes)
     ]
     for rank in ranks:
@@ -464,8 +464,8 @@ def steps_of(arrangement, images, repeats, epoch, seed=0):
     batches = [[draw for batch in batches for draw in batch] for batches in zip(*ranks, strict=True)]
     assert len(batches) == len(ranks[0])
     return [
-        [draw for batch in batches[start : start + slices] for draw in batch]
-        for start in range(0, len(batches), slices)
+        [draw for batch in batches[start : start + micro_batches] for draw in batch]
+        for start in range(0, len(batches), micro_batches)
     ]
 
 
@@ -510,8 +510,8 @@ def test_order_and_augmentation_depend_on_epoch_and_seed(repeats):
 def test_fewer_images_than_a_batch_make_one_step():
     """Fewer images than a batch still make one step; an epoch without a step would never end."""
     assert len(steps_of((1, 16, 8), 100, 1, 0)) == 1
-    assert len(TrainBatches(100, 16, slices=8)) == 6
-    assert len(TrainBatches(100, 16, slices=4)) == 4
+    assert len(TrainBatches(100, 16, micro_batches=8)) == 6
+    assert len(TrainBatches(100, 16, micro_batches=4)) == 4
 
 
 def test_repeated_augmentation_refuses_small_data():

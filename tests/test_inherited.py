@@ -1,6 +1,7 @@
 """Tests of what the trainers inherit from transformers: each argument and method works or is refused with a message."""
 
 import copy
+import functools
 import inspect
 import json
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
+from datasets import ClassLabel
 from test_training import fixed_batch, student_arguments
 from timm.optim import create_optimizer_v2
 from torch.utils.data import TensorDataset
@@ -157,6 +159,41 @@ def test_unusable_settings_are_refused_before_a_run(tmp_path, digits):
     optimizer = torch.optim.SGD(make_student().parameters())
     with pytest.raises(ValueError, match="the scheduler in optimizers must belong to the optimizer"):
         trainer_of(tmp_path, digits, trainer={"optimizers": (None, torch.optim.lr_scheduler.ConstantLR(optimizer))})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "trainer", "message"),
+    [
+        ("student", {"metric_for_best_model": "acuracy"}, {}, "'acuracy' is not measured"),
+        ("student", {}, {"optimizers": (OTHER, None)}, "parameters that are not the model's"),
+        ("student", {}, {"eval_dataset": "renamed"}, "the data's is 'a'; model and data need"),
+        ("student", {}, {"teacher": make_student(num_labels=5)}, "the teacher has 5 classes without names"),
+        ("student", {"eval_strategy": "epoch"}, {"eval_dataset": None}, "you didn't pass an `eval_dataset`"),
+        ("student", {"ema_decay": 0.9}, {}, "a moving average needs unsharded weights"),
+        ("student", {"bf16_full_eval": True}, {}, "bf16_full_eval and fp16_full_eval need unsharded weights"),
+        ("teacher", {"gradient_checkpointing": True}, {}, "cannot checkpoint activations"),
+        ("teacher", {"teacher_loss": "ldam"}, {}, "needs a cosine classifier"),
+        ("teacher", {}, {}, "SAM needs unsharded gradients"),
+    ],
+)
+def test_a_refused_model_is_unchanged(tmp_path, digits, monkeypatch, kind, values, trainer, message):
+    model = (make_student() if kind == "student" else small_teacher()).to(torch.bfloat16)
+    before = copy.deepcopy(model.config.to_dict())
+    if trainer.get("eval_dataset") == "renamed":
+        labels = ClassLabel(names=[*"abcdefghij"])
+        trainer = {"eval_dataset": digits["test"].cast_column("label", labels)}
+    make = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        make(self)
+        self.is_fsdp_enabled = "unsharded" in message
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    build = functools.partial(trainer_of, trainer=trainer) if kind == "student" else flat_trainer_of
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, digits, model, **values)
+    assert model.config.to_dict() == before
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_values_that_are_set_later_take_effect(tmp_path):

@@ -41,13 +41,13 @@ class Rows(RowsOfTensors):
 class WatchedTrainer(DeiTLTTrainer):
     """Records losses and learning rates, and seeds mixing by the micro-batch's number, as the reference run did."""
 
-    slices, losses, rates = 0, (), ()
+    micro_batches, losses, rates = 0, (), ()
 
-    def seed_slice(self, index, purpose=0):
-        super().seed_slice(index, purpose)
+    def seed_micro_batch(self, index, purpose=0):
+        super().seed_micro_batch(index, purpose)
         if purpose == 1:
-            np.random.seed(self.slices)
-            self.slices += 1
+            np.random.seed(self.micro_batches)
+            self.micro_batches += 1
 
     def training_step(self, *args):
         loss = super().training_step(*args)
@@ -66,7 +66,7 @@ def published_trainer(folder, **values):
         warmup_epochs=settings["warmup_epochs"],
         learning_rate_per_512=settings["lr_per_512"],
         per_device_train_batch_size=settings["batch_size"],
-        gradient_accumulation_steps=settings["slices"],
+        gradient_accumulation_steps=settings["micro_batches"],
         ema_decay=settings["ema_decay"],
         logging_steps=1,
         eval_strategy="no",
@@ -129,7 +129,7 @@ def test_as_published_takes_the_authors_steps(tmp_path, capsys, monkeypatch):
     assert "teacher_antialias False, fp16 False, full precision, as this device has no half precision" in text
     settings = trainer.results.content["settings"]
     assert settings["as_published"]
-    assert (settings["loss_normalization"], settings["ema_every_slice"]) == ("per_process", True)
+    assert (settings["loss_normalization"], settings["ema_every_micro_batch"]) == ("per_process", True)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     windows = np.split(np.array(trainer.losses), np.flatnonzero(np.arange(len(trainer.losses)) % 22 % 4 == 0)[1:])
     np.testing.assert_allclose(logged, [window.mean() for window in windows], atol=1e-4)
@@ -154,7 +154,7 @@ def test_each_setting_of_as_published_matters(tmp_path, name, monkeypatch):
     [
         ({"loss_normalization": "global"}, "loss_normalization 'global' is not as published, which is 'per_process'"),
         ({"partial_steps": False}, "partial_steps False is not as published"),
-        ({"ema_every_slice": False}, "ema_every_slice False is not as published"),
+        ({"ema_every_micro_batch": False}, "ema_every_micro_batch False is not as published"),
         ({"teacher_antialias": True}, "teacher_antialias True is not as published"),
         ({"fp16": True}, "fp16 True is not as published, which is False"),
         ({"bf16": True}, "as_published trains in full precision on this device, not in bf16"),
@@ -176,7 +176,7 @@ def test_as_published_uses_half_precision_on_a_gpu(tmp_path, monkeypatch):
 
 def test_the_default_settings(tmp_path):
     args = DeiTLTTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    assert (args.loss_normalization, args.partial_steps, args.ema_every_slice) == ("global", False, False)
+    assert (args.loss_normalization, args.partial_steps, args.ema_every_micro_batch) == ("global", False, False)
     assert (args.teacher_antialias, args.fp16) == (True, False)
 
 

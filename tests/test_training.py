@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.optim import muon as timm_muon
 from torch import nn
 from torch.nn import functional as F
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from conftest import make_student
 from deitlt_hf import (
@@ -88,11 +88,11 @@ def fixed_batch(digits, size=64, image_size=8):
     return {"pixel_values": torch.randn(size, 3, image_size, image_size, generator=generator), "labels": labels}
 
 
-def gradients(trainer, batch, slices):
+def gradients(trainer, batch, micro_batches):
     """Gradients of one optimiser step, with the batch divided into micro-batches of equal size."""
-    size = len(batch["labels"]) // slices
-    parts = [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(slices)]
-    batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
+    size = len(batch["labels"]) // micro_batches
+    parts = [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(micro_batches)]
+    batches, _ = trainer.get_batch_samples(iter(parts), micro_batches, trainer.args.device)
     trainer.model.zero_grad()
     loss = sum(trainer.training_step(trainer.model, part) for part in batches)
     return loss, {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
@@ -156,10 +156,10 @@ def test_gradient_does_not_depend_on_accumulation(tmp_path, digits, teacher, dis
     trainer = student_trainer(
         tmp_path, digits, teacher, model, drw_start_epoch=0, distillation=distillation, reweight_cls=True
     )
-    (loss, whole), (sliced_loss, sliced) = (gradients(trainer, batch, slices) for slices in (1, 4))
-    torch.testing.assert_close(loss, sliced_loss)
+    (loss, whole), (split_loss, split) = (gradients(trainer, batch, micro_batches) for micro_batches in (1, 4))
+    torch.testing.assert_close(loss, split_loss)
     for name, gradient in whole.items():
-        torch.testing.assert_close(sliced[name], gradient, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4)
 
     weights = effective_number_weights(trainer.class_counts)
     outputs = model(batch["pixel_values"])
@@ -384,13 +384,13 @@ def test_a_given_class_of_optimisers_overrides_muon(tmp_path, digits):
 
 
 def test_muon_refuses_settings_that_flatten_matrices(tmp_path, digits, monkeypatch):
-    make = DeiTLTTrainer.create_accelerator_and_postprocess
+    make = Trainer.create_accelerator_and_postprocess
 
     def under_deepspeed(trainer):
         make(trainer)
         trainer.is_deepspeed_enabled = True
 
-    monkeypatch.setattr(DeiTLTTrainer, "create_accelerator_and_postprocess", under_deepspeed)
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", under_deepspeed)
     with pytest.raises(ValueError, match="optim 'muon' needs whole matrices, which DeepSpeed"):
         student_trainer(tmp_path, digits, distillation="none", optim="muon")
 
@@ -637,7 +637,10 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
         ({"cutmix": -1}, "cutmix must be 0 or more, got -1"),
         ({"min_learning_rate": -1}, "min_learning_rate must be 0 or more, got -1"),
         ({"learning_rate": None, "learning_rate_per_512": 0}, "learning_rate_per_512 must be above 0, got 0"),
-        ({"learning_rate": None, "learning_rate_slices": -4}, "learning_rate_slices must be 1 or more, got -4"),
+        (
+            {"learning_rate": None, "learning_rate_micro_batches": -4},
+            "learning_rate_micro_batches must be 1 or more, got -4",
+        ),
     ],
 )
 def test_invalid_arguments_are_refused(tmp_path, values, message):
@@ -694,7 +697,7 @@ def test_one_global_batch_gives_one_learning_rate(tmp_path, per_device, accumula
         global_batch_size=1024,
         per_device_train_batch_size=per_device,
         learning_rate=None,
-        learning_rate_slices=4,
+        learning_rate_micro_batches=4,
     )
     assert args.gradient_accumulation_steps == accumulation
     assert args.learning_rate == pytest.approx(2.5e-4)
@@ -716,17 +719,19 @@ def test_sam_gradient_does_not_depend_on_accumulation(tmp_path, digits):
     Ascending along the last micro-batch's gradient only is another, noisier method.
     """
     results = []
-    for slices in (1, 4):
+    for micro_batches in (1, 4):
         trainer = teacher_trainer(tmp_path, digits, make_student(drop_path_rate=0.0), sam_rho=[0.5], drw_start_epoch=0)
         trainer.create_optimizer()
         trainer.accelerator.gradient_state._set_sync_gradients(False)
-        size = 64 // slices
+        size = 64 // micro_batches
         batch = fixed_batch(digits)
-        parts = [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(slices)]
-        batches, _ = trainer.get_batch_samples(iter(parts), slices, trainer.args.device)
+        parts = [
+            {name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(micro_batches)
+        ]
+        batches, _ = trainer.get_batch_samples(iter(parts), micro_batches, trainer.args.device)
         before = copy.deepcopy(trainer.model.state_dict())
         for index, part in enumerate(batches):
-            trainer.accelerator.gradient_state._set_sync_gradients(index == slices - 1)
+            trainer.accelerator.gradient_state._set_sync_gradients(index == micro_batches - 1)
             trainer.training_step(trainer.model, part)
         for name, tensor in trainer.model.state_dict().items():
             assert torch.equal(tensor, before[name]), "the weights are back after the second pass"

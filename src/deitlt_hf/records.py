@@ -10,6 +10,8 @@ from .io import one_line, read_json
 
 RESULTS_FILE = "results.json"
 SCHEMA = 1  # records of 0.1.0 lack the fields `schema`, `steps`, `images_sha256` and `classes`; all others are the same
+# Fields of training arguments with another name in earlier versions.
+FORMER_NAMES = {"ema_every_slice": "ema_every_micro_batch", "learning_rate_slices": "learning_rate_micro_batches"}
 _LARGEST = 1e13  # bound of displayed numbers: `timedelta` cannot hold more seconds, and no model has more parameters
 
 
@@ -132,7 +134,7 @@ class RunRecord(TypedDict, total=False):
 
 
 def read_record(path: str | PathLike) -> RunRecord:
-    """Reads the record of a run.
+    """Reads the record of a run. Settings with a name of an earlier version get their current name.
 
     Args:
         path: The file, or the folder that contains it.
@@ -154,7 +156,16 @@ def read_record(path: str | PathLike) -> RunRecord:
         wrong = f"a newer version of deitlt-hf wrote it (schema {record['schema']}; this one knows {SCHEMA})"
     if wrong is not None:
         raise ValueError(f"{path} is not a valid record of a run: {wrong}; repair it or move it away.")
+    for run in (record, (record.get("teacher") or {}).get("training") or {}):
+        for holder, name in ((run, "settings"), (run.get("recipe") or {}, "overrides")):
+            if name in holder:
+                holder[name] = current_names(holder[name])
     return record
+
+
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of their fields, with current names instead of those of earlier versions."""
+    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def find_record(folder: str | PathLike) -> RunRecord | None:

@@ -287,10 +287,10 @@ def budget(
     per_epoch = sum(sizes) * gpus
     per_epoch_steps = math.ceil(batches / accumulation)
     steps = max_steps if max_steps > 0 else math.ceil(epochs * per_epoch_steps)
-    slice_seconds = model.training_flops * batch_size / (gpu.flops * utilisation)
-    compute = slice_seconds * min(accumulation, batches)
+    micro_batch_seconds = model.training_flops * batch_size / (gpu.flops * utilisation)
+    compute = micro_batch_seconds * min(accumulation, batches)
     reduction = reductions * reduce_seconds(4 * model.parameters, gpus, gpu)
-    exposed = max(0.0, reduction - slice_seconds * 2 / 3)
+    exposed = max(0.0, reduction - micro_batch_seconds * 2 / 3)
     memory = model.state_bytes + model.activation_bytes * batch_size + OVERHEAD_BYTES
     return Budget(
         gpus=gpus,
@@ -372,7 +372,17 @@ def print_budgets(
 def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, args) -> None:
     is_teacher = isinstance(args, FlatTeacherTrainingArguments)
     utilisation = plan.teacher_utilisation if is_teacher else plan.utilisation
-    columns = ("GPUs", "batch x slices", "updates", "memory", "images / s", "a step", "waiting", "hours", "GPU hours")
+    columns = (
+        "GPUs",
+        "batch x micro-batches",
+        "updates",
+        "memory",
+        "images / s",
+        "a step",
+        "waiting",
+        "hours",
+        "GPU hours",
+    )
     table = Table(*columns, title=title, title_justify="left", caption_justify="left")
     for column in table.columns:
         column.justify = "right"

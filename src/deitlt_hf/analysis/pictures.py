@@ -146,7 +146,7 @@ def _training_images(
     for phase, epoch in phases.items():
         trainer.state.epoch = epoch
         batch = next(iter(trainer.get_train_dataloader()))
-        trainer.seed_slice(0)
+        trainer.seed_micro_batch(0)
         prepared = trainer.training_batch(batch)
         targets = prepared["labels"]
         captions = [_caption(target, names) for target in targets[:COLUMNS]]

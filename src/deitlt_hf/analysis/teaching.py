@@ -87,7 +87,7 @@ def teacher_agreement(
                     pixel_values = batch["pixel_values"].to(args.device)
                     taught = trainer.teacher_logits(pixel_values)
                 else:
-                    trainer.seed_slice(index, purpose=1)
+                    trainer.seed_micro_batch(index, purpose=1)
                     prepared = trainer.training_batch(batch)
                     pixel_values, taught = prepared["pixel_values"], prepared["teacher_logits"]
                 outputs = model.eval()(pixel_values=pixel_values)

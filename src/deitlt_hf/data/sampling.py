@@ -74,23 +74,25 @@ def check_repeats(num_images: int) -> None:
         )
 
 
-def whole_steps(num_images: int, batch_size: int, num_processes: int = 1, slices: int = 1) -> int:
+def whole_steps(num_images: int, batch_size: int, num_processes: int = 1, micro_batches: int = 1) -> int:
     """Number of full batches of a process in an epoch, rounded down to whole optimiser steps if one step fits.
 
-    `slices` is the number of micro-batches per optimiser step. The size of a step with the remaining images would
-    depend on the number of processes and micro-batches.
+    `micro_batches` is the number of micro-batches per optimiser step. The size of a step with the remaining images
+    would depend on the number of processes and micro-batches.
     """
     batches = num_images // (batch_size * num_processes)
-    return batches - batches % slices if batches >= slices else batches
+    return batches - batches % micro_batches if batches >= micro_batches else batches
 
 
-def batches_of_epoch(num_images: int, batch_size: int, num_processes: int, slices: int, partial: bool) -> list[int]:
+def batches_of_epoch(
+    num_images: int, batch_size: int, num_processes: int, micro_batches: int, partial: bool
+) -> list[int]:
     """Number of images in each batch of a process: full batches of [`whole_steps`]; with `partial`, also the remainder.
 
     The incomplete batch has an even number of images, since mixing pairs images.
     """
     if not partial:
-        return [batch_size] * whole_steps(num_images, batch_size, num_processes, slices)
+        return [batch_size] * whole_steps(num_images, batch_size, num_processes, micro_batches)
     whole, rest = divmod(num_images // num_processes, batch_size)
     rest -= rest % 2
     return [batch_size] * whole + [rest] * (rest > 0)
@@ -106,7 +108,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         batch_size: Images of a process in one forward pass.
         rank: Index of this process.
         num_processes: Number of processes.
-        slices: Micro-batches per optimiser step.
+        micro_batches: Micro-batches per optimiser step.
         num_repeats: Copies of each image; see [`repeated_augmentation_order`].
         seed: Seed of order and augmentation, which differ by epoch.
         partial: Include the images after the last whole optimiser step; see [`batches_of_epoch`].
@@ -121,7 +123,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         batch_size: int,
         rank: int = 0,
         num_processes: int = 1,
-        slices: int = 1,
+        micro_batches: int = 1,
         num_repeats: int = 1,
         seed: int = 0,
         partial: bool = False,
@@ -131,7 +133,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         if num_repeats > 1:
             check_repeats(num_images)
             num_images = num_images // ROUND * ROUND
-        self.sizes = batches_of_epoch(num_images, batch_size, num_processes, slices, partial)
+        self.sizes = batches_of_epoch(num_images, batch_size, num_processes, micro_batches, partial)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration."""

@@ -117,7 +117,7 @@ class StreamedImages(IterableDataset):
             `num_repeats` images. All copies are in one process, whereas [`TrainBatches`] spreads them.
         seed: Seed of order and augmentation, which differ by epoch. Both depend on the number of workers, since workers
             share the shards.
-        slices: Micro-batches per optimiser step.
+        micro_batches: Micro-batches per optimiser step.
         background: See [`EncodedImage`].
 
     Raises:
@@ -133,7 +133,7 @@ class StreamedImages(IterableDataset):
         world_size: int = 1,
         num_repeats: int = 1,
         seed: int = 0,
-        slices: int = 1,
+        micro_batches: int = 1,
         background: str | None = None,
     ):
         self.split, self.views, self.batch_size, self.num_repeats = split, views, batch_size, num_repeats
@@ -142,7 +142,7 @@ class StreamedImages(IterableDataset):
         if num_repeats > 1:
             check_repeats(images)
             images = images // ROUND * ROUND
-        self.num_batches = whole_steps(images, batch_size, world_size, slices)
+        self.num_batches = whole_steps(images, batch_size, world_size, micro_batches)
         if self.num_batches == 0:
             raise ValueError(f"{images} images are fewer than one batch of {world_size} x {batch_size}.")
         self.rank, self.world_size, self.seed = rank, world_size, seed

@@ -24,6 +24,7 @@ from transformers.hf_argparser import DataClassType
 
 from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
+from ..records import FORMER_NAMES, current_names
 from .arguments import DataArguments, StudentArguments, TeacherArguments, without_folders
 from .usage import BriefParser
 
@@ -156,9 +157,12 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys. The base class silently keeps the last value."""
+    """YAML loader that refuses duplicate keys, of which the base class keeps the last, and reads former names."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.value = FORMER_NAMES.get(key.value, key.value)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
@@ -282,7 +286,7 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
         FileNotFoundError: If the recipe does not exist.
         ValueError: As [`parse_arguments`].
     """
-    parser = _parser(classes)
+    parser, overrides = _parser(classes), current_names(overrides)
     values = _set_defaults(parser, section, classes, recipe, overrides.get("teacher_loss"))
     listed_by = f"deitlt {_LISTED_BY[section]} --help"
     _refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
@@ -302,13 +306,18 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
 
 
 def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeParser:
-    """A parser for the fields of dataclasses."""
-    return _RecipeParser(
+    """A parser for the fields of dataclasses. It also accepts former names, which the help does not list."""
+    parser = _RecipeParser(
         map(DataClassType, classes),
         description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
+    options = parser._option_string_actions
+    for former, name in FORMER_NAMES.items():
+        if f"--{name}" in options:
+            options |= {f"--{spelling}": options[f"--{name}"] for spelling in (former, former.replace("_", "-"))}
+    return parser
 
 
 def _field_names(classes: Sequence[type]) -> set[str]:

@@ -96,7 +96,7 @@ class LongTailTrainingArguments(TrainingArguments):
     learning_rate_per_512: float = _option(
         5e-4, "Peak learning rate for a batch of 512 images; it scales linearly with the batch. The paper uses 5e-4."
     )
-    learning_rate_slices: int | None = _option(
+    learning_rate_micro_batches: int | None = _option(
         None,
         "Gradient-accumulation steps that the scaling of learning_rate_per_512 assumes. The authors scale by one "
         "micro-batch (processes x per-device batch), not by the whole batch. The paper uses 4. None: the accumulation "
@@ -149,7 +149,7 @@ class LongTailTrainingArguments(TrainingArguments):
     as_published: bool = _option(
         False,
         "Reproduce the authors' training loop where this package differs from it: loss_normalization per_process, "
-        "partial_steps true, ema_every_slice true; for students also teacher_antialias false, fp16 on a GPU, and "
+        "partial_steps true, ema_every_micro_batch true; for students also teacher_antialias false, fp16 on a GPU, and "
         "learning-rate updates at the same times as theirs.",
     )
     loss_normalization: str | None = _option(
@@ -164,7 +164,7 @@ class LongTailTrainingArguments(TrainingArguments):
         "of which the last may have fewer images. By default they are left out, because they would depend on the "
         "number of processes.",
     )
-    ema_every_slice: bool | None = _option(
+    ema_every_micro_batch: bool | None = _option(
         None,
         "Update the moving average after every micro-batch, as in the authors' code. By default it is updated after "
         "every optimiser step.",
@@ -257,7 +257,7 @@ class LongTailTrainingArguments(TrainingArguments):
         _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check(self, name, getattr(self, name) >= 1, "1 or more")
-        for name in ("global_batch_size", "learning_rate_slices"):
+        for name in ("global_batch_size", "learning_rate_micro_batches"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
         _check(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
@@ -284,9 +284,9 @@ class LongTailTrainingArguments(TrainingArguments):
             self._batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         # A learning rate that was not set by the user follows the batch size.
         if self.learning_rate in (None, self._made_learning_rate):
-            slices = self.learning_rate_slices or self.gradient_accumulation_steps
+            micro_batches = self.learning_rate_micro_batches or self.gradient_accumulation_steps
             assert self.global_batch_size is not None  # set above
-            self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / slices / 512
+            self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / micro_batches / 512
             self._made_learning_rate = self.learning_rate
         if self.data_seed in (None, self._made_data_seed):
             self.data_seed = self._made_data_seed = self.seed
@@ -324,7 +324,7 @@ class LongTailTrainingArguments(TrainingArguments):
         return {
             "loss_normalization": ("global", "per_process"),
             "partial_steps": (False, True),
-            "ema_every_slice": (False, True),
+            "ema_every_micro_batch": (False, True),
         }
 
     def _decide_arrangement(self) -> None:

@@ -50,7 +50,7 @@ def begin_checkpoint(output_dir: str | Path) -> Path:
     return staging
 
 
-def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
+def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
     """Syncs a checkpoint to disk with a manifest of file sizes and hashes, and then moves it into place.
 
     A checkpoint of the same name is replaced.
@@ -58,9 +58,6 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
     Args:
         staged: Folder of the written checkpoint, inside the folder from [`begin_checkpoint`].
         output_dir: Folder of the checkpoints.
-
-    Returns:
-        Final path of the checkpoint.
     """
     manifest = {}
     # All files reach the disk before the rename: after a power loss, a checkpoint in place is complete.
@@ -80,7 +77,6 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> Path:
     sync_to_disk(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     shutil.rmtree(staged.parent)
-    return place
 
 
 def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
@@ -315,6 +311,12 @@ class WholeCheckpointTrainer(Trainer):
     processing_class: BaseImageProcessor
 
     _staging: Path | None = None  # folder of the checkpoint that is being written
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the weights that the model has after training."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return self.state.global_step if best is None else step_in_name(best)
 
     def _save_checkpoint(self, model, trial):
         """Writes a checkpoint to the staging folder, and moves it into place when it is complete on disk."""

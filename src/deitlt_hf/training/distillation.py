@@ -23,6 +23,7 @@ from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClass
 from .arguments import DeiTLTTrainingArguments
 from .inputs import label_names
 from .optimizers import MUON, muon
+from .plan import drw_start
 from .provenance import teacher_record
 from .trainer import LongTailTrainer
 
@@ -68,8 +69,30 @@ class DeiTLTTrainer(LongTailTrainer):
         teacher_processor=None,
         **kwargs,
     ):
-        self.teacher: PreTrainedModel | None = None
+        self.teacher, self._teacher_processor = teacher, teacher_processor
         super().__init__(model=model, args=args, **kwargs)
+        if teacher is not None:
+            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device, torch.float32)
+            plain = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
+            if self.args.fold_teacher and plain and isinstance(teacher, FlatTeacherForImageClassification):
+                self.teacher = teacher.folded()
+
+    def convert_model(self, model):
+        return as_student(model)
+
+    def check_model(self, model):
+        """Checks the model as the parent class does, and that the teacher has its classes."""
+        super().check_model(model)
+        if self.teacher is not None:
+            config, processor = self.teacher.config, self._teacher_processor
+            if processor is None and isinstance(config, FlatTeacherConfig):
+                processor = model_processor(config)
+            self.student_format = ImageFormat.of(self.processing_class)
+            self.teacher_format = ImageFormat.of(processor or self.processing_class)
+            self._label_order = label_order(self.class_names, config).to(self.args.device)
+
+    def check_accelerator(self):
+        super().check_accelerator()
         if self.args.optim == MUON and (
             self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
         ):
@@ -77,19 +100,6 @@ class DeiTLTTrainer(LongTailTrainer):
                 "optim 'muon' needs whole matrices, which DeepSpeed and the first version of FSDP flatten; use FSDP 2 "
                 "(scripts/accelerate/fsdp2.yaml) or another optim."
             )
-        if teacher is not None:
-            if teacher_processor is None and isinstance(teacher.config, FlatTeacherConfig):
-                teacher_processor = model_processor(teacher.config)
-            self.student_format = ImageFormat.of(self.processing_class)
-            self.teacher_format = ImageFormat.of(teacher_processor) if teacher_processor else self.student_format
-            self._label_order = label_order(label_names(self.model.config), teacher.config).to(self.args.device)
-            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device, torch.float32)
-            plain = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
-            if self.args.fold_teacher and plain and isinstance(teacher, FlatTeacherForImageClassification):
-                self.teacher = teacher.folded()
-
-    def prepare_model(self, model):
-        return super().prepare_model(as_student(model))
 
     def make_losses(self):
         super().make_losses()
@@ -115,19 +125,6 @@ class DeiTLTTrainer(LongTailTrainer):
             self.class_counts,
         )
         return criterion.to(args.device)
-
-    def train(self, *args, **kwargs):
-        """Trains; see [`LongTailTrainer`].
-
-        Raises:
-            ValueError: If `distillation` needs a teacher and none was given, or the teacher is no better than chance.
-        """
-        if self.teacher is None and self.args.distillation != "none":
-            raise ValueError(
-                f"distillation={self.args.distillation!r} needs a teacher; pass one, or set distillation='none' to "
-                "train both tokens on the labels."
-            )
-        return super().train(*args, **kwargs)
 
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
@@ -184,44 +181,49 @@ class DeiTLTTrainer(LongTailTrainer):
         parts = self.active_criterion(
             outputs.cls_logits, outputs.distillation_logits, batch["labels"], teacher_logits, batch["denominators"]
         )
-        processes, slices = self.accelerator.num_processes, len(self._window)
-        self.log_part("cls_loss", parts.cls_loss * processes)
-        self.log_part("distillation_loss", parts.distillation_loss * processes)
+        self.log_sum("cls_loss", parts.cls_loss)
+        self.log_sum("distillation_loss", parts.distillation_loss)
         if teacher_logits is not None:
             agreement = outputs.distillation_logits.argmax(dim=1) == teacher_logits.argmax(dim=1)
-            self.log_part("teacher_agreement", agreement.float().mean() / slices)
+            self.log_mean("teacher_agreement", agreement.float().mean())
         tokens = outputs.token_features.detach().float()
-        similarity = F.cosine_similarity(tokens[:, 0], tokens[:, 1]).mean()
-        self.log_part("token_similarity", similarity / slices)
+        self.log_mean("token_similarity", F.cosine_similarity(tokens[:, 0], tokens[:, 1]).mean())
         return parts.loss
 
     # ---- Before the first step ----
 
-    def plan(self) -> dict[str, str]:
-        """Lines of the printed plan: the phases of training, and the teacher with its accuracies.
+    def check_before_training(self) -> None:
+        """Checks the teacher on the test images, and records its accuracies.
 
         Raises:
-            ValueError: If the teacher is no better than chance.
+            ValueError: If `distillation` needs a teacher and none was given, or the teacher is no better than chance.
         """
+        if self.args.distillation == "none":
+            return
+        if self.teacher is None:
+            raise ValueError(
+                f"distillation={self.args.distillation!r} needs a teacher; pass one, or set distillation='none' to "
+                "train both tokens on the labels."
+            )
+        accuracies = None if self.eval_dataset is None else self.check_teacher()
+        self.results.teacher = teacher_record(self.teacher, accuracies)
+
+    def plan(self) -> dict[str, str]:
+        """Lines of the printed plan: the phases of training, and the teacher with its accuracies."""
         args = self.args
         mixing = "Mixup / CutMix" if args.mixes else "no mixing"
         if args.drw_start_epoch is None:
             phases = f"one, {mixing}, no re-weighting"
         else:
             after = mixing if args.mixing_in_drw else "no mixing"
-            phases = f"to epoch {self.drw_start()}: {mixing}; from there: re-weighted, {after}"
+            phases = f"to epoch {drw_start(self)}: {mixing}; from there: re-weighted, {after}"
         lines = {"phases": phases}
         if args.distillation == "none":
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
-        accuracies = None if self.eval_dataset is None else self.check_teacher()
-        assert self.teacher is not None  # `train` requires one
-        self.results.teacher = teacher_record(self.teacher, accuracies)
-        if accuracies is not None:
-            text += "; test accuracy in %: " + ", ".join(
-                f"{name} {100 * value:.1f}" for name, value in accuracies.items() if not math.isnan(value)
-            )
-        return lines | {"teacher": text}
+        accuracies = (self.results.teacher or {}).get("accuracies") or {}
+        known = [f"{name} {100 * value:.1f}" for name, value in accuracies.items() if not math.isnan(value)]
+        return lines | {"teacher": f"{text}; test accuracy in %: {', '.join(known)}" if known else text}
 
     @torch.no_grad()
     def check_teacher(self) -> dict[str, float]:

@@ -18,8 +18,8 @@ class MovingAverage(TrainerCallback):
 
     Args:
         decay: Share of the old average in an update.
-        every_slice: Update the average after every micro-batch, as the authors do; by default after every optimiser
-            step.
+        every_micro_batch: Update the average after every micro-batch, as the authors do; by default after every
+            optimiser step.
 
     Attributes:
         model: The averaged model; None before training.
@@ -27,8 +27,8 @@ class MovingAverage(TrainerCallback):
             weights.
     """
 
-    def __init__(self, decay: float, every_slice: bool = False):
-        self.decay, self.every_slice = decay, every_slice
+    def __init__(self, decay: float, every_micro_batch: bool = False):
+        self.decay, self.every_micro_batch = decay, every_micro_batch
         self.model: PreTrainedModel | None = None
         self.checkpoint: str | None = None
 
@@ -48,7 +48,7 @@ class MovingAverage(TrainerCallback):
         self._average.update(model)
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
-        if self.every_slice:
+        if self.every_micro_batch:
             self._average.update(model)
 
     def save_checkpoint(self, folder: str | Path) -> None:
@@ -56,14 +56,12 @@ class MovingAverage(TrainerCallback):
         assert self.model is not None  # in training
         save_model(self.model, str(Path(folder) / EMA_FILE))
 
-    def save_pretrained(self, output_dir: str | Path, processor) -> None:
-        """Saves the averaged model and its image processor in the subfolder `ema` of a model folder."""
 
-        model = self.model
-        assert model is not None  # in training
+def save_average(model: PreTrainedModel, output_dir: str | Path, processor) -> None:
+    """Saves an averaged model and its image processor in the subfolder `ema` of a model folder."""
 
-        def save(folder: str) -> None:
-            merged(model).save_pretrained(folder)
-            processor.save_pretrained(folder)
+    def save(folder: str) -> None:
+        merged(model).save_pretrained(folder)
+        processor.save_pretrained(folder)
 
-        replace_model(Path(output_dir) / EMA_FOLDER, save)
+    replace_model(Path(output_dir) / EMA_FOLDER, save)

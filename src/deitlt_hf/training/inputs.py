@@ -1,6 +1,7 @@
 """Converts `datasets` data sets to the inputs of the trainers, and checks their labels against the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
@@ -9,6 +10,7 @@ from transformers import PreTrainedConfig
 from ..data.copies import ReducedCopies
 from ..data.images import ImageDataset
 from ..data.loading import find_columns
+from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
@@ -25,6 +27,38 @@ def outliving(loader: DataLoader) -> DataLoader:
     """Makes the workers of a data loader ignore signals meant for the main process, and returns the loader."""
     getattr(loader, "base_dataloader", loader).worker_init_fn = outlive_signals
     return loader
+
+
+def train_loader(images, args, collate_fn: Callable) -> DataLoader:
+    """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
+    batches: dict[str, Any] = {"batch_size": args.train_batch_size}
+    if not isinstance(images, StreamedImages):
+        sampler = TrainBatches(
+            len(images),
+            args.train_batch_size,
+            args.process_index,
+            args.world_size,
+            args.gradient_accumulation_steps,
+            args.repeats,
+            args.seed if args.data_seed is None else args.data_seed,
+            bool(args.partial_steps),
+        )
+        images, batches = SeededImages(images), {"batch_sampler": sampler}
+    context = getattr(args, "dataloader_multiprocessing_context", None)
+    # Not prepared by Accelerate, which would split the batches over the processes a second time.
+    return DataLoader(
+        images,
+        **batches,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        # transformers has these two arguments since 5.15.
+        multiprocessing_context=context if args.dataloader_num_workers else None,
+        in_order=getattr(args, "dataloader_in_order", True),
+        pin_memory=args.dataloader_pin_memory,
+        worker_init_fn=outlive_signals,
+    )
 
 
 def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):
@@ -74,9 +108,33 @@ def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
     """Sets the label names of the model from the data, or checks that they agree with the data.
 
     Raises:
+        ValueError: See [`common_classes`].
+    """
+    name_classes(config, common_classes(config, [dataset]))
+
+
+def name_classes(config: PreTrainedConfig, names: list[str]) -> None:
+    """Sets the label names of a model, if it has other ones."""
+    if label_names(config) != names:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: label for label, name in enumerate(names)}
+
+
+def common_classes(config: PreTrainedConfig, datasets: Iterable[Dataset]) -> list[str]:
+    """Class names that a model and data sets have in common, in label order. Names from the data replace missing ones.
+
+    Raises:
         ValueError: If the labels do not agree, the data are not a `datasets.Dataset`, or the model is not a
             single-label classifier.
     """
+    names = label_names(config)
+    for dataset in datasets:
+        names = _matched(names, config, dataset)
+    return names
+
+
+def _matched(known: list[str], config: PreTrainedConfig, dataset: Dataset) -> list[str]:
+    """Class names of a data set, after the check that they are those of the model (`known`), if it has names."""
     problem = getattr(config, "problem_type", None)
     if problem not in (None, "single_label_classification"):
         raise ValueError(
@@ -100,16 +158,13 @@ def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
     names = feature.names
     if len(names) != config.num_labels:
         raise ValueError(f"the model has {config.num_labels} classes but the data have {len(names)}.")
-    model_names = label_names(config)
-    if model_names == [f"LABEL_{label}" for label in range(len(names))]:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: label for label, name in enumerate(names)}
-    elif model_names != names:
-        label = next(label for label, pair in enumerate(zip(model_names, names, strict=True)) if len(set(pair)) > 1)
+    if known not in (names, [f"LABEL_{label}" for label in range(len(names))]):
+        label = next(label for label, pair in enumerate(zip(known, names, strict=True)) if len(set(pair)) > 1)
         raise ValueError(
-            f"the model's label {label} is {model_names[label]!r} but the data's is {names[label]!r}; model and data "
+            f"the model's label {label} is {known[label]!r} but the data's is {names[label]!r}; model and data "
             "need the same classes in the same order."
         )
+    return names
 
 
 def _check_kind(dataset) -> None:

@@ -1,4 +1,4 @@
-"""Muon optimiser for students: Muon for the weight matrices of the transformer blocks, AdamW for other parameters."""
+"""Optimisers: the check of a given optimiser, and Muon for the weight matrices of a student's blocks."""
 
 import contextlib
 import functools
@@ -9,7 +9,9 @@ import timm.optim
 import torch
 from timm.optim import muon as timm_muon
 from torch import nn
-from transformers import TrainingArguments
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import GreedyLR, PreTrainedModel, TrainingArguments
 
 MUON = "muon"  # value of the argument `optim`
 _HEADS = ("cls_classifier", "distillation_classifier")
@@ -90,3 +92,40 @@ def muon_settings(args: TrainingArguments) -> dict[str, Any]:
 
 def _is_head(name: str) -> bool:
     return any(part in _HEADS for part in name.split("."))
+
+
+def check_given(
+    model: PreTrainedModel,
+    optimizer: Optimizer | None,
+    scheduler: Any,
+    class_and_settings: Any,
+    args,
+    makes_models: bool,
+) -> None:
+    """Checks that an optimiser and a scheduler that were given match the model and each other.
+
+    Args:
+        model: The model to train.
+        optimizer: The given optimiser, or None.
+        scheduler: The given scheduler, or None.
+        class_and_settings: The parameter `optimizer_cls_and_kwargs` of [`~transformers.Trainer`].
+        args: Training arguments.
+        makes_models: Whether each call of `train` starts with a new model.
+
+    Raises:
+        ValueError: If they do not belong to the model, or not to each other.
+    """
+    if class_and_settings is not None and optimizer is not None:
+        raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")
+    if makes_models and (optimizer is not None or scheduler is not None):
+        raise ValueError("optimizers belong to one model; with model_init, pass optimizer_cls_and_kwargs.")
+    if scheduler is not None and (optimizer is None or scheduler.optimizer.param_groups is not optimizer.param_groups):
+        raise ValueError("the scheduler in optimizers must belong to the optimizer that is passed with it.")
+    if isinstance(scheduler, ReduceLROnPlateau | GreedyLR) and args.metric_for_best_model is None:
+        raise ValueError(f"a {type(scheduler).__name__} needs a metric to follow; set metric_for_best_model.")
+    if optimizer is not None:
+        own = {id(parameter) for parameter in model.parameters()}
+        if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(
+                "the optimizer has parameters that are not the model's; create it from model.parameters()."
+            )

@@ -65,9 +65,9 @@ class WhatRan(TrainerCallback):
             "optimizer": optimizer_record(trainer.optimizer),
             "scheduler": {
                 "class": class_name(without_wrapper(trainer.lr_scheduler)),
-                "of_the_method": "scheduler" not in trainer._given,
+                "of_the_method": "scheduler" not in trainer.given,
             },
-            "given": list(trainer._given),
+            "given": list(trainer.given),
             "image_decoders": decoder_versions(),
         }
         if state.is_world_process_zero:

@@ -1,19 +1,12 @@
-"""Writes the record of a run, `results.json`, and prints the plan before the first step."""
+"""Writes the record of a run, `results.json`."""
 
 import csv
-import math
 import platform
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from rich.markup import escape
-from rich.panel import Panel
-from rich.table import Table
-
-from ..console import show
-from ..data.transforms import ImageFormat
 from ..io import one_line, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
 from .inputs import label_names
@@ -164,35 +157,6 @@ def read_emissions(folder: str | Path) -> Emissions | None:
         # A corrupt file of emissions must not fail a finished run.
         warnings.warn(f"{path} cannot be read ({one_line(error)}); the record has no emissions.", stacklevel=2)
         return None
-
-
-def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
-    """Prints the plan of a run: model, data, batch sizes, schedule and output folder."""
-    args, model = trainer.args, trainer.model
-    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_per_epoch
-    groups = (
-        f"{name} {len(group)} ({sum(trainer.class_counts[label] for label in group):,})"
-        for name, group in trainer.groups.items()
-    )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    image_format = ImageFormat.of(trainer.processing_class)
-    lines = {
-        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, {image_format}",
-        "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
-        "groups": trainer.group_rule,
-        "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",
-        "test images": f"{trainer.test_images:,}" if trainer.test_images else "none",
-        "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "
-        f"{args.gradient_accumulation_steps} accumulation step(s)",
-        "learning rate": f"{args.learning_rate:.3g} at its peak, {args.warmup_epochs:g} epochs of warm-up",
-        "steps": f"{math.ceil(epochs * steps_per_epoch):,} in {epochs:g} epochs of {steps_per_epoch}",
-        **extra,
-        "output": str(args.output_dir),
-    }
-    table = Table.grid(padding=(0, 2))
-    for label, text in lines.items():
-        table.add_row(f"[bold]{label}[/bold]", escape(text))
-    show(Panel(table, title="This will run", title_align="left", expand=False))
 
 
 def _overall(entry: Mapping) -> float:

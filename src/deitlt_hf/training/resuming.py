@@ -14,6 +14,7 @@ from ..data.images import decoder_versions
 from ..data.streaming import StreamedImages
 from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
+from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
 
 # Settings that cannot change during a run: the trained weights or the optimiser's state would not match them.
 _FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue")
@@ -45,6 +46,48 @@ class Beginning(NamedTuple):
 def architecture(config: PreTrainedConfig) -> dict:
     """Fields of a configuration that describe the architecture, without labels and what training adds."""
     return {name: value for name, value in config.to_diff_dict().items() if name not in _ADDED}
+
+
+def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginning:
+    """Finds the checkpoint to resume from, and checks that it belongs to the same run.
+
+    Args:
+        trainer: Trainer of the resumed run, with its folder in `run_dir`.
+        wanted: Checkpoint, True or `auto`, as in [`LongTailTrainer.train`].
+        resuming: Whether the run to resume is the run in the trainer's folder.
+
+    Raises:
+        ValueError: If no whole checkpoint exists, or it belongs to another run.
+    """
+    if not wanted:
+        return Beginning()
+    output_dir, total = trainer.run_dir, trainer.total_steps()
+    given = None if wanted is True or wanted == "auto" else wanted
+    data = trainer.results.data_of(trainer)
+    finished = trainer.results.finished_steps() if resuming else None
+    checkpoint = None
+    if finished is None or given is not None:
+        checkpoint = newest_checkpoint(output_dir) if given is None else whole_checkpoint(given)
+        if checkpoint is None and wanted is True:
+            raise ValueError(f"there is no checkpoint in {output_dir} to resume from; 'auto' begins without one.")
+        if checkpoint is None:
+            return Beginning()
+    steps = finished if checkpoint is None else read_state(checkpoint).global_step
+    assert steps is not None  # without a checkpoint, the run is finished
+    at_step, record = former_records(checkpoint or output_dir, output_dir if resuming else None)
+    check_same_run(checkpoint or output_dir, at_step, trainer, data)
+    if steps > total:
+        raise ValueError(
+            f"{checkpoint or output_dir} has taken {steps} steps, more than the {total} of this run; resume from "
+            "an earlier checkpoint, or make the run longer."
+        )
+    if finished == steps == total:
+        return Beginning(checkpoint, steps, True, record)
+    if checkpoint is None:  # a finished run that is made longer
+        checkpoint = newest_checkpoint(output_dir)
+        assert checkpoint is not None  # `newest_checkpoint` finds one or raises, as a model exists
+        steps = read_state(checkpoint).global_step
+    return Beginning(checkpoint, steps, False, record)
 
 
 def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def warmup_cosine(
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
 
 
-def published_epoch(step: int, batches: int, slices: int) -> float:
+def published_epoch(step: int, batches: int, micro_batches: int) -> float:
     """Epoch that the authors' scheduler uses at an optimiser step (DeiT-LT, `engine.py` and `main.py`).
 
     Their code updates the scheduler at the first micro-batch of a step, and again at the last micro-batch of an epoch.
@@ -31,13 +31,13 @@ def published_epoch(step: int, batches: int, slices: int) -> float:
     Args:
         step: Optimiser step, counted from 0 over all epochs.
         batches: Micro-batches per epoch of one process.
-        slices: Micro-batches per gradient-accumulation window.
+        micro_batches: Micro-batches per gradient-accumulation window.
     """
-    epoch, step = divmod(step, math.ceil(batches / slices))
-    if slices == 1:
+    epoch, step = divmod(step, math.ceil(batches / micro_batches))
+    if micro_batches == 1:
         return max(epoch - 1, 0)
-    first = step * slices
-    return epoch + (first if first + slices < batches else batches - 1) / batches
+    first = step * micro_batches
+    return epoch + (first if first + micro_batches < batches else batches - 1) / batches
 
 
 def warmup_drops(

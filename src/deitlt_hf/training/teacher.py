@@ -17,6 +17,7 @@ from ..hub.card_facts import in_phases
 from ..losses import LDAMLoss, LogitAdjustedLoss, PaCoLoss
 from .arguments import FlatTeacherTrainingArguments
 from .momentum_encoder import MomentumContrast
+from .plan import drw_start
 from .provenance import without_wrapper
 from .sam import SAM
 from .schedule import warmup_drops
@@ -53,21 +54,27 @@ class FlatTeacherTrainer(LongTailTrainer):
     def __init__(self, model=None, args: FlatTeacherTrainingArguments | None = None, **kwargs):
         self.contrast: MomentumContrast | None = None
         super().__init__(model=model, args=args, **kwargs)
-        if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("SAM needs unsharded gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
         if self.optimizer is not None:
             self.optimizer = self._under_sam(self.optimizer)
 
-    def prepare_model(self, model):
-        """Prepares the model as the parent class does, checks its heads, and creates the momentum encoder of PaCo."""
-        model, args = super().prepare_model(model), self.args
+    def check_model(self, model):
+        """Checks the model as the parent class does, and that its heads fit the loss."""
+        super().check_model(model)
         if self._datasets[0] is not None:
-            _check_heads(args.teacher_loss, model.config)
-            if args.teacher_loss == "ldam":
-                model.config.logit_scale = args.ldam_scale
-            if args.teacher_loss == "paco":
-                self.contrast = MomentumContrast(model.to(args.device), args.paco_queue, args.paco_momentum)
-        return model
+            _check_heads(self.args.teacher_loss, model.config)
+
+    def check_accelerator(self):
+        super().check_accelerator()
+        if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("SAM needs unsharded gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
+
+    def set_up_model(self, model):
+        """Changes the model as the parent class does, and creates the momentum encoder of PaCo."""
+        super().set_up_model(model)
+        if self._datasets[0] is not None and self.args.teacher_loss == "ldam":
+            model.config.logit_scale = self.args.ldam_scale
+        if self._datasets[0] is not None and self.args.teacher_loss == "paco":
+            self.contrast = MomentumContrast(model.to(self.args.device), self.args.paco_queue, self.args.paco_momentum)
 
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
@@ -137,7 +144,7 @@ class FlatTeacherTrainer(LongTailTrainer):
             try:
                 with _frozen_batch_norm_statistics(model):
                     for index, batch in enumerate(self._window):
-                        self.seed_slice(index)  # both passes drop the same paths
+                        self.seed_micro_batch(index)  # both passes drop the same paths
                         # One reduction over processes, with the last micro-batch.
                         with self._gradients_stay(model, index < len(self._window) - 1):
                             with self.compute_loss_context_manager():
@@ -226,7 +233,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         args = self.args
         lines = {"loss": args.teacher_loss}
         if args.drw_start_epoch is not None:
-            lines["phases"] = f"re-weighted from epoch {self.drw_start()}"
+            lines["phases"] = f"re-weighted from epoch {drw_start(self)}"
         return lines
 
 

@@ -1,66 +1,61 @@
 """Base class of the trainers of students and teachers."""
 
 import contextlib
-import math
 import shutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast, send_to_device
+from accelerate.utils import broadcast
 from datasets import Dataset, IterableDataset
-from torch import nn
+from huggingface_hub import CommitInfo
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader
-from transformers import BaseImageProcessor, GreedyLR, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import TrainOutput
 
 from ..console import show
 from ..data.images import ImageCollator
 from ..data.loading import images_hash, subset_hash, training_counts
 from ..data.long_tail import Integers, shot_groups
-from ..data.sampling import Rows, SeededImages, TrainBatches, seed_streams
+from ..data.sampling import Rows
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform, model_processor, train_transform
+from ..evaluation import ExpertTable
 from ..hub.card_facts import optimizer_name
 from ..hub.cards import write_card
-from ..losses import effective_number_weights
+from ..hub.push import prepare_repository
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
-from .checkpoints import WholeCheckpointTrainer, newest_checkpoint, of_first_process, read_state, whole_checkpoint
-from .ema import EMA_FOLDER, MovingAverage
-from .experts import ExpertEvaluation
-from .guards import NonFiniteGuard, StopOnSignal, outlive_signals
+from .checkpoints import of_first_process
+from .ema import EMA_FOLDER, MovingAverage, save_average
+from .experts import check_best_metric, converted, expert_columns, expert_metrics_added, expert_table
 from .inherited import check_parameters
-from .inputs import as_images, match_labels, outliving
+from .inputs import as_images, common_classes, match_labels, name_classes, outliving
 from .memory import keep_freed_memory
+from .optimizers import check_given
 from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
+from .plan import plan_lines, print_plan
 from .provenance import WhatRan, optimizer_record
-from .publishing import PublishingTrainer
-from .results import Results, print_plan
-from .resuming import (
-    Beginning,
-    BeginRun,
-    EpochOrder,
-    MissedEvaluation,
-    check_same_run,
-    former_records,
-    steps_per_epoch,
-)
+from .publishing import hub_options, push_trained
+from .results import Results
+from .resuming import Beginning, BeginRun, EpochOrder, MissedEvaluation, find_beginning
 from .run_log import RunFile, RunLog
-from .schedule import published_epoch, warmup_cosine
-
-# Settings of parameter groups that the arguments set, in addition to the learning rate.
-_SET_BY_ARGUMENTS = {"weight_decay", "betas", "eps", "momentum", "rho"}
+from .steps import WholeBatchTrainer
 
 
-class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTrainer, ABC):
+class LongTailTrainer(WholeBatchTrainer):
     """A [`~transformers.Trainer`] for classifiers of long-tailed images.
 
     Differences from its parent:
@@ -93,16 +88,24 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         **kwargs: Parameters of [`~transformers.Trainer`]. Metrics of `compute_metrics` are added to the trainer's
             metrics.
 
+    Attributes:
+        experts: Output field with the logits of each expert, by the expert's name. The first is the model's prediction.
+        groups: Class indices of the head, medium and tail classes.
+        last_table: Accuracies of the last evaluation.
+
     Raises:
-        ValueError: If data, model and optimiser do not match, or a parameter has no effect (`inherited.py`).
+        ValueError: If data, model and optimiser do not match, or a parameter has no effect (`inherited.py`). The model
+            is then unchanged.
     """
 
     arguments_class: type[LongTailTrainingArguments] = LongTailTrainingArguments
+    experts: Mapping[str, str] = {}
     groups: Mapping[str, list[int]]
-    group_rule: str
-    train_dataset: Rows | StreamedImages | None
+    last_table: ExpertTable
+    hub_model_id: str | None  # type: ignore[assignment]
     eval_dataset: Rows | dict[str, Rows] | None
-    _given: tuple[str, ...] = ()  # which of "optimizer" and "scheduler" were passed in
+    preprocess_logits_for_metrics: Callable | None
+    _keeps_logits = False  # whether the current evaluation needs logits
 
     def __init__(
         self,
@@ -116,153 +119,156 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         **kwargs,
     ):
-        check_parameters(kwargs)
-        for name in ("data_collator", "compute_loss_func"):
-            kwargs.pop(name, None)
-        if (model is None) == (model_init is None):
-            raise ValueError("give either a model or model_init.")
-        if not isinstance(args, self.arguments_class):
-            raise ValueError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}.")
-        if args.include_for_metrics and kwargs.get("compute_metrics") is None:
-            raise ValueError(f"include_for_metrics {args.include_for_metrics} has no effect without compute_metrics.")
+        self._check_parameters(model, args, model_init, kwargs)
+        assert args is not None  # checked above
         self.args = args.settle()
+
+        # Data and model are checked completely before the model is changed.
+        self._datasets = (train_dataset, eval_dataset)
         if model_init is not None:
             self.model_init = model_init
-        self._datasets = (train_dataset, eval_dataset)
-        self.class_counts: list[int] | None = None
-        self.subset_sha256: str | None = None
-        self.images_sha256: str | None = None  # computed when training starts
-        self._wanted_groups = groups
-        if model is None:
             set_seed(args.seed)
-            model = self.call_model_init()
-        else:
-            model = self.prepare_model(model)
+            model = super().call_model_init()  # type: ignore[assignment]
+        assert model is not None  # checked above
+        model = self.convert_model(model)
         if processing_class is None:
             processing_class = model_processor(model.config, args.image_resize)
-        self._take_optimizers(model, model_init is not None, *optimizers, kwargs.get("optimizer_cls_and_kwargs"))
-
-        self.views = {} if train_dataset is None else self.train_views(args, processing_class)
+        self.processing_class = processing_class
+        self.check_model(model)
+        self._count_images(model.config, groups)
+        optimizer_class = kwargs.get("optimizer_cls_and_kwargs")
+        check_given(model, *optimizers, optimizer_class, args, model_init is not None)
+        views = {} if train_dataset is None else self.train_views(args, processing_class)
         collator = ImageCollator(processing_class)
+        train_images = as_images(train_dataset, processing_class, args, views)
+        test_images = as_images(eval_dataset, processing_class, args)
+        if args.metric_for_best_model is not None and test_images is not None and not kwargs.get("compute_metrics"):
+            names = self.expert_names(args.ema_decay is not None)
+            check_best_metric(args.metric_for_best_model, names, self.groups, test_images)
+
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=as_images(train_dataset, processing_class, args, self.views),
-            eval_dataset=as_images(eval_dataset, processing_class, args),
+            train_dataset=train_images,
+            eval_dataset=test_images,
             processing_class=processing_class,
             optimizers=optimizers,
-            compute_loss_func=self.compute_training_loss,  # without it, the parent divides by accumulation
+            views=views,
             **kwargs,
         )
         if model_init is not None:  # not passed to the parent, which would create another model
             self.model_init = model_init
-        if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("a moving average needs unsharded weights; leave out DeepSpeed and FSDP, or ema_decay.")
-        if (self.args.bf16_full_eval or self.args.fp16_full_eval) and (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled
-        ):
-            raise ValueError("bf16_full_eval and fp16_full_eval need unsharded weights; leave out DeepSpeed and FSDP.")
-        if self.args.keep_freed_memory and self.args.device.type == "cpu":
+        self.make_losses()
+        self.set_up_model(model)
+
+        # The state of a run.
+        if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
-        self.results = Results(self.args.output_dir)
+        self.results = Results(args.output_dir)
+        self.run_file = RunFile(args.output_dir, args.drw_start_epoch)
+        decay = args.ema_decay
+        self.ema = None if decay is None else MovingAverage(decay, bool(args.ema_every_micro_batch))
+        self.run_dir = args.output_dir
+        self.images_sha256: str | None = None  # computed when training starts
+        self.beginning = Beginning()
+        self.resumed_from: str | None = None
+        self._resuming = self._recording = False
+        self._plan: dict[str, str] = {}
+
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
-        self.add_callback(BeginRun(self))
-        self.add_callback(RunLog())
-        self.add_callback(EpochOrder())
-        self.add_callback(WhatRan(self))
-        self.run_file = RunFile(self.args.output_dir, self.args.drw_start_epoch)
-        self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
-        decay = self.args.ema_decay
-        self.ema = None if decay is None else MovingAverage(decay, bool(self.args.ema_every_slice))
-        self._check_best_metric()
-        for callback in (self.run_file, self.nonfinite_guard, self.stop_signal, self.ema, MissedEvaluation(self)):
-            if callback is not None:
-                self.add_callback(callback)
-        self.resumed_from: str | None = None
-        self.beginning = Beginning()
-        self._plan: dict[str, str] = {}
-        self._resuming = False
-        self.run_dir = self.args.output_dir
-        self.make_losses()
-        self._window: list[dict[str, Any]] = []
-        self._slice = 0
-        self._logged: dict[str, torch.Tensor] = {}
-        self._steps_logged = 0
-        self._recording = False
+        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WhatRan(self)]
+        callbacks += [self.run_file, self.nonfinite_guard, self.stop_signal]
+        callbacks += [] if self.ema is None else [self.ema]
+        for callback in (*callbacks, MissedEvaluation(self)):
+            self.add_callback(callback)
 
-    def prepare_model(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Prepares a model for training: float32 weights, class names and class counts from the data.
-
-        Returns:
-            The same model, or another model that shares its parameters.
+    def _check_parameters(self, model, args, model_init, others: dict[str, Any]) -> None:
+        """Checks the parameters of the constructor that need no data, and removes refused ones from `others`.
 
         Raises:
-            ValueError: If the classes differ from those of the data, or the model solves another problem.
+            ValueError: If one has no effect, is missing, or has a wrong type.
         """
-        train_dataset, eval_dataset = self._datasets
-        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            if dataset is not None:
-                match_labels(model.config, dataset)
-        if train_dataset is None:
-            self.class_counts = getattr(model.config, "class_counts", None)
-        elif self.class_counts is None:
+        check_parameters(others)
+        for name in ("data_collator", "compute_loss_func"):
+            others.pop(name, None)
+        if (model is None) == (model_init is None):
+            raise ValueError("give either a model or model_init.")
+        if not isinstance(args, self.arguments_class):
+            raise ValueError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}.")
+        if args.include_for_metrics and others.get("compute_metrics") is None:
+            raise ValueError(f"include_for_metrics {args.include_for_metrics} has no effect without compute_metrics.")
+
+    def convert_model(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Hook that converts a given model to one that can be trained. It must not change the given model."""
+        return model
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Checks that a model fits the data and arguments, without changing it.
+
+        Raises:
+            ValueError: If the classes differ from those of the data, the model solves another problem, or it cannot
+                checkpoint activations as the arguments require.
+        """
+        train, test = self._datasets
+        datasets = [train, *(test.values() if isinstance(test, dict) else [test])]
+        self.class_names = common_classes(model.config, [dataset for dataset in datasets if dataset is not None])
+        # Versions before transformers 5.23 know this name only; newer versions still accept it.
+        asks = train is not None and self.args.gradient_checkpointing
+        if asks and not getattr(model, "supports_gradient_checkpointing", True):
+            raise ValueError(
+                f"a {type(model).__name__} cannot checkpoint activations; leave out gradient_checkpointing."
+            )
+
+    def _count_images(self, config: PreTrainedConfig, groups: Mapping[str, Integers] | None) -> None:
+        """Counts the training images of each class, and divides the classes into groups.
+
+        Raises:
+            ValueError: If there are neither groups nor counts.
+        """
+        train_dataset = self._datasets[0]
+        self.class_counts = getattr(config, "class_counts", None)
+        self.subset_sha256: str | None = None
+        if train_dataset is not None:
             self.class_counts, self.subset_sha256 = training_counts(train_dataset).tolist(), subset_hash(train_dataset)
-        groups = self._wanted_groups
         if groups is None:
             if self.class_counts is None:
                 raise ValueError("without a train_dataset or class_counts in the model's config, pass groups.")
             groups = shot_groups(self.class_counts)
-        self.group_rule = getattr(groups, "rule", "as given")
+        self.group_rule: str = getattr(groups, "rule", "as given")
         self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
-        if train_dataset is not None:
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.check_accelerator()  # here, before the parent's constructor changes the model
+
+    def check_accelerator(self) -> None:
+        """Checks that the arguments are supported with the accelerator that was configured.
+
+        Raises:
+            ValueError: If one is not supported.
+        """
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return
+        if self.args.ema_decay is not None:
+            raise ValueError("a moving average needs unsharded weights; leave out DeepSpeed and FSDP, or ema_decay.")
+        if self.args.bf16_full_eval or self.args.fp16_full_eval:
+            raise ValueError("bf16_full_eval and fp16_full_eval need unsharded weights; leave out DeepSpeed and FSDP.")
+
+    def set_up_model(self, model: PreTrainedModel) -> None:
+        """Changes a checked model for training: float32 weights, class names and class counts from the data."""
+        name_classes(model.config, self.class_names)
+        if self._datasets[0] is not None:
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
             model.config.return_dict = True
             model.float()  # transformers 5 loads the dtype of the file; half precision loses small updates
-            # Versions before transformers 5.23 know this name only; newer versions still accept it.
-            if self.args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
-                raise ValueError(
-                    f"a {type(model).__name__} cannot checkpoint activations; leave out gradient_checkpointing."
-                )
-        return model
 
     def call_model_init(self, trial=None):
-        return self.prepare_model(super().call_model_init(trial))  # type: ignore[arg-type]
-
-    def _take_optimizers(
-        self, model: PreTrainedModel, makes_models: bool, optimizer, scheduler, optimizer_cls_and_kwargs
-    ) -> None:
-        """Checks that a given optimiser and scheduler match the model and each other, and records which are given.
-
-        Raises:
-            ValueError: If they do not belong to the model, or not to each other.
-        """
-        if optimizer_cls_and_kwargs is not None and optimizer is not None:
-            raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")
-        if makes_models and (optimizer is not None or scheduler is not None):
-            raise ValueError("optimizers belong to one model; with model_init, pass optimizer_cls_and_kwargs.")
-        if scheduler is not None and (
-            optimizer is None or scheduler.optimizer.param_groups is not optimizer.param_groups
-        ):
-            raise ValueError("the scheduler in optimizers must belong to the optimizer that is passed with it.")
-        if isinstance(scheduler, ReduceLROnPlateau | GreedyLR) and self.args.metric_for_best_model is None:
-            raise ValueError(f"a {type(scheduler).__name__} needs a metric to follow; set metric_for_best_model.")
-        if optimizer is not None:
-            own = {id(parameter) for parameter in model.parameters()}
-            if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-                raise ValueError(
-                    "the optimizer has parameters that are not the model's; create it from model.parameters()."
-                )
-        given = {"optimizer": optimizer or optimizer_cls_and_kwargs, "scheduler": scheduler}
-        self._given = tuple(name for name, value in given.items() if value is not None)
-
-    def make_losses(self) -> None:
-        """Creates the class weights and the losses of both phases from the arguments."""
-        if self._datasets[0] is not None:
-            assert self.class_counts is not None  # counted in `prepare_model`
-            self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
-            self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
+        model = self.convert_model(super().call_model_init(trial))  # type: ignore[arg-type]
+        self.check_model(model)
+        self.set_up_model(model)
+        return model
 
     def _hp_search_setup(self, trial):
         """Applies the values of a trial, and recreates everything that depends on the arguments."""
@@ -274,43 +280,7 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         self.train_dataset = as_images(self._datasets[0], self.processing_class, self.args, self.views)
         self.make_losses()
 
-    def _check_best_metric(self) -> None:
-        """Checks that evaluations measure `metric_for_best_model`.
-
-        Raises:
-            ValueError: If they do not.
-        """
-        wanted = self.args.metric_for_best_model
-        if wanted is None or self.eval_dataset is None or self.compute_metrics is not None:
-            return
-        experts = [*self.experts, *(f"ema_{expert}" for expert in self.experts if self.ema is not None)]
-        known = [
-            "loss",
-            "accuracy",
-            *(f"{expert}_{group}" for expert in experts for group in ("overall", *self.groups)),
-        ]
-        if isinstance(self.eval_dataset, dict):
-            known = [f"{name}_{metric}" for name in self.eval_dataset for metric in known]
-        if wanted.removeprefix("eval_") not in known:
-            raise ValueError(f"metric_for_best_model {wanted!r} is not measured; choose one of {', '.join(known)}.")
-
     # ---- For subclasses ----
-
-    @abstractmethod
-    def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
-        """Creates the loss, with the class weights of the DRW phase or without weights."""
-
-    @abstractmethod
-    def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Computes the loss of one micro-batch: sums over its images, divided by `batch["denominators"]`."""
-
-    @abstractmethod
-    def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Computes the contribution of a micro-batch to the denominators of the loss."""
-
-    def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Hook that changes a batch on its device before the loss is computed, for example by mixing."""
-        return batch
 
     def train_views(self, args: LongTailTrainingArguments, processor) -> dict[str, TrainTransform]:
         """Training transforms, by the name of the model input that each creates."""
@@ -319,29 +289,12 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         )
         return {"pixel_values": transform}
 
-    def learning_rate_at(self, epoch: float, epochs: float) -> float:
-        """Learning rate at a (fractional) epoch of a run of `epochs`."""
-        return warmup_cosine(
-            epoch,
-            epochs=epochs,
-            peak=self.args.peak_learning_rate,
-            minimum=self.args.min_learning_rate,
-            warmup_epochs=self.args.warmup_epochs,
-            warmup_start=self.args.warmup_learning_rate,
-        )
-
     def plan(self) -> dict[str, str]:
         """Lines of the printed plan, by label, in addition to those of both trainers."""
         return {}
 
-    def _published_plan(self) -> dict[str, str]:
-        """Line of the plan with the fields that `as_published` sets on this device."""
-        if not self.args.as_published:
-            return {}
-        words = [f"{name} {getattr(self.args, name)}" for name in self.args.arrangements()]
-        if self.args.device.type != "cuda":
-            words.append("full precision, as this device has no half precision")
-        return {"as published": ", ".join(words)}
+    def check_before_training(self) -> None:
+        """Hook for checks that take long. They are made before the first step, and before the plan is printed."""
 
     def optimizer_plan(self) -> str:
         """Name of the optimiser for the plan: the given one, or the one of the arguments."""
@@ -351,47 +304,17 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             return getattr(self.optimizer_cls_and_kwargs[0], "__name__", "given")
         return str(getattr(self.args.optim, "value", self.args.optim))
 
-    def _common_plan(self) -> dict[str, str]:
-        lines = {"optimiser": self.optimizer_plan()}
-        if "scheduler" in self._given:
-            lines["learning rate"] = f"by the {type(self.lr_scheduler).__name__} that was given"
-        elif "optimizer" in self._given and self.optimizer is not None:
-            rates = sorted({group["lr"] for group in self.optimizer.param_groups})
-            lines["learning rate"] = f"{', '.join(f'{rate:.3g}' for rate in rates)} of the optimiser at its peak"
-        if self.args.save_only_model and self.args.save_strategy != "no":
-            lines["checkpoints"] = "the model only (save_only_model): the run cannot be resumed"
-        return lines
-
     def settings(self) -> dict[str, Any]:
         """Arguments that affect the result of this run, without those that a given optimiser or scheduler replaces."""
         replaced = set()
-        if "optimizer" in self._given:
+        if "optimizer" in self.given:
             replaced = {"optim", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "sam_rho", "sam_adaptive"}
             replaced |= {"learning_rate", "weight_decay"} if self.optimizer_cls_and_kwargs is None else set()
-        if "scheduler" in self._given:
+        if "scheduler" in self.given:
             replaced |= {"min_learning_rate", "warmup_epochs", "warmup_learning_rate", "lr_drop_epochs", "lr_drops"}
         return {name: value for name, value in self.args.method_settings().items() if name not in replaced}
 
-    def drw_start(self) -> str:
-        """Start epoch of deferred re-weighting for the plan, with a note if `max_steps` ends the run earlier."""
-        start, steps = self.args.drw_start_epoch, self.args.max_steps
-        if start is None:
-            return "inf"
-        is_cut_off = 0 < steps <= start * self.steps_per_epoch()
-        return f"{start:g}" + (" (max_steps ends the run before it)" if is_cut_off else "")
-
     # ---- Training ----
-
-    @property
-    def in_drw(self) -> bool:
-        """Whether training is in the phase of deferred re-weighting."""
-        start = self.args.drw_start_epoch
-        return start is not None and (self.state.epoch or 0.0) >= start
-
-    @property
-    def active_criterion(self) -> nn.Module:
-        """The loss of the current phase."""
-        return self.drw_criterion if self.in_drw else self.criterion
 
     def train(
         self,
@@ -434,50 +357,16 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         # `len` of streamed images counts the share of this process only.
         self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
         with run_lock(self.run_dir) if self.args.should_save else contextlib.nullcontext():
-            self._plan = self._common_plan() | self._published_plan() | self.plan()
+            self.check_before_training()
+            self._plan = plan_lines(self)
             first = self.is_world_process_zero()
             self.images_sha256 = of_first_process(first, lambda: images_hash(self._datasets[0]))
-            self.beginning = of_first_process(first, lambda: self._find_beginning(resume_from_checkpoint))
+            self.beginning = of_first_process(
+                first, lambda: find_beginning(self, resume_from_checkpoint, self._resuming)
+            )
             if self.beginning.is_finished:
                 return self._load_finished()
             return self._train_and_evaluate(self.beginning.checkpoint, trial, ignore_keys_for_eval)
-
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        args = self.args
-        return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch())
-
-    def _find_beginning(self, wanted: str | bool | None) -> Beginning:
-        """Finds the checkpoint to resume from, and checks that it belongs to the same run."""
-        if not wanted:
-            return Beginning()
-        output_dir, total = self.run_dir, self.total_steps()
-        given = None if wanted is True or wanted == "auto" else wanted
-        data = self.results.data_of(self)
-        finished = self.results.finished_steps() if self._resuming else None
-        checkpoint = None
-        if finished is None or given is not None:
-            checkpoint = newest_checkpoint(output_dir) if given is None else whole_checkpoint(given)
-            if checkpoint is None and wanted is True:
-                raise ValueError(f"there is no checkpoint in {output_dir} to resume from; 'auto' begins without one.")
-            if checkpoint is None:
-                return Beginning()
-        steps = finished if checkpoint is None else read_state(checkpoint).global_step
-        assert steps is not None  # without a checkpoint, the run is finished
-        at_step, record = former_records(checkpoint or output_dir, output_dir if self._resuming else None)
-        check_same_run(checkpoint or output_dir, at_step, self, data)
-        if steps > total:
-            raise ValueError(
-                f"{checkpoint or output_dir} has taken {steps} steps, more than the {total} of this run; resume from "
-                "an earlier checkpoint, or make the run longer."
-            )
-        if finished == steps == total:
-            return Beginning(checkpoint, steps, True, record)
-        if checkpoint is None:  # a finished run that is made longer
-            checkpoint = newest_checkpoint(output_dir)
-            assert checkpoint is not None  # `newest_checkpoint` finds one or raises, as a model exists
-            steps = read_state(checkpoint).global_step
-        return Beginning(checkpoint, steps, False, record)
 
     def begin_record(self) -> None:
         """Claims the output folder, starts `results.json` and prints the plan, before the first step."""
@@ -527,210 +416,16 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
             self.stop_signal.restore()
             self.end_workers()
         if self.stop_signal.stopped:
-            self._stopped_by_signal()
+            if self.is_world_process_zero():
+                print(
+                    f"Stopped by {self.stop_signal.name} after step {self.state.global_step}, with a checkpoint in "
+                    f"{self.args.output_dir}; resume with --resume_from_checkpoint auto.",
+                    flush=True,
+                )
+            self.stop_signal.end()
         if self.is_world_process_zero():
             self.results.finish(time.perf_counter() - started, self.state.global_step, self.saved_step)
         return output
-
-    @property
-    def saved_step(self) -> int:
-        """Step of the weights that the model has after training."""
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        return self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
-
-    def was_asked_to_stop(self) -> bool:
-        """Whether any process received SIGTERM or SIGINT in training, including after its last step."""
-        return bool(self.accelerator.reduce(self.stop_signal.vote(self.args.device), "sum").item() > 0)
-
-    def _stopped_by_signal(self) -> NoReturn:
-        """Prints how to resume, and ends the process in the way that the signal normally does."""
-        sentence = (
-            f"Stopped by {self.stop_signal.name} after step {self.state.global_step}, with a checkpoint in "
-            f"{self.args.output_dir}; resume with --resume_from_checkpoint auto."
-        )
-        if self.is_world_process_zero():
-            print(sentence, flush=True)
-        self.stop_signal.end()
-
-    def end_workers(self) -> None:
-        """Ends the worker processes of the data loaders.
-
-        Left to garbage collection, which has no fixed order, each would take 5 seconds.
-        """
-        self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
-        self.__dict__.get("_eval_dataloaders", {}).clear()
-        self.accelerator._dataloaders.clear()
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
-        args, images = self.args, self.train_dataset
-        if images is None:
-            raise ValueError("training needs a train_dataset.")
-        dataset: StreamedImages | SeededImages
-        batches: dict[str, Any]
-        if isinstance(images, StreamedImages):
-            dataset, batches = images, {"batch_size": args.train_batch_size}
-        else:
-            sampler = TrainBatches(
-                len(images),
-                args.train_batch_size,
-                args.process_index,
-                args.world_size,
-                args.gradient_accumulation_steps,
-                args.repeats,
-                args.seed if args.data_seed is None else args.data_seed,
-                bool(args.partial_steps),
-            )
-            dataset, batches = SeededImages(images), {"batch_sampler": sampler}
-        context = getattr(args, "dataloader_multiprocessing_context", None)
-        # Not prepared by Accelerate, which would split the batches over the processes a second time.
-        return DataLoader(
-            dataset,
-            **batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            # transformers has these two arguments since 5.15.
-            multiprocessing_context=context if args.dataloader_num_workers else None,
-            in_order=getattr(args, "dataloader_in_order", True),
-            pin_memory=args.dataloader_pin_memory,
-            worker_init_fn=outlive_signals,
-        )
-
-    def seed_slice(self, index: int, purpose: int = 0) -> None:
-        """Seeds the random streams of a micro-batch of the next optimiser step, for dropped paths (0) or mixing (1).
-
-        The seeds depend only on seed, step, micro-batch and process: a resumed run draws the same numbers.
-        """
-        key = (self.args.seed, self.state.global_step, index, self.args.process_index, purpose)
-        seed_streams(*key, device=self.args.device)
-
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch."""
-        return steps_per_epoch(self.get_train_dataloader(), self.args)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches = list(islice(epoch_iterator, num_batches))  # the parent's method also synchronises the device
-        self._window, self._slice = batches, 0
-        if batches:
-            self._prepare_window()
-        return batches, None
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.seed_slice(self._slice)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.nonfinite_guard.note(loss, self.state.global_step + 1)
-        self._slice += 1
-        # The logged loss is without this factor of `compute_loss`, which only the gradient needs.
-        return self._finite(loss) / self._window_weight
-
-    def _finite(self, value: torch.Tensor) -> torch.Tensor:
-        """Replaces values that are not finite by 0 if updates may be skipped, for the means in the logs."""
-        return torch.where(value.isfinite(), value, 0.0) if self.args.on_nonfinite == "skip" else value
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # DistributedDataParallel averages gradients over processes, but the loss is normalised for a sum.
-        return self.compute_training_loss(model, inputs) * self.accelerator.num_processes * self._window_weight
-
-    @property
-    def _window_weight(self) -> float:
-        """Factor of the gradient in a step with fewer micro-batches. The authors divide by those of a full step."""
-        if self.args.loss_normalization == "global":
-            return 1.0
-        return len(self._window) / self.args.gradient_accumulation_steps
-
-    def training_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Moves a batch of the data loader to the device, normalises its images and prepares it for the loss."""
-        # Asynchronous; the copy in transformers waits for the device.
-        inputs = send_to_device(dict(batch), self.args.device, non_blocking=True)
-        for name, view in self.views.items():
-            if inputs[name].dtype == torch.uint8:  # other data loaders may return normalised images
-                inputs[name] = view.finish(inputs[name])
-        return self.prepare_batch(inputs)
-
-    def _prepare_window(self) -> None:
-        """Prepares all micro-batches of an optimiser step, and sets the denominators of the whole batch in each."""
-        for index, batch in enumerate(self._window):
-            self.seed_slice(index, purpose=1)
-            batch.update(self.training_batch(batch))
-        own = torch.stack([self.loss_denominators(batch) for batch in self._window])
-        # One reduction for denominators and stop votes: each reduction costs a round trip.
-        total = torch.cat([own.sum(dim=0), self.stop_signal.vote(own.device)])
-        total = self.accelerator.reduce(total, "sum")
-        if self.accelerator.num_processes > 1:
-            self.stop_signal.count(total[-1])
-        slices = len(self._window) * self.accelerator.num_processes
-        for batch, denominators in zip(self._window, own, strict=True):
-            # per_process: the mean of each micro-batch, averaged over all micro-batches and processes.
-            is_global = self.args.loss_normalization == "global"
-            batch["denominators"] = total[:-1] if is_global else denominators * slices
-        self._steps_logged += 1
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Creates the learning-rate schedule of the method, a function of the epoch that is updated at every step."""
-        if self.lr_scheduler is None:
-            slices, batches = self.args.gradient_accumulation_steps, len(self.get_train_dataloader())
-            steps_per_epoch = self.steps_per_epoch()
-            epochs = num_training_steps / steps_per_epoch
-
-            def epoch_of(step: int) -> float:
-                return published_epoch(step, batches, slices) if self.args.as_published else step / steps_per_epoch
-
-            optimizer = optimizer or self.optimizer
-            assert optimizer is not None  # created before
-            self.lr_scheduler = LambdaLR(
-                optimizer,
-                lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.peak_learning_rate,
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None:
-            return
-        optimizer, scheduler = self.optimizer, self.lr_scheduler
-        assert optimizer is not None  # both are created before
-        assert scheduler is not None
-        wanted = [{name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in optimizer.param_groups]
-        rates = list(getattr(scheduler, "base_lrs", ()))
-        super()._load_optimizer_and_scheduler(checkpoint)
-        # The checkpoint restores old settings, but the current arguments override them.
-        for group, values in zip(optimizer.param_groups, wanted, strict=True):
-            group.update(values)
-        if "scheduler" in self._given or scheduler.base_lrs == rates:
-            return
-        # Another learning rate was requested: rescale the schedule at the step of the checkpoint.
-        scheduler.base_lrs = rates
-        for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"] = rate
-            group["lr"] = rate * factor(scheduler.last_epoch)
-
-    # ---- Logging ----
-
-    def log_part(self, name: str, value: torch.Tensor) -> None:
-        """Adds a value to a logged quantity: summed over micro-batches, averaged over processes and steps."""
-        self._logged[name] = self._logged.get(name, 0.0) + self._finite(value.detach())
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            self.nonfinite_guard.check()
-        if "loss" in logs and self._logged:
-            logs = {**logs, **self.logged_means(over_processes=True)}
-            self._logged.clear()
-            self._steps_logged = 0
-        if "loss" in logs and self.nonfinite_guard.skipped:
-            logs["skipped_steps"] = self.nonfinite_guard.skipped
-        super().log(logs, start_time)
-
-    def logged_means(self, over_processes: bool = False) -> dict[str, float]:
-        """Means per step of the values passed to `log_part` since the last log."""
-        if not self._logged:
-            return {}
-        means = torch.stack(list(self._logged.values())) / self._steps_logged
-        if over_processes:
-            means = self.accelerator.reduce(means, "mean")
-        return dict(zip(self._logged, means.tolist(), strict=True))
 
     # ---- Moving average ----
 
@@ -746,8 +441,12 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         """
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save and self._staging is None:
-            self._save_average(output_dir or self.args.output_dir)
-            self.results.saved(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            if self.averaged_model is not None:
+                save_average(self.averaged_model, folder, self.processing_class)
+            else:  # an average of an earlier run does not belong to this model
+                shutil.rmtree(Path(folder) / EMA_FOLDER, ignore_errors=True)
+            self.results.saved(folder)
         elif self.args.should_save:
             self.results.write(output_dir)
             if self.ema is not None:
@@ -755,20 +454,12 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
             self.push_to_hub()
 
-    def _save_checkpoint(self, model, trial):
-        self.nonfinite_guard.check()
-        super()._save_checkpoint(model, trial)
-
-    def _save_average(self, output_dir: str) -> None:
-        if self.ema is not None and self.ema.model is not None:
-            self.ema.save_pretrained(output_dir, self.processing_class)
-        else:  # an average of an earlier run does not belong to this model
-            shutil.rmtree(Path(output_dir) / EMA_FOLDER, ignore_errors=True)
-
     def _load_best_model(self):
         super()._load_best_model()
         if self.ema is not None and self.state.best_model_checkpoint is not None:
             self.ema.load(self.state.best_model_checkpoint)
+
+    # ---- Publishing ----
 
     def create_model_card(self, model_name: str | None = None, **metadata):  # type: ignore[override]
         """Writes the model card, `README.md`, from the record of this run; see [`write_card`].
@@ -780,16 +471,109 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self.hub_model_id, model_name, **metadata)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Creates the repository `args.hub_model_id` if it does not exist, and checks that it can be pushed to.
+
+        With `push_to_hub` in the arguments, the constructor calls it.
+
+        Raises:
+            ValueError: If `hub_model_id` is not a valid repository name, or the repository holds a model of another
+                type.
+            OSError: If the repository cannot be pushed to.
+        """
+        if self.is_world_process_zero():
+            options = hub_options(self.args, token, private)
+            model_type = self.model.config.model_type
+            self.hub_model_id = prepare_repository(self.args.hub_model_id, model_type=model_type, **options)
+
+    def push_to_hub(  # type: ignore[override]  # only the main process has a commit
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card,
+    ) -> CommitInfo | None:
+        """Saves the model in `args.output_dir`, and pushes it with its card, results and curves.
+
+        All processes must call it; only the main process pushes. Parameters that are None use the training arguments.
+
+        Args:
+            commit_message: First line of the commit message.
+            blocking: Must be True: the folder must not change while it is pushed.
+            token: Access token with write permission.
+            revision: Branch to push to.
+            private: Whether a new repository is private.
+            **card: Parameters of `create_model_card`.
+
+        Returns:
+            The commit in the main process; None in other processes.
+
+        Raises:
+            FileExistsError: If this trainer did not train, and the folder already holds a run or a model.
+            ValueError: If `hub_model_id` is not a valid repository name.
+            OSError: If the push fails. The model is saved, and the message gives the command to push it later.
+        """
+        if not blocking:
+            raise ValueError("push_to_hub does not support blocking=False; leave it at True.")
+        options = hub_options(self.args, token, private, revision)
+        return push_trained(self, commit_message or "End of training", options, card)
+
     # ---- Evaluation ----
 
-    def evaluation_loop(self, *args, **kwargs):
-        """Runs the parent's loop with the buffers of the main process: each process has other batch-norm statistics."""
-        if self.accelerator.num_processes > 1:
-            models = [
-                model for model in (self.accelerator.unwrap_model(self.model), self.averaged_model) if model is not None
-            ]
+    def expert_names(self, has_average: bool) -> list[str]:
+        """Names of the evaluated experts. Those of the moving average come last, with the prefix `ema_`."""
+        return [*self.experts, *(f"ema_{expert}" for expert in self.experts if has_average)]
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Returns the columns of [`expert_columns`]; if logits are needed, a pair of the columns and the logits."""
+        inputs = self._prepare_inputs(inputs)
+        models = [model] if self.averaged_model is None else [model, self.averaged_model]
+        with self.compute_loss_context_manager():
+            outputs = [each(pixel_values=inputs["pixel_values"]) for each in models]
+        counted = expert_columns(outputs, self.experts.values(), inputs["labels"])
+        if not self._keeps_logits:
+            return None, counted, inputs["labels"]
+        if ignore_keys is None:
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
+        kept = tuple(value for name, value in outputs[0].items() if name not in (*ignore_keys, "loss"))
+        return None, (counted, kept[0] if len(kept) == 1 else kept), inputs["labels"]
+
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+        """Runs the parent's loop, and adds the metrics of the experts to those of `compute_metrics`.
+
+        The predictions are the same as in transformers: the logits and the other output fields that are not in
+        `ignore_keys`. They are kept for `predict` and `compute_metrics` only.
+        """
+        models = [self.accelerator.unwrap_model(self.model)]
+        models += [] if self.averaged_model is None else [self.averaged_model]
+        if self.accelerator.num_processes > 1:  # each process has other batch-norm statistics
             broadcast([buffer for model in models for buffer in model.buffers()])
-        return super().evaluation_loop(*args, **kwargs)
+        dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
+        self._keeps_logits = description == "Prediction" or self.compute_metrics is not None
+        try:
+            with (
+                expert_metrics_added(self, self._keeps_logits),
+                converted(models, None if self.is_in_train else dtype, self.args.device),
+            ):
+                output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            kept = output.predictions if self._keeps_logits else None
+        finally:
+            self._keeps_logits = False
+        return output._replace(predictions=None if kept is None else tuple(kept)[1])  # type: ignore[arg-type]
+
+    def expert_metrics(self, counted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Computes the loss and the accuracies of each expert, overall and by group, and sets `last_table`.
+
+        Args:
+            counted: Columns of [`expert_columns`]; (images, experts + 1).
+            labels: True classes; (images,).
+        """
+        names = self.expert_names(self.averaged_model is not None)
+        self.last_table, metrics = expert_table(counted, labels, names, self.groups, len(self.class_names))
+        return metrics
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Data loader for evaluation. Accepts a `datasets.Dataset`, which is wrapped.
@@ -819,21 +603,22 @@ class LongTailTrainer(ExpertEvaluation, PublishingTrainer, WholeCheckpointTraine
         if self.is_in_train:
             self.nonfinite_guard.check()
         wanted = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics, tables = {}, {}
         if not isinstance(wanted, dict):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            tables = {"": self.last_table}
+            tables[""] = self.last_table
         else:
-            metrics, tables = {}, {}
             for name, images in wanted.items():
                 chosen: Any = name if eval_dataset is None else images  # a name keeps its data loader
                 metrics |= super().evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}")
                 tables[name] = self.last_table
-        if self._recording and eval_dataset is None:
+        records = self._recording and eval_dataset is None
+        if records:
             self.results.record(self.state.epoch, self.state.global_step, next(iter(tables.values())).accuracies)
             if isinstance(wanted, dict):
                 self.results.content["last"]["sets"] = {name: table.accuracies for name, table in tables.items()}
         if self.is_world_process_zero():
-            if self._recording and eval_dataset is None:
+            if records:
                 self.results.write()
             for name, table in tables.items():
                 title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"

@@ -1,0 +1,66 @@
+"""The plan of a run, which is printed before the first step."""
+
+import math
+from collections.abc import Mapping
+
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from ..console import show
+from ..data.transforms import ImageFormat
+
+
+def plan_lines(trainer) -> dict[str, str]:
+    """Lines of the plan by label, from the optimiser on, without those of [`print_plan`]."""
+    args = trainer.args
+    lines = {"optimiser": trainer.optimizer_plan()}
+    if "scheduler" in trainer.given:
+        lines["learning rate"] = f"by the {type(trainer.lr_scheduler).__name__} that was given"
+    elif "optimizer" in trainer.given and trainer.optimizer is not None:
+        rates = sorted({group["lr"] for group in trainer.optimizer.param_groups})
+        lines["learning rate"] = f"{', '.join(f'{rate:.3g}' for rate in rates)} of the optimiser at its peak"
+    if args.save_only_model and args.save_strategy != "no":
+        lines["checkpoints"] = "the model only (save_only_model): the run cannot be resumed"
+    if args.as_published:
+        words = [f"{name} {getattr(args, name)}" for name in args.arrangements()]
+        if args.device.type != "cuda":
+            words.append("full precision, as this device has no half precision")
+        lines["as published"] = ", ".join(words)
+    return lines | trainer.plan()
+
+
+def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
+    """Prints the plan of a run: model, data, batch sizes, schedule and output folder."""
+    args, model = trainer.args, trainer.model
+    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_per_epoch
+    groups = (
+        f"{name} {len(group)} ({sum(trainer.class_counts[label] for label in group):,})"
+        for name, group in trainer.groups.items()
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    image_format = ImageFormat.of(trainer.processing_class)
+    lines = {
+        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, {image_format}",
+        "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
+        "groups": trainer.group_rule,
+        "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",
+        "test images": f"{trainer.test_images:,}" if trainer.test_images else "none",
+        "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "
+        f"{args.gradient_accumulation_steps} accumulation step(s)",
+        "learning rate": f"{args.learning_rate:.3g} at its peak, {args.warmup_epochs:g} epochs of warm-up",
+        "steps": f"{math.ceil(epochs * steps_per_epoch):,} in {epochs:g} epochs of {steps_per_epoch}",
+        **extra,
+        "output": str(args.output_dir),
+    }
+    table = Table.grid(padding=(0, 2))
+    for label, text in lines.items():
+        table.add_row(f"[bold]{label}[/bold]", escape(text))
+    show(Panel(table, title="This will run", title_align="left", expand=False))
+
+
+def drw_start(trainer) -> str:
+    """Start epoch of deferred re-weighting, with a note if `max_steps` ends the run earlier."""
+    start, steps = trainer.args.drw_start_epoch, trainer.args.max_steps
+    is_cut_off = 0 < steps <= start * trainer.steps_per_epoch()
+    return f"{start:g}" + (" (max_steps ends the run before it)" if is_cut_off else "")

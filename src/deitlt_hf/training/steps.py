@@ -1,0 +1,294 @@
+"""Base class of the trainers that defines an optimiser step: its batch, random numbers, learning rate and logs."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from ..data.sampling import Rows, seed_streams
+from ..data.streaming import StreamedImages
+from ..data.transforms import TrainTransform
+from ..losses import effective_number_weights
+from .checkpoints import WholeCheckpointTrainer
+from .guards import NonFiniteGuard, StopOnSignal
+from .inputs import train_loader
+from .resuming import steps_per_epoch
+from .schedule import published_epoch, warmup_cosine
+
+# Settings of parameter groups that the arguments set, in addition to the learning rate.
+_SET_BY_ARGUMENTS = {"weight_decay", "betas", "eps", "momentum", "rho"}
+
+
+class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
+    """A [`~transformers.Trainer`] whose loss is normalised over the whole batch of an optimiser step.
+
+    The batch consists of micro-batches, over all processes. Random numbers depend only on seed, step, micro-batch and
+    process. The learning rate follows the schedule of the method, unless a scheduler is given.
+
+    Args:
+        views: Training transforms, by the name of the model input that each creates.
+        optimizers: As in [`~transformers.Trainer`].
+        optimizer_cls_and_kwargs: As in [`~transformers.Trainer`].
+        **kwargs: Other parameters of [`~transformers.Trainer`].
+
+    Attributes:
+        given: Which of "optimizer" and "scheduler" were passed in.
+        nonfinite_guard, stop_signal: Callbacks, which the subclass adds.
+        class_counts: Training images of each class, which the subclass counts; None without training images.
+    """
+
+    train_dataset: Rows | StreamedImages | None
+    class_counts: list[int] | None
+
+    def __init__(
+        self,
+        *,
+        views: Mapping[str, TrainTransform],
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        **kwargs,
+    ):
+        super().__init__(
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            compute_loss_func=self.compute_training_loss,  # without it, the parent divides by accumulation
+            **kwargs,
+        )
+        given = {"optimizer": optimizers[0] or optimizer_cls_and_kwargs, "scheduler": optimizers[1]}
+        self.given = tuple(name for name, value in given.items() if value is not None)
+        self.views = views
+        self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
+        self._window: list[dict[str, Any]] = []  # micro-batches of the current optimiser step
+        self._micro_batch = 0  # index of the current one
+        self._logged: dict[str, torch.Tensor] = {}
+        self._steps_logged = 0
+
+    # ---- For subclasses ----
+
+    @abstractmethod
+    def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
+        """Creates the loss, with the class weights of the DRW phase or without weights."""
+
+    @abstractmethod
+    def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Computes the loss of one micro-batch: sums over its images, divided by `batch["denominators"]`."""
+
+    @abstractmethod
+    def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Computes the contribution of a micro-batch to the denominators of the loss."""
+
+    def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Hook that changes a batch on its device before the loss is computed, for example by mixing."""
+        return batch
+
+    def learning_rate_at(self, epoch: float, epochs: float) -> float:
+        """Learning rate at a (fractional) epoch of a run of `epochs`."""
+        return warmup_cosine(
+            epoch,
+            epochs=epochs,
+            peak=self.args.peak_learning_rate,
+            minimum=self.args.min_learning_rate,
+            warmup_epochs=self.args.warmup_epochs,
+            warmup_start=self.args.warmup_learning_rate,
+        )
+
+    # ---- Losses of the phases ----
+
+    def make_losses(self) -> None:
+        """Creates the class weights and the losses of both phases from the arguments."""
+        if self.train_dataset is not None:
+            assert self.class_counts is not None  # known whenever training images are given
+            self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
+            self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
+
+    @property
+    def in_drw(self) -> bool:
+        """Whether training is in the phase of deferred re-weighting."""
+        start = self.args.drw_start_epoch
+        return start is not None and (self.state.epoch or 0.0) >= start
+
+    @property
+    def active_criterion(self) -> nn.Module:
+        """The loss of the current phase."""
+        return self.drw_criterion if self.in_drw else self.criterion
+
+    # ---- Steps ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Data loader of this process's training batches, see [`train_loader`]."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset.")
+        return train_loader(self.train_dataset, self.args, self.data_collator)
+
+    def seed_micro_batch(self, index: int, purpose: int = 0) -> None:
+        """Seeds the random streams of a micro-batch of the next optimiser step, for dropped paths (0) or mixing (1).
+
+        The seeds depend only on seed, step, micro-batch and process: a resumed run draws the same numbers.
+        """
+        key = (self.args.seed, self.state.global_step, index, self.args.process_index, purpose)
+        seed_streams(*key, device=self.args.device)
+
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps per epoch."""
+        return steps_per_epoch(self.get_train_dataloader(), self.args)
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        args = self.args
+        return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch())
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = list(islice(epoch_iterator, num_batches))  # the parent's method also synchronises the device
+        self._window, self._micro_batch = batches, 0
+        if batches:
+            self._prepare_window()
+        return batches, None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.seed_micro_batch(self._micro_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.nonfinite_guard.note(loss, self.state.global_step + 1)
+        self._micro_batch += 1
+        # The logged loss is without this factor of `compute_loss`, which only the gradient needs.
+        return self._finite(loss) / self._window_weight
+
+    def _finite(self, value: torch.Tensor) -> torch.Tensor:
+        """Replaces values that are not finite by 0 if updates may be skipped, for the means in the logs."""
+        return torch.where(value.isfinite(), value, 0.0) if self.args.on_nonfinite == "skip" else value
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # DistributedDataParallel averages gradients over processes, but the loss is normalised for a sum.
+        return self.compute_training_loss(model, inputs) * self.accelerator.num_processes * self._window_weight
+
+    @property
+    def _window_weight(self) -> float:
+        """Factor of the gradient in a step with fewer micro-batches. The authors divide by those of a full step."""
+        if self.args.loss_normalization == "global":
+            return 1.0
+        return len(self._window) / self.args.gradient_accumulation_steps
+
+    def training_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Moves a batch of the data loader to the device, normalises its images and prepares it for the loss."""
+        # Asynchronous; the copy in transformers waits for the device.
+        inputs = send_to_device(dict(batch), self.args.device, non_blocking=True)
+        for name, view in self.views.items():
+            if inputs[name].dtype == torch.uint8:  # other data loaders may return normalised images
+                inputs[name] = view.finish(inputs[name])
+        return self.prepare_batch(inputs)
+
+    def _prepare_window(self) -> None:
+        """Prepares all micro-batches of an optimiser step, and sets the denominators of the whole batch in each."""
+        for index, batch in enumerate(self._window):
+            self.seed_micro_batch(index, purpose=1)
+            batch.update(self.training_batch(batch))
+        own = torch.stack([self.loss_denominators(batch) for batch in self._window])
+        # One reduction for denominators and stop votes: each reduction costs a round trip.
+        total = torch.cat([own.sum(dim=0), self.stop_signal.vote(own.device)])
+        total = self.accelerator.reduce(total, "sum")
+        if self.accelerator.num_processes > 1:
+            self.stop_signal.count(total[-1])
+        micro_batches = len(self._window) * self.accelerator.num_processes
+        for batch, denominators in zip(self._window, own, strict=True):
+            # per_process: the mean of each micro-batch, averaged over all micro-batches and processes.
+            is_global = self.args.loss_normalization == "global"
+            batch["denominators"] = total[:-1] if is_global else denominators * micro_batches
+        self._steps_logged += 1
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Creates the learning-rate schedule of the method, a function of the epoch that is updated at every step."""
+        if self.lr_scheduler is None:
+            micro_batches, batches = self.args.gradient_accumulation_steps, len(self.get_train_dataloader())
+            steps_per_epoch = self.steps_per_epoch()
+            epochs = num_training_steps / steps_per_epoch
+
+            def epoch_of(step: int) -> float:
+                if self.args.as_published:
+                    return published_epoch(step, batches, micro_batches)
+                return step / steps_per_epoch
+
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # created before
+            self.lr_scheduler = LambdaLR(
+                optimizer,
+                lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.peak_learning_rate,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
+        assert optimizer is not None  # both are created before
+        assert scheduler is not None
+        wanted = [{name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in optimizer.param_groups]
+        rates = list(getattr(scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # The checkpoint restores old settings, but the current arguments override them.
+        for group, values in zip(optimizer.param_groups, wanted, strict=True):
+            group.update(values)
+        if "scheduler" in self.given or scheduler.base_lrs == rates:
+            return
+        # Another learning rate was requested: rescale the schedule at the step of the checkpoint.
+        scheduler.base_lrs = rates
+        for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = rate
+            group["lr"] = rate * factor(scheduler.last_epoch)
+
+    def _save_checkpoint(self, model, trial):
+        self.nonfinite_guard.check()
+        super()._save_checkpoint(model, trial)
+
+    def was_asked_to_stop(self) -> bool:
+        """Whether any process received SIGTERM or SIGINT in training, including after its last step."""
+        return bool(self.accelerator.reduce(self.stop_signal.vote(self.args.device), "sum").item() > 0)
+
+    def end_workers(self) -> None:
+        """Ends the worker processes of the data loaders.
+
+        Left to garbage collection, which has no fixed order, each would take 5 seconds.
+        """
+        self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
+        self.__dict__.get("_eval_dataloaders", {}).clear()
+        self.accelerator._dataloaders.clear()
+
+    # ---- Logging ----
+
+    def log_sum(self, name: str, value: torch.Tensor) -> None:
+        """Logs the sum over the batch of an optimiser step, of which `value` is the part of one micro-batch."""
+        self._log_part(name, value.detach() * self.accelerator.num_processes)
+
+    def log_mean(self, name: str, value: torch.Tensor) -> None:
+        """Logs the mean over the micro-batches of an optimiser step, of which `value` is that of one micro-batch."""
+        self._log_part(name, value.detach() / len(self._window))
+
+    def _log_part(self, name: str, value: torch.Tensor) -> None:
+        """Adds a value to a logged quantity: summed over micro-batches, averaged over processes and steps."""
+        self._logged[name] = self._logged.get(name, 0.0) + self._finite(value)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            self.nonfinite_guard.check()
+            logs = {**logs, **self.logged_means(over_processes=True)}
+            self._logged.clear()
+            self._steps_logged = 0
+            if self.nonfinite_guard.skipped:
+                logs["skipped_steps"] = self.nonfinite_guard.skipped
+        super().log(logs, start_time)
+
+    def logged_means(self, over_processes: bool = False) -> dict[str, float]:
+        """Means per step of the values passed to `log_sum` and `log_mean` since the last log."""
+        if not self._logged:
+            return {}
+        means = torch.stack(list(self._logged.values())) / self._steps_logged
+        if over_processes:
+            means = self.accelerator.reduce(means, "mean")
+        return dict(zip(self._logged, means.tolist(), strict=True))
