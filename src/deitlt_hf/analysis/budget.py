@@ -200,12 +200,11 @@ def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments)
     model = FlatTeacherForImageClassification(config)
     parameters, flops = model.num_parameters(), counted_flops(model, config.image_size)
     passes = 6 if max(args.sam_rho) > 0 else 3
-    is_paco = args.teacher_loss == "paco"
     return Model(
         parameters=parameters,
         flops=flops,
-        training_flops=(passes + is_paco) * flops,
-        state_bytes=(STATE_BYTES + 4 * is_paco) * parameters,
+        training_flops=(passes + args.loss.contrast) * flops,
+        state_bytes=(STATE_BYTES + 4 * args.loss.contrast) * parameters,
         activation_bytes=activation_bytes(model, config.image_size, half=True),
     )
 
@@ -352,11 +351,11 @@ def print_budgets(
     classes, images = training_images(data_args)
     show(f"{recipe}: {images:,} training images of {classes:,} classes")
     teacher = None
-    if args.distillation != "none" and student_args.teacher is not None:
+    if args.needs_teacher and student_args.teacher is not None:
         model = load_classifier(student_args.teacher)
         size = ImageFormat.of(load_processor(student_args.teacher)).size[0]
         teacher = Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0)
-    elif args.distillation != "none":
+    elif args.needs_teacher:
         loss = student_args.teacher_loss or own_loss(recipe)
         overrides = {"teacher_loss": loss, "output_dir": args.output_dir}
         kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)

@@ -187,7 +187,7 @@ def recipe_description(name: str) -> str:
 
 def own_loss(recipe: str) -> str:
     """The default loss of a recipe's teacher."""
-    return load_recipe(recipe)["teacher"].get("teacher_loss", TEACHER_LOSSES[0])
+    return load_recipe(recipe)["teacher"].get("teacher_loss", next(iter(TEACHER_LOSSES)))
 
 
 def teacher_folder(recipe: str, loss: str | None) -> str:

@@ -94,7 +94,7 @@ def distill(
     student = _student(model_args, data)
     model_processor(student.config, args.image_resize)
     teacher = processor = None
-    if args.distillation != "none":
+    if args.needs_teacher:
         path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
         teacher = load_classifier(path)
         if not isinstance(teacher, FlatTeacherForImageClassification):  # has its image format in its config
