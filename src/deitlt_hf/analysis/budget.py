@@ -1,7 +1,7 @@
 """Estimates the cost of a training run in advance: operations, memory, hours and communication."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..data.transforms import ImageFormat
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, paper_accuracies
 from ..serving.loading import load_classifier, load_processor
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
@@ -350,6 +350,11 @@ def print_budgets(
         student_args = replace(student_args, **{name: getattr(start, name) for name in SIZES})
     classes, images = training_images(data_args)
     show(f"{recipe}: {images:,} training images of {classes:,} classes")
+    paper, changed = paper_accuracies(recipe), {*(args.recipe or {}).get("overrides", {})}
+    if paper is not None and not changed - {
+        field.name for field in fields(plan)
+    }:  # not the paper's with other settings
+        show(paper.sentence())
     teacher = None
     if args.needs_teacher and student_args.teacher is not None:
         model = load_classifier(student_args.teacher)
