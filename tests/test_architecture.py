@@ -2,9 +2,12 @@
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import deitlt_hf
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "deitlt_hf"
@@ -66,3 +69,12 @@ def test_public_names_of_earlier_versions_can_be_imported():
 
     for name in original.__all__:
         assert getattr(hub, name) is getattr(original, name)
+
+
+@pytest.mark.parametrize("earlier", sorted(deitlt_hf._EARLIER))
+def test_modules_can_be_imported_by_their_earlier_names(earlier):
+    """Pages of earlier versions name these modules. A second copy of a module would have other classes and settings."""
+    now = import_module(deitlt_hf._EARLIER[earlier])
+    assert import_module(earlier) is now
+    assert now.__spec__.name == now.__name__ == deitlt_hf._EARLIER[earlier]
+    assert not (PACKAGE.parent / earlier.replace(".", "/")).with_suffix(".py").exists()

@@ -29,9 +29,9 @@ from . import figures
 from .agreement import expert_outcomes, gain_by_class
 from .attention import attention_rollout, eager_attention
 from .features import effective_rank, singular_values, token_similarity
+from .flatness import Batches, images_of_groups, loss_rises
 from .observe import Observed, observe, spread_rows
 from .pictures import shorten
-from .sharpness import Batches, images_of_groups, loss_rises
 
 SHOWN = 10  # images in a row
 PAGE, REPORT_FILE = "index.html", "report.json"

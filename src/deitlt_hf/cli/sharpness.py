@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from ..analysis.sharpness import sharpness_of_groups
+from ..analysis.flatness import sharpness_of_groups
 from ..console import quiet_log, show
 from ..data.images import ImageCollator, ImageDataset
 from ..recipes import DataArguments, parse_arguments

@@ -1,6 +1,5 @@
 """Recipes: one YAML file per benchmark with all settings of a run, in the sections data, teacher and student."""
 
-from .arguments import DataArguments, StudentArguments, TeacherArguments
 from .parsing import (
     command_line_errors,
     data_help,
@@ -13,6 +12,7 @@ from .parsing import (
     recipe_names,
     teacher_folder,
 )
+from .sections import DataArguments, StudentArguments, TeacherArguments
 
 __all__ = [
     "DataArguments",

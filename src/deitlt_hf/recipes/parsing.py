@@ -24,8 +24,8 @@ from transformers.hf_argparser import DataClassType
 
 from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
-from .arguments import DataArguments, StudentArguments, TeacherArguments, without_folders
 from .paper import PaperAccuracies
+from .sections import DataArguments, StudentArguments, TeacherArguments, without_folders
 from .usage import BriefParser
 
 _PACKAGE = __package__.partition(".")[0]

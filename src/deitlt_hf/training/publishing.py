@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel, Trainer
 
-from ..hub.push import prepare_repository, push_folder
+from ..hub.pushing import prepare_repository, push_folder
 from .arguments import LongTailTrainingArguments
 from .output_folder import run_files
 

@@ -14,7 +14,7 @@ from ..data.loading import SORTED_BY_AUTHORS, images_hash, subset_hash, training
 from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
 from ..hub.cards import CARD_FILE
-from ..hub.push import prepare_repository
+from ..hub.pushing import prepare_repository
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
