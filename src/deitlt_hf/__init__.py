@@ -29,6 +29,9 @@ _EARLIER = {
         "hub.push": "hub.pushing",
         "losses.distillation": "losses.student",
         "recipes.arguments": "recipes.sections",
+        "serving.demo": "serving.web_demo",
+        "serving.loading": "serving.classifiers",
+        "serving.predict": "serving.prediction",
     }.items()
 }
 

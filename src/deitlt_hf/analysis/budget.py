@@ -21,7 +21,7 @@ from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, paper_accuracies
-from ..serving.loading import load_classifier, load_processor
+from ..serving.classifiers import load_classifier, load_processor
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
 from ..training.runs import SIZES, check_start

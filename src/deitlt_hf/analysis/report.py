@@ -24,7 +24,7 @@ from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
 from ..io import check_can_be_folder, nan_to_null
-from ..serving.loading import load_processor
+from ..serving.classifiers import load_processor
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
 from .attention import attention_rollout, eager_attention

@@ -23,7 +23,7 @@ from ..evaluation import ExpertTable
 from ..io import weights_digest
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments, parse_arguments
-from ..serving.loading import load_model
+from ..serving.classifiers import load_model
 from ..training.distillation import label_order
 from .json_output import json_output
 

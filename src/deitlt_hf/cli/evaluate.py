@@ -20,8 +20,8 @@ from ..evaluation.fusion import RULES, balanced_rows, fit_fusion, fold
 from ..hub.mending import mend_folder
 from ..io import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
+from ..serving.classifiers import load_model, load_processor
 from ..serving.handler import on_best_device
-from ..serving.loading import load_model, load_processor
 from ..training import DeiTLTTrainingArguments
 from ..training.distillation import check_class_order
 from ..training.output_folder import run_files

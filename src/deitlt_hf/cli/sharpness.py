@@ -15,7 +15,7 @@ from ..analysis.flatness import sharpness_of_groups
 from ..console import quiet_log, show
 from ..data.images import ImageCollator, ImageDataset
 from ..recipes import DataArguments, parse_arguments
-from ..serving.loading import load_classifier, load_processor
+from ..serving.classifiers import load_classifier, load_processor
 from ..training.distillation import label_order
 from .json_output import json_output
 

@@ -22,7 +22,7 @@ from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClass
 from ..original import load_original_student
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
-from ..serving.loading import load_classifier, load_model, load_processor, loading, read_model_config
+from ..serving.classifiers import load_classifier, load_model, load_processor, loading, read_model_config
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .checkpoints import has_model, load_with_info, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer

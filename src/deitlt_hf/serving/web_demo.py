@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor
 from ..evaluation.accuracy import COLOURS
 from ..io import check_link
 from .handler import image_suffixes, read_image
-from .predict import load_classifier
+from .prediction import load_classifier
 
 if TYPE_CHECKING:
     import gradio
