@@ -14,7 +14,7 @@ from deitlt_hf.analysis.features import effective_rank, singular_values
 from deitlt_hf.analysis.observe import observe, spread_rows
 from deitlt_hf.data.images import ImageCollator, ImageDataset
 from deitlt_hf.recipes import DataArguments, parse_arguments
-from deitlt_hf.serving.loading import load_model
+from deitlt_hf.serving.classifiers import load_model
 
 IMAGES = 2000
 

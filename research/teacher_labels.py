@@ -13,7 +13,7 @@ import torch
 
 from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.recipes import DataArguments, StudentArguments, parse_arguments
-from deitlt_hf.serving.loading import load_classifier
+from deitlt_hf.serving.classifiers import load_classifier
 
 UNMIXED = ("--mixup", "0", "--cutmix", "0")
 # The views that a teacher can see, as options of `scripts/distill.py`.

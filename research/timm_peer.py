@@ -29,7 +29,7 @@ from deitlt_hf.data.sampling import SeededImages, TrainBatches
 from deitlt_hf.data.transforms import image_processor, train_transform
 from deitlt_hf.evaluation import group_accuracies
 from deitlt_hf.recipes import DataArguments, StudentArguments, parse_arguments
-from deitlt_hf.serving.loading import load_classifier
+from deitlt_hf.serving.classifiers import load_classifier
 from deitlt_hf.training import DeiTLTTrainingArguments
 from deitlt_hf.training.optimizers import float32_iteration
 

@@ -37,7 +37,7 @@ from deitlt_hf import (
 from deitlt_hf.cli.sharpness import main as measure_sharpness
 from deitlt_hf.data import image_processor
 from deitlt_hf.data.transforms import ImageFormat
-from deitlt_hf.serving.loading import load_classifier
+from deitlt_hf.serving.classifiers import load_classifier
 from deitlt_hf.training.distillation import label_order
 from deitlt_hf.training.provenance import teacher_record
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,14 @@ def test_a_subpackage_imports_only_from_lower_layers(room):
 def test_imports_are_found():
     """Checks that `imported` finds imports; without this, the test above would pass for any code."""
     assert "training.runs" in imported(PACKAGE / "cli" / "distill.py")
-    assert any(module.startswith("models.deitlt") for module in imported(PACKAGE / "serving" / "loading.py"))
+    assert any(module.startswith("models.deitlt") for module in imported(PACKAGE / "serving" / "classifiers.py"))
+
+
+def test_no_two_modules_share_a_name():
+    """A base name identifies one file, in a search as in a conversation. Subpackages have `__init__` in common."""
+    names = Counter(path.stem for path in PACKAGE.rglob("*.py"))
+    assert names.pop("__init__") > 10
+    assert {name for name, number in names.items() if number > 1} == set()
 
 
 def test_files_and_modules_named_on_the_page_exist():

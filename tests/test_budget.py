@@ -177,6 +177,7 @@ def test_plan_uses_the_size_of_the_starting_student(tmp_path):
     )  # fmt: skip
     assert "student, 8 px" in done.stdout
     assert "0.0 M parameters; 0.0" in done.stdout
+    assert "paper reports" not in done.stdout  # of another student
 
 
 def test_the_script_plans_a_recipe_without_its_data():
@@ -187,4 +188,5 @@ def test_the_script_plans_a_recipe_without_its_data():
     assert "10,847 training images of 100 classes" in done.stdout
     assert "128 x 4" in done.stdout
     assert "uneven shares" in done.stdout
+    assert "The paper reports 55.6 (72.8, 55.4, 31.4) % overall" in done.stdout
     assert "12,000" in done.stdout  # updates: 10 in each of 1,200 epochs

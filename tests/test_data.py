@@ -30,7 +30,7 @@ from deitlt_hf.data.loading import training_counts
 from deitlt_hf.data.sampling import TrainBatches, seed_streams
 from deitlt_hf.data.transforms import ImageFormat, resize_and_renormalize
 from deitlt_hf.recipes import DataArguments
-from deitlt_hf.recipes.arguments import without_folders
+from deitlt_hf.recipes.sections import without_folders
 
 RANDOM = np.random.RandomState(0)
 

@@ -21,8 +21,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 from conftest import CHROMIUM, make_student
 from deitlt_hf.cli.demo import main
 from deitlt_hf.data import image_processor
-from deitlt_hf.serving.demo import Explanation, attention_over, build_demo, model_view, percent
 from deitlt_hf.serving.handler import EndpointHandler
+from deitlt_hf.serving.web_demo import Explanation, attention_over, build_demo, model_view, percent
 
 ROOT = Path(__file__).parent.parent
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -26,7 +26,7 @@ from deitlt_hf import (
     FlatTeacherForImageClassification,
 )
 from deitlt_hf.data import image_processor
-from deitlt_hf.hub.push import check_folder
+from deitlt_hf.hub.pushing import check_folder
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NAMES = [f"species {label}" for label in range(10)]

@@ -27,7 +27,7 @@ from deitlt_hf import (
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, images, load_long_tailed, train_transform
 from deitlt_hf.data.images import JPEG_DECODERS, EncodedImage, decode_image, decoder_versions, find_decoder
 from deitlt_hf.data.loading import standard_columns
-from deitlt_hf.serving.predict import load_classifier
+from deitlt_hf.serving.prediction import load_classifier
 
 RANDOM = np.random.RandomState(0)
 

@@ -20,7 +20,7 @@ from deitlt_hf.cli.predict import main as predict
 from deitlt_hf.data import image_processor
 from deitlt_hf.io import weights_digest
 from deitlt_hf.serving.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
-from deitlt_hf.serving.predict import load_classifier
+from deitlt_hf.serving.prediction import load_classifier
 
 
 def lively(model):

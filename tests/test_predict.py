@@ -25,7 +25,7 @@ from deitlt_hf.cli.model_cards import main as model_cards
 from deitlt_hf.cli.predict import _parsed, main
 from deitlt_hf.data import image_processor
 from deitlt_hf.serving.handler import is_hub_id
-from deitlt_hf.serving.predict import find_images, load_classifier, predict_images
+from deitlt_hf.serving.prediction import find_images, load_classifier, predict_images
 from deitlt_hf.training import runs as run
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from huggingface_hub import metadata_load
 from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.data import image_processor
-from deitlt_hf.hub.push import EVAL_FILE, prepare_repository, push_folder
+from deitlt_hf.hub.pushing import EVAL_FILE, prepare_repository, push_folder
 from deitlt_hf.io import weights_digest
 from hub_server import Account, Entry, Hub, HubError, Repository, once, running_hub
 

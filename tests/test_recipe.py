@@ -7,7 +7,15 @@ import pytest
 
 from deitlt_hf import DeiTLTTrainingArguments, Recipe
 from deitlt_hf.cli import main
-from deitlt_hf.recipes import DataArguments, StudentArguments, parse_arguments
+from deitlt_hf.recipes import (
+    DataArguments,
+    StudentArguments,
+    load_recipe,
+    paper_accuracies,
+    parse_arguments,
+    recipe_description,
+    recipe_names,
+)
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny.yaml")
 
@@ -100,3 +108,52 @@ def test_help_lists_the_methods_options_first_in_one_spelling(command, capsys):
     assert "--image_size" in sections["model"]
     assert "--adam_beta1" not in sections["method and training"]
     assert "--drw-start-epoch" not in text
+
+
+def test_only_recipes_with_the_papers_settings_have_its_accuracies(tmp_path):
+    """Recipes that extend one of the paper inherit its values, but not the paper's accuracies."""
+    benchmarks = {"cifar10_lt_rho100", "cifar10_lt_rho50", "cifar100_lt_rho100", "cifar100_lt_rho50"}
+    assert {name for name in recipe_names() if paper_accuracies(name)} == benchmarks | {"imagenet_lt", "inat18"}
+    assert not any("paper reports" in recipe_description(name) for name in recipe_names() if name.endswith("_fast"))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: inat18\nstudent: {num_train_epochs: 5}")
+    assert load_recipe(str(recipe))["data"] == load_recipe("inat18")["data"]
+    assert paper_accuracies(str(recipe)) is None
+    recipe.write_text("extends: inat18\npaper: {overall: 50, head: 60.25, mid: 40, tail: 0}")
+    sentence = "The paper reports 50.0 (60.2, 40.0, 0.0) % overall (head, mid, tail) for the best epoch"
+    assert paper_accuracies(str(recipe)).sentence().startswith(sentence)
+
+
+def test_the_papers_accuracies_are_part_of_the_description():
+    expected = (
+        "CIFAR-100-LT at imbalance ratio 50 with the settings of the paper. The paper reports 60.5 (74.8, 60.3, 43.1"
+    )
+    assert recipe_description("cifar100_lt_rho50").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            "{overall: 1, head: 2, middle: 3, tail: 4}",
+            "unknown key 'middle' in paper of recipe .*; it must have overall,",
+        ),
+        (
+            "{overall: 1, head: 2, mid: 3}",
+            "keys .'overall', 'head', 'mid'. in paper of recipe .*; it must have overall",
+        ),
+        ("87.5", "keys .. in paper of recipe .*; it must have overall, head, mid, tail, each in %"),
+        (
+            "{overall: high, head: 2, mid: 3, tail: 4}",
+            r"overall in paper of recipe .* must be in \[0, 100\], in %, got 'h",
+        ),
+        (
+            "{overall: 1, head: 101, mid: 3, tail: 4}",
+            r"head in paper of recipe .* must be in \[0, 100\], in %, got '101'",
+        ),
+    ],
+)
+def test_the_papers_accuracies_are_checked(tmp_path, section, message):
+    (tmp_path / "mine.yaml").write_text(f"extends: inat18\npaper: {section}")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(str(tmp_path / "mine.yaml"))

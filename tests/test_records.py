@@ -10,7 +10,7 @@ import torch
 from conftest import make_student
 from deitlt_hf.hub.cards import make_card
 from deitlt_hf.records import find_record, is_of_run, read_record
-from deitlt_hf.serving.loading import load_classifier, load_model, load_processor
+from deitlt_hf.serving.classifiers import load_classifier, load_model, load_processor
 
 ROOT = Path(__file__).parent.parent
 RECORD = {"settings": {"num_train_epochs": 2}, "data": {"class_counts": [3, 2]}, "finished": True}

@@ -30,7 +30,7 @@ from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from deitlt_hf.evaluation import METRIC_PATH
 from deitlt_hf.evaluation.metrics import long_tail_figures
 from deitlt_hf.recipes import DataArguments
-from deitlt_hf.serving.loading import load_model
+from deitlt_hf.serving.classifiers import load_model
 from deitlt_hf.training import DeiTLTTrainer
 from deitlt_hf.training.distillation import label_order
 

@@ -1,7 +1,7 @@
 """Estimates the cost of a training run in advance: operations, memory, hours and communication."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from ..data.transforms import ImageFormat
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss
-from ..serving.loading import load_classifier, load_processor
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, paper_accuracies
+from ..serving.classifiers import load_classifier, load_processor
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
 from ..training.runs import SIZES, check_start
@@ -200,12 +200,11 @@ def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments)
     model = FlatTeacherForImageClassification(config)
     parameters, flops = model.num_parameters(), counted_flops(model, config.image_size)
     passes = 6 if max(args.sam_rho) > 0 else 3
-    is_paco = args.teacher_loss == "paco"
     return Model(
         parameters=parameters,
         flops=flops,
-        training_flops=(passes + is_paco) * flops,
-        state_bytes=(STATE_BYTES + 4 * is_paco) * parameters,
+        training_flops=(passes + args.loss.contrast) * flops,
+        state_bytes=(STATE_BYTES + 4 * args.loss.contrast) * parameters,
         activation_bytes=activation_bytes(model, config.image_size, half=True),
     )
 
@@ -351,12 +350,17 @@ def print_budgets(
         student_args = replace(student_args, **{name: getattr(start, name) for name in SIZES})
     classes, images = training_images(data_args)
     show(f"{recipe}: {images:,} training images of {classes:,} classes")
+    paper, changed = paper_accuracies(recipe), {*(args.recipe or {}).get("overrides", {})}
+    if paper is not None and not changed - {
+        field.name for field in fields(plan)
+    }:  # not the paper's with other settings
+        show(paper.sentence())
     teacher = None
-    if args.distillation != "none" and student_args.teacher is not None:
+    if args.needs_teacher and student_args.teacher is not None:
         model = load_classifier(student_args.teacher)
         size = ImageFormat.of(load_processor(student_args.teacher)).size[0]
         teacher = Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0)
-    elif args.distillation != "none":
+    elif args.needs_teacher:
         loss = student_args.teacher_loss or own_loss(recipe)
         overrides = {"teacher_loss": loss, "output_dir": args.output_dir}
         kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)

@@ -24,14 +24,14 @@ from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
 from ..io import check_can_be_folder, nan_to_null
-from ..serving.loading import load_processor
+from ..serving.classifiers import load_processor
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
 from .attention import attention_rollout, eager_attention
 from .features import effective_rank, singular_values, token_similarity
+from .flatness import Batches, images_of_groups, loss_rises
 from .observe import Observed, observe, spread_rows
 from .pictures import shorten
-from .sharpness import Batches, images_of_groups, loss_rises
 
 SHOWN = 10  # images in a row
 PAGE, REPORT_FILE = "index.html", "report.json"

@@ -12,7 +12,7 @@ from ..evaluation import ExpertTable
 from ..io import weights_digest
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments
-from ..serving.loading import load_model
+from ..serving.classifiers import load_model
 from ..training.distillation import label_order
 from .observe import check_transformer
 from .pictures import require_matplotlib

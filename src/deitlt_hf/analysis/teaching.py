@@ -11,7 +11,7 @@ from ..data.long_tail import Integers
 from ..data.transforms import model_processor
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, fill_arguments
-from ..serving.loading import load_classifier, load_processor
+from ..serving.classifiers import load_classifier, load_processor
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.provenance import results_of
 from .observe import HEADS, spread_rows

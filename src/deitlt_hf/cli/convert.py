@@ -19,7 +19,7 @@ from ..hub.mending import mend_folder
 from ..original import convert_original
 from ..original.conversion import check_holds_no_model
 from ..recipes import DataArguments, parse_arguments
-from ..serving.loading import load_model
+from ..serving.classifiers import load_model
 from ..training.inputs import label_names
 from .parser import command_parser, parse_with_fields
 

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     _check_address(args.host, args.port)
     from ..console import quiet_log
-    from ..serving.demo import build_demo
+    from ..serving.web_demo import build_demo
 
     quiet_log()
     demo = build_demo(args.model, args.examples)

@@ -20,7 +20,7 @@ from ..evaluation.fusion import RULES, balanced_rows, fit_fusion, fold
 from ..hub.mending import mend_folder
 from ..io import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
-from ..serving.loading import load_model, load_processor
+from ..serving.classifiers import load_model, load_processor
 from ..training import DeiTLTTrainingArguments
 from ..training.distillation import check_class_order
 from ..training.output_folder import run_files
@@ -87,7 +87,7 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     _check_free(args.fused_output)
     if data_args.streaming:
         raise ValueError("a fusion cannot be fitted on streamed training images; leave --streaming out.")
-    model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     collate = ImageCollator(load_processor(path))
     data = data_args.load()
     check_class_order(data["train"].features["label"].names, model.config, f"model {path}")

@@ -21,7 +21,7 @@ from ..evaluation import ExpertTable, group_accuracies
 from ..hub.mending import mend_folder
 from ..io import check_can_be_folder, weights_digest
 from ..recipes import DataArguments, data_help, parse_arguments
-from ..serving.loading import load_model, load_processor
+from ..serving.classifiers import load_model, load_processor
 from ..serving.onnx import (
     MODEL_FILE,
     QUANTIZED_FILE,

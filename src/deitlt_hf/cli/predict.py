@@ -23,7 +23,7 @@ from ..console import quiet_log
 from ..data.sources.files import not_read
 from ..io import one_line
 from ..serving.handler import EXPERTS
-from ..serving.predict import find_images, load_classifier, predict_images
+from ..serving.prediction import find_images, load_classifier, predict_images
 from .parser import command_parser
 
 COLUMNS = ("image", "rank", "label", "score", "group", "training_images")

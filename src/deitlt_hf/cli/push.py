@@ -8,7 +8,7 @@ deitlt push outputs/digits_lt_fast/student ORG/deitlt-digits --license cc-by-4.0
 from collections.abc import Sequence
 
 from ..console import quiet_log
-from ..hub.push import push_folder
+from ..hub.pushing import push_folder
 from .parser import add_card_options, card_metadata, command_parser
 
 

@@ -11,11 +11,11 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from ..analysis.sharpness import sharpness_of_groups
+from ..analysis.flatness import sharpness_of_groups
 from ..console import quiet_log, show
 from ..data.images import ImageCollator, ImageDataset
 from ..recipes import DataArguments, parse_arguments
-from ..serving.loading import load_classifier, load_processor
+from ..serving.classifiers import load_classifier, load_processor
 from ..training.distillation import label_order
 from .json_output import json_output
 

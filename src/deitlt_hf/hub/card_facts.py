@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from ..io import one_line
+from ..losses import DISTILLATION_TARGETS
 from ..recipes import recipe_names
 
 TEACHER = "FlatTeacherForImageClassification"
@@ -237,7 +238,10 @@ class CardFacts:
     @property
     def learns_from_labels_alone(self) -> bool:
         """Whether a student was trained without a teacher."""
-        return self.settings.get("distillation") == "none"
+        target = DISTILLATION_TARGETS.get(
+            str(self.settings.get("distillation"))
+        )  # unknown in records of newer versions
+        return target is not None and not target.needs_teacher
 
     @property
     def teacher(self) -> str | None:

@@ -14,13 +14,12 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.utils import validate_repo_id
 
 from ..io import atomic_write, one_line, read_json, weights_digest
-from ..recipes import DataArguments, StudentArguments, load_recipe, recipe_description
+from ..recipes import DataArguments, StudentArguments, load_recipe, paper_accuracies
 from ..records import RESULTS_FILE, RunRecord, find_record
-from ..serving.loading import check_config
+from ..serving.classifiers import check_config
 from .card_facts import CardFacts, code, plain, quoted, table
 
 CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
-_PAPER = re.compile(r"reports ([\d.]+) \(([\d.]+), ([\d.]+), ([\d.]+)\) % overall \(head, mid, tail\)")
 # Also identifies cards of earlier versions, see is_generated: it must not change.
 _MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits it:"
 _TAGS = ("vision", "deit-lt", "long-tailed")
@@ -98,7 +97,7 @@ def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None
         name: Name of the model.
         results: Content of the student's `results.json`; None if the student was not measured.
     """
-    paper = _PAPER.search(recipe_description(recipe))
+    paper = paper_accuracies(recipe)
     planned, results = _planned(recipe), results or {}
     recorded = {**planned, **results, "data": planned["data"] | results.get("data", {})}
     return _render(
@@ -108,7 +107,7 @@ def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None
         location=f"outputs/{recipe}/student",
         is_recorded=True,
         is_recipe=True,
-        paper=paper and table([["overall", "head", "mid", "tail"], list(paper.groups())]),
+        paper=paper and table(paper.rows()),
     )
 
 

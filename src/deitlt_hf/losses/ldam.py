@@ -1,12 +1,28 @@
 """LDAM loss: label-distribution-aware margins."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .class_weights import positive_counts
+from .entry import Counts, LossOptions, TeacherLoss
+
+
+@dataclass
+class LDAMOptions(LossOptions):
+    """Training arguments of LDAM."""
+
+    limits: ClassVar = dict.fromkeys(("ldam_margin", "ldam_scale"), (lambda value: value > 0, "above 0"))
+    ldam_margin: float = field(
+        default=0.5, metadata={"help": "LDAM: margin of the rarest class, which is the largest margin."}
+    )
+    ldam_scale: float = field(
+        default=30.0, metadata={"help": "LDAM: factor by which the cosine classifier multiplies the cosines."}
+    )
 
 
 class LDAMLoss(nn.Module):
@@ -55,3 +71,13 @@ class LDAMLoss(nn.Module):
         # The logits are scaled cosines, so the margins are scaled by the same factor.
         shifted = logits.float() - self.scale * margins
         return F.cross_entropy(shifted, labels, weight=self.class_weights, reduction=self.reduction)
+
+
+def _of_teacher(args: LDAMOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> LDAMLoss:
+    assert class_counts is not None  # known whenever training images are given
+    return LDAMLoss(class_counts, args.ldam_margin, args.ldam_scale, class_weights, "sum")
+
+
+TEACHER = TeacherLoss(
+    _of_teacher, "needs a cosine classifier", LDAMOptions, classifier="cosine", logit_scale="ldam_scale"
+)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .class_weights import positive_counts
+from .entry import ClsLoss, Counts, TeacherLoss
 
 
 class LogitAdjustedLoss(nn.Module):
@@ -51,3 +52,16 @@ class LogitAdjustedLoss(nn.Module):
         return F.cross_entropy(
             logits.float() + self.adjustment, labels, weight=self.class_weights, reduction=self.reduction
         )
+
+
+def _of_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> LogitAdjustedLoss:
+    assert class_counts is not None  # for the teacher: known whenever training images are given
+    return LogitAdjustedLoss(class_counts, class_weights=class_weights, reduction="sum")
+
+
+def _of_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) -> LogitAdjustedLoss:
+    return _of_cls(class_counts, class_weights)
+
+
+TEACHER = TeacherLoss(_of_teacher, "balanced softmax")
+CLS = ClsLoss(_of_cls, "balanced softmax: logits adjusted by the class frequencies", needs_counts=True)

@@ -2,11 +2,41 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from .class_weights import positive_counts
+from .entry import Counts, LossOptions, TeacherLoss
+
+
+@dataclass
+class PaCoOptions(LossOptions):
+    """Training arguments of PaCo and its momentum encoder."""
+
+    limits: ClassVar = {
+        "paco_alpha": (lambda value: value >= 0, "0 or more"),
+        "paco_temperature": (lambda value: value > 0, "above 0"),
+        "paco_queue": (lambda value: value >= 1, "1 or more"),
+        "paco_momentum": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    }
+    paco_alpha: float = field(
+        default=0.01, metadata={"help": "PaCo: weight of an image of the same class as a positive."}
+    )
+    paco_temperature: float = field(
+        default=0.05,
+        metadata={"help": "PaCo: temperature, by which similarities are divided. 0.05 for CIFAR, 0.2 for others."},
+    )
+    paco_queue: int = field(
+        default=1024,
+        metadata={"help": "PaCo: number of keys of earlier batches in the queue. 1024 for CIFAR, 8192 for others."},
+    )
+    paco_momentum: float = field(
+        default=0.999,
+        metadata={"help": "PaCo: share of the old weights in an update of the momentum encoder, in [0, 1]."},
+    )
 
 
 class PaCoLoss(nn.Module):
@@ -94,3 +124,17 @@ class PaCoLoss(nn.Module):
                 return losses.sum() / weights.sum()
         reductions: dict[str, Callable[[], torch.Tensor]] = {"mean": losses.mean, "sum": losses.sum}
         return losses if self.reduction == "none" else reductions[self.reduction]()
+
+
+def _of_teacher(args: PaCoOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> PaCoLoss:
+    assert class_counts is not None  # known whenever training images are given
+    return PaCoLoss(
+        class_counts,
+        args.paco_alpha,
+        temperature=args.paco_temperature,
+        class_weights=class_weights,
+        reduction="sum",
+    )
+
+
+TEACHER = TeacherLoss(_of_teacher, "needs projection_size", PaCoOptions, contrast=True, drops_last=True)

@@ -25,12 +25,15 @@ from transformers.hf_argparser import DataClassType
 from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
 from ..records import FORMER_NAMES, current_names
-from .arguments import DataArguments, StudentArguments, TeacherArguments, without_folders
+from .paper import PaperAccuracies
+from .sections import DataArguments, StudentArguments, TeacherArguments, without_folders
 from .usage import BriefParser
 
 _PACKAGE = __package__.partition(".")[0]
 SECTIONS = ("data", "teacher", "teacher_losses", "student")
-_ABOUT = ("description", "extends")
+# What a recipe says about itself. A recipe that extends another inherits none of it: the paper's accuracies are of the
+# paper's settings, so a recipe with other settings, such as those named `*_fast`, must not claim them.
+_ABOUT = ("description", "extends", "paper")
 # Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
 # Fields that only locate the data, or that are long. Records do not contain them as overrides.
@@ -100,7 +103,7 @@ def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     """Loads the sections of a recipe, given the name of a recipe in the package or the path of a YAML file.
 
     A recipe can extend another: `extends` is a name, or a path relative to the recipe's folder. It inherits all fields
-    of that recipe; fields that it sets itself override them.
+    of that recipe; fields that it sets itself override them. It does not inherit the section `paper`.
 
     Raises:
         FileNotFoundError: If the recipe does not exist; the message suggests the most similar name.
@@ -129,8 +132,8 @@ def _extended(name_or_path: str, extending: tuple[str, ...]) -> dict[str, dict[s
     return sections
 
 
-def _read(name_or_path: str) -> dict[str, Any]:
-    """Reads the sections that a recipe file contains, and its `extends`, without the description."""
+def _content(name_or_path: str) -> dict[str, Any]:
+    """Everything that a recipe file contains, without what it inherits; empty if it is not a mapping."""
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
@@ -142,7 +145,12 @@ def _read(name_or_path: str) -> dict[str, Any]:
         )
     with file_errors(f"recipe {name_or_path!r}"):
         recipe = yaml.load(text, _Loader)
-    content = recipe if isinstance(recipe, dict) else {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    """Reads the sections that a recipe file contains, and its `extends`, without the rest of what it says of itself."""
+    content = _content(name_or_path)
     base = {"extends": content["extends"]} if "extends" in content else {}
     sections = {key: {} if value is None else value for key, value in content.items() if key not in _ABOUT}
     wrong = [key for key in sections if key not in SECTIONS]
@@ -153,7 +161,12 @@ def _read(name_or_path: str) -> dict[str, Any]:
         )
     for section, values in sections.items():
         _check_values(values if section == "teacher_losses" else {section: values}, f"recipe {name_or_path!r}")
+    _paper(content, name_or_path)
     return base | sections
+
+
+def _paper(content: dict[str, Any], name_or_path: str) -> PaperAccuracies | None:
+    return PaperAccuracies.read(content["paper"], f"recipe {name_or_path!r}") if "paper" in content else None
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,13 +198,24 @@ def _check_values(sections: dict[str, Any], recipe: str) -> None:
 
 
 def recipe_description(name: str) -> str:
-    """The description of a recipe in the package."""
-    return yaml.safe_load(files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))["description"]
+    """The description of a recipe in the package, and a sentence with the paper's accuracies if it has any."""
+    description, paper = _content(name)["description"], paper_accuracies(name)
+    return description if paper is None else f"{description.rstrip()} {paper.sentence()}"
+
+
+def paper_accuracies(name_or_path: str) -> PaperAccuracies | None:
+    """The accuracies that the paper reports for the settings of a recipe, from its section `paper`; None without it.
+
+    Raises:
+        FileNotFoundError: If the recipe does not exist.
+        ValueError: If the section has other keys or values than [`PaperAccuracies`].
+    """
+    return _paper(_content(name_or_path), name_or_path)
 
 
 def own_loss(recipe: str) -> str:
     """The default loss of a recipe's teacher."""
-    return load_recipe(recipe)["teacher"].get("teacher_loss", TEACHER_LOSSES[0])
+    return load_recipe(recipe)["teacher"].get("teacher_loss", next(iter(TEACHER_LOSSES)))
 
 
 def teacher_folder(recipe: str, loss: str | None) -> str:

@@ -48,7 +48,7 @@ class EndpointHandler:
     def __init__(self, path: str | os.PathLike = ""):
         self.processor, model = _load(path)
         self.background = getattr(self.processor, "background", None)  # as in training
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
         self._observed = _observed(self.model)
         num_labels = self.model.config.num_labels
         counts = getattr(self.model.config, "class_counts", None) or []

@@ -4,7 +4,7 @@ import importlib.util
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,13 +15,15 @@ from transformers.training_args import OptimizerNames
 
 from ..data.sampling import ROUND, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
-from ..losses import TEACHER_LOSSES
-from ..losses.distillation import CLS_LOSSES, DISTILLATION_TYPES, DistillationLoss
+from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, TEACHER_LOSSES, DistillationLoss, LossOptions, TeacherLoss
+from ..losses.entry import listed
 from . import inherited
 from .optimizers import MUON
 
 TEACHER_VIEWS = ("student", "weak")
 PRECISIONS = ("bf16", "fp16")
+# Reversed, because a dataclass has the fields of its last base first.
+_LOSS_OPTIONS = [loss.options for loss in reversed(TEACHER_LOSSES.values()) if loss.options is not None]
 # Fields that affect how a run is carried out, but not its result.
 _RUNNING = {
     "recipe",
@@ -355,7 +357,7 @@ class LongTailTrainingArguments(TrainingArguments):
 
     def method_settings(self) -> dict[str, Any]:
         """Values of all fields that affect the result of a run, without those that affect only its execution."""
-        classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__]
+        classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__ or LossOptions in cls.__bases__]
         own = {name for cls in classes for name in cls.__annotations__}
         names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
         settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
@@ -406,15 +408,10 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         0.5, "Weight of the DIST head's loss, in [0, 1]; the CLS head's loss has weight 1 - alpha. The paper uses 0.5."
     )
     distillation: str = _option(
-        "hard",
-        f"Targets of the DIST head: {', '.join(DISTILLATION_TYPES)} (the labels instead of a teacher). soft averages "
-        "the loss over classes, as in the authors' code; soft_sum sums it, which makes it as strong as hard.",
+        next(iter(DISTILLATION_TARGETS)), f"Targets of the DIST head: {listed(DISTILLATION_TARGETS)}."
     )
     temperature: float = _option(1.0, "Temperature of the softmax in soft distillation.")
-    cls_loss: str = _option(
-        "ce",
-        f"Loss of the CLS head: {', '.join(CLS_LOSSES)} (balanced softmax: logits adjusted by the class frequencies).",
-    )
+    cls_loss: str = _option(next(iter(CLS_LOSSES)), f"Loss of the CLS head: {listed(CLS_LOSSES)}.")
     reweight_cls: bool = _option(
         False, "Also re-weight the loss of the CLS head in the DRW phase. By default only the DIST head is re-weighted."
     )
@@ -514,10 +511,17 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         """Whether any batch is mixed by Mixup or CutMix."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mixup_probability > 0
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the DIST head learns from a teacher."""
+        return DISTILLATION_TARGETS[self.distillation].needs_teacher
+
 
 @dataclass
-class FlatTeacherTrainingArguments(LongTailTrainingArguments):
+class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  # type: ignore[misc]
     """Arguments of [`FlatTeacherTrainer`]: SGD with momentum under SAM, as in the CIFAR teachers of the paper.
+
+    The arguments of single losses are the options of their entries in [`TEACHER_LOSSES`].
 
     The learning rate drops by `lr_drops` at `lr_drop_epochs`. Without them it follows a cosine.
     """
@@ -526,23 +530,7 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
         **LongTailTrainingArguments.refused,
         **inherited.refused(inherited.TEACHER_ARGUMENTS),
     }
-    teacher_loss: str = _option(
-        "ce",
-        "Loss of the teacher: ce, ldam (needs a cosine classifier), logit_adjusted (balanced softmax), or paco (needs "
-        "projection_size).",
-    )
-    ldam_margin: float = _option(0.5, "LDAM: margin of the rarest class, which is the largest margin.")
-    ldam_scale: float = _option(30.0, "LDAM: factor by which the cosine classifier multiplies the cosines.")
-    paco_alpha: float = _option(0.01, "PaCo: weight of an image of the same class as a positive.")
-    paco_temperature: float = _option(
-        0.05, "PaCo: temperature, by which similarities are divided. 0.05 for CIFAR, 0.2 for others."
-    )
-    paco_queue: int = _option(
-        1024, "PaCo: number of keys of earlier batches in the queue. 1024 for CIFAR, 8192 for others."
-    )
-    paco_momentum: float = _option(
-        0.999, "PaCo: share of the old weights in an update of the momentum encoder, in [0, 1]."
-    )
+    teacher_loss: str = _option(next(iter(TEACHER_LOSSES)), f"Loss of the teacher: {listed(TEACHER_LOSSES)}.")
     sam_rho: list[float] = _option(
         [0.05],
         "Radius of the perturbation of SAM, over all weights: one value, or one per phase of training. 0: plain SGD.",
@@ -580,14 +568,11 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
     def check(self) -> None:
         super().check()
         _check_choice(self, "teacher_loss", TEACHER_LOSSES)
-        _check(self, "paco_alpha", self.paco_alpha >= 0, "0 or more")
-        _check(self, "paco_temperature", self.paco_temperature > 0, "above 0")
-        _check(self, "paco_queue", self.paco_queue >= 1, "1 or more")
-        _check(self, "paco_momentum", 0 <= self.paco_momentum <= 1, "in [0, 1]")
-        for name in ("ldam_margin", "ldam_scale"):
-            _check(self, name, getattr(self, name) > 0, "above 0")
+        for cls in type(self).__mro__:
+            for name, (fits, limits) in (cls.limits if issubclass(cls, LossOptions) else {}).items():
+                _check(self, name, fits(getattr(self, name)), limits)
         _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        smooths = self.teacher_loss == "ce" or self.label_smoothing_factor == 0
+        smooths = self.loss.smooths_labels or self.label_smoothing_factor == 0
         _check(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
         _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
         if len(self.sam_rho) == 1:
@@ -607,7 +592,13 @@ class FlatTeacherTrainingArguments(LongTailTrainingArguments):
 
     def arrangements(self) -> dict[str, tuple[Any, Any]]:
         # PaCo's loader drops an incomplete batch; the loader of Saddle-LongTail uses it.
-        return super().arrangements() | {"partial_steps": (False, self.teacher_loss != "paco")}
+        drops_last = self.teacher_loss in TEACHER_LOSSES and self.loss.drops_last  # `check` refuses other names later
+        return super().arrangements() | {"partial_steps": (False, not drops_last)}
+
+    @property
+    def loss(self) -> TeacherLoss:
+        """The registry's entry of `teacher_loss`."""
+        return TEACHER_LOSSES[self.teacher_loss]
 
     def check_data(self, num_images: int) -> None:
         """Checks the number of training images and epochs, and that learning rate and rho change before the end.
@@ -659,5 +650,5 @@ def _check(args: TrainingArguments, name: str, fits: bool, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)!r}.")
 
 
-def _check_choice(args: TrainingArguments, name: str, choices: Sequence[str]) -> None:
+def _check_choice(args: TrainingArguments, name: str, choices: Collection[str]) -> None:
     _check(args, name, getattr(args, name) in choices, f"one of {', '.join(choices)}")

@@ -15,7 +15,7 @@ from transformers import DeiTForImageClassificationWithTeacher, PreTrainedConfig
 from ..data.long_tail import class_counts
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize, weak_transform
 from ..evaluation import group_accuracies
-from ..losses import DistillationLoss
+from ..losses import DISTILLATION_TARGETS, DistillationLoss
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
@@ -128,7 +128,7 @@ class DeiTLTTrainer(LongTailTrainer):
 
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
-        if args.teacher_view == "weak" and args.distillation != "none":
+        if args.teacher_view == "weak" and args.needs_teacher:
             views["teacher_pixel_values"] = weak_transform(processor, args.hflip)
         return views
 
@@ -155,7 +155,7 @@ class DeiTLTTrainer(LongTailTrainer):
             elif self.args.label_smoothing_factor > 0:
                 labels = mixup_target(labels, self.model.config.num_labels, 1.0, self.args.label_smoothing_factor)
         prepared = {"pixel_values": pixel_values, "labels": labels}
-        if self.args.distillation != "none":
+        if self.args.needs_teacher:
             prepared["teacher_logits"] = self.teacher_logits(batch.get("teacher_pixel_values", pixel_values))
         return prepared
 
@@ -198,11 +198,12 @@ class DeiTLTTrainer(LongTailTrainer):
         Raises:
             ValueError: If `distillation` needs a teacher and none was given, or the teacher is no better than chance.
         """
-        if self.args.distillation == "none":
+        if not self.args.needs_teacher:
             return
         if self.teacher is None:
+            alone = " or ".join(repr(name) for name, target in DISTILLATION_TARGETS.items() if not target.needs_teacher)
             raise ValueError(
-                f"distillation={self.args.distillation!r} needs a teacher; pass one, or set distillation='none' to "
+                f"distillation={self.args.distillation!r} needs a teacher; pass one, or set distillation={alone} to "
                 "train both tokens on the labels."
             )
         accuracies = None if self.eval_dataset is None else self.check_teacher()
@@ -218,7 +219,7 @@ class DeiTLTTrainer(LongTailTrainer):
             after = mixing if args.mixing_in_drw else "no mixing"
             phases = f"to epoch {drw_start(self)}: {mixing}; from there: re-weighted, {after}"
         lines = {"phases": phases}
-        if args.distillation == "none":
+        if not args.needs_teacher:
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
         accuracies = (self.results.teacher or {}).get("accuracies") or {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from ..hub.push import push_folder
+from ..hub.pushing import push_folder
 from .arguments import LongTailTrainingArguments
 from .output_folder import run_files
 

@@ -84,7 +84,7 @@ class Recipe:
         """The arguments of the teacher's training; its `train()` starts it.
 
         Args:
-            loss: `ce`, `ldam`, `paco` or `logit_adjusted`; by default the recipe's.
+            loss: A name in [`~deitlt_hf.losses.TEACHER_LOSSES`], such as `paco`; by default the recipe's.
             **overrides: Fields of data, model and training.
 
         Raises:

@@ -14,7 +14,7 @@ from ..data.loading import SORTED_BY_AUTHORS, images_hash, subset_hash, training
 from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
 from ..hub.cards import CARD_FILE
-from ..hub.push import prepare_repository
+from ..hub.pushing import prepare_repository
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
@@ -22,7 +22,7 @@ from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClass
 from ..original import load_original_student
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
-from ..serving.loading import load_classifier, load_model, load_processor, loading, read_model_config
+from ..serving.classifiers import load_classifier, load_model, load_processor, loading, read_model_config
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .checkpoints import has_model, load_with_info, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer
@@ -94,7 +94,7 @@ def distill(
     student = _student(model_args, data)
     model_processor(student.config, args.image_resize)
     teacher = processor = None
-    if args.distillation != "none":
+    if args.needs_teacher:
         path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
         teacher = load_classifier(path)
         if not isinstance(teacher, FlatTeacherForImageClassification):  # has its image format in its config

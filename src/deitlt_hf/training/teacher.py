@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
 from ..hub.card_facts import in_phases
-from ..losses import LDAMLoss, LogitAdjustedLoss, PaCoLoss
+from ..losses import TEACHER_LOSSES
 from .arguments import FlatTeacherTrainingArguments
 from .momentum_encoder import MomentumContrast
 from .plan import drw_start
@@ -71,14 +71,15 @@ class FlatTeacherTrainer(LongTailTrainer):
     def set_up_model(self, model):
         """Changes the model as the parent class does, and creates the momentum encoder of PaCo."""
         super().set_up_model(model)
-        if self._datasets[0] is not None and self.args.teacher_loss == "ldam":
-            model.config.logit_scale = self.args.ldam_scale
-        if self._datasets[0] is not None and self.args.teacher_loss == "paco":
-            self.contrast = MomentumContrast(model.to(self.args.device), self.args.paco_queue, self.args.paco_momentum)
+        args = self.args
+        if self._datasets[0] is not None and args.loss.logit_scale is not None:
+            model.config.logit_scale = getattr(args, args.loss.logit_scale)
+        if self._datasets[0] is not None and args.loss.contrast:
+            self.contrast = MomentumContrast(model.to(args.device), args.paco_queue, args.paco_momentum)
 
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
-        if args.teacher_loss == "paco":
+        if args.loss.contrast:
             views["key_pixel_values"] = views["pixel_values"]
         return views
 
@@ -160,25 +161,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         return self.accelerator.no_sync(model) if stay else contextlib.nullcontext()
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
-        args = self.args
-        if args.teacher_loss == "ce":
-            return nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing_factor)
-        counts = self.class_counts
-        assert counts is not None  # known whenever training images are given
-        criterion: nn.Module
-        if args.teacher_loss == "ldam":
-            criterion = LDAMLoss(counts, args.ldam_margin, args.ldam_scale, class_weights, "sum")
-        elif args.teacher_loss == "logit_adjusted":
-            criterion = LogitAdjustedLoss(counts, class_weights=class_weights, reduction="sum")
-        else:
-            criterion = PaCoLoss(
-                counts,
-                args.paco_alpha,
-                temperature=args.paco_temperature,
-                class_weights=class_weights,
-                reduction="sum",
-            )
-        return criterion.to(args.device)
+        return self.args.loss.build(self.args, self.class_counts, class_weights).to(self.args.device)
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Adds the keys of PaCo to the batch: those of the second views, and those of the queue."""
@@ -240,13 +223,14 @@ class FlatTeacherTrainer(LongTailTrainer):
 def _check_heads(loss: str, config: PreTrainedConfig) -> None:
     """Checks that a model has the classifier and the projection that a loss needs."""
     classifier, projection_size = getattr(config, "classifier", "linear"), getattr(config, "projection_size", 0)
-    wanted = "cosine" if loss == "ldam" else "linear"
-    if classifier != wanted:
-        raise ValueError(f"teacher_loss {loss!r} needs a {wanted} classifier, the model's is {classifier}.")
-    if (loss == "paco") != (projection_size > 0):
+    entry = TEACHER_LOSSES[loss]
+    if classifier != entry.classifier:
+        raise ValueError(f"teacher_loss {loss!r} needs a {entry.classifier} classifier, the model's is {classifier}.")
+    if entry.contrast != (projection_size > 0):
+        projected = " or ".join(repr(name) for name, other in TEACHER_LOSSES.items() if other.contrast)
         raise ValueError(
-            f"teacher_loss {loss!r} with projection_size {projection_size}: 'paco' needs a projection (32 for CIFAR, "
-            "128 for larger images), other losses must have none."
+            f"teacher_loss {loss!r} with projection_size {projection_size}: {projected} needs a projection (32 for "
+            "CIFAR, 128 for larger images), other losses must have none."
         )
 
 

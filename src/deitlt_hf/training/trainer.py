@@ -35,7 +35,7 @@ from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..evaluation import ExpertTable
 from ..hub.card_facts import optimizer_name
 from ..hub.cards import write_card
-from ..hub.push import prepare_repository
+from ..hub.pushing import prepare_repository
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import of_first_process

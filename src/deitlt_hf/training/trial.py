@@ -127,7 +127,7 @@ def measure_steps(
             sgd.zero_grad()
 
         def student_step() -> None:
-            if student_args.distillation != "none":
+            if student_args.needs_teacher:
                 with torch.inference_mode():
                     teacher.eval()(images["teacher"])
             outputs = student(pixel_values=images["student"])

@@ -5,13 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .logit_adjustment import LogitAdjustedLoss
-
-SOFT_TYPES = ("soft", "soft_sum")
-DISTILLATION_TYPES = ("hard", *SOFT_TYPES, "none")
-CLS_LOSSES = ("ce", "bce", "logit_adjusted")
+from .entry import find
+from .registry import CLS_LOSSES, DISTILLATION_TARGETS
 
 
 class DistillationLossOutput(NamedTuple):
@@ -32,19 +28,20 @@ class DistillationLoss(nn.Module):
 
     Args:
         alpha: Share of the DIST head's part, in [0, 1]; 0.5 in the paper.
-        distillation: `hard`, cross entropy with the teacher's prediction (the paper); `soft`, Kullback-Leibler
-            divergence from the teacher's probabilities, times temperature squared, averaged over images and classes
-            as in the authors' code; `soft_sum`, the same but summed over classes, of the same strength as `hard`
-            (Hinton et al., 2015); `none`, cross entropy with the labels: two tokens, no teacher.
+        distillation: A name in `DISTILLATION_TARGETS`: `hard`, cross entropy with the teacher's prediction (the
+            paper); `soft`, Kullback-Leibler divergence from the teacher's probabilities, times temperature squared,
+            averaged over images and classes as in the authors' code; `soft_sum`, the same but summed over classes, of
+            the same strength as `hard` (Hinton et al., 2015); `none`, cross entropy with the labels: two tokens, no
+            teacher.
         temperature: Softens both distributions of `soft` and `soft_sum`.
-        cls_loss: `ce`, cross entropy; `bce`, binary cross entropy, averaged over images and classes;
-            `logit_adjusted`, cross entropy of logits that are adjusted by the class frequencies (balanced softmax, see
-            [`LogitAdjustedLoss`]).
+        cls_loss: A name in `CLS_LOSSES`: `ce`, cross entropy; `bce`, binary cross entropy, averaged over images and
+            classes; `logit_adjusted`, cross entropy of logits that are adjusted by the class frequencies (balanced
+            softmax, see [`LogitAdjustedLoss`]).
         class_weights: Weights of the DIST head's targets, (classes,), for deferred re-weighting. With soft labels they
             re-weight the teacher's distribution: `p_c * w_c`, renormalised. (The authors' code multiplies the
             log-probabilities instead; all their results use `hard`.)
-        reweight_cls: Apply the class weights to the CLS head too (an ablation; needs `cls_loss="ce"`).
-        class_counts: Training images of each class, for `cls_loss="logit_adjusted"`.
+        reweight_cls: Apply the class weights to the CLS head too (an ablation; needs a loss that takes weights: `ce`).
+        class_counts: Training images of each class, for losses that need them: `logit_adjusted`.
 
     Raises:
         ValueError: If an argument is outside its range, or `class_counts` are missing.
@@ -65,24 +62,21 @@ class DistillationLoss(nn.Module):
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}.")
-        if distillation not in DISTILLATION_TYPES:
-            raise ValueError(f"distillation must be one of {', '.join(DISTILLATION_TYPES)}, got {distillation!r}.")
-        if cls_loss not in CLS_LOSSES:
-            raise ValueError(f"cls_loss must be one of {', '.join(CLS_LOSSES)}, got {cls_loss!r}.")
+        target = find(DISTILLATION_TARGETS, distillation, "distillation")
+        of_cls = find(CLS_LOSSES, cls_loss, "cls_loss")
         if temperature <= 0.0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        if reweight_cls and cls_loss != "ce":
-            raise ValueError("reweight_cls needs cls_loss='ce'.")
+        if reweight_cls and not of_cls.takes_weights:
+            names = (repr(name) for name, loss in CLS_LOSSES.items() if loss.takes_weights)
+            raise ValueError(f"reweight_cls needs cls_loss={' or '.join(names)}.")
+        if of_cls.needs_counts and class_counts is None:
+            raise ValueError(f"cls_loss={cls_loss!r} needs class_counts; got None.")
         self.alpha = alpha
         self.distillation = distillation
         self.temperature = temperature
-        self.cls_loss = cls_loss
         self.reweight_cls = reweight_cls
-        self.logit_adjusted = None
-        if cls_loss == "logit_adjusted":
-            if class_counts is None:
-                raise ValueError("cls_loss='logit_adjusted' needs class_counts; got None.")
-            self.logit_adjusted = LogitAdjustedLoss(class_counts, reduction="sum")
+        self.target = target
+        self.cls_criterion = of_cls.build(class_counts, class_weights if reweight_cls else None)
         self.register_buffer("class_weights", class_weights)
 
     def forward(
@@ -107,26 +101,14 @@ class DistillationLoss(nn.Module):
             ValueError: If the teacher's logits are missing or have another shape than the student's.
         """
         cls_logits, distillation_logits = cls_logits.float(), distillation_logits.float()
-        if self.distillation != "none":
+        if self.target.needs_teacher:
             teacher_logits = _checked(self.distillation, teacher_logits, distillation_logits)
         if denominators is None:
             denominators = self.denominators(labels, teacher_logits)
 
-        if self.cls_loss == "bce":
-            cls_targets = _probabilities(labels, cls_logits.shape[1])
-            cls_sum = F.binary_cross_entropy_with_logits(cls_logits, cls_targets, reduction="sum")
-            cls_sum = cls_sum / cls_logits.shape[1]
-        elif self.logit_adjusted is not None:
-            cls_sum = self.logit_adjusted(cls_logits, labels)
-        else:
-            cls_sum = _cross_entropy_sum(cls_logits, labels, self.class_weights if self.reweight_cls else None)
-
-        if self.distillation in SOFT_TYPES and teacher_logits is not None:
-            distillation_sum = self._divergence(distillation_logits, teacher_logits)
-        else:
-            targets = self._distillation_targets(labels, teacher_logits)
-            distillation_sum = _cross_entropy_sum(distillation_logits, targets, self.class_weights)
-
+        cls_sum = self.cls_criterion(cls_logits, labels)
+        targets = self.target.targets(labels, teacher_logits)
+        distillation_sum = self.target.loss(distillation_logits, targets, self.class_weights, self.temperature)
         cls_loss = (1.0 - self.alpha) * cls_sum / denominators[0]
         distillation_loss = self.alpha * distillation_sum / denominators[1]
         return DistillationLossOutput(cls_loss + distillation_loss, cls_loss, distillation_loss)
@@ -137,25 +119,10 @@ class DistillationLoss(nn.Module):
         if self.class_weights is None:
             return torch.stack([batch_size, batch_size])
         cls_total = _weight_sum(self.class_weights, labels) if self.reweight_cls else batch_size
-        if self.distillation in SOFT_TYPES:
+        if not self.target.weighted_mean:
             return torch.stack([cls_total, batch_size])
-        targets = self._distillation_targets(labels, teacher_logits)
+        targets = self.target.targets(labels, teacher_logits)
         return torch.stack([cls_total, _weight_sum(self.class_weights, targets)])
-
-    def _distillation_targets(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
-        if self.distillation == "none":
-            return labels
-        assert teacher_logits is not None  # checked in `forward` for all types but `none`
-        return teacher_logits.argmax(dim=1)
-
-    def _divergence(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-        student = F.log_softmax(logits / self.temperature, dim=1)
-        teacher = F.log_softmax(teacher_logits.float() / self.temperature, dim=1)
-        if self.class_weights is not None:
-            # The softmax renormalises the weighted probabilities.
-            teacher = F.log_softmax(teacher + self.class_weights.log(), dim=1)
-        divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
-        return divergence * self.temperature**2 / (logits.shape[1] if self.distillation == "soft" else 1)
 
 
 def _checked(distillation: str, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor) -> torch.Tensor:
@@ -170,11 +137,3 @@ def _checked(distillation: str, teacher_logits: torch.Tensor | None, student_log
 
 def _weight_sum(weights: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return weights[targets].sum() if targets.dim() == 1 else (targets * weights).sum()
-
-
-def _probabilities(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
-    return targets if targets.dim() == 2 else F.one_hot(targets, num_classes).float()
-
-
-def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    return F.cross_entropy(logits, targets, weight=weights, reduction="sum")

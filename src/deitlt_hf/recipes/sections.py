@@ -8,6 +8,8 @@ from ..data.image_rule import colour
 from ..data.loading import load_source, long_tailed_splits, training_counts
 from ..data.long_tail import ShotGroups, shot_groups
 from ..data.streaming import load_streamed
+from ..losses import TEACHER_LOSSES
+from ..losses.entry import find
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 
@@ -153,7 +155,10 @@ class StudentArguments:
     )
     teacher_loss: str | None = field(
         default=None,
-        metadata={"help": "Without --teacher: train the recipe's teacher with this loss, in a separate folder."},
+        metadata={
+            "help": f"Without --teacher: train the recipe's teacher with this loss ({', '.join(TEACHER_LOSSES)}), in a "
+            "separate folder."
+        },
     )
     init_from: str | None = field(
         default=None,
@@ -192,25 +197,24 @@ class TeacherArguments:
     """The teacher fields of a recipe: its architecture."""
 
     backbone: str = field(default="resnet32", metadata={"help": "resnet20/32/44/56 (CIFAR) or timm/NAME."})
-    classifier: str | None = field(
-        default=None, metadata={"help": "linear or cosine. None: as the loss requires: cosine for LDAM, else linear."}
-    )
+    classifier: str | None = field(default=None, metadata={"help": "linear or cosine. None: as teacher_loss requires."})
     projection_size: int | None = field(
         default=None,
-        metadata={"help": "Size of PaCo's features. None: 32 up to 64 pixels, else 128; 0 with other losses."},
+        metadata={
+            "help": "Size of the features that PaCo compares. None: as teacher_loss requires: 32 up to 64 pixels, else "
+            "128; 0 for losses that compare none."
+        },
     )
     image_size: int = field(default=32, metadata={"help": "Side of the images, in pixels."})
 
     def config(self, teacher_loss: str, **labels) -> FlatTeacherConfig:
         """Configuration of a teacher for training with a loss. `labels` are label fields such as `num_labels`."""
-        classifier, projection_size = self.classifier, self.projection_size
-        if classifier is None:
-            classifier = "cosine" if teacher_loss == "ldam" else "linear"
+        loss, projection_size = find(TEACHER_LOSSES, teacher_loss, "teacher_loss"), self.projection_size
         if projection_size is None:
-            projection_size = (32 if self.image_size <= 64 else 128) if teacher_loss == "paco" else 0
+            projection_size = (32 if self.image_size <= 64 else 128) if loss.contrast else 0
         return FlatTeacherConfig(
             backbone=self.backbone,
-            classifier=classifier,
+            classifier=self.classifier or loss.classifier,
             projection_size=projection_size,
             image_size=self.image_size,
             **labels,

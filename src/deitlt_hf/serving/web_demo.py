@@ -17,7 +17,7 @@ from ..data.sources.files import is_image
 from ..evaluation.accuracy import COLOURS
 from ..io import check_link
 from .handler import read_image
-from .predict import load_classifier
+from .prediction import load_classifier
 
 if TYPE_CHECKING:
     import gradio

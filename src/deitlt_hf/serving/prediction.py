@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from ..data.sources.files import is_image
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from .classifiers import read_model_config
 from .handler import EndpointHandler
-from .loading import read_model_config
 
 
 def load_classifier(path: str | PathLike) -> EndpointHandler:

@@ -1,0 +1,44 @@
+"""Cross entropy with class indices or probabilities, and binary cross entropy."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .entry import ClsLoss, Counts, DistillationTarget, TeacherLoss
+
+
+def cross_entropy_sum(
+    logits: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None = None, temperature: float = 1.0
+) -> torch.Tensor:
+    """Cross entropy summed over images, each multiplied by the weight of its class. The temperature has no effect."""
+    return F.cross_entropy(logits, targets, weight=class_weights, reduction="sum")
+
+
+def binary_cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy, averaged over classes and summed over images."""
+    num_classes = logits.shape[1]
+    probabilities = targets if targets.dim() == 2 else F.one_hot(targets, num_classes).float()
+    return F.binary_cross_entropy_with_logits(logits, probabilities, reduction="sum") / num_classes
+
+
+def _of_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
+    return nn.CrossEntropyLoss(class_weights, reduction="sum")
+
+
+def _of_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
+    return nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing_factor)
+
+
+TEACHER = TeacherLoss(_of_teacher, smooths_labels=True)
+CLS = ClsLoss(_of_cls, takes_weights=True)
+BINARY_CLS = ClsLoss(lambda class_counts, class_weights: binary_cross_entropy_sum)
+HARD = DistillationTarget(
+    lambda labels, teacher_logits: teacher_logits.argmax(dim=1), cross_entropy_sum, weighted_mean=True
+)
+LABELS = DistillationTarget(
+    lambda labels, teacher_logits: labels,
+    cross_entropy_sum,
+    "the labels instead of a teacher",
+    needs_teacher=False,
+    weighted_mean=True,
+)

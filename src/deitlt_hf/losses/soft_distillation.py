@@ -1,0 +1,40 @@
+"""Distillation with the teacher's probabilities (Hinton et al., 2015)."""
+
+import torch
+from torch.nn import functional as F
+
+from .entry import DistillationTarget
+
+
+def divergence_sum(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, class_weights: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """Kullback-Leibler divergence from the teacher's probabilities, times temperature squared, summed over images.
+
+    Args:
+        logits: The student's logits; (batch, classes).
+        teacher_logits: The teacher's logits; (batch, classes).
+        class_weights: Weights of the classes, (classes,). They re-weight the teacher's distribution: `p_c * w_c`,
+            renormalised.
+        temperature: Softens both distributions.
+    """
+    student = F.log_softmax(logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    if class_weights is not None:
+        # The softmax renormalises the weighted probabilities.
+        teacher = F.log_softmax(teacher + class_weights.log(), dim=1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def _mean_over_classes(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, class_weights: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    return divergence_sum(logits, teacher_logits, class_weights, temperature) / logits.shape[1]
+
+
+def _teacher_logits(labels: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    return teacher_logits
+
+
+MEAN = DistillationTarget(_teacher_logits, _mean_over_classes, "averaged over classes, as in the authors' code")
+SUM = DistillationTarget(_teacher_logits, divergence_sum, "summed over classes, which makes it as strong as hard")
