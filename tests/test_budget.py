@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import make_student
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.analysis.budget import (
     GPUS,
@@ -23,8 +21,7 @@ from deitlt_hf.analysis.budget import (
 )
 from deitlt_hf.recipes import DataArguments, StudentArguments
 from deitlt_hf.training import DeiTLTTrainingArguments
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT, make_student
 
 
 @pytest.mark.parametrize(

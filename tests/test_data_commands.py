@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
-from test_images import bomb, cut
-from test_sources import save_image, write_cifar, write_lists
 
 from deitlt_hf.analysis.figures import GROUP_COLOURS
 from deitlt_hf.cli import main
@@ -22,6 +20,7 @@ from deitlt_hf.cli.data import main as main_of_data
 from deitlt_hf.data.check import BENCHMARKS, Benchmark
 from deitlt_hf.recipes import DataArguments, parse_arguments
 from deitlt_hf.training.schedule import low_peak
+from helpers import bomb, cut, save_image, write_cifar, write_lists
 
 
 def run(*command, code=0):
@@ -82,9 +81,9 @@ def test_check_reports_each_problem(tmp_path):
         "truncated",
         "it has more than 89478485 pixels",
         "2 images have the same bytes in training and testing",
-        "deitlt train-teacher: an epoch has 10 images, fewer than one batch of 32 (1 process(es) x 32); lower",
-        "deitlt distill: repeated augmentation draws rounds of 256 images, but the training set has only 10; pass",
-        "deitlt distill: an epoch has 10 images, fewer than one batch of 128 (1 process(es) x 128); lower",
+        "deitlt train-teacher: an epoch has 10 images, fewer than one batch of 32",
+        "rounds of 256 images, but the training set has only 10; pass",
+        "deitlt distill: an epoch has 10 images, fewer than one batch of 128",
         "12 problem(s)",
     ):
         assert text in output, text
@@ -116,7 +115,7 @@ def test_check_without_problems_and_with_missing_images(tmp_path):
         (("--recipe", "digits_lt", "--counts", "."), "error: --counts . is a folder; name a file"),
         (
             ("--recipe", "digits_lt", "--group_rule", "thirds", "--group_boundaries", "3", "7"),
-            "error: group_boundaries [3, 7] and group_rule 'thirds' both define groups of classes",
+            "error: group_boundaries [3, 7] and group_rule 'thirds' both",
         ),
     ],
 )  # fmt: skip
@@ -362,9 +361,7 @@ def test_check_accepts_the_fields_that_it_recommends(tmp_path, capsys):
     assert ended.value.code == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "mine.yaml: ready to train on" in output
-    assert (
-        "note deitlt distill: the peak learning rate 7.81e-06 is too small for a student that starts from scr" in output
-    )
+    assert "note deitlt distill: the peak learning rate 7.81e-06 is too small" in output
     assert check([*words, *advised, "--learning_rate", "1e-3"], deep=False, counts_file=None) == 0
     assert "note" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="unknown field 'repeated_augmentations'"):

@@ -18,17 +18,14 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 
-from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.push import EVAL_FILE, prepare_repository, push_folder
 from deitlt_hf.io import weights_digest
+from helpers import IMAGES, ROOT, TINY, make_student
 from hub_server import Account, Entry, Hub, HubError, Repository, once, running_hub
 
-ROOT = Path(__file__).parent.parent
-TINY = str(ROOT / "tests" / "fixtures" / "tiny.yaml")
 WRITER, READER = "hf_" + "W" * 34, "hf_" + "R" * 34
-IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 MODEL = {
     "config.json",
     "preprocessor_config.json",
@@ -324,9 +321,7 @@ def test_files_of_other_weights_are_left_out(hub, folder, retrained):
     (folder / "report" / "report.json").write_text(json.dumps({"models": [{"weights_sha256": "0" * 64}]}))
     put_by_hand(hub, "zoo/digits", {"onnx/model.onnx": b"old", "results.json": b"{}"})
     left_out = "log.jsonl, onnx/model.onnx, report/, results.json, training_curves.png"
-    with pytest.warns(
-        UserWarning, match=f"left out, because they may belong to other weights than those in .*: {left_out};"
-    ):
+    with pytest.warns(UserWarning, match=f"they may belong to other weights .*: {left_out};"):
         push_folder(folder, "zoo/digits")
     files = hub.repositories["zoo/digits"].files()
     assert set(files) == MODEL | {f"ema/{name}" for name in MODEL} | {"README.md"}
@@ -416,7 +411,7 @@ def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path, digits):
 def test_a_repository_of_another_kind_of_model_is_refused(hub, folder, digits, tmp_path, revision):
     files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
     repository = put_by_hand(hub, "zoo/llama", files)
-    message = "^zoo/llama has a model of type 'llama', but this is a 'deit'; push it to another repository.$"
+    message = "^zoo/llama has a model of type 'llama', but this is a 'deit'"
     with pytest.raises(ValueError, match=message):
         push_folder(folder, "zoo/llama", revision=revision, handler=True)
     with pytest.raises(ValueError, match=message):
@@ -543,7 +538,7 @@ def test_damaged_or_unfinished_models_are_refused(hub, folder):
 def test_a_damaged_index_of_the_weights_is_named(hub, folder, text):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json (does not name the files|cannot be read)"):
+    with pytest.raises(ValueError, match=r"safetensors\.index\.json (does not name the files|cannot be read)"):
         push_folder(folder, "zoo/digits")
     assert hub.requests == []
 
@@ -646,7 +641,7 @@ def test_an_index_next_to_complete_weights_stays(hub, folder):
         ("missing", "is missing"),
         ("cut", "not a whole safetensors file"),
         ("lacks", "lacks 'another.weight'"),
-        ("../outside.safetensors", "names '../outside.safetensors', which is not a weight file in its folder"),
+        ("../outside.safetensors", "'../outside.safetensors', which is not a weight file"),
         ("/tmp/outside.safetensors", "which is not a weight file in its folder"),
         ("training_args.bin", "which is not a weight file in its folder"),
         (7, "which is not a weight file in its folder"),
@@ -788,7 +783,7 @@ def test_an_untrained_trainer_does_not_replace_a_model(hub, folder, digits, tmp_
         ({}, ""),
         ({"private": True, "revision": "second"}, " --private --revision second"),
     ):
-        expected = f"not trained a new one; push the existing model with: deitlt push '{folder}' zoo/digits{shown}"
+        expected = f"push the existing model with: deitlt push '{folder}' zoo/digits{shown}"
         with pytest.raises(FileExistsError, match=f"{re.escape(expected)}$"):
             trainer.push_to_hub(**options)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -1,15 +1,13 @@
 """Tests of recipes from Python, and of the help of commands that take a recipe."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from deitlt_hf import DeiTLTTrainingArguments, Recipe
 from deitlt_hf.cli import main
 from deitlt_hf.recipes import DataArguments, StudentArguments, parse_arguments
-
-TINY = str(Path(__file__).parent / "fixtures" / "tiny.yaml")
+from helpers import TINY
 
 
 def test_keywords_match_the_command_line(tmp_path):
