@@ -259,11 +259,11 @@ def test_small_images_are_decoded_once(monkeypatch):
         assert np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_fill_the_cache_together(context):
+@pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_fill_the_cache_together(context, workers):
     data = rows_of([picture(12, 10) for _ in range(40)])
     dataset = ImageDataset(data, "image", "label", {"pixel_values": train_transform(image_processor(8), "padded")})
-    loader = torch.utils.data.DataLoader(dataset, 8, num_workers=2, multiprocessing_context=context)
+    loader = torch.utils.data.DataLoader(dataset, 8, num_workers=workers, multiprocessing_context=context)
     assert sum(len(batch["labels"]) for batch in loader) == 40
     assert dataset._cache[1].all() == (context == "fork")
 

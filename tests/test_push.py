@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainingArguments
+from deitlt_hf.cli.push import main as push
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.push import EVAL_FILE, prepare_repository, push_folder
 from deitlt_hf.io import weights_digest
@@ -364,7 +365,7 @@ def test_stars_do_not_match_deeper_folders(hub, folder):
     assert set(hub.repositories["zoo/digits"].files()) == expected
 
 
-def test_files_added_on_the_hub_by_hand_stay(hub, folder, tmp_path):
+def test_files_added_on_the_hub_by_hand_stay(hub, folder):
     push_folder(folder, "zoo/digits")
     card = b"---\nlicense: cc-by-nc-4.0\n---\n# edited on the Hub\n"
     others = dict.fromkeys(("handler.py", "onnx/model_q4.onnx", "modeling_mine.py", "report/x/y.png"), b"mine")
@@ -373,8 +374,7 @@ def test_files_added_on_the_hub_by_hand_stay(hub, folder, tmp_path):
     with pytest.warns(UserWarning, match="the card of zoo/digits was written or edited there and stays"):
         push_folder(folder, "zoo/digits")
     assert repository.files() == before
-    command = ("scripts/push.py", folder, "zoo/digits", "--overwrite_card")
-    finish(start(hub, tmp_path / "home", *command, token=WRITER))
+    push([str(folder), "zoo/digits", "--overwrite_card"])
     assert repository.files() == before | {"README.md": (folder / "README.md").read_bytes()}
 
 
@@ -388,8 +388,7 @@ def test_a_licence_is_kept_by_later_pushes(hub, folder, tmp_path, digits):
     another = shutil.copytree(folder, tmp_path / "another")
     push_folder(folder, "zoo/digits")
     assert metadata()["license"] is None
-    options = ("--license", "cc-by-nc-4.0", "--tags", "mine", "too")
-    finish(start(hub, tmp_path / "home", "scripts/push.py", folder, "zoo/digits", *options, token=WRITER))
+    push([str(folder), "zoo/digits", "--license", "cc-by-nc-4.0", "--tags", "mine", "too"])
     assert metadata()["license"] == "cc-by-nc-4.0"
     push_folder(folder, "zoo/digits")
     push_folder(another, "zoo/digits")
@@ -421,14 +420,14 @@ def test_a_repository_of_another_kind_of_model_is_refused(hub, folder, digits, t
     assert not (folder / "handler.py").exists()
 
 
-def test_handler_is_written_after_all_checks(hub, folder, tmp_path):
+def test_handler_is_written_after_all_checks(hub, folder):
     (folder / "preprocessor_config.json").rename(folder / "kept.json")
-    command = ("scripts/push.py", folder, "zoo/digits", "--handler")
-    _, errors = finish(start(hub, tmp_path / "home", *command, token=WRITER), returncode=1)
-    assert "preprocessor_config.json is missing" in errors
+    command = [str(folder), "zoo/digits", "--handler"]
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json is missing"):
+        push(command)
     assert not (folder / "handler.py").exists()
     (folder / "kept.json").rename(folder / "preprocessor_config.json")
-    finish(start(hub, tmp_path / "home", *command, token=WRITER))
+    push(command)
     assert hub.repositories["zoo/digits"].files()["handler.py"] == (folder / "handler.py").read_bytes()
 
 
