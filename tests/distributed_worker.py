@@ -6,7 +6,6 @@ import torch
 from accelerate import PartialState
 from torch.distributed.fsdp import fully_shard
 
-from conftest import make_student
 from deitlt_hf import (
     DeiTLTTrainer,
     DeiTLTTrainingArguments,
@@ -16,6 +15,7 @@ from deitlt_hf import (
     FlatTeacherTrainingArguments,
 )
 from deitlt_hf.data import load_long_tailed
+from helpers import make_student
 
 GLOBAL_BATCH = 32
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
-from conftest import make_student
 from deitlt_hf.analysis.agreement import expert_outcomes, gain_by_class
 from deitlt_hf.analysis.attention import (
     attention_distances,
@@ -24,6 +23,7 @@ from deitlt_hf.evaluation import ExpertTable, group_accuracies
 from deitlt_hf.evaluation.accuracy import class_accuracies
 from deitlt_hf.evaluation.fusion import RULES, balanced_rows, fit_fusion, fold
 from deitlt_hf.evaluation.metrics import bootstrap_intervals, calibration_error, long_tail_figures
+from helpers import make_student
 
 RANDOM = np.random.RandomState(0)
 GROUPS = {"head": [0, 1], "mid": [2, 3], "tail": [4, 5]}

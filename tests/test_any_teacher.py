@@ -4,7 +4,6 @@ import copy
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -27,7 +26,6 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from conftest import make_student
 from deitlt_hf import (
     DeiTLTTrainer,
     DeiTLTTrainingArguments,
@@ -40,8 +38,8 @@ from deitlt_hf.data.transforms import ImageFormat
 from deitlt_hf.serving.classifiers import load_classifier
 from deitlt_hf.training.distillation import label_order
 from deitlt_hf.training.provenance import teacher_record
+from helpers import ROOT, make_student
 
-ROOT = Path(__file__).parent.parent
 SHUFFLED = [str(label) for label in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
 LABELS = {"id2label": dict(enumerate(SHUFFLED)), "label2id": {name: label for label, name in enumerate(SHUFFLED)}}
 OTHER_NORM = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
@@ -169,7 +167,7 @@ def test_a_deit_with_one_head_is_refused_as_a_student(tmp_path, monkeypatch, cap
 )
 def test_processors_with_further_steps_are_refused(processor):
     """Processors with further steps are refused: EfficientNet's normalises twice, MobileViT's swaps the channels."""
-    with pytest.raises(ValueError, match="changes images in other ways than by size, mean and standard deviation"):
+    with pytest.raises(ValueError, match="changes images in other ways than by size"):
         ImageFormat.of(processor)
 
 
@@ -239,5 +237,5 @@ def test_a_resnet_of_transformers_trains_with_sam_and_teaches(tmp_path, digits, 
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(ROOT / "scripts" / "distill.py"), run_name="__main__")
     plan = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "ResNetForImageClassification, 32 px, sees the student view; test accuracy" in plan
+    assert "ResNetForImageClassification, 32 px, sees the student view" in plan
     assert json.loads((tmp_path / "student" / "results.json").read_text())["finished"]

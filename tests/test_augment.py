@@ -11,6 +11,7 @@ from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, _RAND_TRANSFORMS
 
 from deitlt_hf.data import augment, image_processor, train_transform
 from deitlt_hf.data.augment import FASTER, on_arrays
+from helpers import seed_all
 
 RANDOM = np.random.RandomState(0)
 FILL = (124, 116, 104)
@@ -86,12 +87,6 @@ def test_translation_by_whole_pixels_is_exact(share, monkeypatch):
             result = FASTER[name](np.asarray(image), share, fillcolor=FILL, resample=Image.BICUBIC)
             if (share * image.width).is_integer() and (share * image.height).is_integer():
                 assert np.array_equal(result, expected)
-
-
-def seed_all(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def timm_transform(size, crop):

@@ -1,13 +1,8 @@
 """Tests of the estimates of `deitlt plan` against the operations and memory that torch counts."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from conftest import make_student
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.analysis.budget import (
     GPUS,
@@ -21,10 +16,10 @@ from deitlt_hf.analysis.budget import (
     student_model,
     training_images,
 )
+from deitlt_hf.cli.plan import main as print_plan
 from deitlt_hf.recipes import DataArguments, StudentArguments
 from deitlt_hf.training import DeiTLTTrainingArguments
-
-ROOT = Path(__file__).parent.parent
+from helpers import make_student
 
 
 @pytest.mark.parametrize(
@@ -169,24 +164,20 @@ def test_plan_refuses_what_a_run_refuses():
     assert training_images(DataArguments("uoft-cs/cifar10", imbalance_ratio=10, max_per_class=100))[1] == 403
 
 
-def test_plan_uses_the_size_of_the_starting_student(tmp_path):
+def test_plan_uses_the_size_of_the_starting_student(tmp_path, capsys):
     make_student(hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "deitlt_hf.cli", "plan", "--recipe", "cifar10_lt_rho100", "--init_from", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "student, 8 px" in done.stdout
-    assert "0.0 M parameters; 0.0" in done.stdout
-    assert "paper reports" not in done.stdout  # of another student
+    print_plan(["--recipe", "cifar10_lt_rho100", "--init_from", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "student, 8 px" in output
+    assert "0.0 M parameters; 0.0" in output
+    assert "paper reports" not in output  # of another student
 
 
-def test_the_script_plans_a_recipe_without_its_data():
-    done = subprocess.run(
-        [sys.executable, "-m", "deitlt_hf.cli", "plan", "--recipe", "cifar100_lt_rho100", "--gpus", "2", "3"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "10,847 training images of 100 classes" in done.stdout
-    assert "128 x 4" in done.stdout
-    assert "uneven shares" in done.stdout
-    assert "The paper reports 55.6 (72.8, 55.4, 31.4) % overall" in done.stdout
-    assert "12,000" in done.stdout  # updates: 10 in each of 1,200 epochs
+def test_a_recipe_is_planned_without_its_data(capsys):
+    print_plan(["--recipe", "cifar100_lt_rho100", "--gpus", "2", "3"])
+    output = capsys.readouterr().out
+    assert "10,847 training images of 100 classes" in output
+    assert "128 x 4" in output
+    assert "uneven shares" in output
+    assert "The paper reports 55.6 (72.8, 55.4, 31.4) % overall" in output
+    assert "12,000" in output  # updates: 10 in each of 1,200 epochs

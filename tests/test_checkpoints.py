@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from conftest import make_student
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.training.checkpoints import (
     MANIFEST,
@@ -29,6 +28,7 @@ from deitlt_hf.training.checkpoints import (
     remove_old_checkpoints,
     whole_checkpoint,
 )
+from helpers import Harm, make_student
 
 
 def write_checkpoint(output_dir, step, weight=0.0, left_out=()):
@@ -154,11 +154,6 @@ def empty(path):
 
 def of_something_else(path):
     torch.save([1, 2], path)
-
-
-class Harm:
-    def __reduce__(self):
-        return (os.system, ("touch harm",))
 
 
 @pytest.mark.parametrize("harm", [hostile, cut, empty, of_something_else])
@@ -300,7 +295,7 @@ with run_lock({str(tmp_path)!r}):
 
 def test_a_full_disk_gives_one_message_and_keeps_the_previous_checkpoint(tmp_path, digits, monkeypatch):
     fail_at(monkeypatch, 4, OSError(errno.ENOSPC, "No space left on device"))
-    sentence = r"the checkpoint of step 4 cannot be written to .*: \[Errno 28\] No space left on device; earlier"
+    sentence = r"the checkpoint of step 4 cannot be written .* No space left"
     with pytest.raises(OSError, match=sentence):
         make_trainer(tmp_path, digits).train()
     assert find_corruption(tmp_path / "checkpoint-2") is None
@@ -345,6 +340,6 @@ def test_a_failed_save_keeps_the_previous_model(tmp_path, digits, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(trainer.model), "save_pretrained", fail)
-    with pytest.raises(OSError, match=r"the model cannot be written to .*No space left on device; make room there"):
+    with pytest.raises(OSError, match=r"the model cannot be written to .*No space left"):
         trainer.save_model()
     assert (tmp_path / "model.safetensors").read_bytes() == before

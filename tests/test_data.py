@@ -1,6 +1,5 @@
 """Tests of long-tailed subsets, class groups, image sources and transforms."""
 
-import gzip
 import logging
 import random
 
@@ -31,6 +30,7 @@ from deitlt_hf.data.sampling import TrainBatches, seed_streams
 from deitlt_hf.data.transforms import ImageFormat, resize_and_renormalize
 from deitlt_hf.recipes import DataArguments
 from deitlt_hf.recipes.sections import without_folders
+from helpers import seed_all, write_idx
 
 RANDOM = np.random.RandomState(0)
 
@@ -70,7 +70,7 @@ def test_subset_depends_on_seed_and_max_per_class():
         ({"imbalance_ratio": 0.01}, "must be at least 1, got 0.01; for the inverse flag"),
         ({"imbalance_ratio": float("nan")}, "must be at least 1, got nan"),
         ({"imbalance_ratio": 10, "imbalance_type": "linear"}, "imbalance_type must be one of exp, step"),
-        ({"imbalance_ratio": 1000}, r"class 2 would get no image \(it has 50, and imbalance_ratio 1000 leaves 0"),
+        ({"imbalance_ratio": 1000}, "class 2 would get no image .*imbalance_ratio 1000"),
         ({"imbalance_ratio": 2, "num_classes": 5}, r"class 4 would get no image \(it has 0"),
     ],
 )
@@ -161,18 +161,6 @@ def write_folder(folder, splits=("train", "test"), classes=("cat", "dog", "eel")
     return folder
 
 
-def write_idx(folder, compress, images=30, classes=3):
-    opener = gzip.open if compress else open
-    for stem in ("train", "t10k"):
-        pixels = RANDOM.randint(0, 256, (images, 7, 7)).astype(np.uint8)
-        labels = (np.arange(images) % classes).astype(np.uint8)
-        for name, values in ((f"{stem}-images-idx3-ubyte", pixels), (f"{stem}-labels-idx1-ubyte", labels)):
-            header = bytes([0, 0, 8, values.ndim]) + np.asarray(values.shape, ">u4").tobytes()
-            with opener(folder / (name + ".gz" * compress), "wb") as file:
-                file.write(header + values.tobytes())
-    return folder
-
-
 def test_digits_are_embedded_and_their_test_split_is_complete(digits):
     assert digits["train"].features["label"].names == [str(digit) for digit in range(10)]
     assert class_counts(digits["train"]["label"]).tolist() == [60, 46, 35, 27, 21, 16, 12, 10, 7, 6]
@@ -222,9 +210,7 @@ def test_saved_data_set_and_hub_layout(tmp_path):
         part.to_parquet(tmp_path / "hub" / f"{split}-00000.parquet")
     data.save_to_disk(tmp_path / "disk")
     for source in ({"dataset": str(tmp_path / "hub")}, {"dataset": "any", "data_dir": str(tmp_path / "disk")}):
-        with pytest.raises(
-            ValueError, match=r"2 columns have type ClassLabel; the columns are img \(Image\), fine_label"
-        ):
+        with pytest.raises(ValueError, match=r"2 columns have type ClassLabel; .* fine_label"):
             load_long_tailed(**source)
         loaded = load_long_tailed(**source, label_column="fine_label")
         assert loaded["train"].column_names == ["image", "label", "source_index"]
@@ -240,7 +226,7 @@ def test_saved_data_set_and_hub_layout(tmp_path):
             ("train",),
             ("cat", "dog"),
             {},
-            r"no test \(test or testing .* split; the splits are train.* or give test_fraction",
+            "the splits are train.* or give test_fraction",
         ),
         (("train", "test"), ("cat",), {}, r"the data have 1 class \(cat\)"),
         (("train", "test"), ("cat", "dog"), {"class_names": ["a"]}, "class_names has 1 names but the data have 2"),
@@ -358,14 +344,6 @@ def test_evaluation_resizes_and_crops_like_the_paper():
     assert (pixel_values[0] - timm_transform(image)).abs().mean() < 0.02
 
 
-def seed_all(seed):
-    import random
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def test_strongest_augmentation_does_not_crash():
     """The strongest augmentation does not crash.
 
@@ -403,7 +381,7 @@ def test_color_jitter_changes_brightness_but_no_shape():
 def test_unknown_crop_and_small_resize_are_refused():
     with pytest.raises(ValueError, match="train_crop must be one of random_resized, padded, got 'centre'"):
         train_transform(image_processor(16), "centre")
-    with pytest.raises(ValueError, match="training images are square, but the image processor makes 16 x 12 px"):
+    with pytest.raises(ValueError, match="square, but the image processor makes 16 x 12 px"):
         train_transform(ViTImageProcessor(size={"height": 12, "width": 16}))
     with pytest.raises(ValueError, match="resized to 10 and cropped to image_size 16"):
         image_processor(16, 10)

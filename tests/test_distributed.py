@@ -13,7 +13,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.nn import functional as F
 
-from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification
 from deitlt_hf.data import class_counts, load_long_tailed
 from deitlt_hf.losses import effective_number_weights
@@ -25,8 +24,7 @@ from distributed_worker import (
     uneven_evaluation,
     weights_after_muon,
 )
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT, make_student
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,6 @@ def test_configuration_files_are_valid_for_accelerate(path):
     """The configuration files are valid for Accelerate, which refuses unknown keys."""
     config = load_config_from_file(str(path))
     assert config.mixed_precision in ("bf16", "no")
-    assert path.name in (ROOT / "docs" / "scale.md").read_text()
     if path.stem == "fsdp2":
         assert (
             config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in DeiTLTForImageClassification._no_split_modules

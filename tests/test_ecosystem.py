@@ -17,7 +17,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from conftest import make_student
 from deitlt_hf import (
     DeiTLTForImageClassification,
     DeiTLTTrainer,
@@ -27,8 +26,8 @@ from deitlt_hf import (
 )
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.pushing import check_folder
+from helpers import IMAGES, make_student
 
-IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NAMES = [f"species {label}" for label in range(10)]
 
 

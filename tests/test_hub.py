@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from conftest import filled_state_dict, make_student
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherForImageClassification
 from deitlt_hf.cli.convert import main as convert
 from deitlt_hf.data import decreasing_count_map, image_processor
@@ -31,6 +30,7 @@ from deitlt_hf.hub import (
 )
 from deitlt_hf.models.weight_files import read_checkpoint
 from deitlt_hf.original.layouts import student_to_original
+from helpers import filled_state_dict, make_student
 
 
 def normal(seed, shape):
@@ -240,7 +240,7 @@ def test_class_order_from_counts_or_a_given_map(sorted_file, tmp_path, caplog):
     for given in ({"class_counts": COUNTS}, {"class_map": MAP}):
         loaded = load_original_student(tmp_path / "no_map.pth", class_names=NAMES, **given)
         assert torch.equal(loaded(images).logits, model(images).logits)
-    with pytest.raises(ValueError, match=r"no_map\.pth orders its classes by decreasing training count, so these"):
+    with pytest.raises(ValueError, match=r"no_map\.pth orders its classes by decreasing training count"):
         load_original_student(tmp_path / "no_map.pth", class_names=NAMES)
     in_order = load_original_student(tmp_path / "no_map.pth")
     for head in ("cls_classifier", "distillation_classifier"):
@@ -364,7 +364,7 @@ def write_legacy(path, marker):
 def test_malicious_files_run_no_code(tmp_path, write, load):
     path, marker = tmp_path / "hostile.pth", tmp_path / "marker"
     write(path, marker)
-    with pytest.raises(ValueError, match=r"hostile\.pth cannot be loaded: it refers to \S*open, code that could"):
+    with pytest.raises(ValueError, match=r"hostile\.pth cannot be loaded: it refers to \S*open"):
         load(path)
     assert not marker.exists()
     with contextlib.suppress(Exception):

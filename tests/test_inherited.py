@@ -12,7 +12,6 @@ import PIL
 import pytest
 import torch
 from datasets import ClassLabel
-from test_training import fixed_batch, student_arguments
 from timm.optim import create_optimizer_v2
 from torch.utils.data import TensorDataset
 from transformers import (
@@ -24,7 +23,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from conftest import make_student
 from deitlt_hf import (
     DeiTLTForImageClassification,
     DeiTLTTrainer,
@@ -38,6 +36,7 @@ from deitlt_hf.hub.card_facts import CardFacts
 from deitlt_hf.hub.cards import make_card
 from deitlt_hf.training import SAM
 from deitlt_hf.training.inherited import ARGUMENTS, PARAMETERS, TEACHER_ARGUMENTS, refused
+from helpers import fixed_batch, make_student, student_arguments
 
 OTHER = torch.optim.SGD([torch.zeros(1)])  # an optimiser of another model's parameters
 NAMES = {field.name for field in fields(TrainingArguments)}
@@ -109,7 +108,7 @@ def test_refused_arguments_are_refused(tmp_path, name):
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches must keep its default"),
         ({"accelerator_config": {"even_batches": False}}, "accelerator_config: even_batches must keep its default"),
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, "gradient_accumulation_kwargs"),
-        ({"optim": "lomo"}, "optim 'lomo' cannot be used: it updates weights in the backward pass"),
+        ({"optim": "lomo"}, "optim 'lomo' cannot be used: it updates weights"),
         ({"optim": "galore_adamw"}, "optim 'galore_adamw' cannot be used"),
         ({"optim": "schedule_free_adamw"}, "it does not use a learning-rate schedule"),
         # torch 2.8 and newer have fused versions of these.
@@ -148,7 +147,7 @@ def test_parameters_without_effect_are_refused(tmp_path, digits, values, message
 
 
 def test_unusable_settings_are_refused_before_a_run(tmp_path, digits):
-    with pytest.raises(ValueError, match="metric_for_best_model 'acuracy' is not measured; choose one of loss"):
+    with pytest.raises(ValueError, match="metric_for_best_model 'acuracy' is not measured"):
         trainer_of(tmp_path, digits, metric_for_best_model="acuracy")
     with pytest.raises(ValueError, match=r"include_for_metrics .* has no effect without compute_metrics"):
         trainer_of(tmp_path, digits, include_for_metrics=["inputs"])
@@ -458,7 +457,7 @@ def test_a_student_of_transformers_is_trained_on_its_own_weights(tmp_path, digit
     images = fixed_batch(digits)["pixel_values"]
     with torch.no_grad():
         expected = plain(images).logits
-    with pytest.warns(UserWarning, match="is converted to a DeiTLTForImageClassification with the same weights"):
+    with pytest.warns(UserWarning, match="is converted to a DeiTLTForImageClassification"):
         trainer = trainer_of(tmp_path, digits, plain)
     assert isinstance(trainer.model, DeiTLTForImageClassification)
     with torch.no_grad():

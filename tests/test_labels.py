@@ -6,14 +6,13 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from test_sources import save_image
 
-from conftest import make_student
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
 from deitlt_hf.data import image_processor, load_long_tailed
 from deitlt_hf.data.sources.labels import check_class_names, encode_labels, look_alikes
 from deitlt_hf.recipes import DataArguments
 from deitlt_hf.training.runs import evaluate
+from helpers import make_student, save_image
 
 NAN = float("nan")
 
@@ -218,7 +217,7 @@ NUMBERS, TEXTS = rows(feature=datasets.Value("int64")), rows(("a", "b") * 4, dat
         (TEXTS, r'dataset\.class_encode_column\("label"\)'),
         (datasets.DatasetDict(train=rows(), test=rows()), "a DatasetDict of train, test; give one of these splits"),
         (rows().to_iterable_dataset(), "IterableDataset cannot be used directly: .*StreamedSplit"),
-        (rows(image=False), r"0 columns have type Image; .*cast_column\(NAME, datasets\.Image\(\)\)"),
+        (rows(image=False), r"0 columns have type Image; .*cast_column\("),
         (rows((0, 1, -1, 1)), r"1 of 4 images have no label \(-1\)"),
         (rows((0, 1, None, 1)), r"1 of 4 images have no label \(None\)"),
         (rows().with_transform(lambda batch: batch), "has a transform"),

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from conftest import make_student
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from deitlt_hf.losses import (
     CLS_LOSSES,
@@ -30,6 +29,7 @@ from deitlt_hf.losses import (
 )
 from deitlt_hf.recipes import DataArguments, TeacherArguments, fill_arguments
 from deitlt_hf.training.runs import train_teacher
+from helpers import make_student
 
 BATCH, CLASSES = 12, 5
 GENERATOR = torch.Generator().manual_seed(0)

@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.masking_utils import flash_attention_mask
 
-from conftest import make_student
 from deitlt_hf import (
     DeiTLTConfig,
     DeiTLTForImageClassification,
@@ -35,8 +34,7 @@ from deitlt_hf import (
 )
 from deitlt_hf.data import image_processor
 from deitlt_hf.data.transforms import model_processor
-
-IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+from helpers import IMAGES, make_student
 
 
 def test_outputs_are_the_same_in_training_and_evaluation(student):
@@ -511,9 +509,7 @@ def test_a_plain_trainer_trains_and_predicts(tmp_path, kind):
 
 
 def test_a_student_refuses_the_configuration_of_a_plain_deit():
-    with pytest.raises(
-        ValueError, match=r"needs a DeiTLTConfig, got a DeiTConfig; load it with DeiTLTConfig\.from_pre"
-    ):
+    with pytest.raises(ValueError, match="needs a DeiTLTConfig, got a DeiTConfig"):
         DeiTLTForImageClassification(DeiTConfig())
 
 
@@ -538,7 +534,7 @@ def test_saved_code_names_the_version_that_it_needs(tmp_path, student, monkeypat
     """
     student.save_pretrained(tmp_path)
     monkeypatch.setattr(transformers, "__version__", "5.8.1")
-    with pytest.raises(ImportError, match=r"needs transformers 5\.9 or newer, and this is 5\.8\.1; .*loads without"):
+    with pytest.raises(ImportError, match=r"needs transformers 5\.9 or newer, and this is 5\.8\.1"):
         runpy.run_path(str(tmp_path / "configuration_deitlt.py"))  # transformers loads this file first
 
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
 
-from conftest import make_student
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.cli.export import main
 from deitlt_hf.cli.predict import main as predict
@@ -21,6 +20,7 @@ from deitlt_hf.data import image_processor
 from deitlt_hf.io import weights_digest
 from deitlt_hf.serving.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
 from deitlt_hf.serving.prediction import load_classifier
+from helpers import make_student
 
 
 def lively(model):
@@ -201,7 +201,7 @@ def test_invalid_exports_are_refused(student, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"the model has 3\.5 GiB of weights"):
         export_onnx(giant, tmp_path)
     config = FlatTeacherConfig(backbone="timm/vit_tiny_patch16_224", image_size=224, num_labels=2)
-    with pytest.raises(ValueError, match=r"any batch_size, height, width: Input height \(448\) doesn't match model"):
+    with pytest.raises(ValueError, match=r"Input height \(448\) doesn't match model"):
         export_onnx(FlatTeacherForImageClassification(config), tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"ONNX export needs onnxscript: pip install 'deitlt-hf\[onnx\]'"):
@@ -278,8 +278,6 @@ def test_command_refuses_int8_of_a_cnn_before_it_writes(tmp_path):
     FlatTeacherForImageClassification(config).save_pretrained(tmp_path)
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model_quantized.onnx").write_text("of an earlier model")
-    with pytest.raises(
-        ValueError, match=r"^a FlatTeacherForImageClassification has 0% of its weights in matrix products"
-    ):
+    with pytest.raises(ValueError, match=r"^a FlatTeacherForImageClassification has 0% of its weights"):
         main(["--model", str(tmp_path), "--int8"])
     assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model_quantized.onnx"]

@@ -183,7 +183,7 @@ def test_a_resumed_run_restores_its_queue(tmp_path, digits):
     [("paco", 0), ("ce", 4), ("logit_adjusted", 4)],
 )
 def test_loss_and_projection_belong_together(tmp_path, digits, loss, projection_size):
-    with pytest.raises(ValueError, match=f"teacher_loss '{loss}' with projection_size {projection_size}: 'paco' needs"):
+    with pytest.raises(ValueError, match=f"teacher_loss '{loss}' with projection_size {projection_size}"):
         paco_trainer(tmp_path, digits, paco_model(projection_size=projection_size), teacher_loss=loss)
 
 
@@ -194,7 +194,7 @@ def test_loss_and_projection_belong_together(tmp_path, digits, loss, projection_
         ({"paco_momentum": 2}, r"paco_momentum must be in \[0, 1\], got 2"),
         ({"paco_queue": 0}, "paco_queue must be 1 or more, got 0"),
         ({"paco_alpha": -1}, "paco_alpha must be 0 or more, got -1"),
-        ({"teacher_loss": "focal"}, "teacher_loss must be one of ce, ldam, logit_adjusted, paco, got 'focal'"),
+        ({"teacher_loss": "focal"}, "teacher_loss must be one of ce, .* got 'focal'"),
     ],
 )
 def test_values_outside_their_range_are_refused(tmp_path, values, message):

@@ -6,8 +6,6 @@ import io
 import itertools
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +15,6 @@ import pytest
 from PIL import Image
 from transformers import pipeline
 
-from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.cli.evaluate import main as evaluate
 from deitlt_hf.cli.export import main as export
@@ -27,8 +24,8 @@ from deitlt_hf.data import image_processor
 from deitlt_hf.serving.handler import is_hub_id
 from deitlt_hf.serving.prediction import find_images, load_classifier, predict_images
 from deitlt_hf.training import runs as run
+from helpers import ROOT, make_student
 
-ROOT = Path(__file__).parent.parent
 NAMES = [
     "b.png",
     "a, b.png",
@@ -76,7 +73,7 @@ def test_a_folder_as_csv_keeps_its_results_despite_a_corrupt_file(model, images)
     done = predict("--model", model, "--csv", "--experts", "--top_k", "2", "--batch_size", "3", images)
     assert done.returncode == 1
     errors = done.stderr.decode().splitlines()
-    assert errors[0].startswith(f"error: '{images}/broken.png' cannot be read as an image: it is damaged")
+    assert errors[0].startswith(f"error: '{images}/broken.png' cannot be read as an image")
     assert errors[1] == "error: 1 of 9 images could not be read."
     assert errors[2].startswith("warning: files that are not read: 1 .txt;")
     assert len(errors) == 3
@@ -343,13 +340,6 @@ def test_a_flat_teacher_predicts_too(images, tmp_path, capsys):
     (first, *_) = csv.DictReader(io.StringIO(capsys.readouterr().out))
     assert first["label"].startswith("LABEL_")
     assert first["cls_score"] == ""
-
-
-def test_commands_of_the_serving_page_are_valid():
-    commands = re.findall(r"deitlt predict ([^>\n]*)", (ROOT / "docs" / "serving.md").read_text())
-    assert len(commands) == 3
-    for command in commands:
-        assert _parsed(shlex.split(command)).images
 
 
 @pytest.mark.parametrize("name", ["outputs/nope", "models/nope", "./nope", "/nope", "nope", "nope/", "~/nope"])

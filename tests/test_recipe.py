@@ -1,7 +1,6 @@
 """Tests of recipes from Python, and of the help of commands that take a recipe."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,7 @@ from deitlt_hf.recipes import (
     recipe_description,
     recipe_names,
 )
-
-TINY = str(Path(__file__).parent / "fixtures" / "tiny.yaml")
+from helpers import TINY
 
 
 def test_keywords_match_the_command_line(tmp_path):

@@ -1,18 +1,16 @@
 """Tests that records and model folders are validated: wrong types give one clear message."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import make_student
 from deitlt_hf.hub.cards import make_card
 from deitlt_hf.records import find_record, is_of_run, read_record
 from deitlt_hf.serving.classifiers import load_classifier, load_model, load_processor
+from helpers import ROOT, Harm, make_student
 
-ROOT = Path(__file__).parent.parent
 RECORD = {"settings": {"num_train_epochs": 2}, "data": {"class_counts": [3, 2]}, "finished": True}
 
 
@@ -59,11 +57,6 @@ def test_wrong_types_are_named(tmp_path, values, place):
     for read in (read_record, find_record, make_card):
         with pytest.raises(ValueError, match=place):
             read(tmp_path)
-
-
-class Harm:
-    def __reduce__(self):
-        return (os.system, ("touch harm",))
 
 
 def cut_weights(folder):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import FIXTURES
 from deitlt_hf.data import (
     class_counts,
     decreasing_count_map,
@@ -19,6 +18,7 @@ from deitlt_hf.data.sampling import TrainBatches
 from deitlt_hf.losses import DistillationLoss, LDAMLoss, PaCoLoss, effective_number_weights
 from deitlt_hf.training import SAM
 from deitlt_hf.training.schedule import warmup_cosine
+from helpers import FIXTURES
 
 PACO_WEIGHTS = ("alpha", "beta", "gamma", "temperature")
 

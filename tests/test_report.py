@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from conftest import CHROMIUM, make_student
 from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.analysis.figures import draw_images
 from deitlt_hf.analysis.observe import observe, spread_rows
@@ -33,6 +32,7 @@ from deitlt_hf.recipes import DataArguments
 from deitlt_hf.serving.classifiers import load_model
 from deitlt_hf.training import DeiTLTTrainer
 from deitlt_hf.training.distillation import label_order
+from helpers import CHROMIUM, make_student
 
 DATA = {"dataset": "digits", "imbalance_ratio": 10, "max_per_class": 60}
 FIGURES = [

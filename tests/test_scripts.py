@@ -1,4 +1,4 @@
-"""Tests of the scripts as a user runs them: complete runs in separate processes, and messages for invalid input."""
+"""Tests of the scripts as a user runs them: complete runs, some in new processes, and messages for invalid input."""
 
 import json
 import os
@@ -17,17 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from conftest import filled_state_dict, make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.cli.convert import main as convert
 from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
 from deitlt_hf.recipes.parsing import parse_arguments, recipe_description, teacher_folder
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from deitlt_hf.training.arguments import TEACHER_LOSSES
 from deitlt_hf.training.teacher import _check_heads
-
-ROOT = Path(__file__).parent.parent
-TINY = str(ROOT / "tests" / "fixtures" / "tiny.yaml")
+from helpers import ROOT, TINY, filled_state_dict, make_student, results
 
 
 def run(*command, **environment):
@@ -43,6 +41,22 @@ def run(*command, **environment):
     return done.stdout
 
 
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script in this process and returns what it printed; a new process would take seconds to start."""
+
+    def run_here(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
+
+
+# A student of one epoch; the recipe's re-weighting would begin after it.
+SHORT = ("--num_train_epochs", "1", "--drw_start_epoch", "inf")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run of `distill.py` without a teacher, and its output."""
@@ -50,13 +64,9 @@ def trained(tmp_path_factory):
     return folder, run("scripts/distill.py", "--recipe", TINY, "--output_dir", folder / "student")
 
 
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
 def test_distill_trains_the_teacher_first_and_says_so(trained):
     folder, output = trained
-    assert f"No --teacher given: training the recipe's first, in {folder}/teacher." in output
+    assert f"training the recipe's first, in {folder}/teacher" in output
     assert output.count("This will run") == 2
     assert f'pipeline("image-classification", model="{folder}/student")' in output
     assert len(re.findall(r"^epoch \d+\.\d+  step", output, flags=re.MULTILINE)) >= 20
@@ -73,25 +83,17 @@ def test_distill_trains_the_teacher_first_and_says_so(trained):
         assert results(folder / name)["finished"]
 
 
-def test_distill_uses_an_existing_teacher_of_the_recipe(trained, tmp_path):
+def test_distill_uses_an_existing_teacher_of_the_recipe(trained, tmp_path, script):
     folder, _ = trained
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
     before = (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns
-    command = (
-        "scripts/distill.py",
-        "--recipe",
-        TINY,
-        "--output_dir",
-        tmp_path / "student",
-        "--num_train_epochs",
-        "2.5",
-    )
-    assert "using the recipe's, trained before" in run(*command)
+    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--num_train_epochs", "2.5")
+    assert "using the recipe's, trained before" in script("distill.py", *command)
     assert (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns == before
     assert results(tmp_path / "student")["last"]["epoch"] == pytest.approx(2.5, abs=1 / 7)
 
 
-def test_distill_resumes_an_interrupted_teacher(tmp_path):
+def test_distill_resumes_an_interrupted_teacher(tmp_path, script):
     """The training of an interrupted teacher resumes.
 
     Starting again would lose checkpoints that may have taken days.
@@ -100,13 +102,13 @@ def test_distill_resumes_an_interrupted_teacher(tmp_path):
     recipe["teacher"] |= {"save_strategy": "epoch", "num_train_epochs": 10, "logging_steps": 1}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     folders = ("--recipe", tmp_path / "recipe.yaml", "--output_dir")
-    run("scripts/train_teacher.py", *folders, tmp_path / "teacher")
+    script("train_teacher.py", *folders, tmp_path / "teacher")
     # The folder looks as if the run had been killed in its last epoch.
     (tmp_path / "teacher" / "model.safetensors").unlink()
     shutil.rmtree(tmp_path / "teacher" / "checkpoint-70")
     record = results(tmp_path / "teacher") | {"finished": False}
     (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
-    output = run("scripts/distill.py", *folders, tmp_path / "student")
+    output = script("distill.py", *folders, tmp_path / "student", *SHORT)
     assert "resuming the recipe's, which was interrupted" in output
     steps = [int(step) for step in re.findall(r"step (\d+)/70 ", output)]
     assert steps == [64, 65, 66, 67, 68, 69, 70]
@@ -115,14 +117,13 @@ def test_distill_resumes_an_interrupted_teacher(tmp_path):
     assert results(tmp_path / "student")["finished"]
 
 
-def test_evaluate_repeats_the_results_of_the_run(trained, tmp_path):
+@pytest.mark.parametrize(("name", "first"), [("student", "mean"), ("teacher", "teacher")])
+def test_evaluate_repeats_the_results_of_the_run(trained, tmp_path, script, name, first):
     folder, _ = trained
-    for name, first in (("student", "mean"), ("teacher", "teacher")):
-        command = ("scripts/evaluate.py", "--recipe", TINY, "--model", folder / name, "--json", tmp_path / "table.json")
-        output = run(*command)
-        assert "test images" in output
-        table = json.loads((tmp_path / "table.json").read_text())
-        assert table[first] == pytest.approx(results(folder / name)["last"]["accuracies"][first], abs=2e-3)
+    output = script("evaluate.py", "--recipe", TINY, "--model", folder / name, "--json", tmp_path / "table.json")
+    assert "test images" in output
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table[first] == pytest.approx(results(folder / name)["last"]["accuracies"][first], abs=2e-3)
 
 
 def test_pipeline_without_the_package_agrees_with_evaluation(trained, tmp_path):
@@ -172,7 +173,7 @@ print("threads:", {threads})
     )
     assert output.count("This will run") == 2
     assert output.count("The student is in") == 1
-    assert "global batch size  32 = 2 process(es) x 16 x 1 accumulation step(s)" in output
+    assert "32 = 2 process(es) x 16 x 1 accumulation step(s)" in output
     alone, together = results(folder / "student"), results(tmp_path / "student")
     assert together["data"] == alone["data"]
     assert together["last"]["step"] == alone["last"]["step"]
@@ -184,7 +185,7 @@ print("threads:", {threads})
     assert "gloo" not in output, "a thread of the group aborts its process if Python ends first, now and then"
 
 
-def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path):
+def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path, script):
     """A student trains on an image folder from a checkpoint of other classes, as in the README.
 
     Every image is used, whatever its size.
@@ -196,7 +197,7 @@ def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path
             for index in range(images):
                 pixels = random.randint(0, 256, (random.randint(8, 30), random.randint(8, 30), 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index}.jpg")
-    command = "scripts/distill.py --recipe image_folder --distillation none --repeated_augmentation 1 --seed 1"
+    command = "--recipe image_folder --distillation none --repeated_augmentation 1 --seed 1"
     short = "--num_train_epochs 2 --warmup_epochs 0 --drw_start_epoch 1 --global_batch_size 16 --eval_steps 0.5"
     folders = (
         "--data_dir",
@@ -206,7 +207,7 @@ def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path
         "--init_from",
         trained[0] / "student",
     )
-    output = run(*command.split(), *short.split(), *folders, "--dataloader_num_workers", "1")
+    output = script("distill.py", *command.split(), *short.split(), *folders, "--dataloader_num_workers", "1")
     assert "3 (48): head 1 (30), mid 1 (12), tail 1 (6)" in output
     assert "thirds of the classes sorted by count" in output
     assert results(tmp_path / "student")["data"]["class_counts"] == [30, 12, 6]
@@ -216,7 +217,7 @@ def test_a_folder_of_images_from_a_checkpoint_of_other_classes(trained, tmp_path
     assert model.config.hidden_size == 32
 
 
-def test_the_authors_files_are_converted_evaluated_and_used_for_training(tmp_path, reference):
+def test_the_authors_files_are_converted_evaluated_and_used_for_training(tmp_path, reference, script, capsys):
     """The authors' files are converted, evaluated and used for training.
 
     A student and a teacher in the authors' layout take part in a new run.
@@ -226,15 +227,16 @@ def test_the_authors_files_are_converted_evaluated_and_used_for_training(tmp_pat
     torch.save({"state_dict": filled_state_dict(reference["teacher_ldam_cifar"]["keys"])}, tmp_path / "teacher.pth.tar")
     for file, kind in (("student.pth", "DeiTLT"), ("teacher.pth.tar", "FlatTeacher")):
         folder = tmp_path / kind
-        output = run("-m", "deitlt_hf.cli", "convert", tmp_path / file, folder, "--recipe", TINY)
+        convert([str(tmp_path / file), str(folder), "--recipe", TINY])
+        output = capsys.readouterr().out
         assert re.search(rf"{folder}: {kind}ForImageClassification, .* 10 classes \(0, 1, ...\)", output)
-        assert "test images" in run("scripts/evaluate.py", "--recipe", TINY, "--model", folder)
+        assert "test images" in script("evaluate.py", "--recipe", TINY, "--model", folder)
     model = DeiTLTForImageClassification.from_pretrained(tmp_path / "DeiTLT")
     assert model.config.class_counts[:3] == [60, 46, 35]
-    output = run(
-        "scripts/distill.py",
+    script(
+        "distill.py",
         *("--recipe", TINY, "--init_from", tmp_path / "student.pth", "--distillation", "none"),
-        *("--num_train_epochs", 1, "--drw_start_epoch", "inf", "--output_dir", tmp_path / "run"),
+        *("--output_dir", tmp_path / "run", *SHORT),
     )
     trained = DeiTLTForImageClassification.from_pretrained(tmp_path / "run")
     assert trained.config.hidden_size == 32
@@ -270,7 +272,7 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--recipe", "digits"], r"no recipe 'digits' \(did you mean 'digits_lt'\?\)"),
         (
             ["--recipe", TINY, "--lerning_rate", "1"],
-            r"unknown field 'lerning_rate' .* \(did you mean 'learning_rate'\?\)",
+            r"unknown field 'lerning_rate' .* 'learning_rate'\?\)",
         ),
         (["--recipe", TINY, "--teacher", "./nowhere"], r"there is no model folder './nowhere'"),
         (["--recipe", TINY, "--init_from", "/nowhere"], r"there is no model folder '/nowhere'"),
@@ -338,7 +340,7 @@ def test_distill_names_an_unreadable_image(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "scripts" / "distill.py"), run_name="__main__")
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.fullmatch(r"error: cannot read the image .*/train/dog/3\.png: .*--skip_bad_images\.", last)
+    assert re.fullmatch(r"error: cannot read .*/train/dog/3\.png: .*--skip_bad_images\.", last)
 
 
 def test_distill_refuses_another_runs_folder_before_training_a_teacher(refused, tmp_path_factory):
@@ -350,13 +352,13 @@ def test_distill_refuses_another_runs_folder_before_training_a_teacher(refused, 
     assert not (folder.parent / "teacher").exists()
 
 
-def test_distill_trains_its_teacher_in_the_same_precision(tmp_path):
+def test_distill_trains_its_teacher_in_the_same_precision(tmp_path, script):
     """A run in another precision trains its teacher in that precision, too. A process keeps its initial precision."""
-    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--num_train_epochs", "2.5")
+    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", *SHORT)
     run("scripts/distill.py", *command, "--use_cpu", "true", "--bf16", "true")
     for name in ("teacher", "student"):
         assert results(tmp_path / name)["settings"]["bf16"]
-    assert "using the recipe's, trained before" in run("scripts/distill.py", *command, "--overwrite")
+    assert "using the recipe's, trained before" in script("distill.py", *command, "--overwrite")
     assert not results(tmp_path / "student")["settings"]["bf16"]
 
 
@@ -366,7 +368,7 @@ def test_distill_points_to_the_teachers_options(refused, tmp_path):
     (tmp_path / "big_teacher.yaml").write_text(yaml.safe_dump({name: part for name, part in recipe.items() if part}))
     sentence = refused("distill.py", "--recipe", "big_teacher.yaml")
     assert "the teacher cannot be trained: an epoch has" in sentence
-    assert "train the teacher first: deitlt train-teacher --recipe big_teacher.yaml --output_dir" in sentence
+    assert "deitlt train-teacher --recipe big_teacher.yaml --output_dir" in sentence
 
 
 @pytest.mark.parametrize("kind", ["vit", "teacher", "sizes", "part"])
@@ -406,20 +408,18 @@ def test_distill_refuses_a_recipes_teacher_of_other_images(trained, tmp_path_fac
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(folder / "teacher", copy / "teacher")
     sentence = refused("distill.py", "--recipe", TINY, "--output_dir", copy / "student", "--subset_seed", "1")
-    assert re.search(
-        r"was trained with images \(subset\) [0-9a-f]+, but the recipe has [0-9a-f]+; pass it as", sentence
-    )
+    assert re.search(r"images \(subset\) [0-9a-f]+, but the recipe has [0-9a-f]+", sentence)
     assert not (copy / "student" / "results.json").exists()
 
 
-def test_distill_refuses_a_recipes_teacher_of_other_settings(tmp_path_factory, refused):
+def test_distill_refuses_a_recipes_teacher_of_other_settings(tmp_path_factory, refused, script):
     """A teacher in the recipe's folder with other settings is refused.
 
     It was made by the README's first step with other flags.
     """
     tmp_path = tmp_path_factory.mktemp("other")
     folder = ("--output_dir", tmp_path / "teacher")
-    run("scripts/train_teacher.py", "--recipe", TINY, *folder, "--sam_rho", "0", "--num_train_epochs", "3")
+    script("train_teacher.py", "--recipe", TINY, *folder, "--sam_rho", "0", "--num_train_epochs", "3")
     weights = (tmp_path / "teacher" / "model.safetensors").read_bytes()
     command = ("distill.py", "--recipe", TINY, "--output_dir", tmp_path / "student")
     assert re.search(r"was trained with num_train_epochs 3\.0, but the recipe has 12", refused(*command))
@@ -439,32 +439,32 @@ def test_distill_refuses_a_recipes_teacher_of_other_settings(tmp_path_factory, r
     assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == weights
 
 
-def test_an_old_record_without_architecture_is_accepted(trained, tmp_path):
+def test_an_old_record_without_architecture_is_accepted(trained, tmp_path, script):
     folder, _ = trained
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
     record = results(tmp_path / "teacher")
     del record["architecture"]
     record["settings"] = {"epochs": 12}
     (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
-    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--num_train_epochs", "2.5")
-    assert "using the recipe's, trained before" in run("scripts/distill.py", *command)
+    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", *SHORT)
+    assert "using the recipe's, trained before" in script("distill.py", *command)
 
 
-def test_overwriting_a_student_keeps_its_teacher(trained, tmp_path):
+def test_overwriting_a_student_keeps_its_teacher(trained, tmp_path, script):
     """Overwriting a student keeps its teacher, which on real data took longer to train."""
     folder, _ = trained
     shutil.copytree(folder, tmp_path / "run")
     before = (tmp_path / "run" / "teacher" / "model.safetensors").stat().st_mtime_ns
-    command = ("--recipe", TINY, "--output_dir", tmp_path / "run" / "student", "--num_train_epochs", "2.5")
-    assert "using the recipe's, trained before" in run("scripts/distill.py", *command, "--overwrite")
+    command = ("--recipe", TINY, "--output_dir", tmp_path / "run" / "student", *SHORT)
+    assert "using the recipe's, trained before" in script("distill.py", *command, "--overwrite")
     assert (tmp_path / "run" / "teacher" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_distill_trains_a_teacher_of_another_loss_next_to_the_recipes(trained, tmp_path):
+def test_distill_trains_a_teacher_of_another_loss_next_to_the_recipes(trained, tmp_path, script):
     folder, _ = trained
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
     command = ("--recipe", TINY, "--output_dir", tmp_path / "student", "--teacher_loss", "paco")
-    output = run("scripts/distill.py", *command, "--num_train_epochs", "2.5")
+    output = script("distill.py", *command, *SHORT)
     assert f"training the recipe's first, in {tmp_path}/teacher_paco" in output
     config = json.loads((tmp_path / "teacher_paco" / "config.json").read_text())
     assert config["projection_size"] == 32
@@ -479,7 +479,7 @@ def test_evaluate_and_teacher_refuse_invalid_input(refused, tmp_path):
     assert "error: " in sentence
     (tmp_path / "broken.yaml").write_text("teacher: {backbon: resnet20}")
     sentence = refused("train_teacher.py", "--recipe", tmp_path / "broken.yaml")
-    assert re.search(r"unknown field 'backbon' in recipe .* \(did you mean 'backbone'\?\)", sentence)
+    assert re.search(r"unknown field 'backbon' in recipe .* 'backbone'\?\)", sentence)
     (tmp_path / "broken.yaml").write_text("[1, 2")
     assert "cannot be read: " in refused("train_teacher.py", "--recipe", tmp_path / "broken.yaml")
 
@@ -548,8 +548,8 @@ def test_recipes_have_teachers_of_every_loss(name, loss, tmp_path):
 @pytest.mark.parametrize(
     ("losses", "sentence"),
     [
-        ({"lda": {}}, r"unknown loss 'lda' in teacher_losses of recipe .* \(did you mean 'ldam'\?\)"),
-        ({"ldam": {"ldam_margn": 3}}, r"unknown field 'ldam_margn' in teacher_losses of recipe .* 'ldam_margin'\?\)"),
+        ({"lda": {}}, r"unknown loss 'lda' in teacher_losses .* 'ldam'\?\)"),
+        ({"ldam": {"ldam_margn": 3}}, r"unknown field 'ldam_margn' in teacher_losses .* 'ldam_margin'\?\)"),
     ],
 )
 def test_values_of_all_losses_in_a_recipe_are_checked(losses, sentence, tmp_path):

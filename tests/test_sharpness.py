@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from conftest import make_student
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.analysis.flatness import loss_rises, sharpness, sharpness_of_groups
 from deitlt_hf.cli.sharpness import main
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
+from helpers import make_student
 
 
 class Tiny(nn.Module):

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import tarfile
 import threading
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_data import write_idx
 
 from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
 from deitlt_hf.data.images import decode_image
@@ -29,19 +27,9 @@ from deitlt_hf.data.loading import load_source
 from deitlt_hf.data.sources.labels import encode_labels
 from deitlt_hf.data.streaming import load_streamed
 from deitlt_hf.recipes import DataArguments, load_recipe, parse_arguments, recipe_names
+from helpers import save_image, shade, write_cifar, write_idx, write_lists, write_shards
 
 RANDOM = np.random.RandomState(0)
-
-
-def save_image(path, shade=0, size=(8, 6)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((*size, 3), shade, np.uint8)).save(path)
-    return path
-
-
-def shade(row):
-    """The grey value of a row's image, which identifies its file."""
-    return int(np.asarray(row["image"])[0, 0, 0])
 
 
 # ---- Splitting ----
@@ -118,20 +106,6 @@ def test_a_folder_without_images_is_refused(tmp_path):
 # ---- List files ----
 
 
-def write_lists(folder, stem="ImageNet_LT", counts=(5, 3, 2), test="test", names=("n03", "n01", "n02")):
-    """List files and their images; the labels are not in the order of the folder names."""
-    lines = {"train": [], test: []}
-    for label, (count, name) in enumerate(zip(counts, names, strict=True)):
-        for index in range(count):
-            lines["train"].append(f"train/{name}/{index}.png {label}")
-            save_image(folder / f"train/{name}/{index}.png", 40 * label + index)
-        lines[test].append(f"val/{name}/{label}.png {label}")
-        save_image(folder / f"val/{name}/{label}.png", 40 * label + 20)
-    for split, rows in lines.items():
-        (folder / f"{stem}_{split}.txt").write_text("\n".join(rows) + "\n")
-    return folder
-
-
 def test_list_files_keep_their_labels_and_take_names_from_folders(tmp_path):
     write_lists(tmp_path)
     data = load_long_tailed("imagenet_lt", str(tmp_path))
@@ -160,7 +134,7 @@ def test_validation_images_without_class_folders_are_found(tmp_path):
 def test_given_list_files(tmp_path):
     write_lists(tmp_path)
     write_lists(tmp_path, "Places_LT", counts=(2, 2, 2), test="val")
-    with pytest.raises(ValueError, match=r"several training lists .*ImageNet_LT_train.txt.*choose one with --train_l"):
+    with pytest.raises(ValueError, match=r"several training lists .*ImageNet_LT_train\.txt"):
         load_long_tailed(data_dir=str(tmp_path))
     given = {"train_list": "Places_LT_train.txt", "test_list": str(tmp_path / "Places_LT_val.txt")}
     assert len(load_long_tailed(data_dir=str(tmp_path), **given)["train"]) == 6
@@ -172,7 +146,7 @@ def test_missing_images_are_counted_and_named(tmp_path):
     write_lists(tmp_path)
     (tmp_path / "train/n03/1.png").unlink()
     (tmp_path / "val/n01/1.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2 of 13 images are not in .*: train/n03/1\.png, val/n01/1\.png are"):
+    with pytest.raises(FileNotFoundError, match=r"2 of 13 images are not in .* val/n01/1\.png"):
         load_long_tailed(data_dir=str(tmp_path))
 
 
@@ -181,9 +155,7 @@ def test_a_broken_list_line_is_named(tmp_path, line):
     write_lists(tmp_path)
     with (tmp_path / "ImageNet_LT_train.txt").open("a") as file:
         file.write(f"\n{line}\n")
-    with pytest.raises(
-        ValueError, match=rf"line 12 of .*ImageNet_LT_train\.txt is not 'relative/path label': '{line}'"
-    ):
+    with pytest.raises(ValueError, match=rf"line 12 of .*_train\.txt is not 'relative/path label': '{line}'"):
         load_long_tailed(data_dir=str(tmp_path))
 
 
@@ -294,7 +266,7 @@ def test_broken_competition_files_are_refused(tmp_path):
     (tmp_path / "categories.json").unlink()
     assert load_long_tailed("inat18", str(tmp_path))["train"].features["label"].names == ["0", "1", "2"]
     (tmp_path / "val2018.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}]}))
-    with pytest.raises(ValueError, match=r"val2018\.json is not an iNaturalist annotation file .* lacks 'annotations'"):
+    with pytest.raises(ValueError, match=r"val2018\.json is not .* lacks 'annotations'"):
         load_long_tailed("inat18", str(tmp_path))
     (tmp_path / "val2018.json").write_text("{")
     with pytest.raises(ValueError, match=r"val2018\.json cannot be read: "):
@@ -308,26 +280,6 @@ def test_names_without_a_folder(name):
 
 
 # ---- CIFAR's python version ----
-
-
-def write_cifar(folder, kind=10, images=5):
-    """Writes the layout and pickle protocol of the archives, with some images a class."""
-    name = "cifar-10-batches-py" if kind == 10 else "cifar-100-python"
-    files = [f"data_batch_{batch}" for batch in range(1, 6)] if kind == 10 else ["train"]
-    labels = RANDOM.permutation(np.repeat(np.arange(kind), images))
-    written = {}
-    (folder / name).mkdir()
-    for file, part in zip(
-        [*files, "test_batch" if kind == 10 else "test"], np.array_split(labels, len(files)) + [labels], strict=True
-    ):
-        pixels = RANDOM.randint(0, 256, (len(part), 3072)).astype(np.uint8)
-        content = {b"data": pixels, b"labels" if kind == 10 else b"fine_labels": part.tolist(), b"filenames": [b"x"]}
-        (folder / name / file).write_bytes(pickle.dumps(content, protocol=2))
-        written[file] = pixels
-    names = [f"class {label}".encode() for label in range(kind)]
-    meta = {b"label_names" if kind == 10 else b"fine_label_names": names}
-    (folder / name / ("batches.meta" if kind == 10 else "meta")).write_bytes(pickle.dumps(meta, protocol=2))
-    return labels, written
 
 
 @pytest.mark.parametrize("kind", [10, 100])
@@ -395,13 +347,11 @@ def test_malicious_and_broken_cifar_files_are_refused(tmp_path):
             return Path.touch, (marker,)
 
     path.write_bytes(pickle.dumps({b"data": Hostile()}, protocol=2))
-    with pytest.raises(
-        ValueError, match=r"data_batch_2 cannot be loaded: it refers to \S+, code that could do anything"
-    ):
+    with pytest.raises(ValueError, match=r"data_batch_2 cannot be loaded: it refers to \S+, code"):
         load_long_tailed("cifar10", str(tmp_path))
     assert not marker.exists()
     path.write_bytes(pickle.dumps({b"labels": [1]}, protocol=2))
-    with pytest.raises(ValueError, match="data_batch_2 has no 'data'; it is not a file of CIFAR's python version"):
+    with pytest.raises(ValueError, match="data_batch_2 has no 'data'; it is not"):
         load_long_tailed("cifar10", str(tmp_path))
     path.write_bytes(b"not a pickle")
     with pytest.raises(ValueError, match="data_batch_2 cannot be loaded"):
@@ -453,7 +403,7 @@ def test_a_wrong_column_is_refused_even_with_class_folders(tmp_path, named):
     for split in ("train", "test"):
         (tmp_path / f"{split}.csv").write_text("\n".join(rows))
     name, value = next(iter(named.items()))
-    message = f"no {name.removesuffix('_column')} column '{value}'; the columns of .* are where, kind.*--{name} none"
+    message = f"no {name.removesuffix('_column')} column '{value}'; .* are where, kind.*--{name} none"
     with pytest.raises(ValueError, match=message):
         load_long_tailed(data_dir=str(tmp_path), **named)
     data = load_long_tailed(data_dir=str(tmp_path), image_column="where", label_column="kind")
@@ -472,7 +422,7 @@ def test_a_recipes_column_can_be_unset(tmp_path):
     data = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4))] * 2, "label": [1, 0]}, features)
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path)
     words = ["--recipe", "cifar100_lt_rho50", "--data_dir", str(tmp_path), "--imbalance_ratio", "none"]
-    with pytest.raises(ValueError, match=r"no label column 'fine_label'; .* Name one of them with label_column"):
+    with pytest.raises(ValueError, match=r"no label column 'fine_label'; .* with label_column"):
         parse_arguments("data", (DataArguments,), words)[1].load()
     data = parse_arguments("data", (DataArguments,), [*words, "--label_column", "none"])[1].load()
     assert data["train"]["label"][:] == [1, 0]
@@ -494,7 +444,7 @@ def test_numbers_in_a_table_keep_their_value(tmp_path):
 @pytest.mark.parametrize(
     ("content", "values", "message"),
     [
-        ("where,label\na.png,1", {}, r"cannot determine the image column of .*; the columns are where, label"),
+        ("where,label\na.png,1", {}, "cannot determine the image column .* are where, label"),
         ("path,what\na.png,1", {}, "cannot determine the label column"),
         ("path,label\na.png,1", {"label_column": "kind"}, "no label column 'kind'; the columns of .* are path, label"),
         ("path,label\na.png,1,2", {}, r"line 2 of .*train\.csv has 3 fields, but the header has 2"),
@@ -550,21 +500,6 @@ def test_text_and_json_files_next_to_class_folders_are_ignored(tmp_path):
     (tmp_path / "train_log.txt").write_text("epoch 1: loss 0.5 7")
     (tmp_path / "train_config.json").write_text("{}")
     assert load_source(data_dir=str(tmp_path))[0] == "class folders"
-
-
-def write_shards(folder, shards=2, per_class=3, classes=("train", "test")):
-    for split in classes:
-        for shard in range(shards if split == "train" else 1):
-            with tarfile.open(folder / f"data-{split}-{shard:06d}.tar", "w") as tar:
-                for index in range(3 * per_class):
-                    label = index % 3
-                    stream = io.BytesIO()
-                    Image.new("RGB", (5, 4), (40 * label + index,) * 3).save(stream, "PNG")
-                    for suffix, content in (("png", stream.getvalue()), ("cls", str(label).encode())):
-                        info = tarfile.TarInfo(f"{split}{shard}{index:05d}.{suffix}")
-                        info.size = len(content)
-                        tar.addfile(info, io.BytesIO(content))
-    return folder
 
 
 def test_webdataset_shards(tmp_path):
@@ -746,16 +681,29 @@ def test_duplicate_column_names_are_refused(tmp_path):
         load_long_tailed(data_dir=str(tmp_path))
 
 
-def test_unrelated_tables_are_ignored(tmp_path):
-    for split in ("cat", "dog"):
+@pytest.mark.parametrize(
+    ("name", "unrelated", "related"),
+    [
+        ("sample_submission.csv", "id,guess\n1,2", "path,label\ncat/0.png,eel\ndog/0.png,fox"),
+        ("train.csv", "id,guess\n1,2", "path,label\ncat/0.png,eel\ndog/0.png,fox"),
+        ("train.tsv", "id\tguess\n1\t2", "path\tlabel\ncat/0.png\teel\ndog/0.png\tfox"),
+        ("train.jsonl", '{"id": 1}', '{"path": "cat/0.png", "label": "eel"}\n{"path": "dog/0.png", "label": "fox"}'),
+    ],
+)
+def test_unrelated_tables_are_ignored(tmp_path, name, unrelated, related):
+    """A table without paths and labels does not hide the class folders; one with them is read instead."""
+    for label in ("cat", "dog"):
         for index in range(3):
-            save_image(tmp_path / split / f"{index}.png")
-    (tmp_path / "sample_submission.csv").write_text("id,guess\n1,2")
-    (tmp_path / "train.json").write_text("{}")
-    (tmp_path / "train.json").unlink()
+            save_image(tmp_path / label / f"{index}.png")
+    (tmp_path / name).write_text(unrelated)
     kind, splits = load_source(data_dir=str(tmp_path))
     assert kind == "class folders"
+    assert splits["train"].features["label"].names == ["cat", "dog"]
     assert len(splits["train"]) == 6
+    (tmp_path / name).write_text(related)
+    kind, splits = load_source(data_dir=str(tmp_path))
+    assert kind == f"tables ({name})"
+    assert splits["train"].features["label"].names == ["eel", "fox"]
 
 
 def test_missing_training_images_are_not_taken_from_the_parent_folder(tmp_path):
@@ -974,7 +922,7 @@ def test_folders_of_splits_do_not_become_classes(tmp_path, images):
     for index, path in enumerate(images):
         save_image(tmp_path / path, index)
     for options in ({}, {"test_fraction": 0.4}):
-        with pytest.raises(ValueError, match=r"would be read as a class, but is named like a split\. Put images below"):
+        with pytest.raises(ValueError, match="would be read as a class, but is named like a split"):
             load_long_tailed(data_dir=str(tmp_path), **options)
 
 

@@ -1,24 +1,20 @@
 """Tests that optimisations for speed do not change results."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import student_trainer
 from torch import fx, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.training.memory import keep_freed_memory
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT, student_trainer
 
 
 def norms(model):
@@ -186,23 +182,6 @@ def test_other_c_libraries_are_not_changed(monkeypatch):
 
 
 # ---- The benchmark ----
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("speed_run", ROOT / "benchmarks" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_page_has_the_recorded_figures(benchmark):
-    page = benchmark.PAGE.read_text()
-    record = json.loads(benchmark.RECORD.read_text())
-    contenders = {name: list(figures["contenders"]) for name, figures in record.items()}
-    assert contenders == {name: list(compared.contenders) for name, compared in benchmark.COMPARISONS.items()}
-    assert benchmark.page_with(page, record) == page
 
 
 def test_comparison_is_measured_in_separate_processes(tmp_path):

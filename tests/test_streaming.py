@@ -4,20 +4,17 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_sources import shade, write_shards
 from torch.utils.data import DataLoader
 
 from deitlt_hf.cli.data import check
 from deitlt_hf.data import image_processor, train_transform
 from deitlt_hf.data.streaming import StreamedImages, StreamedSplit, load_streamed
 from deitlt_hf.recipes import DataArguments
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT, shade, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +124,12 @@ def test_corrupt_images_are_named_or_left_out(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"0": 12, "1": 12, "3": 12}', r"the test split has classes that the training split does not have: '2'"),
+        ('{"0": 12, "1": 12, "3": 12}', "classes that the training split does not have: '2'"),
         ("[12, 12, 0]", r"classes without a training image: 2 \(1 in all\)"),
-        ("[12, 12]", r"the test split has classes that the training split does not have: '2'"),
+        ("[12, 12]", "classes that the training split does not have: '2'"),
         ("[12, 12, null]", "must hold a list of counts"),
         ("[12, 12", "cannot be read: "),
-        ('{"cat": 12, "1": 12}', r"there are counts of 'cat' \(1 in all\), but labels are whole numbers"),
+        ('{"cat": 12, "1": 12}', "counts of 'cat' .* but labels are whole numbers"),
     ],
 )
 def test_counts_from_a_file(shards, tmp_path, content, message):
@@ -165,7 +162,7 @@ def test_counts_written_by_check_are_read(shards, tmp_path, monkeypatch, capsys)
         ({"imbalance_ratio": 10}, "imbalance_ratio needs the whole data set before training; leave"),
         ({"data_dir": None}, "the embedded digits need no streaming"),
         ({"data_dir": str(ROOT / "src")}, "has no webdataset shards or parquet files to stream"),
-        ({"test_split": "other"}, "streaming needs a train and a test split; the splits are test, train"),
+        ({"test_split": "other"}, "streaming needs a train and a test split"),
     ],
 )
 def test_layouts_that_cannot_be_streamed_are_refused(shards, values, message):

@@ -30,9 +30,8 @@ def test_saved_models_give_the_same_scores(versions, tmp_path, version):
     expected = versions.make_models(tmp_path)
     found = versions.compare(version, tmp_path, INSTALLED, expected)
     refused = found.pop("remote code, student")
-    assert refused.startswith(
-        f"ImportError: the code of DeiT-LT needs transformers 5.9 or newer, and this is {version};"
-    )
+    assert refused.startswith("ImportError: ")
+    assert f"needs transformers 5.9 or newer, and this is {version};" in refused
     assert {way: said.split()[0] for way, said in found.items()} == dict.fromkeys(found, "same")
     assert len(found) == 5
 

@@ -15,19 +15,27 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_resume import assert_same, make_trainer, weights
-from test_training import StopAt, fixed_batch, gradients, student_arguments, student_trainer, teacher_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from conftest import make_student
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherTrainer, FlatTeacherTrainingArguments
 from deitlt_hf.recipes import DataArguments, TeacherArguments, parse_arguments
 from deitlt_hf.training.checkpoints import find_corruption
 from deitlt_hf.training.run_log import read_log
 from deitlt_hf.training.runs import train_teacher
-
-ROOT = Path(__file__).parent.parent
+from helpers import (
+    ROOT,
+    StopAt,
+    assert_same,
+    fixed_batch,
+    gradients,
+    make_student,
+    student_arguments,
+    student_trainer,
+    teacher_trainer,
+    trainer_of,
+    weights,
+)
 
 # ---- Moving average ----
 
@@ -143,7 +151,7 @@ def test_a_limit_ends_a_run_that_skips_all_its_updates(tmp_path, digits):
         tmp_path, digits, distillation="none", on_nonfinite="skip", nonfinite_limit=2, logging_steps=100,
         callbacks=[PoisonGradient(*range(3, 100))],
     )  # fmt: skip
-    sentence = r"the gradient, 3 steps in a row \(nonfinite_limit\), not finite at step 6 .*cls_loss 1\.\d+"
+    sentence = r"3 steps in a row \(nonfinite_limit\), not finite at step 6 .*cls_loss 1"
     with pytest.raises(FloatingPointError, match=sentence):
         trainer.train()
 
@@ -219,7 +227,7 @@ class Readings(TorchDispatchMode):
     [("student", {"modeling_deitlt.py"}), ("paco", {"momentum_encoder.py"}), ("ldam", {"ldam.py"})],
 )
 def test_a_step_does_not_wait_for_the_device(tmp_path, digits, teacher, kind, allowed):
-    trainer = make_trainer(kind, tmp_path, digits, teacher, drw_start_epoch=0, save_strategy="no", eval_strategy="no")
+    trainer = trainer_of(kind, tmp_path, digits, teacher, drw_start_epoch=0, save_strategy="no", eval_strategy="no")
     trainer.create_optimizer()
     batches = [next(iter(trainer.get_train_dataloader()))]
     with Readings() as readings:

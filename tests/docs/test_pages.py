@@ -1,32 +1,42 @@
-"""Tests that the Python code of the documentation runs and that its commands exist."""
+"""Tests that the pages, cards and tables of the repository agree with the code and with the committed records."""
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import io
+import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_sources import save_image
+import yaml
+from huggingface_hub import ModelCard
+from transformers import Trainer
 
-from conftest import filled_state_dict, make_student
+from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer
 from deitlt_hf.analysis.budget import PlanArguments
 from deitlt_hf.cli import main
 from deitlt_hf.cli.analyze import AnalysisArguments
 from deitlt_hf.cli.evaluate import FusionArguments
+from deitlt_hf.cli.model_cards import main as make_model_cards
+from deitlt_hf.cli.predict import _parsed
 from deitlt_hf.data import image_processor
 from deitlt_hf.evaluation.fusion import RULES
+from deitlt_hf.hub.cards import is_generated
 from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from helpers import ROOT, filled_state_dict, make_student, save_image
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(text, language="python"):
@@ -86,10 +96,15 @@ def test_serving_page(trained_folder, digits):
     image_processor(8).save_pretrained("outputs/digits_lt_fast/student")
     digits["test"][0]["image"].save("image.png")
     page = (ROOT / "docs" / "serving.md").read_text()
-    session = {}
+    hosted = blocks(page[page.index("## Hosted inference") : page.index("## Predict")])
+    assert len(hosted) == 2
+    session, answers = {}, io.StringIO()
     for block in blocks(page):
         if not block.lstrip().startswith("# app.py"):  # app.py serves until it is stopped
-            exec(compile(block, "docs/serving.md", "exec"), session)
+            with contextlib.redirect_stdout(answers if block in hosted else io.StringIO()):
+                exec(compile(block, "docs/serving.md", "exec"), session)
+    assert len(answers.getvalue().splitlines()) == 4
+    assert Path("outputs/digits_lt_fast/student/handler.py").is_file()
     commands = [
         line.split("#")[0] for block in blocks(page, "bash") for line in block.splitlines() if "deitlt " in line
     ]
@@ -100,8 +115,10 @@ def test_serving_page(trained_folder, digits):
             main([name, "--help"])
         assert all(option in told.getvalue() for option in options), command
     main(["predict", "--model", "outputs/digits_lt_fast/student", "image.png"])
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
-        assert (ROOT / "docs" / link).is_file(), link
+    predictions = re.findall(r"deitlt predict ([^>\n]*)", page)
+    assert len(predictions) == 3
+    for words in predictions:
+        assert _parsed(shlex.split(words)).images
 
 
 def test_teachers_page(tmp_path, monkeypatch):
@@ -144,15 +161,19 @@ def test_readme_names_every_recipe_and_only_scripts_that_exist():
         assert f"`{name}`" in README
     for script in re.findall(r"scripts/\w+\.py", README):
         assert (ROOT / script).is_file(), script
-    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+    for target in re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        file, _, anchor = link.partition("#")
-        assert (ROOT / file).exists(), link
-        headings = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), flags=re.MULTILINE) if anchor else []
-        assert not anchor or anchor in {
-            re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings
-        }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), link
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE) if anchor else []
+        names = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in names, link
 
 
 def test_flags_of_the_data_page_are_valid(tmp_path, monkeypatch):
@@ -170,8 +191,6 @@ def test_flags_of_the_data_page_are_valid(tmp_path, monkeypatch):
     for flag in flags:
         name = flag.split()[0].removeprefix("--")
         assert name in known | {"recipe", "deep", "out", "counts"}, flag
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
-        assert (ROOT / "docs" / link).is_file(), link
 
 
 def test_the_small_folder_of_the_data_page(tmp_path, monkeypatch, capsys):
@@ -234,5 +253,68 @@ def test_commands_of_the_scale_page_are_valid():
         parse_arguments("student", classes, arguments.split())
     for file in re.findall(r"(?:scripts|benchmarks)/[a-z_0-9/]+\.(?:py|yaml)", page):
         assert (ROOT / file).is_file(), file
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
-        assert (ROOT / "docs" / link).is_file(), link
+    for configuration in (ROOT / "scripts" / "accelerate").glob("*.yaml"):
+        assert configuration.name in page
+
+
+def test_architecture_page_names_files_that_exist():
+    """Files and modules named in docs/architecture.md exist, in the repository, the package or one of its rooms."""
+    page, package = (ROOT / "docs" / "architecture.md").read_text(), ROOT / "src" / "deitlt_hf"
+    names = re.findall(r"`([a-z_]+/[a-z_/]*(?:\.\w+)?)`", page)
+    assert len(names) > 20
+    for name in names:
+        assert any((folder / name).exists() for folder in (ROOT, package, *package.iterdir())), name
+
+
+def test_performance_page_has_the_recorded_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("speed_run", ROOT / "benchmarks" / "run.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    page = benchmark.PAGE.read_text()
+    record = json.loads(benchmark.RECORD.read_text())
+    contenders = {name: list(figures["contenders"]) for name, figures in record.items()}
+    assert contenders == {name: list(compared.contenders) for name, compared in benchmark.COMPARISONS.items()}
+    assert benchmark.page_with(page, record) == page
+
+
+def test_committed_cards_match_recipes_and_results(tmp_path):
+    shutil.copytree(ROOT / "model_cards" / "results", tmp_path / "results")
+    make_model_cards(["--folder", str(tmp_path)])
+    committed = {path.name: path.read_bytes() for path in (ROOT / "model_cards").glob("*.md")}
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.md")} == committed
+
+
+def test_metadata_of_every_repository_card_are_valid():
+    for path in sorted((ROOT / "model_cards").glob("*.md")):
+        assert yaml.safe_load(path.read_text().split("---")[1]) == ModelCard.load(path).data.to_dict()
+        assert is_generated(path.read_text())
+
+
+def test_docs_explain_every_private_name_of_other_packages():
+    """The docs give a reason for every private name of other packages.
+
+    Otherwise only users would notice that a new version of transformers breaks one.
+    """
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| `_", line)]
+    named = {name for row in rows for name in re.findall(r"`(_\w+)`", row.split("|")[1])}
+    own = {name for cls in (DeiTLTTrainer, FlatTeacherTrainer) for name in _overridden(cls)}
+    used, defined = set(), {"_buffers", "_parameters", "_BatchNorm", "_core", "_reconstruct"}  # torch, numpy
+    defined |= {"_actions", "_option_string_actions", "_exit", "_replace"}  # Python
+    defined |= {"_action_groups", "_group_actions", "_format_args", "_get_default_metavar_for_optional"}  # argparse
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr, re.IGNORECASE):
+                (defined if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+            elif isinstance(node, ast.FunctionDef):
+                defined.add(node.name)
+    assert own | (used - defined) <= named
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    assert not [name for name in named if name not in code]
+
+
+def _overridden(cls: type) -> set[str]:
+    classes = cls.__mro__[: cls.__mro__.index(Trainer)]
+    names = {name for own in classes for name in vars(own) if re.match("_[a-z]", name)}
+    return {name for name in names if hasattr(Trainer, name)}
