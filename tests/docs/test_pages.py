@@ -20,7 +20,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer
+from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer, quickstart
 from deitlt_hf.analysis.budget import PlanArguments
 from deitlt_hf.cli import main
 from deitlt_hf.cli.analyze import AnalysisArguments
@@ -31,11 +31,11 @@ from deitlt_hf.data import image_processor
 from deitlt_hf.evaluation.fusion import RULES
 from deitlt_hf.hub.cards import is_generated
 from deitlt_hf.original.layouts import student_to_original
-from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
+from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, fit, parse_arguments, recipe_names
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from helpers import ROOT, filled_state_dict, make_student, save_image
 
-README = (ROOT / "README.md").read_text()
+README, TRAINING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "training.md").read_text()
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -50,16 +50,16 @@ def trained_folder(tmp_path, monkeypatch, teacher_folder):
     return tmp_path
 
 
-def test_python_of_the_readme_runs(trained_folder, digits):
-    """The README's Python runs with fewer epochs; both ways of using the saved model work."""
-    use_plain, use_package, by_recipe, train = blocks(README)
+def test_python_of_readme_and_training_page_runs(trained_folder, digits):
+    """The Python of docs/training.md runs with fewer epochs; both ways of the README to use the saved model work."""
+    (use_plain, use_package), (by_recipe, train) = blocks(README), blocks(TRAINING)
     tiny = by_recipe.replace('"digits_lt_fast"', repr(str(ROOT / "tests" / "fixtures" / "tiny.yaml")))
-    exec(compile(tiny, "README.md", "exec"), {})
+    exec(compile(tiny, "training.md", "exec"), {})
     assert (trained_folder / "outputs" / "python" / "teacher" / "model.safetensors").is_file()
     shutil.rmtree(trained_folder / "outputs" / "python")
     short = train.replace("num_train_epochs=260", "num_train_epochs=7").replace("start_epoch=180", "start_epoch=6")
     assert short != train
-    exec(compile(short, "README.md", "exec"), {})
+    exec(compile(short, "training.md", "exec"), {})
     assert (trained_folder / "outputs" / "python" / "student" / "model.safetensors").is_file()
     digits["test"][0]["image"].save(trained_folder / "image.png")
     for block in (use_plain, use_package):
@@ -142,8 +142,8 @@ def test_teachers_page(tmp_path, monkeypatch):
         assert flag in known, flag
 
 
-def test_flags_of_the_readme_are_valid(tmp_path):
-    section = README[README.index("The ablations are flags of") : README.index("## From Python")]
+def test_ablations_of_the_training_page_are_valid(tmp_path):
+    section = TRAINING[TRAINING.index("## Ablations") : TRAINING.index("## From Python")]
     for_student, for_teacher = section.split("`train_teacher.py`")
     common = ["--recipe", "digits_lt", "--output_dir", str(tmp_path)]
     for name, text, classes in (
@@ -156,10 +156,10 @@ def test_flags_of_the_readme_are_valid(tmp_path):
             parse_arguments(name, classes, common + words)
 
 
-def test_readme_names_every_recipe_and_only_scripts_that_exist():
+def test_pages_name_every_recipe_and_only_scripts_and_targets_that_exist():
     for name in recipe_names():
-        assert f"`{name}`" in README
-    for script in re.findall(r"scripts/\w+\.py", README):
+        assert f"`{name}`" in TRAINING
+    for script in re.findall(r"scripts/\w+\.py", README + TRAINING):
         assert (ROOT / script).is_file(), script
     for target in re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
@@ -174,6 +174,24 @@ def test_links_lead_to_files_and_headings(page):
         headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE) if anchor else []
         names = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
         assert not anchor or anchor in names, link
+
+
+def test_commands_of_the_training_page_are_valid(tmp_path, monkeypatch, capsys):
+    """The options of `deitlt train` and `deitlt recipes` on the page exist, and the files it names are written."""
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^deitlt (train|recipes)(.*?)(?:#.*|>.*)?$", README + TRAINING, flags=re.MULTILINE)
+    assert len(commands) >= 8
+    for name, words in commands:
+        if "DIR" not in words:
+            main([name, *words.split()])
+            continue
+        with pytest.raises(SystemExit):  # the command line is valid, and DIR does not exist
+            main([name, *words.split()])
+        assert "data_dir 'DIR' is not a folder" in capsys.readouterr().err
+    for name in (quickstart.RECIPE_FILE, quickstart.PREDICTIONS_FILE, f"{quickstart.IMAGES_FOLDER}/"):
+        assert f"| `{name}` |" in TRAINING
+    for number in (*fit.TEACHER_EPOCHS, *fit.STUDENT_EPOCHS, f"{fit.TEACHER_IMAGES:,}", f"{fit.STUDENT_IMAGES:,}"):
+        assert str(number) in TRAINING
 
 
 def test_flags_of_the_data_page_are_valid(tmp_path, monkeypatch):

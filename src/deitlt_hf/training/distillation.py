@@ -23,7 +23,7 @@ from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClass
 from .arguments import DeiTLTTrainingArguments
 from .inputs import label_names
 from .optimizers import MUON, muon
-from .plan import drw_start
+from .plan_lines import drw_start
 from .provenance import teacher_record
 from .trainer import LongTailTrainer
 

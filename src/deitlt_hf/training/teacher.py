@@ -17,7 +17,7 @@ from ..hub.card_facts import in_phases
 from ..losses import TEACHER_LOSSES
 from .arguments import FlatTeacherTrainingArguments
 from .momentum_encoder import MomentumContrast
-from .plan import drw_start
+from .plan_lines import drw_start
 from .provenance import without_wrapper
 from .sam import SAM
 from .schedule import warmup_drops

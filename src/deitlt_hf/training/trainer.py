@@ -46,7 +46,7 @@ from .inputs import as_images, common_classes, match_labels, name_classes, outli
 from .memory import keep_freed_memory
 from .optimizers import check_given
 from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
-from .plan import plan_lines, print_plan
+from .plan_lines import plan_lines, print_plan
 from .provenance import WhatRan, optimizer_record
 from .publishing import hub_options, push_trained
 from .results import Results
