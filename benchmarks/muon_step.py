@@ -7,7 +7,9 @@ is forward, backward and an optimiser step, without a teacher and without readin
 bfloat16 on every device, is measured once after them, because it takes minutes on some processors.
 """
 
+import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,7 +69,11 @@ def main():
         }
         cells = " | ".join(f"{1000 * value:.1f}" for value in (both, plain, orthogonal, in_bfloat16))
         print(f"| {name}, {batch_size} | {cells} | {ratio:.3f} |", flush=True)
-    write_record(RESULTS / "muon_step.json", {"processor": processor_name(), "cases": record})
+    known = Path("/proc/cpuinfo")
+    has_bfloat16 = known.is_file() and "bf16" in known.read_text()
+    processor = f"{processor_name()} {'with' if has_bfloat16 else 'without'} bfloat16 instructions"
+    file = RESULTS / "muon_step.json"
+    write_record(file, json.loads(file.read_text()) | {processor: record})
 
 
 if __name__ == "__main__":
