@@ -9,8 +9,8 @@ import mkdocs_gen_files
 
 os.environ["COLUMNS"] = "110"  # the width of the help texts
 
-from deitlt_hf.cli import COMMANDS, main  # noqa: E402
-from deitlt_hf.recipes import recipe_description, recipe_names  # noqa: E402
+from deitlt_hf.cli import COMMANDS, main
+from deitlt_hf.recipes import recipe_description, recipe_names
 
 
 def help_of(name: str) -> str:
@@ -28,9 +28,9 @@ with mkdocs_gen_files.open("reference/commands.md", "w") as page:
 
 with mkdocs_gen_files.open("reference/recipes.md", "w") as page:
     page.write(
-        "# Recipes\n\nA recipe is a YAML file with the sections `data`, `teacher`, `teacher_losses` (values that depend "
-        "on the loss of the teacher) and `student`. Each has fields of the commands, and `extends` names a recipe whose "
-        "values apply where a recipe has none. `deitlt recipes show NAME` prints all values.\n"
+        "# Recipes\n\nA recipe is a YAML file with the sections `data`, `teacher`, `teacher_losses` (values that "
+        "depend on the loss of the teacher) and `student`. Each has fields of the commands, and `extends` names a "
+        "recipe whose values apply where a recipe has none. `deitlt recipes show NAME` prints all values.\n"
     )
     for name in recipe_names():
         text = files("deitlt_hf.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8").strip()

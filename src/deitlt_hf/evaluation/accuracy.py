@@ -1,7 +1,7 @@
 """Accuracies of groups of classes, and a table that shows them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,12 +63,14 @@ class ExpertTable:
         accuracies: Fractions by expert, then by `overall` and group.
         groups: Class indices of each group.
         test_counts: Test images of each class.
+        notes: Sentences about the evaluation, see [`findings`].
     """
 
     title: str
     accuracies: Mapping[str, Mapping[str, float]]
     groups: Mapping[str, Integers]
     test_counts: Integers
+    notes: Sequence[str] = ()
 
     def __rich__(self) -> Table:
         table = Table(title=escape(self.title), title_justify="left", caption="accuracy in %", caption_justify="left")

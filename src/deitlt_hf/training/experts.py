@@ -13,6 +13,10 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..data.long_tail import Integers, class_counts
 from ..evaluation import ExpertTable, group_accuracies
+from ..evaluation.findings import findings
+from ..evaluation.metrics import long_tail_figures
+
+OVER_CLASSES = ("balanced_accuracy", "macro_f1")  # metrics of the prediction that weight all classes equally
 
 
 def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: torch.Tensor) -> torch.Tensor:
@@ -89,24 +93,34 @@ def converted(models: Sequence[nn.Module], dtype: torch.dtype | None, device: to
 
 
 def expert_table(
-    counted: np.ndarray, labels: np.ndarray, experts: Sequence[str], groups: Mapping[str, Integers], num_labels: int
+    counted: np.ndarray,
+    labels: np.ndarray,
+    experts: Sequence[str],
+    groups: Mapping[str, Integers],
+    names: Sequence[str],
 ) -> tuple[ExpertTable, dict[str, float]]:
     """Table of the accuracies of each expert, overall and by group, and metrics with these accuracies and the loss.
+
+    The metrics also have `balanced_accuracy` (the mean over classes) and `macro_f1` of the model's prediction, by which
+    `metric_for_best_model` can choose a model that does not neglect rare classes.
 
     Args:
         counted: Columns of [`expert_columns`].
         labels: True classes; (images,).
         experts: Names of the experts, in the order of the columns. The first is the model's prediction.
         groups: Class indices of the head, medium and tail classes.
-        num_labels: Number of classes.
+        names: Names of the classes.
     """
     classes, losses = counted[:, :-1].astype(np.int64), counted[:, -1]
     accuracies = {expert: group_accuracies(classes[:, column], labels, groups) for column, expert in enumerate(experts)}
     metrics = {"loss": float(losses.mean()), "accuracy": accuracies[experts[0]]["overall"]}
+    overall = long_tail_figures(classes[:, 0], labels, groups)
+    metrics |= {name: overall[name] for name in OVER_CLASSES}
     for expert, values in accuracies.items():
         metrics.update({f"{expert}_{group}": value for group, value in values.items() if not math.isnan(value)})
-    counts = class_counts(labels, num_labels).tolist()
-    return ExpertTable("evaluation", accuracies, groups, counts), metrics
+    counts = class_counts(labels, len(names)).tolist()
+    notes = findings({expert: classes[:, column] for column, expert in enumerate(experts)}, labels, groups, names)
+    return ExpertTable("evaluation", accuracies, groups, counts, notes), metrics
 
 
 def check_best_metric(wanted: str, experts: Collection[str], groups: Collection[str], eval_dataset: Any) -> None:
@@ -115,7 +129,12 @@ def check_best_metric(wanted: str, experts: Collection[str], groups: Collection[
     Raises:
         ValueError: If they do not.
     """
-    known = ["loss", "accuracy", *(f"{expert}_{group}" for expert in experts for group in ("overall", *groups))]
+    known = [
+        "loss",
+        "accuracy",
+        *OVER_CLASSES,
+        *(f"{expert}_{group}" for expert in experts for group in ("overall", *groups)),
+    ]
     if isinstance(eval_dataset, dict):
         known = [f"{name}_{metric}" for name in eval_dataset for metric in known]
     if wanted.removeprefix("eval_") not in known:

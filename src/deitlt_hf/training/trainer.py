@@ -572,7 +572,7 @@ class LongTailTrainer(WholeBatchTrainer):
             labels: True classes; (images,).
         """
         names = self.expert_names(self.averaged_model is not None)
-        self.last_table, metrics = expert_table(counted, labels, names, self.groups, len(self.class_names))
+        self.last_table, metrics = expert_table(counted, labels, names, self.groups, self.class_names)
         return metrics
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -624,6 +624,9 @@ class LongTailTrainer(WholeBatchTrainer):
                 title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
                 table.title = f"{title}, {name}" if name else title
                 show(table)
+                if self.state.global_step >= self.state.max_steps:  # early in a run, the findings are no news
+                    for note in table.notes:
+                        print(f"Note: {note}", flush=True)
         return metrics
 
     @property

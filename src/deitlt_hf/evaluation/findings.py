@@ -1,0 +1,57 @@
+"""What a table of accuracies means for a user, in sentences: only what is true of the evaluated model."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..data.long_tail import Integers, class_counts
+from .accuracy import group_accuracies
+
+SHOWN = 5  # class names in a sentence
+SAME = 0.99  # share of images with the same class from both heads, from which they count as one
+FEW = 30  # test images of a group, below which its accuracy is uncertain
+
+
+def findings(
+    predictions: Mapping[str, np.ndarray], labels: np.ndarray, groups: Mapping[str, Integers], names: Sequence[str]
+) -> list[str]:
+    """Sentences about classes that nobody predicts, heads that agree, and groups with few test images.
+
+    Args:
+        predictions: Predicted class of each image, (images,), by expert.
+        labels: True classes, (images,).
+        groups: Class indices of each group.
+        names: Names of the classes.
+    """
+    found = []
+    right = np.any([classes == labels for classes in predictions.values()], axis=0)
+    tested = class_counts(labels, len(names)) > 0
+    never = np.flatnonzero(tested & (np.bincount(labels[right], minlength=len(names)) == 0))
+    if len(never):
+        shown = ", ".join(names[label] for label in never[:SHOWN]) + (", ..." if len(never) > SHOWN else "")
+        who = "no expert predicts" if len(predictions) > 1 else "the model does not predict"
+        found.append(
+            f"{who} a test image of {len(never)} of {tested.sum()} classes correctly ({shown}): train longer, or check "
+            "the images of these classes."
+        )
+    if {"cls", "distillation"} <= predictions.keys():
+        agree = float(np.mean(predictions["cls"] == predictions["distillation"]))
+        if agree >= SAME:
+            found.append(
+                f"CLS and DIST predict the same class for {100 * agree:.1f} % of the test images, so their mean adds "
+                "nothing: one head would do."
+            )
+    few = [
+        f"{name} {number}"
+        for name, classes in groups.items()
+        if 0 < (number := int(class_counts(labels, len(names))[np.asarray(classes, dtype=np.int64)].sum())) < FEW
+    ]
+    if few:
+        found.append(f"groups with few test images, whose accuracies are uncertain: {', '.join(few)}.")
+    return found
+
+
+def untaught_groups(predictions: np.ndarray, labels: np.ndarray, groups: Mapping[str, Integers]) -> list[str]:
+    """Names of the groups of which a teacher predicts no test image correctly."""
+    accuracies = group_accuracies(predictions, labels, groups)
+    return [name for name in groups if accuracies[name] == 0]
