@@ -13,7 +13,7 @@ RANGE := --deselect tests/test_model.py::test_a_seed_gives_the_same_student_as_e
 	tests/test_streaming.py::test_parquet_is_streamed_with_its_class_names
 TOOLS := hypothesis matplotlib peft psutil pytest pytest-timeout pytest-xdist
 
-.PHONY: install demo test test-fast test-oldest test-newest docs-check lint format clean
+.PHONY: install demo docs test test-fast test-oldest test-newest docs-check lint format clean
 
 install: $(INSTALLED)
 
@@ -39,6 +39,10 @@ test-fast: install  ## The tests without trainings and subprocesses, in about tw
 
 docs-check: install  ## Check README, docs/ and model_cards/ against code and records, and test research/.
 	$(PYTEST) tests/docs research
+
+docs: install  ## Build the documentation in build/site; a missing page, link or reference is an error.
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/mkdocs build
 
 # Each of the two targets creates a separate environment of 6 GB and keeps it for the next run.
 test-oldest: VENV := .venv-oldest

@@ -342,7 +342,7 @@ def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: Data
     if teacher is not None:
         print(comparison(by_expert["mean"], teacher, np.asarray(test["label"][:]), trainer.groups, output))
     if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed, so there is no report page; pip install 'deitlt-hf[report]'.")
+        print("matplotlib is not installed, so there is no report page; install it and run the same command again.")
     else:
         options = AnalysisArguments(model=str(student), output=str(output / "report"))
         report(str(recipe), options, data_args)
