@@ -53,7 +53,7 @@ setup(
     extras_require={
         "analysis": ["curvlinops-for-pytorch>=3", "matplotlib>=3.8"],
         "demo": ["gradio>=6.31,<7", "matplotlib>=3.8"],
-        "docs": ["mkdocs-gen-files>=0.5", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-gen-files>=0.5", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.7"],
         "dev": [
             "curvlinops-for-pytorch>=3",
