@@ -205,7 +205,7 @@ def test_help_hides_refused_fields(section, classes, capsys):
     ("word", "hint"),
     [
         ("distil", "did you mean 'distill'"),
-        ("train", "did you mean 'distill'"),
+        ("fit", "did you mean 'train'"),
         ("val", "did you mean 'evaluate'"),
         ("xyz", "deitlt --help lists all"),
     ],
