@@ -20,17 +20,19 @@ from deitlt_hf.data import (
     find_columns,
     image_processor,
     load_long_tailed,
+    loading,
     long_tailed_indices,
     shot_groups,
     train_transform,
     weak_transform,
 )
+from deitlt_hf.data.images import decode_all
 from deitlt_hf.data.loading import training_counts
 from deitlt_hf.data.sampling import TrainBatches, seed_streams
 from deitlt_hf.data.transforms import ImageFormat, resize_and_renormalize
 from deitlt_hf.recipes import DataArguments
 from deitlt_hf.recipes.sections import without_folders
-from helpers import seed_all, write_idx
+from helpers import save_image, seed_all, write_idx
 
 RANDOM = np.random.RandomState(0)
 
@@ -526,3 +528,23 @@ def test_records_contain_no_paths_of_this_machine(tmp_path, monkeypatch):
     local, hub = (DataArguments(dataset=name).record() for name in ("data/photos", "org/photos"))
     assert (local["dataset"], local["local_files"]) == ("photos", True)
     assert (hub["dataset"], hub["local_files"]) == ("org/photos", False)
+
+
+def test_unreadable_files_are_looked_for_once_in_a_process(tmp_path, monkeypatch, caplog):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            for index in range(3):
+                save_image(tmp_path / split / name / f"{index}.png", index)
+    broken = tmp_path / "train" / "a" / "0.png"
+    broken.write_bytes(b"nothing")
+    decoded = []
+    monkeypatch.setattr(loading, "decode_all", lambda rows: decoded.append(len(rows)) or decode_all(rows))
+
+    def train_images():
+        return len(load_long_tailed("imagefolder", str(tmp_path), skip_bad_images=True)["train"])
+
+    assert [train_images(), train_images()] == [5, 5]
+    assert decoded == [6, 6], "the second load decodes no split again"
+    assert caplog.text.count("left out: cannot read the image") == 1
+    save_image(broken, 0)
+    assert train_images() == 6

@@ -458,14 +458,38 @@ def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Datas
 
 
 def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    kept = {}
-    for name, split in splits.items():
+    return datasets.DatasetDict({name: _readable(name, split) for name, split in splits.items()})
+
+
+# Readable rows of the files that this process has decoded, by a digest of their paths, sizes and times. A run loads its
+# data several times: for the plan, the teacher, the student and the report.
+_readable_rows: dict[str, list[int]] = {}
+
+
+def _readable(name: str, split: datasets.Dataset) -> datasets.Dataset:
+    """The rows of a split whose images can be decoded. The others are named in a warning, once in a process."""
+    key = _files_digest(split)
+    if key is None or key not in _readable_rows:
         errors = [found.error for found in decode_all(split)]
+        rows = [row for row, error in enumerate(errors) if error is None]
         for error in filter(None, errors):
             logger.warning("left out: %s", error)
-        kept[name] = split.select([row for row, error in enumerate(errors) if error is None])
-        if len(kept[name]) < len(split):
-            logger.warning(
-                "%s split: left out %d unreadable images of %d", name, len(split) - len(kept[name]), len(split)
-            )
-    return datasets.DatasetDict(kept)
+        if len(rows) < len(split):
+            logger.warning("%s split: left out %d unreadable images of %d", name, len(split) - len(rows), len(split))
+        if key is None:
+            return split.select(rows)
+        _readable_rows[key] = rows
+    return split.select(_readable_rows[key])
+
+
+def _files_digest(split: datasets.Dataset) -> str | None:
+    """Digest of the paths, sizes and times of the image files of a split; None if an image is not a file."""
+    images = split.select_columns("image").cast_column("image", datasets.Image(decode=False)).flatten()
+    digest = hashlib.sha256()
+    for path in images.with_format(None)["image.path"][:]:
+        try:
+            status = os.stat(path)
+        except (OSError, TypeError, ValueError):
+            return None
+        digest.update(f"{path}\0{status.st_size} {status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
