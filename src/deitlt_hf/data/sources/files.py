@@ -375,7 +375,11 @@ def _annotations(path: Path) -> tuple[list[str], list[int]]:
         paths = [os.fspath(row["file_name"]) for row in content["images"]]
         return paths, [category[row["id"]] for row in content["images"]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not an iNaturalist annotation file with labels: it lacks {error}.") from error
+        missing = f"it lacks {error}" if isinstance(error, KeyError) else "an entry is of another kind"
+        raise ValueError(
+            f"{path} is not an iNaturalist annotation file with labels: {missing}; repair it, or rename it if it does "
+            "not describe the images."
+        ) from error
 
 
 def _category_names(source: Path, ids: Iterable[str]) -> list[str] | None:
