@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.cli import main
 from deitlt_hf.training.memory import keep_freed_memory
 from helpers import ROOT, student_trainer
 
@@ -165,6 +166,23 @@ def test_freed_memory_is_used_again():
     printed = subprocess.check_output([sys.executable, "-c", FAULTS], env={**os.environ, **gives_back}, text=True)
     plain, kept = (int(faults) for faults in printed.split())
     assert kept < plain / 4
+
+
+def test_only_commands_set_the_whole_process(tmp_path, digits, monkeypatch):
+    """A library must not change the process of the program that uses it, unless it is asked to."""
+    calls = []
+    monkeypatch.setattr("deitlt_hf.training.trainer.keep_freed_memory", lambda: calls.append("trainer"))
+    monkeypatch.setattr("deitlt_hf.cli.distill.keep_freed_memory", lambda: calls.append("command"))
+    monkeypatch.setattr("deitlt_hf.cli.distill.distill", lambda *_: sys.exit("not trained here"))
+    student_trainer(tmp_path, digits)
+    assert calls == []
+    student_trainer(tmp_path, digits, keep_freed_memory=True)
+    assert calls == ["trainer"]
+    for options, expected in (([], ["command"]), (["--keep_freed_memory", "false"], [])):
+        calls.clear()
+        with pytest.raises(SystemExit):
+            main(["distill", "--recipe", "digits_lt", "--use_cpu", "true", "--output_dir", str(tmp_path), *options])
+        assert calls == expected
 
 
 def test_other_c_libraries_are_not_changed(monkeypatch):

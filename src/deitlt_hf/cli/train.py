@@ -9,7 +9,10 @@ deitlt train photos --image_size 96 --teacher_epochs 50 --num_train_epochs 100
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..quickstart import STUDENT, TEACHER, train
+from ..training.memory import keep_freed_memory
 from .parser import command_parser, parse_with_fields
 
 
@@ -29,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = fields_of(rest, parser)
     if args.teacher_epochs is not None:
         given["teacher_epochs"] = args.teacher_epochs
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # of the process, which is this command's own
     train(args.folder, args.output_dir, args.minutes, args.dry_run, args.overwrite, **given)
 
 

@@ -178,10 +178,10 @@ class LongTailTrainingArguments(TrainingArguments):
     )
     nonfinite_limit: int = _option(20, "Number of consecutive updates that may be skipped with on_nonfinite skip.")
     overwrite: bool = _option(False, "Replace an existing run in output_dir.")
-    keep_freed_memory: bool = _option(
-        True,
+    keep_freed_memory: bool | None = _option(
+        None,
         "On a CPU, keep freed memory between steps instead of returning it to the system, which is faster. Applies to "
-        "the whole process and cannot be undone.",
+        "the whole process and cannot be undone. By default commands do so, and trainers in Python do not.",
     )
 
     remove_unused_columns: bool = _option(False, "Must stay off: the data set creates the inputs of the model itself.")
