@@ -11,6 +11,7 @@ from PIL import Image
 
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, train_transform
 from deitlt_hf.data.copies import ReducedCopies
+from helpers import student_arguments
 
 
 @pytest.fixture
@@ -87,3 +88,9 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_no_run(large_files,
     with pytest.warns(UserWarning, match="image_cache .* cannot be written"):
         images = [dataset[row]["image"] for row in range(3)]
     assert [min(image.shape[:2]) for image in images] == [32, 32, 20]
+
+
+def test_a_run_records_whether_it_used_copies(tmp_path):
+    """A run that is resumed without its copies, or with new ones, sees other pixels and reports it."""
+    settings = [student_arguments(tmp_path, image_cache=cache).method_settings() for cache in (None, str(tmp_path))]
+    assert [found["image_cache"] for found in settings] == [False, True]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deitlt_hf.evaluation.findings import findings, untaught_groups
+from deitlt_hf.evaluation.findings import findings
 from helpers import student_trainer, teacher_trainer
 
 LABELS = np.repeat([0, 1, 2], 40)
@@ -43,12 +43,6 @@ def test_heads_that_agree_are_found():
 def test_groups_with_few_images_are_counted():
     labels = np.array([0] * 40 + [1] * 30 + [2] * 4)
     assert said({"teacher": labels}, labels) == "groups with few test images, whose accuracies are uncertain: tail 4."
-
-
-def test_a_group_that_the_teacher_does_not_know_is_found():
-    assert untaught_groups(np.where(LABELS == 2, 0, LABELS), LABELS, GROUPS) == ["tail"]
-    assert untaught_groups(LABELS, LABELS, GROUPS) == []
-    assert untaught_groups(LABELS[:80], LABELS[:80], GROUPS) == []  # a group without test images is unknown, not zero
 
 
 def test_the_plan_says_which_groups_the_teacher_does_not_know(tmp_path, digits, teacher, monkeypatch, capsys):

@@ -536,3 +536,9 @@ def test_training_evaluation_and_serving_use_the_same_background(tmp_path, backg
     trainer.save_model()
     shown = load_classifier(str(tmp_path)).prepare(encoded(image), "image")
     assert shown[0, :, 0, 0].tolist() == pytest.approx([value / 255 for value in colour])
+
+
+def test_pillow_does_not_warn_for_every_image():
+    """Library users read images without the command line, whose filter they do not have."""
+    code = "import warnings, deitlt_hf.data.images; warnings.warn_explicit('palette', UserWarning, 'x', 1, 'PIL.Image')"
+    assert "palette" not in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr

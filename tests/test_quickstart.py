@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +123,7 @@ def test_recipes_are_listed_shown_and_fitted(photos, tmp_path, capsys):
         (["train", "PHOTOS", "--hidden_size", "65"], "65"),
         (["train", "PHOTOS", "--image_size", "big"], "image_size must be a whole number above 0, got big"),
         (["train", "PHOTOS", "--teacher_epochs", "0"], "num_train_epochs must be a whole number above 0, got 0"),
+        (["train", "PHOTOS", "--minutes", "5", "--num_train_epochs", "5"], "minutes sets the epochs of both models"),
         (["train", "PHOTOS", "--data_dir", "x"], "data_dir is not a field here"),
         (["train"], "folder"),
         (["recipes", "show"], "show NAME"),
@@ -137,6 +140,50 @@ def test_refused_in_one_sentence(photos, arguments, message, capsys, monkeypatch
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "outputs").exists()
+
+
+def test_numbers_on_the_command_line_stay_texts_for_fields_of_text():
+    values = {name: quickstart._given(name, "64").value for name in ("hidden_size", "label_column", "background")}
+    assert values == {"hidden_size": 64, "label_column": "64", "background": "64"}
+    assert quickstart._given("streaming", "true").value is True
+    assert quickstart._given("background", "[#").value == "[#"  # nothing that a parser would choke on
+
+
+def test_a_recipe_of_other_images_is_not_continued(trained, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"is a recipe for the images in .*photos, not in"):
+        deitlt_hf.train(tmp_path, trained)
+
+
+def test_the_output_does_not_go_among_the_images(photos, monkeypatch):
+    for output in (photos, photos / "out"):
+        with pytest.raises(ValueError, match="inside the folder of the images"):
+            deitlt_hf.train(photos, output)
+    monkeypatch.chdir(photos)
+    with pytest.raises(ValueError, match="inside the folder of the images"):
+        deitlt_hf.train(".")  # outputs/NAME would be a class of the next run
+    assert not (photos / "outputs").exists()
+
+
+def test_overwriting_trains_the_teacher_again(trained, photos, tmp_path, monkeypatch):
+    """The teacher of the replaced recipe would otherwise be used, or refused, for the new one."""
+    calls = []
+    monkeypatch.setattr(quickstart, "train_teacher", lambda data, model, args: calls.append(args))
+    monkeypatch.setattr(quickstart, "distill", lambda *_: sys.exit("not trained here"))
+    shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        deitlt_hf.train(photos, tmp_path / "run", overwrite=True, image_size=16, hidden_size=64)
+    assert [(args.overwrite, args.output_dir) for args in calls] == [(True, str(tmp_path / "run" / "teacher"))]
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml"))["student"]["hidden_size"] == 64
+
+
+def test_time_is_counted_for_all_images_of_a_batch(photos, monkeypatch):
+    """The trial has steps of one micro-batch, and a batch can have several."""
+    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1, 1, 0, 0, 0, 0))
+    seconds = []
+    monkeypatch.setattr(quickstart, "_print_plan", lambda fitted, folder, data, found: seconds.append(sum(found)))
+    for batch in (24, 12):  # images of a micro-batch, in a batch of 24
+        quickstart.fit(photos, None, {"per_device_train_batch_size": batch, "teacher_epochs": 5, "num_train_epochs": 5})
+    assert seconds[1] - seconds[0] == 10 * (99 // 12 - 99 // 24)
 
 
 def test_several_processes_need_a_recipe_first(photos, tmp_path, monkeypatch):

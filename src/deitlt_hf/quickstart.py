@@ -1,19 +1,20 @@
 """From a folder of images to a trained model: fits a recipe to the folder, trains, evaluates and reports."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import datasets
 import numpy as np
 import torch
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,11 +27,12 @@ from .data.sources.files import TEST_NAMES, find_split
 from .evaluation.accuracy import group_accuracies
 from .evaluation.metrics import bootstrap_intervals
 from .io import atomic_write, check_can_be_folder, one_line
-from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments
+from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, load_recipe
 from .recipes.fit import (
     EVALUATIONS,
     LONGEST,
     SHORTEST,
+    TEST_FRACTION,
     Choice,
     FittedRecipe,
     Folder,
@@ -41,7 +43,7 @@ from .recipes.fit import (
 )
 from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .training.inputs import label_names
-from .training.runs import distill
+from .training.runs import distill, train_teacher
 from .training.trial import StepTimes, measure_steps
 
 RECIPE_FILE, PREDICTIONS_FILE, IMAGES_FOLDER = "recipe.yaml", "predictions.csv", "images"
@@ -83,7 +85,8 @@ def train(
 
     Raises:
         FileNotFoundError: If the folder does not exist or has no images.
-        ValueError: If a field or its value is not possible, or several processes run and there is no recipe yet.
+        ValueError: If a field or its value is not possible, the output folder has a recipe for other images or is
+            inside the folder of the images, or several processes run.
     """
     quiet_log()
     if minutes is not None and not minutes > 0:
@@ -92,6 +95,16 @@ def train(
     output = Path("outputs") / source.resolve().name if output is None else Path(output).expanduser()
     check_can_be_folder(output)
     path = output / RECIPE_FILE
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"the output folder {output} is inside the folder of the images, where its files would count as images; "
+            "choose another --output_dir."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"this command runs in one process; write the recipe with 'deitlt recipes init {data} > my.yaml', and "
+            "start several processes with 'deitlt distill --recipe my.yaml'."
+        )
     if path.is_file() and not overwrite and not dry_run:
         if minutes is not None or given:
             names = ", ".join([*(["minutes"] if minutes is not None else []), *given])
@@ -99,13 +112,14 @@ def train(
                 f"{path} exists; leave out {names} to continue with it, edit it, or pass --overwrite to replace it and "
                 "its run."
             )
+        known = load_recipe(str(path))["data"].get("data_dir")
+        if known is None or Path(known).resolve() != source.resolve():
+            raise ValueError(
+                f"{path} is a recipe for the images in {known}, not in {source}; choose another --output_dir, or pass "
+                "--overwrite to replace it and its run."
+            )
         print(f"Continuing with {path}.", flush=True)
     else:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(
-                f"a recipe is fitted by one process; write it with 'deitlt recipes init {data} > my.yaml', and start "
-                "several processes with 'deitlt distill --recipe my.yaml'."
-            )
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER))
         if dry_run:
             return None
@@ -113,10 +127,13 @@ def train(
         with atomic_write(path) as file:
             file.write_text(fitted.text(f"Recipe for the images in {source.resolve().name}."), encoding="utf-8")
         print(f"The recipe is in {path}.\n", flush=True)
-    overrides = {"output_dir": str(output / "student"), "overwrite": overwrite}
+    overrides: dict[str, Any] = {"output_dir": str(output / "student"), "overwrite": overwrite}
     if not overwrite:
         overrides["resume_from_checkpoint"] = "auto"
     data_args, model_args, args = fill_arguments("student", STUDENT, str(path), overrides)
+    if overwrite and args.needs_teacher:  # `distill` would find the teacher of the replaced recipe
+        overrides["output_dir"] = str(output / "teacher")
+        train_teacher(*fill_arguments("teacher", TEACHER, str(path), overrides))
     trainer = distill(str(path), data_args, model_args, args)
     if trainer.is_world_process_zero():
         conclude(trainer, output, path, data_args)
@@ -140,9 +157,12 @@ def fit(
     """
     choices = [_given(name, value) for name, value in (given or {}).items()]
     epochs = (_whole(choices, "teacher", "num_train_epochs"), _whole(choices, "student", "num_train_epochs"))
+    if minutes is not None and any(epochs):
+        raise ValueError("minutes sets the epochs of both models; leave out minutes, or the numbers of epochs.")
     folder, data = _look(source, choices)
     use_cpu = next((choice.value for choice in choices if choice.name == "use_cpu"), False)
-    machine = Machine(torch.cuda.is_available() and not use_cpu, os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    machine = Machine(torch.cuda.is_available() and not use_cpu, cores)
     choices.insert(0, Choice("data", "data_dir", str(source.resolve()), "the images"))
     fitted, seconds = None, (math.nan, math.nan)
     for size in sizes_for(folder, machine, _whole(choices, "both", "image_size")):
@@ -213,7 +233,7 @@ def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[Fit
         return times.seconds(
             num_images,
             sum(folder.test_counts),
-            student_args.global_batch_size,
+            student_args.per_device_train_batch_size,  # the trial has steps of one micro-batch
             recipe.teacher_epochs,
             recipe.student_epochs,
             EVALUATIONS + 1,
@@ -232,8 +252,9 @@ def section_arguments(section: str, path: str, overrides: Mapping[str, Any]) -> 
 def _given(name: str, value: Any) -> Choice:
     """A value of the user as a choice, with the section that its field belongs to."""
     if isinstance(value, str):  # from the command line
-        plain = yaml.safe_load(value) if value else value
-        value = plain if isinstance(plain, bool | int | float) else value
+        with contextlib.suppress(ValueError):
+            plain = json.loads(value)
+            value = plain if isinstance(plain, int | float) and not _takes_text(name) else value
     if name == "teacher_epochs":
         return Choice("teacher", "num_train_epochs", value, "given")
     in_section = {
@@ -254,6 +275,12 @@ def _names(classes: Sequence[type]) -> set[str]:
     return {item.name for cls in classes for item in dataclasses.fields(cls) if item.init}
 
 
+def _takes_text(name: str) -> bool:
+    """Whether a field takes a text, so that a number or a truth value on the command line is one."""
+    hints = {name: hint for cls in (*STUDENT, *TEACHER) for name, hint in get_type_hints(cls).items()}
+    return str in (hints.get(name), *get_args(hints.get(name)))
+
+
 def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
     """Looks at a data set. Returns what a recipe depends on, and its splits."""
     fields = {choice.name: choice.value for choice in given if choice.section == "data"}
@@ -263,7 +290,7 @@ def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
         raise ValueError("a stream cannot be examined before a run; write a recipe for it, see docs/data.md.")
     has_test = find_split(splits, [args.test_split] if args.test_split else TEST_NAMES) is not None
     if not has_test and args.test_fraction is None:
-        args.test_fraction = 0.2
+        args.test_fraction = TEST_FRACTION
     skips, args.skip_bad_images = args.skip_bad_images, False
     data = args.load(splits)
     train = data["train"]

@@ -32,11 +32,12 @@ from deitlt_hf.evaluation.fusion import RULES
 from deitlt_hf.hub.cards import is_generated
 from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, fit, parse_arguments, recipe_names
+from deitlt_hf.records import RunRecord
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from helpers import ROOT, filled_state_dict, make_student, save_image
 
 README, TRAINING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "training.md").read_text()
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(text, language="python"):
@@ -192,6 +193,25 @@ def test_commands_of_the_training_page_are_valid(tmp_path, monkeypatch, capsys):
         assert f"| `{name}` |" in TRAINING
     for number in (*fit.TEACHER_EPOCHS, *fit.STUDENT_EPOCHS, f"{fit.TEACHER_IMAGES:,}", f"{fit.STUDENT_IMAGES:,}"):
         assert str(number) in TRAINING
+
+
+def test_fields_of_the_record_on_the_page_are_all_there_are():
+    page = (ROOT / "docs" / "reference" / "files.md").read_text()
+    table = page[page.index("## results.json") :]
+    named = {
+        name for row in re.findall(r"^\| (`[^|]*) \|", table, flags=re.MULTILINE) for name in re.findall("`(.*?)`", row)
+    }
+    assert named == set(RunRecord.__annotations__)
+
+
+def test_flags_of_the_troubleshooting_page_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    classes = (DataArguments, StudentArguments, TeacherArguments, DeiTLTTrainingArguments)
+    known = {field.name for cls in (*classes, FlatTeacherTrainingArguments) for field in dataclasses.fields(cls)}
+    known |= {field.name for cls in (AnalysisArguments, PlanArguments) for field in dataclasses.fields(cls)}
+    flags = re.findall(r"--([a-z_]+)", page)
+    assert len(flags) > 15
+    assert set(flags) <= known | {"recipe", "deep"}
 
 
 def test_flags_of_the_data_page_are_valid(tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .copies import ReducedCopies
 
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
+# Pillow's warnings (palettes, corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # JPEG decoders that are a third faster than Pillow; the first installed one is used. torchvision 0.29 announces that a
 # later version moves decoding to torchcodec, which gives the same pixels.

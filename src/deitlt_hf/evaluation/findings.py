@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..data.long_tail import Integers, class_counts
-from .accuracy import group_accuracies
 
 SHOWN = 5  # class names in a sentence
 SAME = 0.99  # share of images with the same class from both heads, from which they count as one
@@ -49,9 +48,3 @@ def findings(
     if few:
         found.append(f"groups with few test images, whose accuracies are uncertain: {', '.join(few)}.")
     return found
-
-
-def untaught_groups(predictions: np.ndarray, labels: np.ndarray, groups: Mapping[str, Integers]) -> list[str]:
-    """Names of the groups of which a teacher predicts no test image correctly."""
-    accuracies = group_accuracies(predictions, labels, groups)
-    return [name for name in groups if accuracies[name] == 0]

@@ -22,6 +22,7 @@ SHORTEST = 0.4  # share of the standard number of epochs below which smaller ima
 LONGEST = 3.0  # share above which more epochs are not expected to help
 FEWEST_EPOCHS = 5
 EVALUATIONS = 4
+TEST_FRACTION = 0.2  # of each class, in data without a test split
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,12 @@ def _data_choices(folder: Folder) -> list[Choice]:
     choices = [Choice("data", "dataset", "imagefolder")]
     if not folder.has_test:
         choices.append(
-            Choice("data", "test_fraction", 0.2, "the data have no test split: a fifth of each class is set apart")
+            Choice(
+                "data",
+                "test_fraction",
+                TEST_FRACTION,
+                "the data have no test split: a fifth of each class is set apart",
+            )
         )
     if folder.transparent > 0:
         reason = f"{100 * folder.transparent:.1f} % of the images have transparent pixels, which are shown on white"

@@ -362,8 +362,7 @@ class LongTailTrainingArguments(TrainingArguments):
         names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
         settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
         settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations to values
-        if self.image_cache:  # pixels differ from those of the images, but the folder does not matter
-            settings["image_cache"] = True
+        settings["image_cache"] = bool(self.image_cache)  # training sees other pixels; the folder does not matter
         return settings | {
             name: self.mixed_precision == name for name in PRECISIONS
         }  # may come from `accelerate launch`
@@ -569,7 +568,7 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
         super().check()
         _check_choice(self, "teacher_loss", TEACHER_LOSSES)
         for cls in type(self).__mro__:
-            for name, (fits, limits) in (cls.limits if issubclass(cls, LossOptions) else {}).items():
+            for name, (fits, limits) in vars(cls).get("limits", {}).items():
                 _check(self, name, fits(getattr(self, name)), limits)
         _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         smooths = self.loss.smooths_labels or self.label_smoothing_factor == 0

@@ -15,7 +15,6 @@ from transformers import DeiTForImageClassificationWithTeacher, PreTrainedConfig
 from ..data.long_tail import class_counts
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize, weak_transform
 from ..evaluation import group_accuracies
-from ..evaluation.findings import untaught_groups
 from ..losses import DISTILLATION_TARGETS, DistillationLoss
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
@@ -61,7 +60,6 @@ class DeiTLTTrainer(LongTailTrainer):
     args: DeiTLTTrainingArguments
     criterion: DistillationLoss
     drw_criterion: DistillationLoss
-    _untaught: Sequence[str] = ()  # groups of which the teacher predicts no test image correctly
 
     def __init__(
         self,
@@ -221,15 +219,16 @@ class DeiTLTTrainer(LongTailTrainer):
             after = mixing if args.mixing_in_drw else "no mixing"
             phases = f"to epoch {drw_start(self)}: {mixing}; from there: re-weighted, {after}"
         lines = {"phases": phases}
-        if self._untaught:
-            lines["note"] = (
-                f"the teacher predicts no {' and no '.join(self._untaught)} test image correctly; DIST can hardly "
-                "learn these classes from it. Train the teacher longer, or with another teacher_loss."
-            )
         if not args.needs_teacher:
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
         accuracies = (self.results.teacher or {}).get("accuracies") or {}
+        untaught = [name for name in self.groups if accuracies.get(name) == 0]
+        if untaught:
+            lines["note"] = (
+                f"the teacher predicts no {' and no '.join(untaught)} test image correctly; DIST can hardly learn "
+                "these classes from it. Train the teacher longer, or with another teacher_loss."
+            )
         known = [f"{name} {100 * value:.1f}" for name, value in accuracies.items() if not math.isnan(value)]
         return lines | {"teacher": f"{text}; test accuracy in %: {', '.join(known)}" if known else text}
 
@@ -249,7 +248,6 @@ class DeiTLTTrainer(LongTailTrainer):
             label_parts.append(gathered[1].cpu())
         predictions, labels = torch.cat(predicted_parts).numpy(), torch.cat(label_parts).numpy()
         accuracies = group_accuracies(predictions, labels, self.groups)
-        self._untaught = untaught_groups(predictions, labels, self.groups)
         tested = class_counts(labels).nonzero()[0]
         balanced = group_accuracies(predictions, labels, {"tested": tested})["tested"]
         num_labels = len(label_names(self.model.config))

@@ -55,12 +55,12 @@ class StepTimes:
     ) -> tuple[float, float]:
         """Estimates the time of the teacher's and of the student's run.
 
-        Reading overlaps with training only if there are more cores than one; the estimate adds the two.
+        The times of reading and of training are added, as if they did not overlap.
 
         Args:
             num_images: Training images.
             test_images: Test images.
-            batch_size: Images of a training step.
+            batch_size: Images of a measured step.
             teacher_epochs: Epochs of the teacher.
             student_epochs: Epochs of the student.
             evaluations: Evaluations in each run.
