@@ -209,7 +209,7 @@ def test_flags_of_the_troubleshooting_page_exist():
     classes = (DataArguments, StudentArguments, TeacherArguments, DeiTLTTrainingArguments)
     known = {field.name for cls in (*classes, FlatTeacherTrainingArguments) for field in dataclasses.fields(cls)}
     known |= {field.name for cls in (AnalysisArguments, PlanArguments) for field in dataclasses.fields(cls)}
-    flags = re.findall(r"--([a-z_]+)", page)
+    flags = re.findall(r"--([a-z_0-9]+)", page)
     assert len(flags) > 15
     assert set(flags) <= known | {"recipe", "deep"}
 
