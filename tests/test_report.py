@@ -21,8 +21,9 @@ from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.analysis.figures import draw_images
 from deitlt_hf.analysis.observe import observe, spread_rows
 from deitlt_hf.analysis.report import Picture, Section, _share_axes
+from deitlt_hf.analysis.reporting import AnalysisArguments, report
 from deitlt_hf.analysis.teaching import teacher_agreement
-from deitlt_hf.cli.analyze import AnalysisArguments, main, report
+from deitlt_hf.cli.analyze import main
 from deitlt_hf.cli.evaluate import FusionArguments, compare_fusions
 from deitlt_hf.cli.evaluate import main as evaluate_main
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
@@ -451,3 +452,13 @@ def test_a_report_with_the_teacher(student_folder, teacher_folder, tmp_path):
     assert "teacher" in Page((tmp_path / "index.html").read_text()).headings
     record = json.loads((tmp_path / "report.json").read_text())["models"][0]
     assert set(record["teacher_agreement"]) == {"in distribution", "out of distribution"}
+
+
+def test_a_refused_analysis_leaves_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        report(
+            "digits_lt",
+            AnalysisArguments(model=str(tmp_path / "none"), output=str(tmp_path / "report")),
+            DataArguments(),
+        )
+    assert not (tmp_path / "report").exists()

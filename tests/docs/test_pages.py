@@ -22,8 +22,8 @@ from transformers import Trainer
 
 from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer, quickstart
 from deitlt_hf.analysis.budget import PlanArguments
+from deitlt_hf.analysis.reporting import AnalysisArguments
 from deitlt_hf.cli import main
-from deitlt_hf.cli.analyze import AnalysisArguments
 from deitlt_hf.cli.evaluate import FusionArguments
 from deitlt_hf.cli.model_cards import main as make_model_cards
 from deitlt_hf.cli.predict import _parsed

@@ -61,7 +61,6 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
     quiet_log()
     require_matplotlib()
     check_report_folder(args.output)
-    Path(args.output).mkdir(parents=True, exist_ok=True)
     data = data_args.load()
     names = data["test"].features["label"].names
     counts, groups = training_counts(data["train"]), data_args.groups(data)
@@ -72,6 +71,7 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
         models.append((path, model, label_order(names, model.config, f"model {path}")))
     if args.teacher is not None and not isinstance(models[0][1], DeiTLTForImageClassification):
         raise ValueError(f"{args.model} is not a DeiT-LT student; leave --teacher out.")
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # fails before the work, and only after the models are checked
     sections: list[Section] = []
     for path, model, order in models:
         agreement = None
