@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from ..data.copies import SIDE_OF_CROP
+from ..data.images import CACHED_SIDE
 from ..data.long_tail import class_counts, shot_groups
 
 # Sides of training images from which to choose: on a CPU, and on a GPU.
@@ -236,7 +237,8 @@ def _image_choices(folder: Folder, machine: Machine, image_size: int, cache: str
         crop, why = "random_resized", "large images are cropped at random positions and scales"
     choices.append(Choice("both", "train_crop", crop, why))
     pixels = float(np.mean(np.multiply(folder.shorter_sides, folder.longer_sides, dtype=float)))
-    if cache is not None and pixels > 2 * (SIDE_OF_CROP * image_size) ** 2:
+    # Images up to CACHED_SIDE are decoded once in any case, and kept in memory.
+    if cache is not None and pixels > max(2 * (SIDE_OF_CROP * image_size) ** 2, CACHED_SIDE**2):
         reason = f"the images have {pixels / 1e6:.2g} megapixels on average; reduced copies are read faster"
         choices.append(Choice("both", "image_cache", cache, reason))
     batch_size = 64 if len(folder.labels) < 2000 else 128 if len(folder.labels) < 20_000 else 256

@@ -29,9 +29,8 @@ MAX_EXAMPLES = 12
 KEPT_SECONDS = 3600  # uploads are deleted after this time
 NAMES = {"cls": "CLS", "distillation": "DIST"}
 TWO_EXPERTS = (
-    "Two experts classify every image. **CLS** learned from the labels and is best at frequent classes. **DIST** "
-    "learned from a second network, with a higher weight for rare classes, and is best at rare classes. The prediction "
-    "is the mean of both."
+    "Two experts classify every image: **CLS** learned from the labels, and **DIST** usually from a second network. "
+    "The prediction is the mean of both."
 )
 ONE_EXPERT = "This model has one classifier, not the two experts of DeiT-LT."
 # Gradio 6.31 gives example images no alt text, which screen readers need.
