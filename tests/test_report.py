@@ -154,7 +154,7 @@ def test_two_models_stand_side_by_side(pages):
     of_two_experts = {"outcomes", "gains", "similarity", "only_distillation"}
     assert text.count("Not for") == len(of_two_experts & set(page.headings)) >= 3
     assert len(json.loads((beside / "report.json").read_text())["models"]) == 2
-    assert "The CLS head learned" in text
+    assert "The CLS head learned from the labels" in text
 
 
 def test_a_report_of_one_expert_does_not_mention_two(pages, student_folder, digits, tmp_path):
@@ -169,7 +169,7 @@ def test_a_report_of_one_expert_does_not_mention_two(pages, student_folder, digi
         (tmp_path / "notes.png").write_bytes(b"the user's own")
         report("digits", args, DataArguments(**DATA))
     text = (tmp_path / "index.html").read_text()
-    assert "flat teacher with" not in text
+    assert "The CLS head learned" not in text
     assert 'class="best"' not in text
     names = {path.stem for path in tmp_path.glob("*.png")}
     assert names == {"notes", *Page(text).headings}
