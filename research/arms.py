@@ -172,6 +172,8 @@ BEYOND_CANDIDATES = {
     "ours-unbalanced": candidate("the same, cross entropy for CLS", *SOFT, *NO_DRW),
     "ours-6e-3": candidate("the same, 6e-3", *OURS, rate=6e-3),
     "ours-mixed": candidate("the same, mixed", *OURS, base=()),
+    "ours-sam": candidate("the same, SAM in the last fifth", *OURS, "--sam_rho", 0, 0.05, "--sam_rho_epochs", 0, 24),
+    "ours-ema": candidate("the same, moving average", *OURS, "--ema_decay", 0.999),
     "ours-adamw": Arm("the same, AdamW, 1e-3", (*batch(64, 1e-3), *length(30), *UNMIXED, *OURS), "ce-0.1"),
     "labels-muon": candidate("labels only, balanced softmax for CLS", *ALONE, *NO_DRW, *BALANCED, teacher=None),
 }

@@ -170,7 +170,8 @@ def trainer_of(kind, folder, digits, teacher, **values):
     """A trainer whose run draws random numbers for everything that its kind can draw them for."""
     if kind in ("student", "muon"):
         student = make_student(drop_path_rate=0.2)
-        values = {"optim": "muon", **values} if kind == "muon" else values
+        if kind == "muon":  # with SAM in the last epochs
+            values = {"optim": "muon", "sam_rho": [0.0, 0.1], "sam_rho_epochs": [0, 2.5], **values}
         return student_trainer(folder, digits, teacher, student, **{**RANDOM_STUDENT, **values})
     heads = {"paco": {"projection_size": 4}, "ldam": {"classifier": "cosine"}}[kind]
     torch.manual_seed(0)

@@ -273,7 +273,7 @@ def test_a_given_optimiser_is_sams_base_and_recorded(tmp_path, digits, capsys):
     ran = record_of(tmp_path)["ran"]
     assert ran["optimizer"]["class"] == "torch.optim.adamw.AdamW"
     assert ran["optimizer"]["settings"]["lr"] == [1e-3, 3e-4]
-    assert ran["optimizer"]["sam"] == {"rho": [0.8], "adaptive": False}
+    assert ran["optimizer"]["sam"] == {"rho": [0.8], "epochs": [0.0], "adaptive": False}
     assert "momentum" not in record_of(tmp_path)["settings"]
     assert "AdamW, SAM with rho 0.8" in capsys.readouterr().out
     card = make_card(tmp_path)

@@ -23,6 +23,7 @@ from deitlt_hf import (
     FlatTeacherForImageClassification,
 )
 from deitlt_hf.data import class_counts, shot_groups
+from deitlt_hf.hub.card_facts import optimizer_name
 from deitlt_hf.losses import effective_number_weights
 from deitlt_hf.training import SAM
 from deitlt_hf.training.optimizers import Muon
@@ -881,6 +882,46 @@ def test_sam_radius_by_phase_of_training(tmp_path, digits, monkeypatch):
         *((step, 0.1) for step in range(4)),
         *((step, 0.5) for step in range(14, 16)),
     ]
+
+
+def test_sam_of_a_student(tmp_path, digits):
+    """A student under SAM gets the gradient at the perturbed weights, and logs the losses of the unperturbed ones."""
+    values = {"distillation": "none", "mixup": 0, "cutmix": 0, "label_smoothing_factor": 0}
+    trainer = student_trainer(tmp_path, digits, model=make_student(drop_path_rate=0.0), **values)
+    batch = fixed_batch(digits)
+    loss, plain = gradients(trainer, batch, 1)
+    logged = trainer.logged_means()
+
+    trainer = student_trainer(tmp_path, digits, model=make_student(drop_path_rate=0.0), sam_rho=[0.5], **values)
+    trainer.create_optimizer()
+    loss_under_sam, found = gradients(trainer, batch, 1)
+    assert trainer.logged_means() == pytest.approx(logged)
+    assert loss_under_sam.item() == pytest.approx(loss.item())
+
+    model = make_student(drop_path_rate=0.0)
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in plain.values()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += 0.5 * plain[name] / norm
+    outputs = model(batch["pixel_values"])
+    heads = (outputs.cls_logits, outputs.distillation_logits)
+    sum(0.5 * F.cross_entropy(logits, batch["labels"]) for logits in heads).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_sam_in_the_last_phase_of_a_student_is_recorded(tmp_path, digits):
+    """The record and the plan name the phases of SAM, not only the radius of the first step."""
+    phases = {"sam_rho": [0.0, 0.1], "sam_rho_epochs": [0, 0.5]}
+    trainer = student_trainer(tmp_path, digits, distillation="none", optim="muon", max_steps=5, **phases)
+    assert trainer.optimizer_plan() == "muon, SAM with rho 0, 0.1 from epoch 0.5"
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["ran"]["optimizer"]["sam"] == {"rho": [0.0, 0.1], "epochs": [0, 0.5], "adaptive": False}
+    assert optimizer_name(record["ran"]["optimizer"]) == "Muon, SAM with rho 0, 0.1 from epoch 0.5"
+    assert "SAM with rho 0, 0.1 from epoch 0.5" in (tmp_path / "README.md").read_text()
 
 
 def test_sam_radius_by_group():

@@ -189,7 +189,7 @@ def student_model(
     return Model(
         parameters=parameters,
         flops=student_flops(config),
-        training_flops=3 * trained + teacher_flops,
+        training_flops=3 * args.gradients_per_step * trained + teacher_flops,
         state_bytes=(STATE_BYTES + 4 * (args.ema_decay is not None)) * parameters + frozen_bytes,
         activation_bytes=activation_bytes(model, student_args.image_size, half=True),
     )
@@ -199,11 +199,10 @@ def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments)
     """Training cost of a teacher with SGD, including SAM's second pass and PaCo's second view."""
     model = FlatTeacherForImageClassification(config)
     parameters, flops = model.num_parameters(), counted_flops(model, config.image_size)
-    passes = 6 if max(args.sam_rho) > 0 else 3
     return Model(
         parameters=parameters,
         flops=flops,
-        training_flops=(passes + args.loss.contrast) * flops,
+        training_flops=(3 * args.gradients_per_step + args.loss.contrast) * flops,
         state_bytes=(STATE_BYTES + 4 * args.loss.contrast) * parameters,
         activation_bytes=activation_bytes(model, config.image_size, half=True),
     )
@@ -247,7 +246,7 @@ def budget(
     batch_size: int,
     utilisation: float,
     num_repeats: int = 1,
-    reductions: int = 1,
+    reductions: float = 1,
     max_steps: int = -1,
     pairs_images: bool = False,
     partial_steps: bool = False,
@@ -404,7 +403,7 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
                 args.per_device_train_batch_size,
                 utilisation,
                 args.repeats,
-                reductions=2 if is_teacher and max(args.sam_rho) > 0 else 1,
+                reductions=args.gradients_per_step,
                 max_steps=args.max_steps,
                 pairs_images=not is_teacher and args.mixes,
                 partial_steps=args.partial_steps,

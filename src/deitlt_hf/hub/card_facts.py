@@ -307,11 +307,13 @@ class CardFacts:
 def optimizer_name(record: Mapping[str, Any]) -> str:
     """Describes the record of an optimiser as text, such as `SGD, SAM with rho 0.1`."""
     package, *_, name = str(record["class"]).split(".")
-    name += f" of {package}" if package not in ("torch", "__main__") else ""
-    if record.get("sam") is None:
+    name += f" of {package}" if package not in ("torch", "deitlt_hf", "__main__") else ""
+    sam = record.get("sam")
+    if sam is None:
         return name
-    rho = ", ".join(f"{value:g}" for value in record["sam"]["rho"])
-    return f"{name}, {'ASAM' if record['sam']['adaptive'] else 'SAM'} with rho {rho}"
+    is_by_epoch = "epochs" in sam
+    rho = in_phases(sam["rho"], sam["epochs"]) if is_by_epoch else ", ".join(f"{value:g}" for value in sam["rho"])
+    return f"{name}, {'ASAM' if sam['adaptive'] else 'SAM'} with rho {rho}"
 
 
 def percent(fraction: float | None) -> str:

@@ -75,12 +75,14 @@ class LongTailTrainingArguments(TrainingArguments):
         recipe: Name of the recipe that the values come from, and the values that the command line overrides
             (`overrides`).
         refused: Fields that must keep their defaults, with the reasons.
+        phase_starts: Fields with the epochs at which phases of training start.
 
     Raises:
         ValueError: If a value is outside its range, or `global_batch_size` cannot be divided into whole micro-batches.
     """
 
     refused: ClassVar[Mapping[str, str]] = inherited.refused(inherited.ARGUMENTS)
+    phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs",)
     if TYPE_CHECKING:  # None by default in transformers, which then fills it
         output_dir: str = "trainer_output"
     recipe: Mapping | None = field(default=None, init=False, repr=False)
@@ -112,6 +114,22 @@ class LongTailTrainingArguments(TrainingArguments):
         "Epoch (counted from 0) at which deferred re-weighting (DRW) of the classes starts. None or inf: never.",
     )
     drw_beta: float = _option(0.9999, "Beta of the effective-number class weights of DRW, in [0, 1).")
+    sam_rho: list[float] = _option(
+        [0.0],
+        "Radius of the perturbation of SAM, over all weights: one value, or one per phase of training. 0: no SAM.",
+    )
+    sam_rho_epochs: list[float] = _option(
+        [0.0],
+        "Epoch (counted from 0) at which each value of sam_rho starts, such as 0 5 60. The first must be 0. A single "
+        "value of sam_rho holds for the whole run.",
+    )
+    sam_adaptive: bool = _option(False, "Scale the perturbation of each weight by its magnitude (ASAM).")
+    sam_per_process: bool = _option(
+        False,
+        "Each process perturbs the weights along the gradient of its part of the batch, as Foret et al. do, instead of "
+        "the gradient of the whole batch. Saves one reduction per step, but the result depends on the number of "
+        "processes.",
+    )
     image_resize: int | None = _option(
         None,
         "Length in pixels to which the shorter side is resized before the centre crop in evaluation. None: 256 / 224 "
@@ -253,6 +271,7 @@ class LongTailTrainingArguments(TrainingArguments):
             _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
         for name in ("min_learning_rate", "warmup_learning_rate"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
+        self._check_sam()
         _check_choice(self, "loss_normalization", ("global", "per_process"))
         _check_choice(self, "on_nonfinite", ("stop", "skip"))
         _check_choice(self, "hub_strategy", ("end",))
@@ -263,6 +282,18 @@ class LongTailTrainingArguments(TrainingArguments):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
         _check(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
+
+    def _check_sam(self) -> None:
+        _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
+        if len(self.sam_rho) == 1:
+            self.sam_rho_epochs = [0.0]
+        if len(self.sam_rho) != len(self.sam_rho_epochs):
+            raise ValueError(
+                f"sam_rho {self.sam_rho} and sam_rho_epochs {self.sam_rho_epochs} must have as many values: each value "
+                "of sam_rho holds from its epoch on (a single one for the whole run)."
+            )
+        phases = self.sam_rho_epochs[0] == 0 and _increases(self.sam_rho_epochs)
+        _check(self, "sam_rho_epochs", phases, "increasing from 0")
 
     def settle(self) -> "LongTailTrainingArguments":
         """Recomputes batch size and learning rate from the current values, and checks all values again.
@@ -355,6 +386,13 @@ class LongTailTrainingArguments(TrainingArguments):
         """Copies of an image in a batch."""
         return 1
 
+    @property
+    def gradients_per_step(self) -> float:
+        """Mean number of gradients in an optimiser step: SAM takes two."""
+        ends = [*self.sam_rho_epochs[1:], self.num_train_epochs]
+        phases = zip(self.sam_rho, self.sam_rho_epochs, ends, strict=True)
+        return 1 + sum(end - start for rho, start, end in phases if rho > 0) / self.num_train_epochs
+
     def method_settings(self) -> dict[str, Any]:
         """Values of all fields that affect the result of a run, without those that affect only its execution."""
         classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__ or LossOptions in cls.__bases__]
@@ -387,6 +425,13 @@ class LongTailTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{name} {epoch:g} is not before the end of training at epoch {self.num_train_epochs:g}; change "
                     f"one of them ({name} {off} for none)."
+                )
+        for name in self.phase_starts:
+            epochs = getattr(self, name)
+            if epochs and epochs[-1] >= self.num_train_epochs:
+                raise ValueError(
+                    f"{name} {epochs} are not all before the end of training at epoch {self.num_train_epochs:g}; "
+                    "change one of them."
                 )
 
     def _divide_global_batch(self) -> None:
@@ -529,22 +574,11 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
         **LongTailTrainingArguments.refused,
         **inherited.refused(inherited.TEACHER_ARGUMENTS),
     }
+    phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs", "lr_drop_epochs")
     teacher_loss: str = _option(next(iter(TEACHER_LOSSES)), f"Loss of the teacher: {listed(TEACHER_LOSSES)}.")
     sam_rho: list[float] = _option(
         [0.05],
         "Radius of the perturbation of SAM, over all weights: one value, or one per phase of training. 0: plain SGD.",
-    )
-    sam_rho_epochs: list[float] = _option(
-        [0.0],
-        "Epoch (counted from 0) at which each value of sam_rho starts, such as 0 5 60. The first must be 0. A single "
-        "value of sam_rho holds for the whole run.",
-    )
-    sam_adaptive: bool = _option(False, "Scale the perturbation of each weight by its magnitude (ASAM).")
-    sam_per_process: bool = _option(
-        False,
-        "Each process perturbs the weights along the gradient of its part of the batch, as Foret et al. do, instead of "
-        "the gradient of the whole batch. Saves one reduction per step, but the result depends on the number of "
-        "processes.",
     )
     momentum: float = _option(0.9, "Momentum of SGD.")
     lr_drop_epochs: list[float] = _option(
@@ -573,16 +607,6 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
         _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         smooths = self.loss.smooths_labels or self.label_smoothing_factor == 0
         _check(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
-        _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
-        if len(self.sam_rho) == 1:
-            self.sam_rho_epochs = [0.0]
-        if len(self.sam_rho) != len(self.sam_rho_epochs):
-            raise ValueError(
-                f"sam_rho {self.sam_rho} and sam_rho_epochs {self.sam_rho_epochs} must have as many values: each value "
-                "of sam_rho holds from its epoch on (a single one for the whole run)."
-            )
-        phases = self.sam_rho_epochs[0] == 0 and _increases(self.sam_rho_epochs)
-        _check(self, "sam_rho_epochs", phases, "increasing from 0")
         if len(self.lr_drop_epochs) != len(self.lr_drops):
             raise ValueError(
                 f"lr_drop_epochs {self.lr_drop_epochs} and lr_drops {self.lr_drops} must have as many values."
@@ -598,23 +622,6 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
     def loss(self) -> TeacherLoss:
         """The registry's entry of `teacher_loss`."""
         return TEACHER_LOSSES[self.teacher_loss]
-
-    def check_data(self, num_images: int) -> None:
-        """Checks the number of training images and epochs, and that learning rate and rho change before the end.
-
-        Raises:
-            ValueError: If a check fails.
-        """
-        super().check_data(num_images)
-        if self.max_steps > 0:
-            return
-        for name in ("lr_drop_epochs", "sam_rho_epochs"):
-            epochs = getattr(self, name)
-            if epochs and epochs[-1] >= self.num_train_epochs:
-                raise ValueError(
-                    f"{name} {epochs} are not all before the end of training at epoch {self.num_train_epochs:g}; "
-                    "change one of them."
-                )
 
 
 def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from transformers import DeiTForImageClassificationWithTeacher, PreTrainedConfig, PreTrainedModel
 
 from ..data.long_tail import class_counts
@@ -137,12 +138,11 @@ class DeiTLTTrainer(LongTailTrainer):
         free = ("cls_token", "distillation_token", "position_embeddings")
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(free)]
 
-    def create_optimizer(self, model=None):
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
         """Creates the optimiser as the parent class does, or Muon, which transformers lacks."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == MUON:
-            model = self.model if model is None else model
-            self.optimizer = muon(model, self.args, set(self.get_decay_parameter_names(model)))
-        return super().create_optimizer(model)
+        if self.optimizer_cls_and_kwargs is None and self.args.optim == MUON:
+            return muon(model, self.args, set(self.get_decay_parameter_names(model)))
+        return super().make_optimizer(model)
 
     # ---- Loss ----
 

@@ -62,7 +62,7 @@ class WhatRan(TrainerCallback):
             "tf32": torch.backends.cuda.matmul.allow_tf32,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "compiled": bool(args.torch_compile),
-            "optimizer": optimizer_record(trainer.optimizer),
+            "optimizer": self._optimizer_record(),
             "scheduler": {
                 "class": class_name(without_wrapper(trainer.lr_scheduler)),
                 "of_the_method": "scheduler" not in trainer.given,
@@ -72,6 +72,14 @@ class WhatRan(TrainerCallback):
         }
         if state.is_world_process_zero:
             trainer.results.write()
+
+    def _optimizer_record(self) -> dict[str, Any]:
+        """The record of the trainer's optimiser. The arguments may give SAM other radii later in the run."""
+        trainer = self.trainer
+        record = optimizer_record(trainer.optimizer)
+        if record["sam"] is not None and not trainer.rho_is_given:
+            record["sam"] |= {"rho": trainer.args.sam_rho, "epochs": trainer.args.sam_rho_epochs}
+        return record
 
 
 def without_wrapper(optimizer):

@@ -1,8 +1,9 @@
 """Base class of the trainers that defines an optimiser step: its batch, random numbers, learning rate and logs."""
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -273,6 +274,15 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     def _log_part(self, name: str, value: torch.Tensor) -> None:
         """Adds a value to a logged quantity: summed over micro-batches, averaged over processes and steps."""
         self._logged[name] = self._logged.get(name, 0.0) + self._finite(value)
+
+    @contextlib.contextmanager
+    def logs_unchanged(self) -> Iterator[None]:
+        """Context in which `log_sum` and `log_mean` have no effect: a second pass over the same batch."""
+        logged = self._logged.copy()
+        try:
+            yield
+        finally:
+            self._logged = logged
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

@@ -1,8 +1,6 @@
 """Trainer of the flat teacher: SGD with SAM and deferred re-weighting."""
 
-import bisect
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,10 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
-from ..hub.card_facts import in_phases
 from ..losses import TEACHER_LOSSES
 from .arguments import FlatTeacherTrainingArguments
 from .momentum_encoder import MomentumContrast
 from .plan_lines import drw_start
-from .provenance import without_wrapper
-from .sam import SAM
 from .schedule import warmup_drops
 from .trainer import LongTailTrainer
 
@@ -29,10 +24,8 @@ CONTRAST_FILE = "momentum_contrast.safetensors"
 class FlatTeacherTrainer(LongTailTrainer):
     """Trains a flat teacher: cross entropy, LDAM, logit adjustment or PaCo, with deferred re-weighting, under SAM.
 
-    SAM perturbs all weights within a radius that can change by phase of training (`sam_rho`, `sam_rho_epochs`). The
-    perturbation follows the gradient of the whole batch, over all micro-batches and processes. With `sam_per_process`,
-    each process perturbs along the gradient of its part of the batch. Batch-norm statistics are updated in the
-    unperturbed pass only.
+    SAM perturbs all weights within a radius that can change by phase of training (`sam_rho`, `sam_rho_epochs`), see
+    [`SharpnessAwareTrainer`].
 
     PaCo uses two augmented views of each image. It compares an image with the images of its micro-batch, with their
     keys, and with a queue of keys of earlier batches from all processes. Both passes of SAM use the same keys.
@@ -54,19 +47,12 @@ class FlatTeacherTrainer(LongTailTrainer):
     def __init__(self, model=None, args: FlatTeacherTrainingArguments | None = None, **kwargs):
         self.contrast: MomentumContrast | None = None
         super().__init__(model=model, args=args, **kwargs)
-        if self.optimizer is not None:
-            self.optimizer = self._under_sam(self.optimizer)
 
     def check_model(self, model):
         """Checks the model as the parent class does, and that its heads fit the loss."""
         super().check_model(model)
         if self._datasets[0] is not None:
             _check_heads(self.args.teacher_loss, model.config)
-
-    def check_accelerator(self):
-        super().check_accelerator()
-        if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("SAM needs unsharded gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
 
     def set_up_model(self, model):
         """Changes the model as the parent class does, and creates the momentum encoder of PaCo."""
@@ -83,40 +69,17 @@ class FlatTeacherTrainer(LongTailTrainer):
             views["key_pixel_values"] = views["pixel_values"]
         return views
 
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            args, parameters = self.args, [*(model or self.model).parameters()]
-            optimizer: Optimizer
-            if self.optimizer_cls_and_kwargs is None:
-                optimizer = torch.optim.SGD(
-                    parameters, args.peak_learning_rate, args.momentum, weight_decay=args.weight_decay
-                )
-            else:
-                optimizer_class, kwargs = self.optimizer_cls_and_kwargs
-                group = {"params": parameters, "weight_decay": args.weight_decay}
-                optimizer = optimizer_class([group], **{"lr": args.peak_learning_rate, **kwargs})
-            self.optimizer = self._under_sam(optimizer)
-        return self.optimizer
-
-    def _under_sam(self, optimizer: Optimizer) -> Optimizer:
-        """Wraps an optimiser in SAM if `sam_rho` is not 0. A SAM optimiser is returned unchanged."""
-        self._has_own_rho = isinstance(optimizer, SAM)
-        if self._has_own_rho or max(self.args.sam_rho) == 0:
-            return optimizer
-        return SAM(optimizer, self.args.sam_rho[0], self.args.sam_adaptive)
-
-    def optimizer_plan(self):
-        if self.optimizer is not None:
-            return super().optimizer_plan()
-        name = "SGD" if self.optimizer_cls_and_kwargs is None else super().optimizer_plan()
-        rho = in_phases(self.args.sam_rho, self.args.sam_rho_epochs)
-        return f"{name}, SAM with rho {rho}" if max(self.args.sam_rho) > 0 else name
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        args, parameters = self.args, [*model.parameters()]
+        if self.optimizer_cls_and_kwargs is None:
+            return torch.optim.SGD(parameters, args.peak_learning_rate, args.momentum, weight_decay=args.weight_decay)
+        optimizer_class, kwargs = self.optimizer_cls_and_kwargs
+        group = {"params": parameters, "weight_decay": args.weight_decay}
+        return optimizer_class([group], **{"lr": args.peak_learning_rate, **kwargs})
 
     @property
-    def rho(self) -> float:
-        """Radius of SAM in the current phase."""
-        phase = bisect.bisect_right(self.args.sam_rho_epochs, self.state.epoch or 0.0)
-        return self.args.sam_rho[phase - 1]
+    def default_optimizer(self) -> str:
+        return "SGD"
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
         args = self.args
@@ -130,35 +93,6 @@ class FlatTeacherTrainer(LongTailTrainer):
             warmup_epochs=args.warmup_epochs,
             warmup_start=args.warmup_learning_rate,
         )
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        optimizer = without_wrapper(self.optimizer)
-        if isinstance(optimizer, SAM) and not self._has_own_rho:
-            for group in optimizer.param_groups:
-                group["rho"] = self.rho
-        if not isinstance(optimizer, SAM) or all(group["rho"] == 0 for group in optimizer.param_groups):
-            return super().training_step(model, inputs, num_items_in_batch)
-        with self._gradients_stay(model, self.args.sam_per_process):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            optimizer.ascend()
-            try:
-                with _frozen_batch_norm_statistics(model):
-                    for index, batch in enumerate(self._window):
-                        self.seed_micro_batch(index)  # both passes drop the same paths
-                        # One reduction over processes, with the last micro-batch.
-                        with self._gradients_stay(model, index < len(self._window) - 1):
-                            with self.compute_loss_context_manager():
-                                perturbed_loss = self.compute_loss(model, batch)
-                            self.accelerator.backward(perturbed_loss)
-                        self.nonfinite_guard.note(perturbed_loss, self.state.global_step + 1)
-            finally:  # an interrupted step must not leave perturbed weights in the model
-                optimizer.restore()
-        return loss
-
-    def _gradients_stay(self, model: nn.Module, stay: bool) -> contextlib.AbstractContextManager:
-        """Context in which backward passes do not average gradients over processes, if `stay` is set."""
-        return self.accelerator.no_sync(model) if stay else contextlib.nullcontext()
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
         return self.args.loss.build(self.args, self.class_counts, class_weights).to(self.args.device)
@@ -232,16 +166,3 @@ def _check_heads(loss: str, config: PreTrainedConfig) -> None:
             f"teacher_loss {loss!r} with projection_size {projection_size}: {projected} needs a projection (32 for "
             "CIFAR, 128 for larger images), other losses must have none."
         )
-
-
-@contextlib.contextmanager
-def _frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
-    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    tracking = [layer.track_running_stats for layer in layers]
-    for layer in layers:
-        layer.track_running_stats = False  # freezes the statistics and `num_batches_tracked`
-    try:
-        yield
-    finally:
-        for layer, tracked in zip(layers, tracking, strict=True):
-            layer.track_running_stats = tracked

@@ -33,7 +33,6 @@ from ..data.sampling import Rows
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..evaluation import ExpertTable
-from ..hub.card_facts import optimizer_name
 from ..hub.cards import write_card
 from ..hub.pushing import prepare_repository
 from ..records import RESULTS_FILE
@@ -47,15 +46,15 @@ from .memory import keep_freed_memory
 from .optimizers import check_given
 from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
 from .plan_lines import plan_lines, print_plan
-from .provenance import WhatRan, optimizer_record
+from .provenance import WhatRan
 from .publishing import hub_options, push_trained
 from .results import Results
 from .resuming import Beginning, BeginRun, EpochOrder, MissedEvaluation, find_beginning
 from .run_log import RunFile, RunLog
-from .steps import WholeBatchTrainer
+from .sharpness_aware import SharpnessAwareTrainer
 
 
-class LongTailTrainer(WholeBatchTrainer):
+class LongTailTrainer(SharpnessAwareTrainer):
     """A [`~transformers.Trainer`] for classifiers of long-tailed images.
 
     Differences from its parent:
@@ -249,6 +248,7 @@ class LongTailTrainer(WholeBatchTrainer):
         Raises:
             ValueError: If one is not supported.
         """
+        super().check_accelerator()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             return
         if self.args.ema_decay is not None:
@@ -295,14 +295,6 @@ class LongTailTrainer(WholeBatchTrainer):
 
     def check_before_training(self) -> None:
         """Hook for checks that take long. They are made before the first step, and before the plan is printed."""
-
-    def optimizer_plan(self) -> str:
-        """Name of the optimiser for the plan: the given one, or the one of the arguments."""
-        if self.optimizer is not None:
-            return optimizer_name(optimizer_record(self.optimizer))
-        if self.optimizer_cls_and_kwargs is not None:
-            return getattr(self.optimizer_cls_and_kwargs[0], "__name__", "given")
-        return str(getattr(self.args.optim, "value", self.args.optim))
 
     def settings(self) -> dict[str, Any]:
         """Arguments that affect the result of this run, without those that a given optimiser or scheduler replaces."""

@@ -118,7 +118,8 @@ def measure_steps(
         side = {"teacher": teacher_model.image_size, "student": student_model.image_size}
         images = {name: torch.randn(batch, 3, size, size, device=device) for name, size in side.items()}
         labels = torch.randint(num_labels, (batch,), device=device)
-        passes = 2 if max(teacher_args.sam_rho) > 0 else 1  # SAM takes two gradients in a step
+        # SAM takes two gradients in a step.
+        passes, student_passes = (2 if max(args.sam_rho) > 0 else 1 for args in (teacher_args, student_args))
 
         def teacher_step() -> None:
             for _ in range(passes):
@@ -130,9 +131,10 @@ def measure_steps(
             if student_args.needs_teacher:
                 with torch.inference_mode():
                     teacher.eval()(images["teacher"])
-            outputs = student(pixel_values=images["student"])
-            loss = F.cross_entropy(outputs.cls_logits, labels) + F.cross_entropy(outputs.distillation_logits, labels)
-            loss.backward()
+            for _ in range(student_passes):
+                outputs = student(pixel_values=images["student"])
+                cls_loss = F.cross_entropy(outputs.cls_logits, labels)
+                (cls_loss + F.cross_entropy(outputs.distillation_logits, labels)).backward()
             own.step()
             own.zero_grad()
 
