@@ -14,6 +14,7 @@ COMMANDS = {  # command, its module, and its description; in the order of use in
     "recipes": ("recipes", "list the recipes, print one, or fit one to a folder of images"),
     "data": ("data", "check or draw the images of a recipe before a run"),
     "plan": ("plan", "estimate the GPU time and memory of a recipe"),
+    "pretrain": ("pretrain", "pre-train a student's trunk without labels (masked autoencoder)"),
     "train-teacher": ("train_teacher", "train a flat CNN teacher with SAM"),
     "distill": ("distill", "train a DeiT-LT student, and its teacher first if none is given"),
     "evaluate": ("evaluate", "print the accuracy of each expert of a model on head, mid and tail classes"),

@@ -458,7 +458,7 @@ def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Datas
 
 
 def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    return datasets.DatasetDict({name: _readable(name, split) for name, split in splits.items()})
+    return datasets.DatasetDict({name: readable(name, split) for name, split in splits.items()})
 
 
 # Readable rows of the files that this process has decoded, by a digest of their paths, sizes and times. A run loads its
@@ -466,8 +466,8 @@ def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
 _readable_rows: dict[str, list[int]] = {}
 
 
-def _readable(name: str, split: datasets.Dataset) -> datasets.Dataset:
-    """The rows of a split whose images can be decoded. The others are named in a warning, once in a process."""
+def readable(name: str, split: datasets.Dataset) -> datasets.Dataset:
+    """The rows of a split whose images (column `image`) can be decoded. The others are warned of, once in a process."""
     key = _files_digest(split)
     if key is None or key not in _readable_rows:
         errors = [found.error for found in decode_all(split)]

@@ -12,10 +12,11 @@ from .parsing import (
     recipe_names,
     teacher_folder,
 )
-from .sections import DataArguments, StudentArguments, TeacherArguments
+from .sections import DataArguments, PretrainingModelArguments, StudentArguments, TeacherArguments
 
 __all__ = [
     "DataArguments",
+    "PretrainingModelArguments",
     "StudentArguments",
     "TeacherArguments",
     "command_line_errors",

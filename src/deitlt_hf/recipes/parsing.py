@@ -26,16 +26,29 @@ from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
 from ..records import FORMER_NAMES, current_names
 from .paper import PaperAccuracies
-from .sections import DataArguments, StudentArguments, TeacherArguments, without_folders
+from .sections import (
+    ArchitectureArguments,
+    DataArguments,
+    PretrainingModelArguments,
+    StudentArguments,
+    TeacherArguments,
+    without_folders,
+)
 from .usage import BriefParser
 
 _PACKAGE = __package__.partition(".")[0]
-SECTIONS = ("data", "teacher", "teacher_losses", "student")
+SECTIONS = ("data", "teacher", "teacher_losses", "pretraining", "student")
+# Values that pre-training takes from the section `student`: the sizes of the model, and how images are read.
+_OF_PRETRAINING = (
+    *(field.name for field in fields(ArchitectureArguments)),
+    *("train_crop", "hflip", "image_resize", "image_cache", "global_batch_size", "per_device_train_batch_size"),
+    "dataloader_num_workers",
+)
 # What a recipe says about itself. A recipe that extends another inherits none of it: the paper's accuracies are of the
 # paper's settings, so a recipe with other settings, such as those named `*_fast`, must not claim them.
 _ABOUT = ("description", "extends", "paper")
 # Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
-_LISTED_BY = {"data": "data", "teacher": "train-teacher", "student": "distill"}
+_LISTED_BY = {"data": "data", "teacher": "train-teacher", "pretraining": "pretrain", "student": "distill"}
 # Fields that only locate the data, or that are long. Records do not contain them as overrides.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that have an effect only in scripts that read them.
@@ -360,6 +373,8 @@ def _set_defaults(
     """Makes a recipe's values the defaults of a parser, and returns them."""
     recipe, known = load_recipe(name), _field_names(classes)
     own = {key: value for key, value in recipe[section].items() if key in known or not partly}
+    if section == "pretraining":
+        own = {key: value for key, value in recipe["student"].items() if key in _OF_PRETRAINING} | own
     values = recipe["data"] | own
     if section == "teacher":
         for loss, overlay in recipe["teacher_losses"].items():
@@ -368,7 +383,8 @@ def _set_defaults(
         values |= recipe["teacher_losses"].get(teacher_loss or own_loss(name)) or {}
     _refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
     values = {key: _fitting(value, parser, key, f"recipe {name!r}") for key, value in values.items()}
-    folder = teacher_folder(name, teacher_loss) if section == "teacher" else section
+    folders = {"teacher": teacher_folder(name, teacher_loss), "pretraining": "pretrained"}
+    folder = folders.get(section, section)
     stem = Path(name).name.removesuffix(".yaml")
     parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, folder)} | values)
     return values
@@ -478,7 +494,8 @@ def _hide(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 
 def _group(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
     """Sorts the options of the help into groups: this package's own first, those inherited from transformers last."""
-    titles: dict[type, str] = {DataArguments: "data", StudentArguments: "model", TeacherArguments: "model"}
+    models = (StudentArguments, PretrainingModelArguments, TeacherArguments)
+    titles: dict[type, str] = {DataArguments: "data", **dict.fromkeys(models, "model")}
     inherited = "training: options of transformers"
     group_of = {}
     for cls in classes:

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import ViTMAEConfig
 
 from ..data.image_rule import colour
 from ..data.loading import load_source, long_tailed_splits, training_counts
@@ -147,7 +150,30 @@ class DataArguments:
 
 
 @dataclass
-class StudentArguments:
+class ArchitectureArguments:
+    """The sizes of a student's transformer."""
+
+    image_size: int = field(default=224, metadata={"help": "Side of the images, in pixels."})
+    patch_size: int = field(default=16, metadata={"help": "Side of a patch, in pixels."})
+    hidden_size: int = field(default=768, metadata={"help": "Width of the transformer."})
+    num_hidden_layers: int = field(default=12, metadata={"help": "Number of blocks."})
+    num_attention_heads: int = field(default=12, metadata={"help": "Number of attention heads."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Width of the MLP. None: 4 x hidden_size."})
+
+    def sizes(self) -> dict[str, Any]:
+        """The fields of a configuration of transformers."""
+        return {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "intermediate_size": self.intermediate_size or 4 * self.hidden_size,
+        }
+
+
+@dataclass
+class StudentArguments(ArchitectureArguments):
     """The student fields of a recipe: its teacher, initial weights and architecture."""
 
     teacher: str | None = field(
@@ -167,12 +193,6 @@ class StudentArguments:
             "or a checkpoint file of timm or of the authors."
         },
     )
-    image_size: int = field(default=224, metadata={"help": "Side of the images, in pixels."})
-    patch_size: int = field(default=16, metadata={"help": "Side of a patch, in pixels."})
-    hidden_size: int = field(default=768, metadata={"help": "Width of the transformer."})
-    num_hidden_layers: int = field(default=12, metadata={"help": "Number of blocks."})
-    num_attention_heads: int = field(default=12, metadata={"help": "Number of attention heads."})
-    intermediate_size: int | None = field(default=None, metadata={"help": "Width of the MLP. None: 4 x hidden_size."})
     drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth rate of the last block."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2, ... None: the default of transformers."}
@@ -180,14 +200,46 @@ class StudentArguments:
 
     def config(self, **labels) -> DeiTLTConfig:
         """Configuration of a student that starts from scratch. `labels` are label fields such as `num_labels`."""
-        return DeiTLTConfig(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
-            drop_path_rate=self.drop_path_rate,
+        return DeiTLTConfig(**self.sizes(), drop_path_rate=self.drop_path_rate, **labels)
+
+
+@dataclass
+class PretrainingModelArguments(ArchitectureArguments):
+    """The fields of masked pre-training: the student's sizes, the decoder, the mask and additional images."""
+
+    unlabelled: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folders with further images, without labels, that pre-training also uses."},
+    )
+    mask_ratio: float = field(default=0.75, metadata={"help": "Share of the patches that are hidden. MAE uses 0.75."})
+    decoder_layers: int = field(
+        default=2, metadata={"help": "Blocks of the decoder, as wide as the encoder is. MAE uses 8 of width 512."}
+    )
+
+    def config(self, **labels) -> ViTMAEConfig:
+        """Configuration of the masked autoencoder, with the layer norm of a student. `labels` are label fields.
+
+        Raises:
+            ValueError: If a value is not possible.
+        """
+        DeiTLTConfig(**self.sizes())  # refuses sizes that no student can have
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio:g}.")
+        if self.decoder_layers < 1:
+            raise ValueError(f"decoder_layers must be 1 or more, got {self.decoder_layers}.")
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 4, which the fixed position embeddings of "
+                "pre-training need."
+            )
+        sizes = self.sizes()
+        return ViTMAEConfig(
+            **sizes,
+            **{f"decoder_{name}": sizes[name] for name in ("hidden_size", "num_attention_heads", "intermediate_size")},
+            decoder_num_hidden_layers=self.decoder_layers,
+            mask_ratio=self.mask_ratio,
+            norm_pix_loss=True,
+            layer_norm_eps=1e-6,
             **labels,
         )
 

@@ -61,7 +61,7 @@ def train_teacher(
     data: Mapping | None = None,
 ) -> FlatTeacherTrainer:
     """Trains the teacher of a recipe and saves it in `args.output_dir`."""
-    _begin(args, FlatTeacherConfig.model_type)
+    begin(args, FlatTeacherConfig.model_type)
     data = data or data_args.load()
     set_seed(args.seed)
     config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
@@ -80,7 +80,7 @@ def distill(
     # All checks come first: an error must not appear after hours of teacher training.
     if model_args.teacher is not None and model_args.teacher_loss is not None:
         raise ValueError("teacher_loss is for training the recipe's teacher; leave out teacher_loss or --teacher.")
-    _begin(args, DeiTLTConfig.model_type)
+    begin(args, DeiTLTConfig.model_type)
     if model_args.teacher is not None:
         read_model_config(model_args.teacher)
     if model_args.init_from is not None:
@@ -301,7 +301,7 @@ def _say(args, text: str) -> None:
         print(text, flush=True)
 
 
-def _begin(args, model_type: str) -> None:
+def begin(args, model_type: str) -> None:
     quiet_log(args.disable_tqdm)
     check_output_dir(args.output_dir, args.overwrite, goes_on_in(args.output_dir, args.resume_from_checkpoint))
     if args.resume_from_checkpoint not in (None, "auto"):
