@@ -39,12 +39,14 @@ class Arm:
         arguments: Arguments of the script.
         teacher: For a student, the name of the arm that teaches it; None without a teacher.
         script: The training script.
+        recipe: Recipe of the package; None for the setting's.
     """
 
     title: str
     arguments: tuple = ()
     teacher: str | None = None
     script: str = DISTILL
+    recipe: str | None = None
 
 
 def teacher(title: str, loss: str, rho: float) -> Arm:
@@ -240,23 +242,40 @@ SETTINGS = {
             },
         },
     ),
-    # The paper's setting: 1,200 epochs of ViT-B/16 at 224 px, for a GPU. The recipe's teacher is LDAM-DRW with SAM.
-    "cifar10_lt": Setting(
-        "CIFAR-10-LT, ratio 100",
-        "cifar10_lt_rho100",
+}
+
+
+def paper_setting(recipe: str, title: str) -> Setting:
+    """A benchmark of the paper, for a GPU: with the paper's values, and with those of the package's own recipe."""
+    own = f"{recipe}_fast"
+    return Setting(
+        title,
+        recipe,
         SEEDS,
         {
-            "ldam-sam": teacher("LDAM-DRW, SAM", "ldam", 0.8),
-            "paco-sam": teacher("PaCo, SAM", "paco", 0.05),
+            "ldam-sam": Arm("LDAM-DRW, SAM", ("--teacher_loss", "ldam"), script=TEACH),
+            "paco-sam": Arm("PaCo, SAM", ("--teacher_loss", "paco"), script=TEACH),
         },
         {
             "labels": STUDENTS["labels"],
             "deit-lt": Arm("DeiT-LT, LDAM-SAM teacher", (), "ldam-sam"),
             "deit-lt-paco": STUDENTS["deit-lt-paco"],
+            "ours": Arm("ours, LDAM-SAM teacher", (), "ldam-sam", recipe=own),
+            "labels-muon": Arm("labels only, as ours", ALONE, recipe=own),
         },
         running=LONG,
-    ),
+    )
+
+
+PAPER_SETTINGS = {
+    "cifar10_lt_rho100": "CIFAR-10-LT, ratio 100",
+    "cifar10_lt_rho50": "CIFAR-10-LT, ratio 50",
+    "cifar100_lt_rho100": "CIFAR-100-LT, ratio 100",
+    "cifar100_lt_rho50": "CIFAR-100-LT, ratio 50",
+    "imagenet_lt": "ImageNet-LT",
+    "inat18": "iNaturalist 2018",
 }
+SETTINGS |= {recipe: paper_setting(recipe, title) for recipe, title in PAPER_SETTINGS.items()}
 
 
 @dataclass(frozen=True)
@@ -286,18 +305,20 @@ class Runs:
     def record(self, seed: int, arm: str) -> Path:
         return RESULTS / f"{self.name}-{arm}-seed{seed}.json"
 
-    def data(self, seed: int) -> list:
-        """Arguments that select the images."""
-        data = ["--recipe", self.setting.recipe, "--subset_seed", seed]
+    def data(self, seed: int, name: str | None = None) -> list:
+        """Arguments that select the images, and the recipe of an arm."""
+        own = None if name is None else self.arm(name).recipe
+        data = ["--recipe", own or self.setting.recipe, "--subset_seed", seed]
         return data + (["--data_dir", self.data_dir] if self.data_dir else [])
 
     def made_with(self, name: str) -> dict:
         """The values that, with recipe and seed, determine an arm's results, in the form used in records."""
         common = () if self.arm(name).script == TEACH else self.setting.common
+        own = self.arm(name).recipe
         return {
             "arguments": [str(argument) for argument in (*common, *self.arm(name).arguments)],
             "threads": self.threads,
-        }
+        } | ({"arm_recipe": own} if own is not None else {})
 
     def recorded(self, seed: int, name: str) -> dict | None:
         """The record of a run; None if it does not exist.
@@ -309,7 +330,7 @@ class Runs:
         if not path.exists():
             return None
         record, wanted = json.loads(path.read_text()), self.made_with(name)
-        made = {field: record[field] for field in wanted}
+        made = {field: record.get(field) for field in wanted}
         if made != wanted:
             raise ValueError(f"{path.name} was made with {made}, not with {wanted}; remove it to make it anew.")
         return record
@@ -372,7 +393,15 @@ class Runs:
         """Results of a run; trains it unless the folder already has this run."""
         arm, folder = self.arm(name), self.folder(seed, name)
         made_of = self.made_with(name)
-        command = [ROOT / arm.script, *self.data(seed), "--seed", seed, "--output_dir", folder, *self.setting.running]
+        command = [
+            ROOT / arm.script,
+            *self.data(seed, name),
+            "--seed",
+            seed,
+            "--output_dir",
+            folder,
+            *self.setting.running,
+        ]
         command += made_of["arguments"]
         if arm.teacher is not None:
             command += ["--teacher", self.folder(seed, arm.teacher)]

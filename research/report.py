@@ -1,7 +1,7 @@
 """Judges the claims of the paper by the records that `run.py` wrote, and writes `docs/claims.md`.
 
     python research/report.py
-    python research/report.py --setting cifar10_lt
+    python research/report.py --setting cifar10_lt_rho100
 
 The first puts every table, figure and verdict of the page in its place; the text around them is written by hand and has
 no measured number. The second prints a table against the paper's, and what the teachers say of a student's images.
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import BEYOND_CANDIDATES, CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LABELS, TEACH, TEACHERS, Arm
+from arms import BEYOND_CANDIDATES, CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LABELS, PAPER_SETTINGS, TEACH, TEACHERS, Arm
 from claims import CLAIMS
 from evidence import EXPERTS, NOT_RUN, Claim, Evidence
 from series import GROUPS, ROOT, mean_and_deviation
@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "claims.md"
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
 IN_SHORT = ("labels", "labels-drw", "deit", "timm", "deit-lt")  # columns of the README's table
-AGAINST_PAPER = ("cifar10_lt",)  # settings of the paper
+AGAINST_PAPER = tuple(PAPER_SETTINGS)
 SAID = (*GROUPS[1:], "right", "as first")  # columns of the teachers' labels
 NOTHING = "(no run of it is recorded yet)"
 

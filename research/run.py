@@ -2,7 +2,7 @@
 
     python research/run.py --data_dir /usr/share/datasets/fashion-mnist
     python research/run.py --setting held_out --data_dir /usr/share/datasets/fashion-mnist
-    python research/run.py --setting cifar10_lt --data_dir DIR --jobs 1 --threads 16
+    python research/run.py --setting cifar10_lt_rho100 --data_dir DIR --jobs 1 --threads 16
 
 Every run is a separate process and writes a record to `research/results/`. Recorded runs are not repeated: a series
 can be stopped at any time and continues from there. Two simultaneous runs on one thread each take less time than one

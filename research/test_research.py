@@ -28,7 +28,8 @@ from deitlt_hf.data.sources.arrays import load_idx
 from deitlt_hf.data.transforms import TrainTransform
 from deitlt_hf.hub import load_original_student
 from deitlt_hf.losses import DistillationLoss
-from deitlt_hf.recipes import StudentArguments
+from deitlt_hf.quickstart import STUDENT, TEACHER
+from deitlt_hf.recipes import StudentArguments, parse_arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -392,6 +393,20 @@ def test_runs_leave_records_and_are_not_repeated(claims, tmp_path, monkeypatch, 
     assert capsys.readouterr().out == ""
 
 
+def test_every_arm_of_the_paper_has_possible_arguments(claims):
+    """A run of days must not end at an argument that does not exist."""
+    claims("run")
+    arms = sys.modules["arms"]
+    for setting in arms.PAPER_SETTINGS:
+        runs = arms.Runs(setting)
+        for name in (*runs.setting.teachers, *runs.setting.students):
+            argv = map(str, [*runs.data(0, name), *runs.made_with(name)["arguments"]])
+            is_teacher = runs.arm(name).script == arms.TEACH
+            kinds = TEACHER if is_teacher else STUDENT
+            recipe, *_ = parse_arguments("teacher" if is_teacher else "student", kinds, list(argv))
+            assert recipe == (f"{setting}_fast" if name in ("ours", "labels-muon") else setting)
+
+
 def test_record_of_other_arguments_is_refused(claims, tmp_path, monkeypatch):
     """A record of other arguments is refused; one table would mix old and new hyperparameters."""
     claims("run")
@@ -471,7 +486,7 @@ def test_run_of_other_arguments_does_not_resume_from_old_checkpoints(claims, tmp
     monkeypatch.setattr(arms, "run", interrupted)
     for threads, error in ((1, "interrupted"), (1, "interrupted"), (2, "move it away"), (1, "interrupted")):
         with pytest.raises((RuntimeError, ValueError), match=error):
-            arms.Runs("cifar10_lt", threads=threads).study(0, "labels")
+            arms.Runs("cifar10_lt_rho100", threads=threads).study(0, "labels")
     assert found == [False, True, True]
 
 
