@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherTrainer, FlatTeacherTrainingArguments
+from deitlt_hf.data.images import ImageDataset
 from deitlt_hf.recipes import DataArguments, TeacherArguments, parse_arguments
+from deitlt_hf.training import run_log
 from deitlt_hf.training.checkpoints import find_corruption
 from deitlt_hf.training.run_log import read_log
 from deitlt_hf.training.runs import train_teacher
@@ -426,3 +429,31 @@ def test_a_late_stop_request_finishes_the_run_and_starts_nothing_else(tmp_path, 
     assert stopped.value.code == 143
     assert (tmp_path / "model.safetensors").is_file()
     assert json.loads((tmp_path / "results.json").read_text())["finished"]
+
+
+# ---- Waiting for images ----
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_run_that_waits_for_images_says_so_once(tmp_path, digits, monkeypatch, capsys, is_slow):
+    monkeypatch.setattr(run_log, "WAITING_STEPS", 3)
+    monkeypatch.setattr(run_log, "WAITING_SECONDS", 0.0)
+    monkeypatch.setattr(run_log, "WAITING_SHARE", 0.9)  # the tiny model of this test trains faster than images load
+    trainer = student_trainer(tmp_path, digits, distillation="none", max_steps=6)
+    get = ImageDataset.__getitem__
+
+    def slowly(images, index):
+        time.sleep(0.04 if is_slow else 0)  # 1.3 seconds for a batch of 32 images, or none
+        return get(images, index)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", slowly)
+    trainer.train()
+    assert capsys.readouterr().out.count("training waits for images during") == int(is_slow)
+
+
+def test_advice_fits_the_run():
+    args = SimpleNamespace(dataloader_num_workers=0, image_cache=None)
+    assert "raise dataloader_num_workers (now 0" in run_log.waiting_advice(args, 0.8)
+    assert "80% of the time" in run_log.waiting_advice(args, 0.8)
+    args = SimpleNamespace(dataloader_num_workers=64, image_cache="copies")
+    assert "smaller image files" in run_log.waiting_advice(args, 0.8)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ LOG_FILE = "log.jsonl"
 CURVES_FILE = "training_curves.png"
 ESTIMATE_AFTER = 5  # steps, not counting the first one, which starts workers and fills caches
 ESTIMATE_SECONDS = 2.0
+WAITING_STEPS, WAITING_SECONDS, WAITING_SHARE = 20, 20.0, 0.5  # for a note that training waits for images
 
 
 class RunLog(ProgressCallback):
@@ -70,6 +72,48 @@ class RunLog(ProgressCallback):
             self.training_bar.write(line)
         else:
             print(line, flush=True)
+
+
+class WaitingNote(TrainerCallback):
+    """Callback that prints a note, once, if training waits for images during most of the time.
+
+    Args:
+        trainer: Trainer with `waited`, the seconds that its loop has waited for batches.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begun: tuple[float, float, int] | None = None
+        self._is_printed = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._is_printed:
+            return
+        now = time.perf_counter(), self.trainer.waited, state.global_step
+        if self._begun is None:  # the first step starts workers and fills caches
+            self._begun = now
+            return
+        seconds, waited, steps = (new - old for new, old in zip(now, self._begun, strict=True))
+        if steps < WAITING_STEPS or seconds < WAITING_SECONDS:
+            return
+        self._begun = now  # the next steps are measured separately
+        self._is_printed = waited > WAITING_SHARE * seconds
+        if self._is_printed and state.is_world_process_zero:
+            print(f"Note: {waiting_advice(args, waited / seconds)}", flush=True)
+
+
+def waiting_advice(args, share: float) -> str:
+    """A sentence that says how much of the time training waits for images, and what to do."""
+    workers, cores = args.dataloader_num_workers, os.cpu_count() or 1
+    ways = []
+    if workers < cores - 1:
+        ways.append(f"raise dataloader_num_workers (now {workers}, of {cores} cores)")
+    if args.image_cache is None:
+        ways.append("keep reduced copies of large images with image_cache DIR")
+    ways = ways or ["use smaller image files, or fewer augmentations"]
+    return f"training waits for images during {share:.0%} of the time; {', or '.join(ways)}."
 
 
 class RunFile(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -44,6 +45,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         given: Which of "optimizer" and "scheduler" were passed in.
         nonfinite_guard, stop_signal: Callbacks, which the subclass adds.
         class_counts: Training images of each class, which the subclass counts; None without training images.
+        waited: Seconds that the training loop has waited for batches.
     """
 
     train_dataset: Rows | StreamedImages | None
@@ -69,6 +71,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
         self._window: list[dict[str, Any]] = []  # micro-batches of the current optimiser step
         self._micro_batch = 0  # index of the current one
+        self.waited = 0.0
         self._logged: dict[str, torch.Tensor] = {}
         self._steps_logged = 0
 
@@ -147,7 +150,9 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch())
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        started = time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))  # the parent's method also synchronises the device
+        self.waited += time.perf_counter() - started
         self._window, self._micro_batch = batches, 0
         if batches:
             self._prepare_window()

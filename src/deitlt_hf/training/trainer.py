@@ -50,7 +50,7 @@ from .provenance import WhatRan
 from .publishing import hub_options, push_trained
 from .results import Results
 from .resuming import Beginning, BeginRun, EpochOrder, MissedEvaluation, find_beginning
-from .run_log import RunFile, RunLog
+from .run_log import RunFile, RunLog, WaitingNote
 from .sharpness_aware import SharpnessAwareTrainer
 
 
@@ -177,7 +177,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
-        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WhatRan(self)]
+        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WhatRan(self), WaitingNote(self)]
         callbacks += [self.run_file, self.nonfinite_guard, self.stop_signal]
         callbacks += [] if self.ema is None else [self.ema]
         for callback in (*callbacks, MissedEvaluation(self)):
