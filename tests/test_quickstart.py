@@ -65,6 +65,32 @@ def test_a_folder_becomes_models_predictions_and_a_report(trained, photos):
     right = np.mean([row["label"] == row["predicted"] for row in rows])
     assert right == pytest.approx(record["last"]["accuracies"]["mean"]["overall"])
 
+    with open(trained / "confusion.csv", newline="") as file:
+        header, *confusion = csv.reader(file)
+    counts = np.array([row[1:] for row in confusion], dtype=int)
+    assert counts.trace() / counts.sum() == pytest.approx(right)
+    with open(trained / "classes.csv", newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert [row["class"] for row in classes] == header[1:] == record["data"]["classes"]
+    assert [int(row["training_images"]) for row in classes] == record["data"]["class_counts"]
+    assert [int(row["test_images"]) for row in classes] == counts.sum(axis=1).tolist()
+    tail = [float(row["teacher_accuracy"]) for row in classes if row["group"] == "tail"]
+    assert np.mean(tail) == pytest.approx(record["teacher"]["accuracies"]["tail"], abs=1e-3)
+
+
+def test_a_teacher_at_chance_is_not_used(photos, tmp_path, capsys):
+    """The time for the teacher's training is not lost: the student learns from the labels."""
+    brief = ["--image_size", "16", "--teacher_epochs", "1", "--num_train_epochs", "1", "--hidden_size", "64"]
+    arguments = ["train", str(photos), "--output_dir", str(tmp_path / "run")]
+    main([*arguments, *brief])
+    assert "no better than chance" in (printed := capsys.readouterr().out)
+    assert "the student learns from the labels only" in printed
+    record = json.loads((tmp_path / "run" / "student" / "results.json").read_text())
+    assert record["finished"]
+    assert record["settings"]["distillation"] == "none"
+    main(arguments)
+    assert "nothing is left to train" in capsys.readouterr().out
+
 
 def test_the_recipe_says_why(trained, photos):
     text = (trained / "recipe.yaml").read_text()

@@ -1,7 +1,6 @@
 """From a folder of images to a trained model: fits a recipe to the folder, trains, evaluates and reports."""
 
 import contextlib
-import csv
 import dataclasses
 import importlib.util
 import json
@@ -21,11 +20,12 @@ from rich.table import Table
 from .analysis.reporting import AnalysisArguments, report
 from .console import quiet_log, show
 from .data.images import decode_all, open_image
-from .data.loading import find_columns, training_counts
+from .data.loading import training_counts
 from .data.long_tail import class_counts
 from .data.sources.files import TEST_NAMES, find_split
 from .evaluation.accuracy import group_accuracies
 from .evaluation.metrics import bootstrap_intervals
+from .evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
 from .io import atomic_write, check_can_be_folder, one_line
 from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, load_recipe
 from .recipes.fit import (
@@ -42,11 +42,11 @@ from .recipes.fit import (
     with_given,
 )
 from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
-from .training.inputs import label_names
+from .training.distillation import TeacherAtChanceError
 from .training.runs import distill, train_teacher
 from .training.trial import StepTimes, measure_steps
 
-RECIPE_FILE, PREDICTIONS_FILE, IMAGES_FOLDER = "recipe.yaml", "predictions.csv", "images"
+RECIPE_FILE, IMAGES_FOLDER = "recipe.yaml", "images"
 BASE = "image_folder"  # recipe that gives the fields of the data before the folder's own recipe exists
 SAMPLE = 1000  # images that are decoded before the run
 STUDENT = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
@@ -63,8 +63,9 @@ def train(
 ) -> DeiTLTTrainer | None:
     """Trains a teacher and a student on a folder of images, with a recipe that is fitted to the folder.
 
-    The output folder then holds `recipe.yaml`, the models `teacher` and `student`, `report/index.html` and
-    `predictions.csv`. If it already has a recipe, that recipe is used, and an interrupted run continues.
+    The output folder then holds `recipe.yaml`, the models `teacher` and `student`, `report/index.html`, and the tables
+    `predictions.csv`, `classes.csv` and `confusion.csv`. A teacher that is no better than chance is not used. If the
+    folder already has a recipe, that recipe is used, and an interrupted run continues.
 
     ```python
     trainer = deitlt_hf.train("photos", minutes=30)
@@ -134,7 +135,12 @@ def train(
     if overwrite and args.needs_teacher:  # `distill` would find the teacher of the replaced recipe
         overrides["output_dir"] = str(output / "teacher")
         train_teacher(*fill_arguments("teacher", TEACHER, str(path), overrides))
-    trainer = distill(str(path), data_args, model_args, args)
+    try:
+        trainer = distill(str(path), data_args, model_args, args)
+    except TeacherAtChanceError as error:
+        print(f"Note: {error} Therefore the student learns from the labels only.\n", flush=True)
+        parts = fill_arguments("student", STUDENT, str(path), overrides | {"distillation": "none"})
+        trainer = distill(str(path), *parts)
     if trainer.is_world_process_zero():
         conclude(trainer, output, path, data_args)
     return trainer
@@ -361,11 +367,13 @@ def duration(seconds: float) -> str:
 def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: DataArguments) -> None:
     """Writes predictions and report, and prints how student and teacher compare and how to use the model."""
     student = output / "student"
-    test = data_args.load()["test"]
+    data = data_args.load()
+    test = data["test"]
     logits, teacher = _logits(trainer, test)
     by_expert = {name: values.argmax(axis=1) for name, values in logits.items()}
-    file = output / PREDICTIONS_FILE
-    write_predictions(file, test, label_names(trainer.model.config), by_expert, next(iter(logits.values())))
+    scores = torch.from_numpy(next(iter(logits.values()))).softmax(dim=1).amax(dim=1).numpy()
+    by_model = by_expert if teacher is None else by_expert | {"teacher": teacher}
+    write_predictions(output, test, by_model, scores, training_counts(data["train"]), trainer.groups)
     if teacher is not None:
         print(comparison(by_expert["mean"], teacher, np.asarray(test["label"][:]), trainer.groups, output))
     if importlib.util.find_spec("matplotlib") is None:
@@ -374,7 +382,8 @@ def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: Data
         options = AnalysisArguments(model=str(student), output=str(output / "report"))
         report(str(recipe), options, data_args)
     print(
-        f"""The predictions for the test images are in {file}. To use the student, you need only transformers:
+        f"""The test images are in three tables in {output}: {PREDICTIONS_FILE} by image, {CLASSES_FILE} by class, and
+{CONFUSION_FILE} by true and predicted class. To use the student, you need only transformers:
 
     from transformers import pipeline
     classifier = pipeline("image-classification", model="{student}")
@@ -382,31 +391,6 @@ def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: Data
 """,
         flush=True,
     )
-
-
-def write_predictions(
-    file: Path, test: datasets.Dataset, names: Sequence[str], by_expert: Mapping[str, np.ndarray], logits: np.ndarray
-) -> None:
-    """Writes a CSV with a row for each test image: its path, its class, and the classes that the experts predict.
-
-    Args:
-        file: The CSV file.
-        test: The test images, in the order of the predictions.
-        names: Names of the classes.
-        by_expert: Predicted class of each image, by expert; the first is the prediction of the model.
-        logits: Logits of the model, (images, classes), for the score of the predicted class.
-    """
-    image, label = find_columns(test)
-    paths = test.select_columns(image).cast_column(image, datasets.Image(decode=False)).flatten()[f"{image}.path"][:]
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
-    first, *others = by_expert
-    with atomic_write(file) as place, open(place, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["image", "label", "predicted", "score", *(f"{name}_predicted" for name in others)])
-        for row, (path, true) in enumerate(zip(paths, test[label][:], strict=True)):
-            found = [names[by_expert[name][row]] for name in (first, *others)]
-            writer.writerow([path or f"row {row}", names[true], found[0], f"{scores[row]:.4f}", *found[1:]])
 
 
 @torch.inference_mode()

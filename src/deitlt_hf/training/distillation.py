@@ -29,6 +29,10 @@ from .provenance import teacher_record
 from .trainer import LongTailTrainer
 
 
+class TeacherAtChanceError(ValueError):
+    """A teacher that classifies the test images no better than chance, so that a student cannot learn from it."""
+
+
 class DeiTLTTrainer(LongTailTrainer):
     """Trains a [`DeiTLTForImageClassification`] with labels and a frozen flat teacher (DeiT-LT, section 4).
 
@@ -237,7 +241,7 @@ class DeiTLTTrainer(LongTailTrainer):
         """Measures the teacher's accuracies on the test images, preprocessed by the student's pipeline.
 
         Raises:
-            ValueError: If its balanced accuracy is below chance plus two standard errors.
+            TeacherAtChanceError: If its balanced accuracy is below chance plus two standard errors.
         """
         predicted_parts, label_parts = [], []
         first = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
@@ -253,7 +257,7 @@ class DeiTLTTrainer(LongTailTrainer):
         num_labels = len(label_names(self.model.config))
         chance = 1 / num_labels
         if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
-            raise ValueError(
+            raise TeacherAtChanceError(
                 f"the teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on {len(labels)} test "
                 f"images of {num_labels} classes. Check that it is trained, and that its class order, image "
                 "size and normalisation are correct."
