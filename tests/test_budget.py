@@ -1,5 +1,7 @@
 """Tests of the estimates of `deitlt plan` against the operations and memory that torch counts."""
 
+import re
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from deitlt_hf.analysis.budget import (
     student_model,
     training_images,
 )
+from deitlt_hf.analysis.measured_time import evaluations
 from deitlt_hf.cli.plan import main as print_plan
 from deitlt_hf.recipes import DataArguments, StudentArguments
 from deitlt_hf.training import DeiTLTTrainingArguments
@@ -181,3 +184,26 @@ def test_a_recipe_is_planned_without_its_data(capsys):
     assert "uneven shares" in output
     assert "The paper reports 55.6 (72.8, 55.4, 31.4) % overall" in output
     assert "12,000" in output  # updates: 10 in each of 1,200 epochs
+
+
+def test_time_on_this_machine_is_measured(capsys):
+    measured = ["--recipe", "digits_lt_fast", "--measure", "true", "--use_cpu", "true"]
+    print_plan(measured)
+    printed = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"teacher (\d+) (s|min), student (\d+) (s|min), together", printed)
+    assert found is not None, printed
+    assert "402 training and 600 test images" in printed
+    print_plan([*measured, "--distillation", "none"])
+    assert "teacher" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "number"),
+    [
+        ({"eval_strategy": "no"}, 1),
+        ({"eval_strategy": "epoch"}, 7),
+        ({"eval_strategy": "steps", "eval_steps": 0.2}, 5),
+    ],
+)
+def test_evaluations_of_a_run_are_counted(values, number):
+    assert evaluations(DeiTLTTrainingArguments(use_cpu=True, num_train_epochs=7, **values)) == number

@@ -13,7 +13,8 @@ from PIL import Image
 import deitlt_hf
 from deitlt_hf import quickstart
 from deitlt_hf.cli import main
-from deitlt_hf.quickstart import comparison, duration, section_arguments
+from deitlt_hf.console import duration
+from deitlt_hf.quickstart import comparison, section_arguments
 from deitlt_hf.recipes import load_recipe
 from deitlt_hf.recipes.fit import Choice, Folder, Machine, fit_recipe, sizes_for, standard_epochs, with_given
 from deitlt_hf.training.trial import StepTimes

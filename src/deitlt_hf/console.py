@@ -22,3 +22,10 @@ def show(renderable) -> None:
     if not console.is_terminal:
         console = Console(width=110)
     console.print(renderable)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as `25 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .analysis.reporting import AnalysisArguments, report
-from .console import quiet_log, show
+from .console import duration, quiet_log, show
 from .data.images import decode_all, open_image
 from .data.loading import training_counts
 from .data.long_tail import class_counts
@@ -355,13 +355,6 @@ def _print_plan(fitted: FittedRecipe, folder: Folder, data: Mapping, seconds: tu
         f"together {duration(teacher + student)}.\n",
         flush=True,
     )
-
-
-def duration(seconds: float) -> str:
-    """A time in words, such as `25 min` or `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: DataArguments) -> None:

@@ -322,6 +322,11 @@ class PlanArguments:
         metadata={"help": "Share of the peak that a teacher reaches; a ResNet waits for memory most of the time."},
     )
 
+    measure: bool = field(
+        default=False,
+        metadata={"help": "Instead, measure a few steps on this machine, and print the expected time of the run here."},
+    )
+
     def __post_init__(self):
         if self.gpu not in GPUS:
             raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {self.gpu!r}.")

@@ -1,5 +1,6 @@
 """Estimates the GPU time and memory of a recipe's teacher and student: operations, steps, memory, hours.
 
+deitlt plan --recipe digits_lt_fast --measure true
 deitlt plan --recipe inat18
 deitlt plan --recipe imagenet_lt --gpu a100 --gpus 1 4 64 --utilisation 0.45
 deitlt plan --recipe cifar100_lt_rho100 --image_size 32 --patch_size 4
@@ -8,10 +9,15 @@ deitlt plan --recipe cifar100_lt_rho100 --image_size 32 --patch_size 4
 from collections.abc import Sequence
 
 from ..analysis.budget import PlanArguments, print_budgets
+from ..analysis.measured_time import print_measured_time
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     classes = (PlanArguments, DataArguments, StudentArguments, DeiTLTTrainingArguments)
-    print_budgets(*parse_arguments("student", classes, arguments, __doc__))
+    recipe, plan, *rest = parse_arguments("student", classes, arguments, __doc__)
+    if plan.measure:
+        print_measured_time(recipe, *rest)
+    else:
+        print_budgets(recipe, plan, *rest)
