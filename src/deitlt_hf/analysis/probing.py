@@ -161,10 +161,9 @@ def pooled(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     if hasattr(model, "get_image_features"):
         found = model.get_image_features(pixel_values=pixel_values)
         return found if isinstance(found, torch.Tensor) else found.pooler_output  # by version of transformers
-    try:
-        outputs: Any = model(pixel_values=pixel_values)
-    except (TypeError, ValueError) as error:  # such as a model of texts, which asks for input_ids
-        raise ValueError(f"a {type(model).__name__} does not take images; give an image model.") from error
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"a {type(model).__name__} does not take images; give an image model.")
+    outputs: Any = model(pixel_values=pixel_values)
     hidden, pooler = outputs.get("last_hidden_state"), outputs.get("pooler_output")
     own = {name.rpartition(".")[2] for name, _ in model.named_parameters() if not name.startswith("timm_model.")}
     if hidden is not None and hidden.ndim == 3 and own.intersection(CLS_TOKENS):
