@@ -14,13 +14,14 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import Integers, class_counts, validation_split
 from ..evaluation.accuracy import ExpertTable, group_accuracies
-from ..evaluation.metrics import bootstrap_intervals
+from ..evaluation.metrics import with_intervals
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..serving.classifiers import load_backbone, load_processor
 
@@ -157,9 +158,11 @@ def pooled(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
         ValueError: If the model gives none of these for an image.
     """
     if isinstance(model, FlatTeacherForImageClassification):
-        return model.backbone(pixel_values)
+        backbone: nn.Module = model.backbone
+        return backbone(pixel_values)
     if hasattr(model, "get_image_features"):
-        found = model.get_image_features(pixel_values=pixel_values)
+        features: Any = model.get_image_features
+        found = features(pixel_values=pixel_values)
         return found if isinstance(found, torch.Tensor) else found.pooler_output  # by version of transformers
     if model.main_input_name != "pixel_values":
         raise ValueError(f"a {type(model).__name__} does not take images; give an image model.")
@@ -188,10 +191,10 @@ def probe_figures(
     """
     labels, predictions = np.asarray(labels), np.asarray(found.predictions)
 
-    def of(rows: np.ndarray) -> dict[str, float]:
-        return group_accuracies(predictions[rows], labels[rows], groups)
+    def of(rows: np.ndarray) -> dict[str, dict[str, float]]:
+        return {"probe": group_accuracies(predictions[rows], labels[rows], groups)}
 
-    accuracies, intervals = of(np.arange(len(labels))), bootstrap_intervals(of, labels, resamples=resamples)
+    accuracies, intervals = with_intervals(of, labels, resamples=resamples)["probe"]
     tested = class_counts(labels, 1 + max(int(labels.max()), *(max(group, default=0) for group in groups.values())))
     title = f"linear probe of {found.model}"
     table = ExpertTable(

@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 COMMANDS = {  # command, its module, and its description; in the order of use in a project
     "train": ("train", "train on a folder of images, with a recipe that is fitted to it"),
+    "compare": ("compare", "train on a folder of images in several ways, and say which one pays"),
     "recipes": ("recipes", "list the recipes, print one, or fit one to a folder of images"),
     "data": ("data", "check or draw the images of a recipe before a run"),
     "plan": ("plan", "estimate the GPU time and memory of a recipe"),

@@ -114,7 +114,11 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
         for rule, fusion in fusions.items()
     }
     tested = class_counts(seen["test"][0], len(counts)).tolist()
-    show(ExpertTable(f"fusions, fitted on the {'training' if source == 'train' else source} images", accuracies, groups, tested))
+    show(
+        ExpertTable(
+            f"fusions, fitted on the {'training' if source == 'train' else source} images", accuracies, groups, tested
+        )
+    )
     if args.fused_output is not None and args.fusion is not None:
         fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
         collate.image_processor.save_pretrained(args.fused_output)

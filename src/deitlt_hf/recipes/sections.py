@@ -156,7 +156,10 @@ class DataArguments:
         names = ["dataset"] if self.imbalance_ratio is None else ["dataset", *_SUBSET]
         name = without_folders(self.dataset)
         is_local = self.data_dir is not None or name != self.dataset
-        names += [name for name in ("background", "validation_fraction") if getattr(self, name) is not None]
+        if self.background is not None:
+            names.append("background")
+        if self.validation_fraction is not None:
+            names += ["validation_fraction", "subset_seed"]
         return {field: getattr(self, field) for field in names} | {"dataset": name, "local_files": is_local}
 
     def groups(self, data: Mapping) -> ShotGroups:
