@@ -157,12 +157,17 @@ def test_another_run_is_not_replaced(compared, colours, tmp_path):
     with pytest.raises(FileExistsError, match="holds another run"):
         deitlt_hf.compare(colours, tmp_path)
     assert not (tmp_path / "recipe.yaml").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "recipe.yaml").write_text("data: {}")
+    with pytest.raises(FileExistsError, match=r"recipe\.yaml is not of a comparison"):
+        deitlt_hf.compare(colours, other, overwrite=True)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"name": "photos", "arms": {"../cnn": 3}}'])
 def test_a_file_of_another_program_is_not_continued(content, colours, tmp_path):
     (tmp_path / "comparison.json").write_text(content)
-    with pytest.raises(ValueError, match="comparison.json (is not the record|cannot be read)"):
+    with pytest.raises(ValueError, match=r"comparison\.json (is not the record|cannot be read)"):
         deitlt_hf.compare(colours, tmp_path, overwrite=True)
 
 
@@ -170,7 +175,7 @@ def test_overwriting_removes_only_the_ways_of_the_comparison(colours, tmp_path, 
     entry = {"seconds": 1.0, "is_least": False, "is_running": False}
     arms = {"cnn": entry, "../photos": entry}
     output = tmp_path / "out"
-    for folder in (output / "cnn", output / "notes", tmp_path / "photos"):
+    for folder in (output / "cnn", output / "notes", tmp_path / "photos", output / "recipes"):
         folder.mkdir(parents=True)
         (folder / "file").touch()
     (output / "comparison.json").write_text(json.dumps({"name": "colours", "arms": arms}))
@@ -179,6 +184,7 @@ def test_overwriting_removes_only_the_ways_of_the_comparison(colours, tmp_path, 
     assert deitlt_hf.compare(colours, output, overwrite=True, image_size=16) == output
     assert [(output / "notes" / "file").exists(), (tmp_path / "photos" / "file").exists()] == [True, True]
     assert not (output / "cnn").exists()
+    assert not (output / "recipes" / "file").exists()
     assert json.loads((output / "comparison.json").read_text())["arms"] == {}
 
 

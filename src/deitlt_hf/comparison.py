@@ -17,6 +17,7 @@ import yaml
 from .analysis.observe import predict
 from .analysis.pictures import require_matplotlib
 from .analysis.probing import probe
+from .analysis.report import PAGE
 from .analysis.verdict import Outcome, Verdict, judge, table, write_page
 from .console import quiet_log, show
 from .data.images import ImageCollator, ImageDataset
@@ -63,7 +64,7 @@ class Arm:
     needs_start: bool = False
 
     def seconds(self, teacher: float, student: float) -> float:
-        """Expected seconds, without the shared teacher, from those of teacher and student. A probe counts as nothing."""
+        """Expected seconds without the shared teacher, from those of teacher and student; 0 for a probe."""
         return 0.0 if self.section == PROBE else student if self.is_taught else teacher + student
 
 
@@ -169,25 +170,41 @@ def compare(
     name = Path(data).expanduser().resolve().name
     source, output = check_places(data, Path("outputs") / f"{name}_compared" if output is None else output, minutes)
     path, record_file = output / RECIPE_FILE, output / RECORD_FILE
-    if record_file.is_file() and not overwrite and not dry_run:
+    if record_file.is_file() and path.is_file() and not overwrite and not dry_run:
         check_continues(path, source, minutes, given)
     else:
+        earlier = [] if dry_run else _replaced(output)
         start = given.get("init_from")
         has_start = start is not None and not Path(start).is_file()  # a file of weights alone cannot be probed
         arms = {name: arm for name, arm in ARMS.items() if has_start or not arm.needs_start}
-        known = Prices(record_file).content["arms"] if record_file.is_file() else {}
-        earlier = [run for run in (*ARMS, SHARED_TEACHER) if run in known]  # no other folder is ever replaced
-        for run in (*ARMS, SHARED_TEACHER):
-            check_output_dir(output / run, run in earlier, resuming=dry_run)
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER), lambda *both: _cost(arms, *both))
         _print_arms(fitted, arms)
         if dry_run:
             return None
-        for run in earlier:
-            shutil.rmtree(output / run, ignore_errors=True)
-        _write_recipes(fitted, arms, output, source.resolve().name)
+        path.unlink(missing_ok=True)  # first: without it, nothing continues with a half-removed comparison
+        for folder in earlier:
+            shutil.rmtree(folder, ignore_errors=True)
         write_json(record_file, {"name": source.resolve().name, "arms": {}})
+        _write_recipes(fitted, arms, output, source.resolve().name)
     return _run(output)
+
+
+def _replaced(output: Path) -> list[Path]:
+    """Folders of an earlier comparison that a new one replaces. No other file or folder is ever replaced.
+
+    Raises:
+        FileExistsError: If the output folder holds a recipe, a page or a run that is not of a comparison.
+        ValueError: If it has a file with the name of the record that is none.
+    """
+    record_file = output / RECORD_FILE
+    known = Prices(record_file).content["arms"] if record_file.is_file() else {}
+    runs = [*ARMS, SHARED_TEACHER]
+    for name in runs:
+        check_output_dir(output / name, overwrite=name in known, resuming=False)
+    for name in (RECIPE_FILE, PAGE):
+        if (output / name).exists() and not record_file.is_file():
+            raise FileExistsError(f"{output / name} is not of a comparison; choose another --output_dir.")
+    return [output / name for name in runs if name in known] + [output / RECIPES] * record_file.is_file()
 
 
 def _cost(arms: Mapping[str, Arm], teacher: float, student: float) -> float:
@@ -340,7 +357,9 @@ def _conclude(
         "notes": [f"Groups of classes: {groups.rule}."],
     }
     if "validation" in data:
-        facts["notes"].append(f"{len(data['validation']):,} more images, apart from these, evaluated the epochs.")
+        facts["notes"].append(
+            f"{len(data['validation']):,} more images, apart from these, chose the best evaluation of each way."
+        )
     page = write_page(verdict, outcomes, groups, tested, facts, output)
     record.content |= {
         "unit": facts["unit"],

@@ -49,7 +49,7 @@ from .training.trial import StepTimes, measure_steps
 RECIPE_FILE, PREDICTIONS_FILE, IMAGES_FOLDER = "recipe.yaml", "predictions.csv", "images"
 BASE = "image_folder"  # recipe that gives the fields of the data before the folder's own recipe exists
 SAMPLE = 1000  # images that are decoded before the run
-# With validation images, the weights of the best evaluation are kept; the values of a user come later and override these.
+# With validation images, the weights of the best evaluation are kept. Values of the user come later and override these.
 CHOSEN_ON_VALIDATION = (
     Choice("both", "load_best_model_at_end", True, "the validation images choose the best evaluation"),
     Choice("both", "metric_for_best_model", "balanced_accuracy"),

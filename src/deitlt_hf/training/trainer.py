@@ -441,7 +441,7 @@ class LongTailTrainer(WholeBatchTrainer):
         self.results.record_test(epoch, self.saved_step, table.accuracies)
         if self.is_world_process_zero():
             table.title = f"epoch {epoch:g}, test images"
-            show(table)
+            _show_with_notes(table)
 
     # ---- Moving average ----
 
@@ -638,12 +638,14 @@ class LongTailTrainer(WholeBatchTrainer):
                 self.results.write()
             for name, table in tables.items():
                 title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
-                title += ", validation images" * (records and self.test_dataset is not None)
+                is_validation = records and self.test_dataset is not None
+                title += ", validation images" * is_validation
                 table.title = f"{title}, {name}" if name else title
-                show(table)
-                if self.state.global_step >= self.state.max_steps:  # early in a run, the findings are no news
-                    for note in table.notes:
-                        print(f"Note: {note}", flush=True)
+                # Early in a run, the findings are no news.
+                if self.state.global_step >= self.state.max_steps and not is_validation:
+                    _show_with_notes(table)
+                else:
+                    show(table)
         return metrics
 
     @property
@@ -654,3 +656,10 @@ class LongTailTrainer(WholeBatchTrainer):
         if self.test_dataset is None:
             return {"test_images": number}
         return {"validation_images": number, "test_images": len(self.test_dataset)}
+
+
+def _show_with_notes(table: ExpertTable) -> None:
+    """Prints a table of accuracies and what it means."""
+    show(table)
+    for note in table.notes:
+        print(f"Note: {note}", flush=True)
