@@ -17,6 +17,7 @@ _MODULES = {
     "FlatTeacherTrainingArguments": "training",
     "Recipe": "training.recipe",
     "train": "quickstart",
+    "compare": "comparison",
 }
 __all__ = [*_MODULES, "__version__"]
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,9 @@ from .data.images import decode_all, open_image
 from .data.loading import training_counts
 from .data.long_tail import class_counts
 from .data.sources.files import TEST_NAMES, find_split
-from .evaluation.accuracy import group_accuracies
-from .evaluation.metrics import bootstrap_intervals
+from .evaluation.metrics import paired_leads, points
 from .evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
-from .io import atomic_write, check_can_be_folder, one_line
+from .io import check_can_be_folder, one_line
 from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, load_recipe
 from .recipes.fit import (
     EVALUATIONS,
@@ -43,12 +43,18 @@ from .recipes.fit import (
 )
 from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .training.distillation import TeacherAtChanceError
-from .training.runs import distill, train_teacher
+from .training.runs import SIZES, check_start, distill, train_teacher
 from .training.trial import StepTimes, measure_steps
 
 RECIPE_FILE, IMAGES_FOLDER = "recipe.yaml", "images"
 BASE = "image_folder"  # recipe that gives the fields of the data before the folder's own recipe exists
 SAMPLE = 1000  # images that are decoded before the run
+# With validation images, the weights of the best evaluation are kept. Values of the user come later and override these.
+CHOSEN_ON_VALIDATION = (
+    Choice("both", "load_best_model_at_end", True, "the validation images choose the best evaluation"),
+    Choice("both", "metric_for_best_model", "balanced_accuracy"),
+    Choice("both", "save_steps", 1 / EVALUATIONS),
+)
 STUDENT = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
 TEACHER = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
 
@@ -90,43 +96,15 @@ def train(
             inside the folder of the images, or several processes run.
     """
     quiet_log()
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes must be above 0, got {minutes:g}.")
-    source = Path(data).expanduser()
-    output = Path("outputs") / source.resolve().name if output is None else Path(output).expanduser()
-    check_can_be_folder(output)
+    source, output = check_places(data, output, minutes)
     path = output / RECIPE_FILE
-    if output.resolve().is_relative_to(source.resolve()):
-        raise ValueError(
-            f"the output folder {output} is inside the folder of the images, where its files would count as images; "
-            "choose another --output_dir."
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            f"this command runs in one process; write the recipe with 'deitlt recipes init {data} > my.yaml', and "
-            "start several processes with 'deitlt distill --recipe my.yaml'."
-        )
     if path.is_file() and not overwrite and not dry_run:
-        if minutes is not None or given:
-            names = ", ".join([*(["minutes"] if minutes is not None else []), *given])
-            raise ValueError(
-                f"{path} exists; leave out {names} to continue with it, edit it, or pass --overwrite to replace it and "
-                "its run."
-            )
-        known = load_recipe(str(path))["data"].get("data_dir")
-        if known is None or Path(known).resolve() != source.resolve():
-            raise ValueError(
-                f"{path} is a recipe for the images in {known}, not in {source}; choose another --output_dir, or pass "
-                "--overwrite to replace it and its run."
-            )
-        print(f"Continuing with {path}.", flush=True)
+        check_continues(path, source, minutes, given)
     else:
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER))
         if dry_run:
             return None
-        output.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write_text(fitted.text(f"Recipe for the images in {source.resolve().name}."), encoding="utf-8")
+        fitted.write(path, f"Recipe for the images in {source.resolve().name}.")
         print(f"The recipe is in {path}.\n", flush=True)
     overrides: dict[str, Any] = {"output_dir": str(output / "student"), "overwrite": overwrite}
     if not overwrite:
@@ -146,8 +124,58 @@ def train(
     return trainer
 
 
+def check_places(data: str | Path, output: str | Path | None, minutes: float | None) -> tuple[Path, Path]:
+    """The folder of the images and the output folder, by default `outputs/NAME`.
+
+    Raises:
+        FileExistsError: If the output folder cannot be created.
+        ValueError: If it is inside the folder of the images, the time is not above 0, or several processes run.
+    """
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes:g}.")
+    source = Path(data).expanduser()
+    output = Path("outputs") / source.resolve().name if output is None else Path(output).expanduser()
+    check_can_be_folder(output)
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"the output folder {output} is inside the folder of the images, where its files would count as images; "
+            "choose another --output_dir."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"this command runs in one process; write the recipe with 'deitlt recipes init {data} > my.yaml', and "
+            "start several processes with 'deitlt distill --recipe my.yaml'."
+        )
+    return source, output
+
+
+def check_continues(path: Path, source: Path, minutes: float | None, given: Mapping[str, Any]) -> None:
+    """Checks that a command continues with the recipe in its output folder, and says so.
+
+    Raises:
+        ValueError: If the recipe is for other images, or the command has values that would change it.
+    """
+    if minutes is not None or given:
+        names = ", ".join([*(["minutes"] if minutes is not None else []), *given])
+        raise ValueError(
+            f"{path} exists; leave out {names} to continue with it, edit it, or pass --overwrite to replace it and "
+            "its run."
+        )
+    known = load_recipe(str(path))["data"].get("data_dir")
+    if known is None or Path(known).resolve() != source.resolve():
+        raise ValueError(
+            f"{path} is a recipe for the images in {known}, not in {source}; choose another --output_dir, or pass "
+            "--overwrite to replace it and its run."
+        )
+    print(f"Continuing with {path}.", flush=True)
+
+
 def fit(
-    source: Path, minutes: float | None = None, given: Mapping[str, Any] | None = None, cache: str | None = None
+    source: Path,
+    minutes: float | None = None,
+    given: Mapping[str, Any] | None = None,
+    cache: str | None = None,
+    cost: Callable[[float, float], float] = operator.add,
 ) -> FittedRecipe:
     """Fits a recipe to a folder, and prints it with its reasons and the expected time.
 
@@ -156,6 +184,7 @@ def fit(
         minutes: Time for training.
         given: Fields that override the fitted values.
         cache: Folder for reduced copies of large images; None for no copies.
+        cost: Seconds that must fit in `minutes`, from those of teacher and student; linear. By default their sum.
 
     Raises:
         FileNotFoundError: If the folder does not exist or has no images.
@@ -166,27 +195,34 @@ def fit(
     if minutes is not None and any(epochs):
         raise ValueError("minutes sets the epochs of both models; leave out minutes, or the numbers of epochs.")
     folder, data = _look(source, choices)
+    choices += _sizes_of_start(choices)
+    if any(choice.name == "validation_fraction" for choice in choices):
+        choices = [*CHOSEN_ON_VALIDATION, *choices]
     use_cpu = next((choice.value for choice in choices if choice.name == "use_cpu"), False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     machine = Machine(torch.cuda.is_available() and not use_cpu, cores)
     choices.insert(0, Choice("data", "data_dir", str(source.resolve()), "the images"))
-    fitted, seconds = None, (math.nan, math.nan)
+    fitted = None
     for size in sizes_for(folder, machine, _whole(choices, "both", "image_size")):
 
         def recipe(share: float, size: int = size) -> FittedRecipe:
             return with_given(fit_recipe(folder, machine, size, share, cache, epochs), choices)
 
-        fitted, seconds = _fit_to_time(recipe, folder, data, minutes)
+        fitted = _fit_to_time(recipe, folder, data, minutes, cost)
         if minutes is None or fitted.share >= SHORTEST:
             break
     assert fitted is not None  # there is at least one size
-    _print_plan(fitted, folder, data, seconds)
+    _print_plan(fitted, folder, data, fitted.seconds)
     return fitted
 
 
 def _fit_to_time(
-    recipe: Callable[[float], FittedRecipe], folder: Folder, data: Mapping, minutes: float | None
-) -> tuple[FittedRecipe, tuple[float, float]]:
+    recipe: Callable[[float], FittedRecipe],
+    folder: Folder,
+    data: Mapping,
+    minutes: float | None,
+    cost: Callable[[float, float], float],
+) -> FittedRecipe:
     """Chooses the share of the standard number of epochs by a trial.
 
     Args:
@@ -194,17 +230,18 @@ def _fit_to_time(
         folder: The data set.
         data: Its splits.
         minutes: Time for training; None for the standard number.
+        cost: See [`fit`].
 
     Returns:
-        The recipe, and the expected seconds of teacher and student.
+        The recipe, with the expected seconds of teacher and student.
     """
     fitted = recipe(1.0)
     expected = _trial(fitted, folder, data)
     if minutes is not None:
         # The time is linear in the epochs, apart from reading and evaluation.
-        fixed = sum(expected(dataclasses.replace(fitted, teacher_epochs=0, student_epochs=0)))
-        fitted = recipe(min(max(60 * minutes - fixed, 0) / (sum(expected(fitted)) - fixed), LONGEST))
-    return fitted, expected(fitted)
+        fixed = cost(*expected(dataclasses.replace(fitted, teacher_epochs=0, student_epochs=0)))
+        fitted = recipe(min(max(60 * minutes - fixed, 0) / (cost(*expected(fitted)) - fixed), LONGEST))
+    return dataclasses.replace(fitted, seconds=expected(fitted))
 
 
 def _whole(choices: Sequence[Choice], section: str, name: str) -> int | None:
@@ -325,6 +362,18 @@ def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
     return folder, data
 
 
+def _sizes_of_start(given: Sequence[Choice]) -> list[Choice]:
+    """The sizes of the model that a student starts from, if it does, since they replace those of a recipe.
+
+    Raises:
+        FileNotFoundError, ValueError: If a student cannot start from it.
+    """
+    values = {choice.name: choice.value for choice in given if choice.section in ("student", "both")}
+    start = values.get("init_from")
+    config = None if start is None else check_start(start, values)
+    return [] if config is None else [Choice("student", name, getattr(config, name), f"as {start}") for name in SIZES]
+
+
 def _sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
     """Width and height of each image, from its header."""
     cells = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
@@ -414,19 +463,9 @@ def comparison(
         groups: Class indices of head, mid and tail.
         output: Folder of both models.
     """
-
-    def leads(rows: np.ndarray) -> dict[str, float]:
-        ahead = group_accuracies(student[rows], labels[rows], groups)
-        behind = group_accuracies(teacher[rows], labels[rows], groups)
-        return {name: 100 * (ahead[name] - behind[name]) for name in ahead}
-
-    found, intervals = leads(np.arange(len(labels))), bootstrap_intervals(leads, labels, resamples=500)
-    parts = [
-        f"{name} {value:+.1f} [{intervals[name][0]:+.1f}, {intervals[name][1]:+.1f}]"
-        for name, value in found.items()
-        if not math.isnan(value)
-    ]
-    low, high = intervals["overall"]
+    (lead,) = paired_leads({"student": student}, teacher, labels, groups, resamples=500).values()
+    parts = [f"{name} {points(value, lead.ends[name])}" for name, value in lead.values.items() if not math.isnan(value)]
+    low, high = lead.ends["overall"]
     if low > 0:
         advice = "The student is better overall: use it."
     elif high < 0:

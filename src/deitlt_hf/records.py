@@ -39,6 +39,8 @@ class Data(TypedDict, total=False):
     background: str | None
     train_images: int
     test_images: int
+    validation_images: int
+    validation_fraction: float | None
     classes: list[str]
     class_counts: list[int]
     subset_sha256: str | None
@@ -131,6 +133,7 @@ class RunRecord(TypedDict, total=False):
     ran: dict[str, Any] | None
     last: Evaluation
     best: Evaluation
+    test: Evaluation  # on test images that chose nothing; `last` and `best` are then on validation images
 
 
 def read_record(path: str | PathLike) -> RunRecord:
@@ -148,7 +151,7 @@ def read_record(path: str | PathLike) -> RunRecord:
     record = read_json(path)
     wrong = _mismatch(record, RunRecord, "")
     if wrong is None:
-        for name in ("last", "best"):
+        for name in ("last", "best", "test"):
             rows = record.get(name, {"accuracies": {"": {"overall": None}}})["accuracies"].values()
             if not rows or not all("overall" in row for row in rows):
                 wrong = f"{name}.accuracies has no overall accuracy"

@@ -9,6 +9,7 @@ from ..data.long_tail import Integers
 from ..evaluation.accuracy import COLOURS
 
 GROUP_COLOURS = ("#4c72b0", "#8172b3", "#c44e52", "#937860", "#64b5cd")
+WAY_COLOURS = ("#937860", "#4c72b0", "#dd8452", "#8172b3", "#c44e52", "#55a868")
 OUTCOME_COLOURS = {"both": "#8c8c8c", "only_cls": "#dd8452", "only_distillation": "#55a868", "neither": "#e5e5e5"}
 
 
@@ -51,6 +52,31 @@ def draw_accuracies(
     axis.set_ylim(0, 120)  # room for the legend
     axis.set_yticks(range(0, 101, 20))
     axis.legend(loc="upper center", ncols=len(figures))
+
+
+def draw_prices(
+    axis, prices: Sequence[float], rows: Mapping[str, tuple[float, tuple[float, float]]], group: str, unit: str
+) -> None:
+    """Draws the accuracy of several ways to train over their price, with intervals.
+
+    Args:
+        axis: A matplotlib axis.
+        prices: Price of each way.
+        rows: Accuracy and the ends of its interval, as fractions, by the name of the way.
+        group: The classes of which this is the accuracy.
+        unit: Unit of the prices.
+    """
+    for colour, price, (name, (value, (low, high))) in zip(cycle(WAY_COLOURS), prices, rows.items(), strict=False):
+        errors = 100 * np.array([[value - low], [high - value]])
+        axis.errorbar(
+            price, 100 * value, np.abs(errors), fmt="o", color=colour, capsize=3, elinewidth=1, label=literal(name)
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel(unit)
+    axis.set_ylabel(f"accuracy {literal(group)}, %")
+    axis.margins(x=0.15)
+    if group == "overall":
+        axis.legend(fontsize=8)
 
 
 def draw_gains(axis, gains: np.ndarray, counts: Integers) -> None:

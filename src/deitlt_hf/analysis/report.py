@@ -203,7 +203,7 @@ def write_report(sections: Sequence[Section], recipe: str, groups: Mapping[str, 
         sections=sections,
         recipe=recipe,
         columns=columns,
-        percent=_percent,
+        percent=percent,
         names=_pictures_of(sections),
         has_experts=any("distillation" in section.figures for section in sections),
     )
@@ -398,5 +398,6 @@ def _pictures_of(sections: Sequence[Section]) -> list[tuple[str, str, str, list[
     return [(*row, [pictures.get(name) for pictures in by_name]) for name, row in rows.items()]
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """Formats a fraction in %; a dash for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.1f}"

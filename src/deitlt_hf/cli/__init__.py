@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 COMMANDS = {  # command, its module, and its description; in the order of use in a project
     "train": ("train", "train on a folder of images, with a recipe that is fitted to it"),
+    "compare": ("compare", "train on a folder of images in several ways, and say which one pays"),
     "recipes": ("recipes", "list the recipes, print one, or fit one to a folder of images"),
     "data": ("data", "check or draw the images of a recipe before a run"),
     "plan": ("plan", "estimate the GPU time and memory of a recipe"),
@@ -18,6 +19,7 @@ COMMANDS = {  # command, its module, and its description; in the order of use in
     "train-teacher": ("train_teacher", "train a flat CNN teacher with SAM"),
     "distill": ("distill", "train a DeiT-LT student, and its teacher first if none is given"),
     "evaluate": ("evaluate", "print the accuracy of each expert of a model on head, mid and tail classes"),
+    "probe": ("probe", "measure what the frozen features of a model give, with a linear classifier"),
     "analyze": ("analyze", "write an HTML report on the experts of a model"),
     "sharpness": ("sharpness", "measure the flatness of a model's loss"),
     "predict": ("predict", "classify image files"),
@@ -32,6 +34,7 @@ ALIASES = {
     **dict.fromkeys(("fit", "auto", "quickstart"), "train"),
     **dict.fromkeys(("finetune", "train-student"), "distill"),
     **dict.fromkeys(("val", "validate", "test", "eval", "benchmark"), "evaluate"),
+    **dict.fromkeys(("linear", "linear-probe"), "probe"),
     **dict.fromkeys(("infer", "inference", "classify"), "predict"),
     **dict.fromkeys(("upload", "push-to-hub"), "push"),
     **dict.fromkeys(("serve", "app", "gradio"), "demo"),

@@ -55,8 +55,9 @@ class FusionArguments:
     fusion: str | None = field(
         default=None,
         metadata={
-            "help": f"Rule to combine the experts, fitted on the training images: one of {', '.join(RULES)}. The model "
-            "in fused_output has the rule folded into its heads. 'all' compares all rules."
+            "help": "Rule to combine the experts, fitted on the training images, or with --validation_fraction on the "
+            f"validation images: one of {', '.join(RULES)}. The model in fused_output has the rule folded into its "
+            "heads. 'all' compares all rules."
         },
     )
     fused_output: str | None = field(
@@ -71,8 +72,8 @@ class FusionArguments:
 
 
 def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) -> dict[str, dict[str, float]]:
-    """Fits fusions of a student's experts on the training images, without augmentation, and prints their accuracy on
-    the test images.
+    """Fits fusions of a student's experts on the validation images, or without such on the training images, and prints
+    their accuracy on the test images.
 
     With one rule, the model with the fusion folded into its heads is saved in `args.fused_output`.
 
@@ -92,7 +93,8 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     data = data_args.load()
     check_class_order(data["train"].features["label"].names, model.config, f"model {path}")
     counts, groups = training_counts(data["train"]), data_args.groups(data)
-    fitted = data["train"].select(balanced_rows(data["train"]["label"][:]))
+    source = "validation" if "validation" in data else "train"
+    fitted = data[source].select(balanced_rows(data[source]["label"][:]))
     seen = {
         split: predict(model, ImageDataset(images, "image", "label", background=collate.background), collate)
         for split, images in (("train", fitted), ("test", data["test"]))
@@ -112,7 +114,11 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
         for rule, fusion in fusions.items()
     }
     tested = class_counts(seen["test"][0], len(counts)).tolist()
-    show(ExpertTable("fusions, fitted on the training images", accuracies, groups, tested))
+    show(
+        ExpertTable(
+            f"fusions, fitted on the {'training' if source == 'train' else source} images", accuracies, groups, tested
+        )
+    )
     if args.fused_output is not None and args.fusion is not None:
         fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
         collate.image_processor.save_pretrained(args.fused_output)

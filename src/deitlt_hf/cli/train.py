@@ -6,7 +6,7 @@ deitlt train photos --dry_run
 deitlt train photos --image_size 96 --teacher_epochs 50 --num_train_epochs 100
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,20 @@ from .parser import command_parser, parse_with_fields
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = command_parser(__doc__)
+    run_on_folder(train, __doc__ or "", arguments)
+
+
+def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | None) -> None:
+    """Runs a function on a folder of images, with the options of `deitlt train`.
+
+    Args:
+        work: A function with the parameters of [`train`].
+        description: Text of `--help`.
+        arguments: Command line; by default the command line of this process.
+    """
+    parser = command_parser(description)
     parser.add_argument("folder", help="folder with the images, such as one folder for each class")
-    parser.add_argument("--output_dir", help="folder of recipe, models and report (default: outputs/NAME)")
+    parser.add_argument("--output_dir", help="folder of recipe, models and page (default: in outputs/)")
     parser.add_argument("--minutes", type=float, help="time for training; chooses image size and number of epochs")
     parser.add_argument("--teacher_epochs", help="epochs of the teacher; --num_train_epochs are those of the student")
     parser.add_argument("--dry_run", action="store_true", help="print the recipe and the expected time, and end")
@@ -34,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given["teacher_epochs"] = args.teacher_epochs
     if not torch.cuda.is_available():
         keep_freed_memory()  # of the process, which is this command's own
-    train(args.folder, args.output_dir, args.minutes, args.dry_run, args.overwrite, **given)
+    work(args.folder, args.output_dir, args.minutes, args.dry_run, args.overwrite, **given)
 
 
 def fields_of(words: Sequence[str], parser) -> dict[str, Any]:

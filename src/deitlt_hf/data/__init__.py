@@ -10,6 +10,7 @@ _MODULES = {
     "long_tailed_indices": "long_tail",
     "shot_groups": "long_tail",
     "stratified_split": "long_tail",
+    "validation_split": "long_tail",
     "read_class_map": "sources.class_lists",
     "read_class_names": "sources.class_lists",
     "find_columns": "loading",

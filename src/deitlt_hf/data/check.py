@@ -59,7 +59,7 @@ def check_data(
         name: Name of the data set, for the comparison with a public benchmark of that name.
         kind: Description of the source that was loaded.
         source: The splits as they were loaded.
-        data: The splits `train` and `test` that training uses.
+        data: The splits `train`, `test` and, if there is one, `validation` that training uses.
         groups: Head, mid and tail classes.
         deep: Decode every image, on all cores, and search for identical images in training and testing.
         background: Background colour behind transparent pixels.
@@ -80,6 +80,7 @@ def check_data(
         "source": kind,
         "splits": ", ".join(f"{split} {len(rows):,}" for split, rows in source.items()),
         "training images": f"{counts.sum():,} of {len(names):,} classes",
+        **({"validation": f"{len(data['validation']):,} images"} if "validation" in data else {}),
         "test images": f"{len(data['test']):,}",
         "largest class": f"{names[largest]}: {counts[largest]:,}",
         "smallest class": f"{names[smallest]}: {counts[smallest]:,} (imbalance ratio "

@@ -13,7 +13,7 @@ import numpy as np
 from ..io import file_errors, one_line
 from .corruption import check_shards
 from .images import as_image_column, decode_all
-from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split
+from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split, validation_split
 from .sources.arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
 from .sources.class_lists import read_class_names
 from .sources.files import (
@@ -169,6 +169,7 @@ def long_tailed_splits(
     subset_seed: int = 0,
     test_split: str | None = None,
     test_fraction: float | None = None,
+    validation_fraction: float | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     class_names: Sequence[str] | str | None = None,
@@ -182,9 +183,11 @@ def long_tailed_splits(
             [`long_tailed_indices`]. None keeps all images, for data that are already long-tailed.
         imbalance_type: `exp` or `step`.
         max_per_class: Images of the largest class after subsampling.
-        subset_seed: Seed of the subset, and of `test_fraction`. The authors always use 0.
+        subset_seed: Seed of the subset, of `test_fraction` and of `validation_fraction`. The authors always use 0.
         test_split: Name of the test split; by default the first of test, validation, valid, val and eval.
         test_fraction: Share of each class to set apart for testing, in data without a test split.
+        validation_fraction: Share of each class of the training split, after the subsampling, to set apart for choices
+            that the test images must not make; see [`validation_split`].
         image_column: Column with the images; by default the only one of that type.
         label_column: Column with the labels; by default the only one of type `ClassLabel`, or one with a usual name.
         class_names: Names of the classes, or a file with them (see [`read_class_names`]), in label order.
@@ -192,8 +195,8 @@ def long_tailed_splits(
             them. Otherwise an unreadable image stops the run with an error that names it.
 
     Returns:
-        `train` and `test`, each with the columns `image`, `label` (`ClassLabel`) and `source_index` (row in the
-        split of the source).
+        `train`, `test` and, on request, `validation`, each with the columns `image`, `label` (`ClassLabel`) and
+        `source_index` (row in the split of the source).
 
     Raises:
         ValueError: If a split, column or class is missing, or the imbalance cannot be made.
@@ -225,6 +228,10 @@ def long_tailed_splits(
     if empty:
         shown = one_line(", ".join(empty[:5]), 200)
         raise ValueError(f"classes without a training image: {shown} ({len(empty)} in all).")
+    if validation_fraction is not None:
+        whole = splits["train"]
+        indices = validation_split(whole["label"][:], validation_fraction, subset_seed)
+        splits |= {name: whole.select(rows) for name, rows in zip(("train", "validation"), indices, strict=True)}
     return splits
 
 

@@ -101,24 +101,56 @@ def stratified_split(labels: Integers, test_fraction: float, seed: int = 0) -> t
     Raises:
         ValueError: If the fraction is outside its range, or a class has a single image.
     """
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must be in (0, 1), got {test_fraction}.")
-    labels = np.asarray(labels, dtype=np.int64)
-    counts = class_counts(labels)
+    labels, counts = _checked(labels, test_fraction, "test_fraction")
     single = np.flatnonzero(counts == 1).tolist()
     if single:
         raise ValueError(
             f"{len(single)} classes have a single image, which cannot be both for training and for testing: labels "
             f"{', '.join(map(str, single[:5]))}; add images, or remove them."
         )
-    wanted = np.clip(np.round(test_fraction * counts).astype(np.int64), 1, np.maximum(counts - 1, 0))
+    return _set_apart(labels, counts, test_fraction, seed)
+
+
+def validation_split(labels: Integers, validation_fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Splits labels into training and validation indices: a share of each class, at least one image, is for validation.
+
+    A class with a single image keeps it for training.
+
+    Args:
+        labels: Class index of each image.
+        validation_fraction: Share of a class that is for validation, in (0, 1).
+        seed: Seed of the choice within each class.
+
+    Returns:
+        Sorted int64 indices for training and for validation.
+
+    Raises:
+        ValueError: If the fraction is outside its range, or every class has a single image.
+    """
+    labels, counts = _checked(labels, validation_fraction, "validation_fraction")
+    if counts.max(initial=0) < 2:
+        raise ValueError("every class has a single image, so none can be set apart; leave out validation_fraction.")
+    return _set_apart(labels, counts, validation_fraction, seed)
+
+
+def _checked(labels: Integers, fraction: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+    if not 0 < fraction < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {fraction}.")
+    labels = np.asarray(labels, dtype=np.int64)
+    return labels, class_counts(labels)
+
+
+def _set_apart(labels: np.ndarray, counts: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images that stay, and of those that are set apart: a share of each class, if one stays."""
+    most = np.maximum(counts - 1, 0)
+    wanted = np.clip(np.round(fraction * counts).astype(np.int64), np.minimum(1, most), most)
     order = np.random.RandomState(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     # The order within a class is random, so the first ranks are a random choice.
     rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    is_test = np.zeros(len(labels), dtype=bool)
-    is_test[order] = rank_in_class < wanted[labels[order]]
-    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    is_apart = np.zeros(len(labels), dtype=bool)
+    is_apart[order] = rank_in_class < wanted[labels[order]]
+    return np.flatnonzero(~is_apart), np.flatnonzero(is_apart)
 
 
 def class_counts(labels: Integers, num_classes: int | None = None) -> np.ndarray:

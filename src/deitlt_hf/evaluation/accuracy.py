@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from rich.markup import escape
@@ -56,7 +56,7 @@ def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[st
 
 @dataclass
 class ExpertTable:
-    """A table of the accuracies of several experts on the same test images. The best of a column is coloured.
+    """A table of the accuracies of several experts or models on the same test images. The best of a column is coloured.
 
     Args:
         title: Title of the table.
@@ -64,6 +64,8 @@ class ExpertTable:
         groups: Class indices of each group.
         test_counts: Test images of each class.
         notes: Sentences about the evaluation, see [`findings`].
+        intervals: Ends of an interval of each accuracy, by expert and group; the table shows them if they are given.
+        of: What the rows are.
     """
 
     title: str
@@ -71,10 +73,13 @@ class ExpertTable:
     groups: Mapping[str, Integers]
     test_counts: Integers
     notes: Sequence[str] = ()
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    of: str = "expert"
 
     def __rich__(self) -> Table:
-        table = Table(title=escape(self.title), title_justify="left", caption="accuracy in %", caption_justify="left")
-        table.add_column("expert")
+        caption = "accuracy in %" + ", with 95 % bootstrap intervals" * bool(self.intervals)
+        table = Table(title=escape(self.title), title_justify="left", caption=caption, caption_justify="left")
+        table.add_column(self.of)
         for name in ("overall", *self.groups):
             table.add_column(escape(name), justify="right")
         best = {
@@ -86,7 +91,10 @@ class ExpertTable:
             cells = (
                 "-"
                 if math.isnan(value)
-                else Text(f"{100 * value:.1f}", "bold green" if several and value == best[name] else "")
+                else Text(
+                    f"{100 * value:.1f}{self._interval(expert, name)}",
+                    "bold green" if several and value == best[name] else "",
+                )
                 for name, value in accuracies.items()
             )
             table.add_row(escape(expert), *cells)
@@ -94,3 +102,7 @@ class ExpertTable:
         images = [sum(self.test_counts), *(sum(self.test_counts[c] for c in group) for group in self.groups.values())]
         table.add_row("test images", *map(str, images))
         return table
+
+    def _interval(self, expert: str, name: str) -> str:
+        low, high = self.intervals.get(expert, {}).get(name, (math.nan, math.nan))
+        return "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"

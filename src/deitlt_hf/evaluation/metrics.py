@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import f1_score
@@ -10,6 +11,13 @@ from ..data.long_tail import Integers
 from .accuracy import class_accuracies, group_accuracies, number_of_classes
 
 BINS = 15  # number of bins of the calibration error, as in Guo et al. (ICML 2017)
+
+
+class Estimate(NamedTuple):
+    """Metrics by name, and the lower and upper end of the interval of each; NaN where a metric is not defined."""
+
+    values: dict[str, float]
+    ends: dict[str, tuple[float, float]]
 
 
 def calibration_error(
@@ -71,12 +79,12 @@ def long_tail_figures(
 
 
 def bootstrap_intervals(
-    figures: Callable[[np.ndarray], Mapping[str, float]],
+    figures: Callable[[np.ndarray], Mapping[Any, float]],
     labels: Integers,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, tuple[float, float]]:
+) -> dict[Any, tuple[float, float]]:
     """Confidence intervals by the percentile bootstrap (Efron, 1979) over test images.
 
     Images are resampled within their class: every sample has the class counts of the test set. From a class of n images
@@ -109,6 +117,64 @@ def bootstrap_intervals(
         values = np.array([sample[name] for sample in samples])
         intervals[name] = (math.nan, math.nan) if np.isnan(values).any() else tuple(np.quantile(values, tails).tolist())
     return intervals
+
+
+def with_intervals(
+    figures: Callable[[np.ndarray], Mapping[str, Mapping[str, float]]],
+    labels: Integers,
+    level: float = 0.95,
+    resamples: int = 1000,
+) -> dict[str, Estimate]:
+    """Metrics of several models with their intervals. All models see the same bootstrap samples.
+
+    Args:
+        figures: Computes metrics by model, for images given by their indices (with repetitions).
+        labels: See [`bootstrap_intervals`].
+        level: See [`bootstrap_intervals`].
+        resamples: See [`bootstrap_intervals`].
+    """
+
+    def flat(rows: np.ndarray) -> dict[tuple[str, str], float]:
+        return {(model, name): value for model, row in figures(rows).items() for name, value in row.items()}
+
+    values, ends = figures(np.arange(len(labels))), bootstrap_intervals(flat, labels, level, resamples)
+    return {model: Estimate(dict(row), {name: ends[model, name] for name in row}) for model, row in values.items()}
+
+
+def paired_leads(
+    predictions: Mapping[str, Integers],
+    reference: Integers,
+    labels: Integers,
+    groups: Mapping[str, Integers],
+    level: float = 0.95,
+    resamples: int = 1000,
+) -> dict[str, Estimate]:
+    """Accuracies of models minus those of another model on the same test images, in points, overall and by group.
+
+    Every bootstrap sample has the same images for all models, so what makes an image hard for all of them cancels out.
+
+    Args:
+        predictions: Predicted class of each image, by model.
+        reference: Classes predicted by the other model.
+        labels: True class of each image.
+        groups: Class indices of each group.
+        level: See [`bootstrap_intervals`].
+        resamples: See [`bootstrap_intervals`].
+    """
+    classes = {name: np.asarray(found) for name, found in predictions.items()}
+    other, labels = np.asarray(reference), np.asarray(labels)
+
+    def leads(rows: np.ndarray) -> dict[str, dict[str, float]]:
+        behind = group_accuracies(other[rows], labels[rows], groups)
+        ahead = {name: group_accuracies(found[rows], labels[rows], groups) for name, found in classes.items()}
+        return {name: {group: 100 * (row[group] - behind[group]) for group in row} for name, row in ahead.items()}
+
+    return with_intervals(leads, labels, level, resamples)
+
+
+def points(value: float, interval: tuple[float, float]) -> str:
+    """A difference in points with its interval, such as `+6.0 [+2.0, +10.0]`."""
+    return f"{value:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
 
 
 def _drawn(member: np.ndarray, random: np.random.Generator) -> np.ndarray:

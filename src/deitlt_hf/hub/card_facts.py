@@ -51,10 +51,18 @@ class CardFacts:
 
     @property
     def evaluation(self) -> Mapping[str, Any] | None:
-        """The evaluation of the saved weights: of the last epoch, unless the best weights were loaded."""
-        last, best = self.results.get("last"), self.results.get("best")
-        step = self.results.get("saved_step")
-        return next((entry for entry in (last, best) if entry and step in (None, entry["step"])), None)
+        """The evaluation of the saved weights on test images: of the last epoch, unless the best weights were loaded.
+
+        If the run has validation images, the entries of the last and the best epoch are of these.
+        """
+        names = ("test",) if self.has_validation else ("last", "best")
+        entries, step = [self.results.get(name) for name in names], self.results.get("saved_step")
+        return next((entry for entry in entries if entry and step in (None, entry["step"])), None)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether validation images apart from the test images chose the best epoch."""
+        return "validation_images" in self.data
 
     @property
     def unmeasured_step(self) -> int | None:
@@ -69,12 +77,12 @@ class CardFacts:
     @property
     def better(self) -> Mapping[str, Any] | None:
         """The best evaluation, if the card shows another one; else None."""
-        best = self.results.get("best")
+        best = None if self.has_validation else self.results.get("best")
         return best if best and self.evaluation and best["step"] != self.evaluation["step"] else None
 
     @property
     def is_best(self) -> bool:
-        """Whether the saved weights are from an earlier step than the last, because they had the best test accuracy."""
+        """Whether the saved weights are from an earlier step than the last, because an evaluation chose them."""
         return self.evaluation is not None and self.evaluation["step"] != self.results["last"]["step"]
 
     @property

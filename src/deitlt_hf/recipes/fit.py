@@ -1,7 +1,9 @@
 """Chooses a recipe for a folder of images: every value with the reason for it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import yaml
 from ..data.copies import SIDE_OF_CROP
 from ..data.images import CACHED_SIDE
 from ..data.long_tail import class_counts, shot_groups
+from ..io import atomic_write
 
 # Sides of training images from which to choose: on a CPU, and on a GPU.
 SIZES = {False: (64, 48, 32), True: (224, 160, 128, 96, 64)}
@@ -97,6 +100,7 @@ class FittedRecipe:
         student_epochs: Epochs of the student.
         share: Number of epochs relative to [`standard_epochs`].
         notes: What to know before the run, in sentences.
+        seconds: Expected seconds of teacher and student; NaN without a trial.
     """
 
     choices: list[Choice]
@@ -105,6 +109,7 @@ class FittedRecipe:
     student_epochs: int
     share: float = 1.0
     notes: list[str] = field(default_factory=list)
+    seconds: tuple[float, float] = (math.nan, math.nan)
 
     def value(self, section: str, name: str) -> Any:
         """Value of a field; None if the recipe does not set it."""
@@ -137,6 +142,11 @@ class FittedRecipe:
                 text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
                 lines.append(f"  {name}: {text.strip().removesuffix('...').strip()}")
         return "\n".join(lines) + "\n"
+
+    def write(self, path: Path, title: str) -> None:
+        """Writes the recipe to a YAML file; see [`text`]."""
+        with atomic_write(path) as file:
+            file.write_text(self.text(title), encoding="utf-8")
 
 
 def sizes_for(folder: Folder, machine: Machine, wanted: int | None = None) -> list[int]:

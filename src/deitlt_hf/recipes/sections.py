@@ -16,6 +16,10 @@ from ..losses.entry import find
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 
+_NEED_ALL_IMAGES = (
+    *("imbalance_ratio", "max_per_class", "test_fraction", "validation_fraction"),
+    *("train_list", "test_list", "class_names"),
+)
 _SUBSET = ("imbalance_ratio", "imbalance_type", "max_per_class", "subset_seed")
 
 
@@ -42,10 +46,20 @@ class DataArguments:
     max_per_class: int | None = field(
         default=None, metadata={"help": "Training images of the largest class after subsampling."}
     )
-    subset_seed: int = field(default=0, metadata={"help": "Seed of the long-tailed subset, and of test_fraction."})
+    subset_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the long-tailed subset, of test_fraction and of validation_fraction."},
+    )
     test_split: str | None = field(default=None, metadata={"help": "Name of the test split."})
     test_fraction: float | None = field(
         default=None, metadata={"help": "Share of each class to set apart for testing, for data without a test split."}
+    )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each class of the training images to set apart: the best epoch, early stopping and "
+            "fusions are chosen on them, and the test images are used once, at the end."
+        },
     )
     train_list: str | None = field(default=None, metadata={"help": "List file of the training images."})
     test_list: str | None = field(default=None, metadata={"help": "List file of the test images."})
@@ -94,7 +108,7 @@ class DataArguments:
     def source(self) -> tuple[str, Mapping]:
         """Loads the unchanged splits. Returns a description of the source, and the splits."""
         if self.streaming:
-            for name in ("imbalance_ratio", "max_per_class", "test_fraction", "train_list", "test_list", "class_names"):
+            for name in _NEED_ALL_IMAGES:
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name} needs the whole data set before training; leave out this field or --streaming."
@@ -114,7 +128,11 @@ class DataArguments:
         )
 
     def load(self, source: Mapping | None = None) -> Mapping:
-        """Makes the training and test split from splits that [`source`] has loaded, or loads these first."""
+        """Makes the splits for training, testing and, on request, validation.
+
+        Args:
+            source: Splits that [`source`] has loaded; None loads them first.
+        """
         source = source if source is not None else self.source()[1]
         if self.streaming:
             return source
@@ -129,6 +147,7 @@ class DataArguments:
             subset_seed=self.subset_seed,
             test_split=self.test_split,
             test_fraction=self.test_fraction,
+            validation_fraction=self.validation_fraction,
             image_column=self.image_column,
             label_column=self.label_column,
             class_names=names,
@@ -142,6 +161,8 @@ class DataArguments:
         is_local = self.data_dir is not None or name != self.dataset
         if self.background is not None:
             names.append("background")
+        if self.validation_fraction is not None:
+            names += ["validation_fraction", "subset_seed"]
         return {field: getattr(self, field) for field in names} | {"dataset": name, "local_files": is_local}
 
     def groups(self, data: Mapping) -> ShotGroups:

@@ -6,14 +6,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..io import one_line
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..models.weight_files import check_model_files
-from .handler import is_hub_id, load_native
+from .handler import is_hub_id, load_native, native_config
 
 # Architecture names of a student: the name that is saved, and the name of the package's class.
 STUDENTS = ("DeiTForImageClassificationWithTeacher", "DeiTLTForImageClassification")
@@ -39,6 +40,39 @@ def _load_classifier(path: str, config: dict[str, Any]) -> PreTrainedModel:
         return FlatTeacherForImageClassification.from_pretrained(path) if is_flat_teacher else load_native(path)
 
 
+def load_backbone(path: str) -> PreTrainedModel:
+    """Loads an image model for its features, in float32 and evaluation mode.
+
+    A student is loaded as the DeiT of transformers, a teacher with its classifier, and any other model of transformers
+    or timm as `AutoModel` loads it.
+
+    Raises:
+        FileNotFoundError: If the path is local and has no model.
+        ValueError: If the model cannot be loaded, or weights of it are missing. A pooler may be missing.
+    """
+    if read_model_config(path).get("model_type") == FlatTeacherConfig.model_type:
+        return load_classifier(path).eval()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a missing pooler is no news
+    try:
+        with loading(path, "an image model"):
+            config = native_config(path)
+            if getattr(config, "mask_ratio", 0):  # an MAE would hide most patches
+                config.mask_ratio = 0.0
+            model, info = AutoModel.from_pretrained(
+                path, config=config, trust_remote_code=False, dtype="float32", output_loading_info=True
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}); its features "
+            "would be random."
+        )
+    return model.eval()
+
+
 def load_processor(path: str) -> BaseImageProcessor:
     """Loads the image processor of a model folder or Hub repository."""
     if Path(path).is_dir():
@@ -48,7 +82,7 @@ def load_processor(path: str) -> BaseImageProcessor:
 
 
 @contextlib.contextmanager
-def loading(path: str) -> Iterator[None]:
+def loading(path: str, kind: str = "an image classifier") -> Iterator[None]:
     """Reports in one sentence why a model, its configuration or its image processor cannot be loaded.
 
     Raises:
@@ -59,7 +93,7 @@ def loading(path: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # configuration fields of a wrong type can raise any exception
-        raise ValueError(f"{path} cannot be loaded as an image classifier: {one_line(error).rstrip('.')}.") from error
+        raise ValueError(f"{path} cannot be loaded as {kind}: {one_line(error).rstrip('.')}.") from error
 
 
 def read_model_config(path: str | PathLike) -> dict[str, Any]:

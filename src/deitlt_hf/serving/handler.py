@@ -193,14 +193,19 @@ def is_hub_id(name: str) -> bool:
     return not Path(name).parent.is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def load_native(path: str) -> PreTrainedModel:
-    """Loads any image classifier of transformers or timm, from a folder or the Hub; never runs code from there."""
+def native_config(path: str) -> Any:
+    """Loads the configuration of a model of transformers or timm; never runs code from its folder."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     # The type is compared by name: importing the configuration class would import timm.
     if config.model_type == "timm_wrapper" and config.model_args:
         # timm 1.0.31 writes the number of classes here too, and transformers 5.23 then passes it to the model twice.
         config.model_args.pop("num_classes", None)
-    return AutoModelForImageClassification.from_pretrained(path, config=config, trust_remote_code=False)
+    return config
+
+
+def load_native(path: str) -> PreTrainedModel:
+    """Loads any image classifier of transformers or timm, from a folder or the Hub; never runs code from there."""
+    return AutoModelForImageClassification.from_pretrained(path, config=native_config(path), trust_remote_code=False)
 
 
 def _load(path: str | os.PathLike) -> tuple[BaseImageProcessor, PreTrainedModel]:

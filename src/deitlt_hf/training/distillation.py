@@ -57,7 +57,7 @@ class DeiTLTTrainer(LongTailTrainer):
 
     Raises:
         ValueError: If the teacher does not have the student's classes, or if at the start of training it is no better
-            than chance on the test images.
+            than chance on the images of the evaluations.
     """
 
     arguments_class = DeiTLTTrainingArguments
@@ -197,7 +197,7 @@ class DeiTLTTrainer(LongTailTrainer):
     # ---- Before the first step ----
 
     def check_before_training(self) -> None:
-        """Checks the teacher on the test images, and records its accuracies.
+        """Checks the teacher on the images of the evaluations, and records its accuracies.
 
         Raises:
             ValueError: If `distillation` needs a teacher and none was given, or the teacher is no better than chance.
@@ -226,19 +226,20 @@ class DeiTLTTrainer(LongTailTrainer):
         if not args.needs_teacher:
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
+        kind = next(iter(self.images_of_evaluation)).partition("_")[0]  # test or validation images
         accuracies = (self.results.teacher or {}).get("accuracies") or {}
         untaught = [name for name in self.groups if accuracies.get(name) == 0]
         if untaught:
             lines["note"] = (
-                f"the teacher predicts no {' and no '.join(untaught)} test image correctly; DIST can hardly learn "
+                f"the teacher predicts no {' and no '.join(untaught)} {kind} image correctly; DIST can hardly learn "
                 "these classes from it. Train the teacher longer, or with another teacher_loss."
             )
         known = [f"{name} {100 * value:.1f}" for name, value in accuracies.items() if not math.isnan(value)]
-        return lines | {"teacher": f"{text}; test accuracy in %: {', '.join(known)}" if known else text}
+        return lines | {"teacher": f"{text}; {kind} accuracy in %: {', '.join(known)}" if known else text}
 
     @torch.no_grad()
     def check_teacher(self) -> dict[str, float]:
-        """Measures the teacher's accuracies on the test images, preprocessed by the student's pipeline.
+        """Measures the teacher's accuracies on the images of the evaluations, preprocessed by the student's pipeline.
 
         Raises:
             TeacherAtChanceError: If its balanced accuracy is below chance plus two standard errors.

@@ -45,7 +45,10 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
         "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
         "groups": trainer.group_rule,
         "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",
-        "test images": f"{trainer.test_images:,}" if trainer.test_images else "none",
+        **{
+            name.replace("_", " "): f"{number:,}" if number else "none"
+            for name, number in trainer.images_of_evaluation.items()
+        },
         "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "
         f"{args.gradient_accumulation_steps} accumulation step(s)",
         "learning rate": f"{args.learning_rate:.3g} at its peak, {args.warmup_epochs:g} epochs of warm-up",

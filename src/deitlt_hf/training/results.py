@@ -20,7 +20,8 @@ LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "ti
 class Results:
     """Record of a run in `results.json`: data, settings, and the accuracies of the last and of the best epoch.
 
-    Accuracies are fractions. A group without test images has null.
+    Accuracies are fractions. A group without test images has null. If the run has validation images, the last and the
+    best epoch are of these, and `test` has the accuracies of the saved weights on the test images.
 
     Args:
         output_dir: Folder of the file.
@@ -56,7 +57,8 @@ class Results:
             if resumed_step is not None and self.content.get(name, {}).get("step", 0) > resumed_step:
                 del self.content[name]
         self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
-        self.content.pop("weights_sha256", None)
+        for name in ("weights_sha256", "test"):
+            self.content.pop(name, None)
         names = label_names(config)
         self.content |= {
             "schema": SCHEMA,
@@ -70,7 +72,7 @@ class Results:
                 **self.data_of(trainer),
                 "groups": {name: [names[label] for label in group] for name, group in trainer.groups.items()},
                 "group_rule": trainer.group_rule,
-                "test_images": trainer.test_images,
+                **trainer.images_of_evaluation,
             },
             "teacher": self.teacher,
             "settings": trainer.settings(),
@@ -109,14 +111,14 @@ class Results:
 
     def record(self, epoch: float | None, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
         """Records an evaluation as the last one, and as the best one if the first expert is best overall."""
-        entry = {
-            "epoch": epoch or 0.0,
-            "step": step,
-            "accuracies": {expert: dict(row) for expert, row in accuracies.items()},
-        }
+        entry = _entry(epoch, step, accuracies)
         self.content["last"] = entry
         if "best" not in self.content or _overall(entry) > _overall(self.content["best"]):
             self.content["best"] = entry
+
+    def record_test(self, epoch: float, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
+        """Records the evaluation of the saved weights on test images that chose nothing."""
+        self.content["test"] = _entry(epoch, step, accuracies)
 
     def finish(self, seconds: float, steps: int, saved_step: int) -> None:
         """Marks the run as finished, with training time in seconds, steps, and the step of the saved weights."""
@@ -157,6 +159,14 @@ def read_emissions(folder: str | Path) -> Emissions | None:
         # A corrupt file of emissions must not fail a finished run.
         warnings.warn(f"{path} cannot be read ({one_line(error)}); the record has no emissions.", stacklevel=2)
         return None
+
+
+def _entry(epoch: float | None, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> dict:
+    return {
+        "epoch": epoch or 0.0,
+        "step": step,
+        "accuracies": {expert: dict(row) for expert, row in accuracies.items()},
+    }
 
 
 def _overall(entry: Mapping) -> float:

@@ -77,13 +77,15 @@ class LongTailTrainer(SharpnessAwareTrainer):
         args: Training arguments.
         train_dataset: Training images, or a [`StreamedSplit`] of training images. Not needed for evaluation only.
         eval_dataset: Test images, or a mapping from names to several test sets. `results.json` and checks use the first
-            set.
+            set. With a `test_dataset`, these are validation images.
         processing_class: Image processor for evaluation; by default created from the model's image size.
         groups: Class indices of head, medium and tail classes; by default those of [`shot_groups`].
         model_init: Function that creates the model, instead of `model`. Each call of `train` then starts with a new
             model, as `hyperparameter_search` requires.
         optimizers: An optimiser of the model's parameters or None, and its scheduler or None. None as scheduler uses
             the schedule of the method, scaled to the learning rates of the optimiser.
+        test_dataset: Test images that are used once, after training, for the saved weights; `eval_dataset` then chooses
+            the best epoch.
         **kwargs: Parameters of [`~transformers.Trainer`]. Metrics of `compute_metrics` are added to the trainer's
             metrics.
 
@@ -116,6 +118,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         groups: Mapping[str, Integers] | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
         optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        test_dataset: Dataset | None = None,
         **kwargs,
     ):
         self._check_parameters(model, args, model_init, kwargs)
@@ -124,6 +127,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
         # Data and model are checked completely before the model is changed.
         self._datasets = (train_dataset, eval_dataset)
+        self.test_dataset = test_dataset
         if model_init is not None:
             self.model_init = model_init
             set_seed(args.seed)
@@ -211,7 +215,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
                 checkpoint activations as the arguments require.
         """
         train, test = self._datasets
-        datasets = [train, *(test.values() if isinstance(test, dict) else [test])]
+        datasets = [train, *(test.values() if isinstance(test, dict) else [test]), self.test_dataset]
         self.class_names = common_classes(model.config, [dataset for dataset in datasets if dataset is not None])
         # Versions before transformers 5.23 know this name only; newer versions still accept it.
         asks = train is not None and self.args.gradient_checkpointing
@@ -402,6 +406,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
             evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
             if evaluates and self.results.last_step != self.state.global_step:
                 self.evaluate()
+            if self.test_dataset is not None and not self.stop_signal.stopped:
+                self._test()
         finally:
             self._recording = False
             self.run_file.is_open = False
@@ -418,6 +424,16 @@ class LongTailTrainer(SharpnessAwareTrainer):
         if self.is_world_process_zero():
             self.results.finish(time.perf_counter() - started, self.state.global_step, self.saved_step)
         return output
+
+    def _test(self) -> None:
+        """Evaluates the weights that will be saved on the test images, and records the accuracies."""
+        # Not by `evaluate`: callbacks such as early stopping would take the test images for validation images.
+        self.evaluation_loop(self.get_test_dataloader(self.test_dataset), description="Test", metric_key_prefix="test")
+        epoch, table = self.saved_step / self.steps_per_epoch(), self.last_table
+        self.results.record_test(epoch, self.saved_step, table.accuracies)
+        if self.is_world_process_zero():
+            table.title = f"epoch {epoch:g}, test images"
+            _show_with_notes(table)
 
     # ---- Moving average ----
 
@@ -614,15 +630,28 @@ class LongTailTrainer(SharpnessAwareTrainer):
                 self.results.write()
             for name, table in tables.items():
                 title = f"epoch {self.state.epoch:g}" if self.state.epoch else "evaluation"
+                is_validation = records and self.test_dataset is not None
+                title += ", validation images" * is_validation
                 table.title = f"{title}, {name}" if name else title
-                show(table)
-                if self.state.global_step >= self.state.max_steps:  # early in a run, the findings are no news
-                    for note in table.notes:
-                        print(f"Note: {note}", flush=True)
+                # Early in a run, the findings are no news.
+                if self.state.global_step >= self.state.max_steps and not is_validation:
+                    _show_with_notes(table)
+                else:
+                    show(table)
         return metrics
 
     @property
-    def test_images(self) -> int:
-        """Number of test images, over all test sets."""
+    def images_of_evaluation(self) -> dict[str, int]:
+        """Number of test images, over all test sets, and before it that of validation images, if there are any."""
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        return sum(len(images) for images in sets if images is not None)
+        number = sum(len(images) for images in sets if images is not None)
+        if self.test_dataset is None:
+            return {"test_images": number}
+        return {"validation_images": number, "test_images": len(self.test_dataset)}
+
+
+def _show_with_notes(table: ExpertTable) -> None:
+    """Prints a table of accuracies and what it means."""
+    show(table)
+    for note in table.notes:
+        print(f"Note: {note}", flush=True)

@@ -1,0 +1,204 @@
+"""Linear probe: a balanced logistic regression on the frozen features of a backbone."""
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from ..data.images import ImageCollator, ImageDataset
+from ..data.long_tail import Integers, class_counts, validation_split
+from ..evaluation.accuracy import ExpertTable, group_accuracies
+from ..evaluation.metrics import with_intervals
+from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from ..serving.classifiers import load_backbone, load_processor
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # inverse regularisation, C of scikit-learn
+HELD_OUT = 0.2  # share of each class on which the regularisation is chosen
+ITERATIONS = 1000
+CLS_TOKENS = ("cls_token", "class_embedding")  # names of the parameter in the models of transformers
+
+
+@dataclass
+class ProbeArguments:
+    """The backbone to probe, and the output."""
+
+    model: str = field(
+        metadata={
+            "help": "Folder or Hub id of a student, a teacher, or any image model of transformers or timm. Its weights "
+            "are not changed."
+        }
+    )
+    resamples: int = field(default=1000, metadata={"help": "Bootstrap samples for the intervals."})
+    json: str | None = field(
+        default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the table."}
+    )
+
+    def __post_init__(self):
+        if self.resamples < 1:
+            raise ValueError(f"resamples must be 1 or more, got {self.resamples}.")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The result of a linear probe.
+
+    Args:
+        model: The probed backbone.
+        predictions: Predicted class of each test image; (images,).
+        strength: The chosen inverse regularisation, C of scikit-learn.
+        held_out: Images on which it was chosen.
+        features: Number of features.
+        seconds: Time for features and regressions.
+    """
+
+    model: str
+    predictions: list[int]
+    strength: float
+    held_out: int
+    features: int
+    seconds: float
+
+
+def probe(path: str, data: Mapping) -> Probe:
+    """Fits a linear classifier to the frozen features of a backbone, and predicts the test images.
+
+    The images are those of an evaluation, without augmentation. The regularisation is chosen on the split `validation`,
+    or without it on a part of the training images, by the mean over the classes of the cross entropy; the classifier is
+    then fitted to all training images. Test images choose nothing.
+
+    Args:
+        path: Folder or Hub id of the backbone.
+        data: The splits `train`, `test` and, if there is one, `validation`.
+
+    Raises:
+        FileNotFoundError, ValueError: If the backbone cannot be loaded or has no features of an image.
+    """
+    started = time.perf_counter()
+    model = load_backbone(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    collate = ImageCollator(load_processor(path))
+    seen = {
+        split: _features(model, ImageDataset(images, "image", "label", background=collate.background), collate)
+        for split, images in data.items()
+    }
+    features, labels = seen["train"]
+    if "validation" in seen:
+        fitted, held_out = seen["train"], seen["validation"]
+    elif class_counts(labels).max() > 1:
+        fit_rows, held_rows = validation_split(labels, HELD_OUT)
+        fitted, held_out = (features[fit_rows], labels[fit_rows]), (features[held_rows], labels[held_rows])
+    else:  # nothing to choose on
+        fitted, held_out = seen["train"], (features[:0], labels[:0])
+    strength = choose_strength(*fitted, *held_out) if len(held_out[1]) else 1.0
+    predictions = _regression(strength, features, labels).predict(seen["test"][0])
+    size, seconds = features.shape[1], time.perf_counter() - started
+    return Probe(path, predictions.tolist(), strength, len(held_out[1]), size, round(seconds, 1))
+
+
+def choose_strength(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, held_labels: np.ndarray) -> float:
+    """The inverse regularisation with the lowest cross entropy on held-out images, with equal weight for every class.
+
+    Args:
+        features: Features to fit, (images, size).
+        labels: Their classes, (images,).
+        held_out: Features to choose on, (held-out images, size).
+        held_labels: Their classes, all of which are also in `labels`.
+    """
+    weights = compute_sample_weight("balanced", held_labels)
+    losses = []
+    for strength in STRENGTHS:
+        regression = _regression(strength, features, labels)
+        scores = regression.predict_proba(held_out)
+        losses.append(log_loss(held_labels, scores, sample_weight=weights, labels=regression.classes_))
+    return STRENGTHS[int(np.argmin(losses))]
+
+
+def _regression(strength: float, features: np.ndarray, labels: np.ndarray) -> Pipeline:
+    regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # with weak regularisation, which is rarely chosen
+        return make_pipeline(StandardScaler(), regression).fit(features, labels)
+
+
+@torch.no_grad()
+def _features(
+    model: PreTrainedModel, dataset: ImageDataset, collate: ImageCollator, batch_size: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of the images of a split, (images, size), and their classes, (images,)."""
+    parts, labels = [], []
+    for batch in DataLoader(dataset, batch_size, collate_fn=collate):
+        parts.append(pooled(model, batch["pixel_values"].to(model.device)).float().cpu().numpy())
+        labels.append(batch["labels"].numpy())
+    return np.concatenate(parts), np.concatenate(labels)
+
+
+def pooled(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """One feature vector for each image, (images, size).
+
+    It is what a classifier of the model reads: the input of a teacher's classifier, the CLS token of a ViT (of a DeiT,
+    CLS and DIST side by side), the image features of a CLIP, or the pooled output of any other model.
+
+    Args:
+        model: A model of [`load_backbone`].
+        pixel_values: Normalised images, (images, channels, height, width).
+
+    Raises:
+        ValueError: If the model gives none of these for an image.
+    """
+    if isinstance(model, FlatTeacherForImageClassification):
+        backbone: nn.Module = model.backbone
+        return backbone(pixel_values)
+    if hasattr(model, "get_image_features"):
+        features: Any = model.get_image_features
+        found = features(pixel_values=pixel_values)
+        return found if isinstance(found, torch.Tensor) else found.pooler_output  # by version of transformers
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"a {type(model).__name__} does not take images; give an image model.")
+    outputs: Any = model(pixel_values=pixel_values)
+    hidden, pooler = outputs.get("last_hidden_state"), outputs.get("pooler_output")
+    own = {name.rpartition(".")[2] for name, _ in model.named_parameters() if not name.startswith("timm_model.")}
+    if hidden is not None and hidden.ndim == 3 and own.intersection(CLS_TOKENS):
+        return hidden[:, : 1 + ("distillation_token" in own)].flatten(1)
+    if pooler is not None:
+        return pooler.flatten(1)
+    if hidden is None or hidden.ndim not in (3, 4):
+        raise ValueError(f"a {type(model).__name__} has no features of an image; give an image model.")
+    return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
+
+
+def probe_figures(
+    found: Probe, labels: Integers, groups: Mapping[str, Integers], resamples: int
+) -> tuple[ExpertTable, dict[str, Any]]:
+    """The table of a probe's accuracies with intervals, and its figures for `--json`.
+
+    Args:
+        found: The probe.
+        labels: True classes of the test images; (images,).
+        groups: Class indices of each group.
+        resamples: Number of bootstrap samples.
+    """
+    labels, predictions = np.asarray(labels), np.asarray(found.predictions)
+
+    def of(rows: np.ndarray) -> dict[str, dict[str, float]]:
+        return {"probe": group_accuracies(predictions[rows], labels[rows], groups)}
+
+    accuracies, intervals = with_intervals(of, labels, resamples=resamples)["probe"]
+    tested = class_counts(labels, 1 + max(int(labels.max()), *(max(group, default=0) for group in groups.values())))
+    title = f"linear probe of {found.model}"
+    table = ExpertTable(
+        title, {"probe": accuracies}, groups, tested.tolist(), intervals={"probe": intervals}, of="model"
+    )
+    facts = {name: value for name, value in asdict(found).items() if name != "predictions"}
+    return table, facts | {"accuracies": accuracies, "intervals": intervals}

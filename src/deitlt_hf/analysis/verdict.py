@@ -1,0 +1,185 @@
+"""Judges ways to train by their predictions for the same test images: accuracies, prices, an advice and its page."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+
+from ..data.long_tail import Integers, class_counts
+from ..evaluation.accuracy import ExpertTable, group_accuracies
+from ..evaluation.metrics import Estimate, paired_leads, points, with_intervals
+from ..io import atomic_write
+from .figures import draw_prices
+from .report import PAGE, Picture, percent
+
+ERROR = 0.05  # probability that any claim of the advice is wrong
+RESAMPLES = 2000  # the ends of the intervals of the claims are quantiles near 0.5 %
+FEWEST = 30  # test images of the tail below which the page says that they decide little
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one way to train gave, and what it cost.
+
+    Args:
+        name: Short name, such as that of its folder.
+        title: Name for readers.
+        what: How it was trained, in a sentence.
+        predictions: Predicted class of each test image; (images,).
+        seconds: Its price, with that of the teacher if it has one.
+        is_least: Whether the price lacks parts that were killed.
+    """
+
+    name: str
+    title: str
+    what: str
+    predictions: Sequence[int]
+    seconds: float
+    is_least: bool = False
+
+    @property
+    def price(self) -> str:
+        """The price in words."""
+        return f"{'at least ' * self.is_least}{self.seconds:,.0f} s"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Accuracies and differences of several ways to train, and the advice that they support.
+
+    Args:
+        accuracies: Fractions overall and by group with their 95 % intervals, by title.
+        leads: Differences from the first way in points with their intervals, by title.
+        level: Level of the intervals of the differences: all claims of the advice together hold at 95 %.
+        advice: One or two sentences.
+    """
+
+    accuracies: dict[str, Estimate]
+    leads: dict[str, Estimate]
+    level: float
+    advice: str
+
+
+def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, Integers]) -> Verdict:
+    """Compares outcomes with the first of them, which should be the simplest, on the same test images.
+
+    Args:
+        outcomes: Two or more.
+        labels: True class of each test image.
+        groups: Class indices of each group; the advice reads the last one as the tail.
+    """
+    labels, reference = np.asarray(labels), outcomes[0]
+    tail = list(groups)[-1]
+    classes = {outcome.title: np.asarray(outcome.predictions) for outcome in outcomes}
+
+    def of(rows: np.ndarray) -> dict[str, dict[str, float]]:
+        return {title: group_accuracies(found[rows], labels[rows], groups) for title, found in classes.items()}
+
+    # Each of the others is compared overall and on the tail (Bonferroni).
+    level = 1 - ERROR / (2 * (len(outcomes) - 1))
+    others = {title: predicted for title, predicted in classes.items() if title != reference.title}
+    leads = paired_leads(others, classes[reference.title], labels, groups, level, RESAMPLES)
+    return Verdict(with_intervals(of, labels), leads, level, advise(outcomes, leads, tail))
+
+
+def advise(outcomes: Sequence[Outcome], leads: Mapping[str, Estimate], tail: str) -> str:
+    """The way to take, in sentences that claim only what the intervals hold.
+
+    Args:
+        outcomes: The outcomes; the first is the reference.
+        leads: Differences of the others from it, with intervals, see [`paired_leads`].
+        tail: Name of the group of rare classes.
+    """
+    reference, *others = outcomes
+
+    def ahead(group: str) -> list[Outcome]:
+        shown = [outcome for outcome in others if leads[outcome.title].ends[group][0] > 0]
+        return sorted(shown, key=lambda outcome: -leads[outcome.title].values[group])
+
+    def lead(outcome: Outcome, group: str) -> str:
+        found = leads[outcome.title]
+        return points(found.values[group], found.ends[group])
+
+    better, on_tail = ahead("overall"), ahead(tail)
+    if not better:
+        text = f"Take {reference.title}: these test images do not show that another way is better overall."
+        if on_tail:
+            first = on_tail[0]
+            cost = " It is worse overall." if leads[first.title].ends["overall"][1] < 0 else ""
+            text += f" On your {tail} classes {first.title} pays: {lead(first, tail)} points.{cost}"
+        return text
+    best, *rest = better
+    ratio = best.seconds / reference.seconds if reference.seconds > 0 else math.inf
+    text = f"Take {best.title}: {lead(best, 'overall')} points overall against {reference.title}"
+    text += f", {lead(best, tail)} on your {tail} classes" * (best in on_tail)
+    text += f", at {ratio:.1f} times the price." if math.isfinite(ratio) and not reference.is_least else "."
+    if rest:
+        leads_of_rest = [f"{outcome.title} {lead(outcome, 'overall')}" for outcome in rest]
+        text += f" Also ahead: {', '.join(leads_of_rest)}."
+    if on_tail and best not in on_tail:
+        text += f" On your {tail} classes {on_tail[0].title} is ahead: {lead(on_tail[0], tail)}."
+    return text
+
+
+def table(
+    verdict: Verdict, outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, Integers]
+) -> ExpertTable:
+    """The table of a verdict for a terminal; each row has its price beside its name."""
+    names = {outcome.title: f"{outcome.title}, {outcome.price}" for outcome in outcomes}
+    rows = {names[title]: found.values for title, found in verdict.accuracies.items()}
+    intervals = {names[title]: found.ends for title, found in verdict.accuracies.items()}
+    num_classes = 1 + max(int(np.max(labels)), *(max(group, default=0) for group in groups.values()))
+    tested = class_counts(labels, num_classes).tolist()
+    return ExpertTable("comparison", rows, groups, tested, intervals=intervals, of="way, price")
+
+
+def write_page(
+    verdict: Verdict,
+    outcomes: Sequence[Outcome],
+    groups: Mapping[str, Integers],
+    tested: Mapping[str, int],
+    facts: Mapping[str, Any],
+    output: Path,
+) -> Path:
+    """Writes the page of a comparison: a self-contained `index.html`.
+
+    Args:
+        verdict: Accuracies, differences and advice.
+        outcomes: What was compared.
+        groups: Class indices of each group.
+        tested: Test images overall and of each group.
+        facts: What the page says of data and machine: `name`, `images`, `classes`, `unit` (of the price), `notes`.
+        output: Folder of the page.
+
+    Returns:
+        Path of the page.
+    """
+    from matplotlib.figure import Figure
+
+    tail = list(groups)[-1]
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    prices = [outcome.seconds for outcome in outcomes]
+    for axis, group in zip(figure.subplots(1, 2), ("overall", tail), strict=True):
+        rows = {title: (found.values[group], found.ends[group]) for title, found in verdict.accuracies.items()}
+        draw_prices(axis, prices, rows, group, facts["unit"])
+    template = Environment(autoescape=True).from_string(files(__package__).joinpath("verdict.html").read_text())
+    page = template.render(
+        verdict=verdict,
+        outcomes=outcomes,
+        columns=["overall", *groups],
+        tested=tested,
+        facts=facts,
+        percent=percent,
+        points=points,
+        picture=Picture("prices", "Accuracy over price", "", figure),
+        few=tested[tail] < FEWEST,
+        tail=tail,
+    )
+    with atomic_write(output / PAGE) as file:
+        file.write_text(page, encoding="utf-8")
+    return output / PAGE
