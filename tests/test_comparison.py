@@ -1,6 +1,7 @@
 """Comparing ways to train: `deitlt compare`, its advice and its page."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from deitlt_hf import comparison, quickstart
 from deitlt_hf.analysis.verdict import Outcome, judge
 from deitlt_hf.cli import main
 from deitlt_hf.recipes import load_recipe
+from deitlt_hf.training.distillation import TeacherAtChanceError
 from deitlt_hf.training.trial import StepTimes
 
 SHORT = ["--image_size", "16", "--teacher_epochs", "15", "--num_train_epochs", "5", "--hidden_size", "32"]
@@ -61,6 +63,21 @@ def test_a_comparison_continues_and_trains_nothing_twice(compared):
         assert record["arms"][name] == earlier["arms"][name]
     assert "ours" not in earlier["arms"]
     assert not any(entry["is_running"] or entry["is_least"] for entry in record["arms"].values())
+
+
+def test_a_way_whose_teacher_is_at_chance_is_left_out(compared, colours, tmp_path, monkeypatch, capsys):
+    """The other ways are judged: their trainings are not lost."""
+    output = tmp_path / "copy"
+    shutil.copytree(compared[0], output)
+    shutil.rmtree(output / "ours")
+
+    def refused(*_):
+        raise TeacherAtChanceError("the teacher is no better than chance.")
+
+    monkeypatch.setattr(comparison, "distill", refused)
+    main(["compare", str(colours), "--output_dir", str(output)])
+    assert "Note: the teacher is no better than chance. ours is left out." in capsys.readouterr().out
+    assert list(json.loads((output / "comparison.json").read_text())["ways"]) == ["cnn", "labels", "deit_lt"]
 
 
 def test_price_and_accuracy_of_each_way_are_recorded(compared):

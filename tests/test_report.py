@@ -37,7 +37,8 @@ from helpers import CHROMIUM, make_student
 
 DATA = {"dataset": "digits", "imbalance_ratio": 10, "max_per_class": 60}
 FIGURES = [
-    "classes", "accuracy", "outcomes", "gains", "attention_distance", "rank", "spectrum", "group_rank", "similarity",
+    "classes", "accuracy", "confusion_matrix",
+    "outcomes", "gains", "attention_distance", "rank", "spectrum", "group_rank", "similarity",
     "flatness", "confusions", "attention",
 ]  # fmt: skip
 

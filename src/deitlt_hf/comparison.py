@@ -36,6 +36,7 @@ from .quickstart import (
 from .recipes import DataArguments, fill_arguments, load_recipe
 from .recipes.fit import SMALL, FittedRecipe
 from .serving.classifiers import load_model, load_processor
+from .training.distillation import TeacherAtChanceError
 from .training.output_folder import check_output_dir
 from .training.results import Results
 from .training.runs import distill, train_teacher
@@ -253,7 +254,11 @@ def _run(output: Path) -> Verdict:
         else:
             if arm.is_taught:
                 _train(recipe, "teacher", output / SHARED_TEACHER, record)
-            _train(own, arm.section, folder, record)
+            try:
+                _train(own, arm.section, folder, record)
+            except TeacherAtChanceError as error:
+                print(f"Note: {error} {arm.title} is left out.", flush=True)
+                continue
             predictions = _predictions(folder, data)
         outcomes.append(record.outcome(name, arm, predictions))
         gc.collect()

@@ -10,6 +10,7 @@ from ..evaluation.accuracy import COLOURS
 
 GROUP_COLOURS = ("#4c72b0", "#8172b3", "#c44e52", "#937860", "#64b5cd")
 WAY_COLOURS = ("#937860", "#4c72b0", "#dd8452", "#8172b3", "#c44e52", "#55a868")
+MOST_NAMES = 40  # classes whose names fit next to an axis
 OUTCOME_COLOURS = {"both": "#8c8c8c", "only_cls": "#dd8452", "only_distillation": "#55a868", "neither": "#e5e5e5"}
 
 
@@ -77,6 +78,27 @@ def draw_prices(
     axis.margins(x=0.15)
     if group == "overall":
         axis.legend(fontsize=8)
+
+
+def draw_confusion(axis, matrix: np.ndarray, counts: Integers, names: Sequence[str]) -> None:
+    """Draws the share of each class's test images that is predicted as each class, the most frequent class first.
+
+    Args:
+        axis: A matplotlib axis.
+        matrix: Test images by true and predicted class, (classes, classes).
+        counts: Training images of each class.
+        names: Short names of the classes, which are written if they fit.
+    """
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    totals = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = axis.imshow(100 * (matrix / totals)[order][:, order], cmap="Blues", vmin=0, vmax=100)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("class, by training images")
+    if len(names) <= MOST_NAMES:
+        shown = [literal(names[label]) for label in order]
+        axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(shown)), shown, fontsize=8)
+    axis.figure.colorbar(image, ax=axis, label="test images of the class in %")
 
 
 def draw_gains(axis, gains: np.ndarray, counts: Integers) -> None:

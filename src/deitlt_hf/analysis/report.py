@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import Environment
+from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
@@ -35,6 +36,7 @@ from .pictures import shorten
 
 SHOWN = 10  # images in a row
 PAGE, REPORT_FILE = "index.html", "report.json"
+MOST_IN_MATRIX = 400  # classes; cells of a larger matrix would be smaller than a pixel
 RHOS = (0.0125, 0.025, 0.05, 0.1)  # around 0.05, the radius in the paper of SAM
 
 
@@ -141,6 +143,8 @@ def analyze(
                  lambda axis: figures.draw_accuracies(axis, found, intervals, list(groups))),
     ]  # fmt: skip
     findings = {"class_accuracies": per_class}
+    if len(names) <= MOST_IN_MATRIX:
+        pictures.append(_confusion(observed, counts, names))
     if "distillation" in observed.logits:
         pictures += _of_experts(observed, counts, groups, findings)
     if agreement is not None:
@@ -236,6 +240,20 @@ def _share_axes(sections: Sequence[Section]) -> None:
         ends = [axis.get_ylim() for axis in axes]
         for axis in axes:
             axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+
+
+def _confusion(observed: Observed, counts: Integers, names: Sequence[str]) -> Picture:
+    from matplotlib.figure import Figure
+
+    matrix = confusion_matrix(observed.labels, observed.predictions("mean"), labels=range(len(names)))
+    side = min(3.6 + 0.12 * len(names), 7.5)
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    figures.draw_confusion(figure.subplots(), matrix, counts, [shorten(name) for name in names])
+    how = (
+        "Each row is a class, the most frequent first, and shows what its test images are taken for. Errors below the "
+        "diagonal are rare classes that are taken for more frequent ones."
+    )
+    return Picture("confusion_matrix", "Confusion matrix", how, figure)
 
 
 def _of_experts(observed: Observed, counts, groups, findings: dict) -> list[Picture]:

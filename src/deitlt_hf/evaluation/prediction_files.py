@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from sklearn.metrics import confusion_matrix
 
 from ..data.loading import find_columns
 from ..io import atomic_write
@@ -60,8 +61,7 @@ def write_predictions(
             for index, name in enumerate(names)
         ),
     )
-    confusion = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(confusion, (labels, by_model[first]), 1)
+    confusion = confusion_matrix(labels, by_model[first], labels=range(len(names)))
     _write(
         folder / CONFUSION_FILE,
         ["label", *names],
