@@ -22,6 +22,7 @@ from transformers import Trainer
 
 from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer, quickstart
 from deitlt_hf.analysis.budget import PlanArguments
+from deitlt_hf.analysis.probing import ProbeArguments
 from deitlt_hf.analysis.reporting import AnalysisArguments
 from deitlt_hf.cli import main
 from deitlt_hf.cli.evaluate import FusionArguments
@@ -269,6 +270,10 @@ def test_analysis_page():
             )
         else:
             parse_arguments(section, classes, arguments.split())
+    probes = re.findall(r"^deitlt probe (.*)$", page, flags=re.MULTILINE)
+    assert len(probes) == 2
+    for arguments in probes:
+        parse_arguments("data", (ProbeArguments, DataArguments), arguments.split())
     for module, names in re.findall(r"^\| `(deitlt_hf\.analysis\.\w+)` \| (.*) \|$", page, flags=re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
             assert hasattr(importlib.import_module(module), name), name
