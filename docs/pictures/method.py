@@ -47,7 +47,9 @@ def draw(axis) -> None:
     axis.text(50, 101, "one training image,\naugmented and mixed", va="center", fontsize=FONT)
 
     # The student, with its tokens, and the teacher.
-    axis.add_patch(FancyBboxPatch((2, 60), 60, 25, "round,pad=0,rounding_size=1.5", facecolor="#f3f3f3", edgecolor=LABEL))
+    axis.add_patch(
+        FancyBboxPatch((2, 60), 60, 25, "round,pad=0,rounding_size=1.5", facecolor="#f3f3f3", edgecolor=LABEL)
+    )
     axis.text(32, 81, "student: Vision Transformer", ha="center", va="center", fontsize=FONT, weight="bold")
     box(axis, 12, 69, 15, 9, "CLS", CLS)
     for column in range(3):
@@ -85,7 +87,7 @@ def main() -> None:
     axis.set(xlim=(0, 100), ylim=(1, 111))
     axis.axis("off")
     draw(axis)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
