@@ -4,12 +4,14 @@ python docs/tutorials/run.py
 python docs/tutorials/run.py publish   # with the folder of an earlier run
 
 A server on the loopback interface takes the place of the Hub, and nothing else needs a network. The tutorials run in
-build/tutorials, in the order of `TUTORIALS`, because a later one uses the models of an earlier one.
+the folder deitlt_tutorials of the temporary files, in the order of `TUTORIALS`: a later one uses the models of an
+earlier one.
 """
 
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -18,9 +20,12 @@ from nbclient import NotebookClient
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TUTORIALS = ("own_images", "paper", "experts", "publish")
-FOLDER = ROOT / "build" / "tutorials"
+FOLDER = Path(tempfile.gettempdir()) / "deitlt_tutorials"
 TOKEN = "hf_tutorial"
-STEP_LINES = re.compile(r"((?:^epoch [\d.]+  step .*\n){2})(?:^epoch [\d.]+  step .*\n)+(^epoch .*\n)", re.MULTILINE)
+# What a training prints between its first line and its last table of accuracies.
+TRAINING = re.compile(
+    r"(^epoch .* step .*\n)(?:^(?:epoch |[┏┃┡│├└]|accuracy in %|[\d.]+ s a step).*\n)+(?=^epoch \S+\n)", re.M
+)
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -67,7 +72,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
 
 
 def tidy(outputs: list) -> list:
-    """Outputs without progress bars and escape codes, with one text for each stream, and with few lines of a log."""
+    """Outputs without progress bars and escape codes, with one text for each stream, and without most of a log."""
     kept: list = []
     for output in outputs:
         if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
@@ -76,8 +81,8 @@ def tidy(outputs: list) -> list:
             kept.append(output)
     for output in kept:
         if output.output_type == "stream":
-            text = re.sub(r"\x1b\[[\d;]*m", "", output.text)
-            output.text = re.sub(r" +$", "", STEP_LINES.sub(r"\1...\n\2", text), flags=re.MULTILINE)
+            text = re.sub(r"\x1b\[[\d;]*m| +$", "", output.text, flags=re.M)
+            output.text = TRAINING.sub(r"\1...\n", text)
     return kept
 
 

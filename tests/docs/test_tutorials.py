@@ -11,8 +11,8 @@ SPEC = importlib.util.spec_from_file_location("tutorials", ROOT / "docs" / "tuto
 tutorials = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tutorials)
 SHORTER = {
-    "own_images": {"--teacher_epochs 40 --num_train_epochs 60": "--teacher_epochs 8 --num_train_epochs 1"},
-    "paper": {"--num_train_epochs 40 --drw_start_epoch 28": "--num_train_epochs 2 --drw_start_epoch 1"},
+    "own_images": {"--teacher_epochs 40 --num_train_epochs 60": "--teacher_epochs 15 --num_train_epochs 1"},
+    "paper": {"--num_train_epochs 60 --drw_start_epoch 40": "--num_train_epochs 2 --drw_start_epoch 1"},
 }
 
 
