@@ -81,7 +81,7 @@ def tidy(outputs: list) -> list:
             kept.append(output)
     for output in kept:
         if output.output_type == "stream":
-            text = re.sub(r"\x1b\[[\d;]*m| +$", "", output.text, flags=re.M)
+            text = re.sub(r" +$", "", re.sub(r"\x1b\[[\d;]*m", "", output.text), flags=re.M)
             output.text = TRAINING.sub(r"\1...\n", text)
     return kept
 
