@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="deitlt-hf",
-    version="0.1.0",
+    version="0.2.0",
     description="DeiT-LT: Vision Transformers trained from scratch on long-tailed images, for transformers",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -53,14 +53,22 @@ setup(
     extras_require={
         "analysis": ["curvlinops-for-pytorch>=3", "matplotlib>=3.8"],
         "demo": ["gradio>=6.31,<7", "matplotlib>=3.8"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-gen-files>=0.5", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-gen-files>=0.5",
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=0.29",
+            "nbconvert>=7.16",
+        ],
         "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.7"],
         "dev": [
             "curvlinops-for-pytorch>=3",
             "gradio>=6.31,<7",
             "hypothesis>=6",
+            "ipykernel>=6.29",
             "matplotlib>=3.8",
             "mypy>=1.15",
+            "nbclient>=0.10",
             "onnx>=1.18",
             "onnxruntime>=1.20",
             "onnxscript>=0.7",

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public names and their modules. They are imported on first use, which keeps `import deitlt_hf` fast.
 _MODULES = {

@@ -20,6 +20,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
+import deitlt_hf
 from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer, quickstart
 from deitlt_hf.analysis.budget import PlanArguments
 from deitlt_hf.analysis.probing import ProbeArguments
@@ -38,11 +39,19 @@ from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArgum
 from helpers import ROOT, filled_state_dict, make_student, save_image
 
 README, TRAINING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "training.md").read_text()
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "docs").rglob("*.ipynb"))]
 
 
 def blocks(text, language="python"):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def text_of(page):
+    """The Markdown of a page or a notebook."""
+    text = page.read_text()
+    if page.suffix != ".ipynb":
+        return text
+    return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
 
 
 @pytest.fixture
@@ -169,11 +178,11 @@ def test_pages_name_every_recipe_and_only_scripts_and_targets_that_exist():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings(page):
-    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
+    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", text_of(page)):
         name, _, anchor = link.partition("#")
         file = page.parent / name if name else page
         assert file.exists(), link
-        headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE) if anchor else []
+        headings = re.findall(r"^#+ (.*)$", text_of(file), flags=re.MULTILINE) if anchor else []
         names = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
         assert not anchor or anchor in names, link
 
@@ -194,6 +203,15 @@ def test_commands_of_the_training_page_are_valid(tmp_path, monkeypatch, capsys):
         assert f"| `{name}` |" in TRAINING
     for number in (*fit.TEACHER_EPOCHS, *fit.STUDENT_EPOCHS, f"{fit.TEACHER_IMAGES:,}", f"{fit.STUDENT_IMAGES:,}"):
         assert str(number) in TRAINING
+
+
+def test_the_version_is_the_same_everywhere():
+    """Package, metadata, citation and the newest release of the changelog have one version."""
+    released = re.findall(
+        r"^## \[(\d[\d.]*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
+    )
+    assert f'version="{deitlt_hf.__version__}"' in (ROOT / "setup.py").read_text()
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == deitlt_hf.__version__ == released[0]
 
 
 def test_fields_of_the_record_on_the_page_are_all_there_are():
