@@ -39,16 +39,18 @@ class EndpointHandler:
 
     Args:
         path: Folder or Hub id of the model.
+        device: Device of the model in torch's notation, such as `cuda:1`; by default the GPU if there is one.
 
     Raises:
         FileNotFoundError: If the folder does not exist, or holds no model.
         ValueError: If the path holds no image classifier that transformers knows, or the Hub has no such model.
     """
 
-    def __init__(self, path: str | os.PathLike = ""):
+    def __init__(self, path: str | os.PathLike = "", device: str | None = None):
         self.processor, model = _load(path)
         self.background = getattr(self.processor, "background", None)  # as in training
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(device).eval()  # type: ignore[arg-type]
         self._observed = _observed(self.model)
         num_labels = self.model.config.num_labels
         counts = getattr(self.model.config, "class_counts", None) or []
