@@ -109,7 +109,8 @@ def compare(model: str, paths: list[str], rounds: int, batch_size: int) -> dict:
     """Measures both in turn and compares their answers."""
     ways = {"pipeline": Pipeline(model, paths), "deitlt predict": Predict(model, batch_size)}
     (labels, scores), (our_labels, our_scores) = (way(paths) for way in ways.values())
-    assert our_labels == labels and np.abs(our_scores - scores).max() < TOLERANCE, "the answers differ"
+    assert our_labels == labels
+    np.testing.assert_allclose(our_scores, scores, rtol=0, atol=TOLERANCE)
     rates = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():

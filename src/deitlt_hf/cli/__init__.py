@@ -19,6 +19,7 @@ COMMANDS = {  # command, its module, and its description; in the order of use in
     "evaluate": ("evaluate", "print the accuracy of each expert of a model on head, mid and tail classes"),
     "analyze": ("analyze", "write an HTML report on the experts of a model"),
     "sharpness": ("sharpness", "measure the flatness of a model's loss"),
+    "calibrate": ("calibrate", "fit prediction sets that hold the true class with a wanted probability"),
     "predict": ("predict", "classify image files"),
     "demo": ("demo", "serve a web page that classifies images"),
     "convert": ("convert", "convert a checkpoint of the DeiT-LT authors to a model folder"),

@@ -4,7 +4,7 @@ deitlt predict --model outputs/digits_lt_fast/student photo.jpg photos/ 'more/**
 deitlt predict --model outputs/digits_lt_fast/student --experts --csv photos/ > predictions.csv
 find photos -newer yesterday | deitlt predict --model DIR_OR_HUB_ID --jsonl - > predictions.jsonl
 deitlt predict --model DIR_OR_HUB_ID photos/ --output predictions --features tokens
-accelerate launch scripts/predict.py --model DIR_OR_HUB_ID photos/ --output predictions
+accelerate launch --no_python deitlt predict --model DIR_OR_HUB_ID photos/ --output predictions
 """
 
 import argparse
@@ -33,6 +33,7 @@ from ..serving.shards import FEATURES, FORMATS, Contents, Shards, predict_shards
 from .parser import command_parser
 
 COLUMNS = ("image", "rank", "label", "score", "group", "training_images")
+SHOWN = 20  # classes of a prediction set that are printed as text
 FOLDER_OPTIONS = ("format", "features", "shard_size")
 EXPERT_COLUMNS = ("cls_score", "distillation_score", "cls_label", "distillation_label")
 
@@ -101,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_workers",
         type=int,
-        help="processes that read images, each two batches ahead; by default none for printing, and as many as the "
-        "machine has cores for, at most 8, with --output",
+        help="processes that read images, each two batches ahead; by default 0, and with --output up to 8 if the "
+        "model is on a GPU, or up to 2 if it is on the CPU, which it needs itself",
     )
     folder = parser.add_argument_group("many images")
     folder.add_argument(
@@ -195,8 +196,8 @@ def default_workers(state: PartialState) -> int:
 def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None) -> bool:
     """Prints each result as soon as it is ready; returns whether all images could be read."""
     quiet_log()
-    write = _writer(args)
     classifier = load_classifier(args.model, args.device)
+    write = _writer(args, classifier.coverage is not None)
     done = unreadable = 0
     # A progress bar would mix with results on the same terminal.
     is_bar_hidden = sys.stdout.isatty() or not sys.stderr.isatty()
@@ -221,10 +222,10 @@ def _without_experts(result: Result) -> Result:
         {name: value for name, value in prediction.items() if name not in EXPERT_COLUMNS}
         for prediction in result["predictions"]
     ]
-    return {"predictions": predictions}
+    return {name: value for name, value in result.items() if name not in EXPERTS} | {"predictions": predictions}
 
 
-def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
+def _writer(args: argparse.Namespace, has_sets: bool) -> Callable[[str, Result], None]:
     if args.jsonl:
         return _write_json
     if not args.csv:
@@ -232,13 +233,15 @@ def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
     # File names are bytes that may not be valid text; surrogateescape writes them unchanged.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    columns = COLUMNS + (EXPERT_COLUMNS if args.experts else ())
+    columns = COLUMNS + (EXPERT_COLUMNS if args.experts else ()) + (("prediction_set",) if has_sets else ())
     # A file name can hold a carriage return, which Python before 3.13 quotes only with QUOTE_NONNUMERIC.
     table = csv.DictWriter(sys.stdout, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     table.writeheader()
 
     def write(path: str, result: Result) -> None:
         choices = {f"{expert}_label": result[expert]["label"] for expert in EXPERTS if expert in result}
+        if has_sets:
+            choices["prediction_set"] = json.dumps(result["prediction_set"]["labels"], ensure_ascii=False)
         for rank, prediction in enumerate(result["predictions"], start=1):
             table.writerow({"image": path, "rank": rank} | prediction | choices)
 
@@ -261,3 +264,7 @@ def _write_text(path: str, result: Result) -> None:
     if "cls" in result:
         choices = (f"{expert} says {result[expert]['label']}" for expert in EXPERTS)
         print(f"          {', '.join(choices)}")
+    if "prediction_set" in result:
+        labels = result["prediction_set"]["labels"]
+        others = f" and {len(labels) - SHOWN} others" if len(labels) > SHOWN else ""
+        print(f"          {result['prediction_set']['coverage']:.0%} set: {', '.join(labels[:SHOWN])}{others}")

@@ -60,6 +60,11 @@ class EndpointHandler:
         self.group_of = {label: name for name, labels in groups.items() for label in labels}
         if max(self.group_of, default=0) >= num_labels or (counts and len(counts) != num_labels):
             self.group_of = {}
+        sets = getattr(self.model.config, "prediction_sets", None) or {}
+        thresholds = [sets.get("thresholds", {}).get(self.group_of.get(label, "all")) for label in range(num_labels)]
+        is_of_classes = sets.get("num_labels") == num_labels and None not in thresholds
+        self.coverage = sets["coverage"] if is_of_classes else None  # None: the model has no prediction sets
+        self._thresholds = torch.tensor(thresholds if is_of_classes else [])
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Classifies the images of a request.
@@ -76,6 +81,8 @@ class EndpointHandler:
               `score`, `cls_score`, `distillation_score` (softmax of the mean, and of each expert's logits), `group` and
               `training_images` (None if the model's configuration does not have them).
             - `cls`, `distillation`: `label` and `score` of the best class of each expert.
+            - `prediction_set`, if the model's configuration has thresholds for it (`deitlt calibrate`): `labels`, the
+              best first, which hold the true class with the probability `coverage` in every group of classes.
             - `attention`, if requested: for each token, attention rollout (Abnar and Zuidema, ACL 2020) over the
               patches, in rows and columns, scaled to a maximum of 1.
 
@@ -167,7 +174,22 @@ class EndpointHandler:
                 score, label = of_image[f"{expert}_score"].max(dim=-1)
                 result[expert] = {"label": self.model.config.id2label[label.item()], "score": score.item()}
             results.append(result)
+        if self.coverage is not None:
+            for result, labels in zip(results, self.prediction_sets(scores["score"])):
+                names = [self.model.config.id2label[label] for label in labels]
+                result["prediction_set"] = {"coverage": self.coverage, "labels": names}
         return results
+
+    def prediction_sets(self, scores: torch.Tensor) -> list[list[int]]:
+        """Returns the classes of each image whose scores reach the thresholds of their groups, the best class first.
+
+        Args:
+            scores: Softmax of the logits, on the CPU; (images, classes).
+        """
+        order = scores.argsort(dim=-1, descending=True)
+        is_in = (scores >= self._thresholds).gather(-1, order)
+        is_in[:, 0] = True  # no set is empty
+        return [labels[chosen].tolist() for labels, chosen in zip(order, is_in)]
 
     def _prediction(self, label: int, scores: dict[str, torch.Tensor]) -> dict[str, Any]:
         return {

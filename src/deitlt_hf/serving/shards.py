@@ -168,8 +168,8 @@ class Tabulator:
 
     The columns are `image`; `error`, a sentence if the file could not be read, in which case the others are empty; and
     `label`, `score`, `group` and `training_images` of the best class. With experts, `cls_label`, `cls_label_score`,
-    `distillation_label` and `distillation_label_score` are the choice of each; then come `label_2`, `score_2` and so
-    on, and the features, such as `cls_features`.
+    `distillation_label` and `distillation_label_score` are the choice of each. Then come `prediction_set`, if the model
+    has thresholds for it; `label_2`, `score_2` and so on; and the features, such as `cls_features`.
 
     Raises:
         ValueError: If the model has no features of the wanted name.
@@ -177,6 +177,7 @@ class Tabulator:
 
     def __init__(self, classifier: EndpointHandler, contents: Contents):
         self.classifier, self.model = classifier, classifier.model
+        self.is_csv = contents.format == "csv"
         classes = range(self.model.config.num_labels)
         self.labels = pa.array([str(self.model.config.id2label[label]) for label in classes], pa.string())
         self.groups = pa.array([classifier.group_of.get(label) for label in classes], pa.string())
@@ -234,6 +235,8 @@ class Tabulator:
         for expert in self.experts:
             score, label = (values.numpy() for values in outputs[expert].max(dim=-1))
             columns |= {f"{expert}_label": self.labels.take(pa.array(label)), f"{expert}_label_score": pa.array(score)}
+        if self.classifier.coverage is not None:
+            columns["prediction_set"] = self._sets(outputs["score"])
         for rank in range(1, self.top_k):
             columns[f"label_{rank + 1}"] = self.labels.take(pa.array(labels[rank]))
             columns[f"score_{rank + 1}"] = pa.array(scores[rank])
@@ -241,6 +244,14 @@ class Tabulator:
             values = outputs[name]
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), values.shape[1])
         return columns
+
+    def _sets(self, scores: torch.Tensor) -> pa.Array:
+        """Names of the classes in the prediction set of each image; CSV, which has no lists, holds them as JSON."""
+        names = self.labels.to_pylist()
+        sets = [[names[label] for label in labels] for labels in self.classifier.prediction_sets(scores)]
+        if self.is_csv:
+            return pa.array([json.dumps(labels, ensure_ascii=False) for labels in sets], pa.string())
+        return pa.array(sets, pa.list_(pa.string()))
 
 
 def last_layer(model: PreTrainedModel) -> torch.nn.Module:
@@ -263,6 +274,7 @@ def model_digest(classifier: EndpointHandler) -> str:
         {str(label): name for label, name in classifier.model.config.id2label.items()},
         {str(label): name for label, name in classifier.group_of.items()},
         classifier.training_images,
+        getattr(classifier.model.config, "prediction_sets", None),
         classifier.processor.to_dict(),
     ]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
