@@ -1,6 +1,7 @@
 """Tests of prediction sets: their coverage in every group, and the way from `calibrate` to the answers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from deitlt_hf.cli.predict import main as predict
 from deitlt_hf.data import image_processor
 from deitlt_hf.evaluation.fusion import RULES, fit_fusion, fold
 from deitlt_hf.evaluation.prediction_sets import fit_prediction_sets, needed_images
-from deitlt_hf.hub import write_card
+from deitlt_hf.hub.cards import write_card
 from deitlt_hf.serving.classifiers import load_model
 from deitlt_hf.serving.prediction import load_classifier
+from deitlt_hf.serving.web_demo import Explanation
 from helpers import make_student, save_image
 
 GROUPS = {"head": [0, 1, 2], "mid": [3, 4, 5], "tail": [6, 7, 8, 9]}
@@ -118,6 +120,8 @@ def test_calibrate_stores_a_rule_that_all_answers_use(calibrated, tmp_path, caps
     assert f"80% set: {', '.join(expected)}" in capsys.readouterr().out
     predict(["--model", str(calibrated), str(path), "--csv"])
     assert json.dumps(expected).replace('"', '""') in capsys.readouterr().out
+    page = Explanation(calibrated)(path.read_bytes())
+    assert re.search(rf"<h2>Prediction set</h2>\s*<p>{', '.join(expected)}</p>", page)
     assert "holds the true class with a probability of 80.0 %" in (calibrated / "README.md").read_text()
 
 

@@ -21,7 +21,16 @@ from deitlt_hf.io import file_sha256, weights_digest
 from deitlt_hf.records import read_record
 from deitlt_hf.training import resuming
 from deitlt_hf.training.run_log import read_log
-from helpers import StopAt, assert_same, make_student, student_trainer, teacher_trainer, trainer_of, weights
+from helpers import (
+    StopAt,
+    assert_same,
+    make_student,
+    student_arguments,
+    student_trainer,
+    teacher_trainer,
+    trainer_of,
+    weights,
+)
 
 
 class DrawNumbers(TrainerCallback):
@@ -55,6 +64,35 @@ def test_interrupted_and_undisturbed_runs_end_alike(tmp_path, digits, teacher, k
     assert_same(weights(trainer), weights(undisturbed))
     if kind == "paco":
         assert_same(trainer.contrast.state_dict(), undisturbed.contrast.state_dict())
+
+
+def test_a_run_with_balanced_classes_resumes_exactly_and_differs_from_a_uniform_one(tmp_path, digits, teacher):
+    values = {"sampling": "class_balanced", "num_train_epochs": 2, "drw_start_epoch": None}
+    ends = {}
+    for sampling in ("class_balanced", "uniform"):
+        trainer = trainer_of("student", tmp_path / sampling, digits, teacher, **{**values, "sampling": sampling})
+        trainer.train()
+        ends[sampling] = weights(trainer)
+    trainer = trainer_of("student", tmp_path / "cut", digits, teacher, save_steps=5, **values)
+    trainer.add_callback(StopAt(7))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer = trainer_of("student", tmp_path / "cut", digits, teacher, save_steps=5, **values)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(weights(trainer), ends["class_balanced"])
+    assert not torch.equal(ends["uniform"]["cls_classifier.weight"], ends["class_balanced"]["cls_classifier.weight"])
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"sampling": "fair"}, "sampling must be one of uniform, class_balanced"),
+        ({"sampling": "class_balanced", "repeated_augmentation": 3}, "repeated_augmentation must be 1 with sampling"),
+    ],
+)
+def test_a_sampling_that_cannot_be_used_is_refused(tmp_path, values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        student_arguments(tmp_path, **values)
 
 
 def test_other_seeds_give_other_weights(tmp_path, digits, teacher):

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
-from ..data.sampling import ROUND, check_repeats
+from ..data.sampling import ROUND, SAMPLINGS, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, TEACHER_LOSSES, DistillationLoss, LossOptions, TeacherLoss
 from ..losses.entry import listed
@@ -112,6 +112,12 @@ class LongTailTrainingArguments(TrainingArguments):
         "Epoch (counted from 0) at which deferred re-weighting (DRW) of the classes starts. None or inf: never.",
     )
     drw_beta: float = _option(0.9999, "Beta of the effective-number class weights of DRW, in [0, 1).")
+    sampling: str = _option(
+        "uniform",
+        "Choice of training images: uniform (each image once in an epoch), or class_balanced (each class equally "
+        "often, so images of rare classes appear several times). DRW weighs rare classes up in addition, unless "
+        "drw_start_epoch is inf.",
+    )
     image_resize: int | None = _option(
         None,
         "Length in pixels to which the shorter side is resized before the centre crop in evaluation. None: 256 / 224 "
@@ -255,6 +261,7 @@ class LongTailTrainingArguments(TrainingArguments):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check_choice(self, "loss_normalization", ("global", "per_process"))
         _check_choice(self, "on_nonfinite", ("stop", "skip"))
+        _check_choice(self, "sampling", SAMPLINGS)
         _check_choice(self, "hub_strategy", ("end",))
         _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -465,6 +472,8 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
         _check_choice(self, "optim", (MUON, *OptimizerNames))
         _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
+        alone = self.repeated_augmentation == 1 or self.sampling == "uniform"
+        _check(self, "repeated_augmentation", alone, f"1 with sampling {self.sampling}")
         for name in ("mixup", "cutmix"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("mixup_switch", "mixup_probability"):
