@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 from ..analysis.observe import predict
 from ..console import quiet_log, show
 from ..data.images import ImageCollator, ImageDataset
+from ..data.long_tail import Integers
 from ..evaluation.prediction_sets import ALL, PredictionSets, fit_prediction_sets, needed_images
 from ..hub.cards import CARD_FILE, write_card
 from ..io import read_json, write_json
@@ -52,11 +53,11 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     Raises:
         ValueError: If the model's classes are not those of the data.
     """
-    model = load_model(args.model).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    model = load_model(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     collate = ImageCollator(load_processor(args.model))
     data = data_args.load()
     check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
-    groups = getattr(model.config, "class_groups", None) or data_args.groups(data)
+    groups: Mapping[str, Integers] = getattr(model.config, "class_groups", None) or data_args.groups(data)
     seen = {
         split: predict(model, ImageDataset(data[split], "image", "label", background=collate.background), collate)
         for split in ("validation", "test")
@@ -73,7 +74,7 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     _store(args.model, sets, groups)
     show(_table(sets, groups, *known["test"], f"prediction sets of {args.coverage:.0%}, fitted on {source}"))
     for name, number in sets.images.items():
-        if number < needed_images(args.coverage) and groups.get(name, "x"):
+        if number < needed_images(args.coverage):
             print(
                 f"note: {name} has {number} images to fit on, and {needed_images(args.coverage)} are needed: every set "
                 "holds all of its classes."
@@ -85,16 +86,18 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).float().softmax(dim=-1).numpy()
 
 
-def _store(folder: str, sets: PredictionSets, groups: Mapping[str, Sequence[int]]) -> None:
+def _store(folder: str, sets: PredictionSets, groups: Mapping[str, Integers]) -> None:
     path = Path(folder) / "config.json"
-    stored: dict[str, Any] = {"class_groups": {name: list(map(int, classes)) for name, classes in groups.items()}}
-    write_json(path, read_json(path) | (stored if groups else {}) | {"prediction_sets": sets.to_dict()})
+    stored: dict[str, Any] = {"prediction_sets": sets.to_dict()}
+    if groups:
+        stored["class_groups"] = {name: np.asarray(classes).tolist() for name, classes in groups.items()}
+    write_json(path, read_json(path) | stored)
     if (Path(folder) / CARD_FILE).is_file():
         write_card(folder)
 
 
 def _table(
-    sets: PredictionSets, groups: Mapping[str, Sequence[int]], labels: np.ndarray, scores: np.ndarray, title: str
+    sets: PredictionSets, groups: Mapping[str, Integers], labels: np.ndarray, scores: np.ndarray, title: str
 ) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "coverage and sizes on other test images; in brackets the 95 % interval of the coverage"

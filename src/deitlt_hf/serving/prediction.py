@@ -150,7 +150,7 @@ class ReadBatch(NamedTuple):
 class BatchReader:
     """Reads batches of files for a `DataLoader`; an index is the list of paths of a batch.
 
-    Small images are preprocessed together, which takes a fifth of the time. A large image is reduced to the model's
+    Small images are preprocessed together, which takes a quarter of the time. A large image is reduced to the model's
     size before the next is decoded: images of more than `TOGETHER` pixels are not in memory at the same time.
     """
 

@@ -260,8 +260,9 @@ def last_layer(model: PreTrainedModel) -> torch.nn.Module:
     Raises:
         ValueError: If there is none.
     """
-    candidates = [getattr(model, "classifier", None), *reversed(list(model.modules()))]
-    for module in candidates:
+    modules = list(reversed(list(model.modules())))
+    head = getattr(model, "classifier", None)  # not the last module of a teacher with a projection
+    for module in [head, *modules] if isinstance(head, torch.nn.Module) else modules:
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and len(weight) == model.config.num_labels:
             return module
