@@ -87,12 +87,12 @@ class Predict:
         self.workers = default_workers(PartialState())
 
     def __call__(self, paths: list[str]) -> tuple[list[str], np.ndarray]:
-        from deitlt_hf.serving.shards import Contents, Shards, predict_shards
+        from deitlt_hf.serving.shards import Contents, Shards, Tabulator, predict_shards
 
         with tempfile.TemporaryDirectory() as folder:
-            shards = Shards(folder, paths, Contents())
+            tabulate, shards = Tabulator(self.classifier, Contents()), Shards(folder, paths, Contents())
             shards.claim(self.classifier)
-            for _ in predict_shards(self.classifier, shards, shards.missing(), self.batch_size, self.workers):
+            for _ in predict_shards(tabulate, shards, shards.missing(), self.batch_size, self.workers):
                 pass
             table = pyarrow.parquet.read_table(folder, columns=["label", "score"])
         return table["label"].to_pylist(), table["score"].to_numpy()

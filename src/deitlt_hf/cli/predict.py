@@ -29,7 +29,7 @@ from ..data.sources.files import not_read
 from ..io import one_line
 from ..serving.handler import EXPERTS
 from ..serving.prediction import find_images, load_classifier, predict_images
-from ..serving.shards import FEATURES, FORMATS, Contents, Shards, predict_shards
+from ..serving.shards import FEATURES, FORMATS, Contents, Shards, Tabulator, predict_shards
 from .parser import command_parser
 
 COLUMNS = ("image", "rank", "label", "score", "group", "training_images")
@@ -162,7 +162,9 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str]) -> None:
     state = PartialState(cpu=args.device == "cpu")
     own_device = str(state.device) if state.num_processes > 1 else None
     classifier = load_classifier(args.model, args.device or own_device)
-    shards = Shards(args.output, paths, _contents(args))
+    contents = _contents(args)
+    tabulate = Tabulator(classifier, contents)  # refuses options that do not suit the model, before the folder exists
+    shards = Shards(args.output, paths, contents)
     with state.main_process_first():
         shards.claim(classifier)
     missing = shards.missing()
@@ -176,7 +178,7 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str]) -> None:
     is_bar_hidden = not (state.is_main_process and sys.stderr.isatty())
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
-        for number, failed in predict_shards(classifier, shards, mine, args.batch_size, workers):
+        for number, failed in predict_shards(tabulate, shards, mine, args.batch_size, workers):
             done, unreadable = done + number, unreadable + failed
             progress.update(bar, advance=number)
     if mine:

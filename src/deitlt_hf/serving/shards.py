@@ -134,7 +134,7 @@ class Shards:
 
 
 def predict_shards(
-    classifier: EndpointHandler,
+    tabulate: "Tabulator",
     shards: Shards,
     indices: Sequence[int],
     batch_size: int = 32,
@@ -143,18 +143,17 @@ def predict_shards(
     """Computes and writes tables one after the other; yields after each batch.
 
     Args:
-        classifier: The model.
+        tabulate: Computes the tables.
         shards: The folder.
         indices: The tables to compute.
         batch_size: Images in one forward pass.
         num_workers: See [`predict_images`].
 
     Raises:
-        ValueError: If the model has no features of that name, or a worker process was ended by the system.
+        ValueError: If a worker process was ended by the system.
     """
-    tabulate = Tabulator(classifier, shards.contents)
     batches = (batch for index in indices for batch in batches_of(shards.paths_of(index), batch_size))
-    read = read_batches(classifier, batches, num_workers)
+    read = read_batches(tabulate.classifier, batches, num_workers)
     for index in indices:
         tables = []
         for batch in itertools.islice(read, math.ceil(len(shards.paths_of(index)) / batch_size)):
