@@ -191,8 +191,8 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str]) -> None:
 def default_workers(state: PartialState) -> int:
     """Workers of a process: a GPU is fed by up to 8; on a CPU, the model itself uses the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // state.num_processes
-    return min(8, share - 1) if state.device.type == "cuda" else min(2, share // 2)
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    return max(min(8, share - 1), 0) if state.device.type == "cuda" else min(2, share // 2)
 
 
 def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None) -> bool:
