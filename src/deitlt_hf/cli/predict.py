@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--num_workers",
         type=int,
         help="processes that read images, each two batches ahead; by default 0, and with --output up to 8 if the "
-        "model is on a GPU, or up to 2 if it is on the CPU, which it needs itself",
+        "model is on a GPU, or up to 2 (one for four cores) if it is on the CPU, which it needs itself",
     )
     folder = parser.add_argument_group("many images")
     folder.add_argument(
@@ -192,7 +192,7 @@ def default_workers(state: PartialState) -> int:
     """Workers of a process: a GPU is fed by up to 8; on a CPU, the model itself uses the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-    return max(min(8, share - 1), 0) if state.device.type == "cuda" else min(2, share // 2)
+    return max(min(8, share - 1), 0) if state.device.type == "cuda" else min(2, share // 4)
 
 
 def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None) -> bool:

@@ -23,7 +23,7 @@ from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClass
 from .classifiers import read_model_config
 from .handler import EndpointHandler, read_image
 
-TOGETHER = 2**20  # pixels of the images that are preprocessed in one call
+TOGETHER = 2**19  # pixels of the images that are preprocessed in one call
 
 
 def load_classifier(path: str | PathLike, device: str | None = None) -> EndpointHandler:
