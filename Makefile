@@ -32,8 +32,9 @@ test: install
 	$(PYTEST)
 
 # Modules whose tests train for seconds or start processes.
-SLOW := any_teacher budget comparison data_commands demo distributed ecosystem handler onnx predict pretraining push \
-	quickstart registry report resume scripts sharpness speed streaming training validation versions watching
+SLOW := any_teacher budget comparison data_commands demo distributed ecosystem handler onnx predict prediction_sets \
+	pretraining push quickstart registry report resume scripts shards sharpness speed streaming training validation \
+	versions watching
 test-fast: install  ## The tests without trainings and subprocesses, in a few minutes.
 	$(PYTEST) $(filter-out $(SLOW:%=tests/test_%.py), $(wildcard tests/test_*.py))
 

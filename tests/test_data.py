@@ -28,7 +28,7 @@ from deitlt_hf.data import (
 )
 from deitlt_hf.data.images import decode_all
 from deitlt_hf.data.loading import training_counts
-from deitlt_hf.data.sampling import TrainBatches, seed_streams
+from deitlt_hf.data.sampling import TrainBatches, class_balanced_order, seed_streams
 from deitlt_hf.data.transforms import ImageFormat, resize_and_renormalize
 from deitlt_hf.recipes import DataArguments
 from deitlt_hf.recipes.sections import without_folders
@@ -466,6 +466,43 @@ def test_a_step_does_not_depend_on_processes_and_micro_batches(images, repeats, 
     assert len({seed for _, seed in draws}) == len(draws)  # copies of an image have different augmentation seeds
     kept = images if repeats == 1 else images // 256 * 256
     assert kept - 24 < len(draws) <= kept
+
+
+@given(counts=st.lists(st.integers(1, 60), min_size=2, max_size=8), epoch=st.integers(0, 50))
+@settings(deadline=None, max_examples=40)
+def test_balanced_classes_appear_equally_often_and_use_all_their_images(counts, epoch):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    order = class_balanced_order(labels, epoch)
+    assert len(order) == len(labels)
+    drawn = np.bincount(labels[order], minlength=len(counts))
+    assert np.ptp(drawn) <= 1
+    of_images = np.bincount(order, minlength=len(labels))
+    for label, number in enumerate(counts):
+        of_class = of_images[labels == label]
+        assert np.ptp(of_class) <= 1
+        assert (of_class > 0).sum() == min(number, drawn[label])
+
+
+def test_balanced_steps_do_not_depend_on_processes_and_change_with_epoch_and_seed():
+    labels = np.repeat([0, 1, 2], [90, 20, 4])
+
+    def steps(processes, epoch=0, seed=0):
+        ranks = [
+            TrainBatches(114, 12 // processes, rank, processes, seed=seed, balanced_labels=labels)
+            for rank in range(processes)
+        ]
+        for rank in ranks:
+            rank.set_epoch(epoch)
+        return [sorted(draw for batch in batches for draw in batch) for batches in zip(*ranks, strict=True)]
+
+    assert steps(1) == steps(2) == steps(3)
+    assert steps(1) == steps(1)
+    assert steps(1) != steps(1, epoch=1)
+    assert steps(1) != steps(1, seed=1)
+    draws = [draw for step in steps(1) for draw in step]
+    assert len({seed for _, seed in draws}) == len(draws) == 108  # copies of an image are augmented differently
+    with pytest.raises(ValueError, match="needs --repeated_augmentation 1"):
+        TrainBatches(300, 12, num_repeats=3, balanced_labels=np.zeros(300, int))
 
 
 def test_copies_of_an_image_are_distributed_over_the_processes():

@@ -21,7 +21,16 @@ from deitlt_hf.io import file_sha256, weights_digest
 from deitlt_hf.records import read_record
 from deitlt_hf.training import resuming
 from deitlt_hf.training.run_log import read_log
-from helpers import StopAt, assert_same, make_student, student_trainer, teacher_trainer, trainer_of, weights
+from helpers import (
+    StopAt,
+    assert_same,
+    make_student,
+    student_arguments,
+    student_trainer,
+    teacher_trainer,
+    trainer_of,
+    weights,
+)
 
 
 class DrawNumbers(TrainerCallback):
@@ -55,6 +64,38 @@ def test_interrupted_and_undisturbed_runs_end_alike(tmp_path, digits, teacher, k
     assert_same(weights(trainer), weights(undisturbed))
     if kind == "paco":
         assert_same(trainer.contrast.state_dict(), undisturbed.contrast.state_dict())
+
+
+def test_a_run_with_balanced_classes_resumes_exactly(tmp_path, digits):
+    values = {"sampling": "class_balanced", "distillation": "none", "num_train_epochs": 1, "save_steps": 3}
+
+    def trainer(name):
+        return student_trainer(tmp_path / name, digits, save_strategy="steps", **values)
+
+    undisturbed = trainer("undisturbed")
+    labels = np.asarray(digits["train"]["label"])
+    draws = [index for batch in undisturbed.get_train_dataloader().batch_sampler for index, _ in batch]
+    assert np.bincount(labels[draws]).min() > 0.7 * len(draws) / 10  # the rarest class has 6 images
+    undisturbed.train()
+    cut = trainer("cut")
+    cut.add_callback(StopAt(5))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = trainer("cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(resumed), weights(undisturbed))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"sampling": "fair"}, "sampling must be one of uniform, class_balanced"),
+        ({"sampling": "class_balanced", "repeated_augmentation": 3}, "repeated_augmentation must be 1 with sampling"),
+    ],
+)
+def test_a_sampling_that_cannot_be_used_is_refused(tmp_path, values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        student_arguments(tmp_path, **values)
 
 
 def test_other_seeds_give_other_weights(tmp_path, digits, teacher):

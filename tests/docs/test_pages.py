@@ -127,7 +127,7 @@ def test_serving_page(trained_folder, digits):
         assert all(option in told.getvalue() for option in options), command
     main(["predict", "--model", "outputs/digits_lt_fast/student", "image.png"])
     predictions = re.findall(r"deitlt predict ([^>\n]*)", page)
-    assert len(predictions) == 3
+    assert len(predictions) == 7
     for words in predictions:
         assert _parsed(shlex.split(words)).images
 

@@ -22,6 +22,7 @@ COMMANDS = {  # command, its module, and its description; in the order of use in
     "probe": ("probe", "measure what the frozen features of a model give, with a linear classifier"),
     "analyze": ("analyze", "write an HTML report on the experts of a model"),
     "sharpness": ("sharpness", "measure the flatness of a model's loss"),
+    "calibrate": ("calibrate", "fit prediction sets that hold the true class with a wanted probability"),
     "predict": ("predict", "classify image files"),
     "demo": ("demo", "serve a web page that classifies images"),
     "convert": ("convert", "convert a checkpoint of the DeiT-LT authors to a model folder"),

@@ -1,8 +1,10 @@
-"""Classifies image files and prints the most likely classes of each as text, JSON lines or CSV.
+"""Classifies image files and prints the most likely classes of each, or writes them and features into a folder.
 
 deitlt predict --model outputs/digits_lt_fast/student photo.jpg photos/ 'more/**/*.png'
 deitlt predict --model outputs/digits_lt_fast/student --experts --csv photos/ > predictions.csv
 find photos -newer yesterday | deitlt predict --model DIR_OR_HUB_ID --jsonl - > predictions.jsonl
+deitlt predict --model DIR_OR_HUB_ID photos/ --output predictions --features tokens
+accelerate launch --no_python deitlt predict --model DIR_OR_HUB_ID photos/ --output predictions
 """
 
 import argparse
@@ -12,10 +14,13 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 
@@ -24,9 +29,12 @@ from ..data.sources.files import not_read
 from ..io import one_line
 from ..serving.handler import EXPERTS
 from ..serving.prediction import find_images, load_classifier, predict_images
+from ..serving.shards import FEATURES, FORMATS, Contents, Shards, Tabulator, predict_shards
 from .parser import command_parser
 
 COLUMNS = ("image", "rank", "label", "score", "group", "training_images")
+SHOWN = 20  # classes of a prediction set that are printed as text
+FOLDER_OPTIONS = ("format", "features", "shard_size")
 EXPERT_COLUMNS = ("cls_score", "distillation_score", "cls_label", "distillation_label")
 
 Result = dict[str, Any]
@@ -36,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parsed(sys.argv[1:] if arguments is None else arguments)
     if sys.stdout is None:
         raise ValueError("standard output is closed; redirect it to a file, or to /dev/null.")
-    if min(args.top_k, args.batch_size) < 1:
-        raise ValueError("--top_k and --batch_size must be 1 or more.")
+    _check(args)
     others: Counter[str] = Counter()
     paths = find_images(args.images, others)
     total = None
-    if "-" not in args.images:  # files are listed first to know their number; standard input may be endless
+    # Files are listed first to know their number; standard input may be endless.
+    if "-" not in args.images or args.output is not None:
         listed = list(paths)
         paths, total = iter(listed), len(listed)
     first = next(paths, None)
@@ -51,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"no images in {one_line(', '.join(map(repr, args.images)))}; give files, or folders with images{found}."
         )
     try:
-        is_complete = _classify(args, itertools.chain([first], paths), total)
-        if others:
+        if args.output is not None:
+            _write_folder(args, [first, *paths])
+            is_complete = True
+        else:
+            is_complete = _classify(args, itertools.chain([first], paths), total)
+        if others and int(os.environ.get("RANK", "0")) == 0:
             print(f"warning: {not_read(others)}.", file=sys.stderr)
     except BrokenPipeError:  # the reader of the results, such as `head`, has closed the pipe
         # Else the interpreter would report another BrokenPipeError when it flushes stdout at exit.
@@ -84,20 +96,116 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--csv", action="store_true", help="print a table with a row for each class of each image")
     parser.add_argument("--top_k", type=int, default=5, help="number of classes for each image (default 5)")
     parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass (default 32)")
+    parser.add_argument(
+        "--device", help="device of the model, such as cpu or cuda:1; by default the GPU if there is one"
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        help="processes that read images, each two batches ahead; by default 0, and with --output up to 8 if the "
+        "model is on a GPU, or up to 2 (one for four cores) if it is on the CPU, which it needs itself",
+    )
+    folder = parser.add_argument_group("many images")
+    folder.add_argument(
+        "--output",
+        metavar="DIR",
+        help="write tables with one row for each image into this folder; a repeated command continues where it stopped",
+    )
+    folder.add_argument("--format", choices=FORMATS, help="format of the tables (default parquet)")
+    folder.add_argument(
+        "--features",
+        choices=FEATURES,
+        help="add the final tokens of a student (cls, distillation, their mean, or both with tokens), or the input of "
+        "the last layer of any other classifier (head)",
+    )
+    folder.add_argument("--shard_size", type=int, help=f"images in a table (default {Contents.shard_size})")
     return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Checks options that do not fit each other, before any file is searched."""
+    if min(args.top_k, args.batch_size) < 1 or (args.num_workers or 0) < 0:
+        raise ValueError("--top_k and --batch_size must be 1 or more, and --num_workers 0 or more.")
+    if args.device is not None:
+        _check_device(args.device)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if args.output is None:
+        given = [f"--{name}" for name in FOLDER_OPTIONS if getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"{given[0]} needs --output.")
+        if several:
+            raise ValueError("several processes would print into each other; give --output, or start one process.")
+    elif args.jsonl or args.csv:
+        raise ValueError("--output writes tables; leave --jsonl and --csv out, or give --format csv.")
+    elif several and "-" in args.images:
+        raise ValueError("several processes cannot share standard input; give files, folders or patterns.")
+    elif several and args.device not in (None, "cpu"):
+        raise ValueError("each of several processes takes its own device; leave --device out, or give cpu.")
+    _contents(args)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ValueError(f"--device {name!r} cannot be used: {one_line(error, 150).rstrip('.')}.") from error
+
+
+def _contents(args: argparse.Namespace) -> Contents:
+    given = {name: value for name in FOLDER_OPTIONS if (value := getattr(args, name)) is not None}
+    return Contents(top_k=args.top_k, experts=args.experts, **given)
+
+
+def _write_folder(args: argparse.Namespace, paths: Sequence[str]) -> None:
+    """Computes this process's share of the tables that are missing in the folder."""
+    quiet_log()
+    state = PartialState(cpu=args.device == "cpu")
+    own_device = str(state.device) if state.num_processes > 1 else None
+    classifier = load_classifier(args.model, args.device or own_device)
+    contents = _contents(args)
+    tabulate = Tabulator(classifier, contents)  # refuses options that do not suit the model, before the folder exists
+    shards = Shards(args.output, paths, contents)
+    with state.main_process_first():
+        shards.claim(classifier)
+    missing = shards.missing()
+    state.wait_for_everyone()  # all processes must list the missing tables before the first is written
+    mine = missing[state.process_index :: state.num_processes]
+    if state.is_main_process and len(missing) < shards.number:
+        print(f"{shards.number - len(missing)} of {shards.number} tables in {args.output} are complete already.")
+    total = sum(len(shards.paths_of(index)) for index in mine)
+    workers = default_workers(state) if args.num_workers is None else args.num_workers
+    start, done, unreadable = time.perf_counter(), 0, 0
+    is_bar_hidden = not (state.is_main_process and sys.stderr.isatty())
+    with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
+        bar = progress.add_task("images", total=total)
+        for number, failed in predict_shards(tabulate, shards, mine, args.batch_size, workers):
+            done, unreadable = done + number, unreadable + failed
+            progress.update(bar, advance=number)
+    if mine:
+        rate = done / (time.perf_counter() - start)
+        print(f"{done:,} images, {rate:,.0f} a second, in {len(mine)} table{'s' * (len(mine) > 1)} in {args.output}.")
+    if unreadable:
+        print(f"warning: {unreadable} images could not be read; see the column error.", file=sys.stderr)
+
+
+def default_workers(state: PartialState) -> int:
+    """Workers of a process: a GPU is fed by up to 8; on a CPU, the model itself uses the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    return max(min(8, share - 1), 0) if state.device.type == "cuda" else min(2, share // 4)
 
 
 def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None) -> bool:
     """Prints each result as soon as it is ready; returns whether all images could be read."""
     quiet_log()
-    write = _writer(args)
-    classifier = load_classifier(args.model)
+    classifier = load_classifier(args.model, args.device)
+    write = _writer(args, classifier.coverage is not None)
     done = unreadable = 0
     # A progress bar would mix with results on the same terminal.
     is_bar_hidden = sys.stdout.isatty() or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
-        for path, result in predict_images(classifier, paths, args.top_k, args.batch_size):
+        for path, result in predict_images(classifier, paths, args.top_k, args.batch_size, args.num_workers or 0):
             done += 1
             if isinstance(result, ValueError):
                 unreadable += 1
@@ -116,10 +224,10 @@ def _without_experts(result: Result) -> Result:
         {name: value for name, value in prediction.items() if name not in EXPERT_COLUMNS}
         for prediction in result["predictions"]
     ]
-    return {"predictions": predictions}
+    return {name: value for name, value in result.items() if name not in EXPERTS} | {"predictions": predictions}
 
 
-def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
+def _writer(args: argparse.Namespace, has_sets: bool) -> Callable[[str, Result], None]:
     if args.jsonl:
         return _write_json
     if not args.csv:
@@ -127,13 +235,15 @@ def _writer(args: argparse.Namespace) -> Callable[[str, Result], None]:
     # File names are bytes that may not be valid text; surrogateescape writes them unchanged.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    columns = COLUMNS + (EXPERT_COLUMNS if args.experts else ())
+    columns = COLUMNS + (EXPERT_COLUMNS if args.experts else ()) + (("prediction_set",) if has_sets else ())
     # A file name can hold a carriage return, which Python before 3.13 quotes only with QUOTE_NONNUMERIC.
     table = csv.DictWriter(sys.stdout, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     table.writeheader()
 
     def write(path: str, result: Result) -> None:
         choices = {f"{expert}_label": result[expert]["label"] for expert in EXPERTS if expert in result}
+        if has_sets:
+            choices["prediction_set"] = json.dumps(result["prediction_set"]["labels"], ensure_ascii=False)
         for rank, prediction in enumerate(result["predictions"], start=1):
             table.writerow({"image": path, "rank": rank} | prediction | choices)
 
@@ -156,3 +266,7 @@ def _write_text(path: str, result: Result) -> None:
     if "cls" in result:
         choices = (f"{expert} says {result[expert]['label']}" for expert in EXPERTS)
         print(f"          {', '.join(choices)}")
+    if "prediction_set" in result:
+        labels = result["prediction_set"]["labels"]
+        others = f" and {len(labels) - SHOWN} others" if len(labels) > SHOWN else ""
+        print(f"          {result['prediction_set']['coverage']:.0%} set: {', '.join(labels[:SHOWN])}{others}")

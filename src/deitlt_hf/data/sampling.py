@@ -16,7 +16,10 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, Sampler
 
+from .long_tail import Integers
+
 ROUND = 256  # images per round of repeated augmentation
+SAMPLINGS = ("uniform", "class_balanced")
 
 
 def seed_streams(*key: int, device: torch.device | None = None) -> None:
@@ -38,6 +41,27 @@ def seed_streams(*key: int, device: torch.device | None = None) -> None:
 def shuffled_order(num_images: int, epoch: int, seed: int = 0) -> np.ndarray:
     """A random permutation of the images of an epoch; int64 of shape (num_images,)."""
     return np.random.default_rng([seed, epoch]).permutation(num_images)
+
+
+def class_balanced_order(labels: Integers, epoch: int, seed: int = 0) -> np.ndarray:
+    """A random order in which all classes appear equally often (Kang et al., ICLR 2020).
+
+    An epoch has as many draws as there are images. The draws of a class go through its images in turn: images of a rare
+    class are drawn several times, each with another augmentation, and some images of a frequent class are left out.
+
+    Args:
+        labels: Class of each image.
+        epoch: Counted from 0; the remainder that not every class can have, and the images, change with it.
+        seed: Seed of the order.
+
+    Returns:
+        Image indices; int64 of shape (images,).
+    """
+    random = np.random.default_rng([seed, epoch])
+    by_class = [random.permutation(np.flatnonzero(np.asarray(labels) == label)) for label in np.unique(labels)]
+    share, more = divmod(len(labels), len(by_class))
+    draws = share + (random.permutation(len(by_class)) < more)
+    return random.permutation(np.concatenate([np.resize(images, n) for images, n in zip(by_class, draws, strict=True)]))
 
 
 def repeated_augmentation_order(num_images: int, num_repeats: int, epoch: int, seed: int = 0) -> np.ndarray:
@@ -112,9 +136,10 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         num_repeats: Copies of each image; see [`repeated_augmentation_order`].
         seed: Seed of order and augmentation, which differ by epoch.
         partial: Include the images after the last whole optimiser step; see [`batches_of_epoch`].
+        balanced_labels: Class of each image, for [`class_balanced_order`]; None for the plain order.
 
     Raises:
-        ValueError: If images are repeated and the data set has fewer than one round of 256.
+        ValueError: If images are repeated and the data set has fewer than one round of 256, or classes are balanced.
     """
 
     def __init__(
@@ -127,7 +152,11 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         num_repeats: int = 1,
         seed: int = 0,
         partial: bool = False,
+        balanced_labels: Integers | None = None,
     ):
+        if balanced_labels is not None and num_repeats > 1:
+            raise ValueError("sampling class_balanced needs --repeated_augmentation 1.")
+        self.balanced_labels = balanced_labels
         self.num_images, self.rank, self.num_processes = num_images, rank, num_processes
         self.num_repeats, self.seed, self.epoch = num_repeats, seed, 0
         if num_repeats > 1:
@@ -145,6 +174,8 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if self.num_repeats > 1:
             order = repeated_augmentation_order(self.num_images, self.num_repeats, self.epoch, self.seed)
+        elif self.balanced_labels is not None:
+            order = class_balanced_order(self.balanced_labels, self.epoch, self.seed)
         else:
             order = shuffled_order(self.num_images, self.epoch, self.seed)
         seeds = image_seeds(len(order), self.seed, self.epoch)

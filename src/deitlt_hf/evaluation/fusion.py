@@ -156,6 +156,7 @@ def fold(model: PreTrainedModel, fusion: Fusion) -> PreTrainedModel:
     classes.
     """
     folded = copy.deepcopy(model)
+    folded.config.prediction_sets = None  # their thresholds hold for the unfused scores
     shares = {"cls_classifier": fusion.cls_weights, "distillation_classifier": fusion.distillation_weights}
     with torch.no_grad():
         for name, weights in shares.items():

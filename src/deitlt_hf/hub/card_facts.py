@@ -129,6 +129,19 @@ class CardFacts:
         return rows
 
     @property
+    def prediction_sets(self) -> str | None:
+        """A sentence about the prediction sets, if their thresholds are in the configuration."""
+        sets = self.architecture.get("prediction_sets")
+        if not sets or sets.get("num_labels") != len(self.names):
+            return None
+        fitted = ", ".join(f"{plain(name)} {number:,}" for name, number in sets.get("images", {}).items())
+        return (
+            f"`config.json` has thresholds for prediction sets (fitted by `deitlt calibrate`; images: {fitted}). A set "
+            f"holds the true class with a probability of {percent(sets['coverage'])} % in each group of classes, for "
+            "images like those and in the same shares of classes."
+        )
+
+    @property
     def tail_gap(self) -> str | None:
         """A sentence that compares the accuracy on the rarest and the most frequent group, if both were measured."""
         groups = [name for name in self.groups if self.prediction.get(name) is not None]

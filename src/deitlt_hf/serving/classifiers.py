@@ -120,7 +120,7 @@ def read_model_config(path: str | PathLike) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any], place: str) -> None:
-    """Checks the types of the configuration fields that this package reads: model type, classes and groups.
+    """Checks the types of the configuration fields that this package reads: model type, classes, groups, sets.
 
     Args:
         config: Content of a `config.json`.
@@ -136,11 +136,22 @@ def check_config(config: dict[str, Any], place: str) -> None:
         "class_counts": not counts or _are_whole(counts),
         "class_groups": isinstance(groups, dict) and all(map(_are_whole, groups.values())),
         "architectures": isinstance(config.get("architectures") or [], list),
+        "prediction_sets": _are_sets(config.get("prediction_sets")),
     }
     for name, right in is_right.items():
         if not right:
             shown = " ".join(str(config.get(name))[:60].split())
             raise ValueError(f"{place} has a {name} that is not valid ({shown}); save the model again.")
+
+
+def _are_sets(value: Any) -> bool:
+    """Whether this is the content of [`PredictionSets`], or None."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("thresholds"), dict):
+        return False
+    shares = [value.get("coverage"), *value["thresholds"].values()]
+    return all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
 
 
 def _are_whole(values: Any) -> bool:

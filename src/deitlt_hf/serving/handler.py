@@ -39,16 +39,18 @@ class EndpointHandler:
 
     Args:
         path: Folder or Hub id of the model.
+        device: Device of the model in torch's notation, such as `cuda:1`; by default the GPU if there is one.
 
     Raises:
         FileNotFoundError: If the folder does not exist, or holds no model.
         ValueError: If the path holds no image classifier that transformers knows, or the Hub has no such model.
     """
 
-    def __init__(self, path: str | os.PathLike = ""):
+    def __init__(self, path: str | os.PathLike = "", device: str | None = None):
         self.processor, model = _load(path)
         self.background = getattr(self.processor, "background", None)  # as in training
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(device).eval()  # type: ignore[arg-type]
         self._observed = _observed(self.model)
         num_labels = self.model.config.num_labels
         counts = getattr(self.model.config, "class_counts", None) or []
@@ -58,6 +60,8 @@ class EndpointHandler:
         self.group_of = {label: name for name, labels in groups.items() for label in labels}
         if max(self.group_of, default=0) >= num_labels or (counts and len(counts) != num_labels):
             self.group_of = {}
+        # None: the model has no prediction sets, or they do not fit its classes.
+        self.coverage, self._thresholds = _prediction_sets(self.model.config, self.group_of)
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Classifies the images of a request.
@@ -74,6 +78,8 @@ class EndpointHandler:
               `score`, `cls_score`, `distillation_score` (softmax of the mean, and of each expert's logits), `group` and
               `training_images` (None if the model's configuration does not have them).
             - `cls`, `distillation`: `label` and `score` of the best class of each expert.
+            - `prediction_set`, if the model's configuration has thresholds for it (`deitlt calibrate`): `labels`, the
+              best first, which hold the true class with the probability `coverage` in every group of classes.
             - `attention`, if requested: for each token, attention rollout (Abnar and Zuidema, ACL 2020) over the
               patches, in rows and columns, scaled to a maximum of 1.
 
@@ -165,7 +171,22 @@ class EndpointHandler:
                 score, label = of_image[f"{expert}_score"].max(dim=-1)
                 result[expert] = {"label": self.model.config.id2label[label.item()], "score": score.item()}
             results.append(result)
+        if self.coverage is not None:
+            for result, labels in zip(results, self.prediction_sets(scores["score"])):
+                names = [self.model.config.id2label[label] for label in labels]
+                result["prediction_set"] = {"coverage": self.coverage, "labels": names}
         return results
+
+    def prediction_sets(self, scores: torch.Tensor) -> list[list[int]]:
+        """Returns the classes of each image whose scores reach the thresholds of their groups, the best class first.
+
+        Args:
+            scores: Softmax of the logits, on the CPU; (images, classes).
+        """
+        order = scores.argsort(dim=-1, descending=True)
+        is_in = (scores >= self._thresholds).gather(-1, order)
+        is_in[:, 0] = True  # no set is empty
+        return [labels[chosen].tolist() for labels, chosen in zip(order, is_in)]
 
     def _prediction(self, label: int, scores: dict[str, torch.Tensor]) -> dict[str, Any]:
         return {
@@ -236,6 +257,19 @@ def _parameters(parameters: dict[str, Any]) -> tuple[int, bool]:
 
 
 # ---- Attention maps ----
+
+
+def _prediction_sets(config, group_of: dict[int, str]) -> tuple[float | None, torch.Tensor]:
+    """Coverage of the prediction sets in a configuration, or None without valid ones, and the threshold of each class."""
+    sets = getattr(config, "prediction_sets", None)
+    sets = sets if isinstance(sets, dict) else {}
+    of_group, coverage = sets.get("thresholds"), sets.get("coverage")
+    if not isinstance(of_group, dict) or sets.get("num_labels") != config.num_labels:
+        return None, torch.empty(0)
+    thresholds = [of_group.get(group_of.get(label, "all")) for label in range(config.num_labels)]
+    if not isinstance(coverage, float) or not all(isinstance(value, (int, float)) for value in thresholds):
+        return None, torch.empty(0)
+    return coverage, torch.tensor(thresholds, dtype=torch.float32)
 
 
 def _observed(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -7,23 +7,31 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForImageClassification, DeiTForImageClassificationWithTeacher
 
 from ..data.sources.files import is_image
+from ..io import one_line
+from ..models.deitlt.configuration_deitlt import DeiTLTConfig
+from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from .classifiers import read_model_config
-from .handler import EndpointHandler
+from .handler import EndpointHandler, read_image
+
+TOGETHER = 2**19  # pixels of the images that are preprocessed in one call
 
 
-def load_classifier(path: str | PathLike) -> EndpointHandler:
+def load_classifier(path: str | PathLike, device: str | None = None) -> EndpointHandler:
     """Loads a student, a flat teacher, or any image classifier of transformers.
 
     Args:
         path: Folder or Hub id.
+        device: See [`EndpointHandler`].
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -33,7 +41,18 @@ def load_classifier(path: str | PathLike) -> EndpointHandler:
     read_model_config(path)  # an error names the corrupt file
     AutoConfig.register(FlatTeacherConfig.model_type, FlatTeacherConfig, exist_ok=True)
     AutoModelForImageClassification.register(FlatTeacherConfig, FlatTeacherForImageClassification, exist_ok=True)
-    return EndpointHandler(path)
+    classifier = EndpointHandler(path, device)
+    if isinstance(classifier.model, DeiTForImageClassificationWithTeacher):
+        classifier.model = _as_student(classifier.model)
+    return classifier
+
+
+def _as_student(native: DeiTForImageClassificationWithTeacher) -> DeiTLTForImageClassification:
+    """Makes a student that shares the weights of a native DeiT, and computes its last block for two tokens only."""
+    with torch.device("meta"):
+        student = DeiTLTForImageClassification(DeiTLTConfig.from_dict(native.config.to_dict()))
+    student.load_state_dict(native.state_dict(), assign=True)
+    return student.eval()
 
 
 def find_images(entries: Iterable[str], others: Counter | None = None) -> Iterator[str]:
@@ -56,8 +75,15 @@ def find_images(entries: Iterable[str], others: Counter | None = None) -> Iterat
             yield from _once(image for match in matches for image in _images_in(match, others))
 
 
+def batches_of(paths: Iterable[str], batch_size: int) -> Iterator[list[str]]:
+    """Divides an iterable of paths lazily into batches."""
+    paths = iter(paths)
+    while batch := list(itertools.islice(paths, batch_size)):
+        yield batch
+
+
 def predict_images(
-    classifier: EndpointHandler, paths: Iterable[str], top_k: int = 5, batch_size: int = 32
+    classifier: EndpointHandler, paths: Iterable[str], top_k: int = 5, batch_size: int = 32, num_workers: int = 0
 ) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
     """Classifies image files in order. A file that cannot be read does not stop the others.
 
@@ -66,32 +92,123 @@ def predict_images(
         paths: Image files; the iterable is consumed lazily.
         top_k: Number of classes for each image.
         batch_size: Number of images in one forward pass.
+        num_workers: Processes that read images, each two batches ahead; with 0, this process reads them, one batch at
+            a time.
 
     Yields:
         A path, and the result of [`EndpointHandler`] for the image or, if the file cannot be read, the error.
     """
-    paths = iter(paths)
-    while batch := list(itertools.islice(paths, batch_size)):
-        prepared = [_prepared(classifier, path) for path in batch]
-        readable = [image for image in prepared if isinstance(image, torch.Tensor)]
-        results = iter(classifier.classify(readable, top_k) if readable else [])
-        for path, image in zip(batch, prepared, strict=True):
-            yield path, next(results) if isinstance(image, torch.Tensor) else image
+    for batch in read_batches(classifier, batches_of(paths, batch_size), num_workers):
+        places = [place for of_stack, _ in batch.stacks for place in of_stack]
+        images = [image for _, stack in batch.stacks for image in stack.split(1)]
+        results = dict(zip(places, classifier.classify(images, top_k), strict=True))
+        for place, path in enumerate(batch.paths):
+            yield path, results[place] if place in results else ValueError(batch.errors[place])
 
 
-def _prepared(classifier: EndpointHandler, path: str) -> torch.Tensor | ValueError:
+def read_batches(
+    classifier: EndpointHandler, batches: Iterable[list[str]], num_workers: int = 0
+) -> Iterator["ReadBatch"]:
+    """Reads and preprocesses batches of image files, in order and lazily; for `num_workers` see [`predict_images`].
+
+    Raises:
+        ValueError: If a worker process was ended by the system.
+    """
+    loader: DataLoader = DataLoader(
+        BatchReader(classifier),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=batches,
+        num_workers=num_workers,
+        pin_memory=classifier.model.device.type == "cuda",
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that reads images was ended, perhaps for lack of memory ({one_line(error).rstrip('.')}); run "
+            "the command again with fewer --num_workers."
+        ) from error
+
+
+class ReadBatch(NamedTuple):
+    """A batch of image files, read and preprocessed.
+
+    Args:
+        paths: The files.
+        stacks: Images of equal size, (images, channels, height, width), with their places in `paths`; almost always
+            one stack.
+        errors: For each file that cannot be read, by its place, a sentence with the reason.
+    """
+
+    paths: list[str]
+    stacks: list[tuple[list[int], torch.Tensor]]
+    errors: dict[int, str]
+
+
+class BatchReader:
+    """Reads batches of files for a `DataLoader`; an index is the list of paths of a batch.
+
+    Small images are preprocessed together, which takes a quarter of the time. A large image is reduced to the model's
+    size before the next is decoded: images of more than `TOGETHER` pixels are not in memory at the same time.
+    """
+
+    def __init__(self, classifier: EndpointHandler):
+        self.processor, self.background = classifier.processor, classifier.background
+
+    def __getitem__(self, paths: list[str]) -> ReadBatch:
+        errors: dict[int, str] = {}
+        by_shape: dict[torch.Size, dict[int, torch.Tensor]] = {}
+        for images in self._read(paths, errors):
+            for place, image in self._preprocessed(images, errors).items():
+                by_shape.setdefault(image.shape, {})[place] = image
+        stacks = [(list(images), torch.stack(list(images.values()))) for images in by_shape.values()]
+        return ReadBatch(paths, stacks, errors)
+
+    def _read(self, paths: list[str], errors: dict[int, str]) -> Iterator[dict[int, Image.Image]]:
+        """Yields images by their places, as many as are to be preprocessed together."""
+        images: dict[int, Image.Image] = {}
+        pixels = 0
+        for place, path in enumerate(paths):
+            try:
+                images[place] = _read_file(path, self.background)
+            except ValueError as error:
+                errors[place] = str(error)
+                continue
+            pixels += images[place].width * images[place].height
+            if pixels > TOGETHER:
+                yield images
+                images, pixels = {}, 0
+        yield images
+
+    def _preprocessed(self, images: dict[int, Image.Image], errors: dict[int, str]) -> dict[int, torch.Tensor]:
+        if not images:
+            return {}
+        try:
+            pixels = self.processor(list(images.values()), return_tensors="pt").pixel_values
+            return dict(zip(images, pixels, strict=True))
+        except (ValueError, RuntimeError) as error:
+            if len(images) == 1:
+                errors[next(iter(images))] = one_line(error)
+                return {}
+        # The results differ in size, or one image is the reason.
+        alone = [self._preprocessed({place: image}, errors) for place, image in images.items()]
+        return {place: image for found in alone for place, image in found.items()}
+
+
+def _read_file(path: str, background: str | None) -> Image.Image:
+    """Reads an image file as the handler does; `ValueError` with a sentence if it cannot be read."""
     try:
         if os.path.isdir(path):
             os.scandir(path).close()  # raises the reason why the folder cannot be listed
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device may never end
-            return ValueError(f"{path!r} is not a file.")
-        return classifier.prepare(Path(path).read_bytes(), repr(path))
-    except FileNotFoundError:
-        return ValueError(f"there is no file {path!r}.")
+            raise ValueError(f"{path!r} is not a file.")
+        return read_image(Path(path).read_bytes(), repr(path), background)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path!r}.") from error
     except OSError as error:
-        return ValueError(f"{path!r} cannot be read: {error.strerror}.")
-    except ValueError as error:
-        return error
+        raise ValueError(f"{path!r} cannot be read: {error.strerror}.") from error
 
 
 def _standard_input() -> Iterator[str]:

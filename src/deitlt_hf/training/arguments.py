@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
-from ..data.sampling import ROUND, check_repeats
+from ..data.sampling import ROUND, SAMPLINGS, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, TEACHER_LOSSES, DistillationLoss, LossOptions, TeacherLoss
 from ..losses.entry import listed
@@ -129,6 +129,12 @@ class LongTailTrainingArguments(TrainingArguments):
         "Each process perturbs the weights along the gradient of its part of the batch, as Foret et al. do, instead of "
         "the gradient of the whole batch. Saves one reduction per step, but the result depends on the number of "
         "processes.",
+    )
+    sampling: str = _option(
+        "uniform",
+        "Choice of training images: uniform (each image once in an epoch), or class_balanced (each class equally "
+        "often, so images of rare classes appear several times). DRW weighs rare classes up in addition, unless "
+        "drw_start_epoch is inf.",
     )
     image_resize: int | None = _option(
         None,
@@ -274,6 +280,7 @@ class LongTailTrainingArguments(TrainingArguments):
         self._check_sam()
         _check_choice(self, "loss_normalization", ("global", "per_process"))
         _check_choice(self, "on_nonfinite", ("stop", "skip"))
+        _check_choice(self, "sampling", SAMPLINGS)
         _check_choice(self, "hub_strategy", ("end",))
         _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -510,6 +517,8 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
         _check_choice(self, "optim", (MUON, *OptimizerNames))
         _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
+        alone = self.repeated_augmentation == 1 or self.sampling == "uniform"
+        _check(self, "repeated_augmentation", alone, f"1 with sampling {self.sampling}")
         for name in ("mixup", "cutmix"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("mixup_switch", "mixup_probability"):

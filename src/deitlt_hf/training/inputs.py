@@ -42,6 +42,7 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
             args.repeats,
             args.seed if args.data_seed is None else args.data_seed,
             bool(args.partial_steps),
+            _balanced_labels(images) if args.sampling == "class_balanced" else None,
         )
         images, batches = SeededImages(images), {"batch_sampler": sampler}
     context = getattr(args, "dataloader_multiprocessing_context", None)
@@ -61,6 +62,14 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
     )
 
 
+def _balanced_labels(images):
+    if not hasattr(images, "labels"):
+        raise ValueError(
+            "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
+        )
+    return images.labels
+
+
 def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):
     """Wraps a data set: its rows become model inputs. Data sets that already have such rows are returned unchanged.
 
@@ -74,6 +83,8 @@ def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | No
     if isinstance(dataset, StreamedSplit):
         if args.image_cache:
             raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
+        if args.sampling != "uniform":
+            raise ValueError(f"sampling {args.sampling!r} does not work with --streaming; leave out one of them.")
         if args.partial_steps:
             raise ValueError(
                 "partial_steps does not work with --streaming; leave out one of them (as_published sets partial_steps)."

@@ -23,7 +23,7 @@ _WITHOUT_WEIGHTS = {"drop_path_rate", "hidden_dropout_prob", "attention_probs_dr
 # Fields of a configuration that are not part of the architecture: labels, and what training adds.
 _ADDED = {
     *("id2label", "label2id", "class_counts", "class_groups", "class_map", "logit_scale"),
-    *("architectures", "transformers_version", "dtype"),
+    *("prediction_sets", "architectures", "transformers_version", "dtype"),
 }
 
 

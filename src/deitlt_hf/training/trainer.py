@@ -265,6 +265,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         name_classes(model.config, self.class_names)
         if self._datasets[0] is not None:
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
+            model.config.prediction_sets = None  # thresholds of a model to start from hold for its weights only
             model.config.return_dict = True
             model.float()  # transformers 5 loads the dtype of the file; half precision loses small updates
 

@@ -35,6 +35,7 @@ class DeiTLTConfig(DeiTConfig):
         class_map: For a model converted from the authors' checkpoint, the row of each class in the heads of that
             checkpoint, if the orders differ. The authors' ImageNet-LT and iNaturalist heads are ordered by decreasing
             training count.
+        prediction_sets: Thresholds of prediction sets, as `deitlt calibrate` fits them for these weights.
 
     Raises:
         ValueError: If a size or number is below 1, the patch size does not divide the image size, the number of heads
@@ -50,6 +51,7 @@ class DeiTLTConfig(DeiTConfig):
     class_counts: list[int] | None = None
     class_groups: dict[str, list[int]] | None = None
     class_map: list[int] | None = None
+    prediction_sets: dict | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -100,7 +102,7 @@ def _pair(size):
 
 
 def _of_its_classes(config_dict, kwargs):
-    """Drops class counts, groups and map that do not fit the stored classes, or if `kwargs` ask for other classes."""
+    """Drops facts about classes that do not fit the stored classes, or if `kwargs` ask for other classes."""
     stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
     num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
     names = kwargs.get("id2label")
@@ -111,6 +113,8 @@ def _of_its_classes(config_dict, kwargs):
         values = config_dict.get(field)
         if values is not None and (stale or not _fits(values, num_labels)):
             dropped.append(field)
+    if stale and config_dict.get("prediction_sets") is not None:
+        dropped.append("prediction_sets")
     if dropped and not stale:
         logger.warning("%s left out: they do not fit the %d classes of the model.", " and ".join(dropped), num_labels)
     return {key: value for key, value in config_dict.items() if key not in dropped}

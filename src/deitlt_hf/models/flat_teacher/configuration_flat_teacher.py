@@ -35,6 +35,7 @@ class FlatTeacherConfig(PreTrainedConfig):
         class_groups: Class indices of each group, such as head, mid and tail, when known.
         class_map: For an LDAM teacher converted from the authors' checkpoint, the row of each class in the head of that
             checkpoint, if the orders differ.
+        prediction_sets: Thresholds of prediction sets, as `deitlt calibrate` fits them for these weights.
         **kwargs: Fields common to all configurations, such as `num_labels` and `id2label`.
 
     Raises:
@@ -60,6 +61,7 @@ class FlatTeacherConfig(PreTrainedConfig):
         class_counts=None,
         class_groups=None,
         class_map=None,
+        prediction_sets=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -90,6 +92,7 @@ class FlatTeacherConfig(PreTrainedConfig):
         self.class_counts = class_counts
         self.class_groups = class_groups
         self.class_map = class_map
+        self.prediction_sets = prediction_sets
         _check_classes(self)
 
     @classmethod
@@ -104,7 +107,7 @@ class FlatTeacherConfig(PreTrainedConfig):
 
 
 def _of_its_classes(config_dict, kwargs):
-    """Drops class counts, groups and map that do not fit the stored classes, or if `kwargs` ask for other classes."""
+    """Drops facts about classes that do not fit the stored classes, or if `kwargs` ask for other classes."""
     stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
     num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
     names = kwargs.get("id2label")
@@ -115,6 +118,8 @@ def _of_its_classes(config_dict, kwargs):
         values = config_dict.get(field)
         if values is not None and (stale or not _fits(values, num_labels)):
             dropped.append(field)
+    if stale and config_dict.get("prediction_sets") is not None:
+        dropped.append("prediction_sets")
     if dropped and not stale:
         logger.warning("%s left out: they do not fit the %d classes of the model.", " and ".join(dropped), num_labels)
     return {key: value for key, value in config_dict.items() if key not in dropped}
