@@ -17,10 +17,10 @@ LIMIT=60 # MiB
 
 # What an image with PyTorch may lack or have too old. Of the other needs of setup.py, torchvision brings Pillow; NumPy,
 # pandas, pyarrow and scikit-learn are too large to carry.
-PACKAGES=${PACKAGES:-accelerate annotated-doc anyio certifi charset-normalizer click datasets dill evaluate filelock \
-    fsspec h11 hf-xet httpcore httpcore2 httpx httpx2 huggingface_hub idna markdown-it-py mdurl multiprocess packaging \
-    psutil pygments pyyaml regex requests rich safetensors shellingham timm tokenizers tqdm transformers truststore \
-    typer urllib3 xxhash}
+PACKAGES=${PACKAGES:-accelerate aiohappyeyeballs aiohttp aiosignal annotated-doc anyio attrs certifi charset-normalizer \
+    click datasets dill evaluate filelock frozenlist fsspec h11 hf-xet httpcore httpcore2 httpx httpx2 huggingface_hub \
+    idna markdown-it-py mdurl multidict multiprocess packaging propcache psutil pygments pyyaml regex requests rich \
+    safetensors shellingham timm tokenizers tqdm transformers truststore typer urllib3 xxhash yarl}
 
 pack() {
     local python=${PYTHON:-.venv/bin/python} target=${TARGET:-3.12} platforms=() pinned
@@ -54,9 +54,9 @@ prepare() {
     rm -rf "$env"
     "$parent" -m venv --without-pip "$env"
     "$parent" -c 'import site; print(*site.getsitepackages(), sep="\n")' >"$(echo "$env"/lib/python*/site-packages)/image.pth"
-    local install=("$env/bin/python" -m pip install --quiet --no-index --no-build-isolation --editable .)
+    local install=("$env/bin/python" -m pip install --quiet --no-compile --no-index --no-build-isolation --editable .)
     "${install[@]}" --find-links "$WHEELS" || {
-        echo "gpu_first.sh: the image's packages do not fit together; all packed ones are used instead of them." >&2
+        echo "gpu_first.sh: these do not fit the image's packages; all packed ones are used, without regard to these." >&2
         "${install[@]}" --no-deps "$WHEELS"/*.whl
     }
     PYTHON=$env/bin/python
