@@ -1,11 +1,12 @@
 """The comparisons of `run.py`: a peer's way and ours, each a function that takes turns."""
 
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import numpy as np
@@ -31,6 +32,42 @@ Way = Callable  # takes a run.Turns
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Products of two square matrices, whose rate is the peak that shares refer to.
+
+    Args:
+        side: Rows and columns.
+        products: Products of a turn.
+        device: Device of the matrices.
+        dtype: Their type.
+    """
+
+    side: int = 2048
+    products: int = 1
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def flops(self) -> int:
+        """Operations of a turn."""
+        return 2 * self.side**3 * self.products
+
+    def multiply(self, turns) -> None:
+        left, right = torch.randn(2, self.side, self.side, device=self.device, dtype=self.dtype)
+        torch.mm(left, right)
+        while turns.next():
+            for _ in range(self.products):
+                torch.mm(left, right)
+            wait_for(self.device)
+
+
+def wait_for(device: str) -> None:
+    """Waits until the device has finished its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Several ways of doing the same work.
 
@@ -43,6 +80,9 @@ class Comparison:
         warm_up: Turns before the measured ones.
         flops: Returns the operations of a turn of the plain model, for the share of the machine's peak.
         unit: Unit of the measured value: s, ms or MiB.
+        peak: The matrix product that shares refer to.
+        images: Images of a turn, where their rate matters.
+        starts_together: The contenders prepare (and compile) in their first turn, all at the same time.
     """
 
     title: str
@@ -53,6 +93,9 @@ class Comparison:
     warm_up: int = 2
     flops: Callable[[], float] | None = None
     unit: str = "ms"
+    peak: Peak = Peak()
+    images: int | None = None
+    starts_together: bool = False
 
     def shown(self, value: float) -> str:
         """A measured value with its unit."""
@@ -124,20 +167,45 @@ def two_heads(model: torch.nn.Module, images: torch.Tensor, **kwargs) -> Sequenc
     return outputs if isinstance(outputs, tuple) else (outputs.cls_logits, outputs.distillation_logits)
 
 
-def train_steps(turns, make: Callable, student: Student, keep: bool = False, half: bool = False, **kwargs) -> None:
-    """Training step: forward pass, cross entropy of both heads, backward pass, AdamW."""
-    model = make()
+def train_steps(
+    turns,
+    make: Callable,
+    student: Student,
+    keep: bool = False,
+    half: bool = False,
+    device: str = "cpu",
+    compiled: str | None = None,
+    steps: int = 1,
+    **kwargs,
+) -> None:
+    """Training steps: forward pass, cross entropy of both heads, backward pass, AdamW.
+
+    Args:
+        turns: The turns.
+        make: Returns the model.
+        student: Sizes of model and batch.
+        keep: Keep freed memory.
+        half: Autocast to bfloat16.
+        device: Device of model and images.
+        compiled: Mode of torch.compile; None for the eager model.
+        steps: Steps of a turn.
+        **kwargs: Arguments of the model's forward pass.
+    """
+    model = make().to(device)
     if keep:
         keep_freed_memory()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    images = torch.randn(student.batch, 3, student.image_size, student.image_size)
-    labels = torch.arange(student.batch) % 10
+    images = torch.randn(student.batch, 3, student.image_size, student.image_size, device=device)
+    labels = torch.arange(student.batch, device=device) % 10
+    model = model if compiled is None else torch.compile(model, mode=compiled)
     while turns.next():
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = sum(F.cross_entropy(logits, labels) for logits in two_heads(model, images, **kwargs)) / 2
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for _ in range(steps):
+            with torch.autocast(device, torch.bfloat16, enabled=half):
+                loss = sum(F.cross_entropy(logits, labels) for logits in two_heads(model, images, **kwargs)) / 2
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        wait_for(device)
 
 
 def train_step(title: str, student: Student, target: str, turns: int) -> Comparison:
@@ -524,6 +592,63 @@ COMPARISONS = {
         turns=3,
         warm_up=0,
         unit="MiB",
+    ),
+}
+
+# ---- Training steps on a GPU, for gpu_first.py ----
+
+# SMALL=1 tries the same programs in tiny sizes, without a GPU too; the figures then mean nothing.
+IS_TRIAL = os.environ.get("SMALL") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CUDA_GRAPHS = "reduce-overhead"  # torch.compile's mode that records them
+
+
+def gpu_step(title: str, student: Student, steps: int, modes: Mapping[str, str | None], target: str) -> Comparison:
+    """Training steps of timm's student and ours in bfloat16, eager and compiled.
+
+    Args:
+        title: Model and batch.
+        student: Sizes of model and batch.
+        steps: Steps of a turn, which hide the start of the first.
+        modes: Modes of torch.compile by name; None is eager.
+        target: Target for our best.
+    """
+    if IS_TRIAL:
+        student, steps = replace(student, image_size=32, num_hidden_layers=2, hidden_size=48, batch=4), 1
+    makers = {"timm": student.timm, "deitlt-hf": student.ours}
+    common = {"half": True, "device": DEVICE, "steps": steps}
+    return Comparison(
+        f"{steps} training steps, {title}",
+        {
+            f"{name}, {mode}": partial(train_steps, make=make, student=student, compiled=compiled, **common)
+            for mode, compiled in modes.items()
+            for name, make in makers.items()
+        },
+        peers=[f"timm, {mode}" for mode in modes],
+        targets={f"deitlt-hf, {list(modes)[-1]}": target},
+        turns=2 if IS_TRIAL else 7,
+        warm_up=1 if IS_TRIAL else 2,
+        flops=lambda: steps * student.flops(),
+        peak=Peak(256, 1, DEVICE, torch.bfloat16) if IS_TRIAL else Peak(8192, 20, DEVICE, torch.bfloat16),
+        images=steps * student.batch,
+        starts_together=True,
+    )
+
+
+GPU_COMPARISONS = {
+    "gpu_vit_b_step": gpu_step(
+        "ViT-B/16, 224 px, batch 128, bfloat16",
+        replace(VIT_B, batch=128),
+        5,
+        {"eager": None, "compiled": "default"},
+        ">= 1.05",
+    ),
+    "gpu_small_step": gpu_step(
+        "192 wide, 9 blocks, 32 px, batch 1,024, bfloat16",
+        replace(SMALL, batch=1024),
+        10,
+        {"eager": None, "compiled": "default", "CUDA graphs": CUDA_GRAPHS},
+        ">= 1.25",
     ),
 }
 

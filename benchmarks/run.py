@@ -1,6 +1,6 @@
 """Speed and memory compared with the peers', all in one run.
 
-    python benchmarks/run.py                      # everything: about 22 minutes on two quiet cores
+    python benchmarks/run.py                      # everything on a CPU: about 22 minutes on two quiet cores
     python benchmarks/run.py --only small_step memory
     python benchmarks/run.py --table              # the table of docs/performance.md from the record
     python benchmarks/run.py --profile small_step deitlt-hf    # where one contender's time goes
@@ -11,22 +11,26 @@ defined in `comparisons.py`. Each result is recorded when it is complete and rep
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from comparisons import COMPARISONS, Comparison
+from comparisons import COMPARISONS, GPU_COMPARISONS, Comparison
 from series import RESULTS, ROOT, write_record
 
 RECORD = RESULTS / "speed.json"
 PAGE = ROOT / "docs" / "performance.md"
 PAUSE = 0.1  # seconds before a turn, after which the threads of the last turn no longer wait actively
+ALL = COMPARISONS | GPU_COMPARISONS
 MARKERS = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
@@ -40,7 +44,7 @@ class Turns:
         """Ends a turn with its time or another value and waits for the next; returns whether one follows."""
         if self._begun is not None:
             value = time.perf_counter() - self._begun if value is None else value
-            print(f"TURN {value!r}", flush=True)
+            print(f"TURN {value!r} {torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}", flush=True)
         if sys.stdin.readline().strip() != "turn":
             return False
         self._begun = time.perf_counter()
@@ -48,35 +52,57 @@ class Turns:
 
 
 class Contender:
-    """A process that takes turns."""
+    """A process that takes turns.
+
+    Attributes:
+        memory: Most bytes that it has allocated on the GPU.
+        error: Why it ended; None while it takes turns.
+    """
 
     def __init__(self, comparison: str, name: str, threads: int):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        self.name = name
+        self.name, self.memory, self.error = name, 0, None
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - end() closes it
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--contender", comparison, name],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
 
-    def turn(self) -> float:
-        """Runs one turn and returns its seconds, or another value that the comparison measures.
+    def begin(self) -> None:
+        """Lets it begin a turn; if the process has ended, `value` gives the reason."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("turn\n")
+            self._process.stdin.flush()
+
+    def value(self) -> float:
+        """Waits for the end of the turn and returns its seconds, or another value that the comparison measures.
 
         Raises:
-            RuntimeError: If the process ended; `--contender COMPARISON NAME` shows its own message.
+            RuntimeError: If the process ended.
         """
-        time.sleep(PAUSE)
-        self._process.stdin.write("turn\n")
-        self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("TURN "):
-                return float(line.split()[1])
-        raise RuntimeError(f"{self.name!r} ended during its turn with code {self._process.wait()}.")
+                _, value, memory = line.split()
+                self.memory = int(memory)
+                return float(value)
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines() or ["no message"]
+        self.error = f"ended during its turn with code {self._process.wait()}: {said[-1]}"
+        raise RuntimeError(f"{self.name!r} {self.error}")
+
+    def turn(self) -> float:
+        """Runs one turn and returns its value."""
+        time.sleep(PAUSE)
+        self.begin()
+        return self.value()
 
     def end(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.kill()
         self._process.wait()
+        self._log.close()
 
 
 class Profiled:
@@ -106,44 +132,61 @@ class Profiled:
         ]
 
 
-def multiply(turns: Turns) -> None:
-    """The machine's peak: seconds of 2 x 2048^3 operations."""
-    left, right = torch.randn(2, 2048, 2048)
-    torch.mm(left, right)
-    while turns.next():
-        torch.mm(left, right)
-
-
 def measure(name: str, comparison: Comparison, threads: int, turns: int | None) -> dict:
     """Runs the turns of one comparison.
 
     Returns:
-        Median, 10th and 90th percentile of each contender, and the machine's peak in GFLOP/s where it matters.
+        Median, 10th and 90th percentile of each contender (with its memory in MiB on a GPU), the machine's peak in
+        GFLOP/s where it matters, and the messages of contenders that ended.
+
+    Raises:
+        RuntimeError: If a contender ends, unless its comparison starts all together and others are left.
     """
     names = [*comparison.contenders, *(["peak"] if comparison.flops else [])]
     contenders = [Contender(name, contender, threads) for contender in names]
     try:
+        if comparison.starts_together:
+            start_together(contenders)
+        taking = [contender for contender in contenders if contender.error is None]
         values = [
-            [contender.turn() for contender in contenders]
-            for _ in range(comparison.warm_up + (turns or comparison.turns))
+            [contender.turn() for contender in taking] for _ in range(comparison.warm_up + (turns or comparison.turns))
         ]
     finally:
         for contender in contenders:
             contender.end()
     low, medians, high = np.quantile(np.array(values[comparison.warm_up :]), (0.1, 0.5, 0.9), axis=0)
     figures = {
-        contender: {"median": medians[index], "low": low[index], "high": high[index]}
-        for index, contender in enumerate(names)
+        contender.name: {"median": medians[index], "low": low[index], "high": high[index]}
+        | ({"memory_mib": contender.memory / 2**20} if contender.memory else {})
+        for index, contender in enumerate(taking)
     }
     record = {"threads": threads, "turns": len(values) - comparison.warm_up, "contenders": figures}
     if comparison.flops:
-        record["peak_gflops"] = 2 * 2048**3 / figures.pop("peak")["median"] / 1e9
+        record["peak_gflops"] = comparison.peak.flops / figures.pop("peak")["median"] / 1e9
+    if errors := {contender.name: contender.error for contender in contenders if contender.error is not None}:
+        record["errors"] = errors
     return json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.5g}"))
+
+
+def start_together(contenders: Sequence[Contender]) -> None:
+    """Runs the first turn of all contenders at the same time; one that ends has its `error`.
+
+    Raises:
+        RuntimeError: If the peak or all others end.
+    """
+    for contender in contenders:
+        contender.begin()
+    for contender in contenders:
+        with contextlib.suppress(RuntimeError):
+            contender.value()
+    ended = [contender for contender in contenders if contender.error is not None]
+    if len(ended) >= len(contenders) - 1 or contenders[-1] in ended:
+        raise RuntimeError("; ".join(f"{contender.name!r} {contender.error}" for contender in ended))
 
 
 def rows(name: str, record: dict) -> list[str]:
     """A comparison's rows of the table."""
-    comparison, figures = COMPARISONS[name], record["contenders"]
+    comparison, figures = ALL[name], record["contenders"]
     peers = {peer: figures[peer]["median"] for peer in comparison.peers}
     best = min(peers.values(), default=None)
     lines = []
@@ -177,7 +220,7 @@ def page_with(text: str, record: dict) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), metavar="NAME", help=", ".join(COMPARISONS))
+    parser.add_argument("--only", nargs="+", choices=list(ALL), metavar="NAME", help=", ".join(ALL))
     parser.add_argument("--json", type=Path, default=RECORD, help="the record (default: %(default)s)")
     parser.add_argument("--turns", type=int, help="turns of each contender (default: those of the comparison)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: %(default)s")
@@ -187,11 +230,12 @@ def main():
     args = parser.parse_args()
     if args.contender is not None:
         name, contender = args.contender
-        return multiply(Turns()) if contender == "peak" else COMPARISONS[name].contenders[contender](Turns())
+        way = ALL[name].peak.multiply if contender == "peak" else ALL[name].contenders[contender]
+        return way(Turns())
     if args.profile is not None:
         name, contender = args.profile
         turns = Profiled()
-        COMPARISONS[name].contenders[contender](turns)
+        ALL[name].contenders[contender](turns)
         print("| operation | ms a turn | calls | share |", "|---|---:|---:|---:|", *turns.shares(), sep="\n")
         return None
     record = json.loads(args.json.read_text()) if args.json.exists() else {}
@@ -199,7 +243,7 @@ def main():
         PAGE.write_text(page_with(PAGE.read_text(), record))
         return None
     for name in args.only or COMPARISONS:
-        record[name] = measure(name, COMPARISONS[name], args.threads, args.turns)
+        record[name] = measure(name, ALL[name], args.threads, args.turns)
         print(*rows(name, record[name]), sep="\n", flush=True)
         write_record(args.json, record)  # after each comparison, to keep the results if the run is interrupted
     return None

@@ -51,7 +51,7 @@ def run(*command, threads: int | None = None) -> resource.struct_rusage:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{errors[-2000:]}")
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{errors[-4000:]}")
     return usage
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +195,7 @@ class Setting:
         common: Arguments of all students that are ViTs.
         running: Arguments of all runs that do not change the results.
         holds_out: Test on images held out of the training split, and train on the others.
+        measures_flatness: Measure the flatness of the teachers.
     """
 
     title: str
@@ -206,9 +207,43 @@ class Setting:
     common: tuple = ()
     running: tuple = SHORT
     holds_out: bool = False
+    measures_flatness: bool = True
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an interrupted run continues from its newest checkpoint."""
+        return LONG[0] in self.running
+
+
+def at_length(title: str, epochs: int, common: tuple, running: tuple = (), teaching: tuple = ()) -> Setting:
+    """Fashion-MNIST with one teacher and the three students that the paper's length is most informative for.
+
+    Args:
+        title: Name in the docs.
+        epochs: Epochs of the students.
+        common: Arguments of all students.
+        running: Arguments of all runs that do not change the results, beyond those of `LONG`.
+        teaching: Further arguments of the teacher.
+    """
+    taught_by = TEACHERS["ce-sam"]
+    students = {
+        name: replace(STUDENTS[name], arguments=(*length(epochs), *STUDENTS[name].arguments))
+        for name in ("deit-lt", "labels", "ours")
+    }
+    return Setting(
+        title,
+        FASHION,
+        SEEDS,
+        {"ce-sam": replace(taught_by, arguments=(*taught_by.arguments, *teaching))},
+        students,
+        common=common,
+        running=(*LONG, "--eval_strategy", "no", *running),
+        measures_flatness=False,
+    )
 
 
 FASHION = "fashion_mnist_lt_tiny"
+FEW = ("--max_per_class", 300, "--warmup_epochs", 1)
 SETTINGS = {
     "fashion": Setting(
         "Fashion-MNIST, ratio 100, 1,500 to 15 images a class",
@@ -241,6 +276,22 @@ SETTINGS = {
                 if name in ("ours", "labels-muon", "timm-muon")
             },
         },
+    ),
+    # The paper's length, for a GPU. Batches of 256 make 16,800 updates of these images; CIFAR-10-LT has 14,400 in the
+    # paper, which also trains in half precision.
+    "fashion_long": at_length(
+        "Fashion-MNIST, ratio 100, 1,200 epochs, batches of 256 in bfloat16",
+        1200,
+        (*batch(256, 1e-3), "--bf16", "true"),
+        ("--dataloader_num_workers", 4),
+    ),
+    # Only to try the programs: a few steps on few images. The teacher must know more than chance.
+    "fashion_trial": at_length(
+        "Fashion-MNIST, 2 epochs of at most 300 images a class",
+        2,
+        (*batch(64, 1e-3), *FEW),
+        ("--dataloader_num_workers", 0),
+        (*FEW, *length(10)),
     ),
 }
 
@@ -286,11 +337,13 @@ class Runs:
         name: Name of the setting.
         data_dir: Folder of its images; with None they come from the Hub.
         threads: Threads of each run; always the same number, because the results depend on it.
+        results: Folder of the records; None for the committed ones.
     """
 
     name: str
     data_dir: str | None = None
     threads: int = 1
+    results: Path | None = None
 
     @property
     def setting(self) -> Setting:
@@ -303,7 +356,7 @@ class Runs:
         return ROOT / "outputs" / "claims" / self.name / f"seed{seed}" / arm
 
     def record(self, seed: int, arm: str) -> Path:
-        return RESULTS / f"{self.name}-{arm}-seed{seed}.json"
+        return (self.results or RESULTS) / f"{self.name}-{arm}-seed{seed}.json"
 
     def data(self, seed: int, name: str | None = None) -> list:
         """Arguments that select the images, and the recipe of an arm."""
@@ -349,7 +402,7 @@ class Runs:
             path = self.record(seed, name if is_first else f"{name}-{digest[:8]}")
             if path.exists():
                 return
-            if is_first and not self.setting.holds_out:
+            if is_first and self.setting.measures_flatness and not self.setting.holds_out:
                 results["sharpness"] = self._look(seed, folder, "-m", "deitlt_hf.cli", "sharpness", *SHARPNESS)
             write_record(path, results)
 
@@ -414,7 +467,7 @@ class Runs:
                 return results
         begun = folder.with_name(f"{folder.name}.begun.json")
         is_of_another = folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == made_of)
-        if is_of_another and self.setting.running == LONG:  # which would resume from its checkpoints
+        if is_of_another and self.setting.resumes:  # which would resume from its checkpoints
             raise ValueError(f"{folder} has a run with other arguments or teacher; move it away to begin anew.")
         write_record(begun, made_of)
         run(*command, threads=self.threads)

@@ -2,6 +2,7 @@
 
     python research/run.py --data_dir /usr/share/datasets/fashion-mnist
     python research/run.py --setting held_out --data_dir /usr/share/datasets/fashion-mnist
+    python research/run.py --setting fashion_long --data_dir DIR --arms deit-lt labels ours --jobs 3
     python research/run.py --setting cifar10_lt_rho100 --data_dir DIR --jobs 1 --threads 16
 
 Every run is a separate process and writes a record to `research/results/`. Recorded runs are not repeated: a series
@@ -11,6 +12,7 @@ after the other on two threads.
 
 import argparse
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 
 from arms import LABELS, SETTINGS, Runs, hold_out
 
@@ -70,6 +72,7 @@ def main():
     parser.add_argument("--arms", nargs="+", help="teachers and students instead of all of the setting")
     parser.add_argument("--jobs", type=int, default=2, help="number of simultaneous runs")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run, which affect the results")
+    parser.add_argument("--results", type=Path, help="folder of the records instead of research/results")
     args = parser.parse_args()
     setting = SETTINGS[args.setting]
     arms = [*setting.teachers, *setting.students]
@@ -79,7 +82,7 @@ def main():
     if setting.holds_out and args.data_dir is None:
         parser.error(f"--setting {args.setting} needs --data_dir with the four IDX files.")
     data_dir = str(hold_out(args.data_dir)) if setting.holds_out else args.data_dir
-    runs = Runs(args.setting, data_dir, args.threads)
+    runs = Runs(args.setting, data_dir, args.threads, args.results)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             futures = plan(pool, runs, args.seeds or list(setting.seeds), args.arms or arms)

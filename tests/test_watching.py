@@ -269,6 +269,22 @@ def test_every_log_is_a_line_and_a_resumed_run_appends(tmp_path, digits):
     assert len(picture.getcolors(256)) > 50
 
 
+@pytest.mark.parametrize(("pause", "pictures"), [(0, 3), (1000, 1)])
+def test_quick_evaluations_share_a_picture(tmp_path, monkeypatch, pause, pictures):
+    """Evaluations within half a minute share a picture, and the last one is in it, wherever the run ends."""
+    drawn = []
+    monkeypatch.setattr(run_log, "draw_curves", lambda entries, *_: drawn.append(len(entries)))
+    monkeypatch.setattr(run_log, "SECONDS_BETWEEN_PICTURES", pause)
+    log, state = run_log.RunFile(tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=9)
+    log.on_train_begin(None, state, None)
+    for state.global_step in (2, 4, 6):
+        log.on_log(None, state, None, {"eval_accuracy": 0.5})
+        log.on_evaluate(None, state, None)
+    log.on_train_end(None, state, None)
+    assert len(drawn) == pictures
+    assert drawn[-1] == 3
+
+
 def test_evaluation_alone_writes_no_log(tmp_path, digits):
     student_trainer(tmp_path, digits, distillation="none").evaluate()
     assert list(tmp_path.iterdir()) == []

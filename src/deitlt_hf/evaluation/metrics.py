@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.metrics import f1_score
 
 from ..data.long_tail import Integers
 from .accuracy import class_accuracies, group_accuracies, number_of_classes
@@ -62,6 +61,8 @@ def long_tail_figures(
         `geometric_mean` of the class accuracies, 0 if the accuracy of a class is 0; `macro_f1`; `calibration_error`.
         Only classes with test images count.
     """
+    from sklearn.metrics import f1_score  # imports scipy.stats, which would delay every start of a training
+
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     accuracies = class_accuracies(predictions, labels, number_of_classes(labels, groups))
     tested = np.flatnonzero(~np.isnan(accuracies))

@@ -260,7 +260,7 @@ def _parameters(parameters: dict[str, Any]) -> tuple[int, bool]:
 
 
 def _prediction_sets(config, group_of: dict[int, str]) -> tuple[float | None, torch.Tensor]:
-    """Coverage of the prediction sets in a configuration, or None without valid ones, and the threshold of each class."""
+    """Coverage of the prediction sets in a configuration (None without valid ones), and the threshold of each class."""
     sets = getattr(config, "prediction_sets", None)
     sets = sets if isinstance(sets, dict) else {}
     of_group, coverage = sets.get("thresholds"), sets.get("coverage")

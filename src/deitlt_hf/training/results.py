@@ -17,6 +17,11 @@ from .resuming import architecture
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
 
 
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on, by name."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
 class Results:
     """Record of a run in `results.json`: data, settings, and the accuracies of the last and of the best epoch.
 
@@ -83,7 +88,7 @@ class Results:
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
             },
             "hardware": hardware(args),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+            "versions": installed_versions(),
         }
 
     def data_of(self, trainer) -> dict:

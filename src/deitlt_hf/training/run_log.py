@@ -19,6 +19,7 @@ CURVES_FILE = "training_curves.png"
 ESTIMATE_AFTER = 5  # steps, not counting the first one, which starts workers and fills caches
 ESTIMATE_SECONDS = 2.0
 WAITING_STEPS, WAITING_SECONDS, WAITING_SHARE = 20, 20.0, 0.5  # for a note that training waits for images
+SECONDS_BETWEEN_PICTURES = 30.0  # drawing takes half a second, as long as an evaluation of a small student
 
 
 class RunLog(ProgressCallback):
@@ -117,10 +118,11 @@ def waiting_advice(args, share: float) -> str:
 
 
 class RunFile(TrainerCallback):
-    """Writes each log as a line of `log.jsonl`, and draws `training_curves.png` at each evaluation.
+    """Writes each log as a line of `log.jsonl`, and draws `training_curves.png` at evaluations and at the end.
 
-    The picture needs matplotlib; without it, only the log is written. A resumed run keeps the lines up to its
-    checkpoint and removes later ones.
+    An evaluation within half a minute of the last picture or the start is drawn with a later one. The picture needs
+    matplotlib; without it, only the log is written. A resumed run keeps the lines up to its checkpoint and removes
+    later ones.
 
     Args:
         output_dir: Folder of both files.
@@ -135,10 +137,12 @@ class RunFile(TrainerCallback):
         self.drw_start_epoch = drw_start_epoch
         self.is_open = False
         self.draws = importlib.util.find_spec("matplotlib") is not None
+        self._drawn_at, self._has_new_points = 0.0, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
+        self._drawn_at = time.monotonic()
         path = self.folder / LOG_FILE
         kept = []
         if state.global_step:  # entries with "train_runtime" summarise a process that has ended
@@ -155,8 +159,18 @@ class RunFile(TrainerCallback):
             file.write(_line(entry))
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if not self.is_open or not self.draws:
+        self._has_new_points = self.is_open and self.draws
+        is_last = state.global_step >= state.max_steps
+        if is_last or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN_PICTURES:
+            self._draw()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._draw()
+
+    def _draw(self) -> None:
+        if not self._has_new_points:
             return
+        self._drawn_at, self._has_new_points = time.monotonic(), False
         try:
             draw_curves(read_log(self.folder / LOG_FILE), self.folder / CURVES_FILE, self.drw_start_epoch)
         except OSError as error:  # such as a full disk, which must not stop the run
