@@ -163,8 +163,8 @@ class StudentArguments:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Start from this DeiT checkpoint (any number of classes) instead of from scratch: folder, Hub id, "
-            "or a checkpoint file of timm or of the authors."
+            "help": "Start from the trunk of this model instead of from scratch: a student, or a ViT, DeiT, MAE or DINOv2 "
+            "of transformers or timm (folder or Hub id), or a file of weights in the layout of timm."
         },
     )
     image_size: int = field(default=224, metadata={"help": "Side of the images, in pixels."})
@@ -173,6 +173,14 @@ class StudentArguments:
     num_hidden_layers: int = field(default=12, metadata={"help": "Number of blocks."})
     num_attention_heads: int = field(default=12, metadata={"help": "Number of attention heads."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Width of the MLP. None: 4 x hidden_size."})
+    image_mean: list[float] | None = field(
+        default=None,
+        metadata={"help": "Mean for normalising images in [0, 1]. None: that of init_from, else ImageNet's."},
+    )
+    image_std: list[float] | None = field(
+        default=None,
+        metadata={"help": "Standard deviation for normalising images. None: that of init_from, else ImageNet's."},
+    )
     drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth rate of the last block."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2, ... None: the default of transformers."}
@@ -187,6 +195,8 @@ class StudentArguments:
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             intermediate_size=self.intermediate_size or 4 * self.hidden_size,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
             drop_path_rate=self.drop_path_rate,
             **labels,
         )
