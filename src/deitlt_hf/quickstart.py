@@ -43,7 +43,8 @@ from .recipes.fit import (
 )
 from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .training.distillation import TeacherAtChanceError
-from .training.runs import SIZES, check_start, distill, train_teacher
+from .training.runs import distill, train_teacher
+from .training.starting import FREE_SIZES, SIZES, check_start
 from .training.trial import StepTimes, measure_steps
 
 RECIPE_FILE, IMAGES_FOLDER = "recipe.yaml", "images"
@@ -370,8 +371,10 @@ def _sizes_of_start(given: Sequence[Choice]) -> list[Choice]:
     """
     values = {choice.name: choice.value for choice in given if choice.section in ("student", "both")}
     start = values.get("init_from")
-    config = None if start is None else check_start(start, values)
-    return [] if config is None else [Choice("student", name, getattr(config, name), f"as {start}") for name in SIZES]
+    if start is None:
+        return []
+    config = check_start(StudentArguments(init_from=start), values).config
+    return [Choice("student", name, config[name], f"as {start}") for name in (*SIZES, *FREE_SIZES)]
 
 
 def _sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:

@@ -24,8 +24,8 @@ from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_ar
 from ..serving.classifiers import load_classifier, load_processor
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
-from ..training.runs import SIZES, check_start
 from ..training.schedule import low_peak
+from ..training.starting import FREE_SIZES, SIZES, check_start
 
 # Per parameter, in float32: weight, gradient, and the two moments of AdamW, or momentum and SAM's copy of the weight.
 STATE_BYTES = 16
@@ -349,9 +349,9 @@ def print_budgets(
     Raises:
         ValueError: If a batch cannot be divided among any of the numbers of GPUs.
     """
-    start = student_args.init_from and check_start(student_args.init_from, (args.recipe or {}).get("overrides", {}))
-    if start:
-        student_args = replace(student_args, **{name: getattr(start, name) for name in SIZES})
+    if student_args.init_from is not None:
+        start = check_start(student_args, (args.recipe or {}).get("overrides", {}))
+        student_args = replace(student_args, **{name: start.config[name] for name in (*SIZES, *FREE_SIZES)})
     classes, images = training_images(data_args)
     show(f"{recipe}: {images:,} training images of {classes:,} classes")
     paper, changed = paper_accuracies(recipe), {*(args.recipe or {}).get("overrides", {})}

@@ -84,7 +84,8 @@ def model_processor(
             f"{type(config).__name__} has no integer image_size; give an image processor "
             "(processing_class=image_processor(SIZE))."
         )
-    mean, std = getattr(config, "image_mean", IMAGENET_DEFAULT_MEAN), getattr(config, "image_std", IMAGENET_DEFAULT_STD)
+    mean = getattr(config, "image_mean", None) or IMAGENET_DEFAULT_MEAN
+    std = getattr(config, "image_std", None) or IMAGENET_DEFAULT_STD
     return image_processor(config.image_size, resize_size, mean, std, background)
 
 

@@ -9,27 +9,14 @@ from typing import Any
 
 import torch
 
+from ..models.trunks import TIMM_BLOCK_MODULES, TIMM_MODULES
+
 StateDict = Mapping[str, torch.Tensor]
 
 # Modules and bare parameters of the student: the authors' name (also timm's), then the name in this package.
-_STUDENT_MODULES = {
-    "cls_token": "deit.embeddings.cls_token",
-    "pos_embed": "deit.embeddings.position_embeddings",
-    "dist_token": "deit.embeddings.distillation_token",
-    "patch_embed.proj": "deit.embeddings.patch_embeddings.projection",
-    "norm": "deit.layernorm",
+_STUDENT_MODULES = {original: f"deit.{ours}" for original, ours in TIMM_MODULES.items()} | {
     "head": "cls_classifier",
     "head_dist": "distillation_classifier",
-}
-_BLOCK_MODULES = {
-    "norm1": "layernorm_before",
-    "attn.q": "attention.q_proj",
-    "attn.k": "attention.k_proj",
-    "attn.v": "attention.v_proj",
-    "attn.proj": "attention.o_proj",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
 }
 # Backbone by the number of blocks in each stage, and whether the blocks are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {((n, n, n), False): f"resnet{6 * n + 2}" for n in (3, 5, 7, 9)} | {
@@ -159,7 +146,7 @@ def _student_modules(depth: int) -> dict[str, str]:
     blocks = {
         f"blocks.{index}.{original}": f"deit.layers.{index}.{ours}"
         for index in range(depth)
-        for original, ours in _BLOCK_MODULES.items()
+        for original, ours in TIMM_BLOCK_MODULES.items()
     }
     return _STUDENT_MODULES | blocks
 

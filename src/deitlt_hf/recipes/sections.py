@@ -210,9 +210,17 @@ class StudentArguments(ArchitectureArguments):
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Start from this DeiT checkpoint (any number of classes) instead of from scratch: folder, Hub id, "
-            "or a checkpoint file of timm or of the authors."
+            "help": "Start from the trunk of this model instead of from scratch: a student, or a ViT, DeiT, MAE or "
+            "DINOv2 of transformers or timm (folder or Hub id), or a file of weights in the layout of timm."
         },
+    )
+    image_mean: list[float] | None = field(
+        default=None,
+        metadata={"help": "Mean for normalising images in [0, 1]. None: that of init_from, else ImageNet's."},
+    )
+    image_std: list[float] | None = field(
+        default=None,
+        metadata={"help": "Standard deviation for normalising images. None: that of init_from, else ImageNet's."},
     )
     drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth rate of the last block."})
     attn_implementation: str | None = field(
@@ -221,7 +229,13 @@ class StudentArguments(ArchitectureArguments):
 
     def config(self, **labels) -> DeiTLTConfig:
         """Configuration of a student that starts from scratch. `labels` are label fields such as `num_labels`."""
-        return DeiTLTConfig(**self.sizes(), drop_path_rate=self.drop_path_rate, **labels)
+        return DeiTLTConfig(
+            **self.sizes(),
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            drop_path_rate=self.drop_path_rate,
+            **labels,
+        )
 
 
 @dataclass

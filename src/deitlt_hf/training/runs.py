@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
-from transformers import DeiTConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..console import quiet_log
@@ -19,29 +19,22 @@ from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..original import load_original_student
+from ..models.trunks import Trunk
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
-from ..serving.classifiers import load_classifier, load_model, load_processor, loading, read_model_config
+from ..serving.classifiers import load_classifier, load_model, load_processor, read_model_config
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
-from .checkpoints import has_model, load_with_info, newest_checkpoint, whole_checkpoint
+from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer
 from .inputs import label_names
 from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
 from .publishing import hub_options
 from .resuming import architecture, class_names, other_classes, read_configuration
 from .schedule import low_peak
+from .starting import check_start, starting_student
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
 
-SIZES = (
-    "image_size",
-    "patch_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-)
 EVALUATION_FIELDS = (
     "output_dir",
     "per_device_eval_batch_size",
@@ -83,15 +76,18 @@ def distill(
     begin(args, DeiTLTConfig.model_type)
     if model_args.teacher is not None:
         read_model_config(model_args.teacher)
+    start = None
     if model_args.init_from is not None:
-        check_start(model_args.init_from, (args.recipe or {}).get("overrides", {}))
+        start = check_start(model_args, (args.recipe or {}).get("overrides", {}))
+        for difference in start.notes:
+            _say(args, f"Note: {model_args.init_from} differs from the student: {difference}.")
     data = data_args.load()
     args.check_data(len(data["train"]))
     if note := low_peak(args.peak_learning_rate, model_args.init_from):
         _say(args, f"Note: {note}")
     data_args.groups(data)
     set_seed(args.seed)
-    student = _student(model_args, data)
+    student = _student(model_args, data, start)
     model_processor(student.config, args.image_resize)
     teacher = processor = None
     if args.needs_teacher:
@@ -152,60 +148,13 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
     return trainer
 
 
-def _student(model_args: StudentArguments, data: Mapping) -> DeiTLTForImageClassification:
+def _student(model_args: StudentArguments, data: Mapping, start: Trunk | None) -> DeiTLTForImageClassification:
     names = data["train"].features["label"].names
+    if start is not None:
+        return starting_student(start, model_args, names)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     attention = {"attn_implementation": model_args.attn_implementation}
-    path = model_args.init_from
-    if path is None:
-        return DeiTLTForImageClassification._from_config(model_args.config(**labels), **attention)
-    options: dict[str, Any] = {"drop_path_rate": model_args.drop_path_rate, **attention}
-    if Path(path).is_file():
-        like = model_args.config(**labels)
-        return load_original_student(path, class_names=names, num_labels=len(names), like=like, **options)
-    with loading(path):
-        student, info = load_with_info(
-            DeiTLTForImageClassification, path, **labels, **options, dtype="float32", ignore_mismatched_sizes=True
-        )
-    missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)  # new heads replace the old
-    if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} weights of a DeiT ({', '.join(missing[:3])}); start from another checkpoint."
-        )
-    return student
-
-
-def check_start(path: str, changed: Mapping[str, Any]) -> DeiTConfig | None:
-    """Checks that a student can start from a model.
-
-    Args:
-        path: Folder, Hub id, or file of weights. A file is not checked.
-        changed: Arguments of the command line. The model's sizes override those of the recipe, but must equal these.
-
-    Returns:
-        Configuration of the model; None for a file.
-
-    Raises:
-        FileNotFoundError: If the model does not exist.
-        ValueError: If it is not a DeiT, or its sizes differ from those on the command line.
-    """
-    if Path(path).is_file():
-        return None
-    content = read_model_config(path)
-    if content.get("model_type") != DeiTConfig.model_type:
-        raise ValueError(
-            f"{path} is a model of type {content.get('model_type')!r}; a student starts from a DeiT (model_type "
-            f"{DeiTConfig.model_type!r}), such as facebook/deit-base-distilled-patch16-224."
-        )
-    with loading(path):
-        config = DeiTConfig.from_dict(content)
-    for name in SIZES:
-        if name in changed and changed[name] != getattr(config, name):
-            raise ValueError(
-                f"{path} has {name} {getattr(config, name)}, not {changed[name]}; a student that starts from it has "
-                f"the same sizes, so leave --{name} out."
-            )
-    return config
+    return DeiTLTForImageClassification._from_config(model_args.config(**labels), **attention)
 
 
 def _teacher_of_recipe(

@@ -29,6 +29,8 @@ class DeiTLTConfig(DeiTConfig):
         layer_norm_eps: Epsilon of the layer norms, 1e-6 as in the authors' code (transformers' DeiT has 1e-12).
         drop_path_rate: Stochastic depth of the last block, in [0, 1); it rises linearly from 0 over the blocks.
             0.1 in the paper.
+        image_mean: Mean for normalising images in [0, 1], one value per channel. None: ImageNet's, as in the paper.
+        image_std: Standard deviation for normalising images, likewise.
         class_counts: Training images of each class, in label order, when known. It does not change the model. It
             records for users of a saved model which classes are head and which are tail.
         class_groups: Class indices of each group, such as head, mid and tail, when known.
@@ -39,8 +41,8 @@ class DeiTLTConfig(DeiTConfig):
 
     Raises:
         ValueError: If a size or number is below 1, the patch size does not divide the image size, the number of heads
-            does not divide the hidden size, `drop_path_rate` is outside [0, 1), or `class_counts`, `class_groups` or
-            `class_map` do not fit the labels.
+            does not divide the hidden size, `image_mean` or `image_std` do not fit the channels, `drop_path_rate` is
+            outside [0, 1), or `class_counts`, `class_groups` or `class_map` do not fit the labels.
     """
 
     # Outputs that transformers' Trainer does not collect as predictions.
@@ -48,6 +50,8 @@ class DeiTLTConfig(DeiTConfig):
 
     layer_norm_eps: float = 1e-6
     drop_path_rate: float | int = 0.1
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
     class_counts: list[int] | None = None
     class_groups: dict[str, list[int]] | None = None
     class_map: list[int] | None = None
@@ -69,6 +73,10 @@ class DeiTLTConfig(DeiTConfig):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}."
             )
+        for field in ("image_mean", "image_std"):
+            values = getattr(self, field)
+            if values is not None and (len(values) != self.num_channels or (field == "image_std" and min(values) <= 0)):
+                raise ValueError(f"{field} must have {self.num_channels} values (image_std above 0), got {values}.")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
         _check_classes(self)

@@ -1,0 +1,195 @@
+"""Starts a student from an existing model: a student or another ViT of transformers or timm, or a file of weights."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, DeiTConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
+
+from ..data.transforms import ImageFormat
+from ..models.deitlt.configuration_deitlt import DeiTLTConfig
+from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..models.trunks import TIMM_TYPE, Trunk, check_type, student_of, trunk_of, vit_of_file
+from ..models.weight_files import read_checkpoint, strip_wrappers
+from ..original import load_original_student
+from ..recipes import StudentArguments
+from ..serving.classifiers import loading, read_model_config
+from .checkpoints import load_with_info
+
+# Sizes that a student takes over from the model that it starts from.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# Sizes that the command line can change: the weights are interpolated.
+FREE_SIZES = ("image_size", "patch_size")
+
+
+def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Trunk:
+    """Checks that a student can start from `model_args.init_from`, before its weights are loaded.
+
+    Args:
+        model_args: Arguments of the student.
+        changed: Arguments of the command line. The model's sizes override those of the recipe; image size, patch size
+            and normalisation on the command line override those of the model.
+
+    Returns:
+        The trunk on the meta device, with the final configuration.
+
+    Raises:
+        FileNotFoundError: If the model does not exist.
+        ValueError: If its trunk is not one of a student, or its sizes differ from those on the command line.
+    """
+    path = model_args.init_from
+    assert path is not None
+    if Path(path).is_file():
+        trunk = trunk_of(_student_or_vit(path, model_args))
+    else:
+        content = read_model_config(path)
+        with _as_student(path):
+            check_type(content["model_type"])
+        with loading(path):
+            config = _source_config(path)
+            with torch.device("meta"):
+                source = AutoModel.from_config(config)
+        with _as_student(path):
+            trunk = trunk_of(source)
+    for name in SIZES:
+        if changed.get(name, trunk.config[name]) not in (None, trunk.config[name]):
+            raise ValueError(
+                f"{path} has {name} {trunk.config[name]}, not {changed[name]}; a student that starts from it has "
+                f"the same sizes, so leave --{name} out."
+            )
+    config = trunk.config | _image_fields(path, trunk, model_args, changed)
+    DeiTLTConfig(**config)  # refuses sizes that do not fit
+    return Trunk(config, trunk.weights, trunk.antialias, trunk.notes)
+
+
+def starting_student(start: Trunk, model_args: StudentArguments, names: Sequence[str]) -> DeiTLTForImageClassification:
+    """Loads the weights of `model_args.init_from` into a student.
+
+    The heads are new, unless the model is a student, or a distilled DeiT, with as many classes.
+
+    Args:
+        start: What [`check_start`] returned.
+        model_args: Arguments of the student.
+        names: Names of the classes, in label order.
+
+    Raises:
+        ValueError: If weights are missing.
+    """
+    path = model_args.init_from
+    assert path is not None
+    fields = start.config | {"drop_path_rate": model_args.drop_path_rate}
+    source = _student_or_vit(path, model_args, names)
+    if isinstance(source, DeiTLTForImageClassification):
+        heads = {name: tensor for name, tensor in source.state_dict().items() if "classifier." in name}
+        student = student_of(trunk_of(source), model_args.attn_implementation, **source.config.to_dict() | fields)
+        student.load_state_dict(heads, strict=False)
+    else:
+        student = student_of(trunk_of(source), model_args.attn_implementation, **fields | _labels(names))
+    student.name_or_path = path
+    return student
+
+
+def _labels(names: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
+def _student_or_vit(path: str, model_args: StudentArguments, names: Sequence[str] | None = None) -> torch.nn.Module:
+    """Loads a student with its heads from a DeiT with two tokens, and a ViT without its head from other models."""
+    if Path(path).is_file():
+        return _of_file(path, model_args, names)
+    with loading(path), _without_report():
+        config = _source_config(path)
+        if config.model_type == DeiTConfig.model_type:
+            labels = _labels(names or ())
+            source, info = load_with_info(
+                DeiTLTForImageClassification, path, **labels, dtype="float32", ignore_mismatched_sizes=True
+            )
+        else:
+            source, info = AutoModel.from_pretrained(
+                path, config=config, dtype="float32", trust_remote_code=False, output_loading_info=True
+            )
+    missing = sorted(name for name in info["missing_keys"] if "classifier." not in name and "pooler." not in name)
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of a ViT ({', '.join(missing[:3])}); start from another checkpoint."
+        )
+    return source
+
+
+def _of_file(path: str, model_args: StudentArguments, names: Sequence[str] | None) -> torch.nn.Module:
+    """Loads the authors' student or timm's distilled DeiT from a file; a ViT of timm from others."""
+    like, content = model_args.config(), read_checkpoint(path)
+    below = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
+    weights = strip_wrappers(below, path) if all(isinstance(name, str) for name in below) else {}
+    is_vit = {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= weights.keys()
+    if not is_vit or "dist_token" in weights:
+        # Without names, only the trunk is of interest: another number of classes leaves out the file's heads.
+        labels: dict[str, Any] = {"class_names": names, "num_labels": len(names)} if names else {"num_labels": 1}
+        return load_original_student(path, like=like, **labels)
+    heads = like.num_attention_heads if weights["cls_token"].shape[-1] == like.hidden_size else None
+    with _as_student(path):
+        return vit_of_file(weights, heads)
+
+
+def _image_fields(path: str, trunk: Trunk, model_args: StudentArguments, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes and normalisation of the student's images: of the command line, else of the source."""
+    found = _image_format(path)
+    fields = {name: trunk.config[name] for name in FREE_SIZES}
+    if found is not None:
+        if found.size[0] != found.size[1] and "image_size" not in changed:
+            raise ValueError(
+                f"the images of {path} are {' x '.join(map(str, found.size))}; give a square --image_size."
+            )
+        fields["image_size"] = found.size[0]
+        if (found.mean, found.std) != (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)):
+            fields |= {"image_mean": list(found.mean), "image_std": list(found.std)}
+    given = {name: changed[name] for name in FREE_SIZES if name in changed}
+    normalisation = {name: getattr(model_args, name) for name in ("image_mean", "image_std")}
+    return fields | given | {name: values for name, values in normalisation.items() if values is not None}
+
+
+def _image_format(path: str) -> ImageFormat | None:
+    """Image size and normalisation of a model's processor; None if the model has none."""
+    if Path(path).is_file():
+        return None
+    has_file = cached_file(path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is not None
+    if not has_file and _source_config(path).model_type != TIMM_TYPE:  # timm's are in its config
+        return None
+    with loading(path):
+        return ImageFormat.of(AutoImageProcessor.from_pretrained(path))
+
+
+def _source_config(path: str):
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if config.model_type == TIMM_TYPE:
+        (config.model_args or {}).pop("num_classes", None)  # transformers 5.23 would pass it to timm twice
+    return config
+
+
+@contextlib.contextmanager
+def _as_student(path: str) -> Iterator[None]:
+    """Makes a sentence of the reason why a model cannot become a student.
+
+    Raises:
+        ValueError: With that sentence.
+    """
+    try:
+        yield
+    except ValueError as error:
+        other = "" if Path(path).is_file() else " As a teacher of the same classes it is welcome (--teacher)."
+        raise ValueError(f"{path} cannot become a student: {error}.{other}") from error
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Hides transformers' table of weights that the student does not use: heads and poolers."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
