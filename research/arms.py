@@ -40,6 +40,7 @@ class Arm:
         teacher: For a student, the name of the arm that teaches it; None without a teacher.
         script: The training script.
         recipe: Recipe of the package; None for the setting's.
+        pretrained: Start the student from a trunk that masked pre-training made of the same training images.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Arm:
     teacher: str | None = None
     script: str = DISTILL
     recipe: str | None = None
+    pretrained: bool = False
 
 
 def teacher(title: str, loss: str, rho: float) -> Arm:
@@ -174,6 +176,7 @@ BEYOND_CANDIDATES = {
     "ours-unbalanced": candidate("the same, cross entropy for CLS", *SOFT, *NO_DRW),
     "ours-6e-3": candidate("the same, 6e-3", *OURS, rate=6e-3),
     "ours-mixed": candidate("the same, mixed", *OURS, base=()),
+    "ours-mae": replace(candidate("the same, trunk pre-trained (MAE)", *OURS), pretrained=True),
     "ours-sam": candidate("the same, SAM in the last fifth", *OURS, "--sam_rho", 0, 0.05, "--sam_rho_epochs", 0, 24),
     "ours-ema": candidate("the same, moving average", *OURS, "--ema_decay", 0.999),
     "ours-adamw": Arm("the same, AdamW, 1e-3", (*batch(64, 1e-3), *length(30), *UNMIXED, *OURS), "ce-0.1"),
@@ -459,6 +462,10 @@ class Runs:
         if arm.teacher is not None:
             command += ["--teacher", self.folder(seed, arm.teacher)]
             made_of["teacher_sha256"] = weights_digest(self.folder(seed, arm.teacher))
+        if arm.pretrained:
+            trunk = self._pretrained(seed)
+            command += ["--init_from", trunk]
+            made_of["trunk_sha256"] = weights_digest(trunk)
         kept = folder / "trained.json"
         if kept.exists():
             results = json.loads(kept.read_text())
@@ -474,6 +481,13 @@ class Runs:
         results = read_record(folder) | made_of
         write_record(kept, results)
         return results
+
+    def _pretrained(self, seed: int) -> Path:
+        """Folder of a seed's pre-trained trunk; pre-trains it, or continues, if it is not finished."""
+        with self._alone(seed, "pretrained") as folder:
+            where = ["--seed", seed, "--output_dir", folder, "--resume_from_checkpoint", "auto"]
+            run("-m", "deitlt_hf.cli", "pretrain", *self.data(seed), *where, threads=self.threads)
+        return folder
 
     def _look(self, seed: int, folder: Path, *command) -> dict:
         """Runs a program on a trained model and returns its output."""
