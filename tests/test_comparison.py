@@ -11,11 +11,15 @@ import deitlt_hf
 from deitlt_hf import comparison, quickstart
 from deitlt_hf.analysis.verdict import Outcome, judge
 from deitlt_hf.cli import main
-from deitlt_hf.recipes import load_recipe
+from deitlt_hf.data import image_processor
+from deitlt_hf.recipes import fit, load_recipe
+from deitlt_hf.recipes.fit import Choice
 from deitlt_hf.training.distillation import TeacherAtChanceError
 from deitlt_hf.training.trial import StepTimes
+from helpers import make_student
 
-SHORT = ["--image_size", "16", "--teacher_epochs", "15", "--num_train_epochs", "5", "--hidden_size", "32"]
+SHORT = ["--image_size", "16", "--teacher_epochs", "6", "--num_train_epochs", "2", "--hidden_size", "32"]
+WAYS = ["cnn", "labels", "deit_lt", "ours"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,8 @@ def compared(colours, tmp_path_factory):
     """Output folder of a comparison that was interrupted before DeiT-LT, with the record of that moment."""
     output = tmp_path_factory.mktemp("out") / "run"
     distill = comparison.distill
+    # Runs of a second: neither checkpoints nor workers.
+    running = {"eval_strategy": "no", "save_strategy": "no", "dataloader_num_workers": 0, "logging_steps": 100}
 
     def interrupted(recipe, *arguments):
         if "deit_lt" in recipe:
@@ -47,6 +53,7 @@ def compared(colours, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "distill", interrupted)
+        patch.setattr(fit, "_running", lambda section: [Choice(section, *value) for value in running.items()])
         with pytest.raises(SystemExit):
             main(["compare", str(colours), "--output_dir", str(output), *SHORT])
     earlier = json.loads((output / "comparison.json").read_text())
@@ -83,7 +90,7 @@ def test_a_way_whose_teacher_is_at_chance_is_left_out(compared, colours, tmp_pat
 def test_price_and_accuracy_of_each_way_are_recorded(compared):
     output, *_ = compared
     record = json.loads((output / "comparison.json").read_text())
-    assert list(record["ways"]) == ["cnn", "labels", "deit_lt", "ours"]
+    assert list(record["ways"]) == WAYS
     teacher = record["arms"]["teacher"]["seconds"]
     for name, way in record["ways"].items():
         own = record["arms"][name]["seconds"]
@@ -108,13 +115,13 @@ def test_the_page_shows_advice_table_and_figure(compared):
 
 def test_each_way_has_its_recipe(compared):
     output, *_ = compared
-    recipes = {name: load_recipe(str(output / "recipes" / f"{name}.yaml")) for name in comparison.ARMS}
+    recipes = {name: load_recipe(str(output / "recipes" / f"{name}.yaml")) for name in WAYS}
     assert recipes["ours"] == load_recipe(str(output / "recipe.yaml"))
     assert recipes["labels"]["student"]["distillation"] == "none"
     paper = recipes["deit_lt"]["student"]
-    assert (paper["distillation"], paper["cls_loss"], paper["drw_start_epoch"]) == ("hard", "ce", 4)
+    assert (paper["distillation"], paper["cls_loss"], paper["optim"]) == ("hard", "ce", "adamw_torch")
     assert paper["hidden_size"] == recipes["ours"]["student"]["hidden_size"] == 32
-    assert recipes["cnn"]["teacher"]["num_train_epochs"] > recipes["ours"]["teacher"]["num_train_epochs"] == 15
+    assert recipes["cnn"]["teacher"]["num_train_epochs"] > recipes["ours"]["teacher"]["num_train_epochs"] == 6
     teachers = [recipe["teacher"] for name, recipe in recipes.items() if name != "cnn"]
     assert all(teacher == teachers[0] for teacher in teachers), "one teacher must serve all"
 
@@ -137,6 +144,34 @@ def test_time_is_for_all_ways_together(colours, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "is expected to take 60 min" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
+    make_student().save_pretrained(tmp_path / "start")
+    image_processor(8).save_pretrained(tmp_path / "start")
+    start = {"init_from": str(tmp_path / "start")}
+    assert deitlt_hf.compare(colours, tmp_path / "out", dry_run=True, image_size=8, **start) is None
+    assert "linear probe" in capsys.readouterr().out
+    fitted = quickstart.fit(colours, given=start)
+    assert [fitted.value("student", name) for name in ("image_size", "hidden_size", "num_hidden_layers")] == [8, 16, 3]
+    assert fitted.value("teacher", "image_size") == 16
+    monkeypatch.setattr(comparison, "_conclude", lambda output, record, outcomes, *_: outcomes)
+    monkeypatch.setattr(comparison, "_train", lambda *_: None)
+    monkeypatch.setattr(comparison, "_predictions", lambda folder, data: [0] * len(data["test"]))
+    first, *others = deitlt_hf.compare(colours, tmp_path / "out", image_size=8, **start)
+    assert (first.title, len(first.predictions), [way.name for way in others]) == ("linear probe", 18, WAYS)
+    record = comparison.Prices(tmp_path / "out" / "comparison.json")
+    assert record.content["arms"]["probe"]["seconds"] > 0
+
+
+def test_validation_images_choose_the_best_evaluation_of_every_way(colours, monkeypatch):
+    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
+    fitted = quickstart.fit(colours, given={"validation_fraction": 0.2})
+    for section in ("teacher", "student"):
+        assert fitted.value(section, "load_best_model_at_end") is True
+        assert fitted.value(section, "save_steps") == fitted.value(section, "eval_steps")
+    assert fitted.value("data", "validation_fraction") == 0.2
 
 
 @pytest.mark.parametrize(
