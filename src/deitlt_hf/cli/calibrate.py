@@ -53,7 +53,7 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     Raises:
         ValueError: If the model's classes are not those of the data.
     """
-    model = load_model(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    model = load_model(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")
     collate = ImageCollator(load_processor(args.model))
     data = data_args.load()
     check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
