@@ -38,7 +38,7 @@ SLOW := any_teacher budget comparison data_commands demo distributed ecosystem h
 test-fast: install  ## The tests without trainings and subprocesses, in a few minutes.
 	$(PYTEST) $(filter-out $(SLOW:%=tests/test_%.py), $(wildcard tests/test_*.py))
 
-docs-check: install  ## Check README, docs/ and model_cards/ against code and records, and test research/.
+docs-check: install  ## Check README, docs/ and model_cards/ against code and records, run the tutorials, and test research/.
 	$(PYTEST) tests/docs research
 
 docs: install  ## Build the documentation in build/site; a missing page, link or reference is an error.

@@ -25,6 +25,7 @@ def on_page_read_source(page, config):
     if not page.file.src_uri.endswith(".ipynb"):
         return None
     text, resources = MarkdownExporter().from_filename(page.file.abs_src_path)
+    text = text.replace("```bash\n%%bash\n", "```bash\n")
     for name, data in resources["outputs"].items():
         text = text.replace(f"]({name})", f"](data:image/png;base64,{base64.b64encode(data).decode()})")
     return text
