@@ -163,8 +163,8 @@ class StudentArguments:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Start from the trunk of this model instead of from scratch: a student, or a ViT, DeiT, MAE or DINOv2 "
-            "of transformers or timm (folder or Hub id), or a file of weights in the layout of timm."
+            "help": "Start from the trunk of this model instead of from scratch: a student, or a ViT, DeiT, MAE or "
+            "DINOv2 of transformers or timm (folder or Hub id), or a file of weights in timm's layout."
         },
     )
     image_size: int = field(default=224, metadata={"help": "Side of the images, in pixels."})
