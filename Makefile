@@ -33,7 +33,7 @@ test: install
 
 # Modules whose tests train for seconds or start processes.
 SLOW := any_teacher budget data_commands demo distributed ecosystem handler onnx predict push quickstart registry report \
-	resume scripts sharpness speed streaming training versions watching
+	resume scripts sharpness speed streaming training tuning versions watching
 test-fast: install  ## The tests without trainings and subprocesses, in a few minutes.
 	$(PYTEST) $(filter-out $(SLOW:%=tests/test_%.py), $(wildcard tests/test_*.py))
 

@@ -1,5 +1,6 @@
 """Part of a student that is trained: what changes, what is saved, learning rates of layers, heads at class means."""
 
+import copy
 import dataclasses
 import json
 
@@ -48,8 +49,8 @@ def test_only_the_chosen_part_is_trained_and_a_plain_folder_is_saved(tmp_path, d
     after = type(vit).from_pretrained(tmp_path).state_dict()
     assert after.keys() == before.keys()
     changed = {name for name, tensor in after.items() if not torch.allclose(tensor, before[name], atol=1e-7)}
-    # The DIST head has no gradient from `none`-distillation only if it does not learn from labels, which it does.
-    assert changed == {name for name in before if PARTS[tune](name)}
+    no_gradient = {name for name in before if name.endswith("k_proj.bias")}  # softmax cancels it
+    assert changed - no_gradient == {name for name in before if PARTS[tune](name)} - no_gradient
     native = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     expected = trainer.model.eval()(pixel_values=IMAGES).logits
     torch.testing.assert_close(native(IMAGES).logits, expected, atol=1e-5, rtol=0)
@@ -67,17 +68,17 @@ def test_frozen_blocks_have_no_stochastic_depth(vit):
 def test_lora_lets_both_tokens_differ_and_resumes(tmp_path, digits, vit):
     """CLS and DIST are the same until a step, then differ. A resumed run ends with the same bytes."""
     values = ALONE | {"tune": "lora", "lora_rank": 2, "save_strategy": "steps", "save_steps": 1, "save_adapter": True}
+    again = copy.deepcopy(vit)
     trainer = student_trainer(tmp_path, digits, model=vit, **values)
     tokens = trainer.model.eval()(pixel_values=IMAGES).token_features
     assert torch.equal(tokens[:, 0], tokens[:, 1])
-    start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     trainer.save_model()
     tokens = trainer.model.eval()(pixel_values=IMAGES).token_features
     assert (tokens[:, 0] - tokens[:, 1]).abs().max() > 1e-4
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     weights = (tmp_path / "model.safetensors").read_bytes()
-    trainer.model.load_state_dict(start)
+    trainer = student_trainer(tmp_path, digits, model=again, **values)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     trainer.save_model()
     assert (tmp_path / "model.safetensors").read_bytes() == weights

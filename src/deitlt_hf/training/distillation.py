@@ -26,7 +26,7 @@ from .optimizers import MUON, muon
 from .plan_lines import drw_start
 from .provenance import teacher_record
 from .trainer import LongTailTrainer
-from .tuning import FULL, begin_heads, check_means, check_tunable, freeze, parameter_groups, training_features
+from .tuning import FULL, begin_heads, check_means, check_tunable, features_of, freeze, parameter_groups
 
 
 class DeiTLTTrainer(LongTailTrainer):
@@ -120,7 +120,7 @@ class DeiTLTTrainer(LongTailTrainer):
     def begin_record(self):
         super().begin_record()
         if self.args.begins_heads and self.beginning.checkpoint is None:
-            begin_heads(self.model, training_features(self))
+            begin_heads(self.model, features_of(self, self._datasets[0]))
 
     def make_losses(self):
         super().make_losses()

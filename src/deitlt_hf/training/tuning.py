@@ -153,8 +153,9 @@ def begin_heads(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, to
         model: A student.
         batches: Features of both tokens, (images, 2, hidden_size), and labels, (images,), of all training images.
     """
-    heads = [dict(model.named_modules())[name] for name in _HEADS]
-    heads = [getattr(head, "modules_to_save", {"default": head})["default"] for head in heads]  # those of an adapter
+    found = {name.rpartition(".")[2]: module for name, module in model.named_modules() if name.endswith(_HEADS)}
+    # PEFT keeps a trained copy inside a wrapper.
+    heads: list[Any] = [getattr(found[name], "modules_to_save", {"default": found[name]})["default"] for name in _HEADS]
     num_labels, width = heads[0].weight.shape
     device = heads[0].weight.device
     sums = torch.zeros(num_labels, 2, width, dtype=torch.float64, device=device)
@@ -175,13 +176,13 @@ def begin_heads(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, to
         head.bias.copy_((centre[token].square().sum() - means[:, token].square().sum(dim=1)) / (2 * spread[token]))
 
 
-def training_features(trainer) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields features and labels of all training images, preprocessed as in evaluation, to every process."""
+def features_of(trainer, images: Dataset) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields features of both tokens and labels of all images, preprocessed as in evaluation, to every process."""
     model = trainer.model
     was_training = model.training
     model.eval()
     # Not the evaluation loader: transformers would keep its workers for the next evaluation, of other images.
-    for batch in trainer.get_test_dataloader(trainer._datasets[0]):
+    for batch in trainer.get_test_dataloader(images):
         with trainer.accelerator.autocast():
             features = model(pixel_values=batch["pixel_values"].to(trainer.args.device)).token_features
         yield trainer.accelerator.gather_for_metrics((features, batch["labels"].to(trainer.args.device)))
