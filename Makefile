@@ -33,8 +33,8 @@ test: install
 
 # Modules whose tests train for seconds or start processes.
 SLOW := any_teacher budget comparison data_commands demo distributed ecosystem handler onnx predict prediction_sets \
-	pretraining push quickstart registry report resume scripts shards sharpness speed streaming training validation \
-	versions watching
+	pretraining push quickstart registry report resume scripts shards sharpness speed streaming training tuning \
+	validation versions watching
 test-fast: install  ## The tests without trainings and subprocesses, in a few minutes.
 	$(PYTEST) $(filter-out $(SLOW:%=tests/test_%.py), $(wildcard tests/test_*.py))
 

@@ -299,6 +299,17 @@ def test_analysis_page():
         assert f"| `{rule}` |" in page
 
 
+def test_options_of_the_starting_page_are_valid():
+    page = (ROOT / "docs" / "starting.md").read_text().replace("\\\n", " ")
+    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    (command,) = re.findall(r"^deitlt distill (--.*)$", page, flags=re.MULTILINE)
+    parse_arguments("student", classes, command.split())
+    known = {field.name for kind in classes for field in dataclasses.fields(kind)}
+    flags = re.findall(r"`--([a-z0-9_]+)[ `]", page)
+    assert len(flags) >= 12
+    assert known >= set(flags)
+
+
 def test_commands_of_the_scale_page_are_valid():
     page = (ROOT / "docs" / "scale.md").read_text()
     known = {field.name for field in dataclasses.fields(DeiTLTTrainingArguments)}

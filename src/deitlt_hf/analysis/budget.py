@@ -26,6 +26,7 @@ from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
 from ..training.schedule import low_peak
 from ..training.starting import FREE_SIZES, SIZES, check_start
+from ..training.tuning import FULL, HEADS, check_tunable, freeze, last_blocks, trained_parameters
 
 # Per parameter, in float32: weight, gradient, and the two moments of AdamW, or momentum and SAM's copy of the weight.
 STATE_BYTES = 16
@@ -73,6 +74,7 @@ class Model:
         training_flops: Operations of a training step per image.
         state_bytes: Bytes kept between steps: weights, gradients, optimiser state and other copies of the weights.
         activation_bytes: Bytes that the forward pass keeps for the backward pass, per image.
+        trained: Number of trained parameters; None for all.
     """
 
     parameters: int
@@ -80,6 +82,7 @@ class Model:
     training_flops: float
     state_bytes: int
     activation_bytes: int
+    trained: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,17 +185,33 @@ def student_model(
     teacher_flops, frozen_bytes = (0, 0) if teacher is None else (teacher.flops, 4 * teacher.parameters)
     config.drop_path_rate = 0.0  # without stochastic depth, a step keeps the most memory
     model = DeiTLTForImageClassification(config)
+    parameters = model.num_parameters()
+    check_tunable(model, args.tune)
+    freeze(model, args.tune, args.lora_rank)
+    tuned = trained_parameters(model)
     if args.gradient_checkpointing:
         # transformers 5.23 has the newer name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    parameters = model.num_parameters()
+    weight_bytes = 4 + 4 * (args.ema_decay is not None)
     return Model(
         parameters=parameters,
         flops=student_flops(config),
-        training_flops=3 * args.gradients_per_step * trained + teacher_flops,
-        state_bytes=(STATE_BYTES + 4 * (args.ema_decay is not None)) * parameters + frozen_bytes,
+        training_flops=args.gradients_per_step * (1 + _backward_share(args.tune, config)) * trained + teacher_flops,
+        state_bytes=weight_bytes * parameters + (STATE_BYTES - 4) * tuned + frozen_bytes,
         activation_bytes=activation_bytes(model, student_args.image_size, half=True),
+        trained=tuned,
     )
+
+
+def _backward_share(tune: str, config: PreTrainedConfig) -> float:
+    """Operations of the backward pass, relative to the forward pass.
+
+    The gradients of the activations cost one forward pass, and those of the weights another. With `last_N` and LoRA the
+    former reach down to the tokens.
+    """
+    if tune in (FULL, HEADS):
+        return 2.0 if tune == FULL else 0.0
+    return 1.0 + (last_blocks(tune) or 0) / config.num_hidden_layers
 
 
 def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments) -> Model:
@@ -287,7 +306,9 @@ def budget(
     steps = max_steps if max_steps > 0 else math.ceil(epochs * per_epoch_steps)
     micro_batch_seconds = model.training_flops * batch_size / (gpu.flops * utilisation)
     compute = micro_batch_seconds * min(accumulation, batches)
-    reduction = reductions * reduce_seconds(4 * model.parameters, gpus, gpu)
+    reduction = reductions * reduce_seconds(
+        4 * (model.parameters if model.trained is None else model.trained), gpus, gpu
+    )
     exposed = max(0.0, reduction - micro_batch_seconds * 2 / 3)
     memory = model.state_bytes + model.activation_bytes * batch_size + OVERHEAD_BYTES
     return Budget(
@@ -430,8 +451,10 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
         )
     if found is None:
         raise ValueError(f"{title}: {reasons[0]}")
+    is_part = model.trained not in (None, model.parameters)
+    part = f", of which {model.trained / 1e6:.2f} M are trained" if is_part else ""  # type: ignore[operator]
     table.caption = (
-        f"{model.parameters / 1e6:.1f} M parameters; {model.flops / 1e9:.3g} GFLOP forward and "
+        f"{model.parameters / 1e6:.1f} M parameters{part}; {model.flops / 1e9:.3g} GFLOP forward and "
         f"{model.training_flops / 1e9:.3g} to train, per image; {found.images_per_epoch:,} images per epoch, "
         f"{found.operations / 1e18:.3g} EFLOP in total. {plan.gpu}: "
         f"{GPUS[plan.gpu].flops / 1e12:.0f} TFLOP/s, of which {100 * utilisation:.0f} % are assumed."

@@ -211,7 +211,7 @@ class StudentArguments(ArchitectureArguments):
         default=None,
         metadata={
             "help": "Start from the trunk of this model instead of from scratch: a student, or a ViT, DeiT, MAE or "
-            "DINOv2 of transformers or timm (folder or Hub id), or a file of weights in the layout of timm."
+            "DINOv2 of transformers or timm (folder or Hub id), or a file of weights in timm's layout."
         },
     )
     image_mean: list[float] | None = field(

@@ -19,6 +19,7 @@ from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, TEACHER_LOSSES, Distillat
 from ..losses.entry import listed
 from . import inherited
 from .optimizers import MUON
+from .tuning import FULL, HEADS, LORA, TUNE_CHOICES, check_tune
 
 TEACHER_VIEWS = ("student", "weak")
 PRECISIONS = ("bf16", "fp16")
@@ -500,6 +501,23 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     repeated_augmentation: int = _option(
         3, "Number of differently augmented copies of each image in a batch; 1: plain shuffling without copies."
     )
+    tune: str = _option(
+        FULL,
+        f"Part of the student that is trained: {TUNE_CHOICES}. heads: both heads on frozen features. last_N: the last "
+        "N blocks, final norm, tokens and heads. lora: low-rank adapters in all blocks, tokens and heads (needs "
+        "peft); the saved model contains them merged.",
+    )
+    lora_rank: int = _option(16, "Rank of the adapters of tune lora.")
+    layer_decay: float = _option(
+        1.0,
+        "Factor of the learning rate from each layer to the layer below it, in (0, 1], as in timm. 1: the same rate "
+        "everywhere.",
+    )
+    heads_from_means: bool | None = _option(
+        None,
+        "Begin both heads at the means of the classes' features, which a model with trained weights needs. By default "
+        "only with tune heads.",
+    )
     weight_decay: float = _option(
         0.05, "Weight decay. Does not apply to biases, norms, tokens and position embeddings."
     )
@@ -515,6 +533,12 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         values = (self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         DistillationLoss(*values, class_counts=[1])  # a placeholder: only the trainer knows the counts
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
+        check_tune(self.tune)
+        _check(self, "lora_rank", self.lora_rank >= 1, "1 or more")
+        _check(
+            self, "lora_rank", self.tune == LORA or self.lora_rank == type(self).lora_rank, "left out without tune lora"
+        )
+        _check(self, "layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
         _check_choice(self, "optim", (MUON, *OptimizerNames))
         _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
         alone = self.repeated_augmentation == 1 or self.sampling == "uniform"
@@ -563,6 +587,11 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     def mixes(self) -> bool:
         """Whether any batch is mixed by Mixup or CutMix."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mixup_probability > 0
+
+    @property
+    def begins_heads(self) -> bool:
+        """Whether the heads begin at class means."""
+        return self.tune == HEADS if self.heads_from_means is None else self.heads_from_means
 
     @property
     def needs_teacher(self) -> bool:

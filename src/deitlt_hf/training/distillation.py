@@ -27,6 +27,7 @@ from .optimizers import MUON, muon
 from .plan_lines import drw_start
 from .provenance import teacher_record
 from .trainer import LongTailTrainer
+from .tuning import FULL, begin_heads, check_means, check_tunable, features_of, freeze, parameter_groups
 
 
 class TeacherAtChanceError(ValueError):
@@ -75,6 +76,9 @@ class DeiTLTTrainer(LongTailTrainer):
         **kwargs,
     ):
         self.teacher, self._teacher_processor = teacher, teacher_processor
+        given = (kwargs.get("optimizers") or (None,))[0] is not None
+        if isinstance(args, DeiTLTTrainingArguments) and given and (args.tune != FULL or args.layer_decay != 1):
+            raise ValueError("tune and layer_decay define the groups of the optimizer; leave out these or optimizers.")
         super().__init__(model=model, args=args, **kwargs)
         if teacher is not None:
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device, torch.float32)
@@ -88,6 +92,10 @@ class DeiTLTTrainer(LongTailTrainer):
     def check_model(self, model):
         """Checks the model as the parent class does, and that the teacher has its classes."""
         super().check_model(model)
+        if self._datasets[0] is not None:
+            check_tunable(model, self.args.tune)
+            if self.args.begins_heads:
+                check_means(self._datasets[0])
         if self.teacher is not None:
             config, processor = self.teacher.config, self._teacher_processor
             if processor is None and isinstance(config, FlatTeacherConfig):
@@ -98,6 +106,9 @@ class DeiTLTTrainer(LongTailTrainer):
 
     def check_accelerator(self):
         super().check_accelerator()
+        shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if shards and (self.args.tune != FULL or self.args.begins_heads):
+            raise ValueError("tune and heads_from_means need unsharded weights; leave out DeepSpeed and FSDP.")
         if self.args.optim == MUON and (
             self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
         ):
@@ -105,6 +116,16 @@ class DeiTLTTrainer(LongTailTrainer):
                 "optim 'muon' needs whole matrices, which DeepSpeed and the first version of FSDP flatten; use FSDP 2 "
                 "(scripts/accelerate/fsdp2.yaml) or another optim."
             )
+
+    def set_up_model(self, model):
+        super().set_up_model(model)
+        if self._datasets[0] is not None:
+            freeze(model, self.args.tune, self.args.lora_rank)
+
+    def begin_record(self):
+        super().begin_record()
+        if self.args.begins_heads and self.beginning.checkpoint is None:
+            begin_heads(self.model, features_of(self, self._datasets[0]))
 
     def make_losses(self):
         super().make_losses()
@@ -142,11 +163,16 @@ class DeiTLTTrainer(LongTailTrainer):
         free = ("cls_token", "distillation_token", "position_embeddings")
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(free)]
 
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """Creates the optimiser as the parent class does, or Muon, which transformers lacks."""
-        if self.optimizer_cls_and_kwargs is None and self.args.optim == MUON:
-            return muon(model, self.args, set(self.get_decay_parameter_names(model)))
-        return super().make_optimizer(model)
+    def make_optimizer(self, model: PreTrainedModel) -> Optimizer:
+        """Creates the optimiser as the parent class does, with `layer_decay`, or Muon, which transformers lacks."""
+        args, of_user = self.args, self.optimizer_cls_and_kwargs
+        if of_user is None and args.optim == MUON:
+            return muon(model, args, set(self.get_decay_parameter_names(model)))
+        if args.layer_decay == 1:
+            return super().make_optimizer(model)
+        kind, settings = of_user or self.get_optimizer_cls_and_kwargs(args, model)
+        rate, decayed = settings.get("lr", args.peak_learning_rate), self.get_decay_parameter_names(model)
+        return kind(parameter_groups(model, decayed, args.weight_decay, rate, args.layer_decay), **settings)
 
     # ---- Loss ----
 

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import GreedyLR, PreTrainedModel, TrainingArguments
 
+from .tuning import rate_factor
+
 MUON = "muon"  # value of the argument `optim`
 _HEADS = ("cls_classifier", "distillation_classifier")
 
@@ -41,7 +43,7 @@ class Muon(timm.optim.Muon):
             return super().step(closure)
 
 
-def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) -> Muon:
+def muon(model: PreTrainedModel, args, decayed: Collection[str]) -> Muon:
     """Creates Muon (Jordan et al., 2024) for the linear layers of the blocks, with AdamW for all other parameters.
 
     AdamW updates embeddings, tokens, norms, biases and classifiers, as in Jordan's code. Muon's updates are scaled to
@@ -50,30 +52,32 @@ def muon(model: nn.Module, args: TrainingArguments, decayed: Collection[str]) ->
 
     Args:
         model: A student.
-        args: Training arguments with `learning_rate`, `weight_decay`, and the betas and epsilon of Adam.
+        args: Training arguments with `learning_rate`, `layer_decay`, `weight_decay`, and the betas and epsilon of Adam.
         decayed: Names of the parameters with weight decay.
 
     Returns:
-        The optimiser, with up to four parameter groups.
+        The optimiser, with up to four parameter groups for each learning rate.
     """
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not _is_head(name)
     }
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name in matrices, name in decayed), []).append(parameter)
+            factor = rate_factor(name, model.config.num_hidden_layers, args.layer_decay)
+            groups.setdefault((name in matrices, name in decayed, factor), []).append(parameter)
     return Muon(
         [
             {
                 "params": parameters,
+                "lr": args.learning_rate * factor,
                 "weight_decay": args.weight_decay if has_decay else 0.0,
                 "use_muon": is_matrix,
                 "nesterov": is_matrix,  # would turn the AdamW fallback into NAdamW
             }
-            for (is_matrix, has_decay), parameters in groups.items()
+            for (is_matrix, has_decay, factor), parameters in groups.items()
         ],
         lr=args.learning_rate,
         **muon_settings(args),

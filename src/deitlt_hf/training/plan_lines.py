@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..console import show
 from ..data.transforms import ImageFormat
+from .tuning import trained_parameters
 
 
 def plan_lines(trainer) -> dict[str, str]:
@@ -38,10 +39,11 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
         f"{name} {len(group)} ({sum(trainer.class_counts[label] for label in group):,})"
         for name, group in trainer.groups.items()
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters, trained = sum(parameter.numel() for parameter in model.parameters()), trained_parameters(model)
+    part = "" if trained == parameters else f" ({trained / 1e6:.2f} M trained)"
     image_format = ImageFormat.of(trainer.processing_class)
     lines = {
-        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, {image_format}",
+        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters{part}, {image_format}",
         "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
         "groups": trainer.group_rule,
         "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",

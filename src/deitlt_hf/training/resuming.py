@@ -17,7 +17,7 @@ from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
 
 # Settings that cannot change during a run: the trained weights or the optimiser's state would not match them.
-_FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue")
+_FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue", "tune", "lora_rank")
 # Parts of an architecture that have no weights.
 _WITHOUT_WEIGHTS = {"drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
 # Fields of a configuration that are not part of the architecture: labels, and what training adds.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from ..hub.card_facts import in_phases, optimizer_name
 from .provenance import optimizer_record, without_wrapper
@@ -41,7 +42,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
         if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("SAM needs unsharded gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
 
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
+    def make_optimizer(self, model: PreTrainedModel) -> Optimizer:
         """Creates the optimiser of the arguments, without SAM."""
         return super().create_optimizer(model)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..losses import TEACHER_LOSSES
 from .arguments import FlatTeacherTrainingArguments
@@ -69,7 +69,7 @@ class FlatTeacherTrainer(LongTailTrainer):
             views["key_pixel_values"] = views["pixel_values"]
         return views
 
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
+    def make_optimizer(self, model: PreTrainedModel) -> Optimizer:
         args, parameters = self.args, [*model.parameters()]
         if self.optimizer_cls_and_kwargs is None:
             return torch.optim.SGD(parameters, args.peak_learning_rate, args.momentum, weight_decay=args.weight_decay)

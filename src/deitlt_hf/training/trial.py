@@ -105,8 +105,9 @@ def measure_steps(
         teacher: nn.Module = FlatTeacherForImageClassification(
             teacher_model.config(teacher_args.teacher_loss, num_labels=num_labels)
         )
-        student: nn.Module = DeiTLTForImageClassification(student_model.config(num_labels=num_labels))
-        teacher.to(device), student.to(device)
+        student = DeiTLTForImageClassification(student_model.config(num_labels=num_labels))
+        for model in (teacher, student):
+            nn.Module.to(model, device)
         sgd = torch.optim.SGD(teacher.parameters(), lr=1e-4, momentum=0.9)
         is_matrix = {name for name, parameter in student.named_parameters() if parameter.ndim > 1}
         own = (

@@ -1,0 +1,200 @@
+"""How much of a student is trained, with which learning rates, and heads that begin at class means."""
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from .adapters import has_adapter
+
+FULL, HEADS, LORA = "full", "heads", "lora"
+TUNE_CHOICES = f"{FULL}, {HEADS}, {LORA} or last_N, such as last_4"
+_HEADS = ("cls_classifier", "distillation_classifier")
+_TOKENS = ("cls_token", "distillation_token")
+# The linear layers of the blocks.
+_ADAPTED = r".*layers\.\d+\.(attention\.[qkvo]_proj|mlp\.fc[12])"
+_BLOCK = re.compile(r"layers\.(\d+)\.")
+
+
+def last_blocks(tune: str) -> int | None:
+    """Number of blocks in `last_N`; None for other values of `tune`."""
+    found = re.fullmatch(r"last_([1-9]\d*)", tune)
+    return int(found[1]) if found else None
+
+
+def check_tune(tune: str) -> None:
+    """Checks a value of `tune`, and that the package that it needs is installed.
+
+    Raises:
+        ValueError: If the value is unknown, or PEFT is missing.
+    """
+    if tune not in (FULL, HEADS, LORA) and last_blocks(tune) is None:
+        raise ValueError(f"tune must be {TUNE_CHOICES}, got {tune!r}.")
+    if tune == LORA and not is_peft_available():
+        raise ValueError("tune 'lora' needs PEFT; install it with pip install peft.")
+
+
+def check_tunable(model: PreTrainedModel, tune: str) -> None:
+    """Checks that a student can be tuned as asked for.
+
+    Raises:
+        ValueError: If it has adapters already, or fewer blocks than `last_N`.
+    """
+    blocks, depth = last_blocks(tune), model.config.num_hidden_layers
+    if tune != FULL and has_adapter(model):
+        raise ValueError(f"the student has adapters already, which are trained alone; leave out tune {tune!r}.")
+    if blocks is not None and blocks > depth:
+        raise ValueError(f"tune {tune!r} is more than the {depth} blocks of the student; choose at most last_{depth}.")
+
+
+def freeze(model: PreTrainedModel, tune: str, lora_rank: int) -> None:
+    """Leaves only the chosen part of a student to be trained.
+
+    Blocks without a trained weight lose their stochastic depth, which would only add noise to frozen features. LoRA (Hu
+    et al., 2021) adapts all linear layers of the blocks, with a scale of 1; tokens and heads are trained as they are.
+
+    Args:
+        model: The student. It is changed in place.
+        tune: `full`, `heads`, `lora`, or `last_N` for the last N blocks with final norm, tokens and heads.
+        lora_rank: Rank of the adapters.
+    """
+    if tune == FULL:
+        return
+    if tune == LORA:
+        _add_adapters(model, lora_rank)
+        return
+    blocks = last_blocks(tune) or 0
+    first = model.config.num_hidden_layers - blocks
+    for name, parameter in model.named_parameters():
+        index = _BLOCK.search(name)
+        is_late = int(index[1]) >= first if index else "layernorm" in name or name.endswith(_TOKENS)
+        parameter.requires_grad_(_is_head(name) or (blocks > 0 and is_late))
+    deit: Any = model.deit
+    for block in deit.layers[:first]:
+        block.drop_path.drop_prob = 0.0
+
+
+def _add_adapters(model: PreTrainedModel, rank: int) -> None:
+    from peft import LoraConfig
+
+    # CLS and DIST can begin as copies of each other: only trained tokens let them differ. PEFT saves whole modules.
+    whole = ["deit.embeddings", *_HEADS]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_ADAPTED, modules_to_save=whole))
+    for name, parameter in model.named_parameters():
+        if ".embeddings." in name:
+            parameter.requires_grad_("modules_to_save" in name and name.endswith(_TOKENS))
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _is_head(name: str) -> bool:
+    return any(part in _HEADS for part in name.split("."))
+
+
+# ---- Learning rates ----
+
+
+def rate_factor(name: str, depth: int, layer_decay: float) -> float:
+    """Factor of the learning rate of a parameter: `layer_decay` to the number of layers above it, as in timm.
+
+    The heads have 1. The final norm has the factor of the last block, `layer_decay`.
+
+    Args:
+        name: Name of the parameter in a student, also with the prefixes of PEFT.
+        depth: Number of blocks.
+        layer_decay: Factor from one layer to the layer below it (Bao et al., BEiT, 2021, appendix H).
+    """
+    index = _BLOCK.search(name)
+    layer = int(index[1]) + 1 if index else depth + 1 if _is_head(name) else 0 if "embeddings." in name else depth
+    return layer_decay ** (depth + 1 - layer)
+
+
+def parameter_groups(
+    model: PreTrainedModel, decayed: Collection[str], weight_decay: float, learning_rate: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Groups the trained parameters by learning rate and weight decay.
+
+    Args:
+        model: A student.
+        decayed: Names of the parameters with weight decay.
+        weight_decay: Their weight decay.
+        learning_rate: Learning rate of the heads.
+        layer_decay: See [`rate_factor`].
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (rate_factor(name, model.config.num_hidden_layers, layer_decay), name in decayed)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr": learning_rate * factor, "weight_decay": weight_decay if has_decay else 0.0}
+        for (factor, has_decay), parameters in groups.items()
+    ]
+
+
+# ---- Heads that begin at class means ----
+
+
+@torch.no_grad()
+def begin_heads(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Sets both heads to the classifier of the nearest class mean; each class counts the same.
+
+    With class means m_c, their mean m, and the mean squared distance s of an image to the mean of its class, the logits
+    for a feature x are ((m_c - m) x - (|m_c|^2 - |m|^2) / 2) / s. A class without images gets the logit 0.
+
+    Args:
+        model: A student.
+        batches: Features of both tokens, (images, 2, hidden_size), and labels, (images,), of all training images.
+    """
+    found = {name.rpartition(".")[2]: module for name, module in model.named_modules() if name.endswith(_HEADS)}
+    # PEFT keeps a trained copy inside a wrapper.
+    heads: list[Any] = [getattr(found[name], "modules_to_save", {"default": found[name]})["default"] for name in _HEADS]
+    num_labels, width = heads[0].weight.shape
+    device = heads[0].weight.device
+    sums = torch.zeros(num_labels, 2, width, dtype=torch.float64, device=device)
+    squares = torch.zeros(2, dtype=torch.float64, device=device)
+    counts = torch.zeros(num_labels, dtype=torch.float64, device=device)
+    for features, labels in batches:
+        features = features.double()
+        sums.index_add_(0, labels, features)
+        squares += features.square().sum(dim=(0, 2))
+        counts += torch.bincount(labels, minlength=num_labels)
+    means = sums / counts.clamp(min=1)[:, None, None]
+    spread = (squares - (counts[:, None] * means.square().sum(dim=2)).sum(dim=0)) / counts.sum()
+    centre = means[counts > 0].mean(dim=0)
+    means = torch.where((counts > 0)[:, None, None], means, centre)
+    spread = torch.maximum(spread, 1e-6 * means.square().sum(dim=2).mean(dim=0))  # 0 with one image for each class
+    for token, head in enumerate(heads):
+        head.weight.copy_((means[:, token] - centre[token]) / spread[token])
+        head.bias.copy_((centre[token].square().sum() - means[:, token].square().sum(dim=1)) / (2 * spread[token]))
+
+
+def features_of(trainer, images: Dataset) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields features of both tokens and labels of all images, preprocessed as in evaluation, to every process."""
+    model = trainer.model
+    was_training = model.training
+    model.eval()
+    # Not the evaluation loader: transformers would keep its workers for the next evaluation, of other images.
+    for batch in trainer.get_test_dataloader(images):
+        with trainer.accelerator.autocast():
+            features = model(pixel_values=batch["pixel_values"].to(trainer.args.device)).token_features
+        yield trainer.accelerator.gather_for_metrics((features, batch["labels"].to(trainer.args.device)))
+    model.train(was_training)
+
+
+def check_means(dataset: Any) -> None:
+    """Checks that class means can be computed: the training images are not a stream.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError("heads_from_means reads all training images first, which a stream cannot; set it to false.")
