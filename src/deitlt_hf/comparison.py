@@ -184,7 +184,7 @@ def compare(
         path.unlink(missing_ok=True)  # first: without it, nothing continues with a half-removed comparison
         for folder in earlier:
             shutil.rmtree(folder, ignore_errors=True)
-        write_json(record_file, {"name": source.resolve().name, "arms": {}})
+        write_json(record_file, {"name": source.resolve().name, "notes": fitted.notes, "arms": {}})
         _write_recipes(fitted, arms, output, source.resolve().name)
     return _run(output)
 
@@ -354,7 +354,7 @@ def _conclude(
         "name": record.content["name"],
         "images": f"{len(data['train']):,} training and {len(labels):,} test images of {len(counts):,} classes",
         "unit": "seconds" if torch.cuda.is_available() else "CPU seconds",
-        "notes": [f"Groups of classes: {groups.rule}."],
+        "notes": [*record.content.get("notes", []), f"Groups of classes: {groups.rule}."],
     }
     if "validation" in data:
         facts["notes"].append(
