@@ -109,7 +109,7 @@ def test_the_page_shows_advice_table_and_figure(compared):
     record = json.loads((output / "comparison.json").read_text())
     for text in (record["advice"], "CNN alone", "DeiT-LT", "labels only", "ours", "data:image/png;base64,"):
         assert text in page
-    assert "have 6 test images, which decide little" in page
+    assert "The tail classes have 6 test images" in page  # a note of the plan
     assert " nan" not in page
 
 
@@ -274,9 +274,15 @@ def test_a_better_way_is_advised_with_interval_and_price():
 
 def test_a_gain_on_the_tail_alone_is_said_with_its_cost():
     verdict = judge([CNN, outcome("DeiT-LT", 0.5, 0.7, 0.7, 0.75)], LABELS, GROUPS)
-    assert verdict.advice.startswith("Take CNN alone")
+    assert verdict.advice.startswith("Take CNN alone: it is better overall than every other way (DeiT-LT comes next")
     assert "On your tail classes DeiT-LT pays: +25.0 [" in verdict.advice
-    assert verdict.advice.endswith("It is worse overall.")
+    assert verdict.advice.endswith("but it is worse overall.")
+
+
+def test_the_simplest_way_can_be_shown_to_be_the_best():
+    ways = [CNN, outcome("labels only", 0.4, 0.4, 0.4, 0.2), outcome("ours", 0.7, 0.6, 0.5, 0.2)]
+    advice = judge(ways, LABELS, GROUPS).advice
+    assert advice.startswith("Take CNN alone: it is better overall than every other way (ours comes next: -22.5 [")
 
 
 def test_more_ways_need_stronger_evidence():

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from transformers.utils import is_peft_available
 
 from .analysis.observe import predict
 from .analysis.pictures import require_matplotlib
@@ -40,6 +41,7 @@ from .training.distillation import TeacherAtChanceError
 from .training.output_folder import check_output_dir
 from .training.results import Results
 from .training.runs import distill, train_teacher
+from .training.tuning import LORA
 
 RECORD_FILE, RECIPES, SHARED_TEACHER, PROBE = "comparison.json", "recipes", "teacher", "probe"
 
@@ -116,6 +118,13 @@ ARMS = {
         "student",
         _labels_only,
     ),
+    "lora": Arm(
+        "LoRA",
+        "The model to start from with LoRA adapters, on labels, trained as long as teacher and student together.",
+        "student",
+        lambda fitted: _labels_only(fitted) | {"tune": LORA},
+        needs_start=True,
+    ),
     "deit_lt": Arm(
         "DeiT-LT",
         "The paper's method: hard labels of the teacher, deferred re-weighting, Mixup and CutMix, AdamW.",
@@ -143,8 +152,9 @@ def compare(
     """Trains a folder's images in several ways that cost about the same, and says which one pays.
 
     The ways are the CNN alone, a ViT on labels only, DeiT-LT as in the paper, and this package's own recipe; with
-    `init_from` also a linear probe of that model. All see the same training and test images. The output folder then
-    holds `index.html`, `comparison.json`, the recipes, and the models. The same call continues after an interruption.
+    `init_from` also a linear probe and LoRA of that model. All see the same training and test images. The output folder
+    then holds `index.html`, `comparison.json`, the recipes, and the models. The same call continues after an
+    interruption.
 
     ```python
     verdict = deitlt_hf.compare("photos", minutes=60)
@@ -176,8 +186,12 @@ def compare(
     else:
         earlier = [] if dry_run else _replaced(output)
         start = given.get("init_from")
-        has_start = start is not None and not Path(start).is_file()  # a file of weights alone cannot be probed
-        arms = {name: arm for name, arm in ARMS.items() if has_start or not arm.needs_start}
+        arms = {name: arm for name, arm in ARMS.items() if start is not None or not arm.needs_start}
+        if start is not None and Path(start).is_file():
+            del arms[PROBE]  # a file of weights has no configuration
+        if "lora" in arms and not is_peft_available():
+            print("PEFT is not installed, so LoRA is left out; install it with pip install peft.")
+            del arms["lora"]
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER), lambda *both: _cost(arms, *both))
         _print_arms(fitted, arms)
         if dry_run:
@@ -185,7 +199,7 @@ def compare(
         path.unlink(missing_ok=True)  # first: without it, nothing continues with a half-removed comparison
         for folder in earlier:
             shutil.rmtree(folder, ignore_errors=True)
-        write_json(record_file, {"name": source.resolve().name, "arms": {}})
+        write_json(record_file, {"name": source.resolve().name, "notes": fitted.notes, "arms": {}})
         _write_recipes(fitted, arms, output, source.resolve().name)
     return _run(output)
 
@@ -359,7 +373,7 @@ def _conclude(
         "name": record.content["name"],
         "images": f"{len(data['train']):,} training and {len(labels):,} test images of {len(counts):,} classes",
         "unit": "seconds" if torch.cuda.is_available() else "CPU seconds",
-        "notes": [f"Groups of classes: {groups.rule}."],
+        "notes": [*record.content.get("notes", []), f"Groups of classes: {groups.rule}."],
     }
     if "validation" in data:
         facts["notes"].append(

@@ -19,7 +19,6 @@ from .report import PAGE, Picture, percent
 
 ERROR = 0.05  # probability that any claim of the advice is wrong
 RESAMPLES = 2000  # the ends of the intervals of the claims are quantiles near 0.5 %
-FEWEST = 30  # test images of the tail below which the page says that they decide little
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,14 @@ def advise(outcomes: Sequence[Outcome], leads: Mapping[str, Estimate], tail: str
 
     better, on_tail = ahead("overall"), ahead(tail)
     if not better:
+        nearest = max(others, key=lambda outcome: leads[outcome.title].values["overall"])
         text = f"Take {reference.title}: these test images do not show that another way is better overall."
+        if all(leads[outcome.title].ends["overall"][1] < 0 for outcome in others):
+            text = f"Take {reference.title}: it is better overall than every other way"
+            text += f" ({nearest.title} comes next: {lead(nearest, 'overall')} points)."
         if on_tail:
-            first = on_tail[0]
-            cost = " It is worse overall." if leads[first.title].ends["overall"][1] < 0 else ""
-            text += f" On your {tail} classes {first.title} pays: {lead(first, tail)} points.{cost}"
+            text += f" On your {tail} classes {on_tail[0].title} pays: {lead(on_tail[0], tail)} points"
+            text += ", but it is worse overall." if leads[on_tail[0].title].ends["overall"][1] < 0 else "."
         return text
     best, *rest = better
     ratio = best.seconds / reference.seconds if reference.seconds > 0 else math.inf
@@ -177,7 +179,6 @@ def write_page(
         percent=percent,
         points=points,
         picture=Picture("prices", "Accuracy over price", "", figure),
-        few=tested[tail] < FEWEST,
         tail=tail,
     )
     with atomic_write(output / PAGE) as file:
