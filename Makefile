@@ -10,6 +10,7 @@ RANGE := --deselect tests/test_model.py::test_a_seed_gives_the_same_student_as_e
 	tests/test_push.py::test_command_pushes_what_loads_in_three_ways tests/test_push.py::test_trainer_checks_before_training \
 	tests/test_handler.py::test_scores_are_those_of_the_native_pipeline tests/test_handler.py::test_a_model_of_timm \
 	tests/test_onnx.py::test_every_way_gives_the_same_scores tests/test_onnx.py::test_int8_agrees_and_is_smaller \
+	tests/test_shards.py::test_a_folder_holds_the_answers_of_the_native_pipeline \
 	tests/test_streaming.py::test_parquet_is_streamed_with_its_class_names
 TOOLS := hypothesis matplotlib peft psutil pytest pytest-timeout pytest-xdist
 

@@ -105,6 +105,30 @@ def rate(way, paths: list[str], **options) -> float:
     return round(len(paths) / (time.perf_counter() - start), 1)
 
 
+def parts(ways: dict, paths: list[str]) -> dict[str, float]:
+    """Milliseconds of a core per image, without workers: reading in both ways, and the model with its table."""
+    from deitlt_hf.serving.prediction import batches_of, read_batches
+    from deitlt_hf.serving.shards import Contents, Tabulator
+
+    ours, classifier = ways["deitlt predict"], ways["pipeline"].classifier
+    tabulate, read = Tabulator(ours.classifier, Contents()), []
+
+    def milliseconds(work) -> float:
+        start = time.process_time()
+        work()
+        return round(1000 * (time.process_time() - start) / len(paths), 3)
+
+    return {
+        "pipeline reads": milliseconds(lambda: [classifier.preprocess(path) for path in paths]),
+        "deitlt predict reads": milliseconds(
+            lambda: read.extend(read_batches(ours.classifier, batches_of(paths, ours.batch_size)))
+        ),
+        "model and table": milliseconds(lambda: [tabulate(batch) for batch in read]),
+        "model": milliseconds(lambda: [tabulate._outputs(batch.stacks[0][1]) for batch in read]),
+        "whole pipeline": milliseconds(lambda: classifier(paths, batch_size=ways["pipeline"].setting["batch_size"])),
+    }
+
+
 def compare(model: str, paths: list[str], rounds: int, batch_size: int) -> dict:
     """Measures both in turn and compares their answers."""
     ways = {"pipeline": Pipeline(model, paths), "deitlt predict": Predict(model, batch_size)}
@@ -124,6 +148,7 @@ def compare(model: str, paths: list[str], rounds: int, batch_size: int) -> dict:
         "pipeline_setting": ways["pipeline"].setting,
         "pipeline_tried": ways["pipeline"].rates,
         "workers": ways["deitlt predict"].workers,
+        "core_ms_per_image": parts(ways, paths[:1000]),
     }
 
 

@@ -150,7 +150,7 @@ def test_sets_end_with_the_weights_or_classes_that_they_were_fitted_for(calibrat
     assert fold(student, fusion).config.prediction_sets is None
 
 
-@pytest.mark.parametrize("value", [3, {"thresholds": 1}, {"coverage": 0.9, "thresholds": {"all": "x"}}])
+@pytest.mark.parametrize("value", [3, {"thresholds": 1}, {"coverage": 0.9, "thresholds": {"all": "x"}, "images": {}}])
 def test_a_damaged_rule_is_refused_in_one_sentence(calibrated, tmp_path, value):
     folder = shutil.copytree(calibrated, tmp_path / "model")
     content = json.loads((folder / "config.json").read_text())

@@ -148,10 +148,11 @@ def _are_sets(value: Any) -> bool:
     """Whether this is the content of [`PredictionSets`], or None."""
     if value is None:
         return True
-    if not isinstance(value, dict) or not isinstance(value.get("thresholds"), dict):
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), dict) for name in ("thresholds", "images")):
         return False
     shares = [value.get("coverage"), *value["thresholds"].values()]
-    return all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
+    are_shares = all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
+    return are_shares and _are_whole([value.get("num_labels"), *value["images"].values()])
 
 
 def _are_whole(values: Any) -> bool:
