@@ -160,7 +160,13 @@ def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, mo
     monkeypatch.setattr(comparison, "_train", lambda *_: None)
     monkeypatch.setattr(comparison, "_predictions", lambda folder, data: [0] * len(data["test"]))
     first, *others = deitlt_hf.compare(colours, tmp_path / "out", image_size=8, **start)
-    assert (first.title, len(first.predictions), [way.name for way in others]) == ("linear probe", 18, WAYS)
+    assert (first.title, len(first.predictions), [way.name for way in others]) == (
+        "linear probe",
+        18,
+        ["cnn", "labels", "lora", "deit_lt", "ours"],
+    )
+    lora = load_recipe(str(tmp_path / "out" / "recipes" / "lora.yaml"))["student"]
+    assert (lora["tune"], lora["init_from"], lora["distillation"]) == ("lora", start["init_from"], "none")
     record = comparison.Prices(tmp_path / "out" / "comparison.json")
     assert record.content["arms"]["probe"]["seconds"] > 0
 

@@ -122,7 +122,7 @@ ARMS = {
         "LoRA",
         "The model to start from with LoRA adapters, on labels, trained as long as teacher and student together.",
         "student",
-        lambda fitted: _labels_only(fitted) | {"tune": LORA},
+        lambda fitted: _labels_only(fitted) | {"tune": LORA, "optim": "adamw_torch", "learning_rate": 1e-3},
         needs_start=True,
     ),
     "deit_lt": Arm(
