@@ -72,6 +72,16 @@ def test_no_step_begins_without_time(gpu_first, session):
     assert session.result(late) is None
 
 
+def test_missing_images_are_named_before_anything_runs(gpu_first, tmp_path, monkeypatch, capsys):
+    (tmp_path / "train-images-idx3-ubyte.gz").touch()
+    monkeypatch.setattr("sys.argv", ["gpu_first.py", "--data", str(tmp_path), "--folder", str(tmp_path / "results")])
+    with pytest.raises(SystemExit):
+        gpu_first.main()
+    error = capsys.readouterr().err
+    assert "lacks train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte" in error
+    assert not (tmp_path / "results").exists()
+
+
 def test_summary_has_checks_rates_and_accuracies(gpu_first):
     rates = {"median": 0.5, "low": 0.4, "high": 0.6}
     contenders = {"timm, eager": rates | {"median": 1.0}, "deitlt-hf, eager": rates | {"memory_mib": 9000.0}}
