@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from series import RESULTS, ROOT, run, write_record
+from series import RESULTS, ROOT, run, slug, write_record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torture import digest
 from transformers import TrainerCallback
@@ -93,7 +93,7 @@ def check_run(name: str, place: Path) -> dict:
     if name in PACKAGES and find_spec(PACKAGES[name]) is None:
         return {"passed": None, "missing": PACKAGES[name]}
     processes = 1 if configuration == "one_gpu.yaml" else max(torch.cuda.device_count(), 1)
-    folder = place / "run" / name.replace(" ", "_")
+    folder = place / slug(name) / "student"  # in a folder of its own, where it trains a teacher if it has none
     shutil.rmtree(folder, ignore_errors=True)
     file = CONFIGURATIONS / (configuration if HAS_GPU else "cpu.yaml")
     command = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", processes]

@@ -194,6 +194,12 @@ def fashion(session: Session, data: str, seed: int) -> Step:
     return Step(f"Fashion-MNIST-LT seed {seed}", command, 600, collect)
 
 
+def missing_files(data: Path) -> list[str]:
+    """Names of the IDX files that a folder has neither plain nor compressed."""
+    names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    return [name for name in names if not any((data / f"{name}{end}").is_file() for end in ("", ".gz"))]
+
+
 # ---- The summary ----
 
 
@@ -288,6 +294,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2, while time lasts")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/gpu_trial" if IS_TRIAL else RESULTS / "gpu")
     args = parser.parse_args()
+    if args.data is not None and (missing := missing_files(Path(args.data))):
+        parser.error(f"{args.data} lacks {', '.join(missing)}; --data (DATA=) is the folder of the four IDX files.")
     session = Session(args.folder.resolve(), args.minutes)
     jobs = max(min((os.cpu_count() or 1) // 3, 4), 1)
     # The teacher of the first check teaches the students of the others.

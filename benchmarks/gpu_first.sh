@@ -39,7 +39,7 @@ print(*(f"{name}=={m.version(name)}" for name in sys.argv[1:]))' $PACKAGES)
         cp "$DATA"/{train,t10k}-{images-idx3,labels-idx1}-ubyte* "$WHEELS/data/"
     fi
     local size
-    size=$(du -sm "$WHEELS" | cut -f1)
+    size=$(du -sm --apparent-size "$WHEELS" | cut -f1)
     echo "$WHEELS: $size MiB, for Python $target"
     ((size <= LIMIT)) || {
         echo "gpu_first.sh: more than $LIMIT MiB; name in PACKAGES= only what the machine lacks, or pack without DATA=." >&2

@@ -38,17 +38,17 @@ def test_steps_that_fail_or_hang_do_not_cost_the_rest(gpu_first, session, tmp_pa
     pid = tmp_path / "pid"
     child = f"import subprocess, sys; open({str(pid)!r}, 'w').write(str(subprocess.Popen(['sleep', '60']).pid))"
     steps = [
-        step(gpu_first, session, "check fails", "raise SystemExit('the reason')"),
-        step(gpu_first, session, "check hangs", f"{child}; import time; time.sleep(60)", limit=1.5),
-        step(gpu_first, session, "check works", WRITES),
+        step(gpu_first, session, "fails", "raise SystemExit('the reason')"),
+        step(gpu_first, session, "hangs", f"{child}; import time; time.sleep(60)", limit=3),
+        step(gpu_first, session, "works", WRITES),
     ]
     begun = time.monotonic()
     session.run(steps)
     assert time.monotonic() - begun < 20
     found = json.loads((session.folder / "summary.json").read_text())
-    assert "the reason" in found["check fails"]["error"]
-    assert "stopped after" in found["check hangs"]["error"]
-    assert found["check works"]["value"] == 1
+    assert "the reason" in found["fails"]["error"]
+    assert "stopped after" in found["hangs"]["error"]
+    assert found["works"]["value"] == 1
     with pytest.raises(ProcessLookupError):  # what a hanging step started has ended too
         os.kill(int(pid.read_text()), 0)
 
@@ -70,6 +70,16 @@ def test_no_step_begins_without_time(gpu_first, session):
     late = step(gpu_first, session, "late", WRITES)
     session.run([late])
     assert session.result(late) is None
+
+
+def test_missing_images_are_named_before_anything_runs(gpu_first, tmp_path, monkeypatch, capsys):
+    (tmp_path / "train-images-idx3-ubyte.gz").touch()
+    monkeypatch.setattr("sys.argv", ["gpu_first.py", "--data", str(tmp_path), "--folder", str(tmp_path / "results")])
+    with pytest.raises(SystemExit):
+        gpu_first.main()
+    error = capsys.readouterr().err
+    assert "lacks train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte" in error
+    assert not (tmp_path / "results").exists()
 
 
 def test_summary_has_checks_rates_and_accuracies(gpu_first):

@@ -202,11 +202,49 @@ def test_other_c_libraries_are_not_changed(monkeypatch):
 # ---- The benchmark ----
 
 
-def test_comparison_is_measured_in_separate_processes(tmp_path):
+def test_comparison_is_measured_in_separate_processes(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import run
+
     record = tmp_path / "speed.json"
-    command = [sys.executable, "benchmarks/run.py", "--only", "teacher_labels", "--turns", "1", "--json", str(record)]
-    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    command = ["run.py", "--only", "teacher_labels", "--turns", "1", "--threads", "1", "--json", str(record)]
+    monkeypatch.setattr(sys, "argv", command)
+    run.main()
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert "folded" in lines[1]
     figures = json.loads(record.read_text())["teacher_labels"]["contenders"]
     assert all(0 < values["low"] <= values["median"] <= values["high"] for values in figures.values())
+
+
+def test_a_contender_that_dies_does_not_cost_the_others(monkeypatch):
+    """On a GPU, one implementation that does not compile leaves the figures of the others; its reason is recorded."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import run
+
+    class Contender:
+        def __init__(self, comparison, name, threads):
+            self.name, self.memory, self.error = name, 2**20, None
+
+        def begin(self):
+            pass
+
+        def value(self):
+            if self.name == "compiled":
+                self.error = "ended during its turn with code 1: RuntimeError: no compiler"
+                raise RuntimeError(self.error)
+            return 2.0
+
+        turn = value
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(run, "Contender", Contender)
+    ways = dict.fromkeys(("eager", "compiled"))
+    comparison = run.Comparison("steps", ways, flops=lambda: 1.0, turns=2, starts_together=True)
+    record = run.measure("steps", comparison, 1, None)
+    assert record["contenders"] == {"eager": {"median": 2.0, "low": 2.0, "high": 2.0, "memory_mib": 1.0}}
+    assert "no compiler" in record["errors"]["compiled"]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        run.measure("steps", run.Comparison("steps", {"compiled": None}, flops=lambda: 1.0, starts_together=True), 1, 1)
