@@ -23,7 +23,7 @@ from deitlt_hf.recipes import paper_accuracies
 PAGE = ROOT / "docs" / "claims.md"
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
-IN_SHORT = ("labels", "labels-drw", "deit", "timm", "deit-lt")  # columns of the README's table
+IN_SHORT = ("labels", "labels-drw", "deit", "timm", "deit-lt", "labels-muon", "ours")  # columns of the README's table
 AGAINST_PAPER = tuple(PAPER_SETTINGS)
 SAID = (*GROUPS[1:], "right", "as first")  # columns of the teachers' labels
 NOTHING = "(no run of it is recorded yet)"
