@@ -110,6 +110,7 @@ def test_the_page_shows_advice_table_and_figure(compared):
     for text in (record["advice"], "CNN alone", "DeiT-LT", "labels only", "ours", "data:image/png;base64,"):
         assert text in page
     assert "The tail classes have 6 test images" in page  # a note of the plan
+    assert "Muon. 2 epochs." in page
     assert " nan" not in page
 
 

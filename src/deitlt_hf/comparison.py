@@ -36,6 +36,7 @@ from .quickstart import (
 )
 from .recipes import DataArguments, fill_arguments, load_recipe
 from .recipes.fit import SMALL, FittedRecipe
+from .records import find_record
 from .serving.classifiers import load_model, load_processor
 from .training.distillation import TeacherAtChanceError
 from .training.output_folder import check_output_dir
@@ -274,7 +275,7 @@ def _run(output: Path) -> Verdict:
                 print(f"Note: {error} {arm.title} is left out.", flush=True)
                 continue
             predictions = _predictions(folder, data)
-        outcomes.append(record.outcome(name, arm, predictions))
+        outcomes.append(record.outcome(name, arm, predictions, _epochs(folder)))
         gc.collect()
     return _conclude(output, record, outcomes, data, data_args)
 
@@ -298,6 +299,12 @@ def _predictions(folder: Path, data: Mapping) -> list[int]:
     collate = ImageCollator(load_processor(str(folder)))
     images = ImageDataset(data["test"], "image", "label", background=collate.background)
     return predict(model, images, collate)[1]["mean"].argmax(axis=1).tolist()
+
+
+def _epochs(folder: Path) -> float | None:
+    """Epochs of a trained way; None for a probe."""
+    record = find_record(folder)
+    return None if record is None else record["settings"]["num_train_epochs"]
 
 
 def _probed(path: str, file: Path, data: Mapping, record: "Prices") -> list[int]:
@@ -346,12 +353,13 @@ class Prices:
             entry |= {"seconds": round(entry["seconds"] + _clock() - started, 1), "is_running": False}
             write_json(self.path, self.content)
 
-    def outcome(self, name: str, arm: Arm, predictions: Sequence[int]) -> Outcome:
+    def outcome(self, name: str, arm: Arm, predictions: Sequence[int], epochs: float | None = None) -> Outcome:
         """A way with its price, to which the shared teacher belongs if it is taught."""
         unknown = {"seconds": 0.0, "is_least": True}
         parts = [self.content["arms"].get(part, unknown) for part in (name, *[SHARED_TEACHER] * arm.is_taught)]
         seconds = sum(part["seconds"] for part in parts)
-        return Outcome(name, arm.title, arm.what, predictions, seconds, any(part["is_least"] for part in parts))
+        what = arm.what if epochs is None else f"{arm.what} {epochs:g} epochs."
+        return Outcome(name, arm.title, what, predictions, seconds, any(part["is_least"] for part in parts))
 
 
 def _clock() -> float:

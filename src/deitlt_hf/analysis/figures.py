@@ -72,7 +72,8 @@ def draw_prices(
         axis.errorbar(
             price, 100 * value, np.abs(errors), fmt="o", color=colour, capsize=3, elinewidth=1, label=literal(name)
         )
-    axis.set_xscale("log")
+    if max(prices) > 10 * min(prices) > 0:  # a probe beside trainings
+        axis.set_xscale("log")
     axis.set_xlabel(unit)
     axis.set_ylabel(f"accuracy {literal(group)}, %")
     axis.margins(x=0.15)
