@@ -67,6 +67,8 @@ def draw_prices(
         group: The classes of which this is the accuracy.
         unit: Unit of the prices.
     """
+    from matplotlib.ticker import LogFormatter
+
     for colour, price, (name, (value, (low, high))) in zip(cycle(WAY_COLOURS), prices, rows.items(), strict=False):
         errors = 100 * np.array([[value - low], [high - value]])
         axis.errorbar(
@@ -74,6 +76,8 @@ def draw_prices(
         )
     if max(prices) > 10 * min(prices) > 0:  # a probe beside trainings
         axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, where they fit
     axis.set_xlabel(unit)
     axis.set_ylabel(f"accuracy {literal(group)}, %")
     axis.margins(x=0.15)
