@@ -67,7 +67,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)  # times
             cell.outputs = tidy(cell.outputs)
-    notebook.metadata.pop("language_info", None)  # the version of Python
+    notebook.metadata["language_info"] = {"name": "python"}  # without the version
     return notebook
 
 

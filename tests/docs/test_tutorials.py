@@ -12,7 +12,9 @@ tutorials = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tutorials)
 SHORTER = {
     "own_images": {"--teacher_epochs 40 --num_train_epochs 60": "--teacher_epochs 15 --num_train_epochs 1"},
-    "paper": {"--num_train_epochs 60 --drw_start_epoch 40": "--num_train_epochs 2 --drw_start_epoch 1"},
+    "paper": {
+        "--num_train_epochs 60 --drw_start_epoch 40": "--num_train_epochs 2 --drw_start_epoch 1 --warmup_epochs 0"
+    },
 }
 
 
