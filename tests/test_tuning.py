@@ -14,7 +14,7 @@ from deitlt_hf.analysis.budget import student_model
 from deitlt_hf.models.trunks import student_of, trunk_of
 from deitlt_hf.original.layouts import student_to_ours
 from deitlt_hf.recipes import StudentArguments
-from deitlt_hf.training.tuning import begin_heads, check_tune, freeze, rate_factor, trained_parameters
+from deitlt_hf.training.tuning import begin_heads, check_tune, features_of, freeze, rate_factor, trained_parameters
 from helpers import IMAGES, make_student, student_arguments, student_trainer
 
 HEADS = ("cls_classifier.", "distillation_classifier.")
@@ -26,7 +26,8 @@ ALONE = {"distillation": "none", "max_steps": 2, "learning_rate": 1e-2}
 def vit():
     """A student whose trunk is a ViT with one token: CLS and DIST begin as copies of each other."""
     torch.manual_seed(0)
-    vit = ViTModel(ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=3, num_attention_heads=2))
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vit = ViTModel(ViTConfig(intermediate_size=32, **sizes))
     return student_of(trunk_of(vit), num_labels=10, drop_path_rate=0.3)
 
 
@@ -71,7 +72,7 @@ def test_lora_lets_both_tokens_differ_and_resumes(tmp_path, digits, vit):
     again = copy.deepcopy(vit)
     trainer = student_trainer(tmp_path, digits, model=vit, **values)
     tokens = trainer.model.eval()(pixel_values=IMAGES).token_features
-    assert torch.equal(tokens[:, 0], tokens[:, 1])
+    torch.testing.assert_close(tokens[:, 0], tokens[:, 1], atol=1e-6, rtol=0)
     trainer.train()
     trainer.save_model()
     tokens = trainer.model.eval()(pixel_values=IMAGES).token_features
@@ -105,7 +106,7 @@ def test_layer_decay_is_that_of_timm(tmp_path, digits):
         found = {name: rates[id(parameter)] / 1e-2 for name, parameter in trainer.model.named_parameters()}
         assert found == pytest.approx(expected)
         for group in optimizer.param_groups:
-            assert (group["weight_decay"] == 0) == all(parameter.dim() != 2 for parameter in group["params"])
+            assert (group["weight_decay"] == 0) == all(parameter.dim() not in (2, 4) for parameter in group["params"])
 
 
 def test_heads_predict_the_nearest_class_mean():
@@ -130,10 +131,7 @@ def test_frozen_heads_begin_at_the_means_of_the_training_images(tmp_path, digits
     trainer = student_trainer(tmp_path, digits, **values)
     trainer.train()
     found = trainer.model.cls_classifier.weight.detach().clone()
-    images = trainer._matching_images(digits["train"])
-    batch = torch.utils.data.default_collate([images[index] for index in range(len(images))])
-    features = trainer.model.eval()(pixel_values=batch["pixel_values"]).token_features
-    begin_heads(trainer.model, [(features, batch["labels"])])
+    begin_heads(trainer.model, features_of(trainer, digits["train"]))
     torch.testing.assert_close(found, trainer.model.cls_classifier.weight, atol=1e-4, rtol=1e-4)
     assert not student_arguments(tmp_path).begins_heads
     assert not student_arguments(tmp_path, tune="heads", heads_from_means=False).begins_heads

@@ -74,8 +74,8 @@ def freeze(model: PreTrainedModel, tune: str, lora_rank: int) -> None:
         index = _BLOCK.search(name)
         is_late = int(index[1]) >= first if index else "layernorm" in name or name.endswith(_TOKENS)
         parameter.requires_grad_(_is_head(name) or (blocks > 0 and is_late))
-    deit: Any = model.deit
-    for block in deit.layers[:first]:
+    layers: Any = model.get_submodule("deit.layers")
+    for block in layers[:first]:
         block.drop_path.drop_prob = 0.0
 
 
@@ -177,7 +177,7 @@ def begin_heads(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, to
         head.bias.copy_((centre[token].square().sum() - means[:, token].square().sum(dim=1)) / (2 * spread[token]))
 
 
-def features_of(trainer, images: Dataset) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+def features_of(trainer, images: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Yields features of both tokens and labels of all images, preprocessed as in evaluation, to every process."""
     model = trainer.model
     was_training = model.training
