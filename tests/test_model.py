@@ -407,6 +407,7 @@ CHANGED = {
     "class_counts": [9, 5, 1],
     "class_groups": {"head": [0], "tail": [1, 2]},
     "class_map": [1, 0, 2],
+    "prediction_sets": {"coverage": 0.9, "thresholds": {"head": 0.5, "tail": 0.1}},
 }
 
 
