@@ -166,7 +166,7 @@ class DeiTLTTrainer(LongTailTrainer):
             self.optimizer = muon(model, args, set(self.get_decay_parameter_names(model)))
         elif self.optimizer is None and args.layer_decay != 1:
             kind, settings = of_user or self.get_optimizer_cls_and_kwargs(args, model)
-            rate = settings.get("lr", args.learning_rate)
+            rate = settings.get("lr", args.peak_learning_rate)
             decayed = self.get_decay_parameter_names(model)
             self.optimizer = kind(
                 parameter_groups(model, decayed, args.weight_decay, rate, args.layer_decay), **settings
