@@ -28,7 +28,9 @@ CASES = {
     "ViT-S/4, 32 px": ((32, 4, 384, 12, 6), 64, 5),
     "ViT-S/16, 224 px": ((224, 16, 384, 12, 6), 16, 5),
 }
-ARGUMENTS = SimpleNamespace(learning_rate=1e-4, weight_decay=0.05, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
+ARGUMENTS = SimpleNamespace(
+    learning_rate=1e-4, layer_decay=1.0, weight_decay=0.05, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8
+)
 
 
 def seconds(work) -> float:

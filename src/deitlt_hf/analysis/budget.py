@@ -452,7 +452,7 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
     if found is None:
         raise ValueError(f"{title}: {reasons[0]}")
     is_part = model.trained not in (None, model.parameters)
-    part = f", of which {model.trained / 1e6:.2f} M are trained" if is_part else ""  # type: ignore[operator]
+    part = f", of which {model.trained:,} are trained" if is_part else ""
     table.caption = (
         f"{model.parameters / 1e6:.1f} M parameters{part}; {model.flops / 1e9:.3g} GFLOP forward and "
         f"{model.training_flops / 1e9:.3g} to train, per image; {found.images_per_epoch:,} images per epoch, "

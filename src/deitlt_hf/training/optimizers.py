@@ -43,7 +43,7 @@ class Muon(timm.optim.Muon):
             return super().step(closure)
 
 
-def muon(model: PreTrainedModel, args, decayed: Collection[str]) -> Muon:
+def muon(model: nn.Module, args, decayed: Collection[str]) -> Muon:
     """Creates Muon (Jordan et al., 2024) for the linear layers of the blocks, with AdamW for all other parameters.
 
     AdamW updates embeddings, tokens, norms, biases and classifiers, as in Jordan's code. Muon's updates are scaled to
@@ -63,10 +63,11 @@ def muon(model: PreTrainedModel, args, decayed: Collection[str]) -> Muon:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not _is_head(name)
     }
+    config: Any = model.config
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = rate_factor(name, model.config.num_hidden_layers, args.layer_decay)
+            factor = rate_factor(name, config.num_hidden_layers, args.layer_decay)
             groups.setdefault((name in matrices, name in decayed, factor), []).append(parameter)
     return Muon(
         [

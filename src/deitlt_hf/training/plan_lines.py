@@ -40,7 +40,7 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
         for name, group in trainer.groups.items()
     )
     parameters, trained = sum(parameter.numel() for parameter in model.parameters()), trained_parameters(model)
-    part = "" if trained == parameters else f" ({trained / 1e6:.2f} M trained)"
+    part = "" if trained == parameters else f" ({trained:,} trained)"
     image_format = ImageFormat.of(trainer.processing_class)
     lines = {
         "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters{part}, {image_format}",
