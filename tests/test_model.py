@@ -408,8 +408,8 @@ CHANGED = {
     "class_groups": {"head": [0], "tail": [1, 2]},
     "class_map": [1, 0, 2],
     "prediction_sets": {"coverage": 0.9, "thresholds": {"head": 0.5, "tail": 0.1}},
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.2, 0.2, 0.1],
+    "image_mean": [0.5],
+    "image_std": [0.2],
 }
 
 

@@ -75,8 +75,12 @@ class DeiTLTConfig(DeiTConfig):
             )
         for field in ("image_mean", "image_std"):
             values = getattr(self, field)
-            if values is not None and (len(values) != self.num_channels or (field == "image_std" and min(values) <= 0)):
-                raise ValueError(f"{field} must have {self.num_channels} values (image_std above 0), got {values}.")
+            if values is not None and len(values) != self.num_channels:
+                raise ValueError(
+                    f"{field} must have a value for each of the {self.num_channels} channels, got {values}."
+                )
+        if self.image_std is not None and min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be above 0, got {self.image_std}.")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
         _check_classes(self)
