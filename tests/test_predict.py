@@ -21,9 +21,11 @@ from deitlt_hf.cli.export import main as export
 from deitlt_hf.cli.model_cards import main as model_cards
 from deitlt_hf.cli.predict import _parsed, main
 from deitlt_hf.data import image_processor
+from deitlt_hf.recipes import StudentArguments
+from deitlt_hf.serving import classifiers
 from deitlt_hf.serving.handler import is_hub_id
 from deitlt_hf.serving.prediction import find_images, load_classifier, predict_images
-from deitlt_hf.training import runs as run
+from deitlt_hf.training.starting import check_start
 from helpers import ROOT, make_student
 
 NAMES = [
@@ -349,7 +351,11 @@ def test_a_path_is_not_requested_from_the_hub(tmp_path, monkeypatch, name):
     (tmp_path / "models").mkdir()
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
-    for load in (load_classifier, run.load_model, run.load_classifier, lambda path: run.check_start(path, {})):
+
+    def start(path):
+        check_start(StudentArguments(init_from=path), {})
+
+    for load in (load_classifier, classifiers.load_model, classifiers.load_classifier, start):
         with pytest.raises(FileNotFoundError, match=r"no model folder"):
             load(name)
 
