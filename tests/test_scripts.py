@@ -658,5 +658,5 @@ def test_recipes_have_the_papers_values(name, tmp_path):
 
 
 def test_tiny_recipe_is_valid():
-    assert set(load_recipe(TINY)) == {"data", "teacher", "teacher_losses", "student"}
+    assert set(load_recipe(TINY)) == {"data", "teacher", "teacher_losses", "pretraining", "student"}
     assert yaml.safe_load(Path(TINY).read_text())["student"]["num_train_epochs"] == 3
