@@ -449,22 +449,32 @@ def test_a_late_stop_request_finishes_the_run_and_starts_nothing_else(tmp_path, 
 # ---- Waiting for images ----
 
 
-@pytest.mark.parametrize("is_slow", [True, False])
-def test_a_run_that_waits_for_images_says_so_once(tmp_path, digits, monkeypatch, capsys, is_slow):
-    monkeypatch.setattr(run_log, "WAITING_STEPS", 3)
-    monkeypatch.setattr(run_log, "WAITING_SECONDS", 0.0)
-    monkeypatch.setattr(run_log, "WAITING_SHARE", 0.9)  # the tiny model of this test trains faster than images load
-    trainer = student_trainer(tmp_path, digits, distillation="none", max_steps=6)
+@pytest.mark.parametrize(("waiting", "notes"), [(6.0, 1), (4.0, 0)])
+def test_a_run_that_waits_for_images_says_so_once(monkeypatch, capsys, waiting, notes):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    trainer = SimpleNamespace(waited=0.0)
+    args = SimpleNamespace(dataloader_num_workers=0, image_cache=None)
+    note = run_log.WaitingNote(trainer)
+    note.on_train_begin(args, None, None)
+    for step in range(1, 200):  # 10 seconds each
+        trainer.waited += waiting
+        note.on_step_end(args, SimpleNamespace(global_step=step, is_world_process_zero=True), None)
+    assert capsys.readouterr().out.count("training waits for images during 60% of the time") == notes
+
+
+def test_waiting_is_measured_in_a_run(tmp_path, digits, monkeypatch):
     get = ImageDataset.__getitem__
 
     def slowly(images, index):
-        if is_slow and images.views:  # in training
-            time.sleep(0.03)  # a second for a batch of 32 images
+        time.sleep(0.01 if images.views else 0)  # in training
         return get(images, index)
 
     monkeypatch.setattr(ImageDataset, "__getitem__", slowly)
+    trainer = student_trainer(tmp_path, digits, distillation="none", max_steps=3)
     trainer.train()
-    assert capsys.readouterr().out.count("training waits for images during") == int(is_slow)
+    assert trainer.waited >= 3 * 32 * 0.01
+    assert any(isinstance(callback, run_log.WaitingNote) for callback in trainer.callback_handler.callbacks)
 
 
 def test_advice_fits_the_run():
