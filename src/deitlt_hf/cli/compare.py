@@ -5,8 +5,8 @@ deitlt compare photos --dry_run
 deitlt compare photos --init_from facebook/deit-small-distilled-patch16-224
 
 The ways are the CNN alone, a ViT on labels only, DeiT-LT as in the paper, and the recipe of 'deitlt train'; with
---init_from also a linear probe of that model. All have the same training and test images. --minutes is the time for all
-of them together. The same command continues after an interruption.
+--init_from also a linear probe and LoRA of that model. All have the same training and test images. --minutes is the
+time for all of them together. The same command continues after an interruption.
 """
 
 from collections.abc import Sequence
