@@ -79,8 +79,9 @@ def test_a_folder_becomes_models_predictions_and_a_report(trained, photos):
     assert np.mean(tail) == pytest.approx(record["teacher"]["accuracies"]["tail"], abs=1e-3)
 
 
-def test_a_teacher_at_chance_is_not_used(photos, tmp_path, capsys):
+def test_a_teacher_at_chance_is_not_used(photos, tmp_path, capsys, monkeypatch):
     """The time for the teacher's training is not lost: the student learns from the labels."""
+    monkeypatch.setattr(quickstart, "report", lambda *_: None)
     brief = ["--image_size", "16", "--teacher_epochs", "1", "--num_train_epochs", "1", "--hidden_size", "64"]
     arguments = ["train", str(photos), "--output_dir", str(tmp_path / "run")]
     main([*arguments, *brief])
@@ -104,10 +105,12 @@ def test_the_recipe_says_why(trained, photos):
     assert list((trained / "images").rglob("*.png")), "copies of the large images were expected"
 
 
-def test_the_same_command_continues_or_finds_a_finished_run(trained, photos, capsys):
+def test_the_same_command_continues_or_finds_a_finished_run(trained, photos, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "report", lambda *_: print("The report is written again."))
     main(["train", str(photos), "--output_dir", str(trained)])
     printed = capsys.readouterr().out
     assert "Continuing with" in printed
+    assert "The report is written again." in printed
     assert "nothing is left to train" in printed
 
 
