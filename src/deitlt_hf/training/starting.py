@@ -103,7 +103,8 @@ def _student_or_vit(path: str, model_args: StudentArguments, names: Sequence[str
         return _of_file(path, model_args, names)
     with loading(path), _without_report():
         config = _source_config(path)
-        if config.model_type == DeiTConfig.model_type:
+        # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
+        if config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]:
             labels = _labels(names or ())
             source, info = load_with_info(
                 DeiTLTForImageClassification, path, **labels, dtype="float32", ignore_mismatched_sizes=True
