@@ -256,9 +256,6 @@ def _parameters(parameters: dict[str, Any]) -> tuple[int, bool]:
     return top_k, attention
 
 
-# ---- Attention maps ----
-
-
 def _prediction_sets(config, group_of: dict[int, str]) -> tuple[float | None, torch.Tensor]:
     """Coverage of the prediction sets in a configuration (None without valid ones), and the threshold of each class."""
     sets = getattr(config, "prediction_sets", None)
@@ -270,6 +267,9 @@ def _prediction_sets(config, group_of: dict[int, str]) -> tuple[float | None, to
     if not isinstance(coverage, float) or not all(isinstance(value, (int, float)) for value in thresholds):
         return None, torch.empty(0)
     return coverage, torch.tensor(thresholds, dtype=torch.float32)
+
+
+# ---- Attention maps ----
 
 
 def _observed(model: PreTrainedModel) -> PreTrainedModel | None:

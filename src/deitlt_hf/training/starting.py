@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, DeiTConfig
+from transformers import AutoImageProcessor, AutoModel, DeiTConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
@@ -18,6 +18,7 @@ from ..models.weight_files import read_checkpoint, strip_wrappers
 from ..original import load_original_student
 from ..recipes import StudentArguments
 from ..serving.classifiers import loading, read_model_config
+from ..serving.handler import native_config
 from .checkpoints import load_with_info
 
 # Sizes that a student takes over from the model that it starts from.
@@ -50,7 +51,7 @@ def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Tru
         with _as_student(path):
             check_type(content["model_type"])
         with loading(path):
-            config = _source_config(path)
+            config = native_config(path)
             with torch.device("meta"):
                 source = AutoModel.from_config(config)
         with _as_student(path):
@@ -102,7 +103,7 @@ def _student_or_vit(path: str, model_args: StudentArguments, names: Sequence[str
     if Path(path).is_file():
         return _of_file(path, model_args, names)
     with loading(path), _without_report():
-        config = _source_config(path)
+        config = native_config(path)
         # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
         if config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]:
             labels = _labels(names or ())
@@ -158,17 +159,10 @@ def _image_format(path: str) -> ImageFormat | None:
     if Path(path).is_file():
         return None
     has_file = cached_file(path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is not None
-    if not has_file and _source_config(path).model_type != TIMM_TYPE:  # timm's are in its config
+    if not has_file and native_config(path).model_type != TIMM_TYPE:  # timm's are in its config
         return None
     with loading(path):
         return ImageFormat.of(AutoImageProcessor.from_pretrained(path))
-
-
-def _source_config(path: str):
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if config.model_type == TIMM_TYPE:
-        (config.model_args or {}).pop("num_classes", None)  # transformers 5.23 would pass it to timm twice
-    return config
 
 
 @contextlib.contextmanager
