@@ -93,6 +93,10 @@ def test_a_teacher_at_chance_is_not_used(photos, tmp_path, capsys, monkeypatch):
     main(arguments)
     assert "nothing is left to train" in capsys.readouterr().out
 
+    teacher = tmp_path / "run" / "teacher"
+    main([*arguments, *brief, "--overwrite"])
+    assert json.loads((teacher / "results.json").read_text())["model"] == "FlatTeacherForImageClassification"
+
 
 def test_the_recipe_says_why(trained, photos):
     text = (trained / "recipe.yaml").read_text()

@@ -112,8 +112,8 @@ def train(
         overrides["resume_from_checkpoint"] = "auto"
     data_args, model_args, args = fill_arguments("student", STUDENT, str(path), overrides)
     if overwrite and args.needs_teacher:  # `distill` would find the teacher of the replaced recipe
-        overrides["output_dir"] = str(output / "teacher")
-        train_teacher(*fill_arguments("teacher", TEACHER, str(path), overrides))
+        of_teacher = overrides | {"output_dir": str(output / "teacher")}
+        train_teacher(*fill_arguments("teacher", TEACHER, str(path), of_teacher))
     try:
         trainer = distill(str(path), data_args, model_args, args)
     except TeacherAtChanceError as error:
@@ -213,7 +213,7 @@ def fit(
         if minutes is None or fitted.share >= SHORTEST:
             break
     assert fitted is not None  # there is at least one size
-    _print_plan(fitted, folder, data, fitted.seconds)
+    _print_plan(fitted, folder, data)
     return fitted
 
 
@@ -383,7 +383,7 @@ def _sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
     return [open_image(cell["image"]).size for cell in cells]
 
 
-def _print_plan(fitted: FittedRecipe, folder: Folder, data: Mapping, seconds: tuple[float, float]) -> None:
+def _print_plan(fitted: FittedRecipe, folder: Folder, data: Mapping) -> None:
     names = data["train"].features["label"].names
     counts = training_counts(data["train"])
     print(
@@ -401,7 +401,7 @@ def _print_plan(fitted: FittedRecipe, folder: Folder, data: Mapping, seconds: tu
     show(table)
     for note in fitted.notes:
         print(f"Note: {note}")
-    teacher, student = seconds
+    teacher, student = fitted.seconds
     print(
         f"\nExpected time, from a trial of a few steps: teacher {duration(teacher)}, student {duration(student)}, "
         f"together {duration(teacher + student)}.\n",
