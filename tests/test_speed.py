@@ -172,7 +172,7 @@ def test_only_commands_set_the_whole_process(tmp_path, digits, monkeypatch):
     """A library must not change the process of the program that uses it, unless it is asked to."""
     calls = []
     monkeypatch.setattr("deitlt_hf.training.trainer.keep_freed_memory", lambda: calls.append("trainer"))
-    monkeypatch.setattr("deitlt_hf.cli.distill.keep_freed_memory", lambda: calls.append("command"))
+    monkeypatch.setattr("deitlt_hf.training.memory.keep_freed_memory", lambda: calls.append("command"))
     monkeypatch.setattr("deitlt_hf.cli.distill.distill", lambda *_: sys.exit("not trained here"))
     student_trainer(tmp_path, digits)
     assert calls == []

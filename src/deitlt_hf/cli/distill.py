@@ -9,15 +9,14 @@ from collections.abc import Sequence
 
 from ..recipes import DataArguments, StudentArguments, parse_arguments
 from ..training import DeiTLTTrainingArguments
-from ..training.memory import keep_freed_memory
+from ..training.memory import keep_freed_memory_of_command
 from ..training.runs import distill
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
     recipe, data_args, model_args, args = parse_arguments("student", classes, arguments, __doc__)
-    if args.keep_freed_memory is not False and args.device.type == "cpu":
-        keep_freed_memory()  # of the process, which is this command's own
+    keep_freed_memory_of_command(args)
     trainer = distill(recipe, data_args, model_args, args)
     if trainer.is_world_process_zero():
         print(f"""

@@ -8,15 +8,14 @@ deitlt distill --recipe fashion_mnist_lt_tiny --data_dir DIR --init_from outputs
 from collections.abc import Sequence
 
 from ..recipes import DataArguments, PretrainingModelArguments, parse_arguments
-from ..training.memory import keep_freed_memory
+from ..training.memory import keep_freed_memory_of_command
 from ..training.pretraining import PretrainingArguments, pretrain
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     classes = (DataArguments, PretrainingModelArguments, PretrainingArguments)
     recipe, data_args, model_args, args = parse_arguments("pretraining", classes, arguments, __doc__)
-    if args.keep_freed_memory is not False and args.device.type == "cpu":
-        keep_freed_memory()  # of the process, which is this command's own
+    keep_freed_memory_of_command(args)
     trainer = pretrain(data_args, model_args, args)
     if trainer.is_world_process_zero():
         print(f"""

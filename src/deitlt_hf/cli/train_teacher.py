@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 from ..recipes import DataArguments, TeacherArguments, parse_arguments
 from ..training import FlatTeacherTrainingArguments
-from ..training.memory import keep_freed_memory
+from ..training.memory import keep_freed_memory_of_command
 from ..training.runs import train_teacher
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
     _, data_args, model_args, args = parse_arguments("teacher", classes, arguments, __doc__)
-    if args.keep_freed_memory is not False and args.device.type == "cpu":
-        keep_freed_memory()  # of the process, which is this command's own
+    keep_freed_memory_of_command(args)
     train_teacher(data_args, model_args, args)

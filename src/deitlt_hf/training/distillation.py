@@ -252,7 +252,7 @@ class DeiTLTTrainer(LongTailTrainer):
         if not args.needs_teacher:
             return lines | {"teacher": "none: both tokens learn from the labels"}
         text = f"{type(self.teacher).__name__}, {self.teacher_format}, sees the {args.teacher_view} view"
-        kind = next(iter(self.images_of_evaluation)).partition("_")[0]  # test or validation images
+        kind = self.evaluated_on
         accuracies = (self.results.teacher or {}).get("accuracies") or {}
         untaught = [name for name in self.groups if accuracies.get(name) == 0]
         if untaught:
@@ -285,9 +285,9 @@ class DeiTLTTrainer(LongTailTrainer):
         chance = 1 / num_labels
         if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
             raise TeacherAtChanceError(
-                f"the teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on {len(labels)} test "
-                f"images of {num_labels} classes. Check that it is trained, and that its class order, image "
-                "size and normalisation are correct."
+                f"the teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on {len(labels)} "
+                f"{self.evaluated_on} images of {num_labels} classes. Check that it is trained, and that its class order, "
+                "image size and normalisation are correct."
             )
         return accuracies
 

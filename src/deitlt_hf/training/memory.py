@@ -9,6 +9,12 @@ _MMAP_THRESHOLD = -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
+def keep_freed_memory_of_command(args) -> None:
+    """Keeps freed memory in a command, whose process is its own, on a CPU and unless the arguments say otherwise."""
+    if args.keep_freed_memory is not False and args.device.type == "cpu":
+        keep_freed_memory()
+
+
 def keep_freed_memory() -> bool:
     """Makes the whole process keep freed memory for its next allocation instead of returning it to the system.
 

@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import GreedyLR, PreTrainedModel, TrainingArguments
 
-from .tuning import rate_factor
+from .tuning import is_head, rate_factor
 
 MUON = "muon"  # value of the argument `optim`
-_HEADS = ("cls_classifier", "distillation_classifier")
 
 
 @contextlib.contextmanager
@@ -61,7 +60,7 @@ def muon(model: nn.Module, args, decayed: Collection[str]) -> Muon:
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _is_head(name)
+        if isinstance(module, nn.Linear) and not is_head(name)
     }
     config: Any = model.config
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -93,10 +92,6 @@ def muon_settings(args: TrainingArguments) -> dict[str, Any]:
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
     }
-
-
-def _is_head(name: str) -> bool:
-    return any(part in _HEADS for part in name.split("."))
 
 
 def check_given(

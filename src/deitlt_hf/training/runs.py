@@ -252,6 +252,13 @@ def _say(args, text: str) -> None:
 
 
 def begin(args, model_type: str) -> None:
+    """Makes the checks of a run that need neither data nor model: its folder, checkpoint, trackers and repository.
+
+    Raises:
+        FileExistsError: If the output folder holds another run.
+        ValueError: If the checkpoint is not whole, or a tracker cannot be used.
+        OSError: If the repository cannot be pushed to.
+    """
     quiet_log(args.disable_tqdm)
     check_output_dir(args.output_dir, args.overwrite, goes_on_in(args.output_dir, args.resume_from_checkpoint))
     if args.resume_from_checkpoint not in (None, "auto"):

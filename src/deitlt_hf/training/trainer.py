@@ -642,13 +642,17 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return metrics
 
     @property
+    def evaluated_on(self) -> str:
+        """Which images the evaluations use: `validation` with a `test_dataset`, otherwise `test`."""
+        return "test" if self.test_dataset is None else "validation"
+
+    @property
     def images_of_evaluation(self) -> dict[str, int]:
         """Number of test images, over all test sets, and before it that of validation images, if there are any."""
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         number = sum(len(images) for images in sets if images is not None)
-        if self.test_dataset is None:
-            return {"test_images": number}
-        return {"validation_images": number, "test_images": len(self.test_dataset)}
+        tested = {} if self.test_dataset is None else {"test_images": len(self.test_dataset)}
+        return {f"{self.evaluated_on}_images": number} | tested
 
 
 def _show_with_notes(table: ExpertTable) -> None:

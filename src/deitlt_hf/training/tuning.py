@@ -73,7 +73,7 @@ def freeze(model: PreTrainedModel, tune: str, lora_rank: int) -> None:
     for name, parameter in model.named_parameters():
         index = _BLOCK.search(name)
         is_late = int(index[1]) >= first if index else "layernorm" in name or name.endswith(_TOKENS)
-        parameter.requires_grad_(_is_head(name) or (blocks > 0 and is_late))
+        parameter.requires_grad_(is_head(name) or (blocks > 0 and is_late))
     layers: Any = model.get_submodule("deit.layers")
     for block in layers[:first]:
         block.drop_path.drop_prob = 0.0
@@ -95,7 +95,8 @@ def trained_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether this is the name of a head of a student, or of a parameter or module in it."""
     return any(part in _HEADS for part in name.split("."))
 
 
@@ -113,7 +114,7 @@ def rate_factor(name: str, depth: int, layer_decay: float) -> float:
         layer_decay: Factor from one layer to the layer below it (Bao et al., BEiT, 2021, appendix H).
     """
     index = _BLOCK.search(name)
-    layer = int(index[1]) + 1 if index else depth + 1 if _is_head(name) else 0 if "embeddings." in name else depth
+    layer = int(index[1]) + 1 if index else depth + 1 if is_head(name) else 0 if "embeddings." in name else depth
     return layer_decay ** (depth + 1 - layer)
 
 
