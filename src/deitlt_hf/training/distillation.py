@@ -286,8 +286,8 @@ class DeiTLTTrainer(LongTailTrainer):
         if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
             raise TeacherAtChanceError(
                 f"the teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on {len(labels)} "
-                f"{self.evaluated_on} images of {num_labels} classes. Check that it is trained, and that its class order, "
-                "image size and normalisation are correct."
+                f"{self.evaluated_on} images of {num_labels} classes. Check that it is trained, and that its class "
+                "order, image size and normalisation are correct."
             )
         return accuracies
 
