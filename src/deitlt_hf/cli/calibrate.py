@@ -76,7 +76,7 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     for name, number in sets.images.items():
         if number < needed_images(args.coverage):
             print(
-                f"note: {name} has {number} images to fit on, and {needed_images(args.coverage)} are needed: every set "
+                f"Note: {name} has {number} images to fit on, and {needed_images(args.coverage)} are needed: every set "
                 "holds all of its classes."
             )
     return sets

@@ -13,7 +13,7 @@ from timm import layers as timm_layers
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DeiTForImageClassificationWithTeacher, PreTrainedConfig, PreTrainedModel
 
 from .deitlt.configuration_deitlt import DeiTLTConfig
 from .deitlt.modeling_deitlt import DeiTLTForImageClassification, DeiTLTModel
@@ -175,6 +175,18 @@ def resized(trunk: Trunk, image_size: int, patch_size: int) -> Trunk:
     weights[_PATCHES] = timm_layers.resample_patch_embed(weights[_PATCHES], [patch_size, patch_size])
     config = trunk.config | {"image_size": image_size, "patch_size": patch_size}
     return replace(trunk, config=config, weights=weights)
+
+
+def student_with_weights_of(native: DeiTForImageClassificationWithTeacher) -> DeiTLTForImageClassification:
+    """Makes a student that shares the parameter objects of a DeiT of transformers with two heads."""
+    attention = native.config._attn_implementation
+    config = DeiTLTConfig.from_dict(native.config.to_dict(), attn_implementation=attention)
+    # On the meta device, because `assign` replaces every parameter; `keep_vars` keeps the parameter objects.
+    with torch.device("meta"):
+        student = DeiTLTForImageClassification(config)
+    student.load_state_dict(native.state_dict(keep_vars=True), assign=True)
+    student.name_or_path = native.name_or_path
+    return student.train(native.training)
 
 
 def student_of(trunk: Trunk, attn_implementation: str | None = None, **config) -> DeiTLTForImageClassification:

@@ -16,10 +16,9 @@ from transformers import AutoConfig, AutoModelForImageClassification, DeiTForIma
 
 from ..data.sources.files import is_image
 from ..io import one_line
-from ..models.deitlt.configuration_deitlt import DeiTLTConfig
-from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from ..models.trunks import student_with_weights_of
 from .classifiers import read_model_config
 from .handler import EndpointHandler, read_image
 
@@ -43,16 +42,9 @@ def load_classifier(path: str | PathLike, device: str | None = None) -> Endpoint
     AutoModelForImageClassification.register(FlatTeacherConfig, FlatTeacherForImageClassification, exist_ok=True)
     classifier = EndpointHandler(path, device)
     if isinstance(classifier.model, DeiTForImageClassificationWithTeacher):
-        classifier.model = _as_student(classifier.model)
+        # A student computes its last block for two tokens only.
+        classifier.model = student_with_weights_of(classifier.model)
     return classifier
-
-
-def _as_student(native: DeiTForImageClassificationWithTeacher) -> DeiTLTForImageClassification:
-    """Makes a student that shares the weights of a native DeiT, and computes its last block for two tokens only."""
-    with torch.device("meta"):
-        student = DeiTLTForImageClassification(DeiTLTConfig.from_dict(native.config.to_dict()))
-    student.load_state_dict(native.state_dict(), assign=True)
-    return student.eval()
 
 
 def find_images(entries: Iterable[str], others: Counter | None = None) -> Iterator[str]:

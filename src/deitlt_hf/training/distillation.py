@@ -17,10 +17,10 @@ from ..data.long_tail import class_counts
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize, weak_transform
 from ..evaluation import group_accuracies
 from ..losses import DISTILLATION_TARGETS, DistillationLoss
-from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from ..models.trunks import student_with_weights_of
 from .arguments import DeiTLTTrainingArguments
 from .inputs import label_names
 from .optimizers import MUON, muon
@@ -308,18 +308,14 @@ def as_student(model: PreTrainedModel) -> PreTrainedModel:
             f"a student has two heads, but a {type(base).__name__} was given; pass a DeiTLTForImageClassification, or "
             "a DeiTForImageClassificationWithTeacher of transformers, which is converted."
         )
-    config = DeiTLTConfig.from_dict(model.config.to_dict(), attn_implementation=model.config._attn_implementation)
-    # On the meta device, because `assign` replaces every parameter; `keep_vars` keeps the parameter objects.
-    with torch.device("meta"):
-        student = DeiTLTForImageClassification(config)
-    student.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-    student.name_or_path = model.name_or_path
+    student = student_with_weights_of(model)
     warnings.warn(
         f"the {type(model).__name__} is converted to a DeiTLTForImageClassification with the same weights and "
-        f"stochastic depth {config.drop_path_rate:g}; use the model of the trainer instead of the one passed in.",
+        f"stochastic depth {student.config.drop_path_rate:g}; use the model of the trainer instead of the one passed "
+        "in.",
         stacklevel=2,
     )
-    return student.train(model.training)
+    return student
 
 
 def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teacher") -> torch.Tensor:
