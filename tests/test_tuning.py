@@ -11,9 +11,11 @@ from timm.optim import param_groups_layer_decay
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 
 from deitlt_hf.analysis.budget import student_model
+from deitlt_hf.cli import main
 from deitlt_hf.models.trunks import student_of, trunk_of
 from deitlt_hf.original.layouts import student_to_ours
 from deitlt_hf.recipes import StudentArguments
+from deitlt_hf.training import runs
 from deitlt_hf.training.tuning import begin_heads, check_tune, features_of, freeze, rate_factor, trained_parameters
 from helpers import IMAGES, make_student, student_arguments, student_trainer
 
@@ -175,3 +177,19 @@ def test_the_estimate_knows_how_much_is_trained(tmp_path):
         values = {tune: dataclasses.asdict(model)[name] for tune, model in found.items()}
         assert values["heads"] < values["last_1"] < values["full"], name
     assert found["heads"].activation_bytes < 0.1 * found["full"].activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tune", "last_99"], "tune 'last_99' is more than the 6 blocks"),
+        (["--tune", "last_0"], "tune must be"),
+        (["--sampling", "class_balanced", "--repeated_augmentation", "3"], "repeated_augmentation must be 1"),
+    ],
+)
+def test_refused_before_the_teacher_is_trained(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(runs, "train_teacher", lambda *_: pytest.fail("hours of training came first"))
+    with pytest.raises(SystemExit):
+        main(["distill", "--recipe", "digits_lt", "--output_dir", str(tmp_path / "student"), *options])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()

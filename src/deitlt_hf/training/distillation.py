@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import DeiTForImageClassificationWithTeacher, PreTrainedConfig, PreTrainedModel
 
 from ..data.long_tail import class_counts
+from ..data.streaming import StreamedSplit
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize, weak_transform
 from ..evaluation import group_accuracies
 from ..losses import DISTILLATION_TARGETS, DistillationLoss
@@ -22,7 +23,7 @@ from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..models.trunks import student_with_weights_of
 from .arguments import DeiTLTTrainingArguments
-from .inputs import label_names
+from .inputs import check_streaming, label_names
 from .optimizers import MUON, muon
 from .plan_lines import drw_start
 from .provenance import teacher_record
@@ -93,9 +94,7 @@ class DeiTLTTrainer(LongTailTrainer):
         """Checks the model as the parent class does, and that the teacher has its classes."""
         super().check_model(model)
         if self._datasets[0] is not None:
-            check_tunable(model, self.args.tune)
-            if self.args.begins_heads:
-                check_means(self._datasets[0])
+            check_student(model, self.args, self._datasets[0])
         if self.teacher is not None:
             config, processor = self.teacher.config, self._teacher_processor
             if processor is None and isinstance(config, FlatTeacherConfig):
@@ -290,6 +289,19 @@ class DeiTLTTrainer(LongTailTrainer):
                 "order, image size and normalisation are correct."
             )
         return accuracies
+
+
+def check_student(student: PreTrainedModel, args: DeiTLTTrainingArguments, images: Any) -> None:
+    """Checks that a student can be trained on images as the arguments ask for; it is not changed.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    check_tunable(student, args.tune)
+    if args.begins_heads:
+        check_means(images)
+    if isinstance(images, StreamedSplit):
+        check_streaming(args)
 
 
 def as_student(model: PreTrainedModel) -> PreTrainedModel:

@@ -63,11 +63,28 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
 
 
 def _balanced_labels(images):
+    """Class of each image, for class-balanced sampling."""
     if not hasattr(images, "labels"):
         raise ValueError(
             "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
         )
     return images.labels
+
+
+def check_streaming(args) -> None:
+    """Checks that training arguments are possible with a stream.
+
+    Raises:
+        ValueError: If one needs the whole data set.
+    """
+    if args.image_cache:
+        raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
+    if args.sampling != "uniform":
+        raise ValueError(f"sampling {args.sampling!r} does not work with --streaming; leave out one of them.")
+    if args.partial_steps:
+        raise ValueError(
+            "partial_steps does not work with --streaming; leave out one of them (as_published sets partial_steps)."
+        )
 
 
 def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):
@@ -81,14 +98,7 @@ def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | No
     """
     background = getattr(processor, "background", None)
     if isinstance(dataset, StreamedSplit):
-        if args.image_cache:
-            raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
-        if args.sampling != "uniform":
-            raise ValueError(f"sampling {args.sampling!r} does not work with --streaming; leave out one of them.")
-        if args.partial_steps:
-            raise ValueError(
-                "partial_steps does not work with --streaming; leave out one of them (as_published sets partial_steps)."
-            )
+        check_streaming(args)
         return StreamedImages(
             dataset,
             views or {},

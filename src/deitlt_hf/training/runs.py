@@ -25,7 +25,7 @@ from ..records import RESULTS_FILE, RunRecord, read_record
 from ..serving.classifiers import load_classifier, load_model, load_processor, read_model_config
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
-from .distillation import DeiTLTTrainer
+from .distillation import DeiTLTTrainer, check_student
 from .inputs import label_names
 from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
 from .publishing import hub_options
@@ -88,6 +88,7 @@ def distill(
     data_args.groups(data)
     set_seed(args.seed)
     student = _student(model_args, data, start)
+    check_student(student, args, data["train"])
     model_processor(student.config, args.image_resize)
     teacher = processor = None
     if args.needs_teacher:
