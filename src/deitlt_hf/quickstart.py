@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .analysis.reporting import AnalysisArguments, report
 from .console import duration, quiet_log, show
-from .data.images import decode_all, open_image
+from .data.images import decode_all, open_image, usable_cores
 from .data.loading import training_counts
 from .data.long_tail import class_counts
 from .data.sources.files import TEST_NAMES, find_split
@@ -200,8 +200,7 @@ def fit(
     if any(choice.name == "validation_fraction" for choice in choices):
         choices = [*CHOSEN_ON_VALIDATION, *choices]
     use_cpu = next((choice.value for choice in choices if choice.name == "use_cpu"), False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    machine = Machine(torch.cuda.is_available() and not use_cpu, cores)
+    machine = Machine(torch.cuda.is_available() and not use_cpu, usable_cores())
     choices.insert(0, Choice("data", "data_dir", str(source.resolve()), "the images"))
     fitted = None
     for size in sizes_for(folder, machine, _whole(choices, "both", "image_size")):

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..console import quiet_log
+from ..data.images import usable_cores
 from ..data.sources.files import not_read
 from ..io import one_line
 from ..serving.handler import EXPERTS
@@ -190,8 +191,7 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str]) -> None:
 
 def default_workers(state: PartialState) -> int:
     """Workers of a process: a GPU is fed by up to 8; on a CPU, the model itself uses the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     return max(min(8, share - 1), 0) if state.device.type == "cuda" else min(2, share // 4)
 
 

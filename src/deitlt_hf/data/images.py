@@ -237,6 +237,11 @@ class Decoded(NamedTuple):
     has_frames: bool = False
 
 
+def usable_cores() -> int:
+    """Number of cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[Decoded]:
     """Decodes every image of a data set, on all cores.
 
@@ -245,7 +250,9 @@ def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[De
         background: See [`EncodedImage`].
     """
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    with ProcessPoolExecutor(initializer=_keep, initargs=(images, source_rows(rows), background)) as pool:
+    with ProcessPoolExecutor(
+        usable_cores(), initializer=_keep, initargs=(images, source_rows(rows), background)
+    ) as pool:
         tasks = pool.map(_decode_some, range(0, len(images), ROWS_A_TASK))
         return [result for task in tasks for result in task]
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
 
+from ..data.images import usable_cores
 from ..io import atomic_write
 
 LOG_FILE = "log.jsonl"
@@ -107,7 +107,7 @@ class WaitingNote(TrainerCallback):
 
 def waiting_advice(args, share: float) -> str:
     """A sentence that says how much of the time training waits for images, and what to do."""
-    workers, cores = args.dataloader_num_workers, os.cpu_count() or 1
+    workers, cores = args.dataloader_num_workers, usable_cores()
     ways = []
     if workers < cores - 1:
         ways.append(f"raise dataloader_num_workers (now {workers}, of {cores} cores)")
