@@ -142,11 +142,13 @@ def _image_fields(path: str, trunk: Trunk, model_args: StudentArguments, changed
     found = _image_format(path)
     fields = {name: trunk.config[name] for name in FREE_SIZES}
     if found is not None:
-        if found.size[0] != found.size[1] and "image_size" not in changed:
-            raise ValueError(
-                f"the images of {path} are {' x '.join(map(str, found.size))}; give a square --image_size."
-            )
-        fields["image_size"] = found.size[0]
+        # A model of timm has a fixed size, but timm before 1.0.31 writes the size of the architecture beside it.
+        if not _is_of_timm(path):
+            if found.size[0] != found.size[1] and "image_size" not in changed:
+                raise ValueError(
+                    f"the images of {path} are {' x '.join(map(str, found.size))}; give a square --image_size."
+                )
+            fields["image_size"] = found.size[0]
         if (found.mean, found.std) != (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)):
             fields |= {"image_mean": list(found.mean), "image_std": list(found.std)}
     given = {name: changed[name] for name in FREE_SIZES if name in changed}
@@ -159,10 +161,14 @@ def _image_format(path: str) -> ImageFormat | None:
     if Path(path).is_file():
         return None
     has_file = cached_file(path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is not None
-    if not has_file and native_config(path).model_type != TIMM_TYPE:  # timm's are in its config
+    if not has_file and not _is_of_timm(path):  # timm's are in its config
         return None
     with loading(path):
         return ImageFormat.of(AutoImageProcessor.from_pretrained(path))
+
+
+def _is_of_timm(path: str) -> bool:
+    return native_config(path).model_type == TIMM_TYPE
 
 
 @contextlib.contextmanager
