@@ -186,6 +186,23 @@ def test_a_recipe_is_planned_without_its_data(capsys):
     assert "12,000" in output  # updates: 10 in each of 1,200 epochs
 
 
+@pytest.mark.parametrize(
+    ("rho", "starts", "gradients"),
+    [
+        ([0.0], [0], 1),
+        ([0.1], [0], 2),
+        ([0.0, 0.1], [0, 8], 1.2),
+        ([0.1, 0.2, 0.5], [0, 5, 60], 2),
+        ([0, 0.1], [0, 60], 1),
+    ],
+)
+def test_gradients_of_a_step_are_counted_by_phase(rho, starts, gradients):
+    args = DeiTLTTrainingArguments(
+        use_cpu=True, num_train_epochs=10, sam_rho=rho, sam_rho_epochs=starts, max_steps=20 if starts[-1] > 10 else -1
+    )
+    assert args.gradients_per_step == pytest.approx(gradients)
+
+
 def test_time_on_this_machine_is_measured(capsys):
     measured = ["--recipe", "digits_lt_fast", "--measure", "true", "--use_cpu", "true"]
     print_plan(measured)

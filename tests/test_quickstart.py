@@ -213,10 +213,11 @@ def test_overwriting_trains_the_teacher_again(trained, photos, tmp_path, monkeyp
 def test_time_is_counted_for_all_images_of_a_batch(photos, monkeypatch):
     """The trial has steps of one micro-batch, and a batch can have several."""
     monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1, 1, 0, 0, 0, 0))
-    seconds = []
-    monkeypatch.setattr(quickstart, "_print_plan", lambda fitted, folder, data, found: seconds.append(sum(found)))
-    for batch in (24, 12):  # images of a micro-batch, in a batch of 24
-        quickstart.fit(photos, None, {"per_device_train_batch_size": batch, "teacher_epochs": 5, "num_train_epochs": 5})
+    epochs = {"teacher_epochs": 5, "num_train_epochs": 5}
+    seconds = [
+        sum(quickstart.fit(photos, None, {"per_device_train_batch_size": size, **epochs}).seconds)
+        for size in (24, 12)  # images of a micro-batch, in a batch of 24
+    ]
     assert seconds[1] - seconds[0] == 10 * (99 // 12 - 99 // 24)
 
 

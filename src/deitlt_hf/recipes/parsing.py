@@ -260,7 +260,7 @@ def parse_arguments(
     of the recipe. The value `none` on the command line resets an optional number, or an optional text of the data.
 
     Args:
-        section: `data`, `teacher` or `student`.
+        section: `data`, `teacher`, `pretraining` or `student`.
         classes: Dataclasses to fill.
         argv: Command line without the program; by default that of this process.
         description: Text of `--help`.
@@ -311,7 +311,7 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
     """Fills dataclasses from a recipe's `data` section and one other section, as [`parse_arguments`] does.
 
     Args:
-        section: `data`, `teacher` or `student`.
+        section: `data`, `teacher`, `pretraining` or `student`.
         classes: Dataclasses to fill.
         recipe: Name or path of the recipe.
         overrides: Values of fields, which override the recipe.

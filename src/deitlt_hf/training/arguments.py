@@ -397,9 +397,13 @@ class LongTailTrainingArguments(TrainingArguments):
     @property
     def gradients_per_step(self) -> float:
         """Mean number of gradients in an optimiser step: SAM takes two."""
-        ends = [*self.sam_rho_epochs[1:], self.num_train_epochs]
-        phases = zip(self.sam_rho, self.sam_rho_epochs, ends, strict=True)
-        return 1 + sum(end - start for rho, start, end in phases if rho > 0) / self.num_train_epochs
+        total = self.num_train_epochs
+        if total <= 0:
+            return 1.0
+        # With max_steps, phases may start after the last epoch.
+        starts = [min(start, total) for start in self.sam_rho_epochs]
+        phases = zip(self.sam_rho, starts, [*starts[1:], total], strict=True)
+        return 1 + sum(end - start for rho, start, end in phases if rho > 0) / total
 
     def method_settings(self) -> dict[str, Any]:
         """Values of all fields that affect the result of a run, without those that affect only its execution."""
