@@ -1,4 +1,4 @@
-"""Measures the CPU time of a training step of each arm, for the figure of accuracy against price in `docs/claims.md`.
+"""Measures the CPU time of a training step of each arm, for the figure of accuracy against price in `docs/beyond.md`.
 
     python research/price.py --data_dir /usr/share/datasets/fashion-mnist
 

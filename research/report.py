@@ -1,10 +1,10 @@
-"""Judges the claims of the paper by the records that `run.py` wrote, and writes `docs/claims.md`.
+"""Judges the claims by the records that `run.py` wrote, and writes `docs/claims.md` and `docs/beyond.md`.
 
     python research/report.py
     python research/report.py --setting cifar10_lt_rho100
 
-The first puts every table, figure and verdict of the page in its place; the text around them is written by hand and has
-no measured number. The second prints a table against the paper's, and what the teachers say of a student's images.
+The first puts every table, figure and verdict of the pages in its place; the text around them is written by hand and
+has no measured number. The second prints a table against the paper's, and what the teachers say of a student's images.
 """
 
 import argparse
@@ -13,16 +13,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import BEYOND_CANDIDATES, CANDIDATE_STUDENTS, CANDIDATE_TEACHERS, LABELS, PAPER_SETTINGS, TEACH, TEACHERS, Arm
+from arms import (
+    BEYOND,
+    BEYOND_CANDIDATES,
+    CANDIDATE_STUDENTS,
+    CANDIDATE_TEACHERS,
+    LABELS,
+    PAPER_SETTINGS,
+    TEACH,
+    TEACHERS,
+    Arm,
+)
 from claims import CLAIMS
 from evidence import EXPERTS, NOT_RUN, Claim, Evidence
 from series import GROUPS, ROOT, mean_and_deviation
 
 from deitlt_hf.recipes import paper_accuracies
 
-PAGE = ROOT / "docs" / "claims.md"
+OF_PAPER = 7  # the first claims are the paper's
+PAGES = {ROOT / "docs" / "claims.md": CLAIMS[:OF_PAPER], ROOT / "docs" / "beyond.md": CLAIMS[OF_PAPER:]}
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
+BASES = ("deit-lt", "deit-lt-120", "labels-120", "ood-unmixed")  # what the arms beyond the paper are compared with
 IN_SHORT = ("labels", "labels-drw", "deit", "timm", "deit-lt", "labels-muon", "ours")  # columns of the README's table
 AGAINST_PAPER = tuple(PAPER_SETTINGS)
 SAID = (*GROUPS[1:], "right", "as first")  # columns of the teachers' labels
@@ -140,16 +152,14 @@ def held_out_table() -> str:
     return table(["tried", *GROUPS], rows) if rows else NOTHING
 
 
-def verdicts_table(evidence: Evidence) -> str:
-    """The verdicts of all claims."""
-    rows = [
-        [f"[{number}](#{number}-{anchor(claim.title)})", claim.title, claim.verdict(evidence)]
-        for number, claim in enumerate(CLAIMS, 1)
-    ]
-    setting = evidence.runs.setting
-    arms = (*setting.teachers, *setting.students)
+def verdicts_table(evidence: Evidence, claims: Sequence[Claim], arms: Sequence[str]) -> str:
+    """The verdicts of claims, and the number of recorded runs of the arms that judge them."""
+    rows = []
+    for claim in claims:
+        number = CLAIMS.index(claim) + 1
+        rows.append([f"[{number}](#{number}-{anchor(claim.title)})", claim.title, claim.verdict(evidence)])
     there = sum(len(evidence.records(name)) for name in arms)
-    progress = f"{there} of {len(arms) * len(setting.seeds)} runs are recorded."
+    progress = f"{there} of {len(arms) * len(evidence.runs.setting.seeds)} runs are recorded."
     return f"{progress}\n\n{table(['', 'claim', 'verdict'], rows, texts=3)}"
 
 
@@ -175,11 +185,14 @@ def against_paper(name: str) -> str:
 
 
 def parts(evidence: Evidence) -> dict[str, str]:
-    """The contents between the page's markers."""
+    """The contents between the markers of the pages."""
     students = evidence.runs.setting.students
+    of_paper = {name: arm for name, arm in students.items() if name not in BEYOND}
     made = {
-        "verdicts": verdicts_table(evidence),
-        "experts": experts_table(evidence, students),
+        "verdicts": verdicts_table(evidence, CLAIMS[:OF_PAPER], (*TEACHERS, *of_paper)),
+        "verdicts beyond": verdicts_table(evidence, CLAIMS[OF_PAPER:], tuple(BEYOND)),
+        "experts": experts_table(evidence, of_paper),
+        "experts beyond": experts_table(evidence, {name: students[name] for name in (*BASES, *BEYOND)}),
         "experts in short": experts_table(evidence, {name: students[name] for name in IN_SHORT}),
         "teachers": teachers_table(evidence, TEACHERS),
         "fusions": fusions_table(evidence),
@@ -247,10 +260,10 @@ def main():
         return
     evidence = Evidence()
     made = parts(evidence)
-    for path in (PAGE, README):
+    for path in (*PAGES, README):
         path.write_text(with_parts(path.read_text(), made))
     draw_all(evidence)
-    print(made["verdicts"])
+    print(made["verdicts"], made["verdicts beyond"], sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -175,17 +175,17 @@ def test_all_records_make_a_complete_page(evidence, claims, tmp_path, monkeypatc
     for seed in setting.seeds:
         labels = {"images": {"head": 0.7, "mid": 0.2, "tail": 0.1}, "views": views}
         report.Evidence().runs.record(seed, report.LABELS).write_text(json.dumps(labels))
-    for name in ("PAGE", "README"):
-        copy = tmp_path / f"{name}.md"
-        copy.write_text(getattr(report, name).read_text())
-        monkeypatch.setattr(report, name, copy)
+    copies = {path: tmp_path / path.name for path in (*report.PAGES, report.README)}
+    for path, copy in copies.items():
+        copy.write_text(path.read_text())
+    monkeypatch.setattr(report, "README", copies[report.README])
+    monkeypatch.setattr(report, "PAGES", {copies[path]: claims for path, claims in report.PAGES.items()})
     monkeypatch.setattr(report, "PICTURES", tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py"])
     report.main()
-    page = report.PAGE.read_text()
+    page = "".join(path.read_text() for path in report.PAGES)
     assert report.NOT_RUN not in page
-    runs = len(setting.seeds) * (len(setting.teachers) + len(setting.students))
-    assert f"{runs} of {runs} runs are recorded" in page
+    assert len(re.findall(r"^(\d+) of \1 runs are recorded", page, re.MULTILINE)) == len(report.PAGES)
     assert all(f"| {arm.title} |" in page for arm in (*setting.teachers.values(), *setting.students.values()))
     assert re.search(r"^\| DeiT-LT, 120 epochs \| 5\.5 \|", page, re.MULTILINE)  # 660 steps of half a second
     assert re.search(r"^\| the CNN itself, 90 epochs \| 0\.5 \|", page, re.MULTILINE)
@@ -202,7 +202,7 @@ def test_page_and_pictures_agree_with_the_records(claims):
     report = claims("report")
     evidence = report.Evidence()
     made = report.parts(evidence)
-    for path in (report.PAGE, report.README):
+    for path in (*report.PAGES, report.README):
         page = path.read_text()
         assert report.with_parts(page, made) == page
     for number, claim in enumerate(report.CLAIMS, 1):
@@ -212,11 +212,12 @@ def test_page_and_pictures_agree_with_the_records(claims):
             assert picture.text["records"] == evidence.digest
 
 
-def test_sections_of_the_page_are_the_claims(claims):
+def test_sections_of_the_pages_are_the_claims(claims):
     report = claims("report")
-    headings = [line for line in report.PAGE.read_text().splitlines() if line.startswith("## ")]
-    for number, claim in enumerate(report.CLAIMS, 1):
-        assert f"## {number}. {claim.title}" in headings
+    assert [claim for page in report.PAGES.values() for claim in page] == report.CLAIMS
+    for path, page in report.PAGES.items():
+        headings = re.findall(r"^## (\d+)\. (.*)", path.read_text(), re.MULTILINE)
+        assert headings == [(str(report.CLAIMS.index(claim) + 1), claim.title) for claim in page]
 
 
 # ---- Hyperparameters ----

@@ -308,7 +308,7 @@ def _student_choices(folder: Folder, machine: Machine, image_size: int, epochs: 
         width, blocks, heads, reason = 128, 6, 4, "a small ViT, for a CPU"
     else:
         width, blocks, heads, reason = 192, 9, 3, "a small ViT, for a CPU"
-    method = "this package's own recipe, see docs/claims.md"
+    method = "this package's own recipe, see docs/beyond.md"
     return [
         Choice("student", "patch_size", patch),
         Choice("student", "hidden_size", width, reason),
