@@ -159,6 +159,26 @@ def uneven_test_images():
     return load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)["test"].select(range(101))
 
 
+def different_images(folder):
+    """The errors of a run in which each process has other images: one image less, then another image."""
+    data = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)
+    train, rank = data["train"], PartialState().process_index
+    rows = list(range(len(train)))
+    errors = []
+    for number, chosen in enumerate((rows[rank:], [rows[rank], *rows[1:]])):
+        args = DeiTLTTrainingArguments(
+            output_dir=f"{folder}/different{number}", use_cpu=True, distillation="none", repeated_augmentation=1
+        )
+        trainer = DeiTLTTrainer(
+            model=make_student(), args=args, train_dataset=train.select(chosen), eval_dataset=data["test"]
+        )
+        try:
+            trainer.train()
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
 def main():
     folder = sys.argv[1]
     found = {}
@@ -173,6 +193,7 @@ def main():
     found["repeated"] = repeated_augmentation_order(folder)
     found["paco"] = paco_queue(folder)
     found["statistics"] = evaluated_statistics(folder)
+    found["different"] = different_images(folder)
     torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")
 
 

@@ -121,6 +121,13 @@ def test_processes_share_an_epoch_without_overlap(two_ranks, name):
     assert indices[0] != sorted(indices[0])
 
 
+def test_processes_with_different_images_are_refused(two_ranks):
+    """Every process refuses, so that none waits for the others."""
+    for rank in two_ranks:
+        assert len(rank["different"]) == 2
+        assert all("process 1 of 2 reads other images" in error for error in rank["different"])
+
+
 def test_evaluation_counts_every_image_once(two_ranks, tmp_path):
     """Evaluation counts each of 101 images once, although the sampler repeats images to fill the last batches."""
     alone = uneven_evaluation(str(tmp_path))

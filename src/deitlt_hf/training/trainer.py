@@ -41,7 +41,7 @@ from .checkpoints import of_first_process
 from .ema import EMA_FOLDER, MovingAverage, save_average
 from .experts import check_best_metric, converted, expert_columns, expert_metrics_added, expert_table
 from .inherited import check_parameters
-from .inputs import as_images, common_classes, match_labels, name_classes, outliving
+from .inputs import as_images, check_same_images, common_classes, match_labels, name_classes, outliving
 from .memory import keep_freed_memory
 from .optimizers import check_given
 from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
@@ -214,15 +214,20 @@ class LongTailTrainer(SharpnessAwareTrainer):
             ValueError: If the classes differ from those of the data, the model solves another problem, or it cannot
                 checkpoint activations as the arguments require.
         """
-        train, test = self._datasets
-        datasets = [train, *(test.values() if isinstance(test, dict) else [test]), self.test_dataset]
-        self.class_names = common_classes(model.config, [dataset for dataset in datasets if dataset is not None])
+        train = self._datasets[0]
+        self.class_names = common_classes(model.config, [*([] if train is None else [train]), *self._evaluated()])
         # Versions before transformers 5.23 know this name only; newer versions still accept it.
         asks = train is not None and self.args.gradient_checkpointing
         if asks and not getattr(model, "supports_gradient_checkpointing", True):
             raise ValueError(
                 f"a {type(model).__name__} cannot checkpoint activations; leave out gradient_checkpointing."
             )
+
+    def _evaluated(self) -> list:
+        """The data sets that this trainer evaluates on."""
+        test = self._datasets[1]
+        datasets = [*(test.values() if isinstance(test, dict) else [test]), self.test_dataset]
+        return [dataset for dataset in datasets if dataset is not None]
 
     def _count_images(self, config: PreTrainedConfig, groups: Mapping[str, Integers] | None) -> None:
         """Counts the training images of each class, and divides the classes into groups.
@@ -330,9 +335,10 @@ class LongTailTrainer(SharpnessAwareTrainer):
             ignore_keys_for_eval: As in the parent class.
 
         Raises:
-            ValueError: If the training set is smaller than one batch, a phase starts after the last epoch (with
-                `max_steps` the plan reports phases that are not reached), no whole checkpoint exists, or the checkpoint
-                belongs to another run: with other classes, images, model or loss, or with more steps than this run.
+            ValueError: If the training set is smaller than one batch, the processes read different images, a phase
+                starts after the last epoch (with `max_steps` the plan reports phases that are not reached), no whole
+                checkpoint exists, or the checkpoint belongs to another run: with other classes, images, model or loss,
+                or with more steps than this run.
             FileExistsError: If the output folder holds another run that is neither resumed nor overwritten, or another
                 run is writing to the folder.
             FloatingPointError: If the loss or a weight is not finite.
@@ -350,6 +356,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         # All checks come before the first change in the folder: a refused run must not damage another run.
         self._resuming = goes_on_in(self.run_dir, resume_from_checkpoint)
         check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
+        check_same_images([self._datasets[0], *self._evaluated()])
         images = self.train_dataset
         # `len` of streamed images counts the share of this process only.
         self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
