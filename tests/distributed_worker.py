@@ -1,9 +1,13 @@
 """One data-parallel process, run by `test_distributed.py`: its images, and its gradient of a fixed batch."""
 
+import os
 import sys
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 
 from deitlt_hf import (
@@ -179,6 +183,64 @@ def different_images(folder):
     return errors
 
 
+def start_fsdp_on_cpu():
+    """Makes Accelerate start FSDP 2 on a CPU, which it only does on accelerators."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "DeiTLTLayer",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
+    start = AcceleratorState.__init__
+
+    def start_sharded(self, *args, **kwargs):
+        state = PartialState(cpu=True)
+        if not AcceleratorState._shared_state:
+            state.distributed_type = DistributedType.MULTI_GPU
+        start(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = start_sharded
+
+
+def sharded_run(folder):
+    """The saved files of a run with FSDP 2, and its last weights: at once, and resumed from the first step."""
+    weights = []
+    for resumed in (None, f"{folder}/fsdp/checkpoint-1"):
+        trainer = run_of_two_steps(f"{folder}/fsdp")
+        assert trainer.is_fsdp_enabled
+        trainer.train(resume_from_checkpoint=resumed)
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        weights.append(load_file(f"{folder}/fsdp/model.safetensors"))
+        trainer.accelerator.wait_for_everyone()
+    return weights
+
+
+def run_of_two_steps(folder):
+    """Trainer of two steps with a checkpoint after each."""
+    data = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)
+    args = DeiTLTTrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        distillation="none",
+        repeated_augmentation=1,
+        global_batch_size=GLOBAL_BATCH,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="no",
+        learning_rate=1e-3,
+        warmup_epochs=0,
+        mixup=0,  # mixing and erasing draw differently in each process
+        cutmix=0,
+        random_erasing=0,
+    )
+    torch.manual_seed(0)
+    model = make_student(drop_path_rate=0.0)
+    return DeiTLTTrainer(model=model, args=args, train_dataset=data["train"], eval_dataset=data["test"])
+
+
 def main():
     folder = sys.argv[1]
     found = {}
@@ -194,6 +256,8 @@ def main():
     found["paco"] = paco_queue(folder)
     found["statistics"] = evaluated_statistics(folder)
     found["different"] = different_images(folder)
+    start_fsdp_on_cpu()
+    found["fsdp"] = sharded_run(folder)
     torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")
 
 

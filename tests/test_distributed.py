@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from distributed_worker import (
     fixed_batch,
     gradients_of_a_step,
     make_trainers,
+    run_of_two_steps,
     uneven_evaluation,
     weights_after_muon,
 )
@@ -40,7 +42,7 @@ def two_ranks(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return [{"folder": folder, **torch.load(folder / f"rank{rank}.pt", weights_only=True)} for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", ["student", "sharded", "sam", "sam, accumulated"])
@@ -169,6 +171,26 @@ def test_configuration_files_are_valid_for_accelerate(path):
         assert (
             config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in DeiTLTForImageClassification._no_split_modules
         )
+
+
+def test_sharded_students_are_saved_as_themselves(two_ranks):
+    """FSDP 2 replaces the class of a model; the saved folder names and contains this package's files, not torch's."""
+    folder = two_ranks[0]["folder"] / "fsdp"
+    assert {path.name for path in folder.glob("*.py")} == {"configuration_deitlt.py", "modeling_deitlt.py"}
+    references = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert references["AutoModelForImageClassification"] == "modeling_deitlt.DeiTLTForImageClassification"
+    assert json.loads((folder / "results.json").read_text())["model"] == "DeiTLTForImageClassification"
+
+
+def test_sharded_runs_resume_with_and_without_shards(two_ranks, tmp_path):
+    at_once, resumed = two_ranks[0]["fsdp"]
+    assert all(torch.equal(at_once[name], resumed[name]) for name in at_once)
+    folder = two_ranks[0]["folder"] / "fsdp"
+    shutil.copytree(folder, tmp_path / "run")
+    alone = run_of_two_steps(tmp_path / "run")
+    alone.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    sharded = DeiTLTForImageClassification.from_pretrained(folder).state_dict()
+    torch.testing.assert_close(alone.model.state_dict(), sharded, atol=1e-5, rtol=0)
 
 
 def launch(configuration, output_dir, *arguments):

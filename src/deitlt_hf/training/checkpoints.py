@@ -1,5 +1,6 @@
 """Atomic checkpoints: written to a staging folder, moved into place when complete, verified by a manifest."""
 
+import contextlib
 import copy
 import json
 import math
@@ -7,15 +8,17 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io import file_sha256, one_line, read_json, sync_to_disk, weight_files
@@ -299,6 +302,25 @@ def of_first_process(is_first: bool, find: Callable[[], Any]) -> Any:
     return found
 
 
+def class_without_shards(model: nn.Module) -> type[nn.Module]:
+    """The class that a model had before FSDP 2 sharded it, which replaces the class by a subclass of its own."""
+    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
+@contextlib.contextmanager
+def saved_as_own_class(model: nn.Module) -> Iterator[None]:
+    """Gives a sharded model its own class while it is saved.
+
+    `save_pretrained` copies the file that defines the class, and names it in `config.json`: without this, torch's file.
+    """
+    sharded = model.__class__
+    model.__class__ = class_without_shards(model)
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
+
+
 class WholeCheckpointTrainer(Trainer):
     """A [`~transformers.Trainer`] with atomic checkpoints: written to a staging folder and moved when complete.
 
@@ -363,20 +385,23 @@ class WholeCheckpointTrainer(Trainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         # The parent also pickles the arguments; the token must not be written to a file.
         token, self.args.hub_token = self.args.hub_token, None
+        save = super()._save
         try:
-            if self._staging is not None or not self.args.should_save:
-                super()._save(output_dir, state_dict)
-                return
-            if not has_adapter(self.model):
-                save = super()._save
-                replace_model(output_dir, lambda folder: save(folder, state_dict))
-                return
-            replace_model(output_dir, self._save_merged)
-            if self.args.save_adapter:
-                adapter = Path(output_dir) / ADAPTER_FOLDER
-                replace_model(adapter, lambda folder: save_adapter(self.model, folder))
+            with saved_as_own_class(self.model):
+                if self._staging is not None or not self.args.should_save:
+                    save(output_dir, state_dict)
+                elif not has_adapter(self.model):
+                    replace_model(output_dir, lambda folder: save(folder, state_dict))
+                else:
+                    self._save_adapted(output_dir)
         finally:
             self.args.hub_token = token
+
+    def _save_adapted(self, output_dir: str) -> None:
+        """Writes a model with an adapter merged, and the adapter beside it on request."""
+        replace_model(output_dir, self._save_merged)
+        if self.args.save_adapter:
+            replace_model(Path(output_dir) / ADAPTER_FOLDER, lambda folder: save_adapter(self.model, folder))
 
     def _save_merged(self, folder: str) -> None:
         merged(self.model).save_pretrained(folder)
@@ -388,12 +413,17 @@ class WholeCheckpointTrainer(Trainer):
         transformers 5.23 does not translate the names here, and continues without the weights.
 
         Raises:
-            ValueError: If weights are missing, unexpected, or of another size.
+            ValueError: If weights are missing, unexpected, or of another size, or a run with FSDP resumes one without.
         """
         model = self.model if model is None else model
         if isinstance(model, PreTrainedModel) and has_adapter(model):
             load_adapter(model, resume_from_checkpoint)
             return
+        if self.is_fsdp_enabled and not any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
+            raise ValueError(
+                f"the checkpoint {resume_from_checkpoint} is of a run without FSDP; resume it without FSDP, or start "
+                "with --init_from and another --output_dir."
+            )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -449,8 +479,22 @@ class WholeCheckpointTrainer(Trainer):
             ValueError: If the states belong to another optimiser or model.
         """
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            if checkpoint and not shards and (Path(checkpoint) / OPTIMIZER_NAME_BIN).is_file():
+                self._load_state_of_shards(checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"the state of the optimiser or of the schedule in {checkpoint} is not of this run: {one_line(error)}."
             ) from error
+
+    def _load_state_of_shards(self, checkpoint: str) -> None:
+        """Loads optimiser and schedule of a run with sharded weights, which has names of parameters."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
+        set_optimizer_state_dict(self.model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)

@@ -93,8 +93,8 @@ def check_same_images(splits: Sequence) -> None:
         if found != first:
             sizes = [" + ".join(str(size) for _, size in of_process) for of_process in (found, first)]
             raise ValueError(
-                f"process {process} of {len(others) + 1} reads other images ({sizes[0]}) than process 0 ({sizes[1]}); give "
-                "all processes the same data."
+                f"process {process} of {len(others) + 1} reads other images ({sizes[0]}) than process 0 ({sizes[1]}); "
+                "give all processes the same data."
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..io import one_line, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
+from .checkpoints import class_without_shards
 from .inputs import label_names
 from .output_folder import EMISSIONS_FILE
 from .provenance import hardware, started_from
@@ -67,7 +68,7 @@ class Results:
         names = label_names(config)
         self.content |= {
             "schema": SCHEMA,
-            "model": type(trainer.model).__name__,
+            "model": class_without_shards(trainer.model).__name__,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "started_from": started_from(trainer.model) or self.content.get("started_from"),
             "finished": False,

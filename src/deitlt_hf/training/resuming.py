@@ -14,7 +14,7 @@ from ..data.images import decoder_versions
 from ..data.streaming import StreamedImages
 from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
-from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
+from .checkpoints import class_without_shards, newest_checkpoint, read_state, whole_checkpoint
 
 # Settings that cannot change during a run: the trained weights or the optimiser's state would not match them.
 _FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue", "tune", "lora_rank")
@@ -138,9 +138,9 @@ def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, An
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
     yield from other_classes(class_names(config) or had.get("classes") or data["classes"], data["classes"])
-    model = record.get("model")
-    if model not in (None, type(trainer.model).__name__):
-        yield f"its model is a {one_line(model, 60)}, not a {type(trainer.model).__name__}"
+    model, own = record.get("model"), class_without_shards(trainer.model).__name__
+    if model not in (None, own):
+        yield f"its model is a {one_line(model, 60)}, not a {own}"
     then = record.get("architecture") or {name: value for name, value in config.items() if name not in _ADDED}
     for name, value in json.loads(json.dumps(architecture(trainer.model.config))).items():
         if name not in _WITHOUT_WEIGHTS and then.get(name, value) != value:
