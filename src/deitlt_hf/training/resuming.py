@@ -122,15 +122,22 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
             "pixels can differ by a few grey levels.",
             stacklevel=2,
         )
-    teacher: Mapping[str, Any] = trainer.results.teacher or {}
-    taught_by: Mapping[str, Any] = record.get("teacher") or {}
-    for name in ("model", "backbone", "weights_sha256"):
-        if taught_by.get(name, teacher.get(name)) != teacher.get(name):
+    for name in ("teacher", "tail_teacher") if record else ():
+        _compare_teachers(name.replace("_", " "), record.get(name) or {}, getattr(trainer.results, name) or {})
+
+
+def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns if a run resumes with another teacher."""
+    if who == "tail teacher" and bool(before) != bool(now):
+        warnings.warn(f"the run resumes with{'' if now else 'out'} a {who}; it began the other way.", stacklevel=2)
+        return
+    for name in ("model", "backbone", "weights_sha256", "classes"):
+        if before.get(name, now.get(name)) != now.get(name):
             warnings.warn(
-                f"the run resumes with another teacher: {name} {teacher.get(name)}; it began with {taught_by[name]}.",
+                f"the run resumes with another {who}: {name} {now.get(name)}; it began with {before[name]}.",
                 stacklevel=2,
             )
-            break
+            return
 
 
 def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
