@@ -8,6 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from deitlt_hf import FlatTeacherForImageClassification
+from deitlt_hf.data import class_counts
 from deitlt_hf.data.streaming import StreamedSplit
 from deitlt_hf.training.teacher_cache import TeacherCache, cache_of
 from helpers import StopAt, assert_same, make_student, student_trainer, weights
@@ -149,7 +150,7 @@ def test_what_has_no_known_views_is_refused(tmp_path, digits, teacher):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
         student_trainer(tmp_path, digits, teacher, teacher_cache=str(tmp_path / "file"))
-    counts = [int(sum(label == c for label in digits["train"]["label"])) for c in range(10)]
+    counts = dict(enumerate(class_counts(digits["train"]["label"][:]).tolist()))
     stream = StreamedSplit(digits["train"].to_iterable_dataset(), "image", "label", counts)
     with pytest.raises(ValueError, match="does not work with --streaming"):
         student_trainer(tmp_path, {**digits, "train": stream}, teacher, teacher_cache=str(tmp_path / "cache"))
