@@ -109,6 +109,7 @@ def distill(
     model_processor(student.config, args.image_resize)
     if args.needs_teacher:
         path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
+        _check_differ(path, model_args.tail_teacher)
         teachers |= dict(zip(("teacher", "teacher_processor"), _load_teacher(path), strict=True))
     return _train(DeiTLTTrainer, student, args, data, data_args, **teachers)
 
@@ -126,7 +127,12 @@ def _check_tail_teacher(model_args: StudentArguments, args: DeiTLTTrainingArgume
         raise ValueError(
             f"tail_teacher has no effect with distillation {args.distillation!r}, which needs no teacher; leave it out."
         )
-    if None not in (first, second) and (first == second or Path(str(first)).resolve() == Path(str(second)).resolve()):
+    _check_differ(first, second)
+
+
+def _check_differ(first: str | None, second: str | None) -> None:
+    """Raises `ValueError` if both teachers are given and are the same."""
+    if first and second and (first == second or Path(first).resolve() == Path(second).resolve()):
         raise ValueError(f"--teacher and --tail_teacher are the same, {first}; give two teachers, or one.")
 
 
