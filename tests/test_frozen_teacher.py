@@ -1,6 +1,7 @@
 """Teachers that are a frozen model of transformers or timm with a fitted linear head."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_a_frozen_vit_becomes_a_plain_classifier_that_teaches(tmp_path, capsys):
     assert not (out / "log.jsonl").exists()  # no steps
     teacher = AutoModelForImageClassification.from_pretrained(out)
     assert type(teacher) is ViTForImageClassification
-    assert AutoImageProcessor.from_pretrained(out).image_mean == [0.5] * 3
+    assert [*AutoImageProcessor.from_pretrained(out).image_mean] == [0.5] * 3
     before, after = ViTForImageClassification.from_pretrained(source).state_dict(), teacher.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if not name.startswith("classifier"))
 
@@ -105,6 +106,10 @@ def test_a_frozen_vit_becomes_a_plain_classifier_that_teaches(tmp_path, capsys):
     written = (out / "model.safetensors").stat().st_mtime_ns
     main([*command, "--resume_from_checkpoint", "auto"])
     assert (out / "model.safetensors").stat().st_mtime_ns == written
+    command[4] = str(shutil.copytree(source, tmp_path / "other"))
+    with pytest.raises(SystemExit):
+        main([*command, "--resume_from_checkpoint", "auto"])
+    assert "it was begun with backbone vit, not other" in capsys.readouterr().err
     brief = ["--max_steps", "1", "--drw_start_epoch", "inf", "--eval_strategy", "no", "--save_strategy", "no"]
     main(["distill", "--recipe", TINY, "--teacher", str(out), "--output_dir", str(tmp_path / "student"), *brief])
     taught = json.loads((tmp_path / "student" / "results.json").read_text())["teacher"]

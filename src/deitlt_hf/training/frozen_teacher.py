@@ -153,7 +153,7 @@ class FrozenTeacherTrainer(FlatTeacherTrainer):
     ):
         self.head, self.backbone = head, backbone
         super().__init__(model=model, args=args, **kw)
-        positive_counts(self.class_counts)
+        positive_counts(self.class_counts or [])
 
     def train_views(self, args, processor):
         return {}  # the images of an evaluation

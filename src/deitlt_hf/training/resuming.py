@@ -17,7 +17,7 @@ from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
 
 # Settings that cannot change during a run: the trained weights or the optimiser's state would not match them.
-_FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue", "tune", "lora_rank")
+_FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue", "tune", "lora_rank", "backbone")
 # Parts of an architecture that have no weights.
 _WITHOUT_WEIGHTS = {"drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
 # Fields of a configuration that are not part of the architecture: labels, and what training adds.
@@ -122,8 +122,9 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
             "pixels can differ by a few grey levels.",
             stacklevel=2,
         )
-    for name in ("teacher", "tail_teacher") if record else ():
-        _compare_teachers(name.replace("_", " "), record.get(name) or {}, getattr(trainer.results, name) or {})
+    if record:
+        _compare_teachers("teacher", record.get("teacher") or {}, trainer.results.teacher or {})
+        _compare_teachers("tail teacher", record.get("tail_teacher") or {}, trainer.results.tail_teacher or {})
 
 
 def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..data.long_tail import class_counts
+from ..data.long_tail import Integers, class_counts
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize
 from ..evaluation import group_accuracies
 from ..losses import DISTILLATION_TARGETS
@@ -266,7 +266,7 @@ class TaughtTrainer(LongTailTrainer):
         return accuracies
 
 
-def tail_classes(groups: Mapping[str, Sequence[int]], counts: Sequence[int] | None, below: int | None) -> list[int]:
+def tail_classes(groups: Mapping[str, Integers], counts: Sequence[int] | None, below: int | None) -> list[int]:
     """Classes whose images are taught by the tail teacher.
 
     Args:
@@ -279,7 +279,7 @@ def tail_classes(groups: Mapping[str, Sequence[int]], counts: Sequence[int] | No
     """
     assert counts is not None  # known whenever training images are given
     if below is None:
-        found = sorted(groups.get("tail", ()))
+        found = sorted(map(int, groups.get("tail", ())))
         what = "the group tail has"
     else:
         found = [label for label, count in enumerate(counts) if count < below]
