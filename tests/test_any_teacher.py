@@ -36,8 +36,8 @@ from deitlt_hf.cli.sharpness import main as measure_sharpness
 from deitlt_hf.data import image_processor
 from deitlt_hf.data.transforms import ImageFormat
 from deitlt_hf.serving.classifiers import load_classifier
-from deitlt_hf.training.distillation import label_order
 from deitlt_hf.training.provenance import teacher_record
+from deitlt_hf.training.taught import label_order
 from helpers import ROOT, make_student
 
 SHUFFLED = [str(label) for label in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]

@@ -14,7 +14,7 @@ from deitlt_hf.cli import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.recipes import fit, load_recipe
 from deitlt_hf.recipes.fit import Choice
-from deitlt_hf.training.distillation import TeacherAtChanceError
+from deitlt_hf.training.taught import TeacherAtChanceError
 from deitlt_hf.training.trial import StepTimes
 from helpers import make_student
 

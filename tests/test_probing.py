@@ -20,10 +20,11 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from deitlt_hf.analysis.probing import STRENGTHS, choose_strength, pooled, probe
+from deitlt_hf.analysis.probing import pooled, probe
 from deitlt_hf.cli import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.serving.classifiers import load_backbone
+from deitlt_hf.training.linear_head import STRENGTHS, choose_strength
 from helpers import IMAGES, TINY, make_student
 
 SMALL = {

@@ -32,7 +32,7 @@ from deitlt_hf.evaluation.metrics import long_tail_figures
 from deitlt_hf.recipes import DataArguments
 from deitlt_hf.serving.classifiers import load_model
 from deitlt_hf.training import DeiTLTTrainer
-from deitlt_hf.training.distillation import label_order
+from deitlt_hf.training.taught import label_order
 from helpers import CHROMIUM, make_student
 
 DATA = {"dataset": "digits", "imbalance_ratio": 10, "max_per_class": 60}

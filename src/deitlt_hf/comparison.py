@@ -38,10 +38,10 @@ from .recipes import DataArguments, fill_arguments, load_recipe
 from .recipes.fit import SMALL, FittedRecipe
 from .records import find_record
 from .serving.classifiers import load_model, load_processor
-from .training.distillation import TeacherAtChanceError
 from .training.output_folder import check_output_dir
 from .training.results import Results
 from .training.runs import distill, train_teacher
+from .training.taught import TeacherAtChanceError
 from .training.tuning import LORA
 
 RECORD_FILE, RECIPES, SHARED_TEACHER, PROBE = "comparison.json", "recipes", "teacher", "probe"

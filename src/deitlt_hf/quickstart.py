@@ -42,9 +42,9 @@ from .recipes.fit import (
     with_given,
 )
 from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
-from .training.distillation import TeacherAtChanceError
 from .training.runs import distill, train_teacher
 from .training.starting import FREE_SIZES, SIZES, check_start
+from .training.taught import TeacherAtChanceError
 from .training.trial import StepTimes, measure_steps
 
 RECIPE_FILE, IMAGES_FOLDER = "recipe.yaml", "images"

@@ -90,6 +90,7 @@ class Teacher(TypedDict, total=False):
     weights_sha256: str | None
     accuracies: dict[str, float | None] | None
     training: Training | None
+    classes: list[str]  # of a tail teacher
 
 
 class Hardware(TypedDict, total=False):
@@ -125,6 +126,7 @@ class RunRecord(TypedDict, total=False):
     recipe: Recipe | None
     data: Data
     teacher: Teacher | None
+    tail_teacher: Teacher | None
     settings: Settings
     architecture: dict[str, Any]
     processes: dict[str, int]
@@ -159,7 +161,8 @@ def read_record(path: str | PathLike) -> RunRecord:
         wrong = f"a newer version of deitlt-hf wrote it (schema {record['schema']}; this one knows {SCHEMA})"
     if wrong is not None:
         raise ValueError(f"{path} is not a valid record of a run: {wrong}; repair it or move it away.")
-    for run in (record, (record.get("teacher") or {}).get("training") or {}):
+    teachers = [(record.get(name) or {}).get("training") or {} for name in ("teacher", "tail_teacher")]
+    for run in (record, *teachers):
         for holder, name in ((run, "settings"), (run.get("recipe") or {}, "overrides")):
             if name in holder:
                 holder[name] = current_names(holder[name])

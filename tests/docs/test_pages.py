@@ -148,7 +148,8 @@ def test_teachers_page(tmp_path, monkeypatch):
         if script == "train_teacher":
             section, classes = "teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
         parse_arguments(section, classes, [*arguments.split(), "--output_dir", str(tmp_path)])
-    known = {field.name for field in dataclasses.fields(FlatTeacherTrainingArguments)} | {"seed"}
+    kinds = (StudentArguments, DeiTLTTrainingArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     for flag in re.findall(r"`--([a-z_]+)(?: [^`]+)?`", page):
         assert flag in known, flag
 

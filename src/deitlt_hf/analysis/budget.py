@@ -382,9 +382,7 @@ def print_budgets(
         show(paper.sentence())
     teacher = None
     if args.needs_teacher and student_args.teacher is not None:
-        model = load_classifier(student_args.teacher)
-        size = ImageFormat.of(load_processor(student_args.teacher)).size[0]
-        teacher = Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0)
+        teacher = _trained_teacher(student_args.teacher)
     elif args.needs_teacher:
         loss = student_args.teacher_loss or own_loss(recipe)
         overrides = {"teacher_loss": loss, "output_dir": args.output_dir}
@@ -392,10 +390,20 @@ def print_budgets(
         _, teacher_args, taught = fill_arguments("teacher", kinds, recipe, overrides)
         teacher = teacher_model(teacher_args.config(loss, num_labels=classes), taught)
         _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, taught)
+    if teacher is not None and student_args.tail_teacher is not None:  # an image goes to one of them
+        second = _trained_teacher(student_args.tail_teacher)
+        flops = max(teacher.flops, second.flops)
+        teacher = replace(teacher, parameters=teacher.parameters + second.parameters, flops=flops)
     if note := low_peak(args.peak_learning_rate, student_args.init_from):
         show(f"Note: {note}")
     student = student_model(student_args, classes, teacher, args)
     _show_budgets(f"student, {student_args.image_size} px", student, plan, images, args)
+
+
+def _trained_teacher(path: str) -> Model:
+    model = load_classifier(path)
+    size = ImageFormat.of(load_processor(path)).size[0]
+    return Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0)
 
 
 def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, args) -> None:

@@ -19,7 +19,7 @@ from ..hub.cards import CARD_FILE, write_card
 from ..io import read_json, write_json
 from ..recipes import DataArguments
 from ..serving.classifiers import load_model, load_processor
-from ..training.distillation import check_class_order
+from ..training.taught import check_class_order
 from .observe import predict
 
 

@@ -1,33 +1,24 @@
 """Linear probe: a balanced logistic regression on the frozen features of a backbone."""
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.utils.class_weight import compute_sample_weight
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
-from ..data.long_tail import Integers, class_counts, validation_split
+from ..data.long_tail import Integers, class_counts
 from ..evaluation.accuracy import ExpertTable, group_accuracies
 from ..evaluation.metrics import with_intervals
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..serving.classifiers import load_backbone, load_processor
+from ..training.linear_head import fit_balanced
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # inverse regularisation, C of scikit-learn
-HELD_OUT = 0.2  # share of each class on which the regularisation is chosen
-ITERATIONS = 1000
 CLS_TOKENS = ("cls_token", "class_embedding")  # names of the parameter in the models of transformers
 
 
@@ -93,43 +84,10 @@ def probe(path: str, data: Mapping) -> Probe:
         split: _features(model, ImageDataset(images, "image", "label", background=collate.background), collate)
         for split, images in data.items()
     }
-    features, labels = seen["train"]
-    if "validation" in seen:
-        fitted, held_out = seen["train"], seen["validation"]
-    elif class_counts(labels).max() > 1:
-        fit_rows, held_rows = validation_split(labels, HELD_OUT)
-        fitted, held_out = (features[fit_rows], labels[fit_rows]), (features[held_rows], labels[held_rows])
-    else:  # nothing to choose on
-        fitted, held_out = seen["train"], (features[:0], labels[:0])
-    strength = choose_strength(*fitted, *held_out) if len(held_out[1]) else 1.0
-    predictions = _regression(strength, features, labels).predict(seen["test"][0])
-    size, seconds = features.shape[1], time.perf_counter() - started
-    return Probe(path, predictions.tolist(), strength, len(held_out[1]), size, round(seconds, 1))
-
-
-def choose_strength(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, held_labels: np.ndarray) -> float:
-    """The inverse regularisation with the lowest cross entropy on held-out images, with equal weight for every class.
-
-    Args:
-        features: Features to fit, (images, size).
-        labels: Their classes, (images,).
-        held_out: Features to choose on, (held-out images, size).
-        held_labels: Their classes, all of which are also in `labels`.
-    """
-    weights = compute_sample_weight("balanced", held_labels)
-    losses = []
-    for strength in STRENGTHS:
-        regression = _regression(strength, features, labels)
-        scores = regression.predict_proba(held_out)
-        losses.append(log_loss(held_labels, scores, sample_weight=weights, labels=regression.classes_))
-    return STRENGTHS[int(np.argmin(losses))]
-
-
-def _regression(strength: float, features: np.ndarray, labels: np.ndarray) -> Pipeline:
-    regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=ITERATIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # with weak regularisation, which is rarely chosen
-        return make_pipeline(StandardScaler(), regression).fit(features, labels)
+    regression, strength, held_out = fit_balanced(seen["train"], seen.get("validation"))
+    predictions = regression.predict(seen["test"][0])
+    size, seconds = seen["train"][0].shape[1], time.perf_counter() - started
+    return Probe(path, predictions.tolist(), strength, held_out, size, round(seconds, 1))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from ..io import weights_digest
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..recipes import DataArguments
 from ..serving.classifiers import load_model
-from ..training.distillation import label_order
+from ..training.taught import label_order
 from .observe import check_transformer
 from .pictures import require_matplotlib
 from .report import Section, analyze, check_report_folder, write_report

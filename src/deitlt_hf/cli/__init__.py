@@ -16,7 +16,7 @@ COMMANDS = {  # command, its module, and its description; in the order of use in
     "data": ("data", "check or draw the images of a recipe before a run"),
     "plan": ("plan", "estimate the GPU time and memory of a recipe"),
     "pretrain": ("pretrain", "pre-train a student's trunk without labels (masked autoencoder)"),
-    "train-teacher": ("train_teacher", "train a flat CNN teacher with SAM"),
+    "train-teacher": ("train_teacher", "train a flat CNN teacher with SAM, or fit a head on a frozen model"),
     "distill": ("distill", "train a DeiT-LT student, and its teacher first if none is given"),
     "evaluate": ("evaluate", "print the accuracy of each expert of a model on head, mid and tail classes"),
     "probe": ("probe", "measure what the frozen features of a model give, with a linear classifier"),

@@ -22,9 +22,9 @@ from ..io import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
 from ..serving.classifiers import load_model, load_processor
 from ..training import DeiTLTTrainingArguments
-from ..training.distillation import check_class_order
 from ..training.output_folder import run_files
 from ..training.runs import EVALUATION_FIELDS, evaluate
+from ..training.taught import check_class_order
 from .json_output import json_output
 
 # The training arguments that affect an evaluation. Other arguments would be accepted, but have no effect.

@@ -31,8 +31,8 @@ from ..serving.onnx import (
     quantize,
     require_libraries,
 )
-from ..training.distillation import check_class_order
 from ..training.output_folder import run_files
+from ..training.taught import check_class_order
 from .parser import command_parser
 
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")

@@ -16,7 +16,7 @@ from ..console import quiet_log, show
 from ..data.images import ImageCollator, ImageDataset
 from ..recipes import DataArguments, parse_arguments
 from ..serving.classifiers import load_classifier, load_processor
-from ..training.distillation import label_order
+from ..training.taught import label_order
 from .json_output import json_output
 
 

@@ -1,6 +1,7 @@
-"""Trains the flat CNN teacher of a recipe.
+"""Trains the flat CNN teacher of a recipe, or fits a linear head on a frozen model (tune heads).
 
 deitlt train-teacher --recipe digits_lt
+deitlt train-teacher --recipe image_folder --data_dir DIR --backbone facebook/dinov2-small --tune heads
 accelerate launch --no_python deitlt train-teacher --recipe fashion_mnist_lt_tiny --data_dir DIR --sam_rho 0.1
 """
 

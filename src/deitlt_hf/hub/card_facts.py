@@ -36,7 +36,9 @@ class CardFacts:
         if not _fits(config):  # plain transformers keeps the old counts and groups when a model gets other classes
             config = {name: value for name, value in config.items() if name not in ("class_counts", "class_groups")}
         self.class_counts: Sequence[int] = self.data.get("class_counts") or config.get("class_counts") or []
-        self.is_teacher = TEACHER in (results.get("model"), *(config.get("architectures") or []))
+        # A classifier without code of this package is a teacher, too, if a teacher's loss trained it.
+        self.is_cnn_teacher = TEACHER in (results.get("model"), *(config.get("architectures") or []))
+        self.is_teacher = self.is_cnn_teacher or "teacher_loss" in self.settings
         groups = self.data.get("groups", {})
         if config.get("id2label"):
             self.names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
@@ -161,7 +163,9 @@ class CardFacts:
     def model(self) -> str:
         """Description of the model's architecture, in one line."""
         values, size = self.architecture, self.architecture.get("image_size")
-        if self.is_teacher:
+        if self.is_teacher and not self.is_cnn_teacher:
+            parts = [self.results.get("model")]
+        elif self.is_teacher:
             parts = [values.get("backbone"), f"{values.get('classifier')} classifier", f"{size} x {size} pixels"]
         else:
             parts = [
@@ -173,6 +177,11 @@ class CardFacts:
             parts.append(f"{self.results['parameters'] / 1e6:.2f} M parameters")
         classes = len(self.names) or len(self.class_counts)
         return plain(", ".join(map(str, parts + [f"{classes:,} classes"] * bool(classes))))
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether a teacher is a frozen backbone with a fitted head."""
+        return self.is_teacher and self.settings.get("tune") == "heads"
 
     @property
     def recipe(self) -> str | None:
@@ -267,7 +276,18 @@ class CardFacts:
     @property
     def teacher(self) -> str | None:
         """Description of a student's teacher: its backbone, source and training."""
-        record = self.results.get("teacher")
+        return self._described("teacher")
+
+    @property
+    def tail_teacher(self) -> str | None:
+        """Description of a student's second teacher, which teaches the rare classes; and the number of these."""
+        classes = (self.results.get("tail_teacher") or {}).get("classes") or []
+        named = ", ".join(plain(name) for name in classes) if len(classes) <= NAMED_CLASSES else ""
+        text = self._described("tail_teacher")
+        return text and f"{text}; it teaches {len(classes):,} classes" + (f" ({named})" if named else "")
+
+    def _described(self, name: str) -> str | None:
+        record = self.results.get(name)
         if not record:
             return None
         source = record.get("source")
@@ -288,7 +308,15 @@ class CardFacts:
     @property
     def teacher_accuracies(self) -> str | None:
         """Accuracies of the teacher, as measured in the run of the student."""
-        values = (self.results.get("teacher") or {}).get("accuracies") or {}
+        return self._measured("teacher")
+
+    @property
+    def tail_teacher_accuracies(self) -> str | None:
+        """Accuracies of the second teacher, as measured in the run of the student."""
+        return self._measured("tail_teacher")
+
+    def _measured(self, name: str) -> str | None:
+        values = (self.results.get(name) or {}).get("accuracies") or {}
         measured = {plain(name): percent(value) for name, value in values.items() if value is not None}
         return ", ".join(f"{name} {value}" for name, value in measured.items()) or None
 

@@ -243,7 +243,9 @@ def _cut(boundaries) -> str | None:
 
 
 def _title(facts: CardFacts) -> str:
-    kind = "Flat teacher of DeiT-LT" if facts.is_teacher else "DeiT-LT student"
+    kind = "DeiT-LT student"
+    if facts.is_teacher:
+        kind = "Teacher of DeiT-LT" if facts.is_frozen else "Flat teacher of DeiT-LT"
     return f"{kind}, {facts.dataset}" if facts.dataset else kind
 
 

@@ -14,7 +14,7 @@ from ..data.streaming import load_streamed
 from ..losses import TEACHER_LOSSES
 from ..losses.entry import find
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
-from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
+from ..models.flat_teacher.configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
 
 _NEED_ALL_IMAGES = (
     *("imbalance_ratio", "max_per_class", "test_fraction", "validation_fraction"),
@@ -200,6 +200,13 @@ class StudentArguments(ArchitectureArguments):
     teacher: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a trained teacher. None: train the teacher of the recipe."}
     )
+    tail_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a second trained teacher, from which the DIST head learns the classes of the "
+            "tail; --teacher then teaches the other classes."
+        },
+    )
     teacher_loss: str | None = field(
         default=None,
         metadata={
@@ -283,7 +290,20 @@ class PretrainingModelArguments(ArchitectureArguments):
 class TeacherArguments:
     """The teacher fields of a recipe: its architecture."""
 
-    backbone: str = field(default="resnet32", metadata={"help": "resnet20/32/44/56 (CIFAR) or timm/NAME."})
+    backbone: str = field(
+        default="resnet32",
+        metadata={
+            "help": "resnet20/32/44/56 (CIFAR) or timm/NAME, trained from scratch. With tune heads: folder or Hub id "
+            "of a trained image model of transformers or timm."
+        },
+    )
+    tune: str = field(
+        default="full",
+        metadata={
+            "help": "full: the whole teacher is trained. heads: the backbone is a trained model that stays as it is, "
+            "and a balanced logistic regression becomes its classifier."
+        },
+    )
     classifier: str | None = field(default=None, metadata={"help": "linear or cosine. None: as teacher_loss requires."})
     projection_size: int | None = field(
         default=None,
@@ -294,8 +314,32 @@ class TeacherArguments:
     )
     image_size: int = field(default=32, metadata={"help": "Side of the images, in pixels."})
 
+    def __post_init__(self):
+        is_named = self.backbone in CIFAR_RESNETS or self.backbone.startswith("timm/")
+        if self.tune not in ("full", "heads"):
+            raise ValueError(f"tune must be full or heads for a teacher, got {self.tune!r}.")
+        if self.tune == "full" and not is_named:
+            raise ValueError(
+                f"unknown backbone {self.backbone!r}; choose one of {', '.join(CIFAR_RESNETS)}, or timm/NAME for a "
+                "backbone of timm; a trained model (folder or Hub id) needs --tune heads."
+            )
+        if self.tune == "heads" and self.backbone in CIFAR_RESNETS:
+            raise ValueError(
+                f"tune heads needs a trained backbone, the folder or Hub id of an image model, and {self.backbone!r} "
+                "has no trained weights; leave out tune, or give another backbone."
+            )
+
     def config(self, teacher_loss: str, **labels) -> FlatTeacherConfig:
-        """Configuration of a teacher for training with a loss. `labels` are label fields such as `num_labels`."""
+        """Configuration of a teacher for training with a loss. `labels` are label fields such as `num_labels`.
+
+        Raises:
+            ValueError: If the backbone is frozen, so that nothing is trained with a loss, or a value is not possible.
+        """
+        if self.tune == "heads":
+            raise ValueError(
+                f"the recipe's teacher is a frozen backbone (tune heads of {self.backbone}), which is not trained in "
+                "steps; make it first with deitlt train-teacher, and give its folder as --teacher."
+            )
         loss, projection_size = find(TEACHER_LOSSES, teacher_loss, "teacher_loss"), self.projection_size
         if projection_size is None:
             projection_size = (32 if self.image_size <= 64 else 128) if loss.contrast else 0

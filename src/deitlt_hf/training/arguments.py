@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from ..data.sampling import ROUND, SAMPLINGS, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
+from ..io import check_can_be_folder
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, TEACHER_LOSSES, DistillationLoss, LossOptions, TeacherLoss
 from ..losses.entry import listed
 from . import inherited
@@ -43,6 +44,7 @@ _RUNNING = {
     "hub_strategy",
     "keep_freed_memory",
     "fold_teacher",
+    "teacher_cache",
     "logging_steps",
 }
 # Unchanged fields of transformers that affect the result of a run, if only its last digits.
@@ -481,6 +483,17 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         "On a CPU, fold the batch norms of a flat teacher into its convolutions. This is faster and gives the same "
         "labels up to rounding. Has no effect in mixed precision.",
     )
+    teacher_cache: str | None = _option(
+        None,
+        "Folder for what the teacher predicts for the augmented and mixed images. Further runs with the same teacher, "
+        "images, augmentation, mixing, seed and batches read it, and need no forward pass of the teacher. None: store "
+        "nothing.",
+    )
+    tail_below: int | None = _option(
+        None,
+        "With --tail_teacher: classes with fewer training images than this learn from it. None: the classes of the "
+        "group tail.",
+    )
     mixup: float = _option(0.8, "Alpha of Mixup; 0 disables Mixup. The paper uses 0.8.")
     cutmix: float = _option(1.0, "Alpha of CutMix; 0 disables CutMix. The paper uses 1.")
     mixup_switch: float = _option(0.5, "Probability per batch of CutMix instead of Mixup, if both are enabled.")
@@ -537,6 +550,14 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         values = (self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         DistillationLoss(*values, class_counts=[1])  # a placeholder: only the trainer knows the counts
         _check_choice(self, "teacher_view", TEACHER_VIEWS)
+        _check(self, "tail_below", self.tail_below is None or self.tail_below >= 1, "1 or more")
+        if self.teacher_cache is not None:
+            check_can_be_folder(self.teacher_cache)
+            if not self.needs_teacher:
+                raise ValueError(
+                    f"teacher_cache has no effect with distillation {self.distillation!r}, which needs no teacher; "
+                    "leave it out."
+                )
         check_tune(self.tune)
         _check(self, "lora_rank", self.lora_rank >= 1, "1 or more")
         _check(

@@ -106,6 +106,11 @@ def check_streaming(args) -> None:
     """
     if args.image_cache:
         raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
+    if getattr(args, "teacher_cache", None) is not None:
+        raise ValueError(
+            f"teacher_cache {args.teacher_cache!r} does not work with --streaming, whose images have no digest; leave "
+            "out one of them."
+        )
     if args.sampling != "uniform":
         raise ValueError(f"sampling {args.sampling!r} does not work with --streaming; leave out one of them.")
     if args.partial_steps:

@@ -51,10 +51,7 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
             name.replace("_", " "): f"{number:,}" if number else "none"
             for name, number in trainer.images_of_evaluation.items()
         },
-        "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "
-        f"{args.gradient_accumulation_steps} accumulation step(s)",
-        "learning rate": f"{args.learning_rate:.3g} at its peak, {args.warmup_epochs:g} epochs of warm-up",
-        "steps": f"{math.ceil(epochs * steps_per_epoch):,} in {epochs:g} epochs of {steps_per_epoch}",
+        **_step_lines(args, epochs, steps_per_epoch, trainer.total_steps()),
         **extra,
         "output": str(args.output_dir),
     }
@@ -62,6 +59,18 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     for label, text in lines.items():
         table.add_row(f"[bold]{label}[/bold]", escape(text))
     show(Panel(table, title="This will run", title_align="left", expand=False))
+
+
+def _step_lines(args, epochs: float, steps_per_epoch: int, total_steps: int) -> dict[str, str]:
+    """Lines about the optimiser's steps; none for a run without steps."""
+    if not total_steps:
+        return {}
+    return {
+        "global batch size": f"{args.global_batch_size} = {args.world_size} process(es) x {args.train_batch_size} x "
+        f"{args.gradient_accumulation_steps} accumulation step(s)",
+        "learning rate": f"{args.learning_rate:.3g} at its peak, {args.warmup_epochs:g} epochs of warm-up",
+        "steps": f"{math.ceil(epochs * steps_per_epoch):,} in {epochs:g} epochs of {steps_per_epoch}",
+    }
 
 
 def drw_start(trainer) -> str:

@@ -35,6 +35,7 @@ class Results:
     Attributes:
         dataset: Facts that only the caller who loaded the images knows, such as their name and the requested ratio.
         teacher: Record of a student's teacher, see [`teacher_record`].
+        tail_teacher: That of its second teacher, with the names of its classes (`classes`).
     """
 
     def __init__(self, output_dir: str | Path):
@@ -42,6 +43,7 @@ class Results:
         self.content: dict = {}
         self.dataset: Mapping = {}
         self.teacher: Mapping | None = None
+        self.tail_teacher: Mapping | None = None
         self._was_finished = False
 
     @property
@@ -63,7 +65,7 @@ class Results:
             if resumed_step is not None and self.content.get(name, {}).get("step", 0) > resumed_step:
                 del self.content[name]
         self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
-        for name in ("weights_sha256", "test"):
+        for name in ("weights_sha256", "test", "tail_teacher"):
             self.content.pop(name, None)
         names = label_names(config)
         self.content |= {
@@ -81,6 +83,7 @@ class Results:
                 **trainer.images_of_evaluation,
             },
             "teacher": self.teacher,
+            **({} if self.tail_teacher is None else {"tail_teacher": self.tail_teacher}),
             "settings": trainer.settings(),
             "architecture": architecture(config),
             "processes": {

@@ -17,7 +17,7 @@ from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import class_without_shards, newest_checkpoint, read_state, whole_checkpoint
 
 # Settings that cannot change during a run: the trained weights or the optimiser's state would not match them.
-_FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue", "tune", "lora_rank")
+_FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue", "tune", "lora_rank", "backbone")
 # Parts of an architecture that have no weights.
 _WITHOUT_WEIGHTS = {"drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
 # Fields of a configuration that are not part of the architecture: labels, and what training adds.
@@ -122,15 +122,23 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
             "pixels can differ by a few grey levels.",
             stacklevel=2,
         )
-    teacher: Mapping[str, Any] = trainer.results.teacher or {}
-    taught_by: Mapping[str, Any] = record.get("teacher") or {}
-    for name in ("model", "backbone", "weights_sha256"):
-        if taught_by.get(name, teacher.get(name)) != teacher.get(name):
+    if record:
+        _compare_teachers("teacher", record.get("teacher") or {}, trainer.results.teacher or {})
+        _compare_teachers("tail teacher", record.get("tail_teacher") or {}, trainer.results.tail_teacher or {})
+
+
+def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns if a run resumes with another teacher."""
+    if who == "tail teacher" and bool(before) != bool(now):
+        warnings.warn(f"the run resumes with{'' if now else 'out'} a {who}; it began the other way.", stacklevel=2)
+        return
+    for name in ("model", "backbone", "weights_sha256", "classes"):
+        if before.get(name, now.get(name)) != now.get(name):
             warnings.warn(
-                f"the run resumes with another teacher: {name} {teacher.get(name)}; it began with {taught_by[name]}.",
+                f"the run resumes with another {who}: {name} {now.get(name)}; it began with {before[name]}.",
                 stacklevel=2,
             )
-            break
+            return
 
 
 def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
-from transformers import PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..console import quiet_log
@@ -26,14 +26,17 @@ from ..serving.classifiers import load_classifier, load_model, load_processor, r
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer, check_student
+from .frozen_teacher import FrozenTeacherTrainer, check_frozen, frozen_trainer
 from .inputs import label_names
 from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
 from .publishing import hub_options
 from .resuming import architecture, class_names, other_classes, read_configuration
 from .schedule import low_peak
 from .starting import check_start, starting_student
+from .taught import label_order, tail_classes
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
+from .tuning import HEADS
 
 EVALUATION_FIELDS = (
     "output_dir",
@@ -53,9 +56,16 @@ def train_teacher(
     args: FlatTeacherTrainingArguments,
     data: Mapping | None = None,
 ) -> FlatTeacherTrainer:
-    """Trains the teacher of a recipe and saves it in `args.output_dir`."""
-    begin(args, FlatTeacherConfig.model_type)
+    """Trains the teacher of a recipe and saves it in `args.output_dir`.
+
+    With `tune` heads, the teacher is a frozen model with a fitted head.
+    """
+    frozen = check_frozen(data_args, model_args, args) if model_args.tune == HEADS else None
+    begin(args, FlatTeacherConfig.model_type if frozen is None else frozen.model_type)
     data = data or data_args.load()
+    if frozen is not None:
+        model, args, parts = frozen_trainer(frozen, data, data_args, model_args, args)
+        return _train(FrozenTeacherTrainer, model, args, data, data_args, **parts)
     set_seed(args.seed)
     config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
     return _train(FlatTeacherTrainer, FlatTeacherForImageClassification(config), args, data, data_args)
@@ -73,9 +83,11 @@ def distill(
     # All checks come first: an error must not appear after hours of teacher training.
     if model_args.teacher is not None and model_args.teacher_loss is not None:
         raise ValueError("teacher_loss is for training the recipe's teacher; leave out teacher_loss or --teacher.")
+    _check_tail_teacher(model_args, args)
     begin(args, DeiTLTConfig.model_type)
-    if model_args.teacher is not None:
-        read_model_config(model_args.teacher)
+    for place in (model_args.teacher, model_args.tail_teacher):
+        if place is not None:
+            read_model_config(place)
     start = None
     if model_args.init_from is not None:
         start = check_start(model_args, (args.recipe or {}).get("overrides", {}))
@@ -85,18 +97,49 @@ def distill(
     args.check_data(len(data["train"]))
     if note := low_peak(args.peak_learning_rate, model_args.init_from):
         _say(args, f"Note: {note}")
-    data_args.groups(data)
+    groups, names = data_args.groups(data), data["train"].features["label"].names
+    teachers: dict[str, Any] = {}
+    if model_args.tail_teacher is not None:
+        tail_classes(groups, training_counts(data["train"]).tolist(), args.tail_below)
+        teachers |= dict(zip(("tail_teacher", "tail_processor"), _load_teacher(model_args.tail_teacher), strict=True))
+        label_order(names, teachers["tail_teacher"].config, "tail teacher")
     set_seed(args.seed)
     student = _student(model_args, data, start)
     check_student(student, args, data["train"])
     model_processor(student.config, args.image_resize)
-    teacher = processor = None
     if args.needs_teacher:
         path = model_args.teacher or _teacher_of_recipe(recipe, data, data_args, args, model_args.teacher_loss)
-        teacher = load_classifier(path)
-        if not isinstance(teacher, FlatTeacherForImageClassification):  # has its image format in its config
-            processor = load_processor(path)
-    return _train(DeiTLTTrainer, student, args, data, data_args, teacher=teacher, teacher_processor=processor)
+        _check_differ(path, model_args.tail_teacher)
+        teachers |= dict(zip(("teacher", "teacher_processor"), _load_teacher(path), strict=True))
+    return _train(DeiTLTTrainer, student, args, data, data_args, **teachers)
+
+
+def _check_tail_teacher(model_args: StudentArguments, args: DeiTLTTrainingArguments) -> None:
+    """Checks the options of a second teacher.
+
+    Raises:
+        ValueError: If one has no effect, or both teachers are the same.
+    """
+    first, second = model_args.teacher, model_args.tail_teacher
+    if second is None and args.tail_below is not None:
+        raise ValueError("tail_below has no effect without --tail_teacher; leave it out, or give one.")
+    if second is not None and not args.needs_teacher:
+        raise ValueError(
+            f"tail_teacher has no effect with distillation {args.distillation!r}, which needs no teacher; leave it out."
+        )
+    _check_differ(first, second)
+
+
+def _check_differ(first: str | None, second: str | None) -> None:
+    """Raises `ValueError` if both teachers are given and are the same."""
+    if first and second and (first == second or Path(first).resolve() == Path(second).resolve()):
+        raise ValueError(f"--teacher and --tail_teacher are the same, {first}; give two teachers, or one.")
+
+
+def _load_teacher(path: str) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
+    """A teacher, and its image processor; None for a CNN teacher, which has the image format in its configuration."""
+    teacher = load_classifier(path)
+    return teacher, None if isinstance(teacher, FlatTeacherForImageClassification) else load_processor(path)
 
 
 def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments) -> LongTailTrainer:
@@ -126,6 +169,8 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
 def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
     if trainer_class is DeiTLTTrainer and data_args.dataset in SORTED_BY_AUTHORS:  # for an export in their class order
         model.config.class_map = decreasing_count_map(training_counts(data["train"])).tolist()
+    if "processing_class" not in kwargs:
+        kwargs["processing_class"] = model_processor(model.config, args.image_resize, data_args.background)
     trainer = trainer_class(
         model=model,
         args=args,
@@ -133,7 +178,6 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
         eval_dataset=data.get("validation", data["test"]),
         test_dataset=data["test"] if "validation" in data else None,
         groups=data_args.groups(data),
-        processing_class=model_processor(model.config, args.image_resize, data_args.background),
         **kwargs,
     )
     trainer.results.dataset = data_args.record()
@@ -176,12 +220,12 @@ def _teacher_of_recipe(
         overrides["resume_from_checkpoint"] = "auto"
     kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
     _, model_args, args = fill_arguments("teacher", kinds, recipe, overrides)
+    config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
     if student_args.recipe is not None:  # both use the images of the student's command line
         changed = student_args.recipe["overrides"]
         args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
     if RESULTS_FILE in found:
         record = _record_of_teacher(folder)
-        config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
         settings = args.method_settings()
         for name in PRECISIONS:  # irrelevant for a teacher that is already trained
             settings.pop(name)

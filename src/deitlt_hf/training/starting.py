@@ -102,7 +102,7 @@ def _student_or_vit(path: str, model_args: StudentArguments, names: Sequence[str
     """Loads a student with its heads from a DeiT with two tokens, and a ViT without its head from other models."""
     if Path(path).is_file():
         return _of_file(path, model_args, names)
-    with loading(path), _without_report():
+    with loading(path), without_report():
         config = native_config(path)
         # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
         if config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]:
@@ -186,8 +186,8 @@ def _as_student(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_report() -> Iterator[None]:
-    """Hides transformers' table of weights that the student does not use: heads and poolers."""
+def without_report() -> Iterator[None]:
+    """Hides transformers' table of weights that are new or not used, such as heads and poolers."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

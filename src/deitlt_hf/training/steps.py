@@ -71,6 +71,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
         self._window: list[dict[str, Any]] = []  # micro-batches of the current optimiser step
         self._micro_batch = 0  # index of the current one
+        self.prepared_micro_batch = 0  # index of the one that `prepare_batch` changes
         self.waited = 0.0
         self._logged: dict[str, torch.Tensor] = {}
         self._steps_logged = 0
@@ -194,6 +195,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         """Prepares all micro-batches of an optimiser step, and sets the denominators of the whole batch in each."""
         for index, batch in enumerate(self._window):
             self.seed_micro_batch(index, purpose=1)
+            self.prepared_micro_batch = index
             batch.update(self.training_batch(batch))
         own = torch.stack([self.loss_denominators(batch) for batch in self._window])
         # One reduction for denominators and stop votes: each reduction costs a round trip.

@@ -1,0 +1,334 @@
+"""Base class of the student's trainer: the teachers, what they predict for the images of a step, and their checks."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..data.long_tail import Integers, class_counts
+from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize
+from ..evaluation import group_accuracies
+from ..losses import DISTILLATION_TARGETS
+from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
+from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from .arguments import DeiTLTTrainingArguments
+from .checkpoints import of_first_process
+from .inputs import label_names
+from .provenance import teacher_record
+from .teacher_cache import TeacherCache, cache_of, cache_plan, evaluation_digest, model_digest
+from .trainer import LongTailTrainer
+
+
+class TeacherAtChanceError(ValueError):
+    """A teacher that classifies the test images no better than chance, so that a student cannot learn from it."""
+
+
+class TaughtTrainer(LongTailTrainer):
+    """A [`LongTailTrainer`] with one or two frozen teachers; see [`DeiTLTTrainer`] for its parameters.
+
+    Attributes:
+        tail_classes: Classes whose images the tail teacher teaches.
+        cache: Store of what the teachers predict, while training with `teacher_cache`.
+    """
+
+    args: DeiTLTTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: DeiTLTTrainingArguments | None = None,
+        teacher: PreTrainedModel | None = None,
+        teacher_processor=None,
+        tail_teacher: PreTrainedModel | None = None,
+        tail_processor=None,
+        **kwargs,
+    ):
+        if tail_teacher is not None and (teacher is None or tail_teacher is teacher):
+            raise ValueError("tail_teacher is a second teacher: pass another model as teacher, too.")
+        self.teacher, self._teacher_processor = teacher, teacher_processor
+        self.tail_teacher, self._tail_processor = tail_teacher, tail_processor
+        self.tail_format: ImageFormat | None = None
+        self.tail_classes: list[int] = []
+        self.cache: TeacherCache | None = None  # while training
+        self._teacher_digests: list[str] = []
+        self._are_ready = False
+        super().__init__(model=model, args=args, **kwargs)
+        for model in self._teachers().values():
+            model.requires_grad_(False).eval().float()
+        if self.args.teacher_cache is None:
+            self._ready_teachers()
+        else:
+            self._teacher_digests = [model_digest(model) for model in self._teachers().values()]
+
+    def _teachers(self) -> dict[str, PreTrainedModel]:
+        """The teachers that were given, by attribute."""
+        both = {"teacher": self.teacher, "tail_teacher": self.tail_teacher}
+        return {name: model for name, model in both.items() if model is not None}
+
+    def _ready_teachers(self) -> None:
+        """Moves the teachers to the device, and folds their batch norms on a CPU.
+
+        With a cache that has all labels, this is never done: the teachers need no memory of the device.
+        """
+        plain = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
+        for name, model in self._teachers().items():
+            model.to(self.args.device)  # type: ignore[arg-type]
+            if self.args.fold_teacher and plain and isinstance(model, FlatTeacherForImageClassification):
+                setattr(self, name, model.folded())
+        self._are_ready = True
+
+    def check_model(self, model):
+        """Checks the model as the parent class does, and that the teachers have its classes."""
+        super().check_model(model)
+        if self.teacher is not None:
+            self.student_format = ImageFormat.of(self.processing_class)
+            self.teacher_format = self._format_of(self.teacher, self._teacher_processor)
+            self._label_order = label_order(self.class_names, self.teacher.config).to(self.args.device)
+        if self.tail_teacher is not None:
+            self.tail_format = self._format_of(self.tail_teacher, self._tail_processor)
+            order = label_order(self.class_names, self.tail_teacher.config, "tail teacher")
+            self._tail_order = order.to(self.args.device)
+
+    def _format_of(self, teacher: PreTrainedModel, processor) -> ImageFormat:
+        if processor is None and isinstance(teacher.config, FlatTeacherConfig):
+            processor = model_processor(teacher.config)
+        return ImageFormat.of(processor or self.processing_class)
+
+    def _count_images(self, config, groups):
+        super()._count_images(config, groups)
+        if self._datasets[0] is not None and self.tail_teacher is not None:
+            self.tail_classes = tail_classes(self.groups, self.class_counts, self.args.tail_below)
+
+    def taught_logits(self, views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Reads the logits of the current micro-batch from the cache, or computes them and stores them there."""
+        if self.cache is None:
+            return self.routed_logits(views, labels)
+        epoch, step = divmod(self.state.global_step, self._steps_per_epoch)
+        index = step * self.args.gradient_accumulation_steps + self.prepared_micro_batch
+        logits = self.cache.get(epoch, index, views)
+        if logits is None:
+            logits = self.routed_logits(views, labels)
+            self.cache.put(index, views, logits)
+        return logits
+
+    def routed_logits(self, views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Computes the logits of the teacher of each image: for an image of a class of the tail, the tail teacher.
+
+        The class of a mixed image is the one with the largest share in the mix; of two equal shares, the first.
+
+        Args:
+            views: Images, normalised for the student; (batch, 3, height, width).
+            labels: Class indices (batch,), or probabilities (batch, classes) after mixing.
+        """
+        if self.tail_teacher is None:
+            return self.teacher_logits(views)
+        dominating = labels if labels.dim() == 1 else labels.argmax(dim=1)
+        is_tail = torch.isin(dominating, torch.tensor(self.tail_classes, device=dominating.device))
+        rows = [(~is_tail).nonzero().flatten(), is_tail.nonzero().flatten()]
+        parts = [self.teacher_logits(views[mine], tail) for tail, mine in enumerate(rows) if len(mine)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def teacher_logits(self, pixel_values: torch.Tensor, tail: bool | int = False) -> torch.Tensor:
+        """Computes a teacher's logits, in the student's label order, for images normalised for the student.
+
+        The images are resized and re-normalised if the teacher's size or normalisation differs.
+
+        Args:
+            pixel_values: Images, normalised for the student; (batch, 3, height, width).
+            tail: Whether it is the tail teacher.
+        """
+        if not self._are_ready:
+            self._ready_teachers()
+        with torch.inference_mode(), self.accelerator.autocast():
+            teacher = self.tail_teacher if tail else self.teacher
+            target, order = (self.tail_format, self._tail_order) if tail else (self.teacher_format, self._label_order)
+            assert teacher is not None  # `train` requires one
+            assert target is not None
+            antialias = bool(self.args.teacher_antialias)
+            images = resize_and_renormalize(pixel_values, self.student_format, target, antialias)
+            logits = teacher(images).logits[:, order]
+        return logits.clone()  # autograd cannot save an inference tensor for the backward pass of the soft loss
+
+    # ---- Before the first step ----
+
+    def check_before_training(self) -> None:
+        """Checks the teacher on the images of the evaluations, and records its accuracies.
+
+        Raises:
+            ValueError: If `distillation` needs a teacher and none was given, or the teacher is no better than chance.
+        """
+        if not self.args.needs_teacher:
+            return
+        if self.teacher is None:
+            alone = " or ".join(repr(name) for name, target in DISTILLATION_TARGETS.items() if not target.needs_teacher)
+            raise ValueError(
+                f"distillation={self.args.distillation!r} needs a teacher; pass one, or set distillation={alone} to "
+                "train both tokens on the labels."
+            )
+        if self.args.tail_below is not None and self.tail_teacher is None:
+            raise ValueError("tail_below has no effect without a tail teacher; pass one, or leave tail_below out.")
+        if self.args.teacher_cache is not None:
+            self.cache = cache_of(self, self._teacher_digests)
+            self._steps_per_epoch = self.steps_per_epoch()
+        accuracies = self._accuracies_of_teachers()
+        self.results.teacher = teacher_record(self.teacher, accuracies.get("teacher"))
+        if self.tail_teacher is not None:
+            classes = {"classes": [self.class_names[label] for label in self.tail_classes]}
+            self.results.tail_teacher = teacher_record(self.tail_teacher, accuracies.get("tail_teacher")) | classes
+
+    def _accuracies_of_teachers(self) -> dict[str, dict[str, float]]:
+        """Accuracies of the teachers on the images of the evaluations, which the cache keeps; empty without images."""
+        if self.eval_dataset is None:
+            return {}
+        cache = self.cache
+        key = None if cache is None else evaluation_digest(self)
+        found = None
+        if cache is not None and key is not None:
+            found = of_first_process(self.is_world_process_zero(), lambda: cache.accuracies(key))
+        if found is None:
+            found = {name: self.check_teacher(name == "tail_teacher") for name in self._teachers()}
+            if cache is not None and key is not None and self.is_world_process_zero():
+                cache.put_accuracies(key, found)
+        return found
+
+    def train(self, *args, **kwargs):
+        """Trains as the parent class does. What the teachers predicted is stored also if the run is interrupted."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.cache is not None:
+                self.cache.flush()
+                self.cache = None
+
+    def _save_checkpoint(self, model, trial):
+        if self.cache is not None:
+            self.cache.flush()
+        super()._save_checkpoint(model, trial)
+
+    def plan_of_teachers(self) -> dict[str, str]:
+        """Lines of the printed plan: the teachers with their accuracies, and the cache."""
+        lines: dict[str, str] = {}
+        if not self.args.needs_teacher:
+            return {"teacher": "none: both tokens learn from the labels"}
+        kind = self.evaluated_on
+        accuracies = (self.results.teacher or {}).get("accuracies") or {}
+        untaught = [name for name in self.groups if accuracies.get(name) == 0]
+        if untaught:
+            lines["note"] = (
+                f"the teacher predicts no {' and no '.join(untaught)} {kind} image correctly; DIST can hardly learn "
+                "these classes from it. Train the teacher longer, or with another teacher_loss."
+            )
+        lines["teacher"] = self._plan_of_teacher(self.teacher, self.teacher_format, accuracies)
+        if self.tail_teacher is not None:
+            own = (self.results.tail_teacher or {}).get("accuracies") or {}
+            text = self._plan_of_teacher(self.tail_teacher, self.tail_format, own)
+            lines["tail teacher"] = f"{text}; teaches {len(self.tail_classes)} of {len(self.class_names)} classes"
+        if self.cache is not None:
+            lines["teacher cache"] = cache_plan(self.cache, self)
+        return lines
+
+    def _plan_of_teacher(self, teacher, image_format, accuracies: Mapping[str, float]) -> str:
+        text = f"{type(teacher).__name__}, {image_format}, sees the {self.args.teacher_view} view"
+        known = [f"{name} {100 * value:.1f}" for name, value in accuracies.items() if not math.isnan(value)]
+        return f"{text}; {self.evaluated_on} accuracy in %: {', '.join(known)}" if known else text
+
+    @torch.no_grad()
+    def check_teacher(self, tail: bool = False) -> dict[str, float]:
+        """Measures a teacher's accuracies on the images of the evaluations, preprocessed by the student's pipeline.
+
+        Args:
+            tail: Whether it is the tail teacher.
+
+        Raises:
+            TeacherAtChanceError: If its balanced accuracy is below chance plus two standard errors.
+        """
+        predicted_parts, label_parts = [], []
+        first = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+        for batch in self.get_eval_dataloader(first):
+            predicted = self.teacher_logits(batch["pixel_values"].to(self.args.device), tail).argmax(dim=1)
+            gathered = self.accelerator.gather_for_metrics((predicted, batch["labels"].to(self.args.device)))
+            predicted_parts.append(gathered[0].cpu())
+            label_parts.append(gathered[1].cpu())
+        predictions, labels = torch.cat(predicted_parts).numpy(), torch.cat(label_parts).numpy()
+        accuracies = group_accuracies(predictions, labels, self.groups)
+        tested = class_counts(labels).nonzero()[0]
+        balanced = group_accuracies(predictions, labels, {"tested": tested})["tested"]
+        num_labels = len(label_names(self.model.config))
+        chance = 1 / num_labels
+        if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
+            raise TeacherAtChanceError(
+                f"the {'tail ' * tail}teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on "
+                f"{len(labels)} {self.evaluated_on} images of {num_labels} classes. Check that it is trained, and that "
+                "its class order, image size and normalisation are correct."
+            )
+        return accuracies
+
+
+def tail_classes(groups: Mapping[str, Integers], counts: Sequence[int] | None, below: int | None) -> list[int]:
+    """Classes whose images are taught by the tail teacher.
+
+    Args:
+        groups: Class indices by group.
+        counts: Training images of each class.
+        below: Classes with fewer training images than this; None for the group tail.
+
+    Raises:
+        ValueError: If these are no classes, or all of them.
+    """
+    assert counts is not None  # known whenever training images are given
+    if below is None:
+        found = sorted(map(int, groups.get("tail", ())))
+        what = "the group tail has"
+    else:
+        found = [label for label, count in enumerate(counts) if count < below]
+        what = f"fewer than {below} training images have"
+    if len(found) in (0, len(counts)):
+        raise ValueError(
+            f"{what} {len(found)} of the {len(counts)} classes, so one of the two teachers would teach nothing; set "
+            f"tail_below between {min(counts) + 1} and {max(counts)}, or leave out the tail teacher."
+        )
+    return found
+
+
+def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teacher") -> torch.Tensor:
+    """Finds the positions of classes among the classes of a model, by name if the model's classes have names.
+
+    Args:
+        names: Names of the classes to find.
+        config: Configuration of the model that should have these classes.
+        who: Name of the model in error messages.
+
+    Returns:
+        Positions of the classes among those of the model, (classes,).
+
+    Raises:
+        ValueError: If the model lacks a class, or has no class names and another number of classes.
+    """
+    known = label_names(config)
+    if known == [f"LABEL_{label}" for label in range(len(known))]:
+        if len(known) == len(names):
+            return torch.arange(len(names))
+        raise ValueError(f"the {who} has {len(known)} classes without names, but the data have {len(names)}.")
+    positions: dict[str, list[int]] = {}
+    for label, name in enumerate(known):
+        positions.setdefault(name, []).append(label)
+    unknown = [name for name, count in Counter(names).items() if len(positions.get(name, [])) < count]
+    if unknown:
+        raise ValueError(
+            f"the {who} does not know the classes {', '.join(map(repr, unknown[:5]))} ({len(unknown)} of "
+            f"{len(names)}); its own {len(known)} begin with {', '.join(map(repr, known[:5]))}."
+        )
+    # Classes with the same name, such as the two cranes of ImageNet, are matched in order.
+    return torch.tensor([positions[name].pop(0) for name in names])
+
+
+def check_class_order(names: Sequence[str], config: PreTrainedConfig, who: str = "model") -> None:
+    """Checks that a model has exactly the classes of the data, in the same order. Parameters as in [`label_order`].
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if label_order(names, config, who).tolist() != list(range(len(label_names(config)))):
+        raise ValueError(f"the {who} has the classes of the data in another order, or has additional classes.")
