@@ -1,16 +1,36 @@
 """Shared fixtures: reference values, and a data set and models small enough for two cores."""
 
+import functools
+import gc
+import inspect
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.data import load_long_tailed
-from helpers import FIXTURES, make_student, teacher_trainer
+from deitlt_hf.training import run_log
+from helpers import FIXTURES, ROOT, make_student, teacher_trainer
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_finish():
+    """Takes the million objects of the imported libraries out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_curves():
+    """Training curves of this process are a blank picture: to draw them takes as long as a short training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_log, "draw_curves", lambda entries, file, *_: Image.new("L", (1, 1)).save(file, "PNG"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +64,37 @@ def teacher_folder(tmp_path_factory, digits):
 @pytest.fixture
 def teacher(teacher_folder):
     return FlatTeacherForImageClassification.from_pretrained(teacher_folder)
+
+
+# ---- Slow tests ----
+
+SLOW_NAMES = {"train", "subprocess", "Popen"}  # what uses one of these trains, or starts a process
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests that train or start a process, also in a fixture or helper function, and runs them first."""
+    for item in items:
+        fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
+        if any(map(is_slow, [item.function, *fixtures])):
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@functools.cache
+def is_slow(function) -> bool:
+    """Whether a function uses one of `SLOW_NAMES`, itself or through functions of the tests."""
+    functions = [inspect.unwrap(function)]
+    for function in functions:  # grows by the functions that it uses
+        codes, names = [function.__code__], set()
+        for code in codes:  # grows by the functions inside
+            names.update(code.co_names)
+            codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+        if names & SLOW_NAMES:
+            return True
+        used = (function.__globals__.get(name) for name in names)
+        functions += [value for value in used if is_of_tests(value) and value not in functions]
+    return False
+
+
+def is_of_tests(value) -> bool:
+    return inspect.isfunction(value) and Path(value.__code__.co_filename).parent == ROOT / "tests"
