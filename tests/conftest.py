@@ -1,7 +1,10 @@
 """Shared fixtures: reference values, and a data set and models small enough for two cores."""
 
-import functools
 import gc
+
+gc.disable()  # imports take a fifth longer with it; the end of the collection of tests enables it
+
+import functools
 import inspect
 import json
 import os
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import Trainer
 
 from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.data import load_long_tailed
@@ -23,6 +27,7 @@ def pytest_collection_finish():
     """Takes the million objects of the imported libraries out of every later garbage collection."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,28 +73,43 @@ def teacher(teacher_folder):
 
 # ---- Slow tests ----
 
-SLOW_NAMES = {"train", "subprocess", "Popen"}  # what uses one of these trains, or starts a process
+SLOW_NAMES = {"subprocess", "Popen", "train", "train_teacher", "distill", "pretrain", "compare"}
+SLOW_COMMANDS = {"train", "train-teacher", "distill", "pretrain", "compare", "train_teacher.py", "distill.py"}
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests that train or start a process, also in a fixture or helper function, and runs them first."""
+    """Marks the tests that train or start a process, also in a fixture or helper function."""
     for item in items:
         fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
         if any(map(is_slow, [item.function, *fixtures])):
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Lets only marked tests train, which keeps `make test-fast` fast."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("slow") is None:
+            patch.setattr(Trainer, "train", refuse_to_train)
+        return (yield)
+
+
+def refuse_to_train(*_, **__):
+    raise AssertionError("a test without the mark `slow` trains; add what it calls to SLOW_NAMES")
 
 
 @functools.cache
 def is_slow(function) -> bool:
-    """Whether a function uses one of `SLOW_NAMES`, itself or through functions of the tests."""
+    """Whether a function uses a slow name or runs a slow command, itself or through functions of the tests."""
     functions = [inspect.unwrap(function)]
     for function in functions:  # grows by the functions that it uses
-        codes, names = [function.__code__], set()
+        codes, names, texts = [function.__code__], set(), set()
         for code in codes:  # grows by the functions inside
             names.update(code.co_names)
+            texts.update(constant for constant in code.co_consts if isinstance(constant, str))
             codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-        if names & SLOW_NAMES:
+        runs_command = "main" in names or "script" in function.__code__.co_varnames
+        if names & SLOW_NAMES or (runs_command and texts & SLOW_COMMANDS):
             return True
         used = (function.__globals__.get(name) for name in names)
         functions += [value for value in used if is_of_tests(value) and value not in functions]
