@@ -32,7 +32,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxproc
 test: install
 	$(PYTEST)
 
-test-fast: install  ## The tests that neither train nor start processes; tests/conftest.py marks the others.
+test-fast: install  ## The tests that do not train, start processes or take seconds, in two minutes.
 	$(PYTEST) -m "not slow"
 
 docs-check: install  ## Check README, docs/ and model_cards/ against code and records, run the tutorials, and test research/.

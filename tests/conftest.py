@@ -94,8 +94,9 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
+@functools.wraps(Trainer.train)
 def refuse_to_train(*_, **__):
-    raise AssertionError("a test without the mark `slow` trains; add what it calls to SLOW_NAMES")
+    raise AssertionError("a test that trains needs the mark `slow`: add what it calls to SLOW_NAMES")
 
 
 @functools.cache

@@ -329,6 +329,7 @@ def test_distill_refuses_invalid_input(refused, arguments, sentence):
     assert re.search(sentence, refused("distill.py", *arguments))
 
 
+@pytest.mark.slow
 def test_distill_names_an_unreadable_image(monkeypatch, capsys, tmp_path):
     """distill.py names an unreadable image, although a data loader worker wraps the message into a traceback."""
     for split in ("train", "test"):
