@@ -31,10 +31,14 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def blank_curves():
-    """Training curves of this process are a blank picture: to draw them takes as long as a short training."""
+def quick_runs():
+    """Leaves out of this process what takes as long as a short training, and what few tests look at.
+
+    Training curves are a blank picture, and files need not survive a power failure.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_log, "draw_curves", lambda entries, file, *_: Image.new("L", (1, 1)).save(file, "PNG"))
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
