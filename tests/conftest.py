@@ -2,7 +2,7 @@
 
 import gc
 
-gc.disable()  # imports take a fifth longer with it; the end of the collection of tests enables it
+gc.disable()  # imports take a fifth longer with it; the start of the session enables it
 
 import functools
 import inspect
@@ -23,11 +23,13 @@ from helpers import FIXTURES, ROOT, make_student, teacher_trainer
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-def pytest_collection_finish():
+def pytest_sessionstart():
     """Takes the million objects of the imported libraries out of every later garbage collection."""
-    gc.collect()
     gc.freeze()
     gc.enable()
+
+
+pytest_collection_finish = pytest_sessionstart  # also after the imports of the test modules
 
 
 @pytest.fixture(scope="session", autouse=True)
