@@ -26,6 +26,7 @@ setup(
     packages=find_packages("src"),
     package_data={
         "deitlt_hf": ["py.typed"],
+        "deitlt_hf.data.sources": ["*.npz"],
         "deitlt_hf.recipes": ["*.yaml"],
         "deitlt_hf.analysis": ["*.html"],
         "deitlt_hf.hub": ["*.md"],

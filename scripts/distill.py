@@ -7,9 +7,9 @@
 # ///
 """Trains the DeiT-LT student of a recipe. Trains the teacher of the recipe first if no teacher is given."""
 
-from deitlt_hf.cli.distill import main
-from deitlt_hf.recipes import command_line_errors
+import sys
+
+from deitlt_hf.cli import main
 
 if __name__ == "__main__":
-    with command_line_errors():
-        main()
+    main(["distill", *sys.argv[1:]])

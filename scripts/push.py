@@ -1,8 +1,8 @@
 """Pushes a model folder to the Hugging Face Hub: weights, processor, code, card and results, but no checkpoints."""
 
-from deitlt_hf.cli.push import main
-from deitlt_hf.recipes import command_line_errors
+import sys
+
+from deitlt_hf.cli import main
 
 if __name__ == "__main__":
-    with command_line_errors():
-        main()
+    main(["push", *sys.argv[1:]])

@@ -1,8 +1,8 @@
 """Trains the flat teacher of a recipe."""
 
-from deitlt_hf.cli.train_teacher import main
-from deitlt_hf.recipes import command_line_errors
+import sys
+
+from deitlt_hf.cli import main
 
 if __name__ == "__main__":
-    with command_line_errors():
-        main()
+    main(["train-teacher", *sys.argv[1:]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score, recall_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score
 
 from deitlt_hf.analysis.agreement import expert_outcomes, gain_by_class
 from deitlt_hf.analysis.attention import (
@@ -170,6 +170,10 @@ def test_figures_match_scikit_learn_and_their_definitions(seed, images):
     confidences = random.rand(images)
     found = long_tail_figures(predictions, labels, GROUPS, confidences)
     assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predictions))
+    without = labels < 5  # a class that is predicted, but has no test images
+    for chosen, tested in ((labels < 6, 6), (without, 5)):
+        expected = f1_score(labels[chosen], predictions[chosen], labels=range(tested), average="macro", zero_division=0)
+        assert long_tail_figures(predictions[chosen], labels[chosen], GROUPS)["macro_f1"] == expected
     recalls = [np.mean(predictions[labels == label] == label) for label in range(6)]
     assert found["geometric_mean"] == pytest.approx(np.prod(recalls) ** (1 / 6))
     assert found["tail"] == pytest.approx(np.mean(recalls[4:]))

@@ -14,7 +14,7 @@ from deitlt_hf.cli import COMMANDS, main
 from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, command_line_errors, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
-from helpers import make_student
+from helpers import TINY, make_student
 
 
 def test_help_does_not_import_the_heavy_libraries():
@@ -27,6 +27,28 @@ def test_help_does_not_import_the_heavy_libraries():
     for name in COMMANDS:
         assert f"  {name} " in done.stdout
     assert "deitlt-hf 0." in done.stdout
+
+
+FIRST_STEP = """
+import gc, os, sys
+from deitlt_hf.cli import main
+from deitlt_hf.training.run_log import RunFile
+
+def after_first_step(*_, **__):
+    heavy = {"evaluate", "gradio", "matplotlib", "onnx", "onnxruntime", "sklearn", "scipy.stats"} & set(sys.modules)
+    print("imported:", *heavy, "frozen:", gc.get_freeze_count() > 100_000, flush=True)
+    os._exit(0)
+
+RunFile.on_log = after_first_step
+main(["train-teacher", *sys.argv[1:]])
+"""
+
+
+def test_a_run_starts_with_no_more_than_its_first_step_needs(tmp_path):
+    """Libraries for figures, metrics and exports are not imported, and the others are imported without collections."""
+    options = ["--recipe", TINY, "--output_dir", str(tmp_path), "--logging_steps", "1"]
+    done = subprocess.run([sys.executable, "-c", FIRST_STEP, *options], capture_output=True, text=True, check=True)
+    assert "imported: frozen: True" in done.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 from transformers import ConvNextImageProcessor, ViTImageProcessor
 
@@ -161,6 +163,16 @@ def write_folder(folder, splits=("train", "test"), classes=("cat", "dog", "eel")
                 pixels = RANDOM.randint(0, 60, (*size, 3)) + 60 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{index}.png")
     return folder
+
+
+def test_digits_are_those_of_scikit_learn():
+    bunch = load_digits()
+    indices = train_test_split(range(len(bunch.target)), test_size=600, stratify=bunch.target, random_state=0)
+    data = load_long_tailed("digits")
+    for split, chosen in zip(("train", "test"), indices, strict=True):
+        assert data[split]["label"] == bunch.target[chosen].tolist()
+        pixels = np.stack([np.asarray(image) for image in data[split]["image"]])
+        np.testing.assert_array_equal(pixels, np.round(bunch.images[chosen] * (255 / 16)))
 
 
 def test_digits_are_embedded_and_their_test_split_is_complete(digits):

@@ -42,6 +42,7 @@ def data(monkeypatch, capsys):
 
 
 def run(*command, code=0):
+    """Runs `deitlt data` in a new process, whose output has the encoding of the terminal."""
     done = subprocess.run(
         [sys.executable, "-m", "deitlt_hf.cli", "data", *map(str, command)],
         capture_output=True,
@@ -53,8 +54,8 @@ def run(*command, code=0):
     return done.stdout + done.stderr
 
 
-def test_check_describes_the_data():
-    output = run("check", "--recipe", "digits_lt", "--deep")
+def test_check_describes_the_data(data):
+    output = data("check", "--recipe", "digits_lt", "--deep")
     for text in (
         "scikit-learn's digits",
         "train 1,197, test 600",
@@ -117,7 +118,7 @@ def test_check_without_problems_and_with_missing_images(tmp_path, data):
     assert "thirds of the classes sorted by count" in output
     assert json.loads((tmp_path / "counts.json").read_text()) == {"n03": 5, "n01": 3, "n02": 2}
     (tmp_path / "train/n03/0.png").unlink()
-    output = run(*command, code=1)
+    output = data(*command, code=1)
     assert output.startswith("error: 1 of 13 images are not in ")
     assert output.count("\n") == 1
 
@@ -219,8 +220,8 @@ def test_check_reports_what_training_would_refuse(tmp_path, monkeypatch, capsys,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "mine.yaml"]
 
 
-def test_report_is_printed_when_the_counts_cannot_be_written():
-    output = run("check", "--recipe", "digits_lt", "--counts", "/dev/full", code=1)
+def test_report_is_printed_when_the_counts_cannot_be_written(data):
+    output = data("check", "--recipe", "digits_lt", "--counts", "/dev/full", code=1)
     assert "digits_lt: ready to train on" in output
     assert "No space left" in output
 

@@ -260,6 +260,7 @@ def test_small_images_are_decoded_once(monkeypatch):
 
 
 @pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
+@pytest.mark.slow
 def test_workers_fill_the_cache_together(context, workers):
     data = rows_of([picture(12, 10) for _ in range(40)])
     dataset = ImageDataset(data, "image", "label", {"pixel_values": train_transform(image_processor(8), "padded")})

@@ -22,6 +22,8 @@ from deitlt_hf.serving.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantiz
 from deitlt_hf.serving.prediction import load_classifier
 from helpers import make_student
 
+pytestmark = pytest.mark.slow  # an export takes seconds
+
 
 def lively(model):
     """Sets every parameter to values that affect the output; biases and position embeddings start at or near zero."""

@@ -35,6 +35,8 @@ from deitlt_hf.training import DeiTLTTrainer
 from deitlt_hf.training.taught import label_order
 from helpers import CHROMIUM, make_student
 
+pytestmark = pytest.mark.slow  # a report takes seconds
+
 DATA = {"dataset": "digits", "imbalance_ratio": 10, "max_per_class": 60}
 FIGURES = [
     "classes", "accuracy", "confusion_matrix",

@@ -1,5 +1,7 @@
 """Tests of the scripts as a user runs them: complete runs, some in new processes, and messages for invalid input."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BeitConfig, BeitModel
 
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.cli import main
 from deitlt_hf.cli.convert import main as convert
 from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
@@ -59,9 +62,11 @@ SHORT = ("--num_train_epochs", "1", "--drw_start_epoch", "inf")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run of `distill.py` without a teacher, and its output."""
+    """A finished run of `deitlt distill` without a teacher, and its output."""
     folder = tmp_path_factory.mktemp("run")
-    return folder, run("scripts/distill.py", "--recipe", TINY, "--output_dir", folder / "student")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main(["distill", "--recipe", TINY, "--output_dir", str(folder / "student")])
+    return folder, output.getvalue()
 
 
 def test_distill_trains_the_teacher_first_and_says_so(trained):
@@ -324,6 +329,7 @@ def test_distill_refuses_invalid_input(refused, arguments, sentence):
     assert re.search(sentence, refused("distill.py", *arguments))
 
 
+@pytest.mark.slow
 def test_distill_names_an_unreadable_image(monkeypatch, capsys, tmp_path):
     """distill.py names an unreadable image, although a data loader worker wraps the message into a traceback."""
     for split in ("train", "test"):

@@ -15,6 +15,8 @@ from deitlt_hf.cli.sharpness import main
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from helpers import make_student
 
+pytestmark = pytest.mark.slow  # a Hessian takes seconds
+
 
 class Tiny(nn.Module):
     """A classifier with few weights, one of which does not affect the logits."""

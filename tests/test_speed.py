@@ -202,6 +202,7 @@ def test_other_c_libraries_are_not_changed(monkeypatch):
 # ---- The benchmark ----
 
 
+@pytest.mark.slow
 def test_comparison_is_measured_in_separate_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import run

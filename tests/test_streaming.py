@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from deitlt_hf.cli import main
 from deitlt_hf.cli.data import check
 from deitlt_hf.data import image_processor, train_transform
 from deitlt_hf.data.streaming import StreamedImages, StreamedSplit, load_streamed
@@ -194,8 +195,8 @@ def test_batches_use_the_trainers_transform(streamed):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_student_trains_on_a_stream_and_resumes(tmp_path, processes):
-    """A student trains on a stream in real processes.
+def test_a_student_trains_on_a_stream_and_resumes(tmp_path, capsys, processes):
+    """A student trains on a stream, read by workers, in this process or in two.
 
     The run that is interrupted and resumed takes as many steps and sees the same images.
     """
@@ -208,28 +209,15 @@ def test_a_student_trains_on_a_stream_and_resumes(tmp_path, processes):
         " per_device_train_batch_size: 16, train_crop: padded, eval_strategy: epoch, save_strategy: steps,"
         " save_steps: 20, logging_steps: 5, dataloader_num_workers: 2}\n"
     )
-    launcher = (
-        [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    )
-    command = [
-        *launcher,
-        "scripts/distill.py",
-        "--recipe",
-        str(recipe),
-        "--data_dir",
-        str(tmp_path),
-        "--use_cpu",
-        "true",
-    ]
+    options = ["--recipe", str(recipe), "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "student")]
 
     def run(*extra):
-        done = subprocess.run(
-            [*command, "--output_dir", str(tmp_path / "student"), *extra],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
-        )
+        if processes == 1:
+            main(["distill", *options, *extra])
+            return capsys.readouterr().out
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/distill.py"]
+        command = [*launcher, *options, "--use_cpu", "true", *extra]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 

@@ -24,7 +24,7 @@ from deitlt_hf.data.images import ImageDataset
 from deitlt_hf.recipes import DataArguments, TeacherArguments, parse_arguments
 from deitlt_hf.training import run_log
 from deitlt_hf.training.checkpoints import find_corruption
-from deitlt_hf.training.run_log import read_log
+from deitlt_hf.training.run_log import draw_curves, read_log
 from deitlt_hf.training.runs import train_teacher
 from helpers import (
     ROOT,
@@ -247,7 +247,8 @@ def without_times(entry):
     return {name: value for name, value in entry.items() if not name.endswith(("runtime", "_per_second"))}
 
 
-def test_every_log_is_a_line_and_a_resumed_run_appends(tmp_path, digits):
+def test_every_log_is_a_line_and_a_resumed_run_appends(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(run_log, "draw_curves", draw_curves)
     values = {"distillation": "none", "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 4}
     values |= {"num_train_epochs": 3, "drw_start_epoch": 2}
     undisturbed = student_trainer(tmp_path / "undisturbed", digits, **values)

@@ -225,8 +225,11 @@ def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: f
         if name.startswith("eval_") and f"eval_{expert}_overall" in evaluated[0]:
             groups.setdefault(group, []).append(expert)
     panels = 2 + len(groups)
-    figure = Figure(figsize=(4.2 * math.ceil(panels / 2), 6.4), layout="constrained")
-    axes = figure.subplots(2, math.ceil(panels / 2), squeeze=False).T.ravel()
+    columns = math.ceil(panels / 2)
+    # Fixed margins in inches: layout="constrained" draws everything twice.
+    figure = Figure(figsize=(4.2 * columns, 6.4))
+    figure.subplots_adjust(0.55 / (4.2 * columns), 0.08, 1 - 0.15 / (4.2 * columns), 0.95, wspace=0.2, hspace=0.3)
+    axes = figure.subplots(2, columns, squeeze=False).T.ravel()
     losses = [name for name in (trained[0] if trained else ()) if name.endswith("loss")]
     _draw_lines(axes[0], "training loss", trained, {name: name.removesuffix("_loss") for name in losses})
     _draw_lines(axes[1], "learning rate", trained, {"learning_rate": ""})
