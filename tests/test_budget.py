@@ -210,8 +210,11 @@ def test_time_on_this_machine_is_measured(capsys):
     found = re.search(r"teacher (\d+) (s|min), student (\d+) (s|min), together", printed)
     assert found is not None, printed
     assert "402 training and 600 test images" in printed
-    print_plan([*measured, "--distillation", "none"])
-    assert "teacher" not in capsys.readouterr().out
+    assert re.search(r"In bfloat16 .* \d+\.\d\d of its time: (add --bf16 true|float32 is the better)", printed)
+    print_plan([*measured, "--distillation", "none", "--bf16", "true"])
+    printed = capsys.readouterr().out
+    assert "teacher" not in printed
+    assert "bfloat16" not in printed  # already used
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.provenance import processor_name
 from ..training.trial import measure_steps
 
+WORTH_BFLOAT16 = 0.9  # a smaller gain does not outweigh the lower precision
+
 
 def print_measured_time(
     recipe: str, data_args: DataArguments, student_args: StudentArguments, args: DeiTLTTrainingArguments
@@ -29,7 +31,8 @@ def print_measured_time(
     _, teacher_model, teacher_args = fill_arguments("teacher", kinds, recipe, overrides)
     for each in (args, teacher_args):
         each.check_data(num_images)
-    times = measure_steps(teacher_model, teacher_args, student_args, args, data)
+    compare = args.mixed_precision == "no"
+    times = measure_steps(teacher_model, teacher_args, student_args, args, data, compare_bfloat16=compare)
     teacher, student = (
         times.seconds(
             num_images,
@@ -48,6 +51,10 @@ def print_measured_time(
         parts = [f"teacher {duration(teacher)}", *parts, f"together {duration(teacher + student)}"]
     show(f"{recipe}: {num_images:,} training and {num_test:,} test images")
     show(f"Expected time on this machine ({device}), from a trial of a few steps: {', '.join(parts)}.")
+    if times.student_step_bfloat16 is not None:
+        share = times.student_step_bfloat16 / times.student_step
+        advice = "add --bf16 true" if share < WORTH_BFLOAT16 else "float32 is the better choice here"
+        show(f"In bfloat16 mixed precision a step of the student takes {share:.2f} of its time: {advice}.")
 
 
 def evaluations(args: DeiTLTTrainingArguments | FlatTeacherTrainingArguments) -> int:

@@ -34,6 +34,7 @@ class StepTimes:
         student_forward: Seconds in which the student evaluates one image.
         first_read: Seconds in which one process reads and transforms one image for the first time.
         read: Seconds in which it does so later, from the reduced copy if there is one.
+        student_step_bfloat16: Seconds of a training step of the student in bfloat16; None if it was not measured.
     """
 
     teacher_step: float
@@ -42,6 +43,7 @@ class StepTimes:
     student_forward: float
     first_read: float
     read: float
+    student_step_bfloat16: float | None = None
 
     def seconds(
         self,
@@ -87,6 +89,7 @@ def measure_steps(
     student_model: StudentArguments,
     student_args: DeiTLTTrainingArguments,
     data: Mapping,
+    compare_bfloat16: bool = False,
 ) -> StepTimes:
     """Runs a few steps of teacher and student on random images, and reads a few images of the data.
 
@@ -98,6 +101,7 @@ def measure_steps(
         student_model: Architecture of the student.
         student_args: Training arguments of the student.
         data: The split `train`, a `datasets.Dataset`.
+        compare_bfloat16: Whether to measure a step of the student in bfloat16 too.
     """
     device = student_args.device
     num_labels = data["train"].features["label"].num_classes
@@ -128,14 +132,15 @@ def measure_steps(
             sgd.step()
             sgd.zero_grad()
 
-        def student_step() -> None:
-            if student_args.needs_teacher:
-                with torch.inference_mode():
-                    teacher.eval()(images["teacher"])
-            for _ in range(student_passes):
-                outputs = student(pixel_values=images["student"])
-                cls_loss = F.cross_entropy(outputs.cls_logits, labels)
-                (cls_loss + F.cross_entropy(outputs.distillation_logits, labels)).backward()
+        def student_step(bfloat16: bool = student_args.mixed_precision == "bf16") -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                if student_args.needs_teacher:
+                    with torch.inference_mode():
+                        teacher.eval()(images["teacher"])
+                for _ in range(student_passes):
+                    outputs = student(pixel_values=images["student"])
+                    cls_loss = F.cross_entropy(outputs.cls_logits, labels)
+                    (cls_loss + F.cross_entropy(outputs.distillation_logits, labels)).backward()
             own.step()
             own.zero_grad()
 
@@ -154,6 +159,7 @@ def measure_steps(
             _seconds(forward(student, "student"), device) / batch,
             first_read,
             read,
+            _seconds(lambda: student_step(bfloat16=True), device) if compare_bfloat16 else None,
         )
 
 
