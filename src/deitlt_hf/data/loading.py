@@ -11,11 +11,9 @@ import datasets
 import numpy as np
 
 from ..io import file_errors, one_line
-from .corruption import check_shards
 from .images import as_image_column, decode_all
 from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split, validation_split
 from .sources.arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
-from .sources.class_lists import read_class_names
 from .sources.files import (
     TEST_NAMES,
     TRAIN_NAMES,
@@ -29,7 +27,7 @@ from .sources.files import (
     split_folders,
     split_of,
 )
-from .sources.labels import check_class_names, check_indices, encode_labels, look_alikes
+from .sources.labels import check_class_names, check_indices, encode_labels, look_alikes, read_class_names
 from .sources.tables import LABEL_COLUMNS, PATH_COLUMNS, find_metadata, find_shards, find_tables, load_tables
 
 logger = logging.getLogger(__name__)
@@ -130,7 +128,6 @@ def load_source(
     if tables := find_tables(folder):
         return f"tables ({_names(folder, tables)})", _by_split_column(load_tables(folder, tables))
     if shards := find_shards(folder):
-        check_shards(shards)
         with file_errors(folder):
             return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
     if not any(path.is_file() for path in folder.rglob("*")):
@@ -210,7 +207,7 @@ def long_tailed_splits(
             {name: whole.select(rows) for name, rows in zip(("train", "test"), indices, strict=True)}
         )
     if skip_bad_images:
-        splits = _drop_unreadable(splits)
+        splits = datasets.DatasetDict({name: readable(name, split) for name, split in splits.items()})
     names = splits["train"].features["label"].names
     if len(names) < 2:
         raise ValueError(
@@ -462,10 +459,6 @@ def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Datas
     if len(names) != found:
         raise ValueError(f"class_names has {len(names)} names but the data have {found} classes.")
     return split.cast_column("label", datasets.ClassLabel(names=names))
-
-
-def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    return datasets.DatasetDict({name: readable(name, split) for name, split in splits.items()})
 
 
 # Readable rows of the files that this process has decoded, by a digest of their paths, sizes and times. A run loads its

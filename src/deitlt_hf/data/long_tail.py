@@ -144,13 +144,18 @@ def _set_apart(labels: np.ndarray, counts: np.ndarray, fraction: float, seed: in
     """Indices of the images that stay, and of those that are set apart: a share of each class, if one stays."""
     most = np.maximum(counts - 1, 0)
     wanted = np.clip(np.round(fraction * counts).astype(np.int64), np.minimum(1, most), most)
+    is_apart = random_ranks(labels, seed) < wanted[labels]
+    return np.flatnonzero(~is_apart), np.flatnonzero(is_apart)
+
+
+def random_ranks(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Rank of each image in a random order of its class, from 0; int64 of shape (images,)."""
     order = np.random.RandomState(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
-    # The order within a class is random, so the first ranks are a random choice.
-    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    is_apart = np.zeros(len(labels), dtype=bool)
-    is_apart[order] = rank_in_class < wanted[labels[order]]
-    return np.flatnonzero(~is_apart), np.flatnonzero(is_apart)
+    counts = class_counts(labels)
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
 
 
 def class_counts(labels: Integers, num_classes: int | None = None) -> np.ndarray:

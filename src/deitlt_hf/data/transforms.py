@@ -142,6 +142,11 @@ class ImageFormat:
                 "give a processor that changes only these."
             )
 
+    def visible(self, pixel_values: torch.Tensor) -> np.ndarray:
+        """Images in [0, 1] of a normalised batch; float32 of shape (batch, height, width, channels)."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixel_values.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
     def __str__(self) -> str:
         height, width = self.size
         return f"{width} px" if height == width else f"{width} x {height} px"

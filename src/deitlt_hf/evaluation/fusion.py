@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Integers, random_ranks
 
 FIT_IMAGES = 20_000  # their logits fit into memory even with 8,142 classes
 
@@ -141,12 +141,8 @@ def balanced_rows(labels: Integers, limit: int = FIT_IMAGES, seed: int = 0) -> n
         seed: Seed of the choice.
     """
     labels = np.asarray(labels)
-    order = np.random.RandomState(seed).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    turn = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # position of a row in its class
-    # Sorted by position, the rows contain the first row of every class, then the second of every class, and so on.
-    return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
+    # By rank: the first row of every class, then the second of every class, and so on.
+    return np.sort(np.lexsort((labels, random_ranks(labels, seed)))[:limit])
 
 
 def fold(model: PreTrainedModel, fusion: Fusion) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.long_tail import decreasing_count_map
-from ..data.sources.class_lists import check_class_names
+from ..data.sources.labels import check_class_names
 from ..data.transforms import model_processor
 from ..io import check_can_be_folder
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
