@@ -344,10 +344,7 @@ def _random_resized_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndar
 
 def _padded_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
     """Resizes the shorter side to `size`, then takes a random crop with an eighth of `size` as padding."""
-    height, width = _height_width(image)
-    shorter = min(height, width)
-    # Rounded down, as torchvision does.
-    resized = resized_region(image, (0, 0, height, width), (size * height // shorter, size * width // shorter))
+    resized = resized_to(image, size)
     padding = size // 8
     height, width, _ = resized.shape
     top, left = (
@@ -361,6 +358,13 @@ def _padded_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
 
 def _height_width(image: EncodedImage | np.ndarray) -> tuple[int, int]:
     return image.size[::-1] if isinstance(image, EncodedImage) else image.shape[:2]
+
+
+def resized_to(image: EncodedImage | np.ndarray, side: int) -> np.ndarray:
+    """Resizes an image so that its shorter side has this length, and rounds the other down, as torchvision does."""
+    height, width = _height_width(image)
+    shorter = min(height, width)
+    return resized_region(image, (0, 0, height, width), (side * height // shorter, side * width // shorter))
 
 
 def resized_region(

@@ -34,7 +34,7 @@ def mend_folder(folder: str | PathLike) -> list[str]:
     if is_deit and isinstance(size, dict) and "shortest_edge" in size:
         write_json(path, content | {"image_processor_type": "BitImageProcessor"})
         mended.append(path.name)
-    code = {Path(module.__file__).name: inspect.getsource(module) for module in _MODEL_CODE}
+    code = {Path(inspect.getfile(module)).name: inspect.getsource(module) for module in _MODEL_CODE}
     for name, own in {**code, "handler.py": handler_source()}.items():
         target = folder / name
         if target.is_file() and is_version_of(target, own) and target.read_bytes() != own.encode():

@@ -184,6 +184,18 @@ def check_indices(
     return np.asarray(labels, dtype=np.int64)
 
 
+def check_training_counts(names: Sequence[str], counts: Sequence[int] | np.ndarray) -> None:
+    """Checks that every class has a training image.
+
+    Raises:
+        ValueError: If a class has none.
+    """
+    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if empty:
+        shown = one_line(", ".join(empty[:_NAMED]), 200)
+        raise ValueError(f"classes without a training image: {shown} ({len(empty)} in all).")
+
+
 def check_class_names(names: Sequence[str], source: str) -> None:
     """Checks that every class has a valid and unique name.
 
