@@ -26,7 +26,7 @@ import numpy as np
 from comparisons import GPU_COMPARISONS, IS_TRIAL, VIT_B, Comparison
 from series import GROUPS, RESULTS, ROOT, slug, write_record
 
-from deitlt_hf.analysis.budget import GPUS, block_flops, student_flops
+from deitlt_hf.analysis.budget import GPUS, student_flops
 
 sys.path.append(str(ROOT / "research"))
 import arms
@@ -266,7 +266,8 @@ def utilisation(device: str, rate: float) -> str:
         return f"`deitlt plan` does not know the peak of {device}."
     config = VIT_B.config()
     rates = np.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)  # as the plan counts the dropped branches
-    operations = 3 * (student_flops(config) - float(rates @ block_flops(config)))
+    flops, of_blocks = student_flops(config)
+    operations = 3 * (flops - float(rates @ of_blocks))
     return f"Measured: `deitlt plan --gpu {gpu} --utilisation {rate * operations / GPUS[gpu].flops:.2f}`."
 
 

@@ -276,7 +276,7 @@ def test_show_uses_the_options(tmp_path, options):
 
     drawn = {}
 
-    def keep(pyplot, rows, title, file):
+    def keep(rows, title, file):
         drawn.update(rows)
 
     original, pictures._draw_images = pictures._draw_images, keep

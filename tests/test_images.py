@@ -25,7 +25,7 @@ from deitlt_hf import (
     FlatTeacherTrainingArguments,
 )
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, images, load_long_tailed, train_transform
-from deitlt_hf.data.images import JPEG_DECODERS, EncodedImage, decode_image, decoder_versions, find_decoder
+from deitlt_hf.data.images import JPEG_DECODERS, EncodedImage, decoder_versions, find_decoder, open_image
 from deitlt_hf.data.loading import standard_columns
 from deitlt_hf.serving.prediction import load_classifier
 from helpers import bomb, cut, encoded, picture
@@ -34,7 +34,7 @@ RANDOM = np.random.RandomState(0)
 
 
 def decode(data):
-    return decode_image({"bytes": data, "path": None})
+    return open_image({"bytes": data, "path": None}).decode()
 
 
 def difference(pixels, image):
@@ -69,7 +69,7 @@ def test_images_of_any_mode_become_rgb(mode, kind):
 def test_from_a_file(tmp_path):
     image = picture()
     image.save(tmp_path / "image.png")
-    pixels = decode_image({"bytes": None, "path": str(tmp_path / "image.png")})
+    pixels = open_image({"bytes": None, "path": str(tmp_path / "image.png")}).decode()
     assert difference(pixels, image).max() == 0
 
 
@@ -116,7 +116,7 @@ def test_files_that_cannot_be_decoded_are_named(tmp_path, data, message):
     path = tmp_path / "bad image.jpg"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"bad image\.jpg: .*{message}.*--skip_bad_images\.$"):
-        decode_image({"bytes": None, "path": str(path)})
+        open_image({"bytes": None, "path": str(path)}).decode()
     with pytest.raises(ValueError, match=rf"the image \(embedded in the data set\): .*{message}"):
         decode(data)
 
@@ -140,17 +140,17 @@ def test_decoders_of_jpegs_give_the_same_pixels(monkeypatch, mode, options):
 
 def test_a_missing_file_is_named():
     with pytest.raises(ValueError, match=r"cannot read the image /nowhere/a\.png: .*No such file"):
-        decode_image({"bytes": None, "path": "/nowhere/a.png"})
+        open_image({"bytes": None, "path": "/nowhere/a.png"}).decode()
 
 
 def test_a_bomb_takes_no_memory(tmp_path):
     (tmp_path / "bomb.png").write_bytes(bomb())
     code = f"""
 import resource
-from deitlt_hf.data.images import decode_image
+from deitlt_hf.data.images import open_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    decode_image({{"bytes": None, "path": {str(tmp_path / "bomb.png")!r}}})
+    open_image({{"bytes": None, "path": {str(tmp_path / "bomb.png")!r}}}).decode()
 except ValueError:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -395,7 +395,7 @@ def test_a_background_is_composited(mode, recwarn):
     data = encoded(image, **options)
     opened = Image.open(io.BytesIO(data)).convert("RGBA")
     red = Image.alpha_composite(Image.new("RGBA", image.size, "red"), opened)
-    assert difference(decode_image({"bytes": data, "path": None}, "red"), red).max() == 0
+    assert difference(open_image({"bytes": data, "path": None}, background="red").decode(), red).max() == 0
     pixels = decode(data)
     assert not [warning for warning in recwarn if "Palette" in str(warning.message)]
     assert difference(pixels, Image.open(io.BytesIO(data))).max() == 0
@@ -404,7 +404,7 @@ def test_a_background_is_composited(mode, recwarn):
 def test_a_background_under_sixteen_bit_images():
     values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     data = encoded(Image.fromarray(values), transparency=77 * 257)
-    pixels = decode_image({"bytes": data, "path": None}, "white")
+    pixels = open_image({"bytes": data, "path": None}, background="white").decode()
     assert np.array_equal(pixels[..., 0], np.where(np.arange(256) == 77, 255, np.arange(256)).reshape(16, 16))
 
 
@@ -424,7 +424,7 @@ def test_pipes_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path, message in ((tmp_path / "pipe.png", "not a file"), (tmp_path, "not a file"), ("/dev/zero", "not a file")):
         with pytest.raises(ValueError, match=f"cannot read the image {path}: it is {message}"):
-            decode_image({"bytes": None, "path": str(path)})
+            open_image({"bytes": None, "path": str(path)}).decode()
 
 
 def test_an_empty_cell_is_named_by_its_row(tmp_path, caplog):

@@ -284,11 +284,12 @@ def test_pages_open_in_a_browser(pages, tmp_path):
         assert "CONSOLE" not in done.stderr
 
 
-def test_observations_match_the_models_outputs(digits):
+def test_observations_match_the_models_outputs(digits, monkeypatch):
+    monkeypatch.setattr("deitlt_hf.analysis.observe.BATCH", 16)
     student = make_student(attn_implementation="eager").eval()
     dataset = ImageDataset(digits["test"].select(range(40)), "image", "label")
     collate = ImageCollator(image_processor(8))
-    observed = observe(student, dataset, collate, num_images=12, batch_size=16)
+    observed = observe(student, dataset, collate, num_images=12)
     batch = collate([dataset[row] for row in range(40)])
     with torch.no_grad():
         outputs = student(batch["pixel_values"], output_hidden_states=True)

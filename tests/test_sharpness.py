@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
-from deitlt_hf.analysis.flatness import loss_rises, sharpness, sharpness_of_groups
+from deitlt_hf.analysis.flatness import images_of_groups, loss_rises, sharpness
 from deitlt_hf.cli.sharpness import main
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor
 from helpers import make_student
@@ -107,7 +107,8 @@ def test_groups_are_measured_on_their_own_images(digits):
     model = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10))
     dataset, collate = ImageDataset(digits["train"], "image", "label"), ImageCollator(image_processor(8))
     groups = {"head": [0], "mid": [], "tail": [8, 9]}
-    found = sharpness_of_groups(model, dataset, collate, groups, 50, num_vectors=1)
+    images = images_of_groups(model, dataset, collate, groups, 50)
+    found = {name: sharpness(model, batches, num_vectors=1) for name, batches in images}
     assert {name: value.num_images for name, value in found.items()} == {"overall": 50, "head": 50, "tail": 13}
     rows = [dataset[row] for row in range(len(dataset)) if dataset.labels[row] >= 8]
     batch = collate(rows)
@@ -132,7 +133,7 @@ def test_command_measures_a_half_precision_student(tmp_path, digits, capsys, mon
     """The command measures a half-precision student in float32. It refuses an unusable output path before measuring."""
     measured = []
     monkeypatch.setattr(
-        "deitlt_hf.cli.sharpness.sharpness_of_groups", lambda model, *_, **__: measured.append(model.dtype) or {}
+        "deitlt_hf.cli.sharpness.images_of_groups", lambda model, *_: measured.append(model.dtype) or {}
     )
     student = make_student()
     student.config.id2label = {label: str(label) for label in range(10)}
@@ -179,8 +180,6 @@ def test_invalid_sharpness_arguments_are_refused(digits):
         sharpness(Tiny(), [])
     with pytest.raises(ValueError, match="num_vectors must be 1 or more, got 0"):
         sharpness(Tiny(), batches(), num_vectors=0)
-    with pytest.raises(ValueError, match="num_images must be 1 or more, got 0"):
-        sharpness_of_groups(Tiny(), None, None, {}, 0)
     broken = Tiny()
     broken.head.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="the loss of the model is nan"):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deitlt_hf.data import class_counts, decreasing_count_map, load_long_tailed, shot_groups, stratified_split
-from deitlt_hf.data.images import decode_image
+from deitlt_hf.data.images import open_image
 from deitlt_hf.data.loading import load_source
 from deitlt_hf.data.sources.labels import encode_labels
 from deitlt_hf.data.streaming import load_streamed
@@ -994,7 +994,7 @@ def test_parquet_with_images_of_other_libraries(tmp_path, column, name):
         assert [(shade(row), row["label"]) for row in data["test"]] == [(0, 0), (1, 1), (2, 0), (3, 1)]
     streamed = load_streamed("any", str(tmp_path))[1]["train"]
     assert streamed.class_counts.tolist() == [2, 2]
-    assert decode_image(next(iter(streamed.stream))[name]).shape == (4, 5, 3)
+    assert open_image(next(iter(streamed.stream))[name]).decode().shape == (4, 5, 3)
 
 
 def test_bytes_in_messages_have_limited_length(tmp_path):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 MAX_QUOTED = 300  # characters of a third-party value or message that a message of this package quotes
-_BLOCK = 2**20
 
 
 def one_line(value: object, limit: int = MAX_QUOTED) -> str:
@@ -123,10 +122,10 @@ def read_json(path: str | PathLike, kind: type = dict) -> Any:
     return content
 
 
-def write_json(path: str | PathLike, content: Any, indent: int | None = 2) -> None:
+def write_json(path: str | PathLike, content: Any) -> None:
     """Writes a JSON file atomically; NaN becomes null."""
     with atomic_write(path) as part:
-        part.write_text(json.dumps(nan_to_null(content), indent=indent) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(nan_to_null(content), indent=2) + "\n", encoding="utf-8")
 
 
 def nan_to_null(value: Any) -> Any:
@@ -246,6 +245,5 @@ def weights_digest(folder: str | PathLike) -> str | None:
     for path in files:
         digest.update(path.name.encode())
         with open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # adds the content to the digest
     return digest.hexdigest() if files else None

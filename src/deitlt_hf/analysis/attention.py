@@ -71,13 +71,7 @@ def token_spreads(
 
     A special token has no position in the image. Its spread is therefore the mean distance of two patches that are
     drawn independently with its attention as probabilities: 0 if it attends to one patch only, and the mean pairwise
-    distance if its attention is uniform.
-
-    Args:
-        attentions: See [`attention_distances`].
-        grid: See [`attention_distances`].
-        patch_size: See [`attention_distances`].
-        num_tokens: See [`attention_distances`].
+    distance if its attention is uniform. The arguments are those of [`attention_distances`].
 
     Returns:
         Distances in pixels; float64 of shape (num_tokens, heads).

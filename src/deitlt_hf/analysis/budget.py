@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
 from ..data.transforms import ImageFormat
+from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
@@ -33,6 +35,7 @@ STATE_BYTES = 16
 OVERHEAD_BYTES = 2**30  # approximate memory of a GPU's context and libraries
 REDUCE_LATENCY = 20e-6  # approximate seconds that each doubling of the processes adds to a reduction
 GPUS_A_MACHINE = 8
+COLUMNS = "GPUs", "batch x micro-batches", "updates", "memory", "images / s", "a step", "waiting", "hours", "GPU hours"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Model:
         training_flops: Operations of a training step per image.
         state_bytes: Bytes kept between steps: weights, gradients, optimiser state and other copies of the weights.
         activation_bytes: Bytes that the forward pass keeps for the backward pass, per image.
-        trained: Number of trained parameters; None for all.
+        trained: Number of trained parameters.
     """
 
     parameters: int
@@ -82,7 +85,7 @@ class Model:
     training_flops: float
     state_bytes: int
     activation_bytes: int
-    trained: int | None = None
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,6 @@ class Budget:
     """Estimated cost of a run on a number of GPUs.
 
     Args:
-        gpus: Number of GPUs.
         batch_size: Size of a micro-batch on one GPU.
         accumulation: Number of micro-batches in an optimiser step.
         images_per_epoch: Images used in an epoch.
@@ -103,7 +105,6 @@ class Budget:
         fits: Whether the memory of the GPU is sufficient.
     """
 
-    gpus: int
     batch_size: int
     accumulation: int
     images_per_epoch: int
@@ -116,35 +117,30 @@ class Budget:
     fits: bool
 
 
-def student_flops(config: PreTrainedConfig) -> int:
-    """Operations of a student's forward pass per image; counts only matrix products."""
-    embedding = _patches(config) * config.num_channels * config.patch_size**2 * config.hidden_size
-    heads = 2 * config.hidden_size * config.num_labels
-    return 2 * (embedding + heads) + sum(block_flops(config))
-
-
-def block_flops(config: PreTrainedConfig) -> list[int]:
-    """Operations of each block per image. The last block computes only the CLS and DIST tokens, from all tokens."""
-    width, mlp = config.hidden_size, config.intermediate_size
-    tokens = _patches(config) + 2
-
-    def block(made: int) -> int:
-        keys_and_values = 2 * tokens * width**2
-        return 2 * (keys_and_values + made * (2 * width**2 + 2 * tokens * width + 2 * width * mlp))
-
-    return [block(tokens)] * (config.num_hidden_layers - 1) + [block(2)]
-
-
-def _patches(config: PreTrainedConfig) -> int:
-    return (config.image_size // config.patch_size) ** 2
-
-
 def counted_flops(model: nn.Module, image_size: int) -> int:
     """Operations of a forward pass per image, as counted by torch; the model may be on the meta device."""
+    return _flop_counter(model, image_size).get_total_flops()
+
+
+def student_flops(config: DeiTLTConfig) -> tuple[int, list[int]]:
+    """Operations of a student's forward pass per image, and of each of its blocks.
+
+    The last block costs less: it computes only the CLS and DIST tokens, from all tokens.
+    """
+    with torch.device("meta"):
+        model = DeiTLTForImageClassification(config)
+    counter = _flop_counter(model, config.image_size)  # type: ignore[arg-type]
+    counts, blocks = counter.get_flop_counts(), range(config.num_hidden_layers)
+    of_blocks = [sum(counts[f"{type(model).__name__}.deit.layers.{index}"].values()) for index in blocks]
+    return counter.get_total_flops(), of_blocks
+
+
+def _flop_counter(model: nn.Module, image_size: int) -> FlopCounterMode:
+    """Torch's counter after a forward pass of one image."""
     images = torch.empty(1, 3, image_size, image_size, device=next(model.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(pixel_values=images)
-    return counter.get_total_flops()
+    return counter
 
 
 def activation_bytes(model: nn.Module, image_size: int, half: bool) -> int:
@@ -181,7 +177,8 @@ def student_model(
     """Training cost of a student with AdamW, with the forward pass of its teacher."""
     config = student_args.config(num_labels=num_labels)
     rates = np.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)  # share of images that skip each block
-    trained = student_flops(config) - float(rates @ block_flops(config))
+    flops, of_blocks = student_flops(config)
+    trained = flops - float(rates @ of_blocks)
     teacher_flops, frozen_bytes = (0, 0) if teacher is None else (teacher.flops, 4 * teacher.parameters)
     config.drop_path_rate = 0.0  # without stochastic depth, a step keeps the most memory
     model = DeiTLTForImageClassification(config)
@@ -195,7 +192,7 @@ def student_model(
     weight_bytes = 4 + 4 * (args.ema_decay is not None)
     return Model(
         parameters=parameters,
-        flops=student_flops(config),
+        flops=flops,
         training_flops=args.gradients_per_step * (1 + _backward_share(args.tune, config)) * trained + teacher_flops,
         state_bytes=weight_bytes * parameters + (STATE_BYTES - 4) * tuned + frozen_bytes,
         activation_bytes=activation_bytes(model, student_args.image_size, half=True),
@@ -224,6 +221,7 @@ def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments)
         training_flops=(3 * args.gradients_per_step + args.loss.contrast) * flops,
         state_bytes=(STATE_BYTES + 4 * args.loss.contrast) * parameters,
         activation_bytes=activation_bytes(model, config.image_size, half=True),
+        trained=parameters,
     )
 
 
@@ -260,15 +258,8 @@ def budget(
     gpu: Gpu,
     gpus: int,
     images: int,
-    epochs: float,
-    global_batch_size: int,
-    batch_size: int,
     utilisation: float,
-    num_repeats: int = 1,
-    reductions: float = 1,
-    max_steps: int = -1,
-    pairs_images: bool = False,
-    partial_steps: bool = False,
+    args: Any,
 ) -> Budget:
     """Estimates the cost of a run with data-parallel training.
 
@@ -280,39 +271,29 @@ def budget(
         gpu: Type of the GPUs.
         gpus: Number of GPUs.
         images: Number of training images.
-        epochs: Number of epochs.
-        global_batch_size: Images of an optimiser step.
-        batch_size: Maximum size of a micro-batch on one GPU.
         utilisation: Share of the GPU's peak that is reached.
-        num_repeats: Copies of an image in repeated augmentation.
-        reductions: All-reduces of the gradients in a step; 2 with SAM.
-        max_steps: Optimiser steps of the run; overrides `epochs` if above 0.
-        pairs_images: Whether mixing pairs the images of a GPU's batch, which then must be even.
-        partial_steps: Whether the batches that remain after the last whole step of an epoch make a step.
+        args: Training arguments of the run.
 
     Raises:
         ValueError: If the batch cannot be divided among the GPUs, or there are fewer images than one batch.
     """
-    batch_size, accumulation = divide_batch(global_batch_size, gpus, batch_size)
-    if pairs_images and batch_size % 2:
+    batch_size, accumulation = divide_batch(args.global_batch_size, gpus, args.per_device_train_batch_size)
+    if batch_size % 2 and getattr(args, "mixes", False):
         raise ValueError(f"mixing needs an even batch on each GPU, but {gpus} GPUs have {batch_size} image(s) each.")
-    drawn = images // ROUND * ROUND if num_repeats > 1 else images
-    sizes = batches_of_epoch(drawn, batch_size, gpus, accumulation, partial_steps)
+    drawn = images // ROUND * ROUND if args.repeats > 1 else images
+    sizes = batches_of_epoch(drawn, batch_size, gpus, accumulation, args.partial_steps)
     batches = len(sizes)
     if batches == 0:
         raise ValueError(f"{images} training images are fewer than one batch of {gpus} x {batch_size}.")
     per_epoch = sum(sizes) * gpus
     per_epoch_steps = math.ceil(batches / accumulation)
-    steps = max_steps if max_steps > 0 else math.ceil(epochs * per_epoch_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch_steps)
     micro_batch_seconds = model.training_flops * batch_size / (gpu.flops * utilisation)
     compute = micro_batch_seconds * min(accumulation, batches)
-    reduction = reductions * reduce_seconds(
-        4 * (model.parameters if model.trained is None else model.trained), gpus, gpu
-    )
+    reduction = args.gradients_per_step * reduce_seconds(4 * model.trained, gpus, gpu)
     exposed = max(0.0, reduction - micro_batch_seconds * 2 / 3)
     memory = model.state_bytes + model.activation_bytes * batch_size + OVERHEAD_BYTES
     return Budget(
-        gpus=gpus,
         batch_size=batch_size,
         accumulation=accumulation,
         images_per_epoch=per_epoch,
@@ -376,9 +357,7 @@ def print_budgets(
     classes, images = training_images(data_args)
     show(f"{recipe}: {images:,} training images of {classes:,} classes")
     paper, changed = paper_accuracies(recipe), {*(args.recipe or {}).get("overrides", {})}
-    if paper is not None and not changed - {
-        field.name for field in fields(plan)
-    }:  # not the paper's with other settings
+    if paper is not None and changed <= {field.name for field in fields(plan)}:  # not the paper's with other settings
         show(paper.sentence())
     teacher = None
     if args.needs_teacher and student_args.teacher is not None:
@@ -403,45 +382,20 @@ def print_budgets(
 def _trained_teacher(path: str) -> Model:
     model = load_classifier(path)
     size = ImageFormat.of(load_processor(path)).size[0]
-    return Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0)
+    return Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0, 0)
 
 
 def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, args) -> None:
     is_teacher = isinstance(args, FlatTeacherTrainingArguments)
     utilisation = plan.teacher_utilisation if is_teacher else plan.utilisation
-    columns = (
-        "GPUs",
-        "batch x micro-batches",
-        "updates",
-        "memory",
-        "images / s",
-        "a step",
-        "waiting",
-        "hours",
-        "GPU hours",
-    )
-    table = Table(*columns, title=title, title_justify="left", caption_justify="left")
-    for column in table.columns:
-        column.justify = "right"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
     reasons: list[str] = []
     found = None
     for gpus in plan.gpus:
         try:
-            found = budget(
-                model,
-                GPUS[plan.gpu],
-                gpus,
-                images,
-                args.num_train_epochs,
-                args.global_batch_size,
-                args.per_device_train_batch_size,
-                utilisation,
-                args.repeats,
-                reductions=args.gradients_per_step,
-                max_steps=args.max_steps,
-                pairs_images=not is_teacher and args.mixes,
-                partial_steps=args.partial_steps,
-            )
+            found = budget(model, GPUS[plan.gpu], gpus, images, utilisation, args)
         except ValueError as error:
             reasons.append(str(error))
             table.add_row(f"{gpus:,}", "uneven shares")
@@ -459,8 +413,7 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
         )
     if found is None:
         raise ValueError(f"{title}: {reasons[0]}")
-    is_part = model.trained not in (None, model.parameters)
-    part = f", of which {model.trained:,} are trained" if is_part else ""
+    part = f", of which {model.trained:,} are trained" if model.trained < model.parameters else ""
     table.caption = (
         f"{model.parameters / 1e6:.1f} M parameters{part}; {model.flops / 1e9:.3g} GFLOP forward and "
         f"{model.training_flops / 1e9:.3g} to train, per image; {found.images_per_epoch:,} images per epoch, "

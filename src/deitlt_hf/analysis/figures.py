@@ -39,20 +39,11 @@ def draw_accuracies(
 ) -> None:
     """Draws the accuracy of each expert overall and by group, with intervals."""
     names = ["overall", *groups]
-    width = 0.8 / len(figures)
-    for index, (expert, values) in enumerate(figures.items()):
-        heights = np.array([100 * values[name] for name in names])
-        ends = 100 * np.array([intervals[expert][name] for name in names]).T
-        places = np.arange(len(names)) + (index - (len(figures) - 1) / 2) * width
-        errors = np.abs(ends - heights)
-        axis.bar(
-            places, heights, width, yerr=errors, capsize=2, label=expert, color=COLOURS.get(expert), ecolor="#444444"
-        )
-    axis.set_xticks(range(len(names)), map(literal, names))
+    heights = {expert: np.array([100 * values[name] for name in names]) for expert, values in figures.items()}
+    ends = {expert: 100 * np.array([intervals[expert][name] for name in names]).T for expert in figures}
+    _draw_bars(axis, heights, names, {expert: np.abs(ends[expert] - heights[expert]) for expert in figures})
     axis.set_ylabel("accuracy in %")
-    axis.set_ylim(0, 120)  # room for the legend
     axis.set_yticks(range(0, 101, 20))
-    axis.legend(loc="upper center", ncols=len(figures))
 
 
 def draw_prices(
@@ -131,16 +122,10 @@ def draw_outcomes(axis, outcomes: Mapping[str, Mapping[str, float]]) -> None:
 
 def draw_agreement(axis, agreement: Mapping[str, Mapping[str, float]]) -> None:
     """Draws how often the prediction of each expert is the same as the teacher's."""
-    experts = list(next(iter(agreement.values())))
-    width = 0.8 / len(experts)
-    for index, expert in enumerate(experts):
-        places = np.arange(len(agreement)) + (index - (len(experts) - 1) / 2) * width
-        heights = [100 * shares[expert] for shares in agreement.values()]
-        axis.bar(places, heights, width, label=expert, color=COLOURS[expert])
-    axis.set_xticks(range(len(agreement)), list(agreement))
+    experts = next(iter(agreement.values()))
+    heights = {expert: [100 * shares[expert] for shares in agreement.values()] for expert in experts}
+    _draw_bars(axis, heights, list(agreement))
     axis.set_ylabel("agreement with the teacher in %")
-    axis.set_ylim(0, 120)
-    axis.legend(loc="upper center", ncols=len(experts))
 
 
 def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Sequence[str]) -> None:
@@ -214,6 +199,21 @@ def draw_attention(axes, image: np.ndarray, maps: Mapping[str, np.ndarray], capt
         axis.imshow(image, interpolation="nearest")
         axis.imshow(weights, cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         axis.set_title(name, fontsize=7)
+
+
+def _draw_bars(
+    axis, heights: Mapping[str, Sequence[float] | np.ndarray], names: Sequence[str], errors: Mapping | None = None
+) -> None:
+    """Draws a bar in % for each expert above each name, with errors if they are given."""
+    width = 0.8 / len(heights)
+    for index, (expert, values) in enumerate(heights.items()):
+        places = np.arange(len(names)) + (index - (len(heights) - 1) / 2) * width
+        error = None if errors is None else errors[expert]
+        colour = COLOURS.get(expert)
+        axis.bar(places, values, width, yerr=error, capsize=2, label=expert, color=colour, ecolor="#444444")
+    axis.set_xticks(range(len(names)), map(literal, names))
+    axis.set_ylim(0, 120)  # room for the legend
+    axis.legend(loc="upper center", ncols=len(heights))
 
 
 def _label_blocks(axis) -> None:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ..data.images import ImageDataset
 from ..data.long_tail import Integers
 from .attention import eager_attention
+from .observe import BATCH
 
-BATCH = 128
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -101,33 +101,6 @@ def loss_rises(model: nn.Module, batches: Batches, rhos: Sequence[float]) -> lis
         return _loss_rises(classifier, batches, _count(batches), rhos)[1]
 
 
-def sharpness_of_groups(
-    model: nn.Module,
-    dataset: ImageDataset,
-    collate,
-    groups: Mapping[str, Integers],
-    num_images: int,
-    label_order: torch.Tensor | None = None,
-    **options,
-) -> dict[str, Sharpness]:
-    """Measures the sharpness over random images of a data set, and over images of each group of classes.
-
-    Args:
-        model: An image classifier.
-        dataset: Decoded images and labels.
-        collate: Makes a batch from rows.
-        groups: Class indices of each group; a group without images is left out.
-        num_images: Maximum number of images overall, and of each group.
-        label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
-        **options: Arguments of [`sharpness`]. The seed also determines the choice of images.
-
-    Raises:
-        ValueError: If `num_images` is below 1, or raised by [`sharpness`].
-    """
-    images = images_of_groups(model, dataset, collate, groups, num_images, label_order, options.get("seed", 0))
-    return {name: sharpness(model, batches, **options) for name, batches in images}
-
-
 def images_of_groups(
     model: nn.Module,
     dataset: ImageDataset,
@@ -147,12 +120,7 @@ def images_of_groups(
         num_images: Maximum number of images overall, and of each group.
         label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
         seed: Seed of the choice of images.
-
-    Raises:
-        ValueError: If `num_images` is below 1.
     """
-    if num_images < 1:
-        raise ValueError(f"num_images must be 1 or more, got {num_images}.")
     order = np.random.RandomState(seed).permutation(len(dataset))
     device = next(model.parameters()).device
     for name, members in {"overall": None, **groups}.items():

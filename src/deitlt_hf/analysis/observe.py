@@ -14,6 +14,7 @@ from ..training import DeiTLTTrainer
 from .attention import attention_distances, eager_attention, token_spreads
 
 HEADS = DeiTLTTrainer.experts
+BATCH = 128  # images in one forward pass; half as many if it returns attention
 
 
 @dataclass
@@ -60,7 +61,6 @@ def predict(
     model: PreTrainedModel | OnnxClassifier,
     dataset: ImageDataset,
     collate: ImageCollator,
-    batch_size: int = 128,
     label_order: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Computes the logits of each expert of a model on a data set.
@@ -69,7 +69,6 @@ def predict(
         model: An image classifier; a DeiT-LT or distilled DeiT has three experts, other models have one.
         dataset: The images.
         collate: Prepares the images for the model.
-        batch_size: Images in one forward pass.
         label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
 
     Returns:
@@ -77,7 +76,7 @@ def predict(
     """
     labels: list[np.ndarray] = []
     logits: dict[str, list[np.ndarray]] = {}
-    for batch in DataLoader(dataset, batch_size, collate_fn=collate):
+    for batch in DataLoader(dataset, BATCH, collate_fn=collate):
         outputs = model.eval()(pixel_values=batch["pixel_values"].to(model.device))
         labels.append(batch["labels"].numpy())
         for expert, name in HEADS.items():
@@ -93,7 +92,6 @@ def observe(
     dataset: ImageDataset,
     collate: ImageCollator,
     num_images: int = 512,
-    batch_size: int = 128,
     label_order: torch.Tensor | None = None,
 ) -> Observed:
     """Runs a transformer over a data set: computes logits of all images, and attention and features of some.
@@ -103,7 +101,6 @@ def observe(
         dataset: Test images.
         collate: Prepares the images for the model.
         num_images: Number of images for attention and features, spread over the data set.
-        batch_size: Images in one forward pass.
         label_order: See [`predict`].
 
     Raises:
@@ -111,11 +108,11 @@ def observe(
     """
     check_transformer(model)
     grid, patch_size = patch_grid(model)
-    labels, logits = predict(model, dataset, collate, batch_size, label_order)
+    labels, logits = predict(model, dataset, collate, label_order)
     chosen = spread_rows(len(dataset), num_images)
     parts, distances, spreads, seen = [], np.zeros(()), np.zeros(()), 0
     with eager_attention(model):
-        for batch in DataLoader(Subset(dataset, chosen), min(batch_size, 64), collate_fn=collate):
+        for batch in DataLoader(Subset(dataset, chosen), BATCH // 2, collate_fn=collate):
             outputs = model.eval()(
                 pixel_values=batch["pixel_values"].to(model.device), output_attentions=True, output_hidden_states=True
             )

@@ -20,7 +20,7 @@ from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.inputs import label_names
-from .figures import GROUP_COLOURS
+from .figures import GROUP_COLOURS, draw_images
 
 COLUMNS = 8
 
@@ -39,7 +39,7 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
         ValueError, FileNotFoundError: As raised by `deitlt distill`.
         FileExistsError: If `folder` cannot be created.
     """
-    pyplot = _pyplot()
+    require_matplotlib()
     folder = Path(folder).expanduser()
     check_can_be_folder(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,10 +51,9 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
         groups = data_args.groups(data)
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "classes.png", folder / "images.png"]
-        _draw_classes(pyplot, data["train"], groups, recipe, files[0])
-        _draw_images(
-            pyplot, _training_images(recipe, data, groups, model_args, args, data_args.background), recipe, files[1]
-        )
+        _draw_classes(data["train"], groups, recipe, files[0])
+        rows = _training_images(recipe, data, groups, model_args, args, data_args.background)
+        _draw_images(rows, recipe, files[1])
     return files
 
 
@@ -66,20 +65,13 @@ def require_matplotlib() -> None:
         raise ValueError("pictures need matplotlib: pip install 'deitlt-hf[analysis]'.") from error
 
 
-def _pyplot():
-    require_matplotlib()
-    import matplotlib
+def _draw_classes(train, groups, title: str, file: Path) -> None:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _draw_classes(pyplot, train, groups, title: str, file: Path) -> None:
     names = train.features["label"].names
     counts = training_counts(train)
-    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
     position = 0
     for colour, (group, members) in zip(GROUP_COLOURS, groups.items(), strict=False):
         if len(members) == 0:
@@ -101,7 +93,6 @@ def _draw_classes(pyplot, train, groups, title: str, file: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 class _Onlooker(PreTrainedModel):
@@ -151,15 +142,10 @@ def _training_images(
         targets = prepared["labels"]
         captions = [_caption(target, names) for target in targets[:COLUMNS]]
         student_format = ImageFormat.of(trainer.processing_class)
-        rows[f"student, {phase}"] = (_visible(prepared["pixel_values"], student_format), captions)
+        rows[f"student, {phase}"] = (student_format.visible(prepared["pixel_values"][:COLUMNS]), captions)
         if teacher.seen:
-            rows[f"teacher, {phase}"] = (_visible(teacher.seen.pop(), trainer.teacher_format), captions)
+            rows[f"teacher, {phase}"] = (trainer.teacher_format.visible(teacher.seen.pop()[:COLUMNS]), captions)
     return rows
-
-
-def _visible(pixel_values: torch.Tensor, images: ImageFormat) -> np.ndarray:
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (images.mean, images.std))
-    return (pixel_values[:COLUMNS].cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
@@ -178,19 +164,15 @@ def shorten(name: str) -> str:
     return name if len(name) <= 16 else name[:15] + "…"
 
 
-def _draw_images(pyplot, rows: dict[str, tuple], title: str, file: Path) -> None:
-    figure, grid = pyplot.subplots(
-        len(rows), COLUMNS, figsize=(1.35 * COLUMNS, 1.95 * len(rows)), layout="constrained", squeeze=False
-    )
+def _draw_images(rows: dict[str, tuple], title: str, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.35 * COLUMNS, 1.95 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for axes, (name, (images, captions)) in zip(grid, rows.items(), strict=True):
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, image, caption in zip(axes, images, captions, strict=False):
-            axis.imshow(image, interpolation="nearest")
-            axis.set_title(caption, fontsize=7)
+        draw_images(axes, images, captions)
         side = images.shape[1]
         axes[0].text(-0.12, 0.5, f"{name}\n{side} x {side}", rotation=90, ha="center", va="center", fontsize=7,
                      transform=axes[0].transAxes)  # fmt: skip
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import Integers, class_counts
-from ..evaluation.accuracy import ExpertTable, group_accuracies
+from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
 from ..evaluation.metrics import with_intervals
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..serving.classifiers import load_backbone, load_processor
 from ..training.linear_head import fit_balanced
+from .observe import BATCH
 
 CLS_TOKENS = ("cls_token", "class_embedding")  # names of the parameter in the models of transformers
 
@@ -91,12 +92,10 @@ def probe(path: str, data: Mapping) -> Probe:
 
 
 @torch.no_grad()
-def _features(
-    model: PreTrainedModel, dataset: ImageDataset, collate: ImageCollator, batch_size: int = 128
-) -> tuple[np.ndarray, np.ndarray]:
+def _features(model: PreTrainedModel, dataset: ImageDataset, collate: ImageCollator) -> tuple[np.ndarray, np.ndarray]:
     """Features of the images of a split, (images, size), and their classes, (images,)."""
     parts, labels = [], []
-    for batch in DataLoader(dataset, batch_size, collate_fn=collate):
+    for batch in DataLoader(dataset, BATCH, collate_fn=collate):
         parts.append(pooled(model, batch["pixel_values"].to(model.device)).float().cpu().numpy())
         labels.append(batch["labels"].numpy())
     return np.concatenate(parts), np.concatenate(labels)
@@ -153,7 +152,7 @@ def probe_figures(
         return {"probe": group_accuracies(predictions[rows], labels[rows], groups)}
 
     accuracies, intervals = with_intervals(of, labels, resamples=resamples)["probe"]
-    tested = class_counts(labels, 1 + max(int(labels.max()), *(max(group, default=0) for group in groups.values())))
+    tested = class_counts(labels, number_of_classes(labels, groups))
     title = f"linear probe of {found.model}"
     table = ExpertTable(
         title, {"probe": accuracies}, groups, tested.tolist(), intervals={"probe": intervals}, of="model"

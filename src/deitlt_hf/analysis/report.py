@@ -23,7 +23,7 @@ from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import Integers
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
-from ..evaluation.metrics import bootstrap_intervals, long_tail_figures
+from ..evaluation.metrics import Estimate, long_tail_figures, with_intervals
 from ..io import check_can_be_folder, nan_to_null
 from ..serving.classifiers import load_processor
 from . import figures
@@ -125,24 +125,22 @@ def analyze(
     dataset = ImageDataset(data["test"], "image", "label", background=collate.background)
     observed = observe(model, dataset, collate, num_images, label_order=label_order)
     names = data["test"].features["label"].names
-    found, intervals, per_class = {}, {}, {}
-    for expert in observed.logits:
-        predictions, confidences = observed.predictions(expert), observed.confidences(expert)
-
-        def of(rows, predictions=predictions, confidences=confidences):
-            return long_tail_figures(predictions[rows], observed.labels[rows], groups, confidences[rows])
-
-        found[expert] = of(np.arange(len(observed.labels)))
-        intervals[expert] = bootstrap_intervals(of, observed.labels, resamples=resamples)
-        per_class[expert] = class_accuracies(predictions, observed.labels, len(counts)).tolist()
+    estimates = _estimates(observed, groups, resamples)
+    found = {expert: estimate.values for expert, estimate in estimates.items()}
+    intervals = {expert: estimate.ends for expert, estimate in estimates.items()}
     pictures = [
         _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
-                 lambda axis: figures.draw_counts(axis, counts, groups)),
+                 figures.draw_counts, counts, groups),
         _picture("accuracy", "Accuracy by group", "Compare the colours within a group: the highest bar is the best "
                  "expert. Lines are 95 % bootstrap intervals.",
-                 lambda axis: figures.draw_accuracies(axis, found, intervals, list(groups))),
+                 figures.draw_accuracies, found, intervals, list(groups)),
     ]  # fmt: skip
-    findings = {"class_accuracies": per_class}
+    findings: dict[str, Any] = {
+        "class_accuracies": {
+            expert: class_accuracies(observed.predictions(expert), observed.labels, len(counts)).tolist()
+            for expert in observed.logits
+        }
+    }
     if len(names) <= MOST_IN_MATRIX:
         pictures.append(_confusion(observed, counts, names))
     if "distillation" in observed.logits:
@@ -152,8 +150,7 @@ def analyze(
             "The DIST expert should predict the same class as the teacher. In distribution: test images. Out of "
             "distribution: augmented and mixed long-tailed training images, from which it learnt."
         )
-        draw = lambda axis: figures.draw_agreement(axis, agreement)  # noqa: E731
-        pictures.append(_picture("teacher", "Agreement with the teacher", how, draw))
+        pictures.append(_picture("teacher", "Agreement with the teacher", how, figures.draw_agreement, agreement))
         findings["teacher_agreement"] = dict(agreement)
     pictures += _of_tokens(observed, groups, findings)
     if sharpness_images > 0:
@@ -164,6 +161,19 @@ def analyze(
     # A published report must not show the full path, which may hold a user name.
     title = "/".join(Path(path).resolve().parts[-2:]) if Path(path).exists() else path
     return Section(title, found, intervals, pictures, findings)
+
+
+def _estimates(observed: Observed, groups: Mapping[str, Integers], resamples: int) -> dict[str, Estimate]:
+    """Metrics of each expert with their 95 % intervals."""
+    seen = {expert: (observed.predictions(expert), observed.confidences(expert)) for expert in observed.logits}
+
+    def of(rows: np.ndarray) -> dict[str, dict[str, float]]:
+        return {
+            expert: long_tail_figures(predictions[rows], observed.labels[rows], groups, confidences[rows])
+            for expert, (predictions, confidences) in seen.items()
+        }
+
+    return with_intervals(of, observed.labels, resamples=resamples)
 
 
 def check_report_folder(output: str | Path) -> None:
@@ -265,33 +275,26 @@ def _of_experts(observed: Observed, counts, groups, findings: dict) -> list[Pict
         _picture("outcomes", "Which expert is correct", "Green and orange: only one expert is correct. An oracle that "
                  "always chose the correct expert would miss only the light part. The shares of a group are means over "
                  "its classes.",
-                 lambda axis: figures.draw_outcomes(axis, outcomes)),
+                 figures.draw_outcomes, outcomes),
         _picture("gains", "Gain of DIST over CLS, by class", "Dots above the line are classes on which the DIST expert "
                  "is better. They should be on the left, where training images are few.",
-                 lambda axis: figures.draw_gains(axis, gains, counts)),
+                 figures.draw_gains, gains, counts),
     ]  # fmt: skip
 
 
 def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
-    ranks = {
-        token: [effective_rank(block[:, index]) for block in observed.features]
-        for index, token in enumerate(observed.tokens)
-    }
+    features = {token: [block[:, index] for block in observed.features] for index, token in enumerate(observed.tokens)}
+    ranks = {token: [effective_rank(block) for block in blocks] for token, blocks in features.items()}
+    spectra = {token: [singular_values(block) for block in blocks] for token, blocks in features.items()}
     labels = observed.labels[observed.chosen]
     members = {name: np.flatnonzero(np.isin(labels, np.asarray(group))) for name, group in groups.items()}
     members = {name: rows for name, rows in members.items() if len(rows) > 1}
     # The same number of images for each group: the effective rank grows with the number of images, its upper bound.
     number = min(map(len, members.values()), default=0)
+    members = {name: rows[spread_rows(len(rows), number)] for name, rows in members.items()}
     by_group = {
-        token: {
-            name: [effective_rank(block[rows[spread_rows(len(rows), number)], index]) for block in observed.features]
-            for name, rows in members.items()
-        }
-        for index, token in enumerate(observed.tokens)
-    }
-    spectra = {
-        token: [singular_values(block[:, index]) for block in observed.features]
-        for index, token in enumerate(observed.tokens)
+        token: {name: [effective_rank(block[rows]) for block in blocks] for name, rows in members.items()}
+        for token, blocks in features.items()
     }
     findings |= {
         "attention_distance": observed.distances.tolist(),
@@ -305,24 +308,23 @@ def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
     pictures = [
         _picture("attention_distance", "Attention distance", "Low is local: a patch attends to its neighbours, a token "
                  "to one area. High is global. A CNN teacher should make early blocks local.",
-                 lambda axis: figures.draw_distances(axis, observed.distances, observed.spreads, observed.tokens)),
+                 figures.draw_distances, observed.distances, observed.spreads, observed.tokens),
         _picture("rank", "Effective rank of the tokens", f"Number of directions that the features of {len(labels)} "
                  "images use; at most the number of images. With a flat teacher, the DIST token should use fewer.",
-                 lambda axis: figures.draw_by_block(axis, ranks, "effective rank")),
+                 figures.draw_by_block, ranks, "effective rank"),
         _picture("spectrum", "Singular values after the last block", "The faster a line falls, the fewer directions "
                  "hold the information of the token.",
-                 lambda axis: figures.draw_spectra(axis, {token: blocks[-1] for token, blocks in spectra.items()})),
+                 figures.draw_spectra, {token: blocks[-1] for token, blocks in spectra.items()}),
     ]  # fmt: skip
     if members:
         how = f"The same for {number} images of each group. Compare lines of one colour: CLS is dashed, DIST is solid."
-        draw = lambda axis: figures.draw_group_ranks(axis, by_group)  # noqa: E731
-        pictures.append(_picture("group_rank", "Effective rank by group", how, draw))
-    if len(observed.tokens) == 2:
-        cosines = [float(token_similarity(block[:, 0], block[:, 1]).mean()) for block in observed.features]
+        pictures.append(_picture("group_rank", "Effective rank by group", how, figures.draw_group_ranks, by_group))
+    if len(features) == 2:
+        cosines = [float(token_similarity(*blocks).mean()) for blocks in zip(*features.values(), strict=True)]
         findings["token_similarity"] = cosines
         how = "1: same direction; 0: orthogonal. The lower the cosine, the more the features of the tokens differ."
-        draw = lambda axis: figures.draw_by_block(axis, {"cosine": cosines}, "cosine of CLS and DIST")  # noqa: E731
-        pictures.append(_picture("similarity", "Similarity of the tokens", how, draw))
+        curve, label = {"cosine": cosines}, "cosine of CLS and DIST"
+        pictures.append(_picture("similarity", "Similarity of the tokens", how, figures.draw_by_block, curve, label))
     return pictures
 
 
@@ -333,7 +335,7 @@ def _of_weights(model, images: Iterable[tuple[str, Batches]], findings: dict) ->
         "The rise of the loss on training images when the weights move in the direction of its steepest ascent. Lower "
         "is flatter, which is the goal of SAM."
     )
-    return _picture("flatness", "Flatness of the loss", how, lambda axis: figures.draw_loss_rises(axis, rises, RHOS))
+    return _picture("flatness", "Flatness of the loss", how, figures.draw_loss_rises, rises, RHOS)
 
 
 def _of_images(model, observed: Observed, dataset, collate, names, groups) -> list[Picture]:
@@ -375,9 +377,7 @@ def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Se
     figure = Figure(figsize=(2.0 * (1 + tokens), 2.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 1 + tokens, squeeze=False)
     # The maps belong to the image after resizing and cropping, so that one is drawn.
-    seen = ImageFormat.of(collate.image_processor)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (seen.mean, seen.std))
-    images = (batch["pixel_values"] * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    images = ImageFormat.of(collate.image_processor).visible(batch["pixel_values"])
     for axes, row, image, weights in zip(grid, rows, images, rollout, strict=True):
         maps = {
             f"{token} token": weights[index, tokens:].reshape(observed.grid)
@@ -398,11 +398,12 @@ def _row(name: str, title: str, how: str, dataset, rows: Sequence[int], captions
     return Picture(name, title, how, figure, [", ".join(lines) for lines in captions])
 
 
-def _picture(name: str, title: str, how_to_read: str, draw: Callable) -> Picture:
+def _picture(name: str, title: str, how_to_read: str, draw: Callable, *values) -> Picture:
+    """Draws a figure with one axis; `values` are the arguments of `draw` after the axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-    draw(figure.subplots())
+    draw(figure.subplots(), *values)
     return Picture(name, title, how_to_read, figure)
 
 

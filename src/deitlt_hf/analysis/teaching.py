@@ -2,7 +2,7 @@
 
 import itertools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -76,24 +76,36 @@ def teacher_agreement(
             groups=groups,
             processing_class=model_processor(model.config, args.image_resize, background),
         )
-        shares = {}
-        for name, loader in (
-            ("in distribution", trainer.get_eval_dataloader()),
-            ("out of distribution", trainer.get_train_dataloader()),
-        ):
-            same, seen = dict.fromkeys(HEADS, 0.0), 0
-            for index, batch in enumerate(itertools.islice(loader, num_batches)):
-                if name == "in distribution":
-                    pixel_values = batch["pixel_values"].to(args.device)
-                    taught = trainer.teacher_logits(pixel_values)
-                else:
-                    trainer.seed_micro_batch(index, purpose=1)
-                    prepared = trainer.training_batch(batch)
-                    pixel_values, taught = prepared["pixel_values"], prepared["teacher_logits"]
-                outputs = model.eval()(pixel_values=pixel_values)
-                seen += len(pixel_values)
-                for expert, field in HEADS.items():
-                    same[expert] += (outputs[field].argmax(dim=1) == taught.argmax(dim=1)).sum().item()
-            shares[name] = {expert: number / seen for expert, number in same.items()}
+        shares = {
+            name: _shares(model, itertools.islice(batches(trainer), num_batches))
+            for name, batches in (("in distribution", _test_images), ("out of distribution", _training_images))
+        }
         trainer.end_workers()
     return shares
+
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images for the student, and the teacher's logits
+
+
+def _test_images(trainer: DeiTLTTrainer) -> Batches:
+    for batch in trainer.get_eval_dataloader():
+        pixel_values = batch["pixel_values"].to(trainer.args.device)
+        yield pixel_values, trainer.teacher_logits(pixel_values)
+
+
+def _training_images(trainer: DeiTLTTrainer) -> Batches:
+    for index, batch in enumerate(trainer.get_train_dataloader()):
+        trainer.seed_micro_batch(index, purpose=1)
+        prepared = trainer.training_batch(batch)
+        yield prepared["pixel_values"], prepared["teacher_logits"]
+
+
+def _shares(model: PreTrainedModel, batches: Batches) -> dict[str, float]:
+    """Share of the images for which each expert predicts the teacher's class."""
+    same, seen = dict.fromkeys(HEADS, 0.0), 0
+    for pixel_values, taught in batches:
+        outputs = model.eval()(pixel_values=pixel_values)
+        seen += len(pixel_values)
+        for expert, field in HEADS.items():
+            same[expert] += (outputs[field].argmax(dim=1) == taught.argmax(dim=1)).sum().item()
+    return {expert: number / seen for expert, number in same.items()}

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment
 
 from ..data.long_tail import Integers, class_counts
-from ..evaluation.accuracy import ExpertTable, group_accuracies
+from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
 from ..evaluation.metrics import Estimate, paired_leads, points, with_intervals
 from ..io import atomic_write
 from .figures import draw_prices
@@ -135,8 +135,7 @@ def table(
     names = {outcome.title: f"{outcome.title}, {outcome.price}" for outcome in outcomes}
     rows = {names[title]: found.values for title, found in verdict.accuracies.items()}
     intervals = {names[title]: found.ends for title, found in verdict.accuracies.items()}
-    num_classes = 1 + max(int(np.max(labels)), *(max(group, default=0) for group in groups.values()))
-    tested = class_counts(labels, num_classes).tolist()
+    tested = class_counts(labels, number_of_classes(labels, groups)).tolist()
     return ExpertTable("comparison", rows, groups, tested, intervals=intervals, of="way, price")
 
 

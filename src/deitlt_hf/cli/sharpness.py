@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from ..analysis.flatness import sharpness_of_groups
+from ..analysis.flatness import images_of_groups, sharpness
 from ..console import quiet_log, show
 from ..data.images import ImageCollator, ImageDataset
 from ..recipes import DataArguments, parse_arguments
@@ -52,17 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = data_args.load()
         names = data["train"].features["label"].names
         dataset = ImageDataset(data["train"], "image", "label", background=collate.background)
-        measured = sharpness_of_groups(
-            model,
-            dataset,
-            collate,
-            data_args.groups(data),
-            args.num_images,
-            label_order(names, model.config, "model"),
-            rho=args.rho,
-            num_vectors=args.num_vectors,
-            seed=args.seed,
-        )
+        order = label_order(names, model.config, "model")
+        images = images_of_groups(model, dataset, collate, data_args.groups(data), args.num_images, order, args.seed)
+        measured = {name: sharpness(model, batches, args.rho, args.num_vectors, args.seed) for name, batches in images}
         table = Table(
             "images of", "number", "loss", f"rise at {args.rho:g}", "eigenvalue", "trace", title=escape(str(args.model))
         )

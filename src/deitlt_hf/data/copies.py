@@ -4,6 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import BaseImageProcessor, BitImageProcessor
 
 from ..io import atomic_write
 from .images import EncodedImage, open_image
-from .transforms import resized_region
+from .transforms import resized_to
 
 # A random crop of 8 % of the area, the smallest, is 0.28 of a side, and half of the crops are larger than 0.73.
 SIDE_OF_CROP = 2
@@ -42,13 +43,7 @@ class ReducedCopies:
     def for_training(cls, folder: str | Path, image_size: int) -> "ReducedCopies":
         """Copies with `SIDE_OF_CROP` times the image size on the shorter side, from which random crops are taken."""
         side = SIDE_OF_CROP * image_size
-
-        def reduce(image: EncodedImage) -> np.ndarray:
-            width, height = image.size
-            shorter = min(width, height)
-            return resized_region(image, (0, 0, height, width), (side * height // shorter, side * width // shorter))
-
-        return cls(folder, side, reduce, "train")
+        return cls(folder, side, partial(resized_to, side=side), "train")
 
     @classmethod
     def for_evaluation(cls, folder: str | Path, processor: BaseImageProcessor) -> "ReducedCopies | None":

@@ -1,7 +1,7 @@
 """Decodes image files by one rule in training, evaluation and serving: formats, limits, orientation, transparency.
 
-`serving/handler.py` is copied alone into model repositories, so it holds a verbatim copy of everything below the
-imports. A test compares the two.
+The handler.py in a model folder contains this module (`hub/handler_file.py`), so it imports NumPy, Pillow and the
+standard library only.
 """
 
 import io

@@ -37,7 +37,6 @@ REDUCING_GAP = 2.0  # a region of a JPEG is decoded to at least this many times 
 CACHED_SIDE = 64  # pixels; images up to this side are cached decoded
 CACHE_BYTES = 2**30
 ROWS_A_TASK = 256
-BINARY = ("binary", "large_binary", "binary_view")
 ADVICE = " Repair or remove it, or pass --skip_bad_images."
 
 
@@ -156,27 +155,11 @@ def decoder_versions() -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
-def holds_images(feature) -> bool:
-    """Whether a column has the type of encoded images: `datasets.Image`, bytes, or a struct of bytes and path."""
-    if isinstance(feature, dict):
-        feature = feature.get("bytes")
-    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in BINARY
-
-
 def as_image_column(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Gives a column of encoded images, or of their paths, the type `datasets.Image`.
-
-    Raises:
-        ValueError: If it holds something else.
-    """
+    """Gives a column of encoded images the type `datasets.Image`; it may hold bytes, or structs of bytes and path."""
     feature = rows.features[column]
     if isinstance(feature, datasets.Image):
         return rows
-    if not holds_images(feature) and getattr(feature, "dtype", "") not in ("string", "large_string"):
-        raise ValueError(
-            f"the column {column!r} has the type {one_line(feature)}, which holds neither images (bytes, or a struct "
-            "of bytes and path) nor paths; name another column with image_column."
-        )
     if "_view" in str(feature):  # types of polars, which pyarrow casts only to bytes and text
         rows = rows.cast_column(column, _without_views(feature))
     return rows.cast_column(column, datasets.Image())
@@ -208,15 +191,6 @@ def open_image(image: Mapping[str, Any] | None, place: str = "", background: str
         raise ValueError(f"{place or 'an image of the data set'} is empty, without bytes and path.{ADVICE}")
     name = f"{path} ({place})" if path and place else path or (f"in {place}" if place else "(embedded in the data set)")
     return EncodedImage(data, name, background)
-
-
-def decode_image(image: Mapping[str, Any] | None, background: str | None = None) -> np.ndarray:
-    """Decodes an image of a `datasets.Image(decode=False)` column into upright RGB; uint8 of shape (height, width, 3).
-
-    Raises:
-        ValueError: If the image cannot be read; the message names the file.
-    """
-    return open_image(image, background=background).decode()
 
 
 class Decoded(NamedTuple):

@@ -11,11 +11,9 @@ import datasets
 import numpy as np
 
 from ..io import file_errors, one_line
-from .corruption import check_shards
 from .images import as_image_column, decode_all
 from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split, validation_split
 from .sources.arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
-from .sources.class_lists import read_class_names
 from .sources.files import (
     TEST_NAMES,
     TRAIN_NAMES,
@@ -29,7 +27,14 @@ from .sources.files import (
     split_folders,
     split_of,
 )
-from .sources.labels import check_class_names, check_indices, encode_labels, look_alikes
+from .sources.labels import (
+    check_class_names,
+    check_indices,
+    check_training_counts,
+    encode_labels,
+    look_alikes,
+    read_class_names,
+)
 from .sources.tables import LABEL_COLUMNS, PATH_COLUMNS, find_metadata, find_shards, find_tables, load_tables
 
 logger = logging.getLogger(__name__)
@@ -95,47 +100,56 @@ def load_source(
         ValueError: If its files do not have the expected content.
     """
     if data_dir is None:
-        if dataset in FOLDER_ONLY:
-            raise ValueError(f"{dataset} has no public copy to load; give data_dir, the folder with its images.")
-        if dataset == "digits":
-            return "scikit-learn's digits", load_digits()
-        with file_errors(dataset):
-            return f"{dataset} from the Hub", _by_split_column(datasets.load_dataset(dataset))
+        return _load_public(dataset)
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
     if (image_column or label_column) and (tables := find_tables(folder, image_column, label_column)):
-        loaded = load_tables(folder, tables, image_column, label_column)
-        return f"tables ({_names(folder, tables)})", _by_split_column(loaded)
-    columns = {"image": image_column or "image", "label": label_column or "label"}
+        return _load_tables(folder, tables, image_column, label_column)
+
+    def named_columns(kind: str, splits: datasets.DatasetDict) -> tuple[str, datasets.DatasetDict]:
+        return kind, splits.rename_columns({"image": image_column or "image", "label": label_column or "label"})
+
     if lists := find_lists(folder, train_list, test_list):
-        return f"list files ({_names(folder, lists)})", load_lists(folder, lists).rename_columns(columns)
+        return named_columns(f"list files ({_names(folder, lists)})", load_lists(folder, lists))
     if any(folder.glob(f"{IDX_STEMS['train']}-images-idx3-ubyte*")):
-        return "IDX files", load_idx(folder).rename_columns(columns)
+        return named_columns("IDX files", load_idx(folder))
     if cifar := cifar_folder(folder):
-        return "CIFAR's python version", load_cifar(cifar).rename_columns(columns)
+        return named_columns("CIFAR's python version", load_cifar(cifar))
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         with file_errors(folder):
             loaded = datasets.load_from_disk(str(folder))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
         return "a saved data set", _by_split_column(splits)
     if metadata := find_metadata(folder):
-        return f"tables ({_names(folder, metadata)})", _by_split_column(load_tables(folder, metadata))
+        return _load_tables(folder, metadata)
     if {"train"} < set(split_folders(folder)):
-        return "class folders", load_class_folders(folder).rename_columns(columns)
+        return named_columns("class folders", load_class_folders(folder))
     if annotations := find_annotations(folder):
-        return f"iNaturalist annotations ({_names(folder, annotations)})", load_annotations(
-            folder, annotations
-        ).rename_columns(columns)
+        kind = f"iNaturalist annotations ({_names(folder, annotations)})"
+        return named_columns(kind, load_annotations(folder, annotations))
     if tables := find_tables(folder):
-        return f"tables ({_names(folder, tables)})", _by_split_column(load_tables(folder, tables))
+        return _load_tables(folder, tables)
     if shards := find_shards(folder):
-        check_shards(shards)
         with file_errors(folder):
             return "webdataset shards", datasets.load_dataset("webdataset", data_files=shards)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise FileNotFoundError(f"data_dir {data_dir!r} has no files.")
-    return "class folders", load_class_folders(folder).rename_columns(columns)
+    return named_columns("class folders", load_class_folders(folder))
+
+
+def _load_public(dataset: str) -> tuple[str, datasets.DatasetDict]:
+    """Loads the embedded digits, or a data set of the Hub."""
+    if dataset in FOLDER_ONLY:
+        raise ValueError(f"{dataset} has no public copy to load; give data_dir, the folder with its images.")
+    if dataset == "digits":
+        return "scikit-learn's digits", load_digits()
+    with file_errors(dataset):
+        return f"{dataset} from the Hub", _by_split_column(datasets.load_dataset(dataset))
+
+
+def _load_tables(folder: Path, tables: dict[str, Path], *columns: str | None) -> tuple[str, datasets.DatasetDict]:
+    return f"tables ({_names(folder, tables)})", _by_split_column(load_tables(folder, tables, *columns))
 
 
 def _names(folder: Path, files: dict[str, Path]) -> str:
@@ -204,13 +218,10 @@ def long_tailed_splits(
     splits = _choose_splits(splits, test_split, test_fraction)
     splits = standard_columns(splits, image_column, label_column, class_names)
     if test_fraction is not None:
-        whole = splits["train"]
-        indices = stratified_split(whole["label"][:], test_fraction, subset_seed)
-        splits = datasets.DatasetDict(
-            {name: whole.select(rows) for name, rows in zip(("train", "test"), indices, strict=True)}
-        )
+        train, test = stratified_split(splits["train"]["label"][:], test_fraction, subset_seed)
+        splits = datasets.DatasetDict(train=splits["train"].select(train), test=splits["train"].select(test))
     if skip_bad_images:
-        splits = _drop_unreadable(splits)
+        splits = datasets.DatasetDict({name: readable(name, split) for name, split in splits.items()})
     names = splits["train"].features["label"].names
     if len(names) < 2:
         raise ValueError(
@@ -224,14 +235,11 @@ def long_tailed_splits(
             splits["train"]["label"][:], len(names), imbalance_ratio, imbalance_type, subset_seed, max_per_class
         )
         splits["train"] = splits["train"].select(chosen)
-    empty = [names[label] for label in np.flatnonzero(training_counts(splits["train"]) == 0)]
-    if empty:
-        shown = one_line(", ".join(empty[:5]), 200)
-        raise ValueError(f"classes without a training image: {shown} ({len(empty)} in all).")
+    check_training_counts(names, training_counts(splits["train"]))
     if validation_fraction is not None:
-        whole = splits["train"]
-        indices = validation_split(whole["label"][:], validation_fraction, subset_seed)
-        splits |= {name: whole.select(rows) for name, rows in zip(("train", "validation"), indices, strict=True)}
+        train, validation = validation_split(splits["train"]["label"][:], validation_fraction, subset_seed)
+        splits["validation"] = splits["train"].select(validation)
+        splits["train"] = splits["train"].select(train)
     return splits
 
 
@@ -462,10 +470,6 @@ def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Datas
     if len(names) != found:
         raise ValueError(f"class_names has {len(names)} names but the data have {found} classes.")
     return split.cast_column("label", datasets.ClassLabel(names=names))
-
-
-def _drop_unreadable(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    return datasets.DatasetDict({name: readable(name, split) for name, split in splits.items()})
 
 
 # Readable rows of the files that this process has decoded, by a digest of their paths, sizes and times. A run loads its

@@ -52,32 +52,14 @@ def long_tailed_indices(
     if imbalance_type not in IMBALANCE_TYPES:
         raise ValueError(f"imbalance_type must be one of {', '.join(IMBALANCE_TYPES)}, got {imbalance_type!r}.")
     labels = np.asarray(labels, dtype=np.int64)
-    factor = 1.0 / imbalance_ratio
     n_max = len(labels) / num_classes if max_per_class is None else max_per_class
     classes = np.arange(num_classes)
-    if imbalance_type == "exp":
-        exponents = classes / max(num_classes - 1, 1)
-    else:
+    exponents = classes / max(num_classes - 1, 1)
+    if imbalance_type == "step":
         exponents = (classes >= num_classes // 2).astype(float)
-
     counts = class_counts(labels, num_classes)[:num_classes]
-    wanted = [int(n_max * factor**exponent) for exponent in exponents]
-    for label in classes:
-        if min(wanted[label], counts[label]) < 1:
-            raise ValueError(
-                f"class {label} would get no image (it has {counts[label]}, and imbalance_ratio {imbalance_ratio:g} "
-                f"leaves {wanted[label]} of {n_max:g}); lower the imbalance ratio."
-            )
-    enough = 1 if max_per_class is not None else 1 - NEARLY_BALANCED
-    for label in classes:
-        if counts[label] < enough * wanted[label]:
-            most = int(min(counts / factor**exponents))
-            raise ValueError(
-                f"class {label} has {counts[label]} images, but imbalance_ratio {imbalance_ratio:g} with {n_max:g} "
-                f"images in the largest class takes {wanted[label]} of it; set max_per_class to {most}, or "
-                "imbalance_ratio to none if the data are long-tailed already."
-            )
-
+    tolerance = NEARLY_BALANCED if max_per_class is None else 0.0
+    wanted = _kept_counts(counts, n_max, imbalance_ratio, exponents, tolerance)
     random = np.random.RandomState(seed)
     chosen = []
     for label in classes:
@@ -85,6 +67,33 @@ def long_tailed_indices(
         random.shuffle(candidates)
         chosen.append(candidates[: wanted[label]])
     return np.concatenate(chosen)
+
+
+def _kept_counts(
+    counts: np.ndarray, n_max: float, imbalance_ratio: float, exponents: np.ndarray, tolerance: float
+) -> list[int]:
+    """Number of images that each class keeps; a class may have fewer by the share `tolerance`.
+
+    Raises:
+        ValueError: If a class would get no image or has too few.
+    """
+    factor = 1.0 / imbalance_ratio
+    wanted = [int(n_max * factor**exponent) for exponent in exponents]
+    for label in range(len(counts)):
+        if min(wanted[label], counts[label]) < 1:
+            raise ValueError(
+                f"class {label} would get no image (it has {counts[label]}, and imbalance_ratio {imbalance_ratio:g} "
+                f"leaves {wanted[label]} of {n_max:g}); lower the imbalance ratio."
+            )
+    for label in range(len(counts)):
+        if counts[label] < (1 - tolerance) * wanted[label]:
+            most = int(min(counts / factor**exponents))
+            raise ValueError(
+                f"class {label} has {counts[label]} images, but imbalance_ratio {imbalance_ratio:g} with {n_max:g} "
+                f"images in the largest class takes {wanted[label]} of it; set max_per_class to {most}, or "
+                "imbalance_ratio to none if the data are long-tailed already."
+            )
+    return wanted
 
 
 def stratified_split(labels: Integers, test_fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -144,13 +153,18 @@ def _set_apart(labels: np.ndarray, counts: np.ndarray, fraction: float, seed: in
     """Indices of the images that stay, and of those that are set apart: a share of each class, if one stays."""
     most = np.maximum(counts - 1, 0)
     wanted = np.clip(np.round(fraction * counts).astype(np.int64), np.minimum(1, most), most)
+    is_apart = random_ranks(labels, seed) < wanted[labels]
+    return np.flatnonzero(~is_apart), np.flatnonzero(is_apart)
+
+
+def random_ranks(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Rank of each image in a random order of its class, from 0; int64 of shape (images,)."""
     order = np.random.RandomState(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
-    # The order within a class is random, so the first ranks are a random choice.
-    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    is_apart = np.zeros(len(labels), dtype=bool)
-    is_apart[order] = rank_in_class < wanted[labels[order]]
-    return np.flatnonzero(~is_apart), np.flatnonzero(is_apart)
+    counts = class_counts(labels)
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
 
 
 def class_counts(labels: Integers, num_classes: int | None = None) -> np.ndarray:

@@ -98,6 +98,18 @@ def check_repeats(num_images: int) -> None:
         )
 
 
+def images_of_epoch(num_images: int, num_repeats: int) -> int:
+    """Number of images that an epoch draws: with repeated augmentation rounded down to whole rounds.
+
+    Raises:
+        ValueError: If images are repeated and there are fewer than one round.
+    """
+    if num_repeats > 1:
+        check_repeats(num_images)
+        num_images -= num_images % ROUND
+    return num_images
+
+
 def whole_steps(num_images: int, batch_size: int, num_processes: int = 1, micro_batches: int = 1) -> int:
     """Number of full batches of a process in an epoch, rounded down to whole optimiser steps if one step fits.
 
@@ -159,10 +171,8 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self.balanced_labels = balanced_labels
         self.num_images, self.rank, self.num_processes = num_images, rank, num_processes
         self.num_repeats, self.seed, self.epoch = num_repeats, seed, 0
-        if num_repeats > 1:
-            check_repeats(num_images)
-            num_images = num_images // ROUND * ROUND
-        self.sizes = batches_of_epoch(num_images, batch_size, num_processes, micro_batches, partial)
+        drawn = images_of_epoch(num_images, num_repeats)
+        self.sizes = batches_of_epoch(drawn, batch_size, num_processes, micro_batches, partial)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration."""

@@ -15,7 +15,6 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..io import file_errors, read_json
-from .corruption import check_shards
 from .images import EncodedImage, open_image
 from .loading import find_columns, standard_columns, with_classes
 from .sampling import ROUND, check_repeats, image_seeds, seed_streams, whole_steps
@@ -286,7 +285,6 @@ def _shards(dataset: str, data_dir: str | None) -> tuple[str, dict]:
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
     if shards := find_shards(folder):
-        check_shards(shards)
         return "webdataset shards, streamed", {"path": "webdataset", "data_files": shards}
     tables = find_tables(folder)
     if tables and embeds_images(tables["train"]):

@@ -142,6 +142,11 @@ class ImageFormat:
                 "give a processor that changes only these."
             )
 
+    def visible(self, pixel_values: torch.Tensor) -> np.ndarray:
+        """Images in [0, 1] of a normalised batch; float32 of shape (batch, height, width, channels)."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixel_values.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
     def __str__(self) -> str:
         height, width = self.size
         return f"{width} px" if height == width else f"{width} x {height} px"
@@ -339,10 +344,7 @@ def _random_resized_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndar
 
 def _padded_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
     """Resizes the shorter side to `size`, then takes a random crop with an eighth of `size` as padding."""
-    height, width = _height_width(image)
-    shorter = min(height, width)
-    # Rounded down, as torchvision does.
-    resized = resized_region(image, (0, 0, height, width), (size * height // shorter, size * width // shorter))
+    resized = resized_to(image, size)
     padding = size // 8
     height, width, _ = resized.shape
     top, left = (
@@ -356,6 +358,13 @@ def _padded_crop(image: EncodedImage | np.ndarray, size: int) -> np.ndarray:
 
 def _height_width(image: EncodedImage | np.ndarray) -> tuple[int, int]:
     return image.size[::-1] if isinstance(image, EncodedImage) else image.shape[:2]
+
+
+def resized_to(image: EncodedImage | np.ndarray, side: int) -> np.ndarray:
+    """Resizes an image so that its shorter side has this length, and rounds the other down, as torchvision does."""
+    height, width = _height_width(image)
+    shorter = min(height, width)
+    return resized_region(image, (0, 0, height, width), (side * height // shorter, side * width // shorter))
 
 
 def resized_region(

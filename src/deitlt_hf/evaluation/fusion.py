@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Integers, random_ranks
 
 FIT_IMAGES = 20_000  # their logits fit into memory even with 8,142 classes
 
@@ -34,50 +34,36 @@ class Fusion(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A family of fusions with parameters to fit.
+    """A family of fusions with parameters to fit; with zeros as parameters, a fusion is the mean of the heads.
 
     Args:
-        start: Makes the initial parameters, for which the fusion is the mean of the heads, from the number of groups.
-        fusion: Makes the fusion from the parameters, the centred logarithms of the training counts, and the index of
-            each class's group.
+        size: Number of parameters, from the number of groups.
+        parts: Maps the parameters, the centred logarithms of the training counts, and the index of each class's group
+            to the fields of [`Fusion`], each a number or (classes,).
     """
 
-    start: Callable[[int], torch.Tensor]
-    fusion: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Fusion]
+    size: Callable[[int], int]
+    parts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple]
+
+    def fusion(self, parameters: torch.Tensor, log_counts: torch.Tensor, group_of: torch.Tensor) -> Fusion:
+        """Makes the fusion of given parameters."""
+        parts = self.parts(parameters, log_counts, group_of)
+        return Fusion(*(torch.as_tensor(part, dtype=log_counts.dtype).expand_as(log_counts) for part in parts))
 
 
-def _constant(size: int) -> Callable[[int], torch.Tensor]:
-    return lambda groups: torch.zeros(size)
-
-
-def _mean(parameters, log_counts, group_of):
-    half = torch.full_like(log_counts, 0.5)
-    return Fusion(half, half, torch.zeros_like(log_counts))
-
-
-def _weighted(share_of_cls: torch.Tensor) -> Fusion:
-    return Fusion(share_of_cls, 1 - share_of_cls, torch.zeros_like(share_of_cls))
-
-
-def _temperatures(parameters, log_counts, group_of):
-    cls, distillation = 0.5 * parameters.exp()
-    return Fusion(cls.expand_as(log_counts), distillation.expand_as(log_counts), torch.zeros_like(log_counts))
-
-
-def _adjusted(parameters, log_counts, group_of):
-    half = torch.full_like(log_counts, 0.5)
-    return Fusion(half, half, -parameters[0] * log_counts)
+def _weighted(share_of_cls: torch.Tensor) -> tuple:
+    return share_of_cls, 1 - share_of_cls, 0.0
 
 
 RULES: dict[str, Rule] = {
-    "mean": Rule(_constant(0), _mean),
+    "mean": Rule(lambda groups: 0, lambda p, log_counts, group_of: (0.5, 0.5, 0.0)),
     # The logits of each head are divided by a separate temperature.
-    "temperatures": Rule(_constant(2), _temperatures),
-    "weight": Rule(_constant(1), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0]).expand_as(counts))),
-    "group_weights": Rule(torch.zeros, lambda p, counts, group_of: _weighted(torch.sigmoid(p[group_of]))),
-    "count_weights": Rule(_constant(2), lambda p, counts, group_of: _weighted(torch.sigmoid(p[0] + p[1] * counts))),
+    "temperatures": Rule(lambda groups: 2, lambda p, log_counts, group_of: (*(0.5 * p.exp()), 0.0)),
+    "weight": Rule(lambda groups: 1, lambda p, counts, group_of: _weighted(torch.sigmoid(p[0]).expand_as(counts))),
+    "group_weights": Rule(lambda groups: groups, lambda p, log_counts, group_of: _weighted(torch.sigmoid(p[group_of]))),
+    "count_weights": Rule(lambda groups: 2, lambda p, counts, group_of: _weighted(torch.sigmoid(p[0] + p[1] * counts))),
     # Post-hoc logit adjustment (Menon et al., ICLR 2021): the training prior is subtracted.
-    "logit_adjustment": Rule(_constant(1), _adjusted),
+    "logit_adjustment": Rule(lambda groups: 1, lambda p, log_counts, group_of: (0.5, 0.5, -p[0] * log_counts)),
 }
 
 
@@ -114,7 +100,7 @@ def fit_fusion(
         raise ValueError(f"class {int((group_of < 0).nonzero()[0])} is in none of the groups {', '.join(groups)}.")
     weights = 1.0 / torch.bincount(labels, minlength=len(log_counts)).clamp(min=1).double()
     family = RULES[rule]
-    parameters = family.start(len(groups)).double().requires_grad_()
+    parameters = torch.zeros(family.size(len(groups)), dtype=torch.float64, requires_grad=True)
     if len(parameters) == 0:
         return family.fusion(parameters, log_counts, group_of)
     optimizer = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
@@ -141,12 +127,8 @@ def balanced_rows(labels: Integers, limit: int = FIT_IMAGES, seed: int = 0) -> n
         seed: Seed of the choice.
     """
     labels = np.asarray(labels)
-    order = np.random.RandomState(seed).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    turn = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # position of a row in its class
-    # Sorted by position, the rows contain the first row of every class, then the second of every class, and so on.
-    return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
+    # By rank: the first row of every class, then the second of every class, and so on.
+    return np.sort(np.lexsort((labels, random_ranks(labels, seed)))[:limit])
 
 
 def fold(model: PreTrainedModel, fusion: Fusion) -> PreTrainedModel:

@@ -135,11 +135,7 @@ def with_intervals(
 ) -> dict[str, Estimate]:
     """Metrics of several models with their intervals. All models see the same bootstrap samples.
 
-    Args:
-        figures: Computes metrics by model, for images given by their indices (with repetitions).
-        labels: See [`bootstrap_intervals`].
-        level: See [`bootstrap_intervals`].
-        resamples: See [`bootstrap_intervals`].
+    The arguments are those of [`bootstrap_intervals`], but `figures` computes metrics by model.
     """
 
     def flat(rows: np.ndarray) -> dict[tuple[str, str], float]:

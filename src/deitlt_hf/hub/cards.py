@@ -49,9 +49,9 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
     if repo_id is not None:
         validate_repo_id(repo_id)
     config = read_config(folder)
-    record = find_record(folder)
-    is_recorded = _is_of(record, folder)
-    facts = CardFacts(record if record and is_recorded else {}, config)
+    record = _own_record(folder)
+    is_recorded = record is not None
+    facts = CardFacts(record or {}, config)
     if name is None:
         name = repo_id.split("/")[-1] if repo_id else _title(facts)
     return _render(
@@ -75,8 +75,7 @@ def eval_results_file(folder: str | Path) -> bytes | None:
         YAML; None unless a finished run measured the accuracy of these weights on a data set from the Hub.
     """
     folder = Path(folder)
-    record = find_record(folder)
-    facts = CardFacts(record if record and _is_of(record, folder) else {}, read_config(folder))
+    facts = CardFacts(_own_record(folder) or {}, read_config(folder))
     accuracy = facts.prediction.get("overall")
     if not (facts.is_finished and facts.hub_dataset) or accuracy is None:
         return None
@@ -249,10 +248,11 @@ def _title(facts: CardFacts) -> str:
     return f"{kind}, {facts.dataset}" if facts.dataset else kind
 
 
-def _is_of(record: RunRecord | None, folder: Path) -> bool:
-    """Whether the record of a run has the digest of the weights in a folder."""
-    digest = (record or {}).get("weights_sha256")
-    return digest is not None and digest == weights_digest(folder)
+def _own_record(folder: Path) -> RunRecord | None:
+    """Reads the record of the run in a folder; None if there is none, or it belongs to other weights."""
+    record = find_record(folder)
+    digest = None if record is None else record.get("weights_sha256")
+    return record if digest is not None and digest == weights_digest(folder) else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

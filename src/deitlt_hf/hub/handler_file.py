@@ -1,18 +1,20 @@
 """Adds the endpoint handler to model folders, and recognises copies of the package's files there."""
 
-import shutil
+import inspect
+import re
 from os import PathLike
 from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from ..data import image_rule
 from ..io import atomic_write
 from ..serving import handler
 from .cards import read_config
 
 
 def add_handler(folder: str | PathLike) -> Path:
-    """Copies `serving/handler.py` into a model folder as handler.py. A push of the folder then includes it.
+    """Writes [`handler_source`] into a model folder as handler.py. A push of the folder then includes it.
 
     The handler needs no requirements.txt: every image of Inference Endpoints with transformers has its imports.
 
@@ -26,8 +28,14 @@ def add_handler(folder: str | PathLike) -> Path:
     """
     target = check_handler(folder)
     with atomic_write(target) as part:
-        shutil.copyfile(handler.__file__, part)
+        part.write_bytes(handler_source().encode())
     return target
+
+
+def handler_source() -> str:
+    """The content of handler.py: `serving/handler.py` with the code of `data/image_rule.py` in place of its import."""
+    rule = inspect.getsource(image_rule).partition('"""\n')[2].strip()  # without its docstring
+    return re.sub(r"from \.\.data\.image_rule import .*", lambda _: rule, inspect.getsource(handler))
 
 
 def check_handler(folder: str | PathLike) -> Path:
@@ -39,19 +47,16 @@ def check_handler(folder: str | PathLike) -> Path:
             "load it; leave the handler out."
         )
     target = Path(folder) / "handler.py"
-    if target.exists() and not is_version_of(target, handler.__file__):
+    if target.exists() and not is_version_of(target, handler_source()):
         raise FileExistsError(f"{str(target)!r} is another handler; move it away to use the handler of deitlt_hf.")
     return target
 
 
-def is_version_of(path: str | PathLike, own: str | PathLike) -> bool:
-    """Whether a file is a version, possibly an earlier one, of a file of this package.
+def is_version_of(path: str | PathLike, own: str) -> bool:
+    """Whether a file is a version, possibly an earlier one, of a file of this package with the content `own`.
 
     All versions of a file begin with the same line.
     """
-    return _first_line(path) == _first_line(own)
-
-
-def _first_line(path: str | PathLike) -> bytes:
     with open(path, "rb") as file:
-        return file.readline().rstrip().removesuffix(b'"""')
+        first = file.readline().decode(errors="replace")
+    return first.rstrip().removesuffix('"""') == own.partition("\n")[0].rstrip().removesuffix('"""')

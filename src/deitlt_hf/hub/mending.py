@@ -1,17 +1,15 @@
 """Updates model folders of earlier versions: image processor, model code and handler."""
 
 import inspect
-import shutil
 from os import PathLike
 from pathlib import Path
 
 from ..io import atomic_write, read_json, write_json
 from ..models.deitlt import configuration_deitlt, modeling_deitlt
 from ..models.flat_teacher import configuration_flat_teacher, modeling_flat_teacher
-from ..serving import handler
-from .handler_file import is_version_of
+from .handler_file import handler_source, is_version_of
 
-_CODE = (configuration_deitlt, modeling_deitlt, configuration_flat_teacher, modeling_flat_teacher, handler)
+_MODEL_CODE = (configuration_deitlt, modeling_deitlt, configuration_flat_teacher, modeling_flat_teacher)
 
 
 def mend_folder(folder: str | PathLike) -> list[str]:
@@ -36,11 +34,11 @@ def mend_folder(folder: str | PathLike) -> list[str]:
     if is_deit and isinstance(size, dict) and "shortest_edge" in size:
         write_json(path, content | {"image_processor_type": "BitImageProcessor"})
         mended.append(path.name)
-    for module in _CODE:
-        source = Path(inspect.getfile(module))
-        target = folder / source.name
-        if target.is_file() and is_version_of(target, source) and target.read_bytes() != source.read_bytes():
+    code = {Path(inspect.getfile(module)).name: inspect.getsource(module) for module in _MODEL_CODE}
+    for name, own in {**code, "handler.py": handler_source()}.items():
+        target = folder / name
+        if target.is_file() and is_version_of(target, own) and target.read_bytes() != own.encode():
             with atomic_write(target) as part:
-                shutil.copyfile(source, part)
-            mended.append(target.name)
+                part.write_bytes(own.encode())
+            mended.append(name)
     return mended

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.long_tail import decreasing_count_map
-from ..data.sources.class_lists import check_class_names
+from ..data.sources.labels import check_class_names
 from ..data.transforms import model_processor
 from ..io import check_can_be_folder
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
@@ -384,30 +384,13 @@ def _classes(
         if values is not None and len(values) != num_labels:
             raise ValueError(f"{name} has {len(values)} entries but {checkpoint.name} has {num_labels} classes.")
     if class_map is None and checkpoint.is_sorted:
-        if class_counts is not None:
-            class_map = decreasing_count_map(class_counts).tolist()
-        elif class_names is not None:
-            raise ValueError(
-                f"{checkpoint.name} orders its classes by decreasing training count, so these names would name other "
-                "classes; give class_counts, or the class_map of the student."
-            )
-        else:
-            logger.warning(
-                "%s orders its classes by decreasing training count, and they stay in that order; give class_counts or "
-                "class_map to have them in the data set's.",
-                checkpoint.name,
-            )
+        class_map = _map_of_sorted(checkpoint.name, class_counts, class_names)
     if class_map is not None and sorted(class_map) != list(range(num_labels)):
         raise ValueError(f"class_map must hold each of 0 to {num_labels - 1} once; it begins with {class_map[:5]}.")
     if checkpoint.class_counts is not None:
         of_file = [checkpoint.class_counts[row] for row in class_map or range(num_labels)]
         class_counts = of_file if class_counts is None else class_counts
-        for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
-            if count != given:
-                raise ValueError(
-                    f"class {label} had {count} training images for {checkpoint.name} but has {given} in class_counts; "
-                    "these are other data, or other classes."
-                )
+        _check_counts(checkpoint.name, of_file, class_counts)
     classes: dict[str, Any] = {"num_labels": num_labels, "class_map": class_map}
     if class_counts is not None:
         classes["class_counts"] = class_counts
@@ -415,6 +398,34 @@ def _classes(
         classes["id2label"] = dict(enumerate(class_names))
         classes["label2id"] = {name: label for label, name in enumerate(class_names)}
     return classes
+
+
+def _map_of_sorted(
+    name: str, class_counts: Sequence[int] | None, class_names: Sequence[str] | None
+) -> list[int] | None:
+    """The class map of a file with classes by decreasing training count; None, with a warning, if it is not known."""
+    if class_counts is not None:
+        return decreasing_count_map(class_counts).tolist()
+    if class_names is not None:
+        raise ValueError(
+            f"{name} orders its classes by decreasing training count, so these names would name other classes; give "
+            "class_counts, or the class_map of the student."
+        )
+    logger.warning(
+        "%s orders its classes by decreasing training count, and they stay in that order; give class_counts or "
+        "class_map to have them in the data set's.",
+        name,
+    )
+    return None
+
+
+def _check_counts(name: str, of_file: Sequence[int], class_counts: Sequence[int]) -> None:
+    for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
+        if count != given:
+            raise ValueError(
+                f"class {label} had {count} training images for {name} but has {given} in class_counts; these are "
+                "other data, or other classes."
+            )
 
 
 def _fill(

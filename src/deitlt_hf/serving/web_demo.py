@@ -156,7 +156,7 @@ class Explanation:
             ValueError: If the image cannot be read.
         """
         picture = read_image(image, "Your image", self._handler.background)
-        (answer,) = self._answer(picture)
+        answer = self._answer(picture)
         return self._page.render(
             answer=answer,
             experts={expert: name for expert, name in NAMES.items() if expert in answer},
@@ -168,15 +168,15 @@ class Explanation:
     def _tell_experts(self, model: str | PathLike) -> bool:
         """Whether the model has two experts; runs the model once, to refuse an unsuitable model before serving."""
         try:
-            (answer,) = self._answer(Image.new("RGB", (32, 32)))
+            answer = self._answer(Image.new("RGB", (32, 32)))
         except ValueError as error:
             raise ValueError(
                 f"{str(model)!r} has no attention over patches to show; give a DeiT-LT, a DeiT or a ViT."
             ) from error
         return "distillation" in answer
 
-    def _answer(self, image: Image.Image) -> list[dict]:
-        return self._handler({"inputs": image, "parameters": {"top_k": TOP_K, "attention": True}})
+    def _answer(self, image: Image.Image) -> dict[str, Any]:
+        return self._handler({"inputs": image, "parameters": {"top_k": TOP_K, "attention": True}})[0]
 
     def _pictures(self, image: Image.Image, attention: Mapping[str, Sequence[Sequence[float]]]) -> list[Picture]:
         """Returns the image as the model sees it, without and with the attention map of each token."""

@@ -493,6 +493,8 @@ class WholeCheckpointTrainer(Trainer):
         """Loads optimiser and schedule of a run with sharded weights, which has names of parameters."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
+        assert self.optimizer is not None  # created before its state is loaded
+        assert self.lr_scheduler is not None
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
         set_optimizer_state_dict(self.model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -8,7 +8,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ def load_class_folders(folder: Path) -> datasets.DatasetDict:
     if list(splits) == ["train"] and places["train"] == folder:
         whole = splits["train"]
         below = [os.path.relpath(path, folder).partition(os.sep)[2] for path in whole.paths]
-        splits = _parted(whole, splits_by_folder(below, str(folder)))
+        splits = divided(whole, splits_by_folder(below, str(folder)))
     return datasets.DatasetDict({split: rows.dataset(names) for split, rows in splits.items()})
 
 
@@ -225,17 +226,14 @@ def _class_split(classes: Mapping[str, list[str]], names: Sequence[str]) -> Spli
     return Split([path for name in ordered for path in classes[name]], labels)
 
 
-def _parted(split: Split, parts: Sequence[str] | None) -> dict[str, Split]:
+def divided(split: Split, parts: Sequence[str] | None) -> dict[str, Split]:
     """Divides a split by the part of each row; without parts everything is `train`."""
     if parts is None:
         return {"train": split}
-    return {
-        part: Split(
-            [path for path, name in zip(split.paths, parts, strict=True) if name == part],
-            np.asarray(split.labels)[np.asarray(parts) == part],
-        )
-        for part in dict.fromkeys(parts)
-    }
+    rows: dict[str, list] = {part: [] for part in parts}
+    for part, row in zip(parts, zip(split.paths, split.labels, strict=True), strict=True):
+        rows[part].append(row)
+    return {part: Split([path for path, _ in found], [label for _, label in found]) for part, found in rows.items()}
 
 
 # ---- List files ----
@@ -279,7 +277,7 @@ def load_lists(folder: Path, lists: Mapping[str, Path]) -> datasets.DatasetDict:
     """
     relative = {split: _read_list(path) for split, path in lists.items()}
     if list(lists) == ["train"]:
-        relative = _parted(relative["train"], splits_by_folder(relative["train"].paths, str(lists["train"])))
+        relative = divided(relative["train"], splits_by_folder(relative["train"].paths, str(lists["train"])))
     known = set().union(*(map(int, split.labels) for split in relative.values()))
     num_classes = 1 + max(known)
     if len(known) < num_classes:
@@ -446,45 +444,38 @@ def located(folder: Path, relative: Mapping[str, Split], names: Sequence[str]) -
     Raises:
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
-    splits = {
-        name: Split(list(_locate(folder, split.paths, may_be_flat=name != "train")), split.labels)
-        for name, split in relative.items()
-    }
-    missing = [path for split in splits.values() for path in split.paths if path.startswith(_MISSING)]
+    files_in = cache(_files_in)
+    splits: dict[str, Split] = {}
+    missing: list[str] = []
+    for name, split in relative.items():
+        paths = [os.path.normpath(path) for path in split.paths]
+        # A test image may also be outside its class folder, as in ImageNet's distribution.
+        found = [_find(folder, path, files_in, may_be_flat=name != "train") for path in paths]
+        missing += [path for path, place in zip(paths, found, strict=True) if place is None]
+        splits[name] = Split([place for place in found if place is not None], split.labels)
     if missing:
-        listed = named(one_line(path.removeprefix(_MISSING), 100) for path in missing[:MISSING_NAMED])
-        total = sum(len(split.paths) for split in splits.values())
+        listed = named(one_line(path, 100) for path in missing[:MISSING_NAMED])
+        total = sum(len(split.paths) for split in relative.values())
         raise FileNotFoundError(f"{len(missing):,} of {total:,} images are not in {folder}: {listed} are the first.")
     return datasets.DatasetDict({name: split.dataset(list(names)) for name, split in splits.items()})
 
 
-_MISSING = "\0"
+def _find(folder: Path, path: str, files_in: Callable[[str], set[str]], may_be_flat: bool) -> str | None:
+    """Finds the absolute path of a file, in its folder or the folder above; None if it does not exist."""
+    directory, name = os.path.split(path)
+    for place in [directory, os.path.dirname(directory)][: 1 + may_be_flat]:
+        if name in files_in(os.path.join(folder, place)):
+            return os.path.join(folder, place, name)
+    return None
 
 
-def _locate(folder: Path, paths: Iterable[str], may_be_flat: bool) -> Iterator[str]:
-    """Yields absolute paths, and marks the paths of missing files. Each folder is listed once, which is fast.
-
-    A test image may also be outside its class folder, as in ImageNet's distribution.
-    """
-    listings: dict[str, set[str]] = {}
-
-    def exists(directory: str, name: str) -> bool:
-        if directory not in listings:
-            try:
-                with os.scandir(os.path.join(folder, directory)) as entries:
-                    listings[directory] = {entry.name for entry in entries if entry.is_file()}
-            except OSError:
-                listings[directory] = set()
-        return name in listings[directory]
-
-    for path in map(os.path.normpath, paths):
-        directory, name = os.path.split(path)
-        if exists(directory, name):
-            yield os.path.join(folder, path)
-        elif may_be_flat and exists(os.path.dirname(directory), name):
-            yield os.path.join(folder, os.path.dirname(directory), name)
-        else:
-            yield _MISSING + path
+def _files_in(folder: str) -> set[str]:
+    """Names of the files in a folder: one listing is faster than a request for each file."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
 
 
 def named(paths: Iterable[Path | str]) -> str:

@@ -4,16 +4,19 @@ A class is a name or a whole number from 0 on. Readers pass the label values of 
 class names (of folders, of a `ClassLabel`, of a file of names) to [`check_class_names`].
 """
 
+import json
 import logging
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...io import one_line
+from ...io import file_errors, one_line, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +184,18 @@ def check_indices(
     return np.asarray(labels, dtype=np.int64)
 
 
+def check_training_counts(names: Sequence[str], counts: Sequence[int] | np.ndarray) -> None:
+    """Checks that every class has a training image.
+
+    Raises:
+        ValueError: If a class has none.
+    """
+    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if empty:
+        shown = one_line(", ".join(empty[:_NAMED]), 200)
+        raise ValueError(f"classes without a training image: {shown} ({len(empty)} in all).")
+
+
 def check_class_names(names: Sequence[str], source: str) -> None:
     """Checks that every class has a valid and unique name.
 
@@ -219,3 +234,48 @@ def look_alikes(names: Iterable[str]) -> list[str]:
         if other != name:
             pairs.append(f"{one_line(repr(other), 60)} and {one_line(repr(name), 60)}")
     return pairs
+
+
+def read_class_names(path: str | PathLike) -> list[str]:
+    """Reads the names of classes, in label order.
+
+    Args:
+        path: A text file with one name per line, or JSON: a list of names, or an object from label to name.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it has none of these formats, or a name is empty or occurs twice.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith(("[", "{")):
+        with file_errors(path):
+            names = json.loads(text)
+    else:
+        names = [line.strip() for line in text.rstrip().split("\n")]
+    if isinstance(names, dict):
+        labels = [str(label) for label in range(len(names))]
+        if set(names) != set(labels):
+            raise ValueError(f"{path} must have the keys 0 to {len(names) - 1}; it begins with {list(names)[:3]}.")
+        names = [names[label] for label in labels]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} must hold names as strings.")
+    check_class_names(names, str(path))
+    return names
+
+
+def read_class_map(path: str | PathLike) -> list[int]:
+    """Reads a class map: the row of each class in the head of a checkpoint of the authors.
+
+    Args:
+        path: A JSON list, or the folder of a model that was converted from such a checkpoint.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it has no class map.
+    """
+    file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
+    content = read_json(file, object)
+    class_map = content.get("class_map") if isinstance(content, dict) else content
+    if not isinstance(class_map, list) or not all(isinstance(row, int) for row in class_map):
+        raise ValueError(f"{file} has no class_map, a list of integers.")
+    return class_map

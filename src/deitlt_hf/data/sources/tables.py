@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ...io import file_errors, one_line, read_text
-from .files import Split, find_split, images_below, located, named, split_of, splits_by_folder
+from .files import Split, divided, find_split, images_below, located, named, split_of, splits_by_folder
 from .labels import encode_labels
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ PATH_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "i
 LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name", "cls")
 _METADATA_COLUMN = "file_name"
 _DELIMITERS = ",;\t|"
+_TAR_BLOCK = 512  # bytes; a tar file consists of whole blocks, and the last are zero
 
 Item = TypeVar("Item")
 
@@ -114,12 +115,34 @@ def sibling_tables(path: Path) -> list[str]:
 
 
 def find_shards(folder: Path) -> dict[str, list[str]]:
-    """Finds webdataset shards (tar files) by split, in the folder and directly below it."""
+    """Finds webdataset shards (tar files) by split, in the folder and directly below it.
+
+    Raises:
+        ValueError: If a shard is truncated, empty, or not a regular file; the message names it.
+    """
     shards: dict[str, list[str]] = {}
     for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
+        _check_shard(path)
         split = split_of(path.name) or (split_of(path.parent.name) if path.parent != folder else None) or "train"
         shards.setdefault(split, []).append(str(path))
     return shards
+
+
+def _check_shard(path: Path) -> None:
+    """Checks that a tar file is whole: readers may end silently at the end of a truncated file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file (a pipe or device?); remove it.")
+    with path.open("rb") as file:
+        is_empty = not any(file.read(_TAR_BLOCK))
+        size = file.seek(0, 2)
+        file.seek(max(size - _TAR_BLOCK, 0))
+        if size % _TAR_BLOCK or file.read() != bytes(_TAR_BLOCK):
+            raise ValueError(
+                f"{path} is not a whole tar file: it does not end as one does (cut short, or compressed?); copy it "
+                "again."
+            )
+    if is_empty:
+        raise ValueError(f"{path} is an empty tar file: it begins with zeros; remove it, or copy it again.")
 
 
 # ---- Reading them ----
@@ -149,17 +172,15 @@ def load_tables(
         image = _column(path, columns, image_column, PATH_COLUMNS, "image")
         label = _column(path, columns, label_column, LABEL_COLUMNS, "label")
         paths = _paths(path, columns[image], image)
-        base = path.parent
+        base = folder
         if path.name.lower() in METADATA_NAMES and _is_metadata_column(image):
+            base = path.parent
             _refuse_unlisted(path, paths)
-        else:
-            base = folder
         parts = _parts(path, columns, paths, name, is_only=len(tables) == 1)
-        for part in dict.fromkeys(parts):
-            rows = [row for row, value in enumerate(parts) if value == part]
-            below = [str(PurePath(base.relative_to(folder), paths[row])) for row in rows]
-            splits[part] = Split(below, [columns[label][row] for row in rows])
-            sources[part] = f"{path} ({part})" if len(set(parts)) > 1 else str(path)
+        below = [str(PurePath(base.relative_to(folder), place)) for place in paths]
+        found = divided(Split(below, columns[label]), parts)
+        splits |= found
+        sources |= {part: f"{path} ({part})" if len(found) > 1 else str(path) for part in found}
     names, labels = encode_labels({name: split.labels for name, split in splits.items()}, sources)
     encoded = {name: Split(split.paths, labels[name]) for name, split in splits.items()}
     renamed = {"image": image_column or "image", "label": label_column or "label"}
@@ -232,18 +253,13 @@ def _read_json_lines(path: Path) -> dict[str, list]:
 def _read_delimited(path: Path) -> dict[str, list]:
     text = read_text(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, text.partition("\n")[0]), strict=True)
-    header: list[str] = []
-    columns: dict[str, list] = {}
+    rows = filter(None, reader)  # without empty lines
     try:
-        for row in reader:
-            if not columns:
-                header = [name.strip() for name in row]
-                columns = {name: [] for name in header}
-                if len(columns) < len(header):
-                    raise ValueError(f"{path} has two columns of the same name: {one_line(', '.join(header))}.")
-                continue
-            if not row:
-                continue
+        header = [name.strip() for name in next(rows, [])]
+        columns: dict[str, list] = {name: [] for name in header}
+        if len(columns) < len(header):
+            raise ValueError(f"{path} has two columns of the same name: {one_line(', '.join(header))}.")
+        for row in rows:
             if len(row) != len(header):
                 raise ValueError(
                     f"line {reader.line_num} of {path} has {len(row)} fields, but the header has {len(header)}."
