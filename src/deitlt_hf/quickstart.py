@@ -27,6 +27,7 @@ from .data.sources.files import TEST_NAMES, find_split
 from .evaluation.metrics import paired_leads, points
 from .evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
 from .io import check_can_be_folder, one_line
+from .losses.class_weights import named_weights
 from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, load_recipe
 from .recipes.fit import (
     EVALUATIONS,
@@ -270,6 +271,7 @@ def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[Fit
         num_images = len(folder.labels)
         student_args.check_data(num_images)
         teacher_args.check_data(num_images)
+        named_weights(student_args.class_weights, data["train"].features["label"].names)  # refuses unknown names
         times: StepTimes = measure_steps(teacher_model, teacher_args, student_model, student_args, data)
 
     def expected(recipe: FittedRecipe) -> tuple[float, float]:

@@ -56,6 +56,7 @@ class Settings(TypedDict, total=False):
     epochs: float  # in records from before 0.1.0
     max_steps: int
     drw_start_epoch: float | None
+    class_weights: dict[str, float] | None
     global_batch_size: int
     learning_rate: float
     teacher_loss: str

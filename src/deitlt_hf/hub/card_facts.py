@@ -229,6 +229,9 @@ class CardFacts:
         parts = _length(settings)
         if self.is_reweighted:
             parts.append(f"classes re-weighted from epoch {settings['drw_start_epoch']:g}")
+        if settings.get("class_weights"):
+            named = ", ".join(f"{name} {weight:g}" for name, weight in settings["class_weights"].items())
+            parts.append(f"classes weighted by {code(named)}, others 1")
         if settings.get("global_batch_size"):
             parts.append(f"{settings['global_batch_size']:,} images per step")
         if settings.get("learning_rate"):

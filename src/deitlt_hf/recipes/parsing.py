@@ -49,6 +49,7 @@ _OF_PRETRAINING = (
 _ABOUT = ("description", "extends", "paper")
 # Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "pretraining": "pretrain", "student": "distill"}
+_MAPPINGS = {"class_weights"}  # fields whose value in a recipe can be a mapping from names to values
 # Fields that only locate the data, or that are long. Records do not contain them as overrides.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that have an effect only in scripts that read them.
@@ -202,7 +203,8 @@ def _check_values(sections: dict[str, Any], recipe: str) -> None:
         if not isinstance(values, dict | None):
             raise ValueError(f"{recipe}: {one_line(section, 60)} must have fields and their values.")
         for name, value in (values or {}).items():
-            items = value if isinstance(value, list) else [value]
+            is_mapping = name in _MAPPINGS and isinstance(value, dict)
+            items = value if isinstance(value, list) else list(value.values()) if is_mapping else [value]
             if not isinstance(name, str) or not all(isinstance(item, str | int | float | None) for item in items):
                 raise ValueError(
                     f"{recipe}: {one_line(name, 60)} of {one_line(section, 60)} must be a number, a text, or a list of "
@@ -465,7 +467,9 @@ def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
 
 
 def _portable(value: Any) -> Any:
-    """Converts a value for a record: JSON has no infinity, and folders must not be published."""
+    """Converts a value for a record, as on a command line: without infinity, which JSON lacks, and without folders."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={item}" for name, item in value.items())
     return without_folders(value) if isinstance(value, str) else str(value) if value == math.inf else value
 
 

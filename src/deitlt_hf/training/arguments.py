@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from ..data.sampling import ROUND, SAMPLINGS, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, TEACHER_LOSSES, DistillationLoss, LossOptions, TeacherLoss
+from ..losses.class_weights import read_class_weights
 from ..losses.entry import listed
 from . import inherited
 from .optimizers import MUON
@@ -115,6 +116,11 @@ class LongTailTrainingArguments(TrainingArguments):
         "Epoch (counted from 0) at which deferred re-weighting (DRW) of the classes starts. None or inf: never.",
     )
     drw_beta: float = _option(0.9999, "Beta of the effective-number class weights of DRW, in [0, 1).")
+    class_weights: dict | str | None = _option(
+        None,
+        "Weights of classes in the loss, such as melanoma=5,nevus=1; other classes weigh 1. They apply in all phases, "
+        "multiply the weights of DRW, and are scaled to mean 1 over the classes. For a student, they weigh both heads.",
+    )
     sam_rho: list[float] = _option(
         [0.0],
         "Radius of the perturbation of SAM, over all weights: one value, or one per phase of training. 0: no SAM.",
@@ -268,6 +274,7 @@ class LongTailTrainingArguments(TrainingArguments):
             self.auto_augment = None
         if self.drw_start_epoch == math.inf:
             self.drw_start_epoch = None
+        self.class_weights = read_class_weights(self.class_weights)
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
         _check(self, "color_jitter", self.color_jitter >= 0, "0 or more")
         _check(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")

@@ -148,6 +148,7 @@ class DeiTLTTrainer(LongTailTrainer):
             class_weights,
             args.reweight_cls,
             self.class_counts,
+            self.given_weights,
         )
         return criterion.to(args.device)
 

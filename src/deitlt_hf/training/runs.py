@@ -15,6 +15,7 @@ from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
 from ..hub.cards import CARD_FILE
 from ..hub.pushing import prepare_repository
+from ..losses.class_weights import named_weights
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
@@ -83,6 +84,7 @@ def distill(
             _say(args, f"Note: {model_args.init_from} differs from the student: {difference}.")
     data = data_args.load()
     args.check_data(len(data["train"]))
+    named_weights(args.class_weights, data["train"].features["label"].names)  # refuses unknown names
     if note := low_peak(args.peak_learning_rate, model_args.init_from):
         _say(args, f"Note: {note}")
     data_args.groups(data)

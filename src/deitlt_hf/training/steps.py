@@ -19,6 +19,7 @@ from ..data.sampling import Rows, seed_streams
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform
 from ..losses import effective_number_weights
+from ..losses.class_weights import named_weights, product_of_weights
 from .checkpoints import WholeCheckpointTrainer
 from .guards import NonFiniteGuard, StopOnSignal
 from .inputs import train_loader
@@ -45,11 +46,17 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         given: Which of "optimizer" and "scheduler" were passed in.
         nonfinite_guard, stop_signal: Callbacks, which the subclass adds.
         class_counts: Training images of each class, which the subclass counts; None without training images.
+        class_names: Names of the classes in label order, which the subclass reads.
+        given_weights, drw_weights: Class weights before and after the start of DRW, (classes,). The first are None
+            without `class_weights`.
         waited: Seconds that the training loop has waited for batches.
     """
 
     train_dataset: Rows | StreamedImages | None
     class_counts: list[int] | None
+    class_names: list[str]
+    given_weights: torch.Tensor | None
+    drw_weights: torch.Tensor
 
     def __init__(
         self,
@@ -79,7 +86,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     @abstractmethod
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
-        """Creates the loss, with the class weights of the DRW phase or without weights."""
+        """Creates the loss of a phase, with its class weights, (classes,), or without weights."""
 
     @abstractmethod
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -107,11 +114,19 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     # ---- Losses of the phases ----
 
     def make_losses(self) -> None:
-        """Creates the class weights and the losses of both phases from the arguments."""
+        """Creates the class weights and the losses of both phases from the arguments.
+
+        The weights of a user (`class_weights`) apply before DRW starts, and multiply its weights afterwards. The
+        weights of each phase have mean 1 over the classes.
+        """
         if self.train_dataset is not None:
             assert self.class_counts is not None  # known whenever training images are given
-            self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
-            self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
+            args, given = self.args, named_weights(self.args.class_weights, self.class_names)
+            self.given_weights = None if given is None else given.to(args.device)
+            weights = product_of_weights(effective_number_weights(self.class_counts, args.drw_beta), given)
+            self.drw_weights = weights.to(args.device)
+            self.criterion = self.make_criterion(self.given_weights)
+            self.drw_criterion = self.make_criterion(self.drw_weights)
 
     @property
     def in_drw(self) -> bool:

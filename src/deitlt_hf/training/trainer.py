@@ -35,6 +35,7 @@ from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..evaluation import ExpertTable
 from ..hub.cards import write_card
 from ..hub.pushing import prepare_repository
+from ..losses.class_weights import named_weights
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import of_first_process
@@ -217,6 +218,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
         train, test = self._datasets
         datasets = [train, *(test.values() if isinstance(test, dict) else [test]), self.test_dataset]
         self.class_names = common_classes(model.config, [dataset for dataset in datasets if dataset is not None])
+        if train is not None:
+            named_weights(self.args.class_weights, self.class_names)  # refuses unknown names
         # Versions before transformers 5.23 know this name only; newer versions still accept it.
         asks = train is not None and self.args.gradient_checkpointing
         if asks and not getattr(model, "supports_gradient_checkpointing", True):
