@@ -309,7 +309,17 @@ def _given(name: str, value: Any) -> Choice:
     }
     if name in ("output_dir", "overwrite", "data_dir", "resume_from_checkpoint"):
         raise ValueError(f"{name} is not a field here; use the folder, output and overwrite of this command.")
-    if name in ("image_size", "global_batch_size", "train_crop", "use_cpu", "bf16", "fp16", "seed", "image_cache"):
+    if name in (
+        "image_size",
+        "global_batch_size",
+        "train_crop",
+        "use_cpu",
+        "bf16",
+        "fp16",
+        "seed",
+        "image_cache",
+        "save_minutes",
+    ):
         section = "both"
     else:
         section = next((section for section, names in in_section.items() if name in names), "student")
@@ -426,7 +436,8 @@ def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: Data
         print("matplotlib is not installed, so there is no report page; install it and run the same command again.")
     else:
         options = AnalysisArguments(model=str(student), output=str(output / "report"))
-        report(str(recipe), options, data_args)
+        # A run that has just trained has printed the same table.
+        report(str(recipe), options, data_args, tables=trainer.beginning.is_finished)
     print(
         f"""The test images are in three tables in {output}: {PREDICTIONS_FILE} by image, {CLASSES_FILE} by class, and
 {CONFUSION_FILE} by true and predicted class. To use the student, you need only transformers:

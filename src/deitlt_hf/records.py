@@ -116,6 +116,7 @@ class RunRecord(TypedDict, total=False):
     model: str
     parameters: int
     started_from: str | None
+    started_from_license: dict[str, str] | None  # fields of the card of that model
     finished: bool
     resumed: bool | None
     steps: int

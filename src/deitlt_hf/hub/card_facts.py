@@ -17,6 +17,7 @@ LONGEST_COMMAND = 4000  # characters; a longer one is left out
 # Control characters, lone surrogates (which cannot be encoded), and characters that change the text direction.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # no local path matches: paths are recorded without their folders
+LICENSE_FIELDS = ("license", "license_name", "license_link")  # metadata of a card
 NAMED_CLASSES = 20  # with more classes, the card only counts them
 
 
@@ -189,6 +190,12 @@ class CardFacts:
         """Hub id of the model from which the student was initialised, if it is on the Hub."""
         start = str(self.results.get("started_from") or self.overrides.get("init_from") or "")
         return start if HUB_ID.fullmatch(start) else None
+
+    @property
+    def base_license(self) -> Mapping[str, str]:
+        """Licence of the model from which the training started, as fields of a card; empty if it is not known."""
+        found = self.results.get("started_from_license") or {}
+        return {name: found[name] for name in LICENSE_FIELDS if name in found}
 
     @property
     def changed(self) -> str:

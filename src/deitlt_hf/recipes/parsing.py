@@ -1,23 +1,16 @@
 """Fills argument dataclasses from a recipe and the command line."""
 
 import argparse
-import contextlib
 import difflib
-import gc
-import importlib
 import math
 import os
-import signal
 import sys
-import time
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import DataClassType
@@ -34,7 +27,7 @@ from .sections import (
     TeacherArguments,
     without_folders,
 )
-from .usage import BriefParser
+from .usage import BriefParser, check_recipe, recipe_names
 
 _PACKAGE = __package__.partition(".")[0]
 SECTIONS = ("data", "teacher", "teacher_losses", "pretraining", "student")
@@ -107,12 +100,6 @@ class _RecipeParser(BriefParser, HfArgumentParser):
     """Parser for the fields of the dataclasses, with short errors."""
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes in the package."""
-    names = [path.name for path in files(__package__).iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-
-
 def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     """Loads the sections of a recipe, given the name of a recipe in the package or the path of a YAML file.
 
@@ -148,15 +135,11 @@ def _extended(name_or_path: str, extending: tuple[str, ...]) -> dict[str, dict[s
 
 def _content(name_or_path: str) -> dict[str, Any]:
     """Everything that a recipe file contains, without what it inherits; empty if it is not a mapping."""
+    check_recipe(name_or_path)
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        text = read_text(name_or_path)
     else:
-        raise FileNotFoundError(
-            f"no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; give the path of a YAML file, or one "
-            f"of {', '.join(recipe_names())}."
-        )
+        text = read_text(name_or_path)
     with file_errors(f"recipe {name_or_path!r}"):
         recipe = yaml.load(text, _Loader)
     return recipe if isinstance(recipe, dict) else {}
@@ -400,61 +383,6 @@ def _finish(name: str | None, filled: Sequence[Any], changed: dict[str, Any], va
     for arguments in filled:
         if hasattr(arguments, "method_settings"):
             arguments.recipe = {"name": Path(name or "").name, "overrides": _deciding(changed, filled)}
-
-
-@contextlib.contextmanager
-def command_line_errors() -> Iterator[None]:
-    """Context manager of commands: prints an error that the user can correct as one sentence, and exits with status 1.
-
-    On success it leaves the process group. Set the environment variable DEITLT_TRACEBACK=1 to get the traceback.
-    """
-    if torch.distributed.is_available():
-        # Imported before a process group exists: otherwise DDP imports it later, and its default arguments then keep a
-        # reference to the group.
-        importlib.import_module("torch.distributed.nn")
-    if hasattr(sys.stdout, "reconfigure"):  # the terminal's encoding may lack characters of file and class names
-        sys.stdout.reconfigure(errors="backslashreplace")
-    formatwarning = warnings.formatwarning
-    warnings.formatwarning = _format_warning
-    # Pillow's warnings (corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        yield
-        _leave_group()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("DEITLT_TRACEBACK"):
-            raise
-        if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(5)  # if all processes fail, rank 0 reports the error and the launcher ends the others
-        sentence = str(error)
-        if "Original Traceback" in sentence:  # from a data loader worker: the last line is the error
-            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except KeyboardInterrupt as interrupt:
-        if not interrupt.args:  # with arguments, the run has already printed how it ended
-            print("interrupted.", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        warnings.formatwarning = formatwarning
-
-
-def _format_warning(message, category, filename, lineno, line=None) -> str:
-    """Formats a warning on one line. Warnings of this package omit the code location, which does not help users."""
-    place = "" if Path(filename).is_relative_to(Path(__file__).parents[1]) else f"{filename}:{lineno}: "
-    return f"{place}warning: {message}\n"
-
-
-def _leave_group() -> None:
-    """Destroys the process group, if one was initialised.
-
-    Without this, NCCL prints a warning, and a Gloo thread that holds a tensor when Python exits aborts the process.
-    Gloo threads end when nothing refers to the group any more, such as a model that was wrapped for it. Such objects
-    are collected here.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        gc.collect()
 
 
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:

@@ -22,6 +22,11 @@ from . import inherited
 from .optimizers import MUON
 from .tuning import FULL, HEADS, LORA, TUNE_CHOICES, check_tune
 
+if torch.distributed.is_available():
+    # Imported before a process group exists: otherwise DDP imports it later, and its default arguments then keep a
+    # reference to the group.
+    importlib.import_module("torch.distributed.nn")
+
 TEACHER_VIEWS = ("student", "weak")
 PRECISIONS = ("bf16", "fp16")
 # Reversed, because a dataclass has the fields of its last base first.
@@ -39,6 +44,7 @@ _RUNNING = {
     "eval_strategy",
     "on_nonfinite",
     "nonfinite_limit",
+    "save_minutes",
     "save_total_limit",
     "ddp_find_unused_parameters",
     "hub_strategy",
@@ -228,6 +234,10 @@ class LongTailTrainingArguments(TrainingArguments):
         "installed, otherwise none.",
     )
     eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
+    save_minutes: float | None = _option(
+        None,
+        "Also save a checkpoint when this many minutes have passed since the last one. None: as save_strategy says.",
+    )
     save_total_limit: int | None = _option(2, "Number of checkpoints to keep. The best checkpoint is always kept.")
     ddp_find_unused_parameters: bool | None = _option(
         False, "Search for parameters without a gradient in distributed training. Not needed: every parameter has one."
@@ -289,6 +299,7 @@ class LongTailTrainingArguments(TrainingArguments):
         _check_choice(self, "loss_normalization", ("global", "per_process"))
         _check_choice(self, "on_nonfinite", ("stop", "skip"))
         _check_choice(self, "sampling", SAMPLINGS)
+        _check(self, "save_minutes", self.save_minutes is None or self.save_minutes > 0, "above 0")
         _check_choice(self, "hub_strategy", ("end",))
         _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

@@ -25,7 +25,7 @@ def plan_lines(trainer) -> dict[str, str]:
     if args.class_weights:
         named = ", ".join(f"{name} {weight:g}" for name, weight in args.class_weights.items())
         lines["class weights"] = f"{one_line(named, 200)}, other classes 1; scaled to mean 1, in all phases"
-    if args.save_only_model and args.save_strategy != "no":
+    if args.save_only_model and (args.save_strategy != "no" or args.save_minutes):
         lines["checkpoints"] = "the model only (save_only_model): the run cannot be resumed"
     if args.as_published:
         words = [f"{name} {getattr(args, name)}" for name in args.arrangements()]

@@ -11,7 +11,7 @@ from ..io import one_line, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
 from .inputs import label_names
 from .output_folder import EMISSIONS_FILE
-from .provenance import hardware, started_from
+from .provenance import hardware, license_of_start, started_from
 from .resuming import architecture
 
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
@@ -70,6 +70,7 @@ class Results:
             "model": type(trainer.model).__name__,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "started_from": started_from(trainer.model) or self.content.get("started_from"),
+            "started_from_license": license_of_start(trainer.model) or self.content.get("started_from_license"),
             "finished": False,
             "resumed": self.content.get("resumed") if self._was_finished else resumed_step is not None,
             "recipe": args.recipe,

@@ -90,6 +90,7 @@ def distill(
     data_args.groups(data)
     set_seed(args.seed)
     student = _student(model_args, data, start)
+    del start  # the content of a file; training takes hours
     check_student(student, args, data["train"])
     model_processor(student.config, args.image_resize)
     teacher = processor = None

@@ -21,7 +21,7 @@ from ..data.transforms import TrainTransform
 from ..losses import effective_number_weights
 from ..losses.class_weights import named_weights, product_of_weights
 from .checkpoints import WholeCheckpointTrainer
-from .guards import NonFiniteGuard, StopOnSignal
+from .guards import NonFiniteGuard, SaveByMinutes, StopOnSignal, Voter
 from .inputs import train_loader
 from .resuming import steps_per_epoch
 from .schedule import published_epoch, warmup_cosine
@@ -44,7 +44,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     Attributes:
         given: Which of "optimizer" and "scheduler" were passed in.
-        nonfinite_guard, stop_signal: Callbacks, which the subclass adds.
+        nonfinite_guard, stop_signal, voters: Callbacks, which the subclass adds; `stop_signal` is one of the voters.
         class_counts: Training images of each class, which the subclass counts; None without training images.
         class_names: Names of the classes in label order, which the subclass reads.
         given_weights, drw_weights: Class weights before and after the start of DRW, (classes,). The first are None
@@ -76,6 +76,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         self.given = tuple(name for name, value in given.items() if value is not None)
         self.views = views
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
+        self.voters: list[Voter] = [self.stop_signal, *([SaveByMinutes()] if self.args.save_minutes else [])]
         self._window: list[dict[str, Any]] = []  # micro-batches of the current optimiser step
         self._micro_batch = 0  # index of the current one
         self.waited = 0.0
@@ -211,16 +212,17 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
             self.seed_micro_batch(index, purpose=1)
             batch.update(self.training_batch(batch))
         own = torch.stack([self.loss_denominators(batch) for batch in self._window])
-        # One reduction for denominators and stop votes: each reduction costs a round trip.
-        total = torch.cat([own.sum(dim=0), self.stop_signal.vote(own.device)])
-        total = self.accelerator.reduce(total, "sum")
+        # One reduction for denominators and votes: each reduction costs a round trip.
+        total = torch.cat([own.sum(dim=0), *(voter.vote(own.device) for voter in self.voters)])
+        total, votes = self.accelerator.reduce(total, "sum").split([own.shape[1], len(self.voters)])
         if self.accelerator.num_processes > 1:
-            self.stop_signal.count(total[-1])
+            for voter, number in zip(self.voters, votes, strict=True):
+                voter.count(number)
         micro_batches = len(self._window) * self.accelerator.num_processes
         for batch, denominators in zip(self._window, own, strict=True):
             # per_process: the mean of each micro-batch, averaged over all micro-batches and processes.
             is_global = self.args.loss_normalization == "global"
-            batch["denominators"] = total[:-1] if is_global else denominators * micro_batches
+            batch["denominators"] = total if is_global else denominators * micro_batches
         self._steps_logged += 1
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

@@ -183,7 +183,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
         callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WhatRan(self), WaitingNote(self)]
-        callbacks += [self.run_file, self.nonfinite_guard, self.stop_signal]
+        callbacks += [self.run_file, self.nonfinite_guard, *self.voters]
         callbacks += [] if self.ema is None else [self.ema]
         for callback in (*callbacks, MissedEvaluation(self)):
             self.add_callback(callback)
