@@ -118,6 +118,7 @@ def test_a_class_of_twice_the_weight_counts_as_if_its_images_were_there_twice(cl
     [
         (None, None),
         ({}, None),
+        ("none", None),
         ("melanoma=5,nevus=1", {"melanoma": 5, "nevus": 1}),
         (" a, b = 0.5 , x=y=2", {"a, b": 0.5, "x=y": 2}),
         ({3: "1e1"}, {"3": 10}),

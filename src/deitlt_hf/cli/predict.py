@@ -200,7 +200,9 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str], rows: DatasetI
     is_bar_hidden = not (state.is_main_process and sys.stderr.isatty())
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
-        for number, failed in predict_shards(tabulate, shards, mine, args.batch_size, workers, rows and rows.read):
+        for number, failed in predict_shards(
+            tabulate, shards, mine, args.batch_size, workers, None if rows is None else rows.read
+        ):
             done, unreadable = done + number, unreadable + failed
             progress.update(bar, advance=number)
     if mine:
@@ -226,7 +228,7 @@ def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None,
     is_bar_hidden = sys.stdout.isatty() or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
-        options = (args.top_k, args.batch_size, args.num_workers or 0, rows and rows.read)
+        options = (args.top_k, args.batch_size, args.num_workers or 0, None if rows is None else rows.read)
         for path, result in predict_images(classifier, paths, *options):
             done += 1
             if isinstance(result, ValueError):

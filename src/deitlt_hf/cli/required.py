@@ -29,7 +29,10 @@ def check_required(command: str, arguments: Sequence[str]) -> None:
         return
     parser = BriefParser(prog=f"deitlt {command}", add_help=False, allow_abbrev=False)
     for name in REQUIRED[command]:
-        parser.add_argument(name, **({"required": True} if name.startswith("-") else {}))
+        if name.startswith("-"):
+            parser.add_argument(name, required=True)
+        else:
+            parser.add_argument(name)
     given = parser.parse_known_args(arguments)[0]
     if getattr(given, "recipe", None) is not None:
         check_recipe(given.recipe)

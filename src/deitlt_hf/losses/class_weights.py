@@ -49,11 +49,15 @@ def effective_number_weights(class_counts: Sequence[int] | torch.Tensor, beta: f
 
 
 def read_class_weights(given: Mapping | str | None) -> dict[str, float] | None:
-    """Reads class weights of a user, from a mapping or from a text such as `melanoma=5,nevus=1`; None for none.
+    """Reads class weights of a user, from a mapping or from a text such as `melanoma=5,nevus=1`; None without any.
+
+    The text `none` overrides the weights of a recipe.
 
     Raises:
         ValueError: If the text has another form, or a weight is not a finite number above 0.
     """
+    if isinstance(given, str) and given.lower() == "none":
+        return None
     if isinstance(given, str):
         found = list(_NAMED.finditer(given))
         if not found or "".join(match[0] for match in found) != given:

@@ -20,7 +20,6 @@ from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..models.trunks import Trunk
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
 from ..serving.classifiers import load_classifier, load_model, load_processor, read_model_config
@@ -32,7 +31,7 @@ from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
 from .publishing import hub_options
 from .resuming import architecture, class_names, other_classes, read_configuration
 from .schedule import low_peak
-from .starting import check_start, starting_student
+from .starting import Start, check_start, starting_student
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
 
@@ -152,7 +151,7 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
     return trainer
 
 
-def _student(model_args: StudentArguments, data: Mapping, start: Trunk | None) -> DeiTLTForImageClassification:
+def _student(model_args: StudentArguments, data: Mapping, start: Start | None) -> DeiTLTForImageClassification:
     names = data["train"].features["label"].names
     if start is not None:
         return starting_student(start, model_args, names)
