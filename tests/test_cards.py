@@ -26,7 +26,7 @@ from deitlt_hf.cli.model_cards import main as make_model_cards
 from deitlt_hf.hub.card_facts import CardFacts
 from deitlt_hf.hub.cards import is_generated, make_card, recipe_card, write_card
 from deitlt_hf.recipes import load_recipe, recipe_names
-from deitlt_hf.training.provenance import started_from
+from deitlt_hf.training.provenance import license_of_start, started_from
 from deitlt_hf.training.results import read_emissions
 from helpers import ROOT, make_student, results
 
@@ -398,6 +398,28 @@ def test_given_licence_and_tags_stay_in_a_rewritten_card(student_folder):
     assert (card.data.license, card.data.tags[4:]) == ("mit", ["mine", "new"])
     card = ModelCard.load(write_card(student_folder, license=None))
     assert card.data.license is None
+
+
+def test_the_licence_of_the_start_is_that_of_the_model(student_folder, tmp_path, recwarn):
+    """A derived model has the licence of its base; another one is named beside it, with a warning."""
+    base = tmp_path / "base"
+    make_student().save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n# A model\n")
+    found = license_of_start(DeiTLTForImageClassification.from_pretrained(base))
+    assert found == {"license": "other", "license_name": "mine", "license_link": "LICENSE"}
+    change_results(student_folder, started_from_license=found, started_from="zoo/vit")
+    card = ModelCard.load(write_card(student_folder))
+    assert {name: card.data.to_dict()[name] for name in found} == found
+    assert "model from which the training started, zoo/vit." in section(card, "## Licence")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the licence 'mit', but the training started from a model under 'other'"):
+        card = make_card(student_folder, license="mit")
+    assert card.data.license == "mit"
+    assert "started from zoo/vit under the licence `other`, whose terms" in section(card, "## Licence")
+    change_results(student_folder, started_from_license=None, started_from=None)
+    assert ModelCard.load(write_card(student_folder)).data.license is None, "the licence was that of the former start"
+    (base / "README.md").write_text("---\nlicense: [mit, gpl]\n---\n")
+    assert license_of_start(DeiTLTForImageClassification.from_pretrained(base)) is None
 
 
 def test_card_has_no_licence_unless_one_was_given(trained):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deitlt_hf.cli import COMMANDS, main
+from deitlt_hf.cli.required import REQUIRED
 from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, command_line_errors, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
@@ -49,6 +50,37 @@ def test_a_run_starts_with_no_more_than_its_first_step_needs(tmp_path):
     options = ["--recipe", TINY, "--output_dir", str(tmp_path), "--logging_steps", "1"]
     done = subprocess.run([sys.executable, "-c", FIRST_STEP, *options], capture_output=True, text=True, check=True)
     assert "imported: frozen: True" in done.stdout
+
+
+def test_missing_arguments_and_recipes_are_reported_without_the_heavy_libraries():
+    """A wrong command line is reported at once, also for the commands whose parsers need transformers."""
+    code = (
+        "import sys; from deitlt_hf.cli import main; from deitlt_hf.cli.required import REQUIRED\n"
+        "for words in (*([name] for name in REQUIRED), ['push', '--unknown'], ['plan', '--recipe', 'digit_lt']):\n"
+        "    try: main(words)\n"
+        "    except SystemExit as end: assert end.code, words\n"
+        "    else: raise AssertionError(words)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1].startswith("error: no recipe 'digit_lt' (did you mean 'digits_lt'?)")
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_required_arguments_are_those_of_the_commands(name, capsys, monkeypatch):
+    """The early check names the arguments that the command's own parser requires; `data` parses in two steps."""
+    with pytest.raises(SystemExit):
+        main([name])
+    early = capsys.readouterr().err
+    monkeypatch.setattr("deitlt_hf.cli.required.REQUIRED", {})
+    with pytest.raises(SystemExit):
+        main([name])
+    late = capsys.readouterr().err
+    if name == "data":
+        early, late = early.replace(", --recipe;", ";"), late.replace("command", "{check,show}", 2)
+        early, late = (text.splitlines()[-1] for text in (early, late))
+    assert early == late
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -177,15 +209,14 @@ def test_convert_takes_a_recipes_fields_in_any_order(tmp_path, words, capsys):
         ("evaluate --model M", "--model MODEL --recipe RECIPE", "the following arguments are required: --recipe"),
         ("data check --recipe digits_lt --max_per_class x", None, "argument --max_per_class/--max-per-class: invalid"),
         ("export --model M --opset x", "--model MODEL", "unrecognized arguments: --opset x"),
-        ("predict --model M --top_k x", "--model MODEL IMAGE [IMAGE ...]", "argument --top_k: invalid int value: 'x'"),
-        ("predict a.png", "--model MODEL IMAGE [IMAGE ...]", "the following arguments are required: --model"),
+        ("predict --model M --top_k x", "--model MODEL", "argument --top_k: invalid int value: 'x'"),
+        ("predict a.png", "--model MODEL", "the following arguments are required: --model"),
         # Elsewhere --json names a file of figures; here it prints one line for each image.
         (
             "predict --model M --json o.jsonl a.png",
-            "--model MODEL IMAGE [IMAGE ...]",
+            "--model MODEL",
             "unrecognized arguments: --json;",
         ),
-        ("predict --model M", "--model MODEL IMAGE [IMAGE ...]", "the following arguments are required: IMAGE"),
         ("push", "folder ORG/NAME", "the following arguments are required: folder, ORG/NAME"),
     ],
 )

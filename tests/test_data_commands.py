@@ -188,6 +188,10 @@ SECTIONS = {
         ({"teacher": "{num_train_epochs: 6, lr_drop_epochs: 7, lr_drops: 0.1}"}, ["train-teacher: lr_drop_epochs"]),
         ({"teacher": "{sam_roh: 0.1}"}, ["train-teacher: unknown field 'sam_roh'"]),
         (
+            {"teacher": "{num_train_epochs: 6, class_weights: {class 3: 2}}"},
+            ["train-teacher: class_weights names the class 'class 3'"],
+        ),
+        (
             {"student": "{num_train_epochs: 4, repeated_augmentation: 1}", "teacher": "{num_train_epochs: 4}"},
             ["train-teacher: warmup_epochs 5 is not before", "distill: warmup_epochs 5 is not before"],
         ),
@@ -199,7 +203,7 @@ SECTIONS = {
             ],
         ),
     ],
-    ids=["none", "rounds", "drops", "field", "both", "two"],
+    ids=["none", "rounds", "drops", "field", "weights", "both", "two"],
 )
 def test_check_reports_what_training_would_refuse(tmp_path, monkeypatch, capsys, changed, problems):
     """The check reports what training would refuse; otherwise it would call data ready that cannot be trained on."""

@@ -17,6 +17,7 @@ from deitlt_hf.losses import (
     PaCoLoss,
     effective_number_weights,
 )
+from deitlt_hf.losses.class_weights import named_weights, read_class_weights
 
 BATCH, CLASSES = 12, 5
 GENERATOR = torch.Generator().manual_seed(0)
@@ -91,6 +92,67 @@ def test_variants_match_their_names():
     torch.testing.assert_close(bce.loss, F.binary_cross_entropy_with_logits(CLS, SOFT_LABELS))
     reweighted = DistillationLoss(0.0, "hard", class_weights=WEIGHTS, reweight_cls=True)(CLS, DIST, LABELS, TEACHER)
     torch.testing.assert_close(reweighted.loss, F.cross_entropy(CLS, LABELS, weight=WEIGHTS))
+    given = torch.arange(1.0, 6.0)
+    both = DistillationLoss(0.5, "hard", class_weights=WEIGHTS, cls_weights=given)(CLS, DIST, LABELS, TEACHER)
+    torch.testing.assert_close(2 * both.cls_loss, F.cross_entropy(CLS, LABELS, weight=given))
+    torch.testing.assert_close(2 * both.distillation_loss, F.cross_entropy(DIST, TEACHER.argmax(1), weight=WEIGHTS))
+
+
+@pytest.mark.parametrize("cls_loss", CLS_LOSSES)
+@pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS])
+def test_a_class_of_twice_the_weight_counts_as_if_its_images_were_there_twice(cls_loss, labels):
+    """Any loss of CLS takes class weights; labels of several classes have the weights of their shares."""
+    weights = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0])
+    loss = DistillationLoss(0.0, "none", cls_loss=cls_loss, class_counts=COUNTS, cls_weights=weights)
+    alone = DistillationLoss(0.0, "none", cls_loss=cls_loss, class_counts=COUNTS)
+    if labels is LABELS:
+        twice = torch.cat([torch.arange(BATCH), torch.nonzero(labels == 0).flatten()])
+        torch.testing.assert_close(loss(CLS, DIST, labels).loss, alone(CLS[twice], DIST[twice], labels[twice]).loss)
+    weights[:] = 3.0  # equal weights change nothing
+    loss = DistillationLoss(0.0, "none", cls_loss=cls_loss, class_counts=COUNTS, cls_weights=weights)
+    torch.testing.assert_close(loss(CLS, DIST, labels).loss, alone(CLS, DIST, labels).loss)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ("none", None),
+        ("melanoma=5,nevus=1", {"melanoma": 5, "nevus": 1}),
+        (" a, b = 0.5 , x=y=2", {"a, b": 0.5, "x=y": 2}),
+        ({3: "1e1"}, {"3": 10}),
+    ],
+)
+def test_class_weights_are_read_from_texts_and_mappings(given, expected):
+    assert read_class_weights(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("melanoma", "must be NAME=WEIGHT,NAME=WEIGHT, got 'melanoma'"),
+        ("a=1,b", "must be NAME=WEIGHT,NAME=WEIGHT, got 'a=1,b'"),
+        ("a=1,a=2", "has 'a' twice"),
+        *(
+            (f"a={value}", f"class_weights of 'a' must be a number above 0, got {value}")
+            for value in ("-1", "0", "nan")
+        ),
+        ({"a": None}, "class_weights of 'a' must be a number above 0, got None"),
+    ],
+)
+def test_invalid_class_weights_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        read_class_weights(given)
+
+
+def test_class_weights_are_matched_by_name_and_have_mean_one():
+    weights = named_weights({"nevus": 4.0}, ["melanoma", "nevus", "naevus"])
+    assert weights.tolist() == [0.5, 2.0, 0.5]
+    with pytest.raises(
+        ValueError, match="the class 'nevis', which the data do not have; the most similar one is 'nevus'"
+    ):
+        named_weights({"nevis": 4.0}, ["melanoma", "nevus"])
 
 
 def test_summed_soft_labels_give_gradients_as_large_as_labels():
@@ -146,7 +208,6 @@ def test_no_gradient_reaches_the_teacher():
         ({"cls_loss": "mse"}, "cls_loss must be one of ce, bce, logit_adjusted, got 'mse'"),
         ({"cls_loss": "logit_adjusted"}, "cls_loss='logit_adjusted' needs class_counts; got None"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"reweight_cls": True, "cls_loss": "bce"}, "reweight_cls needs cls_loss='ce'"),
     ],
 )
 def test_invalid_distillation_arguments_are_refused(values, message):

@@ -1,7 +1,9 @@
 """From a folder of images to a model: `deitlt train`, `deitlt recipes` and the choice of a recipe."""
 
+import contextlib
 import csv
 import json
+import re
 import shutil
 import sys
 
@@ -50,7 +52,8 @@ def trained(photos, tmp_path_factory):
     """Output folder of a short run on the photos."""
     output = tmp_path_factory.mktemp("out") / "run"
     short = ["--image_size", "16", "--teacher_epochs", "15", "--num_train_epochs", "5"]
-    main(["train", str(photos), "--output_dir", str(output), *short])
+    with (output.parent / "printed.txt").open("w") as file, contextlib.redirect_stdout(file):
+        main(["train", str(photos), "--output_dir", str(output), *short])
     return output
 
 
@@ -58,6 +61,8 @@ def test_a_folder_becomes_models_predictions_and_a_report(trained, photos):
     record = json.loads((trained / "student" / "results.json").read_text())
     assert record["finished"]
     assert json.loads((trained / "teacher" / "results.json").read_text())["finished"]
+    printed = re.split(r"\bepoch 5 ", (trained.parent / "printed.txt").read_text())[-1]
+    assert printed.count("│ mean ") == 1, "the last table was expected once"
     assert "<html" in (trained / "report" / "index.html").read_text()
     with open(trained / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -81,7 +86,7 @@ def test_a_folder_becomes_models_predictions_and_a_report(trained, photos):
 
 def test_a_teacher_at_chance_is_not_used(photos, tmp_path, capsys, monkeypatch):
     """The time for the teacher's training is not lost: the student learns from the labels."""
-    monkeypatch.setattr(quickstart, "report", lambda *_: None)
+    monkeypatch.setattr(quickstart, "report", lambda *_, **__: None)
     brief = ["--image_size", "16", "--teacher_epochs", "1", "--num_train_epochs", "1", "--hidden_size", "64"]
     arguments = ["train", str(photos), "--output_dir", str(tmp_path / "run")]
     main([*arguments, *brief])
@@ -110,11 +115,11 @@ def test_the_recipe_says_why(trained, photos):
 
 
 def test_the_same_command_continues_or_finds_a_finished_run(trained, photos, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart, "report", lambda *_: print("The report is written again."))
+    monkeypatch.setattr(quickstart, "report", lambda *_, tables: print(f"The report is written again, {tables}."))
     main(["train", str(photos), "--output_dir", str(trained)])
     printed = capsys.readouterr().out
     assert "Continuing with" in printed
-    assert "The report is written again." in printed
+    assert "The report is written again, True." in printed
     assert "nothing is left to train" in printed
 
 

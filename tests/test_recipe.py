@@ -69,6 +69,21 @@ def test_data_are_loaded_with_overrides():
     assert (max(counts), min(counts)) == (20, 10)
 
 
+def test_class_weights_are_a_mapping_or_a_text(tmp_path):
+    recipe = tmp_path / "costs.yaml"
+    recipe.write_text(f"extends: {TINY}\nstudent:\n  class_weights: {{3: 5, 4: 0.5}}\n")
+    args = Recipe.load(str(recipe)).student().args
+    assert args.class_weights == args.method_settings()["class_weights"] == {"3": 5, "4": 0.5}
+    args = Recipe.load(str(recipe)).student(class_weights={"7": 2}).args
+    assert args.recipe["overrides"] == {"class_weights": "7=2"}
+    options = ["--recipe", str(recipe), "--class_weights", "7=2"]
+    parsed = parse_arguments("student", (DataArguments, StudentArguments, DeiTLTTrainingArguments), options)[-1]
+    assert parsed.class_weights == args.class_weights
+    recipe.write_text("student:\n  sam_rho: {3: 5}\n")
+    with pytest.raises(ValueError, match="sam_rho of student must be a number, a text, or a list"):
+        Recipe.load(str(recipe))
+
+
 @pytest.mark.parametrize(
     ("ask", "error", "message"),
     [

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
@@ -95,6 +96,57 @@ def test_csv_has_the_same_rows_as_parquet(model, images, tmp_path):
         assert {name: value or None for name, value in one.items()} == pytest.approx(other)
 
 
+@pytest.mark.parametrize("layout", ["saved", "parquet", "lists"])
+def test_a_data_set_is_read_as_in_training(model, images, tmp_path, layout):
+    """Any source of training gives the answers of its files, in the order of its rows, whatever holds the images."""
+    files = sorted(Path(images).iterdir())
+    features = datasets.Features(photo=datasets.Image(), text=datasets.Value("string"))
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in files]
+    rows = datasets.Dataset.from_dict({"photo": cells, "text": ["?"] * len(files)}, features)
+    data = tmp_path / "data"
+    if layout == "saved":
+        datasets.DatasetDict(train=rows.select([0]), test=rows).save_to_disk(data)
+    elif layout == "parquet":
+        data.mkdir()
+        rows.to_parquet(data / "test.parquet")
+        rows.select([0]).to_parquet(data / "train.parquet")
+    else:
+        data.mkdir()
+        for file in files:
+            shutil.copy(file, data)
+        lines = [f"{file.name} {index % 2}\n" for index, file in enumerate(files)]
+        (data / "mine_test.txt").write_text("".join(lines))
+        (data / "mine_train.txt").write_text("".join(lines[:2]))
+    options = ["--output", str(tmp_path / "out"), "--batch_size", "2", "--shard_size", "4", "--num_workers", "1"]
+    main(["--model", model, "--data_dir", str(data), *options])
+    found, expected = table(tmp_path / "out"), write(model, images, tmp_path / "files")
+    names = [str(data / file.name) for file in files] if layout == "lists" else [f"test/{row}" for row in range(11)]
+    assert [row.pop("image") for row in found] == names
+    assert [row.pop("image") for row in expected] == [str(file) for file in files]
+    assert [name for name, row in zip(names, found, strict=True) if row["error"]] == [names[2]]
+    for row in (found[2], expected[2]):
+        assert "is damaged" in row.pop("error")
+    assert found == expected
+
+
+def test_a_data_set_continues_only_with_the_same_images(model, tmp_path, capsys):
+    """Rows have the same names in any data set, so the folder also knows some of their content."""
+    rows = datasets.Dataset.from_dict({"image": [picture(9, 9)] * 5}, datasets.Features(image=datasets.Image()))
+    rows.save_to_disk(tmp_path / "data")
+    words = ["--model", model, "--split", "train", "--output", str(tmp_path / "out"), "--shard_size", "2"]
+    main([*words, "--data_dir", str(tmp_path / "data")])
+    main([*words, "--data_dir", str(tmp_path / "data")])
+    assert "3 of 3 tables" in capsys.readouterr().out
+    others = datasets.Dataset.from_dict({"image": [picture(9, 8)] * 5}, rows.features)
+    others.save_to_disk(tmp_path / "others")
+    with pytest.raises(ValueError, match="predictions of other files"):
+        main([*words, "--data_dir", str(tmp_path / "others")])
+    with pytest.raises(ValueError, match="no split 'exam'; the splits are train"):
+        main(["--model", model, "--data_dir", str(tmp_path / "data"), "--split", "exam"])
+    main(["--model", model, "--dataset", "digits", "--csv", "--top_k", "1", "--num_workers", "0"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 600
+
+
 def test_an_interrupted_folder_is_completed_and_nothing_is_computed_twice(model, images, tmp_path, capsys):
     undisturbed = write(model, images, tmp_path / "whole")
     capsys.readouterr()
@@ -147,6 +199,8 @@ def test_another_run_is_refused(model, images, tmp_path):
         (["--output", "out", "--features", "cls", "--format", "csv"], "features are written as parquet only"),
         (["--output", "out", "--shard_size", "0"], "shard_size must be 1 or more"),
         (["--output", "out", "--num_workers", "-1"], "--num_workers 0 or more"),
+        (["--dataset", "digits"], "give either images .* or a data set"),
+        (["--split", "test"], "are of a data set; give --dataset"),
         (["--output", "out", "--device", "abacus"], "--device 'abacus' cannot be used"),
         (["--output", "out", "--features", "head"], "has no features 'head'; give cls or distillation or mean or"),
     ],

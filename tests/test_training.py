@@ -27,6 +27,7 @@ from deitlt_hf.hub.card_facts import optimizer_name
 from deitlt_hf.losses import effective_number_weights
 from deitlt_hf.training import SAM
 from deitlt_hf.training.optimizers import Muon
+from deitlt_hf.training.plan_lines import plan_lines
 from helpers import StopAt, fixed_batch, gradients, make_student, student_arguments, student_trainer, teacher_trainer
 
 # ---- Distillation ----
@@ -99,6 +100,38 @@ def test_gradient_does_not_depend_on_accumulation(tmp_path, digits, teacher, dis
     if not distillation.startswith("soft"):
         expected = (expected + F.cross_entropy(outputs.distillation_logits, targets, weights)) / 2
         torch.testing.assert_close(loss, expected.detach())
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_class_weights_hold_in_both_phases(tmp_path, digits, kind, epoch):
+    """Class weights of a user weigh both heads of a student, and multiply the weights of DRW from its start on."""
+    batch, make = fixed_batch(digits), student_trainer if kind == "student" else teacher_trainer
+    given = {"class_weights": {"3": 5}, "drw_start_epoch": 1, "num_train_epochs": 2}
+    if kind == "student":
+        given |= {
+            "distillation": "none",
+            "mixup": 0,
+            "cutmix": 0,
+            "label_smoothing_factor": 0,
+            "model": make_student(drop_path_rate=0.0),
+        }
+    trainer = make(tmp_path, digits, **given)
+    trainer.state.epoch = epoch
+    loss, _ = gradients(trainer, dict(batch), 1)
+    costs = torch.ones(10).index_fill(0, torch.tensor(3), 5.0)
+    reweighted = costs * effective_number_weights(trainer.class_counts)
+    outputs = trainer.model(batch["pixel_values"])
+    if kind == "teacher":
+        expected = F.cross_entropy(outputs.logits, batch["labels"], reweighted if epoch else costs)
+    else:
+        expected = F.cross_entropy(outputs.cls_logits, batch["labels"], costs) / 2
+        expected += F.cross_entropy(outputs.distillation_logits, batch["labels"], reweighted if epoch else costs) / 2
+    torch.testing.assert_close(loss, expected.detach())
+    assert trainer.drw_weights.mean().item() == pytest.approx(1)
+    assert plan_lines(trainer)["class weights"].startswith("3 5, other classes 1")
+    with pytest.raises(ValueError, match=r"names the class '11', .* the most similar one is '1'"):
+        make(tmp_path, digits, **given | {"class_weights": {"11": 2}})
 
 
 def test_phases_of_reweighting_and_mixing(tmp_path, digits, teacher):
@@ -547,7 +580,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
         ({"optim": "muone"}, "optim must be one of muon, adamw_torch, .*, got 'muone'"),
         ({"alpha": -0.1}, r"alpha must be in \[0, 1\], got -0.1"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"reweight_cls": True, "cls_loss": "bce"}, "reweight_cls needs cls_loss='ce'"),
+        ({"class_weights": "ant"}, "class_weights must be NAME=WEIGHT"),
         ({"auto_augment": "randaugment"}, "timm does not know the augmentation policy 'randaugment'"),
         ({"hflip": 2.0}, r"hflip must be in \[0, 1\], got 2.0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),

@@ -38,6 +38,7 @@ from transformers import (
 
 from deitlt_hf import DeiTLTConfig
 from deitlt_hf.data.transforms import ImageFormat, model_processor
+from deitlt_hf.models import weight_files
 from deitlt_hf.models.trunks import resized, student_of, trunk_of
 from deitlt_hf.recipes import StudentArguments
 from deitlt_hf.training.starting import check_start, starting_student
@@ -139,7 +140,7 @@ TIMM_SOURCES = {
 
 @pytest.mark.parametrize("place", ["folder", "file"])
 @pytest.mark.parametrize("kind", TIMM_SOURCES)
-def test_a_model_of_timm_keeps_its_cls_feature(tmp_path, kind, place):
+def test_a_model_of_timm_keeps_its_cls_feature(tmp_path, monkeypatch, kind, place):
     name, values = TIMM_SOURCES[kind]
     source = filled(timm.create_model(name, num_classes=5, **TIMM, **values))
     path = tmp_path / "start" / "vit.pth"
@@ -149,9 +150,12 @@ def test_a_model_of_timm_keeps_its_cls_feature(tmp_path, kind, place):
     else:
         path.parent.mkdir()
         torch.save({"model": {f"module.{name}": tensor for name, tensor in source.state_dict().items()}}, path)
+    reads = []
+    monkeypatch.setattr(weight_files, "_load", lambda path, load=weight_files._load: reads.append(path) or load(path))
     if place == "file" and "act_layer" in values:
         source.blocks.apply(lambda module: isinstance(module, timm.layers.Mlp) and setattr(module, "act", nn.GELU()))
     student = started(path, num_attention_heads=2, hidden_size=16)
+    assert place == "folder" or len(reads) == 1, "a file is read once"
     expected = feature(source) if isinstance(source.fc_norm, nn.Identity) else source.fc_norm(feature(source)).detach()
     assert_same_feature(student, expected)
 

@@ -24,6 +24,7 @@ from deitlt_hf.data.images import ImageDataset
 from deitlt_hf.recipes import DataArguments, TeacherArguments, parse_arguments
 from deitlt_hf.training import run_log
 from deitlt_hf.training.checkpoints import find_corruption
+from deitlt_hf.training.guards import SaveByMinutes
 from deitlt_hf.training.run_log import draw_curves, read_log
 from deitlt_hf.training.runs import train_teacher
 from helpers import (
@@ -301,6 +302,49 @@ def test_lines_show_the_remaining_time(tmp_path, digits, capsys, monkeypatch):
     assert estimate.endswith("to go, and the time of evaluations")
     assert any(line.startswith("epoch 2.00  step 14/14") and line.endswith("  0:00:00 left") for line in lines)
     assert any(line.startswith("epoch 1.00  step 7/14") and "0:01:" in line for line in lines)
+
+
+# ---- Saving by the clock ----
+
+
+def test_a_run_saves_by_the_clock_and_ends_as_without(tmp_path, digits, monkeypatch):
+    """A checkpoint of an epoch also counts, and those of the clock do not change a run."""
+    values = {"distillation": "none", "save_strategy": "epoch", "save_total_limit": None}
+    plain = student_trainer(tmp_path / "plain", digits, **values)
+    plain.train()
+    trainer = student_trainer(tmp_path / "run", digits, **values, save_minutes=0.05)
+    clock = SimpleNamespace(monotonic=lambda: trainer.state.global_step)  # a second for each step
+    monkeypatch.setattr("deitlt_hf.training.guards.time", clock)
+    trainer.train()
+    steps = sorted(int(path.name.partition("-")[2]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert steps == [3, 6, 7, 10, 13, 14]
+    assert_same(weights(trainer), weights(plain))
+    assert trainer.settings() == plain.settings()
+
+
+def test_all_processes_save_after_the_same_step(monkeypatch):
+    """The vote of the first process decides, one step late; a save in between makes earlier votes void."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr("deitlt_hf.training.guards.time", clock)
+    args = SimpleNamespace(save_minutes=1, world_size=2)
+    voters = {rank: SaveByMinutes() for rank in range(2)}
+    states = {rank: SimpleNamespace(is_world_process_zero=rank == 0) for rank in voters}
+    saved = {rank: [] for rank in voters}
+    for rank, voter in voters.items():
+        voter.on_train_begin(args, states[rank], None)
+    for step in range(8):
+        clock.now = 40.0 * step
+        total = sum(voter.vote(torch.device("cpu")) for voter in voters.values())
+        for rank, voter in voters.items():
+            clock.now += 100.0 * rank  # the clock of the other process does not matter
+            control = SimpleNamespace(should_save=step == 2)
+            voter.count(total[0])
+            voter.on_step_end(args, states[rank], control)
+            if control.should_save:
+                saved[rank].append(step)
+                voter.on_save(args, states[rank], control)
+            clock.now = 40.0 * step
+    assert saved[0] == saved[1] == [2, 5]
 
 
 # ---- Stopping on request ----

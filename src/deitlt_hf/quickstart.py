@@ -27,6 +27,7 @@ from .data.sources.files import TEST_NAMES, find_split
 from .evaluation.metrics import paired_leads, points
 from .evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
 from .io import check_can_be_folder, one_line
+from .losses.class_weights import named_weights
 from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, load_recipe
 from .recipes.fit import (
     EVALUATIONS,
@@ -270,6 +271,7 @@ def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[Fit
         num_images = len(folder.labels)
         student_args.check_data(num_images)
         teacher_args.check_data(num_images)
+        named_weights(student_args.class_weights, data["train"].features["label"].names)  # refuses unknown names
         times: StepTimes = measure_steps(teacher_model, teacher_args, student_model, student_args, data)
 
     def expected(recipe: FittedRecipe) -> tuple[float, float]:
@@ -307,7 +309,17 @@ def _given(name: str, value: Any) -> Choice:
     }
     if name in ("output_dir", "overwrite", "data_dir", "resume_from_checkpoint"):
         raise ValueError(f"{name} is not a field here; use the folder, output and overwrite of this command.")
-    if name in ("image_size", "global_batch_size", "train_crop", "use_cpu", "bf16", "fp16", "seed", "image_cache"):
+    if name in (
+        "image_size",
+        "global_batch_size",
+        "train_crop",
+        "use_cpu",
+        "bf16",
+        "fp16",
+        "seed",
+        "image_cache",
+        "save_minutes",
+    ):
         section = "both"
     else:
         section = next((section for section, names in in_section.items() if name in names), "student")
@@ -424,7 +436,8 @@ def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: Data
         print("matplotlib is not installed, so there is no report page; install it and run the same command again.")
     else:
         options = AnalysisArguments(model=str(student), output=str(output / "report"))
-        report(str(recipe), options, data_args)
+        # A run that has just trained has printed the same table.
+        report(str(recipe), options, data_args, tables=trainer.beginning.is_finished)
     print(
         f"""The test images are in three tables in {output}: {PREDICTIONS_FILE} by image, {CLASSES_FILE} by class, and
 {CONFUSION_FILE} by true and predicted class. To use the student, you need only transformers:

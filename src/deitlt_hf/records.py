@@ -56,6 +56,7 @@ class Settings(TypedDict, total=False):
     epochs: float  # in records from before 0.1.0
     max_steps: int
     drw_start_epoch: float | None
+    class_weights: dict[str, float] | None
     global_batch_size: int
     learning_rate: float
     teacher_loss: str
@@ -116,6 +117,7 @@ class RunRecord(TypedDict, total=False):
     model: str
     parameters: int
     started_from: str | None
+    started_from_license: dict[str, str] | None  # fields of the card of that model
     finished: bool
     resumed: bool | None
     steps: int

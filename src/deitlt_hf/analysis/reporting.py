@@ -47,8 +47,14 @@ class AnalysisArguments:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
 
 
-def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Path:
+def report(recipe: str, args: AnalysisArguments, data_args: DataArguments, tables: bool = True) -> Path:
     """Analyses one or two models on a recipe's test images, prints their tables, and writes the report.
+
+    Args:
+        recipe: Name or path of the recipe.
+        args: Options of the analysis.
+        data_args: The data of the recipe.
+        tables: Whether to print the tables.
 
     Returns:
         Path of the HTML page.
@@ -91,10 +97,11 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments) -> Pa
         )
         section.findings["weights_sha256"] = weights_digest(path)
         sections.append(section)
-        accuracies = {
-            expert: {name: row[name] for name in ("overall", *groups)} for expert, row in section.figures.items()
-        }
-        show(ExpertTable(path, accuracies, groups, class_counts(data["test"]["label"][:], len(names)).tolist()))
+        if tables:
+            accuracies = {
+                expert: {name: row[name] for name in ("overall", *groups)} for expert, row in section.figures.items()
+            }
+            show(ExpertTable(path, accuracies, groups, class_counts(data["test"]["label"][:], len(names)).tolist()))
     page = write_report(sections, recipe, groups, args.output)
     print(f"The report is in {page}.")
     return page

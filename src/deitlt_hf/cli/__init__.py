@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from types import ModuleType
 
 COMMANDS = {  # command, its module, and its description; in the order of use in a project
     "train": ("train", "train on a folder of images, with a recipe that is fitted to it"),
@@ -58,9 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"deitlt-hf {version('deitlt-hf')}")
     elif name in COMMANDS:
         sys.argv = [f"deitlt {name}", *rest]  # the usage line in the help of the command shows this name
-        command_line_errors, module = _imported(COMMANDS[name][0])
+        from ..recipes import command_line_errors
+        from .required import check_required
+
         with command_line_errors():
-            module.main(rest)
+            check_required(name, rest)
+            _imported(COMMANDS[name][0]).main(rest)
     else:
         alias = ALIASES.get(name.replace("_", "-"))
         nearest = [alias] if alias else difflib.get_close_matches(name, COMMANDS, n=1)
@@ -69,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _imported(name: str) -> tuple[Any, Any]:
-    """Imports `command_line_errors` and the module of a command, without garbage collection.
+def _imported(name: str) -> ModuleType:
+    """Imports the module of a command without garbage collection.
 
     The million objects of the libraries stay alive. To search them for garbage takes a quarter of the import's time,
     and again a part of a second whenever the command collects garbage later.
@@ -78,15 +81,12 @@ def _imported(name: str) -> tuple[Any, Any]:
     is_new, was_enabled = f"{__package__}.{name}" not in sys.modules, gc.isenabled()
     gc.disable()
     try:
-        from ..recipes import command_line_errors
-
-        module = importlib.import_module(f".{name}", __package__)
+        return importlib.import_module(f".{name}", __package__)
     finally:
         if is_new:
             gc.freeze()
         if was_enabled:
             gc.enable()
-    return command_line_errors, module
 
 
 def _help() -> str:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 
 from ..console import quiet_log
+from ..losses.class_weights import named_weights
 from ..recipes import (
     DataArguments,
     StudentArguments,
@@ -62,8 +63,9 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     file = None if counts_file is None else check_file("--counts", counts_file)
     kind, source = arguments.source()
     data = arguments.load(source)
+    class_names = data["train"].features["label"].names
     report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep, arguments.background)
-    report.problems.extend(training_problems(name, argv, len(data["train"])))
+    report.problems.extend(training_problems(name, argv, len(data["train"]), class_names))
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for label, text in report.lines.items():
         console.print(f"[bold]{label:16}[/bold] ", end="")
@@ -76,13 +78,12 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
         console.print(problem, markup=False)
     console.print(f"{name}: {len(report.problems)} problem(s)" if report.problems else f"{name}: ready to train on")
     if file is not None:
-        train = data["train"]
-        counts = dict(zip(train.features["label"].names, training_counts(train).tolist(), strict=True))
+        counts = dict(zip(class_names, training_counts(data["train"]).tolist(), strict=True))
         file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return int(bool(report.problems))
 
 
-def training_problems(recipe: str, argv: Sequence[str], num_images: int) -> Iterator[str]:
+def training_problems(recipe: str, argv: Sequence[str], num_images: int, class_names: Sequence[str]) -> Iterator[str]:
     """Yields the errors that training the teacher and the student of a recipe would raise. Creates no folder.
 
     A recipe may have only one of the two.
@@ -91,13 +92,14 @@ def training_problems(recipe: str, argv: Sequence[str], num_images: int) -> Iter
         recipe: Name or path of the recipe.
         argv: A command line with the recipe and fields of its data, teacher and student.
         num_images: Number of training images.
+        class_names: Names of the classes.
     """
     sections = load_recipe(recipe)
     for section, command, classes in (("teacher", "train-teacher", TEACHER), ("student", "distill", STUDENT)):
         if not sections[section]:
             continue
         others = (_names(STUDENT) | _names(TEACHER)) - _names(classes)
-        found = dict.fromkeys(_refusals(section, classes, _without(others, argv), num_images))
+        found = dict.fromkeys(_refusals(section, classes, _without(others, argv), num_images, class_names))
         yield from (f"deitlt {command}: {problem}" for problem in found)
 
 
@@ -111,7 +113,9 @@ def training_notes(recipe: str, argv: Sequence[str]) -> Iterator[str]:
                 yield f"deitlt distill: {note}"
 
 
-def _refusals(section: str, classes: Sequence[type], argv: Sequence[str], num_images: int) -> Iterator[str]:
+def _refusals(
+    section: str, classes: Sequence[type], argv: Sequence[str], num_images: int, class_names: Sequence[str]
+) -> Iterator[str]:
     try:  # on the CPU, because this machine may not have a GPU that supports half precision
         args = parse_arguments(section, classes, [*argv, "--use_cpu", "true"])[-1]
     except ValueError as error:
@@ -120,6 +124,7 @@ def _refusals(section: str, classes: Sequence[type], argv: Sequence[str], num_im
     for _ in range(2):
         try:
             args.check_data(num_images)
+            named_weights(args.class_weights, class_names)
         except ValueError as error:
             yield str(error)
         # check_data checks the rounds of repeated augmentation first; without them, a second call finds other errors.

@@ -4,6 +4,7 @@ deitlt predict --model outputs/digits_lt_fast/student photo.jpg photos/ 'more/**
 deitlt predict --model outputs/digits_lt_fast/student --experts --csv photos/ > predictions.csv
 find photos -newer yesterday | deitlt predict --model DIR_OR_HUB_ID --jsonl - > predictions.jsonl
 deitlt predict --model DIR_OR_HUB_ID photos/ --output predictions --features tokens
+deitlt predict --model DIR_OR_HUB_ID --dataset ORG/NAME --split test --output predictions
 accelerate launch --no_python deitlt predict --model DIR_OR_HUB_ID photos/ --output predictions
 """
 
@@ -30,10 +31,12 @@ from ..data.sources.files import not_read
 from ..io import one_line
 from ..serving.handler import EXPERTS
 from ..serving.prediction import find_images, load_classifier, predict_images
+from ..serving.rows import DatasetImages, dataset_images
 from ..serving.shards import FEATURES, FORMATS, Contents, Shards, Tabulator, predict_shards
 from .parser import command_parser
 
 COLUMNS = ("image", "rank", "label", "score", "group", "training_images")
+SPLIT = "test"
 SHOWN = 20  # classes of a prediction set that are printed as text
 FOLDER_OPTIONS = ("format", "features", "shard_size")
 EXPERT_COLUMNS = ("cls_score", "distillation_score", "cls_label", "distillation_label")
@@ -47,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("standard output is closed; redirect it to a file, or to /dev/null.")
     _check(args)
     others: Counter[str] = Counter()
-    paths = find_images(args.images, others)
+    rows = None
+    if args.dataset is not None or args.data_dir is not None:
+        quiet_log()
+        rows = dataset_images(args.dataset or "imagefolder", args.data_dir, args.split or SPLIT, args.image_column)
+    paths = find_images(args.images, others) if rows is None else iter(rows.names)
     total = None
     # Files are listed first to know their number; standard input may be endless.
     if "-" not in args.images or args.output is not None:
@@ -56,15 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next(paths, None)
     if first is None:
         found = f" ({not_read(others)})" if others else ""
-        raise ValueError(
-            f"no images in {one_line(', '.join(map(repr, args.images)))}; give files, or folders with images{found}."
-        )
+        given = one_line(", ".join(map(repr, args.images or [args.split or SPLIT])))
+        raise ValueError(f"no images in {given}; give files, or folders with images{found}.")
     try:
         if args.output is not None:
-            _write_folder(args, [first, *paths])
+            _write_folder(args, [first, *paths], rows)
             is_complete = True
         else:
-            is_complete = _classify(args, itertools.chain([first], paths), total)
+            is_complete = _classify(args, itertools.chain([first], paths), total, rows)
         if others and int(os.environ.get("RANK", "0")) == 0:
             print(f"warning: {not_read(others)}.", file=sys.stderr)
     except BrokenPipeError:  # the reader of the results, such as `head`, has closed the pipe
@@ -86,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder or Hub id of a student, or of any image classifier")
     parser.add_argument(
         "images",
-        nargs="+",
+        nargs="*",
+        default=[],  # otherwise the usage shows it among the required arguments
         metavar="IMAGE",
         help="file; folder, searched with its subfolders; pattern; or - to read any of these from standard input, one "
         "per line",
@@ -106,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that read images, each two batches ahead; by default 0, and with --output up to 8 if the "
         "model is on a GPU, or up to 2 (one for four cores) if it is on the CPU, which it needs itself",
     )
+    rows = parser.add_argument_group("a data set instead of files")
+    rows.add_argument("--dataset", help="'digits' (embedded), or the id of a Hub data set")
+    rows.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        help="folder in any layout that training reads: saved data set, parquet, list files, ...",
+    )
+    rows.add_argument("--split", help=f"split of the data set (default {SPLIT})")
+    rows.add_argument("--image_column", help="column with the images; by default the only one")
     folder = parser.add_argument_group("many images")
     folder.add_argument(
         "--output",
@@ -127,6 +143,11 @@ def _check(args: argparse.Namespace) -> None:
     """Checks options that do not fit each other, before any file is searched."""
     if min(args.top_k, args.batch_size) < 1 or (args.num_workers or 0) < 0:
         raise ValueError("--top_k and --batch_size must be 1 or more, and --num_workers 0 or more.")
+    from_dataset = args.dataset is not None or args.data_dir is not None
+    if from_dataset == bool(args.images):
+        raise ValueError("give either images (files, folders, patterns or -), or a data set (--dataset or --data_dir).")
+    if not from_dataset and (args.split or args.image_column):
+        raise ValueError("--split and --image_column are of a data set; give --dataset or --data_dir.")
     if args.device is not None:
         _check_device(args.device)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -157,7 +178,7 @@ def _contents(args: argparse.Namespace) -> Contents:
     return Contents(top_k=args.top_k, experts=args.experts, **given)
 
 
-def _write_folder(args: argparse.Namespace, paths: Sequence[str]) -> None:
+def _write_folder(args: argparse.Namespace, paths: Sequence[str], rows: DatasetImages | None) -> None:
     """Computes this process's share of the tables that are missing in the folder."""
     quiet_log()
     state = PartialState(cpu=args.device == "cpu")
@@ -165,7 +186,7 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str]) -> None:
     classifier = load_classifier(args.model, args.device or own_device)
     contents = _contents(args)
     tabulate = Tabulator(classifier, contents)  # refuses options that do not suit the model, before the folder exists
-    shards = Shards(args.output, paths, contents)
+    shards = Shards(args.output, paths, contents, "" if rows is None else rows.sha256)
     with state.main_process_first():
         shards.claim(classifier)
     missing = shards.missing()
@@ -179,7 +200,9 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str]) -> None:
     is_bar_hidden = not (state.is_main_process and sys.stderr.isatty())
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
-        for number, failed in predict_shards(tabulate, shards, mine, args.batch_size, workers):
+        for number, failed in predict_shards(
+            tabulate, shards, mine, args.batch_size, workers, None if rows is None else rows.read
+        ):
             done, unreadable = done + number, unreadable + failed
             progress.update(bar, advance=number)
     if mine:
@@ -195,7 +218,7 @@ def default_workers(state: PartialState) -> int:
     return max(min(8, share - 1), 0) if state.device.type == "cuda" else min(2, share // 4)
 
 
-def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None) -> bool:
+def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None, rows: DatasetImages | None) -> bool:
     """Prints each result as soon as it is ready; returns whether all images could be read."""
     quiet_log()
     classifier = load_classifier(args.model, args.device)
@@ -205,7 +228,8 @@ def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None)
     is_bar_hidden = sys.stdout.isatty() or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
-        for path, result in predict_images(classifier, paths, args.top_k, args.batch_size, args.num_workers or 0):
+        options = (args.top_k, args.batch_size, args.num_workers or 0, None if rows is None else rows.read)
+        for path, result in predict_images(classifier, paths, *options):
             done += 1
             if isinstance(result, ValueError):
                 unreadable += 1

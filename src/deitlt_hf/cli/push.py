@@ -7,8 +7,6 @@ deitlt push outputs/digits_lt_fast/student ORG/deitlt-digits --license cc-by-4.0
 
 from collections.abc import Sequence
 
-from ..console import quiet_log
-from ..hub.pushing import push_folder
 from .parser import add_card_options, card_metadata, command_parser
 
 
@@ -27,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_card_options(parser)
     parser.add_argument("--commit_message", default="Upload model", help="first line of the commit")
     args = parser.parse_args(arguments)
+    from ..console import quiet_log
+    from ..hub.pushing import push_folder
+
     quiet_log()
     commit = push_folder(
         args.folder,

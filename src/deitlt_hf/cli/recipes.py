@@ -12,10 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from ..quickstart import IMAGES_FOLDER, STUDENT, TEACHER, fit
-from ..recipes import load_recipe, recipe_description, recipe_names
+from ..recipes import recipe_names
+from ..recipes.usage import check_recipe
 from .parser import command_parser, parse_with_fields
-from .train import fields_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,11 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", nargs="?", choices=["list", "show", "init"], default="list")
     parser.add_argument("name", nargs="?", help="show: name or path of a recipe; init: folder with the images")
     parser.add_argument("--minutes", type=float, help="init: time for training; chooses image size and epochs")
-    args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "init" in arguments:
+        from ..quickstart import IMAGES_FOLDER, STUDENT, TEACHER, fit
+        from .train import fields_of
+
+        args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
+    else:
+        args, rest = parser.parse_known_args(arguments)
     if args.command != "init" and (rest or args.minutes is not None):
         parser.error(f"{args.command} takes no options, got {rest[0] if rest else '--minutes'}")
     if (args.command == "list") != (args.name is None):
         parser.error("give 'show NAME' or 'init FOLDER', or nothing for the list")
+    if args.command == "show":
+        check_recipe(args.name)
+    from ..recipes import load_recipe, recipe_description
+
     if args.command == "list":
         width = max(map(len, recipe_names()))
         for name in recipe_names():

@@ -307,10 +307,11 @@ def find_columns(
         ValueError: If a named column is missing or holds no images, or if not exactly one column has the type. The
             message lists the columns.
     """
-    return _image_column(dataset, image_column), _label_column(dataset, label_column)
+    return find_image_column(dataset, image_column), _label_column(dataset, label_column)
 
 
-def _image_column(dataset: datasets.Dataset, given: str | None) -> str:
+def find_image_column(dataset: datasets.Dataset, given: str | None = None) -> str:
+    """Finds the image column of a data set as [`find_columns`] does, if none is given."""
     _check_column(dataset, given, "image")
     kinds = {name: _image_kind(feature) for name, feature in dataset.features.items()}
     if given is not None:

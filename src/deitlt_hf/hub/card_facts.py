@@ -17,6 +17,7 @@ LONGEST_COMMAND = 4000  # characters; a longer one is left out
 # Control characters, lone surrogates (which cannot be encoded), and characters that change the text direction.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # no local path matches: paths are recorded without their folders
+LICENSE_FIELDS = ("license", "license_name", "license_link")  # metadata of a card
 NAMED_CLASSES = 20  # with more classes, the card only counts them
 
 
@@ -200,6 +201,12 @@ class CardFacts:
         return start if HUB_ID.fullmatch(start) else None
 
     @property
+    def base_license(self) -> Mapping[str, str]:
+        """Licence of the model from which the training started, as fields of a card; empty if it is not known."""
+        found = self.results.get("started_from_license") or {}
+        return {name: found[name] for name in LICENSE_FIELDS if name in found}
+
+    @property
     def changed(self) -> str:
         """The overrides, as text."""
         return ", ".join(f"{code(name)} {code(value)}" for name, value in self.overrides.items())
@@ -238,6 +245,9 @@ class CardFacts:
         parts = _length(settings)
         if self.is_reweighted:
             parts.append(f"classes re-weighted from epoch {settings['drw_start_epoch']:g}")
+        if settings.get("class_weights"):
+            named = ", ".join(f"{name} {weight:g}" for name, weight in settings["class_weights"].items())
+            parts.append(f"classes weighted by {code(named)}, others 1")
         if settings.get("global_batch_size"):
             parts.append(f"{settings['global_batch_size']:,} images per step")
         if settings.get("learning_rate"):

@@ -17,13 +17,15 @@ from ..io import atomic_write, one_line, read_json, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, paper_accuracies
 from ..records import RESULTS_FILE, RunRecord, find_record
 from ..serving.classifiers import check_config
-from .card_facts import CardFacts, code, plain, quoted, table
+from .card_facts import LICENSE_FIELDS, CardFacts, code, plain, quoted, table
 
 CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
 # Also identifies cards of earlier versions, see is_generated: it must not change.
 _MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits it:"
 _TAGS = ("vision", "deit-lt", "long-tailed")
 _KIND_TAGS = {"teacher": "sam", "student": "distillation"}
+# Also identifies a licence that an earlier card took over, see given_metadata.
+_OF_START = "This is the licence of the model from which the training started"
 # Metadata about the weights: in an earlier card they may describe other weights, so they are not kept.
 _OF_WEIGHTS = ("base_model", "base_model_relation", "co2_eq_emissions", "datasets", "metrics", "model-index")
 
@@ -39,7 +41,8 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
         repo_id: Hub repository of the model; the code in the card loads the model from there.
         name: The heading; by default the name of the repository.
         **metadata: Fields of [`~huggingface_hub.ModelCardData`], such as `license` or `tags`. Tags are added to the
-            card's default tags. Without a `license`, the card says that no licence is named.
+            card's default tags. Without a `license`, the card has that of the model from which the training started,
+            if it is known, and otherwise says that no licence is named. With another one, it names both, and warns.
 
     Raises:
         FileNotFoundError: If the folder has no model.
@@ -114,7 +117,7 @@ def write_card(folder: str | Path, repo_id: str | None = None, name: str | None 
     """Writes the card of [`make_card`] into the folder, unless a user wrote or edited the card there.
 
     Metadata that were given for an earlier card, such as licence and tags, stay unless other values are given; a
-    `license` of None removes the licence.
+    `license` of None removes the licence, except that of the model from which the training started.
 
     Returns:
         Path of the card; None if the existing card was kept.
@@ -127,11 +130,12 @@ def write_card(folder: str | Path, repo_id: str | None = None, name: str | None 
 def given_metadata(text: str) -> dict[str, Any]:
     """Returns the metadata that a user gave for a generated card; empty if the card was edited.
 
-    Metadata about the weights and default tags are left out.
+    Metadata about the weights, default tags, and the licence of the model to start from are left out.
     """
     if not is_generated(text):
         return {}
-    given = {name: value for name, value in ModelCard(text).data.to_dict().items() if name not in _OF_WEIGHTS}
+    others = (*_OF_WEIGHTS, *(LICENSE_FIELDS if _OF_START in text else ()))
+    given = {name: value for name, value in ModelCard(text).data.to_dict().items() if name not in others}
     own = {*_TAGS, *_KIND_TAGS.values()}
     return given | {"tags": [tag for tag in given.get("tags", []) if tag not in own]}
 
@@ -165,6 +169,16 @@ def _render(facts: CardFacts, name: str, metadata: Mapping[str, Any], **about) -
     template = files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8")
     words = {"plain": plain, "code": code, "quoted": quoted, "table": table}
     values = {"facts": facts, "heading": plain(name), "is_recipe": False, **words, **about}
+    base = facts.base_license.get("license")
+    if base is not None and metadata.get("license") in (None, base):
+        metadata = {**metadata, **facts.base_license}
+        values["of_start"] = _OF_START
+    elif base is not None:
+        warnings.warn(
+            f"the card names the licence {one_line(metadata['license'], 60)!r}, but the training started from a model "
+            f"under {base!r}, whose terms also hold for these weights; check that both allow it.",
+            stacklevel=2,
+        )
     card = ModelCard.from_template(_metadata(facts, name, metadata), template_str=template, **values)
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)
     card.text += _signature(str(card))

@@ -1,8 +1,16 @@
-"""Class weights for deferred re-weighting."""
+"""Class weights: those of deferred re-weighting, and those that a user gives."""
 
-from collections.abc import Sequence
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
+
+from ..io import one_line
+
+# `NAME=WEIGHT`, with commas between several. A name may hold commas and equals signs, a weight none.
+_NAMED = re.compile(r"\s*(.+?)\s*=\s*([^=,]+?)\s*(?:,|$)")
 
 
 def positive_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -38,3 +46,71 @@ def effective_number_weights(class_counts: Sequence[int] | torch.Tensor, beta: f
         raise ValueError(f"beta must be in [0, 1), got {beta}.")
     weights = (1.0 - beta) / (1.0 - beta**counts)
     return (weights / weights.mean()).float()
+
+
+def read_class_weights(given: Mapping | str | None) -> dict[str, float] | None:
+    """Reads class weights of a user, from a mapping or from a text such as `melanoma=5,nevus=1`; None without any.
+
+    The text `none` overrides the weights of a recipe.
+
+    Raises:
+        ValueError: If the text has another form, or a weight is not a finite number above 0.
+    """
+    if isinstance(given, str) and given.lower() == "none":
+        return None
+    if isinstance(given, str):
+        found = list(_NAMED.finditer(given))
+        if not found or "".join(match[0] for match in found) != given:
+            raise ValueError(f"class_weights must be NAME=WEIGHT,NAME=WEIGHT, got {one_line(given, 100)!r}.")
+        names = [match[1] for match in found]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"class_weights has {one_line(twice, 60)!r} twice; give each class one weight.")
+        given = {match[1]: match[2] for match in found}
+    weights = {}
+    for name, value in (given or {}).items():
+        try:
+            weights[str(name)] = float(value)
+        except (TypeError, ValueError):
+            weights[str(name)] = math.nan
+        if not 0 < weights[str(name)] < math.inf:
+            raise ValueError(
+                f"class_weights of {one_line(name, 60)!r} must be a number above 0, got {one_line(value, 60)}."
+            )
+    return weights or None
+
+
+def named_weights(given: Mapping | str | None, class_names: Sequence[str]) -> torch.Tensor | None:
+    """Weights of all classes from those that a user names; the others weigh 1.
+
+    Args:
+        given: Weights by the name of a class; see [`read_class_weights`].
+        class_names: Names of the classes, in label order.
+
+    Returns:
+        Float32 weights of shape (classes,), scaled to mean 1 like [`effective_number_weights`]; None for none.
+
+    Raises:
+        ValueError: If no class has one of the names; the message has the most similar one. Or if a weight is not a
+            finite number above 0.
+    """
+    weights = read_class_weights(given)
+    if weights is None:
+        return None
+    for name in weights:
+        if name not in class_names:
+            nearest = difflib.get_close_matches(name, class_names, n=1, cutoff=0.0)
+            raise ValueError(
+                f"class_weights names the class {one_line(name, 60)!r}, which the data do not have; the most similar "
+                f"one is {one_line(nearest[0], 60)!r}."
+            )
+    values = torch.tensor([weights.get(name, 1.0) for name in class_names], dtype=torch.float64)
+    return (values / values.mean()).float()
+
+
+def product_of_weights(first: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
+    """Product of class weights, (classes,), scaled to mean 1; the first alone if there is no second."""
+    if second is None:
+        return first
+    product = first.double() * second.double()
+    return (product / product.mean()).float()

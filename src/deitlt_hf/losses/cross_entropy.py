@@ -1,5 +1,7 @@
 """Cross entropy with class indices or probabilities, and binary cross entropy."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,11 +16,14 @@ def cross_entropy_sum(
     return F.cross_entropy(logits, targets, weight=class_weights, reduction="sum")
 
 
-def binary_cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy, averaged over classes and summed over images."""
+def binary_cross_entropy_sum(
+    logits: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Binary cross entropy, averaged over classes and summed over images, each times the weight of its class."""
     num_classes = logits.shape[1]
     probabilities = targets if targets.dim() == 2 else F.one_hot(targets, num_classes).float()
-    return F.binary_cross_entropy_with_logits(logits, probabilities, reduction="sum") / num_classes
+    weights = None if class_weights is None else (probabilities * class_weights).sum(dim=1, keepdim=True)
+    return F.binary_cross_entropy_with_logits(logits, probabilities, weights, reduction="sum") / num_classes
 
 
 def _of_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
@@ -30,8 +35,8 @@ def _of_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) 
 
 
 TEACHER = TeacherLoss(_of_teacher, smooths_labels=True)
-CLS = ClsLoss(_of_cls, takes_weights=True)
-BINARY_CLS = ClsLoss(lambda class_counts, class_weights: binary_cross_entropy_sum)
+CLS = ClsLoss(_of_cls)
+BINARY_CLS = ClsLoss(lambda class_counts, class_weights: partial(binary_cross_entropy_sum, class_weights=class_weights))
 HARD = DistillationTarget(
     lambda labels, teacher_logits: teacher_logits.argmax(dim=1), cross_entropy_sum, weighted_mean=True
 )

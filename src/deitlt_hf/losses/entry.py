@@ -55,15 +55,13 @@ class ClsLoss:
     Attributes:
         build: Makes the loss from the training images of each class and class weights (classes,), or None. The loss
             maps float32 logits (batch, classes) and labels, (batch,) or probabilities (batch, classes), to the sum
-            over images.
+            over images of the loss times the weight of the image's class.
         about: A few words for the help, next to the name.
-        takes_weights: Whether the loss can be re-weighted (`reweight_cls`).
         needs_counts: Whether the training images of each class must be known.
     """
 
     build: Callable[[Counts, torch.Tensor | None], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
     about: str = ""
-    takes_weights: bool = False
     needs_counts: bool = False
 
 

@@ -37,17 +37,19 @@ class DistillationLoss(nn.Module):
         cls_loss: A name in `CLS_LOSSES`: `ce`, cross entropy; `bce`, binary cross entropy, averaged over images and
             classes; `logit_adjusted`, cross entropy of logits that are adjusted by the class frequencies (balanced
             softmax, see [`LogitAdjustedLoss`]).
-        class_weights: Weights of the DIST head's targets, (classes,), for deferred re-weighting. With soft labels they
-            re-weight the teacher's distribution: `p_c * w_c`, renormalised. (The authors' code multiplies the
-            log-probabilities instead; all their results use `hard`.)
-        reweight_cls: Apply the class weights to the CLS head too (an ablation; needs a loss that takes weights: `ce`).
+        class_weights: Weights of the DIST head's targets, (classes,), for deferred re-weighting, times those of a user.
+            With soft labels they re-weight the teacher's distribution: `p_c * w_c`, renormalised. (The authors' code
+            multiplies the log-probabilities instead; all their results use `hard`.)
+        reweight_cls: Apply the class weights to the CLS head too (an ablation).
         class_counts: Training images of each class, for losses that need them: `logit_adjusted`.
+        cls_weights: Weights of the CLS head's classes, (classes,), without `reweight_cls`: those of a user.
 
     Raises:
         ValueError: If an argument is outside its range, or `class_counts` are missing.
     """
 
     class_weights: torch.Tensor | None
+    cls_weights: torch.Tensor | None
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class DistillationLoss(nn.Module):
         class_weights: torch.Tensor | None = None,
         reweight_cls: bool = False,
         class_counts: Sequence[int] | torch.Tensor | None = None,
+        cls_weights: torch.Tensor | None = None,
     ):
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
@@ -66,18 +69,15 @@ class DistillationLoss(nn.Module):
         of_cls = find(CLS_LOSSES, cls_loss, "cls_loss")
         if temperature <= 0.0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        if reweight_cls and not of_cls.takes_weights:
-            names = (repr(name) for name, loss in CLS_LOSSES.items() if loss.takes_weights)
-            raise ValueError(f"reweight_cls needs cls_loss={' or '.join(names)}.")
         if of_cls.needs_counts and class_counts is None:
             raise ValueError(f"cls_loss={cls_loss!r} needs class_counts; got None.")
         self.alpha = alpha
         self.distillation = distillation
         self.temperature = temperature
-        self.reweight_cls = reweight_cls
         self.target = target
-        self.cls_criterion = of_cls.build(class_counts, class_weights if reweight_cls else None)
         self.register_buffer("class_weights", class_weights)
+        self.register_buffer("cls_weights", class_weights if reweight_cls else cls_weights)
+        self.cls_criterion = of_cls.build(class_counts, self.cls_weights)
 
     def forward(
         self,
@@ -116,10 +116,8 @@ class DistillationLoss(nn.Module):
     def denominators(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> torch.Tensor:
         """Divisors of the CLS and DIST sums of this batch, (2,): the batch size or the sum of weights."""
         batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
-        if self.class_weights is None:
-            return torch.stack([batch_size, batch_size])
-        cls_total = _weight_sum(self.class_weights, labels) if self.reweight_cls else batch_size
-        if not self.target.weighted_mean:
+        cls_total = batch_size if self.cls_weights is None else _weight_sum(self.cls_weights, labels)
+        if self.class_weights is None or not self.target.weighted_mean:
             return torch.stack([cls_total, batch_size])
         targets = self.target.targets(labels, teacher_logits)
         return torch.stack([cls_total, _weight_sum(self.class_weights, targets)])

@@ -1,18 +1,22 @@
 """Recipes: one YAML file per benchmark with all settings of a run, in the sections data, teacher and student."""
 
-from .parsing import (
-    command_line_errors,
-    data_help,
-    fill_arguments,
-    load_recipe,
-    own_loss,
-    paper_accuracies,
-    parse_arguments,
-    recipe_description,
-    recipe_names,
-    teacher_folder,
-)
-from .sections import DataArguments, PretrainingModelArguments, StudentArguments, TeacherArguments
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .usage import command_line_errors, recipe_names
+
+if TYPE_CHECKING:
+    from .parsing import (
+        data_help,
+        fill_arguments,
+        load_recipe,
+        own_loss,
+        paper_accuracies,
+        parse_arguments,
+        recipe_description,
+        teacher_folder,
+    )
+    from .sections import DataArguments, PretrainingModelArguments, StudentArguments, TeacherArguments
 
 __all__ = [
     "DataArguments",
@@ -30,3 +34,11 @@ __all__ = [
     "recipe_names",
     "teacher_folder",
 ]
+
+
+def __getattr__(name):
+    """Imports a name on first use: a wrong command line is then reported without the heavy libraries."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "sections" if name.endswith("Arguments") else "parsing"
+    return getattr(import_module(f".{module}", __name__), name)

@@ -268,6 +268,7 @@ def _running(section: str) -> list[Choice]:
         Choice(section, "eval_strategy", "steps"),
         Choice(section, "eval_steps", 1 / EVALUATIONS),
         Choice(section, "save_steps", 0.1),
+        Choice(section, "save_minutes", 10),
     ]
 
 

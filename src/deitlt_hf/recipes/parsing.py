@@ -1,23 +1,16 @@
 """Fills argument dataclasses from a recipe and the command line."""
 
 import argparse
-import contextlib
 import difflib
-import gc
-import importlib
 import math
 import os
-import signal
 import sys
-import time
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import DataClassType
@@ -34,7 +27,7 @@ from .sections import (
     TeacherArguments,
     without_folders,
 )
-from .usage import BriefParser
+from .usage import BriefParser, check_recipe, recipe_names
 
 _PACKAGE = __package__.partition(".")[0]
 SECTIONS = ("data", "teacher", "teacher_losses", "pretraining", "student")
@@ -49,6 +42,7 @@ _OF_PRETRAINING = (
 _ABOUT = ("description", "extends", "paper")
 # Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "pretraining": "pretrain", "student": "distill"}
+_MAPPINGS = {"class_weights"}  # fields whose value in a recipe can be a mapping from names to values
 # Fields that only locate the data, or that are long. Records do not contain them as overrides.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that have an effect only in scripts that read them.
@@ -106,12 +100,6 @@ class _RecipeParser(BriefParser, HfArgumentParser):
     """Parser for the fields of the dataclasses, with short errors."""
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes in the package."""
-    names = [path.name for path in files(__package__).iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-
-
 def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     """Loads the sections of a recipe, given the name of a recipe in the package or the path of a YAML file.
 
@@ -147,15 +135,11 @@ def _extended(name_or_path: str, extending: tuple[str, ...]) -> dict[str, dict[s
 
 def _content(name_or_path: str) -> dict[str, Any]:
     """Everything that a recipe file contains, without what it inherits; empty if it is not a mapping."""
+    check_recipe(name_or_path)
     if name_or_path in recipe_names():
         text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        text = read_text(name_or_path)
     else:
-        raise FileNotFoundError(
-            f"no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; give the path of a YAML file, or one "
-            f"of {', '.join(recipe_names())}."
-        )
+        text = read_text(name_or_path)
     with file_errors(f"recipe {name_or_path!r}"):
         recipe = yaml.load(text, _Loader)
     return recipe if isinstance(recipe, dict) else {}
@@ -202,7 +186,8 @@ def _check_values(sections: dict[str, Any], recipe: str) -> None:
         if not isinstance(values, dict | None):
             raise ValueError(f"{recipe}: {one_line(section, 60)} must have fields and their values.")
         for name, value in (values or {}).items():
-            items = value if isinstance(value, list) else [value]
+            is_mapping = name in _MAPPINGS and isinstance(value, dict)
+            items = value if isinstance(value, list) else list(value.values()) if is_mapping else [value]
             if not isinstance(name, str) or not all(isinstance(item, str | int | float | None) for item in items):
                 raise ValueError(
                     f"{recipe}: {one_line(name, 60)} of {one_line(section, 60)} must be a number, a text, or a list of "
@@ -400,61 +385,6 @@ def _finish(name: str | None, filled: Sequence[Any], changed: dict[str, Any], va
             arguments.recipe = {"name": Path(name or "").name, "overrides": _deciding(changed, filled)}
 
 
-@contextlib.contextmanager
-def command_line_errors() -> Iterator[None]:
-    """Context manager of commands: prints an error that the user can correct as one sentence, and exits with status 1.
-
-    On success it leaves the process group. Set the environment variable DEITLT_TRACEBACK=1 to get the traceback.
-    """
-    if torch.distributed.is_available():
-        # Imported before a process group exists: otherwise DDP imports it later, and its default arguments then keep a
-        # reference to the group.
-        importlib.import_module("torch.distributed.nn")
-    if hasattr(sys.stdout, "reconfigure"):  # the terminal's encoding may lack characters of file and class names
-        sys.stdout.reconfigure(errors="backslashreplace")
-    formatwarning = warnings.formatwarning
-    warnings.formatwarning = _format_warning
-    # Pillow's warnings (corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        yield
-        _leave_group()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("DEITLT_TRACEBACK"):
-            raise
-        if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(5)  # if all processes fail, rank 0 reports the error and the launcher ends the others
-        sentence = str(error)
-        if "Original Traceback" in sentence:  # from a data loader worker: the last line is the error
-            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except KeyboardInterrupt as interrupt:
-        if not interrupt.args:  # with arguments, the run has already printed how it ended
-            print("interrupted.", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        warnings.formatwarning = formatwarning
-
-
-def _format_warning(message, category, filename, lineno, line=None) -> str:
-    """Formats a warning on one line. Warnings of this package omit the code location, which does not help users."""
-    place = "" if Path(filename).is_relative_to(Path(__file__).parents[1]) else f"{filename}:{lineno}: "
-    return f"{place}warning: {message}\n"
-
-
-def _leave_group() -> None:
-    """Destroys the process group, if one was initialised.
-
-    Without this, NCCL prints a warning, and a Gloo thread that holds a tensor when Python exits aborts the process.
-    Gloo threads end when nothing refers to the group any more, such as a model that was wrapped for it. Such objects
-    are collected here.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        gc.collect()
-
-
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
     """Selects the overrides that affect the result, for the record of a run, without tokens, addresses or folders."""
     names: set[str] = set()
@@ -465,7 +395,9 @@ def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
 
 
 def _portable(value: Any) -> Any:
-    """Converts a value for a record: JSON has no infinity, and folders must not be published."""
+    """Converts a value for a record, as on a command line: without infinity, which JSON lacks, and without folders."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={item}" for name, item in value.items())
     return without_folders(value) if isinstance(value, str) else str(value) if value == math.inf else value
 
 

@@ -1,6 +1,20 @@
-"""An argument parser with short error messages."""
+"""Errors of command lines: an argument parser with short messages, names of recipes, one sentence for any error.
+
+This module imports no heavy library: a wrong command line must not take seconds to say so.
+"""
 
 import argparse
+import contextlib
+import difflib
+import gc
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -29,3 +43,76 @@ class BriefParser(argparse.ArgumentParser):
         usage = "" if self.listed_by else self.format_usage()
         listed_by = self.listed_by or f"{self.prog} --help"
         self.exit(2, f"{usage}error: {message.rstrip('.')}; {listed_by} lists all options.\n")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package."""
+    names = [path.name for path in files(__package__).iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def check_recipe(name_or_path: str) -> None:
+    """Checks that a recipe exists, in the package or as a file.
+
+    Raises:
+        FileNotFoundError: If it does not; the message suggests the most similar name.
+    """
+    names = recipe_names()
+    if name_or_path not in names and not Path(name_or_path).is_file():
+        nearest = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.5)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise FileNotFoundError(
+            f"no recipe {name_or_path!r}{hint}; give the path of a YAML file, or one of {', '.join(names)}."
+        )
+
+
+@contextlib.contextmanager
+def command_line_errors() -> Iterator[None]:
+    """Context manager of commands: prints an error that the user can correct as one sentence, and exits with status 1.
+
+    On success it leaves the process group. Set the environment variable DEITLT_TRACEBACK=1 to get the traceback.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # the terminal's encoding may lack characters of file and class names
+        sys.stdout.reconfigure(errors="backslashreplace")
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = _format_warning
+    # Pillow's warnings (corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        yield
+        _leave_group()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("DEITLT_TRACEBACK"):
+            raise
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(5)  # if all processes fail, rank 0 reports the error and the launcher ends the others
+        sentence = str(error)
+        if "Original Traceback" in sentence:  # from a data loader worker: the last line is the error
+            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:  # with arguments, the run has already printed how it ended
+            print("interrupted.", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        warnings.formatwarning = formatwarning
+
+
+def _format_warning(message, category, filename, lineno, line=None) -> str:
+    """Formats a warning on one line. Warnings of this package omit the code location, which does not help users."""
+    place = "" if Path(filename).is_relative_to(Path(__file__).parents[1]) else f"{filename}:{lineno}: "
+    return f"{place}warning: {message}\n"
+
+
+def _leave_group() -> None:
+    """Destroys the process group, if one was initialised.
+
+    Without this, NCCL prints a warning, and a Gloo thread that holds a tensor when Python exits aborts the process.
+    Gloo threads end when nothing refers to the group any more, such as a model that was wrapped for it. Such objects
+    are collected here.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()

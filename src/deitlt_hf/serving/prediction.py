@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from ..models.trunks import student_with_weights_of
 from .classifiers import read_model_config
 from .handler import EndpointHandler, read_image
 
+ImageReader = Callable[[str, str | None], Image.Image]
 TOGETHER = 2**19  # pixels of the images that are preprocessed in one call
 
 
@@ -75,7 +76,12 @@ def batches_of(paths: Iterable[str], batch_size: int) -> Iterator[list[str]]:
 
 
 def predict_images(
-    classifier: EndpointHandler, paths: Iterable[str], top_k: int = 5, batch_size: int = 32, num_workers: int = 0
+    classifier: EndpointHandler,
+    paths: Iterable[str],
+    top_k: int = 5,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    read: ImageReader | None = None,
 ) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
     """Classifies image files in order. A file that cannot be read does not stop the others.
 
@@ -86,11 +92,12 @@ def predict_images(
         batch_size: Number of images in one forward pass.
         num_workers: Processes that read images, each two batches ahead; with 0, this process reads them, one batch at
             a time.
+        read: Reads the image of a path, over a background colour; by default [`read_file`]. It is pickled for workers.
 
     Yields:
         A path, and the result of [`EndpointHandler`] for the image or, if the file cannot be read, the error.
     """
-    for batch in read_batches(classifier, batches_of(paths, batch_size), num_workers):
+    for batch in read_batches(classifier, batches_of(paths, batch_size), num_workers, read):
         places = [place for of_stack, _ in batch.stacks for place in of_stack]
         images = [image for _, stack in batch.stacks for image in stack.split(1)]
         results = dict(zip(places, classifier.classify(images, top_k), strict=True))
@@ -99,15 +106,18 @@ def predict_images(
 
 
 def read_batches(
-    classifier: EndpointHandler, batches: Iterable[list[str]], num_workers: int = 0
+    classifier: EndpointHandler,
+    batches: Iterable[list[str]],
+    num_workers: int = 0,
+    read: ImageReader | None = None,
 ) -> Iterator["ReadBatch"]:
-    """Reads and preprocesses batches of image files, in order and lazily; for `num_workers` see [`predict_images`].
+    """Reads and preprocesses batches of images, in order and lazily; parameters as in [`predict_images`].
 
     Raises:
         ValueError: If a worker process was ended by the system.
     """
     loader: DataLoader = DataLoader(
-        BatchReader(classifier),  # type: ignore[arg-type]
+        BatchReader(classifier, read),  # type: ignore[arg-type]
         batch_size=None,
         sampler=batches,
         num_workers=num_workers,
@@ -146,8 +156,9 @@ class BatchReader:
     size before the next is decoded: images of more than `TOGETHER` pixels are not in memory at the same time.
     """
 
-    def __init__(self, classifier: EndpointHandler):
+    def __init__(self, classifier: EndpointHandler, read: ImageReader | None = None):
         self.processor, self.background = classifier.processor, classifier.background
+        self.read = read or read_file
 
     def __getitem__(self, paths: list[str]) -> ReadBatch:
         errors: dict[int, str] = {}
@@ -164,7 +175,7 @@ class BatchReader:
         pixels = 0
         for place, path in enumerate(paths):
             try:
-                images[place] = _read_file(path, self.background)
+                images[place] = self.read(path, self.background)
             except ValueError as error:
                 errors[place] = str(error)
                 continue
@@ -189,7 +200,7 @@ class BatchReader:
         return {place: image for found in alone for place, image in found.items()}
 
 
-def _read_file(path: str, background: str | None) -> Image.Image:
+def read_file(path: str, background: str | None) -> Image.Image:
     """Reads an image file as the handler does; `ValueError` with a sentence if it cannot be read."""
     try:
         if os.path.isdir(path):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..io import atomic_write, check_can_be_folder, read_json, write_json
 from .handler import EXPERTS, EndpointHandler
-from .prediction import ReadBatch, batches_of, read_batches
+from .prediction import ImageReader, ReadBatch, batches_of, read_batches
 
 # Programs that read all parquet files of a folder, such as pandas, skip files whose names begin with an underscore.
 MANIFEST = "_predictions.json"
@@ -76,10 +76,11 @@ class Shards:
         folder: Folder of the tables; new, empty, or of an interrupted run.
         paths: All image files, in the order of the rows.
         contents: What the tables hold.
+        source: Digest of what the paths alone do not identify.
     """
 
-    def __init__(self, folder: str | PathLike, paths: Sequence[str], contents: Contents):
-        self.folder, self.paths, self.contents = Path(folder), paths, contents
+    def __init__(self, folder: str | PathLike, paths: Sequence[str], contents: Contents, source: str = ""):
+        self.folder, self.paths, self.contents, self.source = Path(folder), paths, contents, source
         self.number = math.ceil(len(paths) / contents.shard_size)
 
     def claim(self, classifier: EndpointHandler) -> None:
@@ -90,7 +91,8 @@ class Shards:
             ValueError: If the folder is of a run with another model, other images or options.
         """
         check_can_be_folder(self.folder)
-        files = hashlib.sha256("\0".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
+        listed = "\0".join(self.paths) + self.source
+        files = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
         wanted = {"model": model_digest(classifier), "images": len(self.paths), "files": files, **asdict(self.contents)}
         path = self.folder / MANIFEST
         if not path.is_file():
@@ -139,6 +141,7 @@ def predict_shards(
     indices: Sequence[int],
     batch_size: int = 32,
     num_workers: int = 0,
+    read: ImageReader | None = None,
 ) -> Iterator[Progress]:
     """Computes and writes tables one after the other; yields after each batch.
 
@@ -148,15 +151,16 @@ def predict_shards(
         indices: The tables to compute.
         batch_size: Images in one forward pass.
         num_workers: See [`predict_images`].
+        read: See [`predict_images`].
 
     Raises:
         ValueError: If a worker process was ended by the system.
     """
     batches = (batch for index in indices for batch in batches_of(shards.paths_of(index), batch_size))
-    read = read_batches(tabulate.classifier, batches, num_workers)
+    batches_read = read_batches(tabulate.classifier, batches, num_workers, read)
     for index in indices:
         tables = []
-        for batch in itertools.islice(read, math.ceil(len(shards.paths_of(index)) / batch_size)):
+        for batch in itertools.islice(batches_read, math.ceil(len(shards.paths_of(index)) / batch_size)):
             tables.append(tabulate(batch))
             yield Progress(len(batch.paths), len(batch.errors))
         shards.write(index, pa.concat_tables(tables))

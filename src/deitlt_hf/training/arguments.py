@@ -17,10 +17,16 @@ from ..data.sampling import ROUND, SAMPLINGS, check_repeats
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..io import check_can_be_folder
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, TEACHER_LOSSES, DistillationLoss, LossOptions, TeacherLoss
+from ..losses.class_weights import read_class_weights
 from ..losses.entry import listed
 from . import inherited
 from .optimizers import MUON
 from .tuning import FULL, HEADS, LORA, TUNE_CHOICES, check_tune
+
+if torch.distributed.is_available():
+    # Imported before a process group exists: otherwise DDP imports it later, and its default arguments then keep a
+    # reference to the group.
+    importlib.import_module("torch.distributed.nn")
 
 TEACHER_VIEWS = ("student", "weak")
 PRECISIONS = ("bf16", "fp16")
@@ -39,6 +45,7 @@ _RUNNING = {
     "eval_strategy",
     "on_nonfinite",
     "nonfinite_limit",
+    "save_minutes",
     "save_total_limit",
     "ddp_find_unused_parameters",
     "hub_strategy",
@@ -117,6 +124,11 @@ class LongTailTrainingArguments(TrainingArguments):
         "Epoch (counted from 0) at which deferred re-weighting (DRW) of the classes starts. None or inf: never.",
     )
     drw_beta: float = _option(0.9999, "Beta of the effective-number class weights of DRW, in [0, 1).")
+    class_weights: dict | str | None = _option(
+        None,
+        "Weights of classes in the loss, such as melanoma=5,nevus=1; other classes weigh 1. They apply in all phases, "
+        "multiply the weights of DRW, and are scaled to mean 1 over the classes. For a student, they weigh both heads.",
+    )
     sam_rho: list[float] = _option(
         [0.0],
         "Radius of the perturbation of SAM, over all weights: one value, or one per phase of training. 0: no SAM.",
@@ -224,6 +236,10 @@ class LongTailTrainingArguments(TrainingArguments):
         "installed, otherwise none.",
     )
     eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
+    save_minutes: float | None = _option(
+        None,
+        "Also save a checkpoint when this many minutes have passed since the last one. None: as save_strategy says.",
+    )
     save_total_limit: int | None = _option(2, "Number of checkpoints to keep. The best checkpoint is always kept.")
     ddp_find_unused_parameters: bool | None = _option(
         False, "Search for parameters without a gradient in distributed training. Not needed: every parameter has one."
@@ -270,6 +286,7 @@ class LongTailTrainingArguments(TrainingArguments):
             self.auto_augment = None
         if self.drw_start_epoch == math.inf:
             self.drw_start_epoch = None
+        self.class_weights = read_class_weights(self.class_weights)
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
         _check(self, "color_jitter", self.color_jitter >= 0, "0 or more")
         _check(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
@@ -284,6 +301,7 @@ class LongTailTrainingArguments(TrainingArguments):
         _check_choice(self, "loss_normalization", ("global", "per_process"))
         _check_choice(self, "on_nonfinite", ("stop", "skip"))
         _check_choice(self, "sampling", SAMPLINGS)
+        _check(self, "save_minutes", self.save_minutes is None or self.save_minutes > 0, "above 0")
         _check_choice(self, "hub_strategy", ("end",))
         _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

@@ -126,6 +126,7 @@ class DeiTLTTrainer(TaughtTrainer):
             class_weights,
             args.reweight_cls,
             self.class_counts,
+            self.given_weights,
         )
         return criterion.to(args.device)
 

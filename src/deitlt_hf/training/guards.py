@@ -1,4 +1,4 @@
-"""Callbacks that stop a run early: on numbers that are not finite, and on SIGTERM or Ctrl-C."""
+"""Callbacks that stop a run early, on numbers that are not finite or on a signal, or save it by the clock."""
 
 import math
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Any, NoReturn
 
 import torch
@@ -102,30 +103,23 @@ class NonFiniteGuard(TrainerCallback):
         )
 
 
-class StopOnSignal(TrainerCallback):
-    """Callback that stops a run on SIGTERM or SIGINT, with a checkpoint at the end of the current step.
+class Voter(TrainerCallback, ABC):
+    """Callback on whose votes all processes of a run act after the same step.
 
-    A job scheduler or a preempted machine sends SIGTERM. Ctrl-C sends SIGINT to all processes of a terminal. A second
-    Ctrl-C ends the process at once.
-
-    All processes stop after the same step, even if the signal reaches them at different times. In every step they sum
-    over processes how many received a signal, and they read the sum of the previous step, so no process has to wait.
-
-    Attributes:
-        stopped: Whether this callback stopped the run.
+    In every step the trainer sums the votes over the processes. They act on the sum of the previous step, so no process
+    has to wait for a value.
     """
 
     def __init__(self):
-        self.requested = self.stopped = False
-        self._signal = signal.SIGTERM
-        self._requested_at = 0.0
-        self._speaks = False
         self._votes: list[tuple[torch.Tensor, torch.Event | None]] = []
-        self._former: dict[int, Any] = {}
+
+    @abstractmethod
+    def wants(self) -> bool:
+        """Whether this process votes for the action."""
 
     def vote(self, device: torch.device) -> torch.Tensor:
-        """1 if this process received a signal, else 0. The trainer sums it over the processes."""
-        return torch.full((1,), float(self.requested), device=device)
+        """1 if this process wants the action, else 0. The trainer sums it over the processes."""
+        return torch.full((1,), float(self.wants()), device=device)
 
     def count(self, votes: torch.Tensor) -> None:
         """Stores the sum of the votes of a step, without waiting for its value."""
@@ -135,6 +129,66 @@ class StopOnSignal(TrainerCallback):
             votes, event = pinned.copy_(votes, non_blocking=True), torch.Event(votes.device)
             event.record()
         self._votes.append((votes, event))
+
+    def decided(self, processes: int) -> bool:
+        """Whether all processes act after this step."""
+        if processes == 1:
+            return self.wants()
+        if len(self._votes) < 2:
+            return False
+        votes, event = self._votes.pop(0)
+        if event is not None:
+            event.synchronize()
+        return votes.item() > 0
+
+
+class SaveByMinutes(Voter):
+    """Callback that saves a checkpoint when `save_minutes` have passed since the last one or the start.
+
+    The clock of the main process decides. Other checkpoints, such as those of epochs, are saved as without it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._due = math.inf
+
+    def wants(self) -> bool:
+        return time.monotonic() >= self._due
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._votes.clear()
+        self._due = time.monotonic() + 60 * args.save_minutes if state.is_world_process_zero else math.inf
+
+    # Every save counts, in all processes; a vote from before it is void.
+    on_save = on_train_begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.decided(args.world_size):
+            control.should_save = True
+
+
+class StopOnSignal(Voter):
+    """Callback that stops a run on SIGTERM or SIGINT, with a checkpoint at the end of the current step.
+
+    A job scheduler or a preempted machine sends SIGTERM. Ctrl-C sends SIGINT to all processes of a terminal. A second
+    Ctrl-C ends the process at once.
+
+    All processes stop after the same step, even if the signal reaches them at different times.
+
+    Attributes:
+        stopped: Whether this callback stopped the run.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.requested = self.stopped = False
+        self._signal = signal.SIGTERM
+        self._requested_at = 0.0
+        self._speaks = False
+        self._former: dict[int, Any] = {}
+
+    def wants(self) -> bool:
+        return self.requested
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.requested = self.stopped = False
@@ -176,13 +230,7 @@ class StopOnSignal(TrainerCallback):
         sys.exit(128 + self._signal)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size == 1:
-            self.stopped = self.requested
-        elif len(self._votes) > 1:
-            votes, event = self._votes.pop(0)
-            if event is not None:
-                event.synchronize()
-            self.stopped = votes.item() > 0
+        self.stopped = self.decided(args.world_size)
         if self.stopped:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # the machine may shut down within seconds

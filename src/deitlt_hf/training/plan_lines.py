@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..console import show
 from ..data.transforms import ImageFormat
+from ..io import one_line
 from .tuning import trained_parameters
 
 
@@ -21,7 +22,10 @@ def plan_lines(trainer) -> dict[str, str]:
     elif "optimizer" in trainer.given and trainer.optimizer is not None:
         rates = sorted({group["lr"] for group in trainer.optimizer.param_groups})
         lines["learning rate"] = f"{', '.join(f'{rate:.3g}' for rate in rates)} of the optimiser at its peak"
-    if args.save_only_model and args.save_strategy != "no":
+    if args.class_weights:
+        named = ", ".join(f"{name} {weight:g}" for name, weight in args.class_weights.items())
+        lines["class weights"] = f"{one_line(named, 200)}, other classes 1; scaled to mean 1, in all phases"
+    if args.save_only_model and (args.save_strategy != "no" or args.save_minutes):
         lines["checkpoints"] = "the model only (save_only_model): the run cannot be resumed"
     if args.as_published:
         words = [f"{name} {getattr(args, name)}" for name in args.arrangements()]

@@ -44,7 +44,8 @@ class PretrainingArguments(LongTailTrainingArguments):
 
     def check(self) -> None:
         super().check()
-        for name, only in (("eval_strategy", "no"), ("load_best_model_at_end", False), ("drw_start_epoch", None)):
+        onlys = {"eval_strategy": "no", "load_best_model_at_end": False}
+        for name, only in {**onlys, "drw_start_epoch": None, "class_weights": None}.items():
             value = getattr(getattr(self, name), "value", getattr(self, name))
             if value != only:
                 raise ValueError(f"{name} {value!r} has no effect in pre-training, which uses no labels; leave it out.")

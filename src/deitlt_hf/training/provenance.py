@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import metadata_load
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.utils import cached_file
 
 from ..data.images import decoder_versions
-from ..hub.card_facts import HUB_ID
-from ..io import read_json, weights_digest
+from ..hub.card_facts import HUB_ID, LICENSE_FIELDS
+from ..hub.cards import CARD_FILE
+from ..io import one_line, read_json, weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .sam import SAM
 
@@ -134,6 +137,24 @@ def started_from(model: nn.Module) -> str | None:
     """Hub id of the model whose weights training starts from; None for a folder, a file or new weights."""
     name = str(getattr(model, "name_or_path", None) or "")
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def license_of_start(model: nn.Module) -> dict[str, Any] | None:
+    """Licence of the model whose weights training starts from, from the metadata of its card; None if it names none.
+
+    The card is in the model's folder, or on the Hub if that can be reached.
+
+    Returns:
+        The fields `license`, `license_name` and `license_link`, as far as they are given.
+    """
+    path, card = str(getattr(model, "name_or_path", None) or ""), None
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        if path and not Path(path).is_file():
+            file = cached_file(path, CARD_FILE, _raise_exceptions_for_missing_entries=False)
+            card = file and metadata_load(file)
+    found = {name: (card or {}).get(name) for name in LICENSE_FIELDS}
+    known = {name: one_line(value) for name, value in found.items() if isinstance(value, str) and value.strip()}
+    return known if "license" in known else None
 
 
 def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | None) -> dict:

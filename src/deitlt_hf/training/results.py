@@ -12,7 +12,7 @@ from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
 from .checkpoints import class_without_shards
 from .inputs import label_names
 from .output_folder import EMISSIONS_FILE
-from .provenance import hardware, started_from
+from .provenance import hardware, license_of_start, started_from
 from .resuming import architecture
 
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
@@ -73,6 +73,7 @@ class Results:
             "model": class_without_shards(trainer.model).__name__,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "started_from": started_from(trainer.model) or self.content.get("started_from"),
+            "started_from_license": license_of_start(trainer.model) or self.content.get("started_from_license"),
             "finished": False,
             "resumed": self.content.get("resumed") if self._was_finished else resumed_step is not None,
             "recipe": args.recipe,

@@ -16,8 +16,11 @@ from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import class_without_shards, newest_checkpoint, read_state, whole_checkpoint
 
-# Settings that cannot change during a run: the trained weights or the optimiser's state would not match them.
-_FIXED = ("teacher_loss", "distillation", "cls_loss", "optim", "paco_queue", "tune", "lora_rank", "backbone")
+# Settings that cannot change during a run: the loss, the trained weights or the optimiser's state would not match.
+_FIXED = (
+    *("teacher_loss", "distillation", "cls_loss", "class_weights", "optim", "paco_queue", "tune", "lora_rank"),
+    "backbone",
+)
 # Parts of an architecture that have no weights.
 _WITHOUT_WEIGHTS = {"drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
 # Fields of a configuration that are not part of the architecture: labels, and what training adds.
@@ -156,8 +159,8 @@ def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, An
     if had and had.get("background") != data.get("background"):
         yield f"transparent pixels were {_shown(had.get('background'))}, and are {_shown(data.get('background'))}"
     for name in _FIXED:
-        before = record.get("settings", {}).get(name)
-        if before is not None and name in settings and before != settings[name]:
+        before = record.get("settings", {}).get(name, settings.get(name))
+        if name in settings and before != settings[name]:
             yield f"it was begun with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
     counts = had.get("class_counts") or config.get("class_counts")
     if isinstance(counts, list) and counts != data["class_counts"]:

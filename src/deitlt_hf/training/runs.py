@@ -15,11 +15,11 @@ from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
 from ..hub.cards import CARD_FILE
 from ..hub.pushing import prepare_repository
+from ..losses.class_weights import named_weights
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..models.trunks import Trunk
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
 from ..serving.classifiers import load_classifier, load_model, load_processor, read_model_config
@@ -32,7 +32,7 @@ from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
 from .publishing import hub_options
 from .resuming import architecture, class_names, other_classes, read_configuration
 from .schedule import low_peak
-from .starting import check_start, starting_student
+from .starting import Start, check_start, starting_student
 from .taught import label_order, tail_classes
 from .teacher import FlatTeacherTrainer
 from .trainer import LongTailTrainer
@@ -95,6 +95,7 @@ def distill(
             _say(args, f"Note: {model_args.init_from} differs from the student: {difference}.")
     data = data_args.load()
     args.check_data(len(data["train"]))
+    named_weights(args.class_weights, data["train"].features["label"].names)  # refuses unknown names
     if note := low_peak(args.peak_learning_rate, model_args.init_from):
         _say(args, f"Note: {note}")
     groups, names = data_args.groups(data), data["train"].features["label"].names
@@ -105,6 +106,7 @@ def distill(
         label_order(names, teachers["tail_teacher"].config, "tail teacher")
     set_seed(args.seed)
     student = _student(model_args, data, start)
+    del start  # the content of a file; training takes hours
     check_student(student, args, data["train"])
     model_processor(student.config, args.image_resize)
     if args.needs_teacher:
@@ -193,7 +195,7 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
     return trainer
 
 
-def _student(model_args: StudentArguments, data: Mapping, start: Trunk | None) -> DeiTLTForImageClassification:
+def _student(model_args: StudentArguments, data: Mapping, start: Start | None) -> DeiTLTForImageClassification:
     names = data["train"].features["label"].names
     if start is not None:
         return starting_student(start, model_args, names)

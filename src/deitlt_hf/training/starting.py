@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,18 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 FREE_SIZES = ("image_size", "patch_size")
 
 
-def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Trunk:
+@dataclass(frozen=True)
+class Start(Trunk):
+    """The trunk that a student starts from.
+
+    Args:
+        content: What the file of weights contains, if the source is one.
+    """
+
+    content: Mapping[str, Any] | None = None
+
+
+def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Start:
     """Checks that a student can start from `model_args.init_from`, before its weights are loaded.
 
     Args:
@@ -36,7 +48,7 @@ def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Tru
             and normalisation on the command line override those of the model.
 
     Returns:
-        The trunk on the meta device, with the final configuration.
+        The trunk with the final configuration. It is on the meta device, unless the source is a file, which is read.
 
     Raises:
         FileNotFoundError: If the model does not exist.
@@ -44,8 +56,10 @@ def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Tru
     """
     path = model_args.init_from
     assert path is not None
+    weights = None
     if Path(path).is_file():
-        trunk = trunk_of(_student_or_vit(path, model_args))
+        weights = read_checkpoint(path)
+        trunk = trunk_of(_of_file(path, weights, model_args))
     else:
         content = read_model_config(path)
         with _as_student(path):
@@ -64,10 +78,10 @@ def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Tru
             )
     config = trunk.config | _image_fields(path, trunk, model_args, changed)
     DeiTLTConfig(**config)  # refuses sizes that do not fit
-    return Trunk(config, trunk.weights, trunk.antialias, trunk.notes)
+    return Start(config, trunk.weights, trunk.antialias, trunk.notes, weights)
 
 
-def starting_student(start: Trunk, model_args: StudentArguments, names: Sequence[str]) -> DeiTLTForImageClassification:
+def starting_student(start: Start, model_args: StudentArguments, names: Sequence[str]) -> DeiTLTForImageClassification:
     """Loads the weights of `model_args.init_from` into a student.
 
     The heads are new, unless the model is a student, or a distilled DeiT, with as many classes.
@@ -83,7 +97,7 @@ def starting_student(start: Trunk, model_args: StudentArguments, names: Sequence
     path = model_args.init_from
     assert path is not None
     fields = start.config | {"drop_path_rate": model_args.drop_path_rate}
-    source = _student_or_vit(path, model_args, names)
+    source = _model_of(path, names) if start.content is None else _of_file(path, start.content, model_args, names)
     if isinstance(source, DeiTLTForImageClassification):
         heads = {name: tensor for name, tensor in source.state_dict().items() if "classifier." in name}
         student = student_of(trunk_of(source), model_args.attn_implementation, **source.config.to_dict() | fields)
@@ -98,15 +112,13 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
-def _student_or_vit(path: str, model_args: StudentArguments, names: Sequence[str] | None = None) -> torch.nn.Module:
+def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
     """Loads a student with its heads from a DeiT with two tokens, and a ViT without its head from other models."""
-    if Path(path).is_file():
-        return _of_file(path, model_args, names)
     with loading(path), without_report():
         config = native_config(path)
         # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
         if config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]:
-            labels = _labels(names or ())
+            labels = _labels(names)
             source, info = load_with_info(
                 DeiTLTForImageClassification, path, **labels, dtype="float32", ignore_mismatched_sizes=True
             )
@@ -122,16 +134,19 @@ def _student_or_vit(path: str, model_args: StudentArguments, names: Sequence[str
     return source
 
 
-def _of_file(path: str, model_args: StudentArguments, names: Sequence[str] | None) -> torch.nn.Module:
-    """Loads the authors' student or timm's distilled DeiT from a file; a ViT of timm from others."""
-    like, content = model_args.config(), read_checkpoint(path)
+def _of_file(
+    path: str, content: Mapping[str, Any], model_args: StudentArguments, names: Sequence[str] | None = None
+) -> torch.nn.Module:
+    """The authors' student or timm's distilled DeiT from the content of a file; a ViT of timm from that of others."""
+    like = model_args.config()
     below = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
     weights = strip_wrappers(below, path) if all(isinstance(name, str) for name in below) else {}
     is_vit = {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= weights.keys()
     if not is_vit or "dist_token" in weights:
         # Without names, only the trunk is of interest: another number of classes leaves out the file's heads.
         labels: dict[str, Any] = {"class_names": names, "num_labels": len(names)} if names else {"num_labels": 1}
-        return load_original_student(path, like=like, **labels)
+        with _as_student(path):
+            return load_original_student(content, like=like, **labels)
     heads = like.num_attention_heads if weights["cls_token"].shape[-1] == like.hidden_size else None
     with _as_student(path):
         return vit_of_file(weights, heads)
@@ -182,7 +197,7 @@ def _as_student(path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         other = "" if Path(path).is_file() else " As a teacher of the same classes it is welcome (--teacher)."
-        raise ValueError(f"{path} cannot become a student: {error}.{other}") from error
+        raise ValueError(f"{path} cannot become a student: {str(error).rstrip('.')}.{other}") from error
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from ..data.sampling import Rows, seed_streams
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform
 from ..losses import effective_number_weights
+from ..losses.class_weights import named_weights, product_of_weights
 from .checkpoints import WholeCheckpointTrainer
-from .guards import NonFiniteGuard, StopOnSignal
+from .guards import NonFiniteGuard, SaveByMinutes, StopOnSignal, Voter
 from .inputs import train_loader
 from .resuming import steps_per_epoch
 from .schedule import published_epoch, warmup_cosine
@@ -43,13 +44,19 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     Attributes:
         given: Which of "optimizer" and "scheduler" were passed in.
-        nonfinite_guard, stop_signal: Callbacks, which the subclass adds.
+        nonfinite_guard, stop_signal, voters: Callbacks, which the subclass adds; `stop_signal` is one of the voters.
         class_counts: Training images of each class, which the subclass counts; None without training images.
+        class_names: Names of the classes in label order, which the subclass reads.
+        given_weights, drw_weights: Class weights before and after the start of DRW, (classes,). The first are None
+            without `class_weights`.
         waited: Seconds that the training loop has waited for batches.
     """
 
     train_dataset: Rows | StreamedImages | None
     class_counts: list[int] | None
+    class_names: list[str]
+    given_weights: torch.Tensor | None
+    drw_weights: torch.Tensor
 
     def __init__(
         self,
@@ -69,6 +76,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         self.given = tuple(name for name, value in given.items() if value is not None)
         self.views = views
         self.nonfinite_guard, self.stop_signal = NonFiniteGuard(self), StopOnSignal()
+        self.voters: list[Voter] = [self.stop_signal, *([SaveByMinutes()] if self.args.save_minutes else [])]
         self._window: list[dict[str, Any]] = []  # micro-batches of the current optimiser step
         self._micro_batch = 0  # index of the current one
         self.prepared_micro_batch = 0  # index of the one that `prepare_batch` changes
@@ -80,7 +88,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     @abstractmethod
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
-        """Creates the loss, with the class weights of the DRW phase or without weights."""
+        """Creates the loss of a phase, with its class weights, (classes,), or without weights."""
 
     @abstractmethod
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -108,11 +116,19 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     # ---- Losses of the phases ----
 
     def make_losses(self) -> None:
-        """Creates the class weights and the losses of both phases from the arguments."""
+        """Creates the class weights and the losses of both phases from the arguments.
+
+        The weights of a user (`class_weights`) apply before DRW starts, and multiply its weights afterwards. The
+        weights of each phase have mean 1 over the classes.
+        """
         if self.train_dataset is not None:
             assert self.class_counts is not None  # known whenever training images are given
-            self.drw_weights = effective_number_weights(self.class_counts, self.args.drw_beta).to(self.args.device)
-            self.criterion, self.drw_criterion = self.make_criterion(None), self.make_criterion(self.drw_weights)
+            args, given = self.args, named_weights(self.args.class_weights, self.class_names)
+            self.given_weights = None if given is None else given.to(args.device)
+            weights = product_of_weights(effective_number_weights(self.class_counts, args.drw_beta), given)
+            self.drw_weights = weights.to(args.device)
+            self.criterion = self.make_criterion(self.given_weights)
+            self.drw_criterion = self.make_criterion(self.drw_weights)
 
     @property
     def in_drw(self) -> bool:
@@ -198,16 +214,17 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
             self.prepared_micro_batch = index
             batch.update(self.training_batch(batch))
         own = torch.stack([self.loss_denominators(batch) for batch in self._window])
-        # One reduction for denominators and stop votes: each reduction costs a round trip.
-        total = torch.cat([own.sum(dim=0), self.stop_signal.vote(own.device)])
-        total = self.accelerator.reduce(total, "sum")
+        # One reduction for denominators and votes: each reduction costs a round trip.
+        total = torch.cat([own.sum(dim=0), *(voter.vote(own.device) for voter in self.voters)])
+        total, votes = self.accelerator.reduce(total, "sum").split([own.shape[1], len(self.voters)])
         if self.accelerator.num_processes > 1:
-            self.stop_signal.count(total[-1])
+            for voter, number in zip(self.voters, votes, strict=True):
+                voter.count(number)
         micro_batches = len(self._window) * self.accelerator.num_processes
         for batch, denominators in zip(self._window, own, strict=True):
             # per_process: the mean of each micro-batch, averaged over all micro-batches and processes.
             is_global = self.args.loss_normalization == "global"
-            batch["denominators"] = total[:-1] if is_global else denominators * micro_batches
+            batch["denominators"] = total if is_global else denominators * micro_batches
         self._steps_logged += 1
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

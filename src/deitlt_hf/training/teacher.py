@@ -132,10 +132,10 @@ class FlatTeacherTrainer(LongTailTrainer):
             self.contrast.load_state_dict(load_file(Path(checkpoint) / CONTRAST_FILE, str(self.args.device)))
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch["labels"]
-        if not self.in_drw:
+        labels, weights = batch["labels"], self.drw_weights if self.in_drw else self.given_weights
+        if weights is None:
             return torch.full((1,), float(len(labels)), device=labels.device)
-        return self.drw_weights[labels].sum().unsqueeze(0)
+        return weights[labels].sum().unsqueeze(0)
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         outputs = model(pixel_values=batch["pixel_values"])

@@ -35,6 +35,7 @@ from ..data.transforms import TrainTransform, model_processor, train_transform
 from ..evaluation import ExpertTable
 from ..hub.cards import write_card
 from ..hub.pushing import prepare_repository
+from ..losses.class_weights import named_weights
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import of_first_process
@@ -182,7 +183,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
         callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WhatRan(self), WaitingNote(self)]
-        callbacks += [self.run_file, self.nonfinite_guard, self.stop_signal]
+        callbacks += [self.run_file, self.nonfinite_guard, *self.voters]
         callbacks += [] if self.ema is None else [self.ema]
         for callback in (*callbacks, MissedEvaluation(self)):
             self.add_callback(callback)
@@ -216,6 +217,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
         """
         train = self._datasets[0]
         self.class_names = common_classes(model.config, [*([] if train is None else [train]), *self._evaluated()])
+        if train is not None:
+            named_weights(self.args.class_weights, self.class_names)  # refuses unknown names
         # Versions before transformers 5.23 know this name only; newer versions still accept it.
         asks = train is not None and self.args.gradient_checkpointing
         if asks and not getattr(model, "supports_gradient_checkpointing", True):
