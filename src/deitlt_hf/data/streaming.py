@@ -17,9 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..io import file_errors, read_json
 from .images import EncodedImage, open_image
 from .loading import find_columns, standard_columns, with_classes
-from .sampling import ROUND, check_repeats, image_seeds, seed_streams, whole_steps
+from .sampling import image_seeds, images_of_epoch, seed_streams, whole_steps
 from .sources.files import TEST_NAMES, find_split
-from .sources.labels import check_class_names, class_of, encode_labels, refuse_missing
+from .sources.labels import check_class_names, check_training_counts, class_of, encode_labels, refuse_missing
 from .sources.tables import embeds_images, find_shards, find_tables, sibling_tables
 
 logger = logging.getLogger(__name__)
@@ -50,37 +50,17 @@ class StreamedSplit:
         shuffle_buffer: int = 2048,
         skip_bad_images: bool = False,
     ):
-        self._indices: dict[str, int] = {}
         feature = (stream.features or {}).get(label_column)
+        self.label_of: dict[Any, int]
+        self._indices: dict[str, int] = {}
         if isinstance(feature, datasets.ClassLabel):
             names = feature.names
-            check_class_names(names, "the stream")
-            missing = {str(key): count for key, count in counts.items() if key is None or key == -1}
-            if missing:
-                refuse_missing("the stream", missing, sum(counts.values()))
-            self.label_of: dict[Any, int] = {label: label for label in range(len(names))}
-            # Class names can be numbers in another order than the labels: text keys are names if they match the names.
-            by_name = any(isinstance(key, str) for key in counts)
-            if set(counts) == set(map(str, range(len(names)))) and not set(counts) & set(names):
-                counts, by_name = {int(key): count for key, count in counts.items()}, False
-            keys = names if by_name else range(len(names))
-            known = set(keys)
-            _refuse_others([key for key in counts if key not in known], f"classes go from {keys[0]!r} to {keys[-1]!r}")
-            self.class_counts = np.array([counts.get(key, 0) for key in keys])
+            self.label_of = {label: label for label in range(len(names))}
+            self.class_counts = _counts_of_indices(names, counts)
         else:
-            if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-                others = [key for key in counts if not re.fullmatch(r"-?\d+", str(key))]
-                _refuse_others(others, "labels are whole numbers")
-                counts = {int(key): count for key, count in counts.items()}
-            names, labels = encode_labels({"train": counts}, {"train": "the stream"})
-            self.label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
+            names, self.label_of, self.class_counts = _counts_of_values(feature, counts)
             self._indices = {name: label for label, name in enumerate(names)}  # a counts file has class names
-            self.class_counts = np.zeros(len(names), np.int64)
-            # `add.at` accumulates: different spellings of a label can be the same class.
-            np.add.at(self.class_counts, labels["train"], list(counts.values()))
-        empty = [names[label] for label in np.flatnonzero(self.class_counts == 0)]
-        if empty:
-            raise ValueError(f"classes without a training image: {', '.join(empty[:5])} ({len(empty)} in all).")
+        check_training_counts(names, self.class_counts)
         self.stream = stream.select_columns([image_column, label_column]).cast_column(
             image_column, datasets.Image(decode=False)
         )
@@ -97,6 +77,36 @@ class StreamedSplit:
         """The class index of a label value in the stream; None if it was not counted."""
         found = self.label_of.get(value)
         return class_of(value, self._indices) if found is None and self._indices else found
+
+
+def _counts_of_indices(names: list[str], counts: Mapping) -> np.ndarray:
+    """Images of each class of a `ClassLabel` column, (classes,), from counts by class index or by name."""
+    check_class_names(names, "the stream")
+    missing = {str(key): count for key, count in counts.items() if key is None or key == -1}
+    if missing:
+        refuse_missing("the stream", missing, sum(counts.values()))
+    # Class names can be numbers in another order than the labels: text keys are names if they match the names.
+    by_name = any(isinstance(key, str) for key in counts)
+    if set(counts) == set(map(str, range(len(names)))) and not set(counts) & set(names):
+        counts, by_name = {int(key): count for key, count in counts.items()}, False
+    keys = names if by_name else range(len(names))
+    known = set(keys)
+    _refuse_others([key for key in counts if key not in known], f"classes go from {keys[0]!r} to {keys[-1]!r}")
+    return np.array([counts.get(key, 0) for key in keys])
+
+
+def _counts_of_values(feature, counts: Mapping) -> tuple[list[str], dict[Any, int], np.ndarray]:
+    """Class names, class index by label, and images of each class of a column of any labels."""
+    if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        others = [key for key in counts if not re.fullmatch(r"-?\d+", str(key))]
+        _refuse_others(others, "labels are whole numbers")
+        counts = {int(key): count for key, count in counts.items()}
+    names, labels = encode_labels({"train": counts}, {"train": "the stream"})
+    label_of = dict(zip(counts, labels["train"].tolist(), strict=True))
+    class_counts = np.zeros(len(names), np.int64)
+    # `add.at` accumulates: different spellings of a label can be the same class.
+    np.add.at(class_counts, labels["train"], list(counts.values()))
+    return names, label_of, class_counts
 
 
 class StreamedImages(IterableDataset):
@@ -137,10 +147,7 @@ class StreamedImages(IterableDataset):
     ):
         self.split, self.views, self.batch_size, self.num_repeats = split, views, batch_size, num_repeats
         self.background = background
-        images = len(split)
-        if num_repeats > 1:
-            check_repeats(images)
-            images = images // ROUND * ROUND
+        images = images_of_epoch(len(split), num_repeats)
         self.num_batches = whole_steps(images, batch_size, world_size, micro_batches)
         if self.num_batches == 0:
             raise ValueError(f"{images} images are fewer than one batch of {world_size} x {batch_size}.")

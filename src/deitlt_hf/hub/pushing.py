@@ -4,9 +4,8 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
 
@@ -15,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoun
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..io import check_link, read_json, weight_files, weights_digest
+from ..io import check_link, one_line, read_json, weight_files, weights_digest
 from ..records import RESULTS_FILE, find_record
 from ..serving.onnx import MODEL_FILE, QUANTIZED_FILE
 from .cards import (
@@ -123,32 +122,29 @@ def push_folder(
     if handler:
         add_handler(folder)
     api = _api(token)
+    with _one_sentence(repo_id):
+        there = _text(api, repo_id, CARD_FILE, revision)
     if card:
-        with _one_sentence(repo_id):
-            there = _text(api, repo_id, CARD_FILE, revision)
-        own = _own_card(folder)
-        before = [given_metadata(text) for text in (there, own) if text is not None]
+        before = [given_metadata(text) for text in (there, _own_card(folder)) if text is not None]
         write_card(folder, repo_id, **join_metadata(*before, metadata))
     contents: dict[str, Path | bytes] = {name: folder / name for name in _files_to_push(folder)}
     evaluated = eval_results_file(folder)
     if evaluated is not None:
         contents[EVAL_FILE] = evaluated
+    is_of_others = there is not None and not is_generated(there) and there != _own_card(folder)
+    kept = {CARD_FILE} if is_of_others and not overwrite_card else set()
+    if kept:
+        warnings.warn(
+            f"the card of {repo_id} was written or edited there and stays; --overwrite_card replaces it.", stacklevel=2
+        )
     with _one_sentence(repo_id):
         stale = {name for name in api.list_repo_files(repo_id, revision=revision) if _matches(name, _REPLACED)}
-        stale -= set(contents)
-        if not overwrite_card and _has_card_of_others(api, repo_id, revision, folder):
-            warnings.warn(
-                f"the card of {repo_id} was written or edited there and stays; --overwrite_card replaces it.",
-                stacklevel=2,
-            )
-            contents.pop(CARD_FILE, None)
-            stale.discard(CARD_FILE)
         # upload_folder with hf_xet would split a large folder into several commits.
         return api.create_commit(
             repo_id,
             [
-                *(CommitOperationDelete(name) for name in sorted(stale)),
-                *(CommitOperationAdd(name, content) for name, content in sorted(contents.items())),
+                *(CommitOperationDelete(name) for name in sorted(stale - contents.keys() - kept)),
+                *(CommitOperationAdd(name, contents[name]) for name in sorted(contents.keys() - kept)),
             ],
             commit_message=commit_message,
             revision=revision,
@@ -242,7 +238,24 @@ def _check_model(folder: Path) -> None:
     for name in _MODEL:
         if not (folder / name).is_file():
             raise _not_whole(folder, name)
-    classes: dict[str, int] = {}
+    config = read_config(folder)
+    named = len(config.get("id2label") or range(2))  # transformers does not save its default of two classes
+    for name, number in _head_sizes(folder).items():
+        if number != named:
+            raise ValueError(f"{folder} names {named} classes, but {name} has {number}; save the model again.")
+    references = config.get("auto_map") or {}
+    if not isinstance(references, dict):
+        raise ValueError(f"auto_map in {folder / 'config.json'} is not a JSON object; save the model again.")
+    for reference in references.values():
+        if isinstance(reference, str) and "--" not in reference:  # else the code is in another repository
+            name = f"{reference.partition('.')[0]}.py"
+            if not (folder / name).is_file():
+                raise _not_whole(folder, name)
+
+
+def _head_sizes(folder: Path) -> dict[str, int]:
+    """Number of classes of each head, by the name of its weight; checks that all files of the weights are whole."""
+    sizes: dict[str, int] = {}
     for path in weight_files(folder) or [folder / "model.safetensors"]:
         if path.suffix != ".safetensors":
             raise ValueError(
@@ -254,25 +267,13 @@ def _check_model(folder: Path) -> None:
         try:
             with safe_open(path, "np") as file:
                 found = set(file.keys())
-                classes |= {name: file.get_slice(name).get_shape()[0] for name in found if name.endswith(_HEAD)}
+                sizes |= {name: file.get_slice(name).get_shape()[0] for name in found if name.endswith(_HEAD)}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from error
         lacking = sorted(_indexed(folder, path.name) - found)
         if lacking:
             raise ValueError(f"{path} lacks {lacking[0]!r}, which {_INDEX} lists for it; save the model again.")
-    config = read_config(folder)
-    named = len(config.get("id2label") or range(2))  # transformers does not save its default of two classes
-    for name, number in classes.items():
-        if number != named:
-            raise ValueError(f"{folder} names {named} classes, but {name} has {number}; save the model again.")
-    references = config.get("auto_map") or {}
-    if not isinstance(references, dict):
-        raise ValueError(f"auto_map in {folder / 'config.json'} is not a JSON object; save the model again.")
-    for reference in references.values():
-        if isinstance(reference, str) and "--" not in reference:  # else the code is in another repository
-            name = f"{reference.partition('.')[0]}.py"
-            if not (folder / name).is_file():
-                raise _not_whole(folder, name)
+    return sizes
 
 
 def _not_whole(folder: Path, name: str) -> FileNotFoundError:
@@ -330,17 +331,7 @@ def _witness(name: str) -> str | None:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a path matches one of the patterns; unlike in fnmatch, a star does not match a slash."""
-    parts = name.split("/")
-    return any(
-        len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
-        for wanted in (pattern.split("/") for pattern in patterns)
-    )
-
-
-def _has_card_of_others(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> bool:
-    """Whether a repository has a card that was not written by deitlt-hf and differs from the folder's card."""
-    there = _text(api, repo_id, CARD_FILE, revision)
-    return there is not None and not is_generated(there) and there != _own_card(folder)
+    return any(PurePosixPath("/", name).match(f"/{pattern}") for pattern in patterns)
 
 
 def _own_card(folder: Path) -> str | None:
@@ -389,18 +380,14 @@ def _one_sentence(repo_id: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
+    words = one_line(getattr(error, "server_message", None) or error).rstrip(".")
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        words = _line(error.server_message or str(error))
         if status == 401:
             return f"the token is not valid; create one at {_TOKENS}, and give it to 'hf auth login' or set HF_TOKEN"
         if status == 403:
             return f"the token may not write there ({words}); give it write access at {_TOKENS}, or push elsewhere"
         return f"the Hub answered {status} ({words}); uploaded files are not sent again if you repeat the push"
     if isinstance(error, HTTPError):
-        return f"the Hub was not reached ({_line(error)}); uploaded files are not sent again if you repeat the push"
-    return _line(error)
-
-
-def _line(message: object) -> str:
-    return " ".join(str(message).split()).rstrip(".")
+        return f"the Hub was not reached ({words}); uploaded files are not sent again if you repeat the push"
+    return words
