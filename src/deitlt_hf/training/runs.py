@@ -210,58 +210,21 @@ def _teacher_of_recipe(
     """Returns the folder of the recipe's teacher, after starting or resuming its training if it is not finished."""
     folder = Path(student_args.output_dir).parent / teacher_folder(recipe, loss)
     found = [] if is_abandoned(folder) else run_files(folder)
-    overrides: dict[str, Any] = {
-        "output_dir": str(folder),
-        "seed": student_args.seed,
-        "teacher_loss": loss or own_loss(recipe),
-        "report_to": student_args.report_to or ["none"],
-    }
-    # Hardware options are the student's: a process cannot change its precision.
-    overrides |= {name: getattr(student_args, name) for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers")}
-    if RESULTS_FILE in found:
-        overrides["resume_from_checkpoint"] = "auto"
-    kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-    _, model_args, args = fill_arguments("teacher", kinds, recipe, overrides)
-    config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
-    if student_args.recipe is not None:  # both use the images of the student's command line
-        changed = student_args.recipe["overrides"]
-        args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
-    if RESULTS_FILE in found:
-        record = _record_of_teacher(folder)
-        settings = args.method_settings()
-        for name in PRECISIONS:  # irrelevant for a teacher that is already trained
-            settings.pop(name)
-        known = record.get("data", {})
-        classes = data["train"].features["label"].names
-        other = next(
-            other_classes(known.get("classes") or class_names(read_configuration(folder)) or classes, classes), None
-        )
-        if other is not None:
-            raise ValueError(
-                f"{folder} has a teacher of other classes: {other}; pass it as --teacher to use it anyway, or move it "
-                "away to train the recipe's teacher."
-            )
-        wanted = {"images (subset)": subset_hash(data["train"]), "images (content)": images_hash(data["train"])}
-        wanted |= {"background": data_args.background} | settings | architecture(config)
-        # Records of earlier versions lack some of these.
-        hashes = {"images (subset)": known.get("subset_sha256"), "images (content)": known.get("images_sha256")}
-        had: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
-        had |= {"background": known.get("background"), **record.get("settings", {}), **record.get("architecture", {})}
-        for name, value in wanted.items():
-            if had.get(name, value) != value:
-                raise ValueError(
-                    f"the teacher in {folder} was trained with {name} {had[name]}, but the recipe has {value}; pass it "
-                    "as --teacher to use it anyway, or move it away to train the recipe's teacher."
-                )
-        if record.get("finished") and has_model(folder):
-            _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
-            return str(folder)
-        _say(student_args, f"No --teacher given: resuming the recipe's, which was interrupted, in {folder}.")
-    elif found:
+    began = RESULTS_FILE in found
+    if found and not began:
         raise ValueError(
             f"{folder} holds a model ({found[0]}) without a record of its training; pass it as --teacher, or move it "
             "away to train the recipe's teacher."
         )
+    model_args, args = _teacher_arguments(recipe, folder, data_args, student_args, loss)
+    if began:
+        args.resume_from_checkpoint = "auto"
+        record = _record_of_teacher(folder)
+        _check_same_teacher(folder, record, data, data_args, args, model_args)
+        if record.get("finished") and has_model(folder):
+            _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
+            return str(folder)
+        _say(student_args, f"No --teacher given: resuming the recipe's, which was interrupted, in {folder}.")
     else:
         _say(student_args, f"No --teacher given: training the recipe's first, in {folder}.")
         try:
@@ -274,6 +237,65 @@ def _teacher_of_recipe(
     train_teacher(data_args, model_args, args, data)
     gc.collect()  # frees communication between processes now; at interpreter exit it would abort
     return str(folder)
+
+
+def _teacher_arguments(
+    recipe: str, folder: Path, data_args: DataArguments, student_args: DeiTLTTrainingArguments, loss: str | None
+) -> tuple[TeacherArguments, FlatTeacherTrainingArguments]:
+    """Arguments of the recipe's teacher, with the seed, the hardware and the data of the student."""
+    overrides: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": student_args.seed,
+        "teacher_loss": loss or own_loss(recipe),
+        "report_to": student_args.report_to or ["none"],
+    }
+    # A process cannot change its precision.
+    overrides |= {name: getattr(student_args, name) for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers")}
+    kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
+    _, model_args, args = fill_arguments("teacher", kinds, recipe, overrides)
+    if student_args.recipe is not None:  # both use the images of the student's command line
+        changed = student_args.recipe["overrides"]
+        args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
+    return model_args, args
+
+
+def _check_same_teacher(
+    folder: Path,
+    record: RunRecord,
+    data: Mapping,
+    data_args: DataArguments,
+    args: FlatTeacherTrainingArguments,
+    model_args: TeacherArguments,
+) -> None:
+    """Checks that the teacher in a folder is that of the recipe: its classes, images, settings and architecture.
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    known = record.get("data", {})
+    classes = data["train"].features["label"].names
+    had_classes = known.get("classes") or class_names(read_configuration(folder)) or classes
+    other = next(other_classes(had_classes, classes), None)
+    if other is not None:
+        raise ValueError(
+            f"{folder} has a teacher of other classes: {other}; pass it as --teacher to use it anyway, or move it "
+            "away to train the recipe's teacher."
+        )
+    config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
+    wanted = {"images (subset)": subset_hash(data["train"]), "images (content)": images_hash(data["train"])}
+    wanted |= {"background": data_args.background} | args.method_settings() | architecture(config)
+    for name in PRECISIONS:  # irrelevant for a teacher that is already trained
+        wanted.pop(name)
+    # Records of earlier versions lack some of these.
+    hashes = {"images (subset)": known.get("subset_sha256"), "images (content)": known.get("images_sha256")}
+    had: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
+    had |= {"background": known.get("background"), **record.get("settings", {}), **record.get("architecture", {})}
+    for name, value in wanted.items():
+        if had.get(name, value) != value:
+            raise ValueError(
+                f"the teacher in {folder} was trained with {name} {had[name]}, but the recipe has {value}; pass it "
+                "as --teacher to use it anyway, or move it away to train the recipe's teacher."
+            )
 
 
 def _record_of_teacher(folder: Path) -> RunRecord:

@@ -106,61 +106,82 @@ def measure_steps(
     device = student_args.device
     num_labels = data["train"].features["label"].num_classes
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        teacher: nn.Module = FlatTeacherForImageClassification(
-            teacher_model.config(teacher_args.teacher_loss, num_labels=num_labels)
-        )
-        student = DeiTLTForImageClassification(student_model.config(num_labels=num_labels))
-        for model in (teacher, student):
-            nn.Module.to(model, device)
-        sgd = torch.optim.SGD(teacher.parameters(), lr=1e-4, momentum=0.9)
-        is_matrix = {name for name, parameter in student.named_parameters() if parameter.ndim > 1}
-        own = (
-            muon(student, student_args, is_matrix)
-            if student_args.optim == MUON
-            else torch.optim.AdamW(student.parameters(), lr=1e-4)
-        )
-        batch = student_args.per_device_train_batch_size
-        side = {"teacher": teacher_model.image_size, "student": student_model.image_size}
-        images = {name: torch.randn(batch, 3, size, size, device=device) for name, size in side.items()}
-        labels = torch.randint(num_labels, (batch,), device=device)
-        # SAM takes two gradients in a step.
-        passes, student_passes = (2 if max(args.sam_rho) > 0 else 1 for args in (teacher_args, student_args))
-
-        def teacher_step() -> None:
-            for _ in range(passes):
-                F.cross_entropy(teacher(images["teacher"]).logits, labels).backward()
-            sgd.step()
-            sgd.zero_grad()
-
-        def student_step(bfloat16: bool = student_args.mixed_precision == "bf16") -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                if student_args.needs_teacher:
-                    with torch.inference_mode():
-                        teacher.eval()(images["teacher"])
-                for _ in range(student_passes):
-                    outputs = student(pixel_values=images["student"])
-                    cls_loss = F.cross_entropy(outputs.cls_logits, labels)
-                    (cls_loss + F.cross_entropy(outputs.distillation_logits, labels)).backward()
-            own.step()
-            own.zero_grad()
-
-        def forward(model: nn.Module, name: str) -> Callable[[], None]:
-            def evaluate() -> None:
-                with torch.inference_mode():
-                    model.eval()(pixel_values=images[name])
-
-            return evaluate
-
+        steps = _Steps(teacher_model, teacher_args, student_model, student_args, num_labels)
         first_read, read = _reading(student_args, student_model, data)
+        batch = student_args.per_device_train_batch_size
         return StepTimes(
-            _seconds(teacher_step, device),
-            _seconds(student_step, device),
-            _seconds(forward(teacher, "teacher"), device) / batch,
-            _seconds(forward(student, "student"), device) / batch,
+            _seconds(steps.of_teacher, device),
+            _seconds(lambda: steps.of_student(student_args.mixed_precision == "bf16"), device),
+            _seconds(lambda: steps.forward(steps.teacher, steps.teacher_images), device) / batch,
+            _seconds(lambda: steps.forward(steps.student, steps.student_images), device) / batch,
             first_read,
             read,
-            _seconds(lambda: student_step(bfloat16=True), device) if compare_bfloat16 else None,
+            _seconds(lambda: steps.of_student(bfloat16=True), device) if compare_bfloat16 else None,
         )
+
+
+class _Steps:
+    """Steps of a new teacher and a new student on random images."""
+
+    def __init__(
+        self,
+        teacher_model: TeacherArguments,
+        teacher_args: FlatTeacherTrainingArguments,
+        student_model: StudentArguments,
+        student_args: DeiTLTTrainingArguments,
+        num_labels: int,
+    ):
+        self.device = device = student_args.device
+        self.needs_teacher = student_args.needs_teacher
+        self.teacher: nn.Module = FlatTeacherForImageClassification(
+            teacher_model.config(teacher_args.teacher_loss, num_labels=num_labels)
+        )
+        self.student: nn.Module = DeiTLTForImageClassification(student_model.config(num_labels=num_labels))
+        for model in (self.teacher, self.student):
+            nn.Module.to(model, device)
+        self.sgd = torch.optim.SGD(self.teacher.parameters(), lr=1e-4, momentum=0.9)
+        is_matrix = {name for name, parameter in self.student.named_parameters() if parameter.ndim > 1}
+        self.optimizer: torch.optim.Optimizer = (
+            muon(self.student, student_args, is_matrix)
+            if student_args.optim == MUON
+            else torch.optim.AdamW(self.student.parameters(), lr=1e-4)
+        )
+        batch = student_args.per_device_train_batch_size
+        self.teacher_images, self.student_images = (
+            torch.randn(batch, 3, model.image_size, model.image_size, device=device)
+            for model in (teacher_model, student_model)
+        )
+        self.labels = torch.randint(num_labels, (batch,), device=device)
+        # SAM takes two gradients in a step.
+        self.teacher_passes, self.student_passes = (
+            2 if max(args.sam_rho) > 0 else 1 for args in (teacher_args, student_args)
+        )
+
+    def of_teacher(self) -> None:
+        """A training step of the teacher."""
+        for _ in range(self.teacher_passes):
+            F.cross_entropy(self.teacher(self.teacher_images).logits, self.labels).backward()
+        self.sgd.step()
+        self.sgd.zero_grad()
+
+    def of_student(self, bfloat16: bool) -> None:
+        """A training step of the student, with the teacher's outputs."""
+        self.student.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            if self.needs_teacher:
+                self.forward(self.teacher, self.teacher_images)
+            for _ in range(self.student_passes):
+                outputs = self.student(pixel_values=self.student_images)
+                cls_loss = F.cross_entropy(outputs.cls_logits, self.labels)
+                (cls_loss + F.cross_entropy(outputs.distillation_logits, self.labels)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @staticmethod
+    @torch.inference_mode()
+    def forward(model: nn.Module, images: torch.Tensor) -> None:
+        """An evaluation of images; the model stays in evaluation mode."""
+        model.eval()(pixel_values=images)
 
 
 def _reading(args: DeiTLTTrainingArguments, model: StudentArguments, data: Mapping) -> tuple[float, float]:
