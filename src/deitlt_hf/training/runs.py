@@ -26,7 +26,6 @@ from ..serving.classifiers import load_classifier, load_model, load_processor, r
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer, check_student
-from .frozen_teacher import FrozenTeacherTrainer, check_frozen, frozen_trainer
 from .inputs import label_names
 from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
 from .publishing import hub_options
@@ -60,15 +59,26 @@ def train_teacher(
 
     With `tune` heads, the teacher is a frozen model with a fitted head.
     """
-    frozen = check_frozen(data_args, model_args, args) if model_args.tune == HEADS else None
-    begin(args, FlatTeacherConfig.model_type if frozen is None else frozen.model_type)
+    if model_args.tune == HEADS:
+        return _fit_frozen(data_args, model_args, args, data)
+    begin(args, FlatTeacherConfig.model_type)
     data = data or data_args.load()
-    if frozen is not None:
-        model, args, parts = frozen_trainer(frozen, data, data_args, model_args, args)
-        return _train(FrozenTeacherTrainer, model, args, data, data_args, **parts)
     set_seed(args.seed)
     config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
     return _train(FlatTeacherTrainer, FlatTeacherForImageClassification(config), args, data, data_args)
+
+
+def _fit_frozen(
+    data_args: DataArguments, model_args: TeacherArguments, args: FlatTeacherTrainingArguments, data: Mapping | None
+) -> FlatTeacherTrainer:
+    """Fits a linear head on the frozen backbone of a recipe's teacher, and saves the classifier."""
+    from .frozen_teacher import FrozenTeacherTrainer, check_frozen, frozen_trainer  # imports scikit-learn
+
+    config = check_frozen(data_args, model_args, args)
+    begin(args, config.model_type)
+    data = data or data_args.load()
+    model, args, parts = frozen_trainer(config, data, data_args, model_args, args)
+    return _train(FrozenTeacherTrainer, model, args, data, data_args, **parts)
 
 
 def distill(
