@@ -227,10 +227,11 @@ def _teacher_of_recipe(
             "away to train the recipe's teacher."
         )
     model_args, args = _teacher_arguments(recipe, folder, data_args, student_args, loss)
+    config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
     if began:
         args.resume_from_checkpoint = "auto"
         record = _record_of_teacher(folder)
-        _check_same_teacher(folder, record, data, data_args, args, model_args)
+        _check_same_teacher(folder, record, data, data_args, args, config)
         if record.get("finished") and has_model(folder):
             _say(student_args, f"No --teacher given: using the recipe's, trained before, in {folder}.")
             return str(folder)
@@ -275,7 +276,7 @@ def _check_same_teacher(
     data: Mapping,
     data_args: DataArguments,
     args: FlatTeacherTrainingArguments,
-    model_args: TeacherArguments,
+    config: FlatTeacherConfig,
 ) -> None:
     """Checks that the teacher in a folder is that of the recipe: its classes, images, settings and architecture.
 
@@ -291,7 +292,6 @@ def _check_same_teacher(
             f"{folder} has a teacher of other classes: {other}; pass it as --teacher to use it anyway, or move it "
             "away to train the recipe's teacher."
         )
-    config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
     wanted = {"images (subset)": subset_hash(data["train"]), "images (content)": images_hash(data["train"])}
     wanted |= {"background": data_args.background} | args.method_settings() | architecture(config)
     for name in PRECISIONS:  # irrelevant for a teacher that is already trained
