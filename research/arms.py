@@ -388,7 +388,7 @@ class Runs:
         record, wanted = json.loads(path.read_text()), self.made_with(name)
         made = {field: record.get(field) for field in wanted}
         if made != wanted:
-            raise ValueError(f"{path.name} was made with {made}, not with {wanted}; remove it to make it anew.")
+            raise ValueError(f"{path.name} was made with {made}, not with {wanted}; remove it to make it again.")
         return record
 
     def teach(self, seed: int, name: str) -> None:
@@ -475,7 +475,7 @@ class Runs:
         begun = folder.with_name(f"{folder.name}.begun.json")
         is_of_another = folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == made_of)
         if is_of_another and self.setting.resumes:  # which would resume from its checkpoints
-            raise ValueError(f"{folder} has a run with other arguments or teacher; move it away to begin anew.")
+            raise ValueError(f"{folder} has a run with other arguments or teacher; move it away to start again.")
         write_record(begun, made_of)
         run(*command, threads=self.threads)
         results = read_record(folder) | made_of

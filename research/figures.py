@@ -46,7 +46,11 @@ def draw_beside_teacher(students: Mapping[str, str]) -> Callable:
 
     def draw(figure, evidence: Evidence) -> None:
         rows = [("its teacher", [taught(next(iter(students)), group) for group in GROUPS])]
-        rows += [(label, [accuracy(arm, "mean", group) for group in GROUPS]) for arm, label in students.items()]
+        rows += [
+            (label, [accuracy(arm, "mean", group) for group in GROUPS])
+            for arm, label in students.items()
+            if evidence.records(arm)
+        ]
         axis, width = figure.subplots(), 0.8 / len(rows)
         for index, (label, measures) in enumerate(rows):
             values = np.array([list(evidence.values(measure).values()) for measure in measures]).T

@@ -96,7 +96,7 @@ def test_metadata_use_the_hubs_fields(trained):
     metadata = metadata_load(trained / "student" / "README.md")
     assert metadata["pipeline_tag"] == "image-classification"
     assert metadata["library_name"] == "transformers"
-    assert "license" not in metadata, "whoever trained a model names its licence"
+    assert "license" not in metadata, "the trainer of a model names its licence"
     assert {"deit-lt", "long-tailed", "vision"} <= set(metadata["tags"])
     assert metadata["metrics"] == ["accuracy"]
     assert "datasets" not in metadata  # the embedded digits are not on the Hub

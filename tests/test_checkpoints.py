@@ -170,10 +170,10 @@ def test_malicious_or_damaged_files_run_no_code(tmp_path, monkeypatch, name, har
         torch.save({"weight": torch.zeros(2)}, checkpoint / name)
     harm(checkpoint / name)
     (checkpoint / MANIFEST).unlink()
-    with pytest.raises(ValueError, match=name) as told:
+    with pytest.raises(ValueError, match=name) as raised:
         whole_checkpoint(str(checkpoint))
-    assert "weights_only" not in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "weights_only" not in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert not Path("harm").exists()
 
 

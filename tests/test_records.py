@@ -102,8 +102,8 @@ def test_a_damaged_model_folder_gives_one_message(tmp_path, monkeypatch, harm, n
     make_student().save_pretrained(tmp_path)
     harm(tmp_path)
     for load in (load_model, load_classifier, load_processor)[: 2 if harm is odd_size else 3]:
-        with pytest.raises(ValueError, match=name) as told:
+        with pytest.raises(ValueError, match=name) as raised:
             load(str(tmp_path))
-        assert "weights_only" not in str(told.value)
-        assert "\n" not in str(told.value)
+        assert "weights_only" not in str(raised.value)
+        assert "\n" not in str(raised.value)
     assert not Path("harm").exists()

@@ -494,9 +494,9 @@ def test_another_run_is_refused_before_anything_is_written(
         change(tmp_path / "data")
     before = content_of(tmp_path / "run")
     trainer = make_small(tmp_path / "run", tmp_path / "data", options, **values)
-    with pytest.raises(ValueError, match="is of another run") as told:
+    with pytest.raises(ValueError, match="is of another run") as raised:
         trainer.train(resume_from_checkpoint="auto")
-    assert what in str(told.value)
+    assert what in str(raised.value)
     assert content_of(tmp_path / "run") == before
     elsewhere = make_small(tmp_path / "other", tmp_path / "data", options, **values)
     with pytest.raises(ValueError, match="is of another run"):
@@ -531,9 +531,9 @@ def test_a_damaged_record_gives_a_warning_and_the_run_resumes(folder_data, cut_r
     shutil.copytree(cut_run, tmp_path / "run")
     (tmp_path / "run" / "results.json").write_bytes(text)
     (tmp_path / "run" / "log.jsonl").write_bytes(b'{"step": 1, "loss": 1.0, "epoch": 0.1}\n[1]\n\xff\n{"step": 2, "lo')
-    with pytest.warns(UserWarning, match="damaged|without this record") as told:
+    with pytest.warns(UserWarning, match="damaged|without this record") as raised:
         make_small(tmp_path / "run", folder_data).train(resume_from_checkpoint="auto")
-    sentences = [str(warning.message) for warning in told]
+    sentences = [str(warning.message) for warning in raised]
     assert any("results.json" in sentence for sentence in sentences)
     assert any("log.jsonl has 3 damaged line(s)" in sentence for sentence in sentences)
     record = read_record(tmp_path / "run")
