@@ -96,7 +96,7 @@ def test_a_new_student_loss_is_an_entry_of_the_registry(tmp_path, monkeypatch, d
     values |= {"per_device_train_batch_size": 32, "logging_steps": 1, "eval_strategy": "no", "report_to": "none"}
     args = DeiTLTTrainingArguments(distillation="logits", cls_loss="squared", **values)
     data = {"train_dataset": digits["train"], "eval_dataset": digits["test"]}
-    monkeypatch.setattr(DeiTLTTrainer, "check_teacher", lambda self: {})  # an untrained teacher is enough here
+    monkeypatch.setattr(DeiTLTTrainer, "check_teacher", lambda *_: {})  # an untrained teacher is enough here
     teacher = FlatTeacherForImageClassification(FlatTeacherConfig(backbone="resnet20", image_size=8, num_labels=10))
     trainer = DeiTLTTrainer(make_student(), args, teacher=teacher, **data)
     trainer.train()
