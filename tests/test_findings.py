@@ -49,7 +49,7 @@ def test_the_plan_says_which_groups_the_teacher_does_not_know(tmp_path, digits, 
     trainer = student_trainer(tmp_path, digits, teacher, max_steps=1)
     classes = trainer.teacher_logits
 
-    def without_tail(pixel_values, _):
+    def without_tail(pixel_values, *_):
         logits = classes(pixel_values)
         logits[:, trainer.groups["tail"]] = -1e9
         return logits
