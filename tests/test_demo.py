@@ -179,8 +179,8 @@ def test_files_of_the_server_are_not_served(address, tmp_path):
         request = {"data": [{"path": str(path)}], "fn_index": on_upload, "session_hash": session}
         httpx.post(f"{address}gradio_api/queue/join", json=request).raise_for_status()
         with httpx.stream("GET", f"{address}gradio_api/queue/data", params={"session_hash": session}) as events:
-            raised = [json.loads(line.removeprefix("data:")) for line in events.iter_lines() if line.startswith("data:")]
-        (end,) = [message for message in raised if message["msg"] == "process_completed"]
+            lines = [line.removeprefix("data:") for line in events.iter_lines() if line.startswith("data:")]
+        (end,) = [message for message in map(json.loads, lines) if message["msg"] == "process_completed"]
         assert not end["success"]
         assert end["output"]["error"] == "Your image was not uploaded to this page; try again."
 
