@@ -217,6 +217,14 @@ def sharded_run(folder):
     return weights
 
 
+def refused_resume(folder):
+    """The error of a run with FSDP 2 that resumes one without."""
+    try:
+        run_of_two_steps(folder).train(resume_from_checkpoint=f"{folder}/checkpoint-1")
+    except ValueError as error:
+        return str(error)
+
+
 def run_of_two_steps(folder):
     """Trainer of two steps with a checkpoint after each."""
     data = load_long_tailed("digits", imbalance_ratio=10, max_per_class=60)
@@ -256,8 +264,10 @@ def main():
     found["paco"] = paco_queue(folder)
     found["statistics"] = evaluated_statistics(folder)
     found["different"] = different_images(folder)
+    run_of_two_steps(f"{folder}/whole").train()
     start_fsdp_on_cpu()
     found["fsdp"] = sharded_run(folder)
+    found["refused"] = refused_resume(f"{folder}/whole")
     torch.save(found, f"{folder}/rank{trainer.args.process_index}.pt")
 
 

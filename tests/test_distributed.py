@@ -193,6 +193,10 @@ def test_sharded_runs_resume_with_and_without_shards(two_ranks, tmp_path):
     torch.testing.assert_close(alone.model.state_dict(), sharded, atol=1e-5, rtol=0)
 
 
+def test_a_run_without_shards_is_not_resumed_with_them(two_ranks):
+    assert all("is of a run without FSDP" in rank["refused"] for rank in two_ranks)
+
+
 def launch(configuration, output_dir, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "scripts" / "accelerate" / configuration), *arguments, "scripts/train_teacher.py"]
