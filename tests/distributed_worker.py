@@ -19,6 +19,8 @@ from deitlt_hf import (
     FlatTeacherTrainingArguments,
 )
 from deitlt_hf.data import load_long_tailed
+from deitlt_hf.recipes import DataArguments
+from deitlt_hf.training.runs import evaluate
 from helpers import make_student
 
 GLOBAL_BATCH = 32
@@ -183,6 +185,17 @@ def different_images(folder):
     return errors
 
 
+def different_test_images(folder):
+    """The error of an evaluation in which each process has other images."""
+    data_args = DataArguments(dataset="digits", imbalance_ratio=10, max_per_class=60)
+    data, first = data_args.load(), PartialState().process_index
+    data_args.load = lambda: {**data, "test": data["test"].select(range(first, 100))}
+    try:
+        evaluate(folder, data_args, DeiTLTTrainingArguments(use_cpu=True))
+    except ValueError as error:
+        return str(error)
+
+
 def start_fsdp_on_cpu():
     """Makes Accelerate start FSDP 2 on a CPU, which it only does on accelerators."""
     os.environ |= {
@@ -264,7 +277,11 @@ def main():
     found["paco"] = paco_queue(folder)
     found["statistics"] = evaluated_statistics(folder)
     found["different"] = different_images(folder)
-    run_of_two_steps(f"{folder}/whole").train()
+    whole = run_of_two_steps(f"{folder}/whole")
+    whole.train()
+    whole.save_model()
+    whole.accelerator.wait_for_everyone()
+    found["different"].append(different_test_images(f"{folder}/whole"))
     start_fsdp_on_cpu()
     found["fsdp"] = sharded_run(folder)
     found["refused"] = refused_resume(f"{folder}/whole")

@@ -26,7 +26,7 @@ from ..serving.classifiers import load_classifier, load_model, load_processor, r
 from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer, check_student
-from .inputs import label_names
+from .inputs import check_same_images, label_names
 from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
 from .publishing import hub_options
 from .resuming import architecture, class_names, other_classes, read_configuration
@@ -158,6 +158,9 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     """Evaluates a saved student, or any classifier, on the test images of a recipe, and prints the table.
 
     The rows of the table are in `last_table` of the returned trainer.
+
+    Raises:
+        ValueError: If the processes read different test images.
     """
     quiet_log(args.disable_tqdm)
     model = load_model(path)
@@ -174,6 +177,7 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     else:
         own = FlatTeacherTrainingArguments(**{name: getattr(args, name) for name in EVALUATION_FIELDS})
         trainer = FlatTeacherTrainer(model, own, **parts)
+    check_same_images([data["test"]])
     trainer.evaluate()
     return trainer
 
