@@ -9,6 +9,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -53,6 +54,11 @@ def begin_checkpoint(output_dir: str | Path) -> Path:
     return staging
 
 
+def _sync_and_hash(path: Path) -> str:
+    sync_to_disk(path)
+    return file_sha256(path)
+
+
 def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
     """Syncs a checkpoint to disk with a manifest of file sizes and hashes, and then moves it into place.
 
@@ -62,11 +68,15 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
         staged: Folder of the written checkpoint, inside the folder from [`begin_checkpoint`].
         output_dir: Folder of the checkpoints.
     """
-    manifest = {}
-    # All files reach the disk before the rename: after a power loss, a checkpoint in place is complete.
-    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
-        manifest[path.relative_to(staged).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-        sync_to_disk(path)
+    paths = sorted(path for path in staged.rglob("*") if path.is_file())
+    # All files reach the disk before the rename: after a power loss, a checkpoint in place is complete. Hashing and
+    # syncing release the GIL, and take as long as writing a large model does; so the files take a thread each.
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_sync_and_hash, paths))
+    manifest = {
+        path.relative_to(staged).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    }
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     sync_to_disk(staged / MANIFEST)
     for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
