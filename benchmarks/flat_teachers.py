@@ -21,7 +21,7 @@ from deitlt_hf.records import read_record
 RECIPE = "fashion_mnist_lt_tiny"
 SETTINGS = ["--image_size", 14, "--num_train_epochs", 60, "--warmup_epochs", 5, "--global_batch_size", 64]
 SETTINGS += ["--eval_strategy", "no", "--save_strategy", "no"]
-# For each loss: its settings, and SAM's rho, which was chosen on seed 10 (see docs/teachers.md).
+# For each loss: its settings, and SAM's rho, which was chosen on seed 10 (see docs/results.md).
 LOSSES = {
     "ce": (["--learning_rate", 0.05, "--drw_start_epoch", 48], 0.1),
     "ldam": (["--learning_rate", 0.05, "--drw_start_epoch", 48], 0.1),
