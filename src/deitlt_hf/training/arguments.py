@@ -79,7 +79,7 @@ class LongTailTrainingArguments(TrainingArguments):
     """Training arguments of both trainers: batch size, schedule, augmentation, deferred re-weighting and evaluation.
 
     This class defines only fields that [`~transformers.TrainingArguments`] lacks, or whose default differs.
-    `inherited.py` lists all other fields and how they are treated.
+    `inherited.py` lists the fields that are refused.
 
     Attributes:
         recipe: Name of the recipe that the values come from, and the values that the command line overrides
@@ -91,7 +91,7 @@ class LongTailTrainingArguments(TrainingArguments):
         ValueError: If a value is outside its range, or `global_batch_size` cannot be divided into whole micro-batches.
     """
 
-    refused: ClassVar[Mapping[str, str]] = inherited.refused(inherited.ARGUMENTS)
+    refused: ClassVar[Mapping[str, str]] = inherited.ARGUMENTS
     phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs",)
     if TYPE_CHECKING:  # None by default in transformers, which then fills it
         output_dir: str = "trainer_output"
@@ -651,10 +651,7 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
     The learning rate drops by `lr_drops` at `lr_drop_epochs`. Without them it follows a cosine.
     """
 
-    refused: ClassVar[Mapping[str, str]] = {
-        **LongTailTrainingArguments.refused,
-        **inherited.refused(inherited.TEACHER_ARGUMENTS),
-    }
+    refused: ClassVar[Mapping[str, str]] = {**inherited.ARGUMENTS, **inherited.TEACHER_ARGUMENTS}
     phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs", "lr_drop_epochs")
     teacher_loss: str = _option(next(iter(TEACHER_LOSSES)), f"Loss of the teacher: {listed(TEACHER_LOSSES)}.")
     sam_rho: list[float] = _option(
