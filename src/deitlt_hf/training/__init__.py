@@ -1,9 +1,10 @@
 """Trainers for the flat teacher and for the DeiT-LT student."""
 
-from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .distillation import DeiTLTTrainer
 from .sam import SAM
+from .student_arguments import DeiTLTTrainingArguments
 from .teacher import FlatTeacherTrainer
+from .teacher_arguments import FlatTeacherTrainingArguments
 
 __all__ = [
     "SAM",

@@ -1,4 +1,4 @@
-"""Training arguments of students and teachers, in addition to those of transformers. Defaults come from the paper."""
+"""Training arguments of both trainers, in addition to those of transformers. Defaults come from the paper."""
 
 import importlib.util
 import itertools
@@ -11,27 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
-from transformers.training_args import OptimizerNames
 
-from ..data.sampling import ROUND, SAMPLINGS, check_repeats
+from ..data.sampling import SAMPLINGS
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
-from ..io import check_can_be_folder
-from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, TEACHER_LOSSES, DistillationLoss, LossOptions, TeacherLoss
+from ..losses import LossOptions
 from ..losses.class_weights import read_class_weights
-from ..losses.entry import listed
 from . import inherited
 from .optimizers import MUON
-from .tuning import FULL, HEADS, LORA, TUNE_CHOICES, check_tune
 
 if torch.distributed.is_available():
     # Imported before a process group exists: otherwise DDP imports it later, and its default arguments then keep a
     # reference to the group.
     importlib.import_module("torch.distributed.nn")
 
-TEACHER_VIEWS = ("student", "weak")
 PRECISIONS = ("bf16", "fp16")
-# Reversed, because a dataclass has the fields of its last base first.
-_LOSS_OPTIONS = [loss.options for loss in reversed(TEACHER_LOSSES.values()) if loss.options is not None]
 # Fields that affect how a run is carried out, but not its result.
 _RUNNING = {
     "recipe",
@@ -68,10 +61,27 @@ _OF_TRANSFORMERS = {
 }
 
 
-def _option(default, help: str):
+def option(default, help: str):
+    """A field with a default (lists are copied) and a help text."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def increases(values: Sequence[float]) -> bool:
+    """Whether each value is larger than the one before it."""
+    return all(first < second for first, second in itertools.pairwise(values))
+
+
+def require(args: TrainingArguments, name: str, fits: bool, wanted: str) -> None:
+    """Raises `ValueError` with the name and value of a field and the wanted values, if `fits` is not set."""
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)!r}.")
+
+
+def require_choice(args: TrainingArguments, name: str, choices: Collection[str]) -> None:
+    """Raises `ValueError` if the value of a field is not one of `choices`."""
+    require(args, name, getattr(args, name) in choices, f"one of {', '.join(choices)}")
 
 
 @dataclass
@@ -79,7 +89,7 @@ class LongTailTrainingArguments(TrainingArguments):
     """Training arguments of both trainers: batch size, schedule, augmentation, deferred re-weighting and evaluation.
 
     This class defines only fields that [`~transformers.TrainingArguments`] lacks, or whose default differs.
-    `inherited.py` lists all other fields and how they are treated.
+    `inherited.py` lists the fields that are refused.
 
     Attributes:
         recipe: Name of the recipe that the values come from, and the values that the command line overrides
@@ -91,163 +101,163 @@ class LongTailTrainingArguments(TrainingArguments):
         ValueError: If a value is outside its range, or `global_batch_size` cannot be divided into whole micro-batches.
     """
 
-    refused: ClassVar[Mapping[str, str]] = inherited.refused(inherited.ARGUMENTS)
+    refused: ClassVar[Mapping[str, str]] = inherited.ARGUMENTS
     phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs",)
     if TYPE_CHECKING:  # None by default in transformers, which then fills it
         output_dir: str = "trainer_output"
     recipe: Mapping | None = field(default=None, init=False, repr=False)
-    global_batch_size: int | None = _option(
+    global_batch_size: int | None = option(
         None,
         "Images per optimiser step, over all processes. Sets gradient_accumulation_steps and turns "
         "per_device_train_batch_size into an upper limit, so the number of processes does not change the run. None: "
         "processes x per_device_train_batch_size x gradient_accumulation_steps.",
     )
-    learning_rate: float | None = _option(  # type: ignore[assignment]
+    learning_rate: float | None = option(  # type: ignore[assignment]
         None,
         "Peak learning rate. None: learning_rate_per_512 x images per micro-batch (over all processes) / 512, as in "
         "the paper.",
     )
-    learning_rate_per_512: float = _option(
+    learning_rate_per_512: float = option(
         5e-4, "Peak learning rate for a batch of 512 images; it scales linearly with the batch. The paper uses 5e-4."
     )
-    learning_rate_micro_batches: int | None = _option(
+    learning_rate_micro_batches: int | None = option(
         None,
         "Gradient-accumulation steps that the scaling of learning_rate_per_512 assumes. The authors scale by one "
         "micro-batch (processes x per-device batch), not by the whole batch. The paper uses 4. None: the accumulation "
         "steps of this run.",
     )
-    min_learning_rate: float = _option(1e-5, "Final learning rate of the cosine schedule. The paper uses 1e-5.")
-    warmup_epochs: float = _option(5, "Length of the linear warm-up, in epochs. The paper uses 5.")
-    warmup_learning_rate: float = _option(1e-6, "Learning rate at the start of the warm-up. The paper uses 1e-6.")
-    drw_start_epoch: float | None = _option(
+    min_learning_rate: float = option(1e-5, "Final learning rate of the cosine schedule. The paper uses 1e-5.")
+    warmup_epochs: float = option(5, "Length of the linear warm-up, in epochs. The paper uses 5.")
+    warmup_learning_rate: float = option(1e-6, "Learning rate at the start of the warm-up. The paper uses 1e-6.")
+    drw_start_epoch: float | None = option(
         None,
         "Epoch (counted from 0) at which deferred re-weighting (DRW) of the classes starts. None or inf: never.",
     )
-    drw_beta: float = _option(0.9999, "Beta of the effective-number class weights of DRW, in [0, 1).")
-    class_weights: dict | str | None = _option(
+    drw_beta: float = option(0.9999, "Beta of the effective-number class weights of DRW, in [0, 1).")
+    class_weights: dict | str | None = option(
         None,
         "Weights of classes in the loss, such as melanoma=5,nevus=1; other classes weigh 1. They apply in all phases, "
         "multiply the weights of DRW, and are scaled to mean 1 over the classes. For a student, they weigh both heads.",
     )
-    sam_rho: list[float] = _option(
+    sam_rho: list[float] = option(
         [0.0],
         "Radius of the perturbation of SAM, over all weights: one value, or one per phase of training. 0: no SAM.",
     )
-    sam_rho_epochs: list[float] = _option(
+    sam_rho_epochs: list[float] = option(
         [0.0],
         "Epoch (counted from 0) at which each value of sam_rho starts, such as 0 5 60. The first must be 0. A single "
         "value of sam_rho holds for the whole run.",
     )
-    sam_adaptive: bool = _option(False, "Scale the perturbation of each weight by its magnitude (ASAM).")
-    sam_per_process: bool = _option(
+    sam_adaptive: bool = option(False, "Scale the perturbation of each weight by its magnitude (ASAM).")
+    sam_per_process: bool = option(
         False,
         "Each process perturbs the weights along the gradient of its part of the batch, as Foret et al. do, instead of "
         "the gradient of the whole batch. Saves one reduction per step, but the result depends on the number of "
         "processes.",
     )
-    sampling: str = _option(
+    sampling: str = option(
         "uniform",
         "Choice of training images: uniform (each image once in an epoch), or class_balanced (each class equally "
         "often, so images of rare classes appear several times). DRW weighs rare classes up in addition, unless "
         "drw_start_epoch is inf.",
     )
-    image_resize: int | None = _option(
+    image_resize: int | None = option(
         None,
         "Length in pixels to which the shorter side is resized before the centre crop in evaluation. None: 256 / 224 "
         "of an image size of 224 pixels or more, or the image size itself if it is smaller.",
     )
-    train_crop: str = _option(
+    train_crop: str = option(
         "random_resized", f"Random crop of training images: {' or '.join(TRAIN_CROPS)} (by an eighth of the size)."
     )
-    auto_augment: str | None = _option(
+    auto_augment: str | None = option(
         "rand-m9-mstd0.5-inc1",
         "Augmentation policy of training images in timm's notation, by default the paper's; 'none' disables it.",
     )
-    color_jitter: float = _option(
+    color_jitter: float = option(
         0.0,
         "Largest random change of brightness, contrast and saturation, as a fraction. Must be 0 with auto_augment.",
     )
-    hflip: float = _option(0.5, "Probability that a training image is flipped horizontally.")
-    random_erasing: float = _option(
+    hflip: float = option(0.5, "Probability that a training image is flipped horizontally.")
+    random_erasing: float = option(
         0.25, "Probability that a random rectangle of a training image is erased. 0.25 in the paper."
     )
-    image_cache: str | None = _option(
+    image_cache: str | None = option(
         None,
         "Folder for reduced copies of the images, for training at twice the image size. Each image is decoded at its "
         "full size only once; later epochs and runs read the copies. None: no copies.",
     )
-    ema_decay: float | None = _option(
+    ema_decay: float | None = option(
         None,
         "Decay of an exponential moving average of the weights. The average is evaluated with the model and saved in "
         "the subfolder 'ema'. None: no average. The authors' code uses 0.99996, but their reported numbers are those "
         "of the weights without averaging.",
     )
-    save_adapter: bool = _option(
+    save_adapter: bool = option(
         False,
         "Also save the adapters of a PEFT model separately, in the subfolder 'adapter'. The full model, with the "
         "adapters merged into its weights, is always saved.",
     )
-    as_published: bool = _option(
+    as_published: bool = option(
         False,
         "Reproduce the authors' training loop where this package differs from it: loss_normalization per_process, "
         "partial_steps true, ema_every_micro_batch true; for students also teacher_antialias false, fp16 on a GPU, and "
         "learning-rate updates at the same times as theirs.",
     )
-    loss_normalization: str | None = _option(
+    loss_normalization: str | None = option(
         None,
         "Denominator of the mean loss. 'global' (the default): images or class weights of the whole batch of an "
         "optimiser step; processes and accumulation then do not change the loss. 'per_process', as in the authors' "
         "code: those of each micro-batch, then the number of micro-batches of a full step.",
     )
-    partial_steps: bool | None = _option(
+    partial_steps: bool | None = option(
         None,
         "Also train on the images that remain at the end of an epoch, in an optimiser step with fewer micro-batches, "
         "of which the last may have fewer images. By default they are left out, because they would depend on the "
         "number of processes.",
     )
-    ema_every_micro_batch: bool | None = _option(
+    ema_every_micro_batch: bool | None = option(
         None,
         "Update the moving average after every micro-batch, as in the authors' code. By default it is updated after "
         "every optimiser step.",
     )
-    on_nonfinite: str = _option(
+    on_nonfinite: str = option(
         "stop",
         "'stop' the run if the loss or the weights are not finite, or 'skip' an update if its gradient is not finite. "
         "'skip' synchronises the device in every step, which is slower.",
     )
-    nonfinite_limit: int = _option(20, "Number of consecutive updates that may be skipped with on_nonfinite skip.")
-    overwrite: bool = _option(False, "Replace an existing run in output_dir.")
-    keep_freed_memory: bool | None = _option(
+    nonfinite_limit: int = option(20, "Number of consecutive updates that may be skipped with on_nonfinite skip.")
+    overwrite: bool = option(False, "Replace an existing run in output_dir.")
+    keep_freed_memory: bool | None = option(
         None,
         "On a CPU, keep freed memory between steps instead of returning it to the system, which is faster. Applies to "
         "the whole process and cannot be undone. By default commands do so, and trainers in Python do not.",
     )
 
-    remove_unused_columns: bool = _option(False, "Must stay off: the data set creates the inputs of the model itself.")
-    max_grad_norm: float = _option(0.0, "Maximum norm of the gradient for clipping. 0: no clipping, as in the paper.")
-    logging_nan_inf_filter: bool = _option(False, "Must stay off: a loss that is not finite stops the run.")
-    logging_steps: float = _option(
+    remove_unused_columns: bool = option(False, "Must stay off: the data set creates the inputs of the model itself.")
+    max_grad_norm: float = option(0.0, "Maximum norm of the gradient for clipping. 0: no clipping, as in the paper.")
+    logging_nan_inf_filter: bool = option(False, "Must stay off: a loss that is not finite stops the run.")
+    logging_steps: float = option(
         0.02,
         "Optimiser steps between two log lines; a value below 1 is a fraction of the run. The default gives 50 lines.",
     )
-    report_to: None | str | list[str] = _option(
+    report_to: None | str | list[str] = option(
         None,
         "Experiment trackers to report to: trackio, tensorboard, wandb, none, ... By default trackio if it is "
         "installed, otherwise none.",
     )
-    eval_strategy: str = _option("epoch", "When to evaluate: no, steps or epoch.")
-    save_minutes: float | None = _option(
+    eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.")
+    save_minutes: float | None = option(
         None,
         "Also save a checkpoint when this many minutes have passed since the last one. None: as save_strategy says.",
     )
-    save_total_limit: int | None = _option(2, "Number of checkpoints to keep. The best checkpoint is always kept.")
-    ddp_find_unused_parameters: bool | None = _option(
+    save_total_limit: int | None = option(2, "Number of checkpoints to keep. The best checkpoint is always kept.")
+    ddp_find_unused_parameters: bool | None = option(
         False, "Search for parameters without a gradient in distributed training. Not needed: every parameter has one."
     )
-    hub_strategy: str = _option(
+    hub_strategy: str = option(
         "end", "What push_to_hub pushes. Only 'end' is supported: the finished model, without checkpoints."
     )
-    seed: int = _option(0, "Random seed of initialisation, augmentation and order of the images.")
+    seed: int = option(0, "Random seed of initialisation, augmentation and order of the images.")
 
     def __post_init__(self):
         self.check()
@@ -288,31 +298,31 @@ class LongTailTrainingArguments(TrainingArguments):
             self.drw_start_epoch = None
         self.class_weights = read_class_weights(self.class_weights)
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
-        _check(self, "color_jitter", self.color_jitter >= 0, "0 or more")
-        _check(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
+        require(self, "color_jitter", self.color_jitter >= 0, "0 or more")
+        require(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
         for name in ("hflip", "random_erasing", "label_smoothing_factor"):
-            _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        _check(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
+            require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         for name in ("seed", "data_seed", "warmup_epochs", "drw_start_epoch", "nonfinite_limit"):
-            _check(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
+            require(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
         for name in ("min_learning_rate", "warmup_learning_rate"):
-            _check(self, name, getattr(self, name) >= 0, "0 or more")
+            require(self, name, getattr(self, name) >= 0, "0 or more")
         self._check_sam()
-        _check_choice(self, "loss_normalization", ("global", "per_process"))
-        _check_choice(self, "on_nonfinite", ("stop", "skip"))
-        _check_choice(self, "sampling", SAMPLINGS)
-        _check(self, "save_minutes", self.save_minutes is None or self.save_minutes > 0, "above 0")
-        _check_choice(self, "hub_strategy", ("end",))
-        _check(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
+        require_choice(self, "loss_normalization", ("global", "per_process"))
+        require_choice(self, "on_nonfinite", ("stop", "skip"))
+        require_choice(self, "sampling", SAMPLINGS)
+        require(self, "save_minutes", self.save_minutes is None or self.save_minutes > 0, "above 0")
+        require_choice(self, "hub_strategy", ("end",))
+        require(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            _check(self, name, getattr(self, name) >= 1, "1 or more")
+            require(self, name, getattr(self, name) >= 1, "1 or more")
         for name in ("global_batch_size", "learning_rate_micro_batches"):
-            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
-        _check(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
-        _check(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        require(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        require(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
 
     def _check_sam(self) -> None:
-        _check(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
+        require(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
         if len(self.sam_rho) == 1:
             self.sam_rho_epochs = [0.0]
         if len(self.sam_rho) != len(self.sam_rho_epochs):
@@ -320,8 +330,8 @@ class LongTailTrainingArguments(TrainingArguments):
                 f"sam_rho {self.sam_rho} and sam_rho_epochs {self.sam_rho_epochs} must have as many values: each value "
                 "of sam_rho holds from its epoch on (a single one for the whole run)."
             )
-        phases = self.sam_rho_epochs[0] == 0 and _increases(self.sam_rho_epochs)
-        _check(self, "sam_rho_epochs", phases, "increasing from 0")
+        phases = self.sam_rho_epochs[0] == 0 and increases(self.sam_rho_epochs)
+        require(self, "sam_rho_epochs", phases, "increasing from 0")
 
     def settle(self) -> "LongTailTrainingArguments":
         """Recomputes batch size and learning rate from the current values, and checks all values again.
@@ -427,7 +437,9 @@ class LongTailTrainingArguments(TrainingArguments):
 
     def method_settings(self) -> dict[str, Any]:
         """Values of all fields that affect the result of a run, without those that affect only its execution."""
-        classes = [cls for cls in type(self).__mro__ if cls.__module__ == __name__ or LossOptions in cls.__bases__]
+        classes = [
+            c for c in type(self).__mro__ if issubclass(c, LongTailTrainingArguments) or LossOptions in c.__bases__
+        ]
         own = {name for cls in classes for name in cls.__annotations__}
         names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
         settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
@@ -476,235 +488,6 @@ class LongTailTrainingArguments(TrainingArguments):
         )
 
 
-@dataclass
-class DeiTLTTrainingArguments(LongTailTrainingArguments):
-    """Arguments of [`DeiTLTTrainer`]: distillation, mixing and sampling of DeiT-LT (section 4 of the paper)."""
-
-    alpha: float = _option(
-        0.5, "Weight of the DIST head's loss, in [0, 1]; the CLS head's loss has weight 1 - alpha. The paper uses 0.5."
-    )
-    distillation: str = _option(
-        next(iter(DISTILLATION_TARGETS)), f"Targets of the DIST head: {listed(DISTILLATION_TARGETS)}."
-    )
-    temperature: float = _option(1.0, "Temperature of the softmax in soft distillation.")
-    cls_loss: str = _option(next(iter(CLS_LOSSES)), f"Loss of the CLS head: {listed(CLS_LOSSES)}.")
-    reweight_cls: bool = _option(
-        False, "Also re-weight the loss of the CLS head in the DRW phase. By default only the DIST head is re-weighted."
-    )
-    teacher_view: str = _option(
-        "student",
-        "Images that the teacher sees. 'student': the augmented and mixed images of the student, which are out of "
-        "distribution (as in the paper). 'weak': weakly augmented images (the in-distribution ablation).",
-    )
-    fold_teacher: bool = _option(
-        True,
-        "On a CPU, fold the batch norms of a flat teacher into its convolutions. This is faster and gives the same "
-        "labels up to rounding. Has no effect in mixed precision.",
-    )
-    teacher_cache: str | None = _option(
-        None,
-        "Folder for what the teacher predicts for the augmented and mixed images. Further runs with the same teacher, "
-        "images, augmentation, mixing, seed and batches read it, and need no forward pass of the teacher. None: store "
-        "nothing.",
-    )
-    tail_below: int | None = _option(
-        None,
-        "With --tail_teacher: classes with fewer training images than this learn from it. None: the classes of the "
-        "group tail.",
-    )
-    mixup: float = _option(0.8, "Alpha of Mixup; 0 disables Mixup. The paper uses 0.8.")
-    cutmix: float = _option(1.0, "Alpha of CutMix; 0 disables CutMix. The paper uses 1.")
-    mixup_switch: float = _option(0.5, "Probability per batch of CutMix instead of Mixup, if both are enabled.")
-    mixup_probability: float = _option(1.0, "Probability that a batch is mixed.")
-    mixing_in_drw: bool = _option(
-        False,
-        "Continue mixing and label smoothing in the DRW phase, as for ImageNet-LT and iNaturalist in the paper. By "
-        "default both stop there, as for CIFAR.",
-    )
-    teacher_antialias: bool | None = _option(
-        None,
-        "Smooth the student's images (antialiasing) before they are downscaled for the teacher, as Pillow does. On by "
-        "default; the authors' version of torchvision did not smooth tensors.",
-    )
-    # Not `bool | None`: HfArgumentParser would then reject --fp16 without a value.
-    fp16: bool = _option(
-        None, "Train in fp16 mixed precision with loss scaling, on a GPU, as the authors do. Off by default."
-    )
-    label_smoothing_factor: float = _option(
-        0.1, "Label smoothing of the CLS head's targets, in [0, 1]. The paper uses 0.1."
-    )
-    repeated_augmentation: int = _option(
-        3, "Number of differently augmented copies of each image in a batch; 1: plain shuffling without copies."
-    )
-    tune: str = _option(
-        FULL,
-        f"Part of the student that is trained: {TUNE_CHOICES}. heads: both heads on frozen features. last_N: the last "
-        "N blocks, final norm, tokens and heads. lora: low-rank adapters in all blocks, tokens and heads (needs "
-        "peft); the saved model contains them merged.",
-    )
-    lora_rank: int = _option(16, "Rank of the adapters of tune lora.")
-    layer_decay: float = _option(
-        1.0,
-        "Factor of the learning rate from each layer to the layer below it, in (0, 1], as in timm. 1: the same rate "
-        "everywhere.",
-    )
-    heads_from_means: bool | None = _option(
-        None,
-        "Begin both heads at the means of the classes' features, which a model with trained weights needs. By default "
-        "only with tune heads.",
-    )
-    weight_decay: float = _option(
-        0.05, "Weight decay. Does not apply to biases, norms, tokens and position embeddings."
-    )
-    optim: str = _option(
-        TrainingArguments.optim,
-        "Optimiser: one of those of transformers, or muon. muon is timm's Muon for the matrices of the blocks, with "
-        "AdamW for all other parameters at the same learning rate.",
-    )
-
-    def check(self) -> None:
-        super().check()
-        # Checks these values now, before hours of teacher training.
-        values = (self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
-        DistillationLoss(*values, class_counts=[1])  # a placeholder: only the trainer knows the counts
-        _check_choice(self, "teacher_view", TEACHER_VIEWS)
-        _check(self, "tail_below", self.tail_below is None or self.tail_below >= 1, "1 or more")
-        if self.teacher_cache is not None:
-            check_can_be_folder(self.teacher_cache)
-            if not self.needs_teacher:
-                raise ValueError(
-                    f"teacher_cache has no effect with distillation {self.distillation!r}, which needs no teacher; "
-                    "leave it out."
-                )
-        check_tune(self.tune)
-        _check(self, "lora_rank", self.lora_rank >= 1, "1 or more")
-        _check(
-            self, "lora_rank", self.tune == LORA or self.lora_rank == type(self).lora_rank, "left out without tune lora"
-        )
-        _check(self, "layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
-        _check_choice(self, "optim", (MUON, *OptimizerNames))
-        _check(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
-        alone = self.repeated_augmentation == 1 or self.sampling == "uniform"
-        _check(self, "repeated_augmentation", alone, f"1 with sampling {self.sampling}")
-        for name in ("mixup", "cutmix"):
-            _check(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in ("mixup_switch", "mixup_probability"):
-            _check(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-
-    def settle(self) -> "DeiTLTTrainingArguments":
-        super().settle()
-        precision = "fp16" if self.fp16 else "no"
-        if self.as_published and self.mixed_precision != precision:
-            raise ValueError(
-                f"as_published trains in {'half' if self.fp16 else 'full'} precision on this device, not in "
-                f"{self.mixed_precision}; leave out bf16 (and the launcher's mixed_precision), or as_published."
-            )
-        if self.mixes and self.train_batch_size % 2:
-            raise ValueError(
-                "Mixup and CutMix pair the images of a batch, so per_device_train_batch_size must be even, got "
-                f"{self.train_batch_size}."
-            )
-        return self
-
-    def check_data(self, num_images: int) -> None:
-        """Checks that there are enough training images and epochs. Repeated augmentation uses whole rounds of images.
-
-        Raises:
-            ValueError: If there are too few.
-        """
-        if self.repeated_augmentation > 1:
-            check_repeats(num_images)
-            num_images -= num_images % ROUND
-        super().check_data(num_images)
-
-    def arrangements(self) -> dict[str, tuple[Any, Any]]:
-        on_gpu = torch.cuda.is_available() and not self.use_cpu  # a CPU does not train in half precision
-        return super().arrangements() | {"teacher_antialias": (True, False), "fp16": (False, on_gpu)}
-
-    @property
-    def repeats(self) -> int:
-        """Copies of an image in a batch."""
-        return self.repeated_augmentation
-
-    @property
-    def mixes(self) -> bool:
-        """Whether any batch is mixed by Mixup or CutMix."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.mixup_probability > 0
-
-    @property
-    def begins_heads(self) -> bool:
-        """Whether the heads begin at class means."""
-        return self.tune == HEADS if self.heads_from_means is None else self.heads_from_means
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the DIST head learns from a teacher."""
-        return DISTILLATION_TARGETS[self.distillation].needs_teacher
-
-
-@dataclass
-class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  # type: ignore[misc]
-    """Arguments of [`FlatTeacherTrainer`]: SGD with momentum under SAM, as in the CIFAR teachers of the paper.
-
-    The arguments of single losses are the options of their entries in [`TEACHER_LOSSES`].
-
-    The learning rate drops by `lr_drops` at `lr_drop_epochs`. Without them it follows a cosine.
-    """
-
-    refused: ClassVar[Mapping[str, str]] = {
-        **LongTailTrainingArguments.refused,
-        **inherited.refused(inherited.TEACHER_ARGUMENTS),
-    }
-    phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs", "lr_drop_epochs")
-    teacher_loss: str = _option(next(iter(TEACHER_LOSSES)), f"Loss of the teacher: {listed(TEACHER_LOSSES)}.")
-    sam_rho: list[float] = _option(
-        [0.05],
-        "Radius of the perturbation of SAM, over all weights: one value, or one per phase of training. 0: plain SGD.",
-    )
-    momentum: float = _option(0.9, "Momentum of SGD.")
-    lr_drop_epochs: list[float] = _option(
-        [], "Epochs (counted from 0) at which the learning rate drops. Without any, it follows a cosine."
-    )
-    lr_drops: list[float] = _option([], "Factor of the peak learning rate from each epoch in lr_drop_epochs on.")
-
-    learning_rate: float | None = _option(0.1, "Peak learning rate.")
-    min_learning_rate: float = _option(0.0, "Final learning rate of the cosine schedule.")
-    warmup_learning_rate: float = _option(0.0, "Learning rate at the start of the warm-up.")
-    weight_decay: float = _option(2e-4, "Weight decay. Applies to all parameters.")
-    train_crop: str = _option(
-        "padded", f"Random crop of training images: {' or '.join(TRAIN_CROPS)} (by an eighth of the size)."
-    )
-    auto_augment: str | None = _option(
-        None, "Augmentation policy of training images in timm's notation; 'none' disables it."
-    )
-    random_erasing: float = _option(0.0, "Probability that a random rectangle of a training image is erased.")
-
-    def check(self) -> None:
-        super().check()
-        _check_choice(self, "teacher_loss", TEACHER_LOSSES)
-        for cls in type(self).__mro__:
-            for name, (fits, limits) in vars(cls).get("limits", {}).items():
-                _check(self, name, fits(getattr(self, name)), limits)
-        _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        smooths = self.loss.smooths_labels or self.label_smoothing_factor == 0
-        _check(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
-        if len(self.lr_drop_epochs) != len(self.lr_drops):
-            raise ValueError(
-                f"lr_drop_epochs {self.lr_drop_epochs} and lr_drops {self.lr_drops} must have as many values."
-            )
-        _check(self, "lr_drop_epochs", _increases(self.lr_drop_epochs), "increasing")
-
-    def arrangements(self) -> dict[str, tuple[Any, Any]]:
-        # PaCo's loader drops an incomplete batch; the loader of Saddle-LongTail uses it.
-        drops_last = self.teacher_loss in TEACHER_LOSSES and self.loss.drops_last  # `check` refuses other names later
-        return super().arrangements() | {"partial_steps": (False, not drops_last)}
-
-    @property
-    def loss(self) -> TeacherLoss:
-        """The registry's entry of `teacher_loss`."""
-        return TEACHER_LOSSES[self.teacher_loss]
-
-
 def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:
     """Divides the batch of an optimiser step into micro-batches of equal size.
 
@@ -726,16 +509,3 @@ def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tup
             f"per_device_train_batch_size {batch_size}; change one of them."
         )
     return batch_size, global_batch_size // (batch_size * processes)
-
-
-def _increases(values: Sequence[float]) -> bool:
-    return all(first < second for first, second in itertools.pairwise(values))
-
-
-def _check(args: TrainingArguments, name: str, fits: bool, wanted: str) -> None:
-    if not fits:
-        raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)!r}.")
-
-
-def _check_choice(args: TrainingArguments, name: str, choices: Collection[str]) -> None:
-    _check(args, name, getattr(args, name) in choices, f"one of {', '.join(choices)}")

@@ -16,10 +16,10 @@ from ..data.transforms import weak_transform
 from ..losses import DistillationLoss
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.trunks import student_with_weights_of
-from .arguments import DeiTLTTrainingArguments
 from .inputs import check_streaming
 from .optimizers import MUON, muon
 from .plan_lines import drw_start
+from .student_arguments import DeiTLTTrainingArguments
 from .taught import TaughtTrainer
 from .tuning import FULL, begin_heads, check_means, check_tunable, features_of, freeze, parameter_groups
 

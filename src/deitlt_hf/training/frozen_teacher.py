@@ -23,11 +23,11 @@ from ..recipes import DataArguments, TeacherArguments
 from ..recipes.sections import without_folders
 from ..serving.classifiers import load_processor, loading, read_model_config
 from ..serving.handler import native_config
-from .arguments import FlatTeacherTrainingArguments
 from .linear_head import Seen, fit_balanced, fold
 from .provenance import dtype_of
 from .starting import without_report
 from .teacher import FlatTeacherTrainer
+from .teacher_arguments import FlatTeacherTrainingArguments
 from .tuning import HEADS
 
 LOSS = "logistic_regression"  # `teacher_loss` in the record

@@ -1,8 +1,7 @@
-"""Tables that list whether each argument and parameter inherited from transformers is supported, and checks of them.
+"""Refused arguments and parameters of transformers, each with its reason, and the checks of them.
 
-Each name in the versions of transformers that setup.py allows is in one table, with one of four verdicts. A test fails
-if transformers has a name that is missing here. Names with the verdict [`Refused`] must keep their defaults, and
-`--help` hides them.
+A refused name must keep its default: it would have no effect, or break the method. `--help` hides it. All others work.
+A test fails if transformers has a name that is neither refused here nor known to work.
 """
 
 import copy
@@ -15,102 +14,52 @@ from transformers.debug_utils import DebugOption
 
 from .optimizers import MUON, Muon, muon_settings
 
-WORKS = "as in transformers"
-SET = "with another default or meaning, in arguments.py or trainer.py"
-FOR_SCRIPTS = "for scripts that read it themselves; without effect on a command line"
-
-
-class Refused(str):
-    """Reason why values other than the default have no effect, or would break the method."""
-
-
-_BATCHES = Refused("the method defines batches and their order")
-_SCHEDULE = Refused("the method defines the schedule, with warmup_epochs")
-_METRICS = Refused("metrics are always computed, over all test images together")
+_BATCHES = "the method defines batches and their order"
+_SCHEDULE = "the method defines the schedule, with warmup_epochs"
+_METRICS = "metrics are always computed, over all test images together"
 
 ARGUMENTS: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "optim_args"),
-            *("adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32"),
-            *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_accumulation_steps"),
-            *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
-            *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-            *("logging_strategy", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica"),
-            *("logging_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-            *("eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start", "eval_accumulation_steps"),
-            *("include_for_metrics", "save_only_model", "save_strategy", "save_steps"),
-            *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_revision"),
-            *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-            *("full_determinism", "use_cpu", "accelerator_config", "resume_from_checkpoint", "local_rank"),
-            *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
-            *(
-                "dataloader_in_order",
-                "restore_callback_states_from_checkpoint",
-                "debug",
-                "skip_memory_metrics",
-                "fsdp",
-                "fsdp_config",
-                "deepspeed",
-            ),
-            *("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_backend", "ddp_timeout"),
-        ),
-        WORKS,
-    ),
-    **dict.fromkeys(
-        (
-            *("learning_rate", "weight_decay", "label_smoothing_factor", "max_grad_norm", "optim", "seed", "data_seed"),
-            *("logging_steps", "report_to", "disable_tqdm", "eval_strategy", "save_total_limit", "hub_strategy"),
-            *("dataloader_pin_memory", "dataloader_persistent_workers", "ddp_find_unused_parameters"),
-        ),
-        SET,
-    ),
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), FOR_SCRIPTS),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"), _SCHEDULE),
     **dict.fromkeys(("train_sampling_strategy", "dataloader_drop_last", "auto_find_batch_size"), _BATCHES),
     **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches"), _METRICS),
-    "remove_unused_columns": Refused("the data set makes the model's inputs itself"),
-    "logging_nan_inf_filter": Refused("a loss that is not finite stops the run"),
-    "label_names": Refused("the labels are in the data's ClassLabel column"),
-    "length_column_name": Refused("images have one size"),
-    "include_num_input_tokens_seen": Refused("images have no tokens to count"),
-    "average_tokens_across_devices": Refused("the loss is normalised over the whole batch of an optimiser step"),
-    "eval_use_gather_object": Refused("predictions are tensors"),
-    "optim_target_modules": Refused("it is for optimisers that are refused"),
-    "use_cache": Refused("a classifier generates nothing"),
-    "use_liger_kernel": Refused("it does not have kernels for images"),
-    "liger_kernel_config": Refused("Liger does not have kernels for images"),
-    "neftune_noise_alpha": Refused("its noise is for word embeddings"),
-    "save_on_each_node": Refused("all processes read the checkpoints of the main process, in one output_dir"),
-    "enable_jit_checkpoint": Refused("SIGTERM ends every run with a checkpoint"),
-    "hub_always_push": Refused("only the finished model is pushed"),
-    "ignore_data_skip": Refused("a resumed run continues with the same images as an uninterrupted one"),
-    "parallelism_config": Refused("the batch is divided among all processes"),
-    "ddp_static_graph": Refused("accumulation and the two passes of SAM change the graph"),
+    "remove_unused_columns": "the data set makes the model's inputs itself",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "label_names": "the labels are in the data's ClassLabel column",
+    "length_column_name": "images have one size",
+    "include_num_input_tokens_seen": "images have no tokens to count",
+    "average_tokens_across_devices": "the loss is normalised over the whole batch of an optimiser step",
+    "eval_use_gather_object": "predictions are tensors",
+    "optim_target_modules": "it is for optimisers that are refused",
+    "use_cache": "a classifier generates nothing",
+    "use_liger_kernel": "it does not have kernels for images",
+    "liger_kernel_config": "Liger does not have kernels for images",
+    "neftune_noise_alpha": "its noise is for word embeddings",
+    "save_on_each_node": "all processes read the checkpoints of the main process, in one output_dir",
+    "enable_jit_checkpoint": "SIGTERM ends every run with a checkpoint",
+    "hub_always_push": "only the finished model is pushed",
+    "ignore_data_skip": "a resumed run continues with the same images as an uninterrupted one",
+    "parallelism_config": "the batch is divided among all processes",
+    "ddp_static_graph": "accumulation and the two passes of SAM change the graph",
 }
 
-# Additional verdicts for the arguments of teachers.
+# Further ones for teachers.
 TEACHER_ARGUMENTS: Mapping[str, str] = dict.fromkeys(
     ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    Refused("teachers are trained with SGD"),
+    "teachers are trained with SGD",
 )
 
+# Parameters of the trainers.
 PARAMETERS: Mapping[str, str] = {
-    **dict.fromkeys(("callbacks", "preprocess_logits_for_metrics"), WORKS),
-    **dict.fromkeys(
-        ("model", "args", "train_dataset", "eval_dataset", "processing_class", "model_init", "compute_metrics"), SET
-    ),
-    **dict.fromkeys(("optimizers", "optimizer_cls_and_kwargs"), SET),
-    "data_collator": Refused("the trainer makes the batches itself; image transforms are set in the arguments"),
-    "compute_loss_func": Refused("the loss is the method's; override compute_training_loss for another"),
+    "data_collator": "the trainer makes the batches itself; image transforms are set in the arguments",
+    "compute_loss_func": "the loss is the method's; override compute_training_loss for another",
 }
 
 _ACCELERATOR = {
     "split_batches": _BATCHES,
     "dispatch_batches": _BATCHES,
-    "even_batches": Refused("the last batches of an evaluation are padded, and the padding is not counted"),
+    "even_batches": "the last batches of an evaluation are padded, and the padding is not counted",
     "use_seedable_sampler": _BATCHES,
-    "gradient_accumulation_kwargs": Refused("gradient_accumulation_steps defines the micro-batches"),
+    "gradient_accumulation_kwargs": "gradient_accumulation_steps defines the micro-batches",
 }
 _OPTIMIZERS = {
     "galore": "its parameter groups apply weight decay to norms and tokens",
@@ -119,11 +68,6 @@ _OPTIMIZERS = {
     "adalomo": "it updates weights in the backward pass, before the batch is complete and checked",
     "schedule_free": "it does not use a learning-rate schedule, which the method needs",
 }
-
-
-def refused(table: Mapping[str, str]) -> dict[str, str]:
-    """Names in a table with the verdict [`Refused`], with the reasons."""
-    return {name: verdict for name, verdict in table.items() if isinstance(verdict, Refused)}
 
 
 def check_left(values: Any, reasons: Mapping[str, str], prefix: str = "") -> None:
@@ -221,6 +165,6 @@ def check_parameters(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If one was.
     """
-    for name, why in refused(PARAMETERS).items():
+    for name, why in PARAMETERS.items():
         if given.get(name) is not None:
             raise ValueError(f"{name} cannot be given: {why}.")

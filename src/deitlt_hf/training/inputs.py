@@ -1,17 +1,15 @@
 """Converts `datasets` data sets to the inputs of the trainers, and checks their labels against the model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from ..data.copies import ReducedCopies
 from ..data.images import ImageDataset
-from ..data.loading import find_columns, images_hash, subset_hash
+from ..data.loading import find_columns
 from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
@@ -71,31 +69,6 @@ def _balanced_labels(images):
             "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
         )
     return images.labels
-
-
-def check_same_images(splits: Sequence) -> None:
-    """Checks that all processes read the same images, in the same order.
-
-    Each process computes its part of a batch from its own copy of the data. With different copies, images would be
-    trained on too often or never, and no error would show it.
-
-    Args:
-        splits: Training and evaluation splits of this process.
-
-    Raises:
-        ValueError: In every process, if the images of one differ from those of the first.
-    """
-    if PartialState().num_processes == 1:
-        return
-    own = [(images_hash(split, contents=16) or subset_hash(split), len(split)) for split in splits]
-    first, *others = gather_object([own])
-    for process, found in enumerate(others, 1):
-        if found != first:
-            sizes = [" + ".join(str(size) for _, size in of_process) for of_process in (found, first)]
-            raise ValueError(
-                f"process {process} of {len(others) + 1} reads other images ({sizes[0]}) than process 0 ({sizes[1]}); "
-                "give all processes the same data."
-            )
 
 
 def check_streaming(args) -> None:

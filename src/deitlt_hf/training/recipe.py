@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, load_recipe
-from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .distillation import DeiTLTTrainer
 from .runs import distill, train_teacher
+from .student_arguments import DeiTLTTrainingArguments
 from .teacher import FlatTeacherTrainer
+from .teacher_arguments import FlatTeacherTrainingArguments
 
 
 @dataclass(frozen=True)

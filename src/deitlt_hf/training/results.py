@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ..io import one_line, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
-from .checkpoints import class_without_shards
 from .inputs import label_names
 from .output_folder import EMISSIONS_FILE
 from .provenance import hardware, license_of_start, started_from
 from .resuming import architecture
+from .whole_checkpoints import class_without_shards
 
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
 

@@ -14,7 +14,8 @@ from ..data.images import decoder_versions
 from ..data.streaming import StreamedImages
 from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
-from .checkpoints import class_without_shards, newest_checkpoint, read_state, whole_checkpoint
+from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
+from .whole_checkpoints import class_without_shards
 
 # Settings that cannot change during a run: the loss, the trained weights or the optimiser's state would not match.
 _FIXED = (

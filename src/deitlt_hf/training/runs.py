@@ -23,17 +23,20 @@ from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClass
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
 from ..serving.classifiers import load_classifier, load_model, load_processor, read_model_config
-from .arguments import PRECISIONS, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from .arguments import PRECISIONS
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer, check_student
-from .inputs import check_same_images, label_names
+from .inputs import label_names
 from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
+from .processes import check_same_images
 from .publishing import hub_options
 from .resuming import architecture, class_names, other_classes, read_configuration
 from .schedule import low_peak
 from .starting import Start, check_start, starting_student
+from .student_arguments import DeiTLTTrainingArguments
 from .taught import label_order, tail_classes
 from .teacher import FlatTeacherTrainer
+from .teacher_arguments import FlatTeacherTrainingArguments
 from .trainer import LongTailTrainer
 from .tuning import HEADS
 

@@ -20,7 +20,6 @@ from ..original import load_original_student
 from ..recipes import StudentArguments
 from ..serving.classifiers import loading, read_model_config
 from ..serving.handler import native_config
-from .checkpoints import load_with_info
 
 # Sizes that a student takes over from the model that it starts from.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -119,8 +118,8 @@ def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
         # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
         if config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]:
             labels = _labels(names)
-            source, info = load_with_info(
-                DeiTLTForImageClassification, path, **labels, dtype="float32", ignore_mismatched_sizes=True
+            source, info = DeiTLTForImageClassification.from_pretrained(  # type: ignore[misc]
+                path, **labels, dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
             )
         else:
             source, info = AutoModel.from_pretrained(

@@ -20,11 +20,11 @@ from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform
 from ..losses import effective_number_weights
 from ..losses.class_weights import named_weights, product_of_weights
-from .checkpoints import WholeCheckpointTrainer
 from .guards import NonFiniteGuard, SaveByMinutes, StopOnSignal, Voter
 from .inputs import train_loader
 from .resuming import steps_per_epoch
 from .schedule import published_epoch, warmup_cosine
+from .whole_checkpoints import WholeCheckpointTrainer
 
 # Settings of parameter groups that the arguments set, in addition to the learning rate.
 _SET_BY_ARGUMENTS = {"weight_decay", "betas", "eps", "momentum", "rho"}

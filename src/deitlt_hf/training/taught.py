@@ -13,10 +13,10 @@ from ..evaluation import group_accuracies
 from ..losses import DISTILLATION_TARGETS
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from .arguments import DeiTLTTrainingArguments
-from .checkpoints import of_first_process
 from .inputs import label_names
+from .processes import of_first_process
 from .provenance import teacher_record
+from .student_arguments import DeiTLTTrainingArguments
 from .teacher_cache import TeacherCache, cache_of, cache_plan, evaluation_digest, model_digest
 from .trainer import LongTailTrainer
 

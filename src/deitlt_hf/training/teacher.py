@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..losses import TEACHER_LOSSES
-from .arguments import FlatTeacherTrainingArguments
 from .momentum_encoder import MomentumContrast
 from .plan_lines import drw_start
 from .schedule import warmup_drops
+from .teacher_arguments import FlatTeacherTrainingArguments
 from .trainer import LongTailTrainer
 
 CONTRAST_FILE = "momentum_contrast.safetensors"

@@ -38,15 +38,15 @@ from ..hub.pushing import prepare_repository
 from ..losses.class_weights import named_weights
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
-from .checkpoints import of_first_process
 from .ema import EMA_FOLDER, MovingAverage, save_average
 from .experts import check_best_metric, converted, expert_columns, expert_metrics_added, expert_table
 from .inherited import check_parameters
-from .inputs import as_images, check_same_images, common_classes, match_labels, name_classes, outliving
+from .inputs import as_images, common_classes, match_labels, name_classes, outliving
 from .memory import keep_freed_memory
 from .optimizers import check_given
 from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
 from .plan_lines import plan_lines, print_plan
+from .processes import check_same_images, of_first_process
 from .provenance import WhatRan
 from .publishing import hub_options, push_trained
 from .results import Results

@@ -14,9 +14,10 @@ from ..data.transforms import image_processor, train_transform
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import StudentArguments, TeacherArguments
-from .arguments import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .inputs import as_images
 from .optimizers import MUON, muon
+from .student_arguments import DeiTLTTrainingArguments
+from .teacher_arguments import FlatTeacherTrainingArguments
 
 STEPS = 2
 DECODED = 32  # images

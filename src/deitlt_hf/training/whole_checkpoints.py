@@ -1,0 +1,228 @@
+"""Base class of the trainers that writes complete checkpoints, and loads them strictly, also of sharded models."""
+
+import contextlib
+import copy
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer
+from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..io import one_line
+from .adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged, save_adapter
+from .arguments import LongTailTrainingArguments
+from .checkpoints import (
+    STAGING,
+    begin_checkpoint,
+    finish_checkpoint,
+    remove_old_checkpoints,
+    replace_model,
+    step_in_name,
+)
+
+
+def class_without_shards(model: nn.Module) -> type[nn.Module]:
+    """The class that a model had before FSDP 2 sharded it, which replaces the class by a subclass of its own."""
+    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
+@contextlib.contextmanager
+def saved_as_own_class(model: nn.Module) -> Iterator[None]:
+    """Gives a sharded model its own class while it is saved.
+
+    `save_pretrained` copies the file that defines the class, and names it in `config.json`: without this, torch's file.
+    """
+    sharded = model.__class__
+    model.__class__ = class_without_shards(model)
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
+
+
+class WholeCheckpointTrainer(Trainer):
+    """A [`~transformers.Trainer`] with atomic checkpoints: written to a staging folder and moved when complete.
+
+    Raises:
+        OSError: During training, if a checkpoint cannot be written. Earlier checkpoints are unchanged.
+    """
+
+    args: LongTailTrainingArguments
+    model: PreTrainedModel
+    processing_class: BaseImageProcessor
+
+    _staging: Path | None = None  # folder of the checkpoint that is being written
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the weights that the model has after training."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return self.state.global_step if best is None else step_in_name(best)
+
+    def _save_checkpoint(self, model, trial):
+        """Writes a checkpoint to the staging folder, and moves it into place when it is complete on disk."""
+        output_dir = super()._get_output_dir(trial)
+        try:
+            if self.args.should_save:
+                begin_checkpoint(output_dir)
+            self.accelerator.wait_for_everyone()
+            self._staging = Path(output_dir) / STAGING
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            self._staging = None
+            self._finish_checkpoint(output_dir)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
+                f"{' '.join(str(error).split())}; earlier checkpoints are unchanged."
+            ) from error
+        except KeyboardInterrupt:
+            shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+            raise
+        finally:
+            self._staging = None
+
+    def _finish_checkpoint(self, output_dir: str) -> None:
+        staged = Path(output_dir) / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # The parent recorded the staging path. Corrected in every process, because each one loads it at the end.
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = os.path.join(output_dir, staged.name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        if not self.args.should_save:
+            return
+        finish_checkpoint(staged, output_dir)
+        best = self.state.best_model_checkpoint
+        remove_old_checkpoints(output_dir, self.args.save_total_limit, best, self.state.global_step)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Writes the model. An existing model in the folder is replaced only after the new one is complete."""
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        # The parent also pickles the arguments; the token must not be written to a file.
+        token, self.args.hub_token = self.args.hub_token, None
+        save = super()._save
+        try:
+            with saved_as_own_class(self.model):
+                if self._staging is not None or not self.args.should_save:
+                    save(output_dir, state_dict)
+                elif not has_adapter(self.model):
+                    replace_model(output_dir, lambda folder: save(folder, state_dict))
+                else:
+                    self._save_adapted(output_dir)
+        finally:
+            self.args.hub_token = token
+
+    def _save_adapted(self, output_dir: str) -> None:
+        """Writes a model with an adapter merged, and the adapter beside it on request."""
+        replace_model(output_dir, self._save_merged)
+        if self.args.save_adapter:
+            replace_model(Path(output_dir) / ADAPTER_FOLDER, lambda folder: save_adapter(self.model, folder))
+
+    def _save_merged(self, folder: str) -> None:
+        merged(self.model).save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Loads the weights of a checkpoint by way of `from_pretrained`, which translates the names in files.
+
+        transformers 5.23 does not translate the names here, and continues without the weights.
+
+        Raises:
+            ValueError: If weights are missing, unexpected, or of another size, or a run with FSDP resumes one without.
+        """
+        model = self.model if model is None else model
+        if isinstance(model, PreTrainedModel) and has_adapter(model):
+            load_adapter(model, resume_from_checkpoint)
+            return
+        if self.is_fsdp_enabled and not any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
+            raise ValueError(
+                f"the checkpoint {resume_from_checkpoint} is of a run without FSDP; resume it without FSDP, or start "
+                "with --init_from and another --output_dir."
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        loaded, info = type(model).from_pretrained(  # type: ignore[misc]
+            resume_from_checkpoint,
+            config=copy.deepcopy(model.config),
+            ignore_mismatched_sizes=True,  # raised below, with the name of the weight
+            output_loading_info=True,
+        )
+        for kind, what in (("missing", "has no"), ("unexpected", "also has"), ("mismatched", "has another size of")):
+            names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
+            if names:
+                raise ValueError(
+                    f"the checkpoint {resume_from_checkpoint} is not of this model: it {what} {names[0]} (and "
+                    f"{len(names) - 1} other weights)."
+                )
+        model.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """Sets the state of a resumed run. A run that is already at its last step has no epoch left.
+
+        Works around four problems of transformers 5.23. At the last step, the parent starts its epoch again and takes
+        one more step. It compares steps given as a fraction of the run with absolute steps in the checkpoint. It keeps
+        the step intervals of the checkpoint although the arguments give others. It loses the best checkpoint if the
+        folder was moved.
+        """
+        given = self.args
+        self.args = copy.copy(given)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            share = getattr(given, name)
+            if share is not None and share < 1:
+                setattr(self.args, name, math.ceil(max_steps * share))
+        try:
+            begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        finally:
+            self.args = given
+        self.state.compute_steps(given, max_steps)
+        if self.state.best_model_checkpoint is None and self.state.best_global_step:
+            best = Path(given.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Loads the states of optimiser and scheduler from a checkpoint.
+
+        Raises:
+            ValueError: If the states belong to another optimiser or model.
+        """
+        try:
+            shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            if checkpoint and not shards and (Path(checkpoint) / OPTIMIZER_NAME_BIN).is_file():
+                self._load_state_of_shards(checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"the state of the optimiser or of the schedule in {checkpoint} is not of this run: {one_line(error)}."
+            ) from error
+
+    def _load_state_of_shards(self, checkpoint: str) -> None:
+        """Loads optimiser and schedule of a run with sharded weights, which has names of parameters."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        assert self.optimizer is not None  # created before its state is loaded
+        assert self.lr_scheduler is not None
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
+        set_optimizer_state_dict(self.model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
