@@ -49,6 +49,17 @@ def test_values_are_read_as_on_the_command_line():
     assert (args.num_train_epochs, args.drw_start_epoch, args.use_cpu) == (8, None, True)
 
 
+def test_overrides_are_recorded_as_values(tmp_path):
+    """YAML parses 5e-4 as a text. That is not an override, and an override that is given as text is a number."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"extends: {TINY}\nstudent: {{learning_rate: 5e-4}}\n")
+    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+    args = parse_arguments("student", classes, ["--recipe", str(recipe), "--learning_rate", "0.0005"])[-1]
+    assert (args.learning_rate, args.recipe["overrides"]) == (5e-4, {})
+    args = Recipe.load(str(recipe)).student(learning_rate="5e-3", imbalance_ratio="none").args
+    assert args.recipe["overrides"] == {"learning_rate": 5e-3, "imbalance_ratio": None}
+
+
 def test_names_of_earlier_versions_are_read(tmp_path):
     recipe = tmp_path / "old.yaml"
     recipe.write_text(f"extends: {TINY}\nstudent:\n  learning_rate_slices: 3\n")

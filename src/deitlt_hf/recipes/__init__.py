@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING
 from .usage import command_line_errors, recipe_names
 
 if TYPE_CHECKING:
-    from .parsing import (
-        data_help,
-        fill_arguments,
-        load_recipe,
-        own_loss,
-        paper_accuracies,
-        parse_arguments,
-        recipe_description,
-        teacher_folder,
-    )
+    from .parsing import data_help, fill_arguments, parse_arguments
+    from .recipe_files import load_recipe, own_loss, paper_accuracies, recipe_description, teacher_folder
     from .sections import DataArguments, PretrainingModelArguments, StudentArguments, TeacherArguments
 
 __all__ = [
@@ -40,5 +32,6 @@ def __getattr__(name):
     """Imports a name on first use: a wrong command line is then reported without the heavy libraries."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "sections" if name.endswith("Arguments") else "parsing"
+    of_parsing = ("data_help", "fill_arguments", "parse_arguments")
+    module = "sections" if name.endswith("Arguments") else "parsing" if name in of_parsing else "recipe_files"
     return getattr(import_module(f".{module}", __name__), name)

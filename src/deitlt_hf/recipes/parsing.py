@@ -7,18 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import DataClassType
 
-from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
 from ..records import FORMER_NAMES, current_names
-from .paper import PaperAccuracies
+from .recipe_files import load_recipe, own_loss, teacher_folder
 from .sections import (
     ArchitectureArguments,
     DataArguments,
@@ -27,62 +24,56 @@ from .sections import (
     TeacherArguments,
     without_folders,
 )
-from .usage import BriefParser, check_recipe, recipe_names
+from .usage import BriefParser, recipe_names
 
 _PACKAGE = __package__.partition(".")[0]
-SECTIONS = ("data", "teacher", "teacher_losses", "pretraining", "student")
+_ABSENT = object()  # value of an option that the command line does not have
 # Values that pre-training takes from the section `student`: the sizes of the model, and how images are read.
 _OF_PRETRAINING = (
     *(field.name for field in fields(ArchitectureArguments)),
     *("train_crop", "hflip", "image_resize", "image_cache", "global_batch_size", "per_device_train_batch_size"),
     "dataloader_num_workers",
 )
-# What a recipe says about itself. A recipe that extends another inherits none of it: the paper's accuracies are of the
-# paper's settings, so a recipe with other settings, such as those named `*_fast`, must not claim them.
-_ABOUT = ("description", "extends", "paper")
 # Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
 _LISTED_BY = {"data": "data", "teacher": "train-teacher", "pretraining": "pretrain", "student": "distill"}
-_MAPPINGS = {"class_weights"}  # fields whose value in a recipe can be a mapping from names to values
 # Fields that only locate the data, or that are long. Records do not contain them as overrides.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that have an effect only in scripts that read them.
 _FOR_SCRIPTS = ("do_train", "do_eval", "do_predict")
-# Names of options in timm, ultralytics and the authors' code, and the names of the same options here.
-_ALIASES = {
-    **dict.fromkeys(("epochs", "num_epochs", "epoch", "max_epochs"), "num_train_epochs"),
-    **dict.fromkeys(("batch_size", "batch", "total_batch_size"), "global_batch_size"),
-    **dict.fromkeys(("train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
-    **dict.fromkeys(("eval_batch_size", "val_batch_size", "validation_batch_size"), "per_device_eval_batch_size"),
-    **dict.fromkeys(("lr", "lr0", "peak_lr"), "learning_rate"),
-    **dict.fromkeys(("min_lr", "lrf"), "min_learning_rate"),
-    **dict.fromkeys(("warmup_lr", "warmup_lr_init"), "warmup_learning_rate"),
-    **dict.fromkeys(("imgsz", "img_size", "input_size", "resolution"), "image_size"),
-    **dict.fromkeys(("workers", "num_workers"), "dataloader_num_workers"),
-    **dict.fromkeys(("wd",), "weight_decay"),
-    **dict.fromkeys(("opt", "optimizer"), "optim"),
-    **dict.fromkeys(("smoothing", "label_smoothing"), "label_smoothing_factor"),
-    **dict.fromkeys(("drop_path",), "drop_path_rate"),
-    **dict.fromkeys(("aa", "augment"), "auto_augment"),
-    **dict.fromkeys(("reprob", "erasing"), "random_erasing"),
-    **dict.fromkeys(("clip_grad", "grad_clip"), "max_grad_norm"),
-    **dict.fromkeys(
-        ("grad_accum_steps", "accum_iter", "accumulation_steps", "accumulate"), "gradient_accumulation_steps"
-    ),
-    **dict.fromkeys(("model_ema_decay", "ema"), "ema_decay"),
-    **dict.fromkeys(("amp",), "bf16"),
-    **dict.fromkeys(("device", "cpu"), "use_cpu"),
-    **dict.fromkeys(("output", "out", "save_dir", "outdir"), "output_dir"),
-    **dict.fromkeys(("resume",), "resume_from_checkpoint"),
-    **dict.fromkeys(("exist_ok",), "overwrite"),
-    **dict.fromkeys(("finetune", "pretrained", "weights", "initial_checkpoint"), "init_from"),
-    **dict.fromkeys(("data", "data_path", "root"), "data_dir"),
-    **dict.fromkeys(("teacher_path", "teacher_model"), "teacher"),
-    **dict.fromkeys(("log_interval", "print_freq"), "logging_steps"),
-    **dict.fromkeys(("save_period", "save_freq"), "save_steps"),
-    **dict.fromkeys(("imb_factor", "imb_ratio"), "imbalance_ratio"),
-    **dict.fromkeys(("num_heads", "heads"), "num_attention_heads"),
-    **dict.fromkeys(("depth", "layers"), "num_hidden_layers"),
-    **dict.fromkeys(("rho",), "sam_rho"),
+# Names of options in timm, ultralytics and the authors' code, by the name of the same option here.
+_NAMES_ELSEWHERE = {
+    "num_train_epochs": "epochs num_epochs epoch max_epochs",
+    "global_batch_size": "batch_size batch total_batch_size",
+    "per_device_train_batch_size": "train_batch_size micro_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size val_batch_size validation_batch_size",
+    "learning_rate": "lr lr0 peak_lr",
+    "min_learning_rate": "min_lr lrf",
+    "warmup_learning_rate": "warmup_lr warmup_lr_init",
+    "image_size": "imgsz img_size input_size resolution",
+    "dataloader_num_workers": "workers num_workers",
+    "weight_decay": "wd",
+    "optim": "opt optimizer",
+    "label_smoothing_factor": "smoothing label_smoothing",
+    "drop_path_rate": "drop_path",
+    "auto_augment": "aa augment",
+    "random_erasing": "reprob erasing",
+    "max_grad_norm": "clip_grad grad_clip",
+    "gradient_accumulation_steps": "grad_accum_steps accum_iter accumulation_steps accumulate",
+    "ema_decay": "model_ema_decay ema",
+    "bf16": "amp",
+    "use_cpu": "device cpu",
+    "output_dir": "output out save_dir outdir",
+    "resume_from_checkpoint": "resume",
+    "overwrite": "exist_ok",
+    "init_from": "finetune pretrained weights initial_checkpoint",
+    "data_dir": "data data_path root",
+    "teacher": "teacher_path teacher_model",
+    "logging_steps": "log_interval print_freq",
+    "save_steps": "save_period save_freq",
+    "imbalance_ratio": "imb_factor imb_ratio",
+    "num_attention_heads": "num_heads heads",
+    "num_hidden_layers": "depth layers",
+    "sam_rho": "rho",
 }
 
 
@@ -98,127 +89,6 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 class _RecipeParser(BriefParser, HfArgumentParser):
     """Parser for the fields of the dataclasses, with short errors."""
-
-
-def load_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
-    """Loads the sections of a recipe, given the name of a recipe in the package or the path of a YAML file.
-
-    A recipe can extend another: `extends` is a name, or a path relative to the recipe's folder. It inherits all fields
-    of that recipe; fields that it sets itself override them. It does not inherit the section `paper`.
-
-    Raises:
-        FileNotFoundError: If the recipe does not exist; the message suggests the most similar name.
-        ValueError: If the file is not a recipe, or extends itself.
-    """
-    return _extended(name_or_path, ())
-
-
-def _extended(name_or_path: str, extending: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Loads a recipe, merged over the recipe that it extends. `extending` are the recipes that extend this one."""
-    content = _read(name_or_path)
-    base = content.pop("extends", None)
-    if base is None:
-        return {section: content.get(section, {}) for section in SECTIONS}
-    if name_or_path in extending or not isinstance(base, str):
-        raise ValueError(f"recipe {name_or_path!r} must extend another recipe, got {one_line(base)!r}.")
-    beside = Path(name_or_path).parent / base
-    if base not in recipe_names() and beside.is_file():
-        base = str(beside)
-    sections = _extended(base, (*extending, name_or_path))
-    for section in SECTIONS:
-        own = content.get(section, {})
-        if section == "teacher_losses":
-            own = {loss: (sections[section].get(loss) or {}) | (values or {}) for loss, values in own.items()}
-        sections[section] = sections[section] | own
-    return sections
-
-
-def _content(name_or_path: str) -> dict[str, Any]:
-    """Everything that a recipe file contains, without what it inherits; empty if it is not a mapping."""
-    check_recipe(name_or_path)
-    if name_or_path in recipe_names():
-        text = files(__package__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    else:
-        text = read_text(name_or_path)
-    with file_errors(f"recipe {name_or_path!r}"):
-        recipe = yaml.load(text, _Loader)
-    return recipe if isinstance(recipe, dict) else {}
-
-
-def _read(name_or_path: str) -> dict[str, Any]:
-    """Reads the sections that a recipe file contains, and its `extends`, without the rest of what it says of itself."""
-    content = _content(name_or_path)
-    base = {"extends": content["extends"]} if "extends" in content else {}
-    sections = {key: {} if value is None else value for key, value in content.items() if key not in _ABOUT}
-    wrong = [key for key in sections if key not in SECTIONS]
-    if not (sections or base) or wrong or not all(isinstance(value, dict) for value in sections.values()):
-        raise ValueError(
-            f"recipe {name_or_path!r} has the sections {one_line(list(sections))}; they can be {', '.join(SECTIONS)}, "
-            "each with fields and their values."
-        )
-    for section, values in sections.items():
-        _check_values(values if section == "teacher_losses" else {section: values}, f"recipe {name_or_path!r}")
-    _paper(content, name_or_path)
-    return base | sections
-
-
-def _paper(content: dict[str, Any], name_or_path: str) -> PaperAccuracies | None:
-    return PaperAccuracies.read(content["paper"], f"recipe {name_or_path!r}") if "paper" in content else None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which the base class keeps the last, and reads former names."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                key.value = FORMER_NAMES.get(key.value, key.value)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{one_line(twice)!r} occurs twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _check_values(sections: dict[str, Any], recipe: str) -> None:
-    """Refuses nested values: no field takes them, and YAML aliases can expand them beyond any memory."""
-    for section, values in sections.items():
-        if not isinstance(values, dict | None):
-            raise ValueError(f"{recipe}: {one_line(section, 60)} must have fields and their values.")
-        for name, value in (values or {}).items():
-            is_mapping = name in _MAPPINGS and isinstance(value, dict)
-            items = value if isinstance(value, list) else list(value.values()) if is_mapping else [value]
-            if not isinstance(name, str) or not all(isinstance(item, str | int | float | None) for item in items):
-                raise ValueError(
-                    f"{recipe}: {one_line(name, 60)} of {one_line(section, 60)} must be a number, a text, or a list of "
-                    "these."
-                )
-
-
-def recipe_description(name: str) -> str:
-    """The description of a recipe in the package, and a sentence with the paper's accuracies if it has any."""
-    description, paper = _content(name)["description"], paper_accuracies(name)
-    return description if paper is None else f"{description.rstrip()} {paper.sentence()}"
-
-
-def paper_accuracies(name_or_path: str) -> PaperAccuracies | None:
-    """The accuracies that the paper reports for the settings of a recipe, from its section `paper`; None without it.
-
-    Raises:
-        FileNotFoundError: If the recipe does not exist.
-        ValueError: If the section has other keys or values than [`PaperAccuracies`].
-    """
-    return _paper(_content(name_or_path), name_or_path)
-
-
-def own_loss(recipe: str) -> str:
-    """The default loss of a recipe's teacher."""
-    return load_recipe(recipe)["teacher"].get("teacher_loss", next(iter(TEACHER_LOSSES)))
-
-
-def teacher_folder(recipe: str, loss: str | None) -> str:
-    """Folder name of a recipe's teacher: `teacher`, or `teacher_LOSS` for another loss than the recipe's default."""
-    return "teacher" if loss in (None, own_loss(recipe)) else f"teacher_{loss}"
 
 
 def data_help() -> str:
@@ -257,39 +127,27 @@ def parse_arguments(
     Raises:
         FileNotFoundError: If the recipe does not exist.
         ValueError: If the recipe or the command line has an unknown field (the message suggests the most similar one),
-            or the recipe has another value where a list of numbers is required.
+            or the recipe has a value that its field does not accept.
     """
     parser = _parser(classes, description)
     _add_recipe(parser)
-    _allow_none(parser, classes)
     refused = {name for cls in classes for name in getattr(cls, "refused", ())}
     _hide(parser, refused.union(_FOR_SCRIPTS))
     _group(parser, classes)
     parser.usage = parser.format_usage().removeprefix("usage: ")  # the short usage in the help, too
-    # First pass: the options that decide which values of the recipe apply.
-    first = BriefParser(add_help=False, allow_abbrev=False, usage=parser.usage)
     listed_by = "--help"
     if description is None:
-        listed_by = parser.listed_by = first.listed_by = f"deitlt {_LISTED_BY[section]} --help"
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first.add_argument("--recipe")
-    for field in ("teacher_loss", "group_rule"):
-        first.add_argument(f"--{field}", f"--{field.replace('_', '-')}")  # HfArgumentParser takes both
-    given = first.parse_known_args(argv)[0]
-    name, values = given.recipe, {}
-    if name is not None:
-        values = _set_defaults(parser, section, classes, name, given.teacher_loss, partly, listed_by)
-        if given.group_rule is not None:
-            values.pop("group_boundaries", None)
-            parser.set_defaults(group_boundaries=None)
-    *filled, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        listed_by = parser.listed_by = _listed_by(section)
+    # argparse fills in the defaults only of what the namespace lacks. Here it lacks nothing, so the options that are
+    # not on the command line stay `_ABSENT`, and the recipe's values can take their place.
+    given = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
+    _, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv, given)
     options = {option.removeprefix("--") for option in parser._option_string_actions}
     names = (word.removeprefix("--").split("=")[0] for word in rest)
     _refuse_unknown(names, options, "the command line", listed_by=listed_by)
-    # Defaults include the recipe's values, so a difference is an override by the command line.
-    changed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(key)}
-    _finish(name, filled, changed, values)
-    return name, *filled
+    overrides = {name: value for name, value in vars(given).items() if value is not _ABSENT}
+    recipe = overrides.pop("recipe")
+    return recipe, *_fill(parser, section, classes, recipe, overrides, listed_by, partly)
 
 
 def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides: Mapping[str, Any]) -> tuple:
@@ -299,7 +157,7 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
         section: `data`, `teacher`, `pretraining` or `student`.
         classes: Dataclasses to fill.
         recipe: Name or path of the recipe.
-        overrides: Values of fields, which override the recipe.
+        overrides: Values of fields, which override the recipe; a text is read as on the command line.
 
     Returns:
         One instance of each class.
@@ -309,22 +167,14 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
         ValueError: As [`parse_arguments`].
     """
     parser, overrides = _parser(classes), current_names(overrides)
-    values = _set_defaults(parser, section, classes, recipe, overrides.get("teacher_loss"))
-    listed_by = f"deitlt {_LISTED_BY[section]} --help"
+    listed_by = _listed_by(section)
     _refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
-    _allow_none(parser, classes)
-    if overrides.get("group_rule") is not None:
-        values.pop("group_boundaries", None)
-        parser.set_defaults(group_boundaries=None)
-    given = {name: _fitting(value, parser, name, "the overrides") for name, value in overrides.items()}
-    changed = {name: value for name, value in given.items() if value != parser.get_default(name)}
-    # argparse would end the program at a default text that it cannot read.
-    typed = {name: _read_text(value, parser, name) for name, value in (values | given).items()}
-    parser.set_defaults(**typed)
-    # Defaults that no class has, such as output_dir of data alone, come last, in a namespace.
-    filled = parser.parse_args_into_dataclasses([], look_for_args_file=False)[: len(classes)]
-    _finish(recipe, filled, changed, values)
-    return tuple(filled)
+    given = {name: _read_value(value, parser, name, "the overrides") for name, value in overrides.items()}
+    return tuple(_fill(parser, section, classes, recipe, given, listed_by))
+
+
+def _listed_by(section: str) -> str:
+    return f"deitlt {_LISTED_BY[section]} --help"
 
 
 def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeParser:
@@ -339,23 +189,52 @@ def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeP
     for former, name in FORMER_NAMES.items():
         if f"--{name}" in options:
             options |= {f"--{spelling}": options[f"--{name}"] for spelling in (former, former.replace("_", "-"))}
+    _allow_none(parser, classes)
     return parser
 
 
-def _field_names(classes: Sequence[type]) -> set[str]:
+def _field_names(classes: Iterable[type]) -> set[str]:
     return {field.name for cls in classes for field in fields(cls) if field.init}
 
 
-def _set_defaults(
+def _fill(
+    parser: argparse.ArgumentParser,
+    section: str,
+    classes: Sequence[type],
+    recipe: str,
+    given: Mapping[str, Any],
+    listed_by: str,
+    partly: bool = False,
+) -> list[Any]:
+    """Makes an instance of each class from the recipe's values and the given ones, which override them.
+
+    Training arguments get the recipe's name and the overrides, for the record of the run.
+    """
+    values = _recipe_values(parser, section, classes, recipe, given.get("teacher_loss"), listed_by, partly)
+    if given.get("group_rule") is not None:
+        values.pop("group_boundaries", None)
+    changed = {name: value for name, value in given.items() if value != values.get(name, parser.get_default(name))}
+    for name in _FOR_SCRIPTS:
+        if name in changed or name in values:
+            raise ValueError(f"{name} has no effect here; it is for scripts that read it themselves. Leave it out.")
+    values |= given
+    filled = [cls(**{name: values[name] for name in _field_names([cls]) & values.keys()}) for cls in classes]
+    for arguments in filled:
+        if hasattr(arguments, "method_settings"):
+            arguments.recipe = {"name": Path(recipe).name, "overrides": _deciding(changed, filled)}
+    return filled
+
+
+def _recipe_values(
     parser: argparse.ArgumentParser,
     section: str,
     classes: Sequence[type],
     name: str,
     teacher_loss: str | None,
-    partly: bool = False,
-    listed_by: str = "--help",
+    listed_by: str,
+    partly: bool,
 ) -> dict[str, Any]:
-    """Makes a recipe's values the defaults of a parser, and returns them."""
+    """The values of a recipe for a section, as its fields take them, and the default output folder."""
     recipe, known = load_recipe(name), _field_names(classes)
     own = {key: value for key, value in recipe[section].items() if key in known or not partly}
     if section == "pretraining":
@@ -367,22 +246,10 @@ def _set_defaults(
             _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
         values |= recipe["teacher_losses"].get(teacher_loss or own_loss(name)) or {}
     _refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
-    values = {key: _fitting(value, parser, key, f"recipe {name!r}") for key, value in values.items()}
     folders = {"teacher": teacher_folder(name, teacher_loss), "pretraining": "pretrained"}
-    folder = folders.get(section, section)
-    stem = Path(name).name.removesuffix(".yaml")
-    parser.set_defaults(**{"output_dir": os.path.join("outputs", stem, folder)} | values)
-    return values
-
-
-def _finish(name: str | None, filled: Sequence[Any], changed: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuses fields without effect, and notes recipe and overrides in training arguments for the run's record."""
-    for field in _FOR_SCRIPTS:
-        if field in changed or field in values:
-            raise ValueError(f"{field} has no effect here; it is for scripts that read it themselves. Leave it out.")
-    for arguments in filled:
-        if hasattr(arguments, "method_settings"):
-            arguments.recipe = {"name": Path(name or "").name, "overrides": _deciding(changed, filled)}
+    output_dir = os.path.join("outputs", Path(name).name.removesuffix(".yaml"), folders.get(section, section))
+    read = {key: _read_value(value, parser, key, f"recipe {name!r}") for key, value in values.items()}
+    return {"output_dir": output_dir} | read
 
 
 def _deciding(changed: dict[str, Any], filled: Iterable) -> dict[str, Any]:
@@ -454,28 +321,22 @@ def _or_none(kind: type) -> Callable[[str], Any]:
     return read
 
 
-def _fitting(value: Any, parser: argparse.ArgumentParser, field: str, place: str) -> Any:
-    """Converts a value of a recipe to a list if the field is a list."""
+def _read_value(value: Any, parser: argparse.ArgumentParser, field: str, place: str) -> Any:
+    """Reads a value as on the command line: a text by the type of its field, and one value for a list as a list.
+
+    YAML 1.1 parses numbers without a dot, such as 5e-2, as texts.
+    """
     action = parser._option_string_actions[f"--{field}"]
-    if action.nargs != "+" or value is None:
-        return value
-    items = value if isinstance(value, list) else [value]
     read = action.type if callable(action.type) else str
-    try:  # YAML parses 5e-2, which has no dot, as text
-        return [read(item) if isinstance(item, str) else item for item in items]
-    except ValueError as error:
-        raise ValueError(f"{field} of {place} must be a list of numbers, got {value!r}.") from error
-
-
-def _read_text(value: Any, parser: argparse.ArgumentParser, field: str) -> Any:
-    """A value of a field; a text is read as on the command line."""
-    read = parser._option_string_actions[f"--{field}"].type
-    if not isinstance(value, str) or not callable(read):
-        return value
+    is_list = action.nargs == "+" and value is not None
+    items = value if is_list and isinstance(value, list) else [value]
     try:
-        return read(value)
+        found = [read(item) if isinstance(item, str) else item for item in items]
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        if is_list:
+            raise ValueError(f"{field} of {place} must be a list of numbers, got {value!r}.") from error
         raise ValueError(f"{field} cannot be {value!r}: {str(error).rstrip('.')}.") from error
+    return found if is_list else found[0]
 
 
 def _refuse_unknown(
@@ -488,6 +349,7 @@ def _refuse_unknown(
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    matches = [alias for alias in (_ALIASES.get(name.lower().replace("-", "_")),) if alias in known]
+    as_option = name.lower().replace("-", "_")
+    matches = [own for own, others in _NAMES_ELSEWHERE.items() if as_option in others.split() and own in known]
     matches = matches or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
