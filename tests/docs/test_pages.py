@@ -151,6 +151,13 @@ def test_teachers_page(tmp_path, monkeypatch):
         parse_arguments(section, classes, [*arguments.split(), "--output_dir", str(tmp_path)])
 
 
+def test_readme_and_training_page_agree_on_the_demo():
+    pattern = r"ended at ([\d.]+) % overall and ([\d.]+) % on the tail,\s+with a teacher of ([\d.]+) % and ([\d.]+) %"
+    overall, tail, *of_teacher = re.search(pattern, README).groups()
+    assert re.search(rf"│ mean +│ +{overall} │ .* {tail} │$", TRAINING, flags=re.MULTILINE)
+    assert "accuracy of {} overall and {} on the tail".format(*of_teacher) in TRAINING
+
+
 def test_ablations_of_the_training_page_are_valid(tmp_path):
     section = TRAINING[TRAINING.index("## Ablations") : TRAINING.index("## From Python")]
     for_student, for_teacher = section.split("`train_teacher.py`")
