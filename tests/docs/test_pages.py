@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -156,6 +157,20 @@ def test_readme_and_training_page_agree_on_the_demo():
     overall, tail, *of_teacher = re.search(pattern, README).groups()
     assert re.search(rf"│ mean +│ +{overall} │ .* {tail} │$", TRAINING, flags=re.MULTILINE)
     assert "accuracy of {} overall and {} on the tail".format(*of_teacher) in TRAINING
+
+
+@pytest.mark.parametrize(
+    ("setting", "row"), [("digits", "digits, `digits_lt_fast`"), ("fashion", "Fashion-MNIST, this")]
+)
+def test_choosing_page_has_the_means_of_the_records(setting, row):
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    paths = sorted((ROOT / "research" / "results").glob(f"{setting}-ours-seed?.json"))
+    records = [json.loads(path.read_text()) for path in paths]
+    assert len(records) == 3
+    (line,) = re.findall(rf"^\| {row}.*$", page, flags=re.MULTILINE)
+    for found in (lambda run: run["teacher"]["accuracies"], lambda run: run["last"]["accuracies"]["mean"]):
+        overall, tail = (100 * statistics.mean(found(run)[group] for run in records) for group in ("overall", "tail"))
+        assert f"| {overall:.1f} (tail {tail:.1f}) |" in line
 
 
 def test_ablations_of_the_training_page_are_valid(tmp_path):
