@@ -68,7 +68,8 @@ class LDAMLoss(nn.Module):
             labels: Class indices; (batch,).
         """
         margins = F.one_hot(labels, logits.shape[1]) * self.margins[labels].unsqueeze(1)
-        # The logits are scaled cosines, so the margins are scaled by the same factor.
+        # The margins are distances of cosines, but the logits are already scaled (config.logit_scale), so that a saved
+        # model gives probabilities without its loss. The scale matters: softmax of bare cosines is almost uniform.
         shifted = logits.float() - self.scale * margins
         return F.cross_entropy(shifted, labels, weight=self.class_weights, reduction=self.reduction)
 

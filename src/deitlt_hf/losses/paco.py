@@ -107,6 +107,7 @@ class PaCoLoss(nn.Module):
         itself = torch.zeros_like(similarities, dtype=torch.bool)
         itself[:, :batch].fill_diagonal_(True)
         similarities = similarities.masked_fill(itself, -torch.inf)
+        # As in balanced softmax: the classifier then does not have to learn how frequent the classes are.
         centres = logits.float() + self.log_prior
         # Adding log(gamma) before the exponential multiplies the image terms of the denominator by gamma.
         terms = torch.cat([centres, similarities + math.log(self.gamma)], dim=1)
@@ -115,6 +116,7 @@ class PaCoLoss(nn.Module):
         same_class = (labels[:, None] == torch.cat([labels, key_labels])) & ~itself
         of_centre = centres.gather(1, labels[:, None]) - log_denominator
         of_images = (similarities - log_denominator).masked_fill(~same_class, 0.0).sum(dim=1)
+        # A weighted mean over the positives: images of a frequent class have more of them, in batch and queue.
         positives = self.beta + self.alpha * same_class.sum(dim=1)
         losses = -(self.beta * of_centre.squeeze(1) + self.alpha * of_images) / positives
         if self.class_weights is not None:

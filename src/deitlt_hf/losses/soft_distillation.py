@@ -21,7 +21,8 @@ def divergence_sum(
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
     if class_weights is not None:
-        # The softmax renormalises the weighted probabilities.
+        # The softmax renormalises the weighted probabilities: the targets are again a distribution, and the divergence
+        # is smallest where the student equals it.
         teacher = F.log_softmax(teacher + class_weights.log(), dim=1)
     return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 

@@ -100,6 +100,7 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: If the teacher's logits are missing or have another shape than the student's.
         """
+        # Sums over a batch in half precision would lose digits, and can overflow in fp16.
         cls_logits, distillation_logits = cls_logits.float(), distillation_logits.float()
         if self.target.needs_teacher:
             teacher_logits = _checked(self.distillation, teacher_logits, distillation_logits)
@@ -114,7 +115,10 @@ class DistillationLoss(nn.Module):
         return DistillationLossOutput(cls_loss + distillation_loss, cls_loss, distillation_loss)
 
     def denominators(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> torch.Tensor:
-        """Divisors of the CLS and DIST sums of this batch, (2,): the batch size or the sum of weights."""
+        """Divisors of the CLS and DIST sums of this batch, (2,): the batch size or the sum of weights.
+
+        The weights of the DIST head are those of its targets, the classes that the teacher predicts, not of the labels.
+        """
         batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
         cls_total = batch_size if self.cls_weights is None else _weight_sum(self.cls_weights, labels)
         if self.class_weights is None or not self.target.weighted_mean:

@@ -76,7 +76,6 @@ class DeiTLTTrainer(TaughtTrainer):
         return as_student(model)
 
     def check_model(self, model):
-        """Checks the model as the parent class does, and that it can be trained as the arguments ask for."""
         super().check_model(model)
         if self._datasets[0] is not None:
             check_student(model, self.args, self._datasets[0])
@@ -157,6 +156,7 @@ class DeiTLTTrainer(TaughtTrainer):
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Mixes the images and labels, then computes the teacher's logits for the mixed images, or reads them."""
         pixel_values, labels = batch["pixel_values"], batch["labels"]
+        # On CIFAR, the authors stop mixing and label smoothing where DRW starts.
         if not self.in_drw or self.args.mixing_in_drw:
             if self.args.mixes:
                 pixel_values, labels = self.mixup(pixel_values, labels)
@@ -164,13 +164,14 @@ class DeiTLTTrainer(TaughtTrainer):
                 labels = mixup_target(labels, self.model.config.num_labels, 1.0, self.args.label_smoothing_factor)
         prepared = {"pixel_values": pixel_values, "labels": labels}
         if self.args.needs_teacher:
+            # The teacher sees the student's mixed image, which is out of its distribution: this is what differs from
+            # DeiT. The ablation `teacher_view weak` shows it a weakly augmented image of the same row instead.
             views = batch.get("teacher_pixel_values", pixel_values)
             prepared["teacher_logits"] = self.taught_logits(views, labels)
         return prepared
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        criterion = self.drw_criterion if self.in_drw else self.criterion
-        return criterion.denominators(batch["labels"], batch.get("teacher_logits"))
+        return self.active_criterion.denominators(batch["labels"], batch.get("teacher_logits"))
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         outputs = model(pixel_values=batch["pixel_values"])

@@ -33,6 +33,7 @@ class MomentumContrast(nn.Module):
         if not 0 <= momentum <= 1:
             raise ValueError(f"the momentum must be in [0, 1], got {momentum}.")
         self.momentum = momentum
+        # In training mode, as in MoCo: keys are normalised by the statistics of their own batch, like queries.
         self.encoder = copy.deepcopy(model).requires_grad_(False).train()
         device = next(model.parameters()).device
         self.register_buffer("keys", torch.zeros(queue_size, model.config.projection_size, device=device))
@@ -42,7 +43,10 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
-        """Moves the parameters of the encoder towards those of the model. Batch-norm statistics are not copied."""
+        """Moves the parameters of the encoder towards those of the model.
+
+        Batch-norm statistics are not copied: in training mode the encoder does not use them.
+        """
         for own, other in zip(self.encoder.parameters(), model.parameters(), strict=True):
             own.lerp_(other, 1 - self.momentum)
 

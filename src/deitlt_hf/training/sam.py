@@ -71,6 +71,7 @@ class SAM(Optimizer):
         for rho, parameter in perturbed:
             if rho == 0:
                 continue
+            # A copy: subtracting the perturbation again would leave rounding errors in the weights.
             self._perturbed[parameter] = parameter.detach().clone()
             length = norm.to(parameter.device)
             step = self._direction(parameter) * (rho / (length + 1e-12)).to(parameter.dtype)
@@ -81,6 +82,7 @@ class SAM(Optimizer):
     def _direction(self, parameter: torch.nn.Parameter, scaled: bool = False) -> torch.Tensor:
         """Direction in which a parameter moves. With `scaled`, its scaled gradient for the norm instead."""
         assert parameter.grad is not None  # callers pass only parameters with a gradient
+        # ASAM with T = |w| moves along T^2 g / ||T g||.
         if not self.adaptive:
             return parameter.grad
         return parameter.grad * (parameter.abs() if scaled else parameter.square())
