@@ -14,11 +14,7 @@ _NAMED = re.compile(r"\s*(.+?)\s*=\s*([^=,]+?)\s*(?:,|$)")
 
 
 def positive_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """Checks the training images of each class and returns them as float64, (classes,).
-
-    Raises:
-        ValueError: If a class has no image.
-    """
+    """Training images of each class as float64, (classes,). Raises `ValueError` if a class has no image."""
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.numel() == 0 or counts.min() < 1:
         empty = torch.nonzero(counts < 1).flatten().tolist()

@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from .class_weights import positive_counts
-from .entry import Counts, LossOptions, TeacherLoss
+from .entry import ABOVE_0, Counts, LossOptions, TeacherLoss
 
 
 @dataclass
 class LDAMOptions(LossOptions):
     """Training arguments of LDAM."""
 
-    limits: ClassVar = dict.fromkeys(("ldam_margin", "ldam_scale"), (lambda value: value > 0, "above 0"))
+    limits: ClassVar = dict.fromkeys(("ldam_margin", "ldam_scale"), ABOVE_0)
     ldam_margin: float = field(
         default=0.5, metadata={"help": "LDAM: margin of the rarest class, which is the largest margin."}
     )

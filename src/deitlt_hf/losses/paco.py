@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .class_weights import positive_counts
-from .entry import Counts, LossOptions, TeacherLoss
+from .entry import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Counts, LossOptions, TeacherLoss
 
 
 @dataclass
@@ -17,10 +17,10 @@ class PaCoOptions(LossOptions):
     """Training arguments of PaCo and its momentum encoder."""
 
     limits: ClassVar = {
-        "paco_alpha": (lambda value: value >= 0, "0 or more"),
-        "paco_temperature": (lambda value: value > 0, "above 0"),
-        "paco_queue": (lambda value: value >= 1, "1 or more"),
-        "paco_momentum": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+        "paco_alpha": AT_LEAST_0,
+        "paco_temperature": ABOVE_0,
+        "paco_queue": AT_LEAST_1,
+        "paco_momentum": SHARE,
     }
     paco_alpha: float = field(
         default=0.01, metadata={"help": "PaCo: weight of an image of the same class as a positive."}

@@ -93,11 +93,7 @@ def check_model_files(folder: str | PathLike) -> None:
 
 @contextlib.contextmanager
 def _one_sentence(path: str | PathLike) -> Iterator[None]:
-    """Turns any loading error into one sentence that says why the file cannot be loaded.
-
-    Raises:
-        ValueError: Instead of the errors that torch and safetensors raise.
-    """
+    """Turns any loading error into a `ValueError` of one sentence that says why the file cannot be loaded."""
     try:
         yield
     except Exception as error:  # a pickle of garbage can raise anything

@@ -160,11 +160,7 @@ def convert_original(
 
 
 def check_holds_no_model(folder: str | PathLike) -> None:
-    """Checks that a model can be written to a folder: it holds no model and can be created.
-
-    Raises:
-        FileExistsError: If the folder holds a model, or is a file or below one.
-    """
+    """Raises `FileExistsError` if a folder holds a model, or cannot be created because it is a file or below one."""
     check_can_be_folder(folder)
     if any(Path(folder).glob("*.safetensors*")) or (Path(folder) / "config.json").is_file():
         raise FileExistsError(f"{folder} holds a model; choose another folder.")
@@ -235,7 +231,8 @@ class _Checkpoint:
 
 def _open(source: Source, ema: bool = False) -> _Checkpoint:
     """Reads a file and identifies its content by the names of its tensors."""
-    name, content = _read(source)
+    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    content: Mapping[str, Any] = source if isinstance(source, Mapping) else read_checkpoint(source)
     keys = ("model_ema",) if ema else ("model", "state_dict")
     below = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
     if ema and not below:
@@ -268,13 +265,6 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
         if kind == STUDENT
         else kind == LDAM_TEACHER and any(key.startswith("layer4.") for key in state_dict),
     )
-
-
-def _read(source: Source) -> tuple[str, Mapping[str, Any]]:
-    """Returns the name of a file or state dict for messages, and its content."""
-    if isinstance(source, Mapping):
-        return "the state dict", source
-    return str(source), read_checkpoint(source)
 
 
 def _is_whole(value: Any) -> bool:
@@ -390,7 +380,12 @@ def _classes(
     if checkpoint.class_counts is not None:
         of_file = [checkpoint.class_counts[row] for row in class_map or range(num_labels)]
         class_counts = of_file if class_counts is None else class_counts
-        _check_counts(checkpoint.name, of_file, class_counts)
+        for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
+            if count != given:
+                raise ValueError(
+                    f"class {label} had {count} training images for {checkpoint.name} but has {given} in class_counts; "
+                    "these are other data, or other classes."
+                )
     classes: dict[str, Any] = {"num_labels": num_labels, "class_map": class_map}
     if class_counts is not None:
         classes["class_counts"] = class_counts
@@ -419,15 +414,6 @@ def _map_of_sorted(
     return None
 
 
-def _check_counts(name: str, of_file: Sequence[int], class_counts: Sequence[int]) -> None:
-    for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
-        if count != given:
-            raise ValueError(
-                f"class {label} had {count} training images for {name} but has {given} in class_counts; these are "
-                "other data, or other classes."
-            )
-
-
 def _fill(
     model: Model,
     checkpoint: _Checkpoint,
@@ -453,7 +439,7 @@ def _fill(
         raise ValueError(f"{checkpoint.name} is not {checkpoint.kind} as the authors save it: {'; '.join(problems)}.")
     weights = to_ours(found)
     class_map = model.config.class_map
-    if class_map is not None:
+    if class_map is not None:  # the rows of the heads, from the authors' order to the data set's
         weights |= {name: tensor[class_map] for name, tensor in weights.items() if "classifier." in name}
     model.load_state_dict(weights)
     return model.eval()

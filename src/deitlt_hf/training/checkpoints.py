@@ -43,13 +43,9 @@ def begin_checkpoint(output_dir: str | Path) -> Path:
 
 
 def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
-    """Syncs a checkpoint to disk with a manifest of file sizes and hashes, and then moves it into place.
+    """Syncs a checkpoint to disk with a manifest of file sizes and hashes, and then moves it into `output_dir`.
 
-    A checkpoint of the same name is replaced.
-
-    Args:
-        staged: Folder of the written checkpoint, inside the folder from [`begin_checkpoint`].
-        output_dir: Folder of the checkpoints.
+    A checkpoint of the same name is replaced. `staged` is a folder inside that of [`begin_checkpoint`].
     """
     manifest = {}
     # All files reach the disk before the rename: after a power loss, a checkpoint in place is complete.

@@ -59,19 +59,6 @@ class DeiTLTTrainer(TaughtTrainer):
     criterion: DistillationLoss
     drw_criterion: DistillationLoss
 
-    def __init__(
-        self,
-        model: PreTrainedModel | None = None,
-        args: DeiTLTTrainingArguments | None = None,
-        teacher: PreTrainedModel | None = None,
-        teacher_processor=None,
-        **kwargs,
-    ):
-        given = (kwargs.get("optimizers") or (None,))[0] is not None
-        if isinstance(args, DeiTLTTrainingArguments) and given and (args.tune != FULL or args.layer_decay != 1):
-            raise ValueError("tune and layer_decay define the groups of the optimizer; leave out these or optimizers.")
-        super().__init__(model, args, teacher, teacher_processor, **kwargs)
-
     def convert_model(self, model):
         return as_student(model)
 
@@ -171,7 +158,8 @@ class DeiTLTTrainer(TaughtTrainer):
         return prepared
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.active_criterion.denominators(batch["labels"], batch.get("teacher_logits"))
+        criterion = self.drw_criterion if self.in_drw else self.criterion
+        return criterion.denominators(batch["labels"], batch.get("teacher_logits"))
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         outputs = model(pixel_values=batch["pixel_values"])
@@ -201,11 +189,7 @@ class DeiTLTTrainer(TaughtTrainer):
 
 
 def check_student(student: PreTrainedModel, args: DeiTLTTrainingArguments, images: Any) -> None:
-    """Checks that a student can be trained on images as the arguments ask for; it is not changed.
-
-    Raises:
-        ValueError: If it cannot.
-    """
+    """Raises `ValueError` if a student cannot be trained on images as the arguments ask for."""
     check_tunable(student, args.tune)
     if args.begins_heads:
         check_means(images)

@@ -124,17 +124,9 @@ def expert_table(
 
 
 def check_best_metric(wanted: str, experts: Collection[str], groups: Collection[str], eval_dataset: Any) -> None:
-    """Checks that evaluations measure `metric_for_best_model`.
-
-    Raises:
-        ValueError: If they do not.
-    """
-    known = [
-        "loss",
-        "accuracy",
-        *OVER_CLASSES,
-        *(f"{expert}_{group}" for expert in experts for group in ("overall", *groups)),
-    ]
+    """Raises `ValueError` if evaluations do not measure `wanted`, the `metric_for_best_model`."""
+    of_experts = (f"{expert}_{group}" for expert in experts for group in ("overall", *groups))
+    known = ["loss", "accuracy", *OVER_CLASSES, *of_experts]
     if isinstance(eval_dataset, dict):
         known = [f"{name}_{metric}" for name in eval_dataset for metric in known]
     if wanted.removeprefix("eval_") not in known:

@@ -1,6 +1,6 @@
 """Converts `datasets` data sets to the inputs of the trainers, and checks their labels against the model."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -33,6 +33,10 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
     """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
     batches: dict[str, Any] = {"batch_size": args.train_batch_size}
     if not isinstance(images, StreamedImages):
+        if args.sampling == "class_balanced" and not hasattr(images, "labels"):
+            raise ValueError(
+                "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
+            )
         sampler = TrainBatches(
             len(images),
             args.train_batch_size,
@@ -42,7 +46,7 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
             args.repeats,
             args.seed if args.data_seed is None else args.data_seed,
             bool(args.partial_steps),
-            _balanced_labels(images) if args.sampling == "class_balanced" else None,
+            images.labels if args.sampling == "class_balanced" else None,
         )
         images, batches = SeededImages(images), {"batch_sampler": sampler}
     context = getattr(args, "dataloader_multiprocessing_context", None)
@@ -62,21 +66,8 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
     )
 
 
-def _balanced_labels(images):
-    """Class of each image, for class-balanced sampling."""
-    if not hasattr(images, "labels"):
-        raise ValueError(
-            "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
-        )
-    return images.labels
-
-
 def check_streaming(args) -> None:
-    """Checks that training arguments are possible with a stream.
-
-    Raises:
-        ValueError: If one needs the whole data set.
-    """
+    """Raises `ValueError` if a training argument needs the whole data set, which a stream does not have."""
     if args.image_cache:
         raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
     if getattr(args, "teacher_cache", None) is not None:
@@ -131,19 +122,25 @@ def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | No
 
 
 def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
-    """Sets the label names of the model from the data, or checks that they agree with the data.
-
-    Raises:
-        ValueError: See [`common_classes`].
-    """
+    """Sets the label names of the model from the data, or checks that they agree; see [`common_classes`]."""
     name_classes(config, common_classes(config, [dataset]))
 
 
-def name_classes(config: PreTrainedConfig, names: list[str]) -> None:
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
+    """Fields of a configuration with the names of its classes."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
+def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
     """Sets the label names of a model, if it has other ones."""
     if label_names(config) != names:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: label for label, name in enumerate(names)}
+        for field, value in label_fields(names).items():
+            setattr(config, field, value)
+
+
+def first_difference(first: Sequence, second: Sequence) -> int:
+    """Index at which two sequences of the same length begin to differ."""
+    return next(index for index, (one, other) in enumerate(zip(first, second, strict=True)) if one != other)
 
 
 def common_classes(config: PreTrainedConfig, datasets: Iterable[Dataset]) -> list[str]:
@@ -185,7 +182,7 @@ def _matched(known: list[str], config: PreTrainedConfig, dataset: Dataset) -> li
     if len(names) != config.num_labels:
         raise ValueError(f"the model has {config.num_labels} classes but the data have {len(names)}.")
     if known not in (names, [f"LABEL_{label}" for label in range(len(names))]):
-        label = next(label for label, pair in enumerate(zip(known, names, strict=True)) if len(set(pair)) > 1)
+        label = first_difference(known, names)
         raise ValueError(
             f"the model's label {label} is {known[label]!r} but the data's is {names[label]!r}; model and data "
             "need the same classes in the same order."
@@ -194,11 +191,7 @@ def _matched(known: list[str], config: PreTrainedConfig, dataset: Dataset) -> li
 
 
 def _check_kind(dataset) -> None:
-    """Checks that an object is a data set that the trainers support.
-
-    Raises:
-        ValueError: If it is not, or if it has a transform, which the trainer would ignore.
-    """
+    """Raises `ValueError` for what is no supported data set, or has a transform, which the trainer would ignore."""
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise ValueError(
             f"train_dataset and eval_dataset must each be one datasets.Dataset, got a {type(dataset).__name__} of "

@@ -57,7 +57,7 @@ class Results:
         Args:
             trainer: Trainer of the run.
             resumed_step: Step of the checkpoint that the run resumes from; None for a new run.
-            former: Earlier record of a resumed run. Evaluations up to the resumed step are kept.
+            former: Earlier record of a resumed run; its evaluations up to the resumed step are kept.
         """
         args, config = trainer.args, trainer.model.config
         self.content = dict(former or {})

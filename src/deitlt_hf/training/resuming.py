@@ -15,6 +15,8 @@ from ..data.streaming import StreamedImages
 from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
+from .inputs import first_difference
+from .provenance import what_ran
 from .whole_checkpoints import class_without_shards
 
 # Settings that cannot change during a run: the loss, the trained weights or the optimiser's state would not match.
@@ -101,7 +103,7 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
         folder: Folder of the checkpoint, or of the finished model.
         record: Record of the run at the checkpoint.
         trainer: Trainer of the resumed run.
-        data: Facts about the trainer's images, in the format of the record.
+        data: What [`Results.data_of`] says of its images.
 
     Raises:
         ValueError: If the checkpoint belongs to another run.
@@ -164,10 +166,10 @@ def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, An
         if name in settings and before != settings[name]:
             yield f"it was begun with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
     counts = had.get("class_counts") or config.get("class_counts")
-    if isinstance(counts, list) and counts != data["class_counts"]:
-        if len(counts) != len(data["class_counts"]):
-            yield f"it was trained on {len(counts)} classes, and the data have {len(data['class_counts'])}"
-        label = next(label for label, pair in enumerate(zip(counts, data["class_counts"])) if len(set(pair)) > 1)  # noqa: B905
+    if isinstance(counts, list) and len(counts) != len(data["class_counts"]):
+        yield f"it was trained on {len(counts)} classes, and the data have {len(data['class_counts'])}"
+    elif isinstance(counts, list) and counts != data["class_counts"]:
+        label = first_difference(counts, data["class_counts"])
         yield (
             f"it was trained on other images (class {data['classes'][label]!r} had {counts[label]}, and has "
             f"{data['class_counts'][label]})"
@@ -195,7 +197,7 @@ def other_classes(before: list[str], now: list[str]) -> Iterator[str]:
     if len(before) != len(now):
         yield f"it was trained on {len(before)} classes, and the data have {len(now)}"
     elif before != now:
-        label = next(label for label, pair in enumerate(zip(before, now, strict=True)) if len(set(pair)) > 1)
+        label = first_difference(before, now)
         yield f"it was trained on other classes (label {label} was {before[label]!r} and is {now[label]!r})"
 
 
@@ -249,6 +251,9 @@ class BeginRun(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin_record()
+        self.trainer.results.content["ran"] = what_ran(self.trainer)  # optimiser and scheduler exist only now
+        if state.is_world_process_zero:
+            self.trainer.results.write()
 
 
 def steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:
@@ -262,6 +267,8 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset
         order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
+        # By the step, not by counting calls: the order of images depends on it, also in the middle of an epoch, where
+        # transformers skips the batches of the steps before.
         order.set_epoch(state.global_step // steps_per_epoch(train_dataloader, args))
 
 
@@ -282,5 +289,6 @@ class MissedEvaluation(TrainerCallback):
             for entry in state.log_history
         ):
             trainer = self.trainer
+            # Without this, a kill between a checkpoint and its evaluation would change which epoch is the best one.
             if trainer._determine_best_metric(trainer.evaluate(), trial=None) and trainer.resumed_from is not None:
                 state.best_model_checkpoint = trainer.resumed_from

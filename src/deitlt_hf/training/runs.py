@@ -26,7 +26,7 @@ from ..serving.classifiers import load_classifier, load_model, load_processor, r
 from .arguments import PRECISIONS
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer, check_student
-from .inputs import label_names
+from .inputs import label_fields, label_names
 from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
 from .processes import check_same_images
 from .publishing import hub_options
@@ -130,11 +130,7 @@ def distill(
 
 
 def _check_tail_teacher(model_args: StudentArguments, args: DeiTLTTrainingArguments) -> None:
-    """Checks the options of a second teacher.
-
-    Raises:
-        ValueError: If one has no effect, or both teachers are the same.
-    """
+    """Raises `ValueError` if an option of a second teacher has no effect, or both teachers are the same."""
     first, second = model_args.teacher, model_args.tail_teacher
     if second is None and args.tail_below is not None:
         raise ValueError("tail_below has no effect without --tail_teacher; leave it out, or give one.")
@@ -216,9 +212,8 @@ def _student(model_args: StudentArguments, data: Mapping, start: Start | None) -
     names = data["train"].features["label"].names
     if start is not None:
         return starting_student(start, model_args, names)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
-    attention = {"attn_implementation": model_args.attn_implementation}
-    return DeiTLTForImageClassification._from_config(model_args.config(**labels), **attention)
+    config = model_args.config(**label_fields(names))
+    return DeiTLTForImageClassification._from_config(config, attn_implementation=model_args.attn_implementation)
 
 
 def _teacher_of_recipe(
@@ -285,11 +280,7 @@ def _check_same_teacher(
     args: FlatTeacherTrainingArguments,
     config: FlatTeacherConfig,
 ) -> None:
-    """Checks that the teacher in a folder is that of the recipe: its classes, images, settings and architecture.
-
-    Raises:
-        ValueError: If it is another one.
-    """
+    """Raises `ValueError` if the classes, images, settings or architecture of a teacher are not those of the recipe."""
     known = record.get("data", {})
     classes = data["train"].features["label"].names
     had_classes = known.get("classes") or class_names(read_configuration(folder)) or classes
@@ -316,11 +307,7 @@ def _check_same_teacher(
 
 
 def _record_of_teacher(folder: Path) -> RunRecord:
-    """Reads the record of the recipe's teacher. If it is corrupt, reads the record of the newest checkpoint.
-
-    Raises:
-        ValueError: If neither can be read.
-    """
+    """Reads the record of the recipe's teacher. If it is corrupt, reads the record of the newest checkpoint."""
     try:
         return read_record(folder)
     except ValueError as error:

@@ -34,11 +34,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
             self.optimizer = self._under_sam(self.optimizer)
 
     def check_accelerator(self) -> None:
-        """Checks that gradients are not sharded under SAM.
-
-        Raises:
-            ValueError: If they are.
-        """
+        """Raises `ValueError` if gradients are sharded under SAM."""
         if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("SAM needs unsharded gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
 

@@ -47,7 +47,6 @@ from .optimizers import check_given
 from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
 from .plan_lines import plan_lines, print_plan
 from .processes import check_same_images, of_first_process
-from .provenance import WhatRan
 from .publishing import hub_options, push_trained
 from .results import Results
 from .resuming import Beginning, BeginRun, EpochOrder, MissedEvaluation, find_beginning
@@ -182,18 +181,14 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
-        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WhatRan(self), WaitingNote(self)]
+        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WaitingNote(self)]
         callbacks += [self.run_file, self.nonfinite_guard, *self.voters]
         callbacks += [] if self.ema is None else [self.ema]
         for callback in (*callbacks, MissedEvaluation(self)):
             self.add_callback(callback)
 
     def _check_parameters(self, model, args, model_init, others: dict[str, Any]) -> None:
-        """Checks the parameters of the constructor that need no data, and removes refused ones from `others`.
-
-        Raises:
-            ValueError: If one has no effect, is missing, or has a wrong type.
-        """
+        """Checks the parameters of the constructor that need no data, and removes refused ones from `others`."""
         check_parameters(others)
         for name in ("data_collator", "compute_loss_func"):
             others.pop(name, None)
@@ -209,12 +204,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return model
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Checks that a model fits the data and arguments, without changing it.
-
-        Raises:
-            ValueError: If the classes differ from those of the data, the model solves another problem, or it cannot
-                checkpoint activations as the arguments require.
-        """
+        """Raises `ValueError` if a model does not fit the data and arguments. The model is not changed."""
         train = self._datasets[0]
         self.class_names = common_classes(model.config, [*([] if train is None else [train]), *self._evaluated()])
         if train is not None:
@@ -233,11 +223,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return [dataset for dataset in datasets if dataset is not None]
 
     def _count_images(self, config: PreTrainedConfig, groups: Mapping[str, Integers] | None) -> None:
-        """Counts the training images of each class, and divides the classes into groups.
-
-        Raises:
-            ValueError: If there are neither groups nor counts.
-        """
+        """Counts the training images of each class, and divides the classes into groups."""
         train_dataset = self._datasets[0]
         self.class_counts = getattr(config, "class_counts", None)
         self.subset_sha256: str | None = None
@@ -255,11 +241,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.check_accelerator()  # here, before the parent's constructor changes the model
 
     def check_accelerator(self) -> None:
-        """Checks that the arguments are supported with the accelerator that was configured.
-
-        Raises:
-            ValueError: If one is not supported.
-        """
+        """Raises `ValueError` if arguments are not supported with the accelerator that was configured."""
         super().check_accelerator()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             return

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -153,12 +154,13 @@ class WholeCheckpointTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        loaded, info = type(model).from_pretrained(  # type: ignore[misc]
+        both: Any = type(model).from_pretrained(
             resume_from_checkpoint,
             config=copy.deepcopy(model.config),
             ignore_mismatched_sizes=True,  # raised below, with the name of the weight
             output_loading_info=True,
         )
+        loaded, info = both
         for kind, what in (("missing", "has no"), ("unexpected", "also has"), ("mismatched", "has another size of")):
             names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
             if names:
@@ -166,6 +168,7 @@ class WholeCheckpointTrainer(Trainer):
                     f"the checkpoint {resume_from_checkpoint} is not of this model: it {what} {names[0]} (and "
                     f"{len(names) - 1} other weights)."
                 )
+        # Copied into the parameters, which the optimiser and the wrapped model refer to.
         model.load_state_dict(loaded.state_dict())
 
     def _load_best_model(self):
@@ -199,11 +202,7 @@ class WholeCheckpointTrainer(Trainer):
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Loads the states of optimiser and scheduler from a checkpoint.
-
-        Raises:
-            ValueError: If the states belong to another optimiser or model.
-        """
+        """Raises `ValueError` in one sentence if the states of a checkpoint belong to another optimiser or model."""
         try:
             shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
             if checkpoint and not shards and (Path(checkpoint) / OPTIMIZER_NAME_BIN).is_file():
@@ -221,6 +220,7 @@ class WholeCheckpointTrainer(Trainer):
 
         assert self.optimizer is not None  # created before its state is loaded
         assert self.lr_scheduler is not None
+        # Accelerate has saved the whole state with names of parameters; that of a plain optimiser has numbers.
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
         set_optimizer_state_dict(self.model, optimizer, state, options=StateDictOptions(full_state_dict=True))
