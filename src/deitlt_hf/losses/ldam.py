@@ -74,11 +74,11 @@ class LDAMLoss(nn.Module):
         return F.cross_entropy(shifted, labels, weight=self.class_weights, reduction=self.reduction)
 
 
-def _of_teacher(args: LDAMOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> LDAMLoss:
+def _build_teacher(args: LDAMOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> LDAMLoss:
     assert class_counts is not None  # known whenever training images are given
     return LDAMLoss(class_counts, args.ldam_margin, args.ldam_scale, class_weights, "sum")
 
 
 TEACHER = TeacherLoss(
-    _of_teacher, "needs a cosine classifier", LDAMOptions, classifier="cosine", logit_scale="ldam_scale"
+    _build_teacher, "needs a cosine classifier", LDAMOptions, classifier="cosine", logit_scale="ldam_scale"
 )

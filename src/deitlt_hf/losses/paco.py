@@ -128,7 +128,7 @@ class PaCoLoss(nn.Module):
         return losses if self.reduction == "none" else reductions[self.reduction]()
 
 
-def _of_teacher(args: PaCoOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> PaCoLoss:
+def _build_teacher(args: PaCoOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> PaCoLoss:
     assert class_counts is not None  # known whenever training images are given
     return PaCoLoss(
         class_counts,
@@ -139,4 +139,4 @@ def _of_teacher(args: PaCoOptions, class_counts: Counts, class_weights: torch.Te
     )
 
 
-TEACHER = TeacherLoss(_of_teacher, "needs projection_size", PaCoOptions, contrast=True, drops_last=True)
+TEACHER = TeacherLoss(_build_teacher, "needs projection_size", PaCoOptions, contrast=True, drops_last=True)

@@ -100,18 +100,8 @@ def load_original_teacher(
     """Loads a PaCo or LDAM teacher (ResNet-32 or ResNet-50) from a file of the authors.
 
     The kind of teacher and its sizes are read from the tensors. The head of an LDAM teacher for ImageNet-LT or
-    iNaturalist has the order of the students' heads (see [`load_original_student`]), and the same class map applies.
-    The head of a PaCo teacher is already in the data set's order.
-
-    Args:
-        source: The file, or a state dict.
-        class_map: Row of each class in the file's head; not for a PaCo teacher.
-        class_counts: Training images of each class, in label order.
-        class_names: Names of the classes, in label order.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file cannot be read safely, does not hold a teacher, or does not fit the classes.
+    iNaturalist has the order of the students' heads, and the same class map applies. The head of a PaCo teacher is
+    already in the data set's order, without `class_map`. See [`load_original_student`] for parameters and errors.
     """
     checkpoint = _open(source)
     if checkpoint.kind == STUDENT:
@@ -130,19 +120,11 @@ def convert_original(
 ) -> PreTrainedModel:
     """Converts a file of the authors to a folder with a model and its image processor, for `from_pretrained`.
 
-    Args:
-        source: Any file that [`load_original_student`] or [`load_original_teacher`] takes.
-        folder: Folder to write to. It must not hold a model.
-        ema: See [`load_original_student`], also for the next three arguments.
-        class_map: Row of each class in the file's heads.
-        class_counts: Training images of each class, in label order.
-        class_names: Names of the classes, in label order.
-        **config: Further fields of a student's configuration.
+    Parameters and errors are those of [`load_original_student`] and [`load_original_teacher`]. The folder must not
+    hold a model.
 
     Raises:
         FileExistsError: If the folder holds a model, or is a file.
-        FileNotFoundError: If the file does not exist.
-        ValueError: See [`load_original_student`] and [`load_original_teacher`].
     """
     folder = Path(folder).expanduser()
     check_holds_no_model(folder)

@@ -281,8 +281,8 @@ class LongTailTrainingArguments(TrainingArguments):
         inherited.check_needs(self)
         if self.report_to is None:
             self.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
-        self._made_learning_rate: float | None = None  # last computed value, to detect changes
-        self._made_data_seed: int | None = None
+        self._computed_learning_rate: float | None = None  # last computed value, to detect changes
+        self._computed_data_seed: int | None = None
         # Global batch, micro-batch and accumulation steps after the last `settle`.
         self._batch: tuple[int | None, int, int] | None = None
         # transformers compares the learning rate with 0, so it must not be None there.
@@ -307,7 +307,7 @@ class LongTailTrainingArguments(TrainingArguments):
         for cls in type(self).__mro__:
             for name, (fits, wanted) in vars(cls).get("limits", {}).items():
                 require(self, name, fits(getattr(self, name)), wanted)
-        self._decide_arrangement()
+        self._set_published_values()
         if self.auto_augment in ("none", ""):
             self.auto_augment = None
         if self.drw_start_epoch == math.inf:
@@ -347,13 +347,13 @@ class LongTailTrainingArguments(TrainingArguments):
                 )
             self._batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         # A learning rate that was not set by the user follows the batch size.
-        if self.learning_rate in (None, self._made_learning_rate):
+        if self.learning_rate in (None, self._computed_learning_rate):
             micro_batches = self.learning_rate_micro_batches or self.gradient_accumulation_steps
             assert self.global_batch_size is not None  # set above
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / micro_batches / 512
-            self._made_learning_rate = self.learning_rate
-        if self.data_seed in (None, self._made_data_seed):
-            self.data_seed = self._made_data_seed = self.seed
+            self._computed_learning_rate = self.learning_rate
+        if self.data_seed in (None, self._computed_data_seed):
+            self.data_seed = self._computed_data_seed = self.seed
         return self
 
     def set_training(self, *args, **kwargs):
@@ -379,7 +379,7 @@ class LongTailTrainingArguments(TrainingArguments):
             "min_learning_rate, or pass the trainer a scheduler together with its optimizer."
         )
 
-    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+    def published_values(self) -> dict[str, tuple[Any, Any]]:
         """Fields that `as_published` sets, each with its value in this package and its value in the authors' code."""
         return {
             "loss_normalization": ("global", "per_process"),
@@ -387,12 +387,12 @@ class LongTailTrainingArguments(TrainingArguments):
             "ema_every_micro_batch": (False, True),
         }
 
-    def _decide_arrangement(self) -> None:
-        """Sets the fields of [`arrangements`] that were not given. Only this method applies `as_published` to them.
+    def _set_published_values(self) -> None:
+        """Sets the fields of [`published_values`] that were not given. Only this method applies `as_published` to them.
 
         It raises `ValueError` if `as_published` is set and a given value differs from the published one.
         """
-        for name, ways in self.arrangements().items():
+        for name, ways in self.published_values().items():
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, ways[self.as_published])

@@ -70,7 +70,7 @@ class DeiTLTTrainer(TaughtTrainer):
     def check_accelerator(self):
         super().check_accelerator()
         shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if shards and (self.args.tune != FULL or self.args.begins_heads):
+        if shards and (self.args.tune != FULL or self.args.starts_heads_at_means):
             raise ValueError("tune and heads_from_means need unsharded weights; leave out DeepSpeed and FSDP.")
         if self.args.optim == MUON and (
             self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
@@ -87,7 +87,7 @@ class DeiTLTTrainer(TaughtTrainer):
 
     def begin_record(self):
         super().begin_record()
-        if self.args.begins_heads and self.beginning.checkpoint is None:
+        if self.args.starts_heads_at_means and self.beginning.checkpoint is None:
             begin_heads(self.model, features_of(self, self._datasets[0]))
 
     def make_losses(self):
@@ -191,7 +191,7 @@ class DeiTLTTrainer(TaughtTrainer):
 def check_student(student: PreTrainedModel, args: DeiTLTTrainingArguments, images: Any) -> None:
     """Raises `ValueError` if a student cannot be trained on images as the arguments ask for."""
     check_tunable(student, args.tune)
-    if args.begins_heads:
+    if args.starts_heads_at_means:
         check_means(images)
     if isinstance(images, StreamedSplit):
         check_streaming(args)

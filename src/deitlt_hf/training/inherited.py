@@ -114,20 +114,20 @@ def check_optimizer(args: TrainingArguments) -> None:
     for prefix, why in _OPTIMIZERS.items():
         if name.startswith(prefix):
             raise ValueError(f"optim {name!r} cannot be used: {why}.")
-    made = _made_of(args)
+    made = _optimizer_of(args)
     given = [part for part in (args.optim_args or "").replace(" ", "").split(",") if part]
     for part in given:
         others = ",".join(other for other in given if other != part)
-        if _made_of(args, optim_args=others or None) == made:
+        if _optimizer_of(args, optim_args=others or None) == made:
             raise ValueError(f"optim_args {part!r} has no effect on optim {name!r}; leave it out.")
     for field in fields(args):
         if field.name not in ("adam_beta1", "adam_beta2", "adam_epsilon") or getattr(args, field.name) == field.default:
             continue
-        if _made_of(args, **{field.name: field.default}) == made:
+        if _optimizer_of(args, **{field.name: field.default}) == made:
             raise ValueError(f"{field.name} has no effect on optim {name!r}; leave it out.")
 
 
-def _made_of(args: TrainingArguments, **changed) -> tuple:
+def _optimizer_of(args: TrainingArguments, **changed) -> tuple:
     """Class and settings of the optimiser that transformers creates from the arguments."""
     args = copy.copy(args)
     for name, value in changed.items():

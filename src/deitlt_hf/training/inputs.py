@@ -14,7 +14,7 @@ from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
-from .guards import outlive_signals
+from .guards import ignore_stop_signals
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:
@@ -23,9 +23,9 @@ def label_names(config: PreTrainedConfig) -> list[str]:
     return [names[label] for label in range(len(names))]
 
 
-def outliving(loader: DataLoader) -> DataLoader:
+def ignoring_stop_signals(loader: DataLoader) -> DataLoader:
     """Makes the workers of a data loader ignore signals meant for the main process, and returns the loader."""
-    getattr(loader, "base_dataloader", loader).worker_init_fn = outlive_signals
+    getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_stop_signals
     return loader
 
 
@@ -62,7 +62,7 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
         multiprocessing_context=context if args.dataloader_num_workers else None,
         in_order=getattr(args, "dataloader_in_order", True),
         pin_memory=args.dataloader_pin_memory,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=ignore_stop_signals,
     )
 
 
@@ -119,11 +119,6 @@ def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | No
     elif args.image_cache:
         copies = ReducedCopies.for_evaluation(args.image_cache, processor)
     return ImageDataset(dataset, *find_columns(dataset), views, background, copies)
-
-
-def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
-    """Sets the label names of the model from the data, or checks that they agree; see [`common_classes`]."""
-    name_classes(config, common_classes(config, [dataset]))
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:

@@ -104,18 +104,10 @@ def check_given(
     args,
     makes_models: bool,
 ) -> None:
-    """Checks that an optimiser and a scheduler that were given match the model, the arguments and each other.
+    """Raises `ValueError` if a given optimiser and scheduler do not match the model, the arguments or each other.
 
-    Args:
-        model: The model to train.
-        optimizer: The given optimiser, or None.
-        scheduler: The given scheduler, or None.
-        class_and_settings: The parameter `optimizer_cls_and_kwargs` of [`~transformers.Trainer`].
-        args: Training arguments.
-        makes_models: Whether each call of `train` starts with a new model.
-
-    Raises:
-        ValueError: If they do not match.
+    `class_and_settings` is the parameter `optimizer_cls_and_kwargs` of [`~transformers.Trainer`]; `makes_models` is
+    whether each call of `train` starts with a new model.
     """
     if class_and_settings is not None and optimizer is not None:
         raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")

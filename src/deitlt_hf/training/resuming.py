@@ -80,7 +80,7 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
             return Beginning()
     steps = finished if checkpoint is None else read_state(checkpoint).global_step
     assert steps is not None  # without a checkpoint, the run is finished
-    at_step, record = former_records(checkpoint or output_dir, output_dir if resuming else None)
+    at_step, record = earlier_records(checkpoint or output_dir, output_dir if resuming else None)
     check_same_run(checkpoint or output_dir, at_step, trainer, data)
     if steps > total:
         raise ValueError(
@@ -104,20 +104,17 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
         record: Record of the run at the checkpoint.
         trainer: Trainer of the resumed run.
         data: What [`Results.data_of`] says of its images.
-
-    Raises:
-        ValueError: If the checkpoint belongs to another run.
     """
     record = record or {}
-    other = next(_of_another_run(read_configuration(folder), record, trainer, data), None)
+    other = next(_differences(read_configuration(folder), record, trainer, data), None)
     if other is not None:
         raise ValueError(
             f"{folder} is of another run: {other}. Use the original data and settings, choose another --output_dir, or "
             "start from scratch with --overwrite."
         )
     # Through JSON, as the record was: tuples become lists.
-    now = json.loads(json.dumps(nan_to_null(trainer.settings() | _free(architecture(trainer.model.config)))))
-    before = record.get("settings", {}) | _free(record.get("architecture", {}))
+    now = json.loads(json.dumps(nan_to_null(trainer.settings() | _without_weights(architecture(trainer.model.config)))))
+    before = record.get("settings", {}) | _without_weights(record.get("architecture", {}))
     for name, value in now.items():
         if before.get(name, value) != value:
             warnings.warn(f"the run resumes with {name} {value}; it began with {before[name]}.", stacklevel=2)
@@ -147,11 +144,11 @@ def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any
             return
 
 
-def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
+def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
     """Yields, as text, each difference that makes a checkpoint belong to another run."""
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
-    yield from other_classes(class_names(config) or had.get("classes") or data["classes"], data["classes"])
+    yield from class_differences(class_names(config) or had.get("classes") or data["classes"], data["classes"])
     model, own = record.get("model"), class_without_shards(trainer.model).__name__
     if model not in (None, own):
         yield f"its model is a {one_line(model, 60)}, not a {own}"
@@ -192,7 +189,7 @@ def _shown(background: str | None) -> str:
     return "left out" if background is None else f"over {background}"
 
 
-def other_classes(before: list[str], now: list[str]) -> Iterator[str]:
+def class_differences(before: list[str], now: list[str]) -> Iterator[str]:
     """Yields, as text, how the classes of two runs differ; nothing if names and order are the same."""
     if len(before) != len(now):
         yield f"it was trained on {len(before)} classes, and the data have {len(now)}"
@@ -201,7 +198,7 @@ def other_classes(before: list[str], now: list[str]) -> Iterator[str]:
         yield f"it was trained on other classes (label {label} was {before[label]!r} and is {now[label]!r})"
 
 
-def former_records(folder: str | Path, output_dir: str | Path | None) -> tuple[RunRecord | None, RunRecord | None]:
+def earlier_records(folder: str | Path, output_dir: str | Path | None) -> tuple[RunRecord | None, RunRecord | None]:
     """Reads the earlier records of a resumed run. Corrupt records are skipped with a warning.
 
     Args:
@@ -239,7 +236,7 @@ def class_names(config: dict) -> list[str]:
     return [str(labels[str(label)]) for label in range(len(labels))]
 
 
-def _free(architecture: dict) -> dict:
+def _without_weights(architecture: dict) -> dict:
     return {name: value for name, value in architecture.items() if name in _WITHOUT_WEIGHTS}
 
 
@@ -290,5 +287,6 @@ class MissedEvaluation(TrainerCallback):
         ):
             trainer = self.trainer
             # Without this, a kill between a checkpoint and its evaluation would change which epoch is the best one.
-            if trainer._determine_best_metric(trainer.evaluate(), trial=None) and trainer.resumed_from is not None:
-                state.best_model_checkpoint = trainer.resumed_from
+            checkpoint = trainer.beginning.checkpoint
+            if trainer._determine_best_metric(trainer.evaluate(), trial=None) and checkpoint is not None:
+                state.best_model_checkpoint = checkpoint

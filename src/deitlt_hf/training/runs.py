@@ -27,10 +27,10 @@ from .arguments import PRECISIONS
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer, check_student
 from .inputs import label_fields, label_names
-from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
+from .output_folder import check_output_dir, is_abandoned, resumes_in, run_files
 from .processes import check_same_images
 from .publishing import hub_options
-from .resuming import architecture, class_names, other_classes, read_configuration
+from .resuming import architecture, class_differences, class_names, read_configuration
 from .schedule import low_peak
 from .starting import Start, check_start, starting_student
 from .student_arguments import DeiTLTTrainingArguments
@@ -284,7 +284,7 @@ def _check_same_teacher(
     known = record.get("data", {})
     classes = data["train"].features["label"].names
     had_classes = known.get("classes") or class_names(read_configuration(folder)) or classes
-    other = next(other_classes(had_classes, classes), None)
+    other = next(class_differences(had_classes, classes), None)
     if other is not None:
         raise ValueError(
             f"{folder} has a teacher of other classes: {other}; pass it as --teacher to use it anyway, or move it "
@@ -333,7 +333,7 @@ def begin(args, model_type: str) -> None:
         OSError: If the repository cannot be pushed to.
     """
     quiet_log(args.disable_tqdm)
-    check_output_dir(args.output_dir, args.overwrite, goes_on_in(args.output_dir, args.resume_from_checkpoint))
+    check_output_dir(args.output_dir, args.overwrite, resumes_in(args.output_dir, args.resume_from_checkpoint))
     if args.resume_from_checkpoint not in (None, "auto"):
         whole_checkpoint(args.resume_from_checkpoint)
     for callback in get_reporting_integration_callbacks(args.report_to):

@@ -151,9 +151,9 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
             num_images -= num_images % ROUND
         super().check_data(num_images)
 
-    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+    def published_values(self) -> dict[str, tuple[Any, Any]]:
         on_gpu = torch.cuda.is_available() and not self.use_cpu  # a CPU does not train in half precision
-        return super().arrangements() | {"teacher_antialias": (True, False), "fp16": (False, on_gpu)}
+        return super().published_values() | {"teacher_antialias": (True, False), "fp16": (False, on_gpu)}
 
     @property
     def repeats(self) -> int:
@@ -166,7 +166,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         return (self.mixup > 0 or self.cutmix > 0) and self.mixup_probability > 0
 
     @property
-    def begins_heads(self) -> bool:
+    def starts_heads_at_means(self) -> bool:
         """Whether the heads begin at class means."""
         return self.tune == HEADS if self.heads_from_means is None else self.heads_from_means
 

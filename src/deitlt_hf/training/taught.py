@@ -53,14 +53,14 @@ class TaughtTrainer(LongTailTrainer):
         self.tail_classes: list[int] = []
         self.cache: TeacherCache | None = None  # while training
         self._teacher_digests: list[str] = []
-        self._are_ready = False
+        self._are_prepared = False
         super().__init__(model=model, args=args, **kwargs)
         # With the batch statistics of training mode, the label of an image would depend on the rest of its batch. The
         # teachers are no submodules of the student: `train()`, the optimiser and checkpoints do not reach them.
         for model in self._teachers().values():
             model.requires_grad_(False).eval().float()
         if self.args.teacher_cache is None:
-            self._ready_teachers()
+            self._prepare_teachers()
         else:
             self._teacher_digests = [model_digest(model) for model in self._teachers().values()]
 
@@ -69,7 +69,7 @@ class TaughtTrainer(LongTailTrainer):
         both = {"teacher": self.teacher, "tail_teacher": self.tail_teacher}
         return {name: model for name, model in both.items() if model is not None}
 
-    def _ready_teachers(self) -> None:
+    def _prepare_teachers(self) -> None:
         """Moves the teachers to the device, and folds their batch norms on a CPU.
 
         With a cache that has all labels, this is never done: the teachers need no memory of the device.
@@ -79,7 +79,7 @@ class TaughtTrainer(LongTailTrainer):
             model.to(self.args.device)  # type: ignore[arg-type]
             if self.args.fold_teacher and plain and isinstance(model, FlatTeacherForImageClassification):
                 setattr(self, name, model.folded())
-        self._are_ready = True
+        self._are_prepared = True
 
     def check_model(self, model):
         super().check_model(model)
@@ -140,8 +140,8 @@ class TaughtTrainer(LongTailTrainer):
             pixel_values: Images, normalised for the student; (batch, 3, height, width).
             tail: Whether it is the tail teacher.
         """
-        if not self._are_ready:
-            self._ready_teachers()
+        if not self._are_prepared:
+            self._prepare_teachers()
         with torch.inference_mode(), self.accelerator.autocast():
             teacher = self.tail_teacher if tail else self.teacher
             target, order = (self.tail_format, self._tail_order) if tail else (self.teacher_format, self._label_order)
@@ -183,7 +183,7 @@ class TaughtTrainer(LongTailTrainer):
         key = None if cache is None else evaluation_digest(self)
         found = None
         if cache is not None and key is not None:
-            found = of_first_process(self.is_world_process_zero(), lambda: cache.accuracies(key))
+            found = of_first_process(lambda: cache.accuracies(key))
         if found is None:
             found = {name: self.check_teacher(name == "tail_teacher") for name in self._teachers()}
             if cache is not None and key is not None and self.is_world_process_zero():

@@ -59,9 +59,9 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
             )
         require(self, "lr_drop_epochs", increases(self.lr_drop_epochs), "increasing")
 
-    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+    def published_values(self) -> dict[str, tuple[Any, Any]]:
         # PaCo's loader drops an incomplete batch; the loader of Saddle-LongTail uses it.
-        return super().arrangements() | {"partial_steps": (False, not self.loss.drops_last)}
+        return super().published_values() | {"partial_steps": (False, not self.loss.drops_last)}
 
     @property
     def loss(self) -> TeacherLoss:

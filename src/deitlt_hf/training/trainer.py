@@ -41,10 +41,10 @@ from .arguments import LongTailTrainingArguments
 from .ema import EMA_FOLDER, MovingAverage, save_average
 from .experts import check_best_metric, converted, expert_columns, expert_metrics_added, expert_table
 from .inherited import check_parameters
-from .inputs import as_images, common_classes, match_labels, name_classes, outliving
+from .inputs import as_images, common_classes, ignoring_stop_signals, name_classes
 from .memory import keep_freed_memory
 from .optimizers import check_given
-from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
+from .output_folder import check_output_dir, claim_output_dir, resumes_in, run_lock
 from .plan_lines import plan_lines, print_plan
 from .processes import check_same_images, of_first_process
 from .publishing import hub_options, push_trained
@@ -164,8 +164,11 @@ class LongTailTrainer(SharpnessAwareTrainer):
             self.model_init = model_init
         self.make_losses()
         self.set_up_model(model)
+        self._set_up_run()
 
-        # The state of a run.
+    def _set_up_run(self) -> None:
+        """Creates what holds the state of a run, and the callbacks that keep it."""
+        args = self.args
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
         self.results = Results(args.output_dir)
@@ -175,7 +178,6 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.run_dir = args.output_dir
         self.images_sha256: str | None = None  # computed when training starts
         self.beginning = Beginning()
-        self.resumed_from: str | None = None
         self._resuming = self._recording = False
         self._plan: dict[str, str] = {}
 
@@ -339,7 +341,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.run_dir = self._get_output_dir(trial)  # a trial has a separate folder
         self.results.path, self.run_file.folder = Path(self.run_dir) / RESULTS_FILE, Path(self.run_dir)
         # All checks come before the first change in the folder: a refused run must not damage another run.
-        self._resuming = goes_on_in(self.run_dir, resume_from_checkpoint)
+        self._resuming = resumes_in(self.run_dir, resume_from_checkpoint)
         check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
         check_same_images([self._datasets[0], *self._evaluated()])
         images = self.train_dataset
@@ -348,11 +350,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
         with run_lock(self.run_dir) if self.args.should_save else contextlib.nullcontext():
             self.check_before_training()
             self._plan = plan_lines(self)
-            first = self.is_world_process_zero()
-            self.images_sha256 = of_first_process(first, lambda: images_hash(self._datasets[0]))
-            self.beginning = of_first_process(
-                first, lambda: find_beginning(self, resume_from_checkpoint, self._resuming)
-            )
+            self.images_sha256 = of_first_process(lambda: images_hash(self._datasets[0]))
+            self.beginning = of_first_process(lambda: find_beginning(self, resume_from_checkpoint, self._resuming))
             if self.beginning.is_finished:
                 return self._load_finished()
             return self._train_and_evaluate(self.beginning.checkpoint, trial, ignore_keys_for_eval)
@@ -390,7 +389,6 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self._steps_logged = 0
         if self.ema is not None:
             self.ema.checkpoint = checkpoint
-        self.resumed_from = checkpoint
         try:
             output = super().train(
                 resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
@@ -582,15 +580,15 @@ class LongTailTrainer(SharpnessAwareTrainer):
         Raises:
             ValueError: If the data set has other classes than the model, or another order of classes.
         """
-        return outliving(super().get_eval_dataloader(self._matching_images(eval_dataset)))
+        return ignoring_stop_signals(super().get_eval_dataloader(self._matching_images(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset):
         """Data loader for prediction, like [`get_eval_dataloader`]."""
-        return outliving(super().get_test_dataloader(self._matching_images(test_dataset)))
+        return ignoring_stop_signals(super().get_test_dataloader(self._matching_images(test_dataset)))
 
     def _matching_images(self, dataset):
         if isinstance(dataset, Dataset | IterableDataset):
-            match_labels(self.model.config, dataset)
+            name_classes(self.model.config, common_classes(self.model.config, [dataset]))
         return as_images(dataset, self.processing_class, self.args)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
