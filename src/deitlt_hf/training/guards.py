@@ -170,10 +170,9 @@ class SaveByMinutes(Voter):
 class StopOnSignal(Voter):
     """Callback that stops a run on SIGTERM or SIGINT, with a checkpoint at the end of the current step.
 
-    A job scheduler or a preempted machine sends SIGTERM. Ctrl-C sends SIGINT to all processes of a terminal. A second
-    Ctrl-C ends the process at once.
-
-    All processes stop after the same step, even if the signal reaches them at different times.
+    A job scheduler or a preempted machine sends SIGTERM. Ctrl-C sends SIGINT to all processes of a terminal; a second
+    one ends the process at once. All processes stop after the same step, even if the signal reaches them at different
+    times.
 
     Attributes:
         stopped: Whether this callback stopped the run.

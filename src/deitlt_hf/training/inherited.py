@@ -104,8 +104,6 @@ def check_values(args: TrainingArguments) -> None:
         raise ValueError("fp16 has no effect on a CPU; leave it out, or use bf16.")
     if DebugOption.TPU_METRICS_DEBUG in args.debug:
         raise ValueError("debug 'tpu_metrics_debug' has no effect without a TPU; leave it out.")
-    if DebugOption.UNDERFLOW_OVERFLOW in args.debug and args.n_gpu > 1:
-        raise ValueError("debug 'underflow_overflow' needs one process for each GPU; start them with accelerate.")
 
 
 def check_optimizer(args: TrainingArguments) -> None:

@@ -218,7 +218,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         for index, batch in enumerate(self._window):
             self.seed_micro_batch(index, purpose=1)
             self.prepared_micro_batch = index
-            batch.update(self.training_batch(batch))
+            batch.update(self.training_batch(batch))  # in place: the loop of transformers has this object
         own = torch.stack([self.loss_denominators(batch) for batch in self._window])
         # One reduction for denominators and votes: each reduction costs a round trip.
         total = torch.cat([own.sum(dim=0), *(voter.vote(own.device) for voter in self.voters)])
@@ -247,11 +247,12 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
             optimizer = optimizer or self.optimizer
             assert optimizer is not None  # created before
+            # A factor instead of a rate, for the initial rate of each group: layer decay, or a given optimiser.
             self.lr_scheduler = LambdaLR(
                 optimizer,
                 lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.peak_learning_rate,
             )
-            self._created_lr_scheduler = True
+            self._created_lr_scheduler = True  # otherwise a second `train()` would continue with this schedule
         return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -317,7 +318,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            self.nonfinite_guard.check()
+            self.nonfinite_guard.check()  # a log waits for the device anyway
             logs = {**logs, **self.logged_means(over_processes=True)}
             self._logged.clear()
             self._steps_logged = 0

@@ -129,7 +129,7 @@ class TaughtTrainer(LongTailTrainer):
         is_tail = torch.isin(dominating, torch.tensor(self.tail_classes, device=dominating.device))
         rows = [(~is_tail).nonzero().flatten(), is_tail.nonzero().flatten()]
         parts = [self.teacher_logits(views[mine], tail) for tail, mine in enumerate(rows) if len(mine)]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        return torch.cat(parts)[torch.cat(rows).argsort()]  # in the order of the batch again
 
     def teacher_logits(self, pixel_values: torch.Tensor, tail: bool | int = False) -> torch.Tensor:
         """Computes a teacher's logits, in the student's label order, for images normalised for the student.

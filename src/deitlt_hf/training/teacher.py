@@ -64,7 +64,7 @@ class FlatTeacherTrainer(LongTailTrainer):
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
         if args.loss.contrast:
-            views["key_pixel_values"] = views["pixel_values"]
+            views["key_pixel_values"] = views["pixel_values"]  # the same transform, with other random draws
         return views
 
     def make_optimizer(self, model: PreTrainedModel) -> Optimizer:
@@ -114,7 +114,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         self.contrast.follow(self.accelerator.unwrap_model(self.model))
         super()._prepare_window()
         for batch in self._window:
-            del batch["key_pixel_values"]
+            del batch["key_pixel_values"]  # frees half of the images on the device
         sizes = [len(batch["labels"]) for batch in self._window]
         keys = torch.cat([batch["keys"][:size] for batch, size in zip(self._window, sizes, strict=True)])
         labels = torch.cat([batch["labels"] for batch in self._window])

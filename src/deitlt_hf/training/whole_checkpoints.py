@@ -74,13 +74,15 @@ class WholeCheckpointTrainer(Trainer):
             if self.args.should_save:
                 begin_checkpoint(output_dir)
             self.accelerator.wait_for_everyone()
+            # While this is set, `_get_output_dir` leads the parent into the staging folder: also other processes, which
+            # write their random states.
             self._staging = Path(output_dir) / STAGING
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             self._staging = None
             self._finish_checkpoint(output_dir)
             self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
                 f"{' '.join(str(error).split())}; earlier checkpoints are unchanged."
@@ -120,15 +122,11 @@ class WholeCheckpointTrainer(Trainer):
                 elif not has_adapter(self.model):
                     replace_model(output_dir, lambda folder: save(folder, state_dict))
                 else:
-                    self._save_adapted(output_dir)
+                    replace_model(output_dir, self._save_merged)
+                    if self.args.save_adapter:
+                        replace_model(Path(output_dir) / ADAPTER_FOLDER, lambda to: save_adapter(self.model, to))
         finally:
             self.args.hub_token = token
-
-    def _save_adapted(self, output_dir: str) -> None:
-        """Writes a model with an adapter merged, and the adapter beside it on request."""
-        replace_model(output_dir, self._save_merged)
-        if self.args.save_adapter:
-            replace_model(Path(output_dir) / ADAPTER_FOLDER, lambda folder: save_adapter(self.model, folder))
 
     def _save_merged(self, folder: str) -> None:
         merged(self.model).save_pretrained(folder)
