@@ -74,7 +74,7 @@ class SAM(Optimizer):
             # A copy: subtracting the perturbation again would leave rounding errors in the weights.
             self._perturbed[parameter] = parameter.detach().clone()
             length = norm.to(parameter.device)
-            # 1e-12, as in the authors' code, for a gradient of zero.
+            # 1e-12 for a gradient of zero.
             step = self._direction(parameter) * (rho / (length + 1e-12)).to(parameter.dtype)
             # `torch.where`, because an `if` would synchronise the device in every step.
             parameter.add_(torch.where(length.isfinite(), step, 0.0))
