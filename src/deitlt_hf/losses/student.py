@@ -76,6 +76,7 @@ class DistillationLoss(nn.Module):
         self.temperature = temperature
         self.target = target
         self.register_buffer("class_weights", class_weights)
+        # Equation 2 re-weights the DIST head alone: CLS stays the expert on head classes.
         self.register_buffer("cls_weights", class_weights if reweight_cls else cls_weights)
         self.cls_criterion = of_cls.build(class_counts, self.cls_weights)
 
@@ -121,6 +122,7 @@ class DistillationLoss(nn.Module):
         """
         batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
         cls_total = batch_size if self.cls_weights is None else _weight_sum(self.cls_weights, labels)
+        # Re-weighted soft targets are a distribution again, so each image counts once.
         if self.class_weights is None or not self.target.weighted_mean:
             return torch.stack([cls_total, batch_size])
         targets = self.target.targets(labels, teacher_logits)

@@ -145,7 +145,7 @@ class DeiTLTTrainer(TaughtTrainer):
         pixel_values, labels = batch["pixel_values"], batch["labels"]
         # On CIFAR, the authors stop mixing and label smoothing where DRW starts.
         if not self.in_drw or self.args.mixing_in_drw:
-            if self.args.mixes:
+            if self.args.mixes:  # in place: image i with image n - 1 - i of the micro-batch
                 pixel_values, labels = self.mixup(pixel_values, labels)
             elif self.args.label_smoothing_factor > 0:
                 labels = mixup_target(labels, self.model.config.num_labels, 1.0, self.args.label_smoothing_factor)

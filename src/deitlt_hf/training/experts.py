@@ -35,6 +35,7 @@ def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: 
     """
     loss = F.cross_entropy(outputs[0]["logits"].float(), labels, reduction="none")
     columns = [output[field].argmax(dim=1) for output in outputs for field in fields]
+    # One tensor, because transformers gathers and concatenates predictions. As float32, it holds classes exactly.
     return torch.stack([*columns, loss], dim=1)
 
 
