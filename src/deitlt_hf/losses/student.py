@@ -104,7 +104,11 @@ class DistillationLoss(nn.Module):
         # Sums over a batch in half precision would lose digits, and can overflow in fp16.
         cls_logits, distillation_logits = cls_logits.float(), distillation_logits.float()
         if self.target.needs_teacher:
-            teacher_logits = _checked(self.distillation, teacher_logits, distillation_logits)
+            if teacher_logits is None:
+                raise ValueError(f"distillation={self.distillation!r} needs teacher_logits; got None.")
+            if teacher_logits.shape != distillation_logits.shape:
+                found = f"{tuple(teacher_logits.shape)}, the student's {tuple(distillation_logits.shape)}"
+                raise ValueError(f"teacher_logits have shape {found}.")
         if denominators is None:
             denominators = self.denominators(labels, teacher_logits)
 
@@ -127,16 +131,6 @@ class DistillationLoss(nn.Module):
             return torch.stack([cls_total, batch_size])
         targets = self.target.targets(labels, teacher_logits)
         return torch.stack([cls_total, _weight_sum(self.class_weights, targets)])
-
-
-def _checked(distillation: str, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor) -> torch.Tensor:
-    if teacher_logits is None:
-        raise ValueError(f"distillation={distillation!r} needs teacher_logits; got None.")
-    if teacher_logits.shape != student_logits.shape:
-        raise ValueError(
-            f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(student_logits.shape)}."
-        )
-    return teacher_logits
 
 
 def _weight_sum(weights: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .optimizers import MUON, muon
 from .plan_lines import drw_start
 from .student_arguments import DeiTLTTrainingArguments
 from .taught import TaughtTrainer
-from .tuning import FULL, begin_heads, check_means, check_tunable, features_of, freeze, parameter_groups
+from .tuning import FULL, begin_heads, check_tunable, features_of, freeze, parameter_groups
 
 
 class DeiTLTTrainer(TaughtTrainer):
@@ -191,9 +191,9 @@ class DeiTLTTrainer(TaughtTrainer):
 def check_student(student: PreTrainedModel, args: DeiTLTTrainingArguments, images: Any) -> None:
     """Raises `ValueError` if a student cannot be trained on images as the arguments ask for."""
     check_tunable(student, args.tune)
-    if args.starts_heads_at_means:
-        check_means(images)
     if isinstance(images, StreamedSplit):
+        if args.starts_heads_at_means:
+            raise ValueError("heads_from_means reads all training images first, as a stream cannot; set it to false.")
         check_streaming(args)
 
 

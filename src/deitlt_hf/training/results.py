@@ -46,11 +46,6 @@ class Results:
         self.tail_teacher: Mapping | None = None
         self._was_finished = False
 
-    @property
-    def last_step(self) -> int | None:
-        """Step of the last evaluation."""
-        return self.content.get("last", {}).get("step")
-
     def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
         """Starts the record.
 

@@ -395,7 +395,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
             )
             self.nonfinite_guard.check()
             evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
-            if evaluates and self.results.last_step != self.state.global_step:
+            if evaluates and self.results.content.get("last", {}).get("step") != self.state.global_step:
                 self.evaluate()
             if self.test_dataset is not None and not self.stop_signal.stopped:
                 self._test()

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
@@ -170,9 +169,3 @@ def features_of(trainer, images: Any) -> Iterable[tuple[torch.Tensor, torch.Tens
             features = model(pixel_values=batch["pixel_values"].to(trainer.args.device)).token_features
         yield trainer.accelerator.gather_for_metrics((features, batch["labels"].to(trainer.args.device)))
     model.train(was_training)
-
-
-def check_means(dataset: Any) -> None:
-    """Raises `ValueError` if class means cannot be computed, because the training images are a stream."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError("heads_from_means reads all training images first, which a stream cannot; set it to false.")
