@@ -143,7 +143,7 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     if not start:
         return "it is empty"
     if isinstance(error, SafetensorError):
-        return f"it is not a whole safetensors file ({error})"
+        return f"it is not a complete safetensors file ({error})"
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         return "it is cut short; copy or download it again"
     if zipfile.is_zipfile(path):

@@ -316,7 +316,7 @@ def _teacher(checkpoint: _Checkpoint, class_map, class_counts, class_names) -> F
     classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
     if checkpoint.kind == PACO_TEACHER and classes["class_map"] not in (None, list(range(num_labels))):
         raise ValueError(
-            f"{checkpoint.name} holds {PACO_TEACHER}, whose head is in the data set's order as it is; leave class_map "
+            f"{checkpoint.name} holds {PACO_TEACHER}, whose head is already in the data set's order; leave class_map "
             "out. The map of a student's file is of the heads of students and of LDAM teachers."
         )
     model = FlatTeacherForImageClassification(FlatTeacherConfig(**sizes | classes))

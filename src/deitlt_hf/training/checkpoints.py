@@ -194,10 +194,10 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
         wrong = find_corruption(path)
         if wrong is None:
             return str(path)
-        warnings.warn(f"the checkpoint {path} is left out: {wrong}.", stacklevel=2)
+        warnings.warn(f"the checkpoint {path} is skipped: {wrong}.", stacklevel=2)
     if found or has_model(folder):
         raise ValueError(
-            f"{output_dir} has no whole checkpoint to resume from; choose another --output_dir, or pass --overwrite."
+            f"{output_dir} has no complete checkpoint to resume from; choose another --output_dir, or pass --overwrite."
         )
     return None
 

@@ -41,7 +41,7 @@ def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: 
 
 @contextlib.contextmanager
 def expert_metrics_added(trainer, keeps_logits: bool) -> Iterator[None]:
-    """Context in which the trainer's `compute_metrics` adds the metrics of the experts to those that a user asked for.
+    """Context in which the trainer's `compute_metrics` adds the metrics of the experts to those of the user.
 
     Args:
         trainer: A trainer with a method `expert_metrics`, whose predictions are the columns of the experts.

@@ -65,7 +65,7 @@ def check_frozen(
         raise ValueError("tune heads reads the features of all training images first; leave out --streaming.")
     path = model_args.backbone
     if read_model_config(path)["model_type"] == FlatTeacherConfig.model_type:
-        raise ValueError(f"{path} is a CNN teacher of this package, which is used as it is: pass it as --teacher.")
+        raise ValueError(f"{path} is a CNN teacher of this package, which needs no new head: pass it as --teacher.")
     with loading(path):
         config = native_config(path)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:

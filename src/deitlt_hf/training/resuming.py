@@ -63,7 +63,7 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
         resuming: Whether the run to resume is the run in the trainer's folder.
 
     Raises:
-        ValueError: If no whole checkpoint exists, or it belongs to another run.
+        ValueError: If no complete checkpoint exists, or it belongs to another run.
     """
     if not wanted:
         return Beginning()
@@ -109,7 +109,7 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
     other = next(_differences(read_configuration(folder), record, trainer, data), None)
     if other is not None:
         raise ValueError(
-            f"{folder} is of another run: {other}. Use the original data and settings, choose another --output_dir, or "
+            f"{folder} belongs to another run: {other}. Use the original data and settings, choose another --output_dir, or "
             "start from scratch with --overwrite."
         )
     # Through JSON, as the record was: tuples become lists.
@@ -161,7 +161,7 @@ def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any])
     for name in _FIXED:
         before = record.get("settings", {}).get(name, settings.get(name))
         if name in settings and before != settings[name]:
-            yield f"it was begun with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
+            yield f"it began with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
     counts = had.get("class_counts") or config.get("class_counts")
     if isinstance(counts, list) and len(counts) != len(data["class_counts"]):
         yield f"it was trained on {len(counts)} classes, and the data have {len(data['class_counts'])}"

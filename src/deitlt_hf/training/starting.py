@@ -180,7 +180,7 @@ def _as_student(path: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        other = "" if Path(path).is_file() else " As a teacher of the same classes it is welcome (--teacher)."
+        other = "" if Path(path).is_file() else " It can be a teacher of the same classes (--teacher)."
         raise ValueError(f"{path} cannot become a student: {str(error).rstrip('.')}.{other}") from error
 
 
