@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, harm):
     whole, torn = write_checkpoint(tmp_path, 9), write_checkpoint(tmp_path, 10)
     assert newest_checkpoint(tmp_path) == str(torn)
     harm(torn)
-    with pytest.warns(UserWarning, match=rf"{torn} is left out: {DAMAGES[harm]}"):
+    with pytest.warns(UserWarning, match=rf"{torn} is skipped: {DAMAGES[harm]}"):
         assert newest_checkpoint(tmp_path) == str(whole)
     harm(whole)
     with (
