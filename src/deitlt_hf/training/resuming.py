@@ -109,8 +109,8 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
     other = next(_differences(read_configuration(folder), record, trainer, data), None)
     if other is not None:
         raise ValueError(
-            f"{folder} belongs to another run: {other}. Use the original data and settings, choose another --output_dir, "
-            "or start from scratch with --overwrite."
+            f"{folder} belongs to another run: {other}. Use the original data and settings, choose another "
+            "--output_dir, or start from scratch with --overwrite."
         )
     # Through JSON, as the record was: tuples become lists.
     now = json.loads(json.dumps(nan_to_null(trainer.settings() | _without_weights(architecture(trainer.model.config)))))

@@ -316,8 +316,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
         If a finished run is resumed and its model is in the folder, the model is loaded and nothing is written.
 
         Args:
-            resume_from_checkpoint: Checkpoint to resume from. True: the newest complete one in the output folder. `auto`:
-                the same, or the first step if no checkpoint exists.
+            resume_from_checkpoint: Checkpoint to resume from. True: the newest complete one in the output folder.
+                `auto`: the same, or the first step if no checkpoint exists.
             trial: As in the parent class.
             ignore_keys_for_eval: As in the parent class.
 
