@@ -91,10 +91,13 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, harm):
     whole, torn = write_checkpoint(tmp_path, 9), write_checkpoint(tmp_path, 10)
     assert newest_checkpoint(tmp_path) == str(torn)
     harm(torn)
-    with pytest.warns(UserWarning, match=rf"{torn} is left out: {DAMAGES[harm]}"):
+    with pytest.warns(UserWarning, match=rf"{torn} is skipped: {DAMAGES[harm]}"):
         assert newest_checkpoint(tmp_path) == str(whole)
     harm(whole)
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="no whole checkpoint to resume"):
+    with (
+        pytest.warns(UserWarning, match="is skipped"),
+        pytest.raises(ValueError, match="no complete checkpoint to resume"),
+    ):
         newest_checkpoint(tmp_path)
     if harm is remove_manifest:
         assert whole_checkpoint(str(torn)) == str(torn)
@@ -213,7 +216,7 @@ def test_a_run_without_a_checkpoint_starts_and_keeps_a_finished_model(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     assert newest_checkpoint(tmp_path) is None
     (tmp_path / "model.safetensors").write_bytes(b"finished")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         newest_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="there is no such folder"):
         whole_checkpoint(str(tmp_path / "checkpoint-1"))

@@ -109,7 +109,7 @@ def test_a_frozen_vit_becomes_a_plain_classifier_that_teaches(tmp_path, capsys):
     command[4] = str(shutil.copytree(source, tmp_path / "other"))
     with pytest.raises(SystemExit):
         main([*command, "--resume_from_checkpoint", "auto"])
-    assert "it was begun with backbone vit, not other" in capsys.readouterr().err
+    assert "it began with backbone vit, not other" in capsys.readouterr().err
     brief = ["--max_steps", "1", "--drw_start_epoch", "inf", "--eval_strategy", "no", "--save_strategy", "no"]
     main(["distill", "--recipe", TINY, "--teacher", str(out), "--output_dir", str(tmp_path / "student"), *brief])
     taught = json.loads((tmp_path / "student" / "results.json").read_text())["teacher"]

@@ -268,7 +268,7 @@ def test_a_paco_teacher_is_reordered_to_the_order_of_the_data(reference, tmp_pat
         assert torch.equal(loaded.classifier.bias, weights["module.linear.bias"])
     assert "order" not in caplog.text
     class_map = decreasing_count_map(TEACHER_COUNTS).tolist()
-    with pytest.raises(ValueError, match="whose head is in the data set's order as it is; leave class_map"):
+    with pytest.raises(ValueError, match="whose head is in the data set's order; leave class_map"):
         convert_original(weights, tmp_path / "teacher", class_map=class_map)
     assert not (tmp_path / "teacher").exists()
 
@@ -410,7 +410,7 @@ def test_corrupt_files_are_refused(tmp_path, write, message):
 
 def test_corrupt_safetensors_and_missing_files_are_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"version https://git-lfs")
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         load_original_student(tmp_path / "broken.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
         load_original_teacher(tmp_path / "nowhere.pth")

@@ -348,7 +348,7 @@ def test_muon_is_recorded_and_another_optimiser_cannot_resume(tmp_path, digits, 
     assert record["ran"]["optimizer"]["class"] == "deitlt_hf.training.optimizers.Muon"
     assert record["ran"]["optimizer"]["settings"]["use_muon"].count(True) == 1
     assert ["`optim`", "`muon`"] in CardFacts(record, {}).setting_rows()
-    with pytest.raises(ValueError, match="it was begun with optim muon, not adamw_torch"):
+    with pytest.raises(ValueError, match="it began with optim muon, not adamw_torch"):
         trainer_of(tmp_path, digits, **{**values, "optim": "adamw_torch", "max_steps": 3}).train("auto")
 
 

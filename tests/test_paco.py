@@ -84,14 +84,6 @@ def test_momentum_encoder_is_a_moving_average():
     assert not any(parameter.requires_grad for parameter in contrast.encoder.parameters())
 
 
-@pytest.mark.parametrize(
-    ("size", "momentum", "message"), [(0, 0.9, "queue_size .* got 0"), (4, 1.5, r"in \[0, 1\], got 1.5")]
-)
-def test_invalid_contrast_arguments_are_refused(size, momentum, message):
-    with pytest.raises(ValueError, match=message):
-        MomentumContrast(MODEL, size, momentum)
-
-
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_paco_teacher_trains_and_is_saved_completely(tmp_path, digits, rho, accumulation):

@@ -82,6 +82,7 @@ def test_command_uses_unlabelled_folders(tmp_path, pictures, capsys):
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     main(["pretrain", "--recipe", "digits_lt", "--output_dir", str(tmp_path / "out"), *words])
     record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["settings"]["weight_decay"] == 0.05  # also the fields that only pre-training has
     digits = DataArguments(imbalance_ratio=20).load()["train"]
     assert record["data"]["train_images"] == len(digits) + 3
     assert "deitlt distill --recipe digits_lt --init_from" in capsys.readouterr().out

@@ -139,8 +139,8 @@ def test_each_setting_of_as_published_matters(tmp_path, name, monkeypatch):
     """Each setting of `as_published` has an effect, within an epoch, that the test above would detect."""
     monkeypatch.setattr(timm.data.mixup, "rand_bbox", older_box)
     trainer = published_trainer(tmp_path, as_published=True)
-    monkeypatch.setattr(DeiTLTTrainingArguments, "_decide_arrangement", lambda args: None)  # refuses the value
-    setattr(trainer.args, name, trainer.args.arrangements()[name][False])
+    monkeypatch.setattr(DeiTLTTrainingArguments, "_set_published_values", lambda args: None)  # refuses the value
+    setattr(trainer.args, name, trainer.args.published_values()[name][False])
     trainer.add_callback(StopAt(6))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -168,9 +168,9 @@ def test_as_published_uses_half_precision_on_a_gpu(tmp_path, monkeypatch):
     """`as_published` uses half precision only when the run uses a GPU; the default is full precision there, too."""
     args = DeiTLTTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert args.arrangements()["fp16"] == (False, False)
+    assert args.published_values()["fp16"] == (False, False)
     args.use_cpu = False
-    assert args.arrangements()["fp16"] == (False, True)
+    assert args.published_values()["fp16"] == (False, True)
 
 
 def test_the_default_settings(tmp_path):

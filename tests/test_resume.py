@@ -211,7 +211,7 @@ def test_resuming_a_finished_run_keeps_its_record(tmp_path, digits, teacher):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, digits, config, message):
     student_trainer(tmp_path, digits, distillation="none", save_strategy="epoch", num_train_epochs=1).train()
     trainer = student_trainer(tmp_path, digits, model=make_student(**config), distillation="none")
-    with pytest.raises(ValueError, match=rf"checkpoint-7 is of another run: {message}"):
+    with pytest.raises(ValueError, match=rf"checkpoint-7 belongs to another run: {message}"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -332,7 +332,7 @@ def test_a_finished_run_without_checkpoints_has_nothing_to_do(finished, tmp_path
     before = content_of(tmp_path / "run")
     short("student", tmp_path / "run", digits).train(resume_from_checkpoint="auto")
     assert content_of(tmp_path / "run") == before
-    with pytest.raises(ValueError, match="no whole checkpoint to resume from"):
+    with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
         short("student", tmp_path / "run", digits, max_steps=11).train(resume_from_checkpoint="auto")
 
 
@@ -495,12 +495,12 @@ def test_another_run_is_refused_before_anything_is_written(
         change(tmp_path / "data")
     before = content_of(tmp_path / "run")
     trainer = make_small(tmp_path / "run", tmp_path / "data", options, **values)
-    with pytest.raises(ValueError, match="is of another run") as raised:
+    with pytest.raises(ValueError, match="belongs to another run") as raised:
         trainer.train(resume_from_checkpoint="auto")
     assert what in str(raised.value)
     assert content_of(tmp_path / "run") == before
     elsewhere = make_small(tmp_path / "other", tmp_path / "data", options, **values)
-    with pytest.raises(ValueError, match="is of another run"):
+    with pytest.raises(ValueError, match="belongs to another run"):
         elsewhere.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert list((tmp_path / "other").iterdir()) == []
 

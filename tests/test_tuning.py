@@ -135,8 +135,8 @@ def test_frozen_heads_begin_at_the_means_of_the_training_images(tmp_path, digits
     found = trainer.model.cls_classifier.weight.detach().clone()
     begin_heads(trainer.model, features_of(trainer, digits["train"]))
     torch.testing.assert_close(found, trainer.model.cls_classifier.weight, atol=1e-4, rtol=1e-4)
-    assert not student_arguments(tmp_path).begins_heads
-    assert not student_arguments(tmp_path, tune="heads", heads_from_means=False).begins_heads
+    assert not student_arguments(tmp_path).starts_heads_at_means
+    assert not student_arguments(tmp_path, tune="heads", heads_from_means=False).starts_heads_at_means
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,7 @@ def one_line(value: object, limit: int = MAX_QUOTED) -> str:
 
 
 def check_can_be_folder(folder: str | PathLike) -> None:
-    """Checks that a folder to write to can be created.
-
-    Raises:
-        FileExistsError: If the path, or one of its parents, is a file.
-    """
+    """Raises `FileExistsError` if a folder to write to, or one of its parents, is a file."""
     for path in (Path(folder), *Path(folder).parents):
         if path.is_file():
             raise FileExistsError(f"{path} is a file; choose another folder to write to than {folder}.")

@@ -16,11 +16,7 @@ def findings(
 ) -> list[str]:
     """Sentences about classes that nobody predicts, heads that agree, and groups with few test images.
 
-    Args:
-        predictions: Predicted class of each image, (images,), by expert.
-        labels: True classes, (images,).
-        groups: Class indices of each group.
-        names: Names of the classes.
+    `predictions` has the predicted class of each image, (images,), by expert; `labels` has the true classes.
     """
     found = []
     right = np.any([classes == labels for classes in predictions.values()], axis=0)

@@ -19,15 +19,14 @@ class Estimate(NamedTuple):
     ends: dict[str, tuple[float, float]]
 
 
-def calibration_error(
-    correct: Sequence[bool] | np.ndarray, confidences: Sequence[float] | np.ndarray, bins: int = BINS
-) -> float:
+def calibration_error(correct: Sequence[bool] | np.ndarray, confidences: Sequence[float] | np.ndarray) -> float:
     """Expected calibration error (Guo et al., ICML 2017): mean distance between accuracy and confidence.
+
+    They are compared within each of `BINS` bins of equal width.
 
     Args:
         correct: Whether each prediction is right.
         confidences: Probability of each predicted class, in [0, 1].
-        bins: Number of bins of equal width. Accuracy and confidence are compared within each bin.
 
     Raises:
         ValueError: If a confidence is outside [0, 1].
@@ -36,9 +35,9 @@ def calibration_error(
     if len(confidences) and not (confidences.min() >= 0 and confidences.max() <= 1 + 1e-6):
         raise ValueError(f"confidences must be in [0, 1], got {confidences.min():g} to {confidences.max():g}.")
     # The upper edge belongs to the bin, as in the original definition.
-    places = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
+    places = np.clip(np.ceil(confidences * BINS).astype(int) - 1, 0, BINS - 1)
     # The sum over a bin is its number of images times the difference between accuracy and mean confidence.
-    gaps = np.bincount(places, weights=correct - confidences, minlength=bins)
+    gaps = np.bincount(places, weights=correct - confidences, minlength=BINS)
     return float(np.abs(gaps).sum() / len(correct))
 
 
@@ -91,7 +90,6 @@ def bootstrap_intervals(
     labels: Integers,
     level: float = 0.95,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> dict[Any, tuple[float, float]]:
     """Confidence intervals by the percentile bootstrap (Efron, 1979) over test images.
 
@@ -103,8 +101,7 @@ def bootstrap_intervals(
         figures: Computes metrics for images, given by their indices (with repetitions).
         labels: True class of each image.
         level: Share of the samples that an interval covers.
-        resamples: Number of bootstrap samples.
-        seed: Seed of the samples.
+        resamples: Number of bootstrap samples, always the same ones.
 
     Returns:
         Lower and upper end for each metric; NaN if the metric is NaN in a sample.
@@ -116,7 +113,7 @@ def bootstrap_intervals(
         raise ValueError(f"level must be between 0 and 1, got {level}.")
     if resamples < 1:
         raise ValueError(f"resamples must be 1 or more, got {resamples}.")
-    random, labels = np.random.default_rng(seed), np.asarray(labels)
+    random, labels = np.random.default_rng(0), np.asarray(labels)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     samples = [figures(np.concatenate([_drawn(member, random) for member in members])) for _ in range(resamples)]
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -160,10 +157,8 @@ def paired_leads(
     Args:
         predictions: Predicted class of each image, by model.
         reference: Classes predicted by the other model.
-        labels: True class of each image.
+        labels: True class of each image; see [`bootstrap_intervals`] for the last two parameters.
         groups: Class indices of each group.
-        level: See [`bootstrap_intervals`].
-        resamples: See [`bootstrap_intervals`].
     """
     classes = {name: np.asarray(found) for name, found in predictions.items()}
     other, labels = np.asarray(reference), np.asarray(labels)

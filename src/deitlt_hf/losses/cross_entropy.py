@@ -26,16 +26,16 @@ def binary_cross_entropy_sum(
     return F.binary_cross_entropy_with_logits(logits, probabilities, weights, reduction="sum") / num_classes
 
 
-def _of_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
+def _build_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
     return nn.CrossEntropyLoss(class_weights, reduction="sum")
 
 
-def _of_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
+def _build_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
     return nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing_factor)
 
 
-TEACHER = TeacherLoss(_of_teacher, smooths_labels=True)
-CLS = ClsLoss(_of_cls)
+TEACHER = TeacherLoss(_build_teacher, smooths_labels=True)
+CLS = ClsLoss(_build_cls)
 BINARY_CLS = ClsLoss(lambda class_counts, class_weights: partial(binary_cross_entropy_sum, class_weights=class_weights))
 HARD = DistillationTarget(
     lambda labels, teacher_logits: teacher_logits.argmax(dim=1), cross_entropy_sum, weighted_mean=True

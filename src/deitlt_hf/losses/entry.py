@@ -7,16 +7,24 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 Counts = Sequence[int] | torch.Tensor | None
+Limit = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the allowed values in words
+
+# Limits of numbers; None, the default of some of them, is allowed.
+ABOVE_0: Limit = (lambda value: value is None or value > 0, "above 0")
+AT_LEAST_0: Limit = (lambda value: value is None or value >= 0, "0 or more")
+AT_LEAST_1: Limit = (lambda value: value is None or value >= 1, "1 or more")
+SHARE: Limit = (lambda value: 0 <= value <= 1, "in [0, 1]")
+BELOW_1: Limit = (lambda value: 0 <= value < 1, "in [0, 1)")
 
 
 class LossOptions:
     """Base of a dataclass with a loss's own training arguments, whose names begin with the name of the loss.
 
     Attributes:
-        limits: For each option that has them: whether a value is inside, and the limits in words.
+        limits: Limits of the options that have any.
     """
 
-    limits: ClassVar[Mapping[str, tuple[Callable[[Any], bool], str]]] = {}
+    limits: ClassVar[Mapping[str, Limit]] = {}
 
 
 @dataclass(frozen=True)
@@ -90,16 +98,7 @@ Entry = TypeVar("Entry", TeacherLoss, ClsLoss, DistillationTarget)
 
 
 def find(losses: Mapping[str, Entry], name: str, field: str) -> Entry:
-    """Finds the entry of a loss.
-
-    Args:
-        losses: A registry.
-        name: Name of the loss.
-        field: Field with that name, for the error message.
-
-    Raises:
-        ValueError: If there is no loss of this name.
-    """
+    """The entry of a loss in a registry. Raises `ValueError`, with the name of the `field`, if there is none."""
     if name not in losses:
         raise ValueError(f"{field} must be one of {', '.join(losses)}, got {name!r}.")
     return losses[name]

@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from .class_weights import positive_counts
-from .entry import Counts, LossOptions, TeacherLoss
+from .entry import ABOVE_0, Counts, LossOptions, TeacherLoss
 
 
 @dataclass
 class LDAMOptions(LossOptions):
     """Training arguments of LDAM."""
 
-    limits: ClassVar = dict.fromkeys(("ldam_margin", "ldam_scale"), (lambda value: value > 0, "above 0"))
+    limits: ClassVar = dict.fromkeys(("ldam_margin", "ldam_scale"), ABOVE_0)
     ldam_margin: float = field(
         default=0.5, metadata={"help": "LDAM: margin of the rarest class, which is the largest margin."}
     )
@@ -68,16 +68,17 @@ class LDAMLoss(nn.Module):
             labels: Class indices; (batch,).
         """
         margins = F.one_hot(labels, logits.shape[1]) * self.margins[labels].unsqueeze(1)
-        # The logits are scaled cosines, so the margins are scaled by the same factor.
+        # The margins are distances of cosines, but the logits are already scaled (config.logit_scale), so that a saved
+        # model gives probabilities without its loss. The scale matters: softmax of bare cosines is almost uniform.
         shifted = logits.float() - self.scale * margins
         return F.cross_entropy(shifted, labels, weight=self.class_weights, reduction=self.reduction)
 
 
-def _of_teacher(args: LDAMOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> LDAMLoss:
+def _build_teacher(args: LDAMOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> LDAMLoss:
     assert class_counts is not None  # known whenever training images are given
     return LDAMLoss(class_counts, args.ldam_margin, args.ldam_scale, class_weights, "sum")
 
 
 TEACHER = TeacherLoss(
-    _of_teacher, "needs a cosine classifier", LDAMOptions, classifier="cosine", logit_scale="ldam_scale"
+    _build_teacher, "needs a cosine classifier", LDAMOptions, classifier="cosine", logit_scale="ldam_scale"
 )

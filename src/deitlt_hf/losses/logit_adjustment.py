@@ -54,14 +54,14 @@ class LogitAdjustedLoss(nn.Module):
         )
 
 
-def _of_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> LogitAdjustedLoss:
+def _build_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> LogitAdjustedLoss:
     assert class_counts is not None  # for the teacher: known whenever training images are given
     return LogitAdjustedLoss(class_counts, class_weights=class_weights, reduction="sum")
 
 
-def _of_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) -> LogitAdjustedLoss:
-    return _of_cls(class_counts, class_weights)
+def _build_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) -> LogitAdjustedLoss:
+    return _build_cls(class_counts, class_weights)
 
 
-TEACHER = TeacherLoss(_of_teacher, "balanced softmax")
-CLS = ClsLoss(_of_cls, "balanced softmax: logits adjusted by the class frequencies", needs_counts=True)
+TEACHER = TeacherLoss(_build_teacher, "balanced softmax")
+CLS = ClsLoss(_build_cls, "balanced softmax: logits adjusted by the class frequencies", needs_counts=True)

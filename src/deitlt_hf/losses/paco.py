@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .class_weights import positive_counts
-from .entry import Counts, LossOptions, TeacherLoss
+from .entry import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Counts, LossOptions, TeacherLoss
 
 
 @dataclass
@@ -17,10 +17,10 @@ class PaCoOptions(LossOptions):
     """Training arguments of PaCo and its momentum encoder."""
 
     limits: ClassVar = {
-        "paco_alpha": (lambda value: value >= 0, "0 or more"),
-        "paco_temperature": (lambda value: value > 0, "above 0"),
-        "paco_queue": (lambda value: value >= 1, "1 or more"),
-        "paco_momentum": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+        "paco_alpha": AT_LEAST_0,
+        "paco_temperature": ABOVE_0,
+        "paco_queue": AT_LEAST_1,
+        "paco_momentum": SHARE,
     }
     paco_alpha: float = field(
         default=0.01, metadata={"help": "PaCo: weight of an image of the same class as a positive."}
@@ -107,6 +107,7 @@ class PaCoLoss(nn.Module):
         itself = torch.zeros_like(similarities, dtype=torch.bool)
         itself[:, :batch].fill_diagonal_(True)
         similarities = similarities.masked_fill(itself, -torch.inf)
+        # As in balanced softmax: the classifier then does not have to learn how frequent the classes are.
         centres = logits.float() + self.log_prior
         # Adding log(gamma) before the exponential multiplies the image terms of the denominator by gamma.
         terms = torch.cat([centres, similarities + math.log(self.gamma)], dim=1)
@@ -115,6 +116,7 @@ class PaCoLoss(nn.Module):
         same_class = (labels[:, None] == torch.cat([labels, key_labels])) & ~itself
         of_centre = centres.gather(1, labels[:, None]) - log_denominator
         of_images = (similarities - log_denominator).masked_fill(~same_class, 0.0).sum(dim=1)
+        # A weighted mean over the positives: images of a frequent class have more of them, in batch and queue.
         positives = self.beta + self.alpha * same_class.sum(dim=1)
         losses = -(self.beta * of_centre.squeeze(1) + self.alpha * of_images) / positives
         if self.class_weights is not None:
@@ -126,7 +128,7 @@ class PaCoLoss(nn.Module):
         return losses if self.reduction == "none" else reductions[self.reduction]()
 
 
-def _of_teacher(args: PaCoOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> PaCoLoss:
+def _build_teacher(args: PaCoOptions, class_counts: Counts, class_weights: torch.Tensor | None) -> PaCoLoss:
     assert class_counts is not None  # known whenever training images are given
     return PaCoLoss(
         class_counts,
@@ -137,4 +139,4 @@ def _of_teacher(args: PaCoOptions, class_counts: Counts, class_weights: torch.Te
     )
 
 
-TEACHER = TeacherLoss(_of_teacher, "needs projection_size", PaCoOptions, contrast=True, drops_last=True)
+TEACHER = TeacherLoss(_build_teacher, "needs projection_size", PaCoOptions, contrast=True, drops_last=True)

@@ -11,17 +11,19 @@ def divergence_sum(
 ) -> torch.Tensor:
     """Kullback-Leibler divergence from the teacher's probabilities, times temperature squared, summed over images.
 
+    The temperature softens both distributions; the factor keeps the size of the gradient (Hinton et al., section 2).
+
     Args:
         logits: The student's logits; (batch, classes).
         teacher_logits: The teacher's logits; (batch, classes).
-        class_weights: Weights of the classes, (classes,). They re-weight the teacher's distribution: `p_c * w_c`,
-            renormalised.
-        temperature: Softens both distributions.
+        class_weights: Weights w_c of the classes, (classes,); the teacher's p_c become `p_c * w_c`, renormalised.
+        temperature: Divisor of the logits.
     """
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
     if class_weights is not None:
-        # The softmax renormalises the weighted probabilities.
+        # The softmax renormalises the weighted probabilities: the targets are again a distribution, and the divergence
+        # is smallest where the student equals it.
         teacher = F.log_softmax(teacher + class_weights.log(), dim=1)
     return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 

@@ -76,6 +76,7 @@ class DistillationLoss(nn.Module):
         self.temperature = temperature
         self.target = target
         self.register_buffer("class_weights", class_weights)
+        # Equation 2 re-weights the DIST head alone: CLS stays the expert on head classes.
         self.register_buffer("cls_weights", class_weights if reweight_cls else cls_weights)
         self.cls_criterion = of_cls.build(class_counts, self.cls_weights)
 
@@ -100,9 +101,14 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: If the teacher's logits are missing or have another shape than the student's.
         """
+        # Sums over a batch in half precision would lose digits, and can overflow in fp16.
         cls_logits, distillation_logits = cls_logits.float(), distillation_logits.float()
         if self.target.needs_teacher:
-            teacher_logits = _checked(self.distillation, teacher_logits, distillation_logits)
+            if teacher_logits is None:
+                raise ValueError(f"distillation={self.distillation!r} needs teacher_logits; got None.")
+            if teacher_logits.shape != distillation_logits.shape:
+                found = f"{tuple(teacher_logits.shape)}, the student's {tuple(distillation_logits.shape)}"
+                raise ValueError(f"teacher_logits have shape {found}.")
         if denominators is None:
             denominators = self.denominators(labels, teacher_logits)
 
@@ -114,23 +120,17 @@ class DistillationLoss(nn.Module):
         return DistillationLossOutput(cls_loss + distillation_loss, cls_loss, distillation_loss)
 
     def denominators(self, labels: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> torch.Tensor:
-        """Divisors of the CLS and DIST sums of this batch, (2,): the batch size or the sum of weights."""
+        """Divisors of the CLS and DIST sums of this batch, (2,): the batch size or the sum of weights.
+
+        The weights of the DIST head are those of its targets, the classes that the teacher predicts, not of the labels.
+        """
         batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
         cls_total = batch_size if self.cls_weights is None else _weight_sum(self.cls_weights, labels)
+        # Re-weighted soft targets are a distribution again, so each image counts once.
         if self.class_weights is None or not self.target.weighted_mean:
             return torch.stack([cls_total, batch_size])
         targets = self.target.targets(labels, teacher_logits)
         return torch.stack([cls_total, _weight_sum(self.class_weights, targets)])
-
-
-def _checked(distillation: str, teacher_logits: torch.Tensor | None, student_logits: torch.Tensor) -> torch.Tensor:
-    if teacher_logits is None:
-        raise ValueError(f"distillation={distillation!r} needs teacher_logits; got None.")
-    if teacher_logits.shape != student_logits.shape:
-        raise ValueError(
-            f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(student_logits.shape)}."
-        )
-    return teacher_logits
 
 
 def _weight_sum(weights: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

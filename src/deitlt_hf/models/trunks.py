@@ -110,11 +110,7 @@ class Trunk:
 
 
 def check_type(model_type: str) -> None:
-    """Checks that a student can start from models of a `model_type` of transformers.
-
-    Raises:
-        ValueError: If not, with the reason.
-    """
+    """Raises `ValueError`, with the reason, if a student cannot start from models of a `model_type` of transformers."""
     if model_type not in (*NATIVE_TYPES, TIMM_TYPE):
         raise ValueError(_REASONS.get(model_type, f"a model of type {model_type!r} is no plain ViT"))
 
@@ -135,7 +131,8 @@ def trunk_of(model: nn.Module) -> Trunk:
     vit = model.base_model if isinstance(model, PreTrainedModel) else model  # that of timm's wrapper is timm's model
     if isinstance(vit, PreTrainedModel):
         check_type(vit.config.model_type)
-        config, named = _native_fields(vit.config), dict(_native_names(vit.state_dict()))
+        config = _native_fields(vit.config)
+        named = {_renamed(name, {}, _NATIVE_BLOCK_MODULES): tensor for name, tensor in vit.state_dict().items()}
         antialias = vit.config.model_type == "dinov2_with_registers"
     else:
         config, named = _timm_fields(vit), dict(_timm_names(vit.state_dict()))
@@ -229,7 +226,8 @@ def vit_of_file(weights: dict[str, torch.Tensor], num_attention_heads: int | Non
         projection, positions = weights["patch_embed.proj.weight"], weights["pos_embed"]
         width, _, patch_size, _ = projection.shape
         registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-        grid, extra = _grid(positions.shape[1])
+        grid = math.isqrt(positions.shape[1])
+        extra = positions.shape[1] - grid**2  # positions of tokens
         with torch.device("meta"):
             vit = VisionTransformer(
                 img_size=grid * patch_size,
@@ -321,18 +319,7 @@ def _side(size: int | Iterable[int]) -> int:
     return sides.pop()
 
 
-def _grid(positions: int) -> tuple[int, int]:
-    """Side of the grid of patches, and the number of positions of other tokens."""
-    side = math.isqrt(positions)
-    return side, positions - side**2
-
-
 # ---- Weights ----
-
-
-def _native_names(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in state_dict.items():
-        yield _renamed(name, {}, _NATIVE_BLOCK_MODULES), tensor
 
 
 def _timm_names(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

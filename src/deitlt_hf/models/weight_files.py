@@ -93,11 +93,7 @@ def check_model_files(folder: str | PathLike) -> None:
 
 @contextlib.contextmanager
 def _one_sentence(path: str | PathLike) -> Iterator[None]:
-    """Turns any loading error into one sentence that says why the file cannot be loaded.
-
-    Raises:
-        ValueError: Instead of the errors that torch and safetensors raise.
-    """
+    """Turns any loading error into a `ValueError` of one sentence that says why the file cannot be loaded."""
     try:
         yield
     except Exception as error:  # a pickle of garbage can raise anything
@@ -147,7 +143,7 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     if not start:
         return "it is empty"
     if isinstance(error, SafetensorError):
-        return f"it is not a whole safetensors file ({error})"
+        return f"it is not a complete safetensors file ({error})"
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         return "it is cut short; copy or download it again"
     if zipfile.is_zipfile(path):

@@ -100,18 +100,8 @@ def load_original_teacher(
     """Loads a PaCo or LDAM teacher (ResNet-32 or ResNet-50) from a file of the authors.
 
     The kind of teacher and its sizes are read from the tensors. The head of an LDAM teacher for ImageNet-LT or
-    iNaturalist has the order of the students' heads (see [`load_original_student`]), and the same class map applies.
-    The head of a PaCo teacher is already in the data set's order.
-
-    Args:
-        source: The file, or a state dict.
-        class_map: Row of each class in the file's head; not for a PaCo teacher.
-        class_counts: Training images of each class, in label order.
-        class_names: Names of the classes, in label order.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file cannot be read safely, does not hold a teacher, or does not fit the classes.
+    iNaturalist has the order of the students' heads, and the same class map applies. The head of a PaCo teacher is
+    already in the data set's order, without `class_map`. See [`load_original_student`] for parameters and errors.
     """
     checkpoint = _open(source)
     if checkpoint.kind == STUDENT:
@@ -130,19 +120,11 @@ def convert_original(
 ) -> PreTrainedModel:
     """Converts a file of the authors to a folder with a model and its image processor, for `from_pretrained`.
 
-    Args:
-        source: Any file that [`load_original_student`] or [`load_original_teacher`] takes.
-        folder: Folder to write to. It must not hold a model.
-        ema: See [`load_original_student`], also for the next three arguments.
-        class_map: Row of each class in the file's heads.
-        class_counts: Training images of each class, in label order.
-        class_names: Names of the classes, in label order.
-        **config: Further fields of a student's configuration.
+    Parameters and errors are those of [`load_original_student`] and [`load_original_teacher`]. The folder must not
+    hold a model.
 
     Raises:
         FileExistsError: If the folder holds a model, or is a file.
-        FileNotFoundError: If the file does not exist.
-        ValueError: See [`load_original_student`] and [`load_original_teacher`].
     """
     folder = Path(folder).expanduser()
     check_holds_no_model(folder)
@@ -160,11 +142,7 @@ def convert_original(
 
 
 def check_holds_no_model(folder: str | PathLike) -> None:
-    """Checks that a model can be written to a folder: it holds no model and can be created.
-
-    Raises:
-        FileExistsError: If the folder holds a model, or is a file or below one.
-    """
+    """Raises `FileExistsError` if a folder holds a model, or cannot be created because it is a file or below one."""
     check_can_be_folder(folder)
     if any(Path(folder).glob("*.safetensors*")) or (Path(folder) / "config.json").is_file():
         raise FileExistsError(f"{folder} holds a model; choose another folder.")
@@ -235,7 +213,8 @@ class _Checkpoint:
 
 def _open(source: Source, ema: bool = False) -> _Checkpoint:
     """Reads a file and identifies its content by the names of its tensors."""
-    name, content = _read(source)
+    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    content: Mapping[str, Any] = source if isinstance(source, Mapping) else read_checkpoint(source)
     keys = ("model_ema",) if ema else ("model", "state_dict")
     below = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
     if ema and not below:
@@ -268,13 +247,6 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
         if kind == STUDENT
         else kind == LDAM_TEACHER and any(key.startswith("layer4.") for key in state_dict),
     )
-
-
-def _read(source: Source) -> tuple[str, Mapping[str, Any]]:
-    """Returns the name of a file or state dict for messages, and its content."""
-    if isinstance(source, Mapping):
-        return "the state dict", source
-    return str(source), read_checkpoint(source)
 
 
 def _is_whole(value: Any) -> bool:
@@ -344,7 +316,7 @@ def _teacher(checkpoint: _Checkpoint, class_map, class_counts, class_names) -> F
     classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
     if checkpoint.kind == PACO_TEACHER and classes["class_map"] not in (None, list(range(num_labels))):
         raise ValueError(
-            f"{checkpoint.name} holds {PACO_TEACHER}, whose head is in the data set's order as it is; leave class_map "
+            f"{checkpoint.name} holds {PACO_TEACHER}, whose head is already in the data set's order; leave class_map "
             "out. The map of a student's file is of the heads of students and of LDAM teachers."
         )
     model = FlatTeacherForImageClassification(FlatTeacherConfig(**sizes | classes))
@@ -390,7 +362,12 @@ def _classes(
     if checkpoint.class_counts is not None:
         of_file = [checkpoint.class_counts[row] for row in class_map or range(num_labels)]
         class_counts = of_file if class_counts is None else class_counts
-        _check_counts(checkpoint.name, of_file, class_counts)
+        for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
+            if count != given:
+                raise ValueError(
+                    f"class {label} had {count} training images for {checkpoint.name} but has {given} in class_counts; "
+                    "these are other data, or other classes."
+                )
     classes: dict[str, Any] = {"num_labels": num_labels, "class_map": class_map}
     if class_counts is not None:
         classes["class_counts"] = class_counts
@@ -419,15 +396,6 @@ def _map_of_sorted(
     return None
 
 
-def _check_counts(name: str, of_file: Sequence[int], class_counts: Sequence[int]) -> None:
-    for label, (count, given) in enumerate(zip(of_file, class_counts, strict=True)):
-        if count != given:
-            raise ValueError(
-                f"class {label} had {count} training images for {name} but has {given} in class_counts; these are "
-                "other data, or other classes."
-            )
-
-
 def _fill(
     model: Model,
     checkpoint: _Checkpoint,
@@ -453,7 +421,7 @@ def _fill(
         raise ValueError(f"{checkpoint.name} is not {checkpoint.kind} as the authors save it: {'; '.join(problems)}.")
     weights = to_ours(found)
     class_map = model.config.class_map
-    if class_map is not None:
+    if class_map is not None:  # the rows of the heads, from the authors' order to the data set's
         weights |= {name: tensor[class_map] for name, tensor in weights.items() if "classifier." in name}
     model.load_state_dict(weights)
     return model.eval()

@@ -29,11 +29,7 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {((n, n, n), False): f"resne
 
 
 def student_sizes(state_dict: StateDict) -> dict[str, Any]:
-    """Reads fields of [`DeiTLTConfig`] from the authors' tensors. Attention heads are assumed 64 wide, as in all DeiTs.
-
-    Raises:
-        ValueError, IndexError: If a tensor has too few dimensions.
-    """
+    """Reads fields of [`DeiTLTConfig`] from the authors' tensors. Heads are assumed 64 wide, as in all DeiTs."""
     width, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     num_patches = state_dict["pos_embed"].shape[1] - 2  # without the CLS and DIST tokens
     if num_patches < 1:
@@ -71,6 +67,7 @@ def student_to_original(state_dict: StateDict) -> dict[str, torch.Tensor]:
     original = {}
     for name, tensor in renamed.items():
         if ".attn.q." in name:
+            # timm and the authors compute queries, keys and values by one matrix, in this order.
             parts = [renamed[name.replace(".attn.q.", f".attn.{part}.")] for part in "qkv"]
             original[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
         elif ".attn.k." not in name and ".attn.v." not in name:

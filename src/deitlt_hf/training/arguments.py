@@ -4,7 +4,7 @@ import importlib.util
 import itertools
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from ..data.sampling import SAMPLINGS
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import LossOptions
 from ..losses.class_weights import read_class_weights
+from ..losses.entry import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, Limit
 from . import inherited
 from .optimizers import MUON
 
@@ -25,28 +26,6 @@ if torch.distributed.is_available():
     importlib.import_module("torch.distributed.nn")
 
 PRECISIONS = ("bf16", "fp16")
-# Fields that affect how a run is carried out, but not its result.
-_RUNNING = {
-    "recipe",
-    "overwrite",
-    "image_resize",
-    "image_cache",
-    "save_adapter",
-    "remove_unused_columns",
-    "logging_nan_inf_filter",
-    "report_to",
-    "eval_strategy",
-    "on_nonfinite",
-    "nonfinite_limit",
-    "save_minutes",
-    "save_total_limit",
-    "ddp_find_unused_parameters",
-    "hub_strategy",
-    "keep_freed_memory",
-    "fold_teacher",
-    "teacher_cache",
-    "logging_steps",
-}
 # Unchanged fields of transformers that affect the result of a run, if only its last digits.
 _OF_TRANSFORMERS = {
     "num_train_epochs",
@@ -61,11 +40,11 @@ _OF_TRANSFORMERS = {
 }
 
 
-def option(default, help: str):
-    """A field with a default (lists are copied) and a help text."""
+def option(default, help: str, method: bool = True):
+    """A field with a default (lists are copied) and a help text. `method`: it affects the result of a run."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata={"help": help, "method": method})
+    return field(default=default, metadata={"help": help, "method": method})
 
 
 def increases(values: Sequence[float]) -> bool:
@@ -79,9 +58,9 @@ def require(args: TrainingArguments, name: str, fits: bool, wanted: str) -> None
         raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)!r}.")
 
 
-def require_choice(args: TrainingArguments, name: str, choices: Collection[str]) -> None:
-    """Raises `ValueError` if the value of a field is not one of `choices`."""
-    require(args, name, getattr(args, name) in choices, f"one of {', '.join(choices)}")
+def one_of(*choices: str) -> Limit:
+    """Limit of a field to some values."""
+    return choices.__contains__, f"one of {', '.join(choices)}"
 
 
 @dataclass
@@ -96,6 +75,7 @@ class LongTailTrainingArguments(TrainingArguments):
             (`overrides`).
         refused: Fields that must keep their defaults, with the reasons.
         phase_starts: Fields with the epochs at which phases of training start.
+        limits: Limits of the fields that have any, in addition to those of the parent classes.
 
     Raises:
         ValueError: If a value is outside its range, or `global_batch_size` cannot be divided into whole micro-batches.
@@ -103,9 +83,24 @@ class LongTailTrainingArguments(TrainingArguments):
 
     refused: ClassVar[Mapping[str, str]] = inherited.ARGUMENTS
     phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs",)
+    limits: ClassVar[Mapping[str, Limit]] = {
+        **dict.fromkeys(("hflip", "random_erasing", "label_smoothing_factor"), SHARE),
+        **dict.fromkeys(("color_jitter", "min_learning_rate", "warmup_learning_rate", "warmup_epochs"), AT_LEAST_0),
+        **dict.fromkeys(("seed", "data_seed", "drw_start_epoch", "nonfinite_limit"), AT_LEAST_0),
+        **dict.fromkeys(("learning_rate", "learning_rate_per_512", "save_minutes"), ABOVE_0),
+        **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "global_batch_size"), AT_LEAST_1),
+        **dict.fromkeys(("gradient_accumulation_steps", "learning_rate_micro_batches"), AT_LEAST_1),
+        "drw_beta": BELOW_1,
+        "ema_decay": (lambda value: value is None or 0 < value < 1, "between 0 and 1"),
+        "sam_rho": (lambda values: len(values) > 0 and min(values) >= 0, "one or more values, none negative"),
+        "sampling": one_of(*SAMPLINGS),
+        "loss_normalization": (lambda value: value in (None, "global", "per_process"), "one of global, per_process"),
+        "on_nonfinite": one_of("stop", "skip"),
+        "hub_strategy": one_of("end"),
+    }
     if TYPE_CHECKING:  # None by default in transformers, which then fills it
         output_dir: str = "trainer_output"
-    recipe: Mapping | None = field(default=None, init=False, repr=False)
+    recipe: Mapping | None = field(default=None, init=False, repr=False, metadata={"method": False})
     global_batch_size: int | None = option(
         None,
         "Images per optimiser step, over all processes. Sets gradient_accumulation_steps and turns "
@@ -165,6 +160,7 @@ class LongTailTrainingArguments(TrainingArguments):
         None,
         "Length in pixels to which the shorter side is resized before the centre crop in evaluation. None: 256 / 224 "
         "of an image size of 224 pixels or more, or the image size itself if it is smaller.",
+        method=False,
     )
     train_crop: str = option(
         "random_resized", f"Random crop of training images: {' or '.join(TRAIN_CROPS)} (by an eighth of the size)."
@@ -185,6 +181,7 @@ class LongTailTrainingArguments(TrainingArguments):
         None,
         "Folder for reduced copies of the images, for training at twice the image size. Each image is decoded at its "
         "full size only once; later epochs and runs read the copies. None: no copies.",
+        method=False,
     )
     ema_decay: float | None = option(
         None,
@@ -196,6 +193,7 @@ class LongTailTrainingArguments(TrainingArguments):
         False,
         "Also save the adapters of a PEFT model separately, in the subfolder 'adapter'. The full model, with the "
         "adapters merged into its weights, is always saved.",
+        method=False,
     )
     as_published: bool = option(
         False,
@@ -224,38 +222,55 @@ class LongTailTrainingArguments(TrainingArguments):
         "stop",
         "'stop' the run if the loss or the weights are not finite, or 'skip' an update if its gradient is not finite. "
         "'skip' synchronises the device in every step, which is slower.",
+        method=False,
     )
-    nonfinite_limit: int = option(20, "Number of consecutive updates that may be skipped with on_nonfinite skip.")
-    overwrite: bool = option(False, "Replace an existing run in output_dir.")
+    nonfinite_limit: int = option(
+        20, "Number of consecutive updates that may be skipped with on_nonfinite skip.", method=False
+    )
+    overwrite: bool = option(False, "Replace an existing run in output_dir.", method=False)
     keep_freed_memory: bool | None = option(
         None,
         "On a CPU, keep freed memory between steps instead of returning it to the system, which is faster. Applies to "
         "the whole process and cannot be undone. By default commands do so, and trainers in Python do not.",
+        method=False,
     )
 
-    remove_unused_columns: bool = option(False, "Must stay off: the data set creates the inputs of the model itself.")
+    remove_unused_columns: bool = option(
+        False, "Must stay off: the data set creates the inputs of the model itself.", method=False
+    )
     max_grad_norm: float = option(0.0, "Maximum norm of the gradient for clipping. 0: no clipping, as in the paper.")
-    logging_nan_inf_filter: bool = option(False, "Must stay off: a loss that is not finite stops the run.")
+    logging_nan_inf_filter: bool = option(
+        False, "Must stay off: a loss that is not finite stops the run.", method=False
+    )
     logging_steps: float = option(
         0.02,
         "Optimiser steps between two log lines; a value below 1 is a fraction of the run. The default gives 50 lines.",
+        method=False,
     )
     report_to: None | str | list[str] = option(
         None,
         "Experiment trackers to report to: trackio, tensorboard, wandb, none, ... By default trackio if it is "
         "installed, otherwise none.",
+        method=False,
     )
-    eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.")
+    eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.", method=False)
     save_minutes: float | None = option(
         None,
         "Also save a checkpoint when this many minutes have passed since the last one. None: as save_strategy says.",
+        method=False,
     )
-    save_total_limit: int | None = option(2, "Number of checkpoints to keep. The best checkpoint is always kept.")
+    save_total_limit: int | None = option(
+        2, "Number of checkpoints to keep. The best checkpoint is always kept.", method=False
+    )
     ddp_find_unused_parameters: bool | None = option(
-        False, "Search for parameters without a gradient in distributed training. Not needed: every parameter has one."
+        False,
+        "Search for parameters without a gradient in distributed training. Not needed: every parameter has one.",
+        method=False,
     )
     hub_strategy: str = option(
-        "end", "What push_to_hub pushes. Only 'end' is supported: the finished model, without checkpoints."
+        "end",
+        "What push_to_hub pushes. Only 'end' is supported: the finished model, without checkpoints.",
+        method=False,
     )
     seed: int = option(0, "Random seed of initialisation, augmentation and order of the images.")
 
@@ -264,8 +279,8 @@ class LongTailTrainingArguments(TrainingArguments):
         inherited.check_needs(self)
         if self.report_to is None:
             self.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
-        self._made_learning_rate: float | None = None  # last computed value, to detect changes
-        self._made_data_seed: int | None = None
+        self._computed_learning_rate: float | None = None  # last computed value, to detect changes
+        self._computed_data_seed: int | None = None
         # Global batch, micro-batch and accumulation steps after the last `settle`.
         self._batch: tuple[int | None, int, int] | None = None
         # transformers compares the learning rate with 0, so it must not be None there.
@@ -285,44 +300,19 @@ class LongTailTrainingArguments(TrainingArguments):
         self.settle()
 
     def check(self) -> None:
-        """Checks each value.
-
-        Raises:
-            ValueError: If a value is outside its range, or a field that must keep its default was changed.
-        """
+        """Raises `ValueError` if a value is outside its range, or a field that must keep its default was changed."""
         inherited.check_left(self, self.refused)
-        self._decide_arrangement()
+        for cls in type(self).__mro__:
+            for name, (fits, wanted) in vars(cls).get("limits", {}).items():
+                require(self, name, fits(getattr(self, name)), wanted)
+        self._set_published_values()
         if self.auto_augment in ("none", ""):
             self.auto_augment = None
         if self.drw_start_epoch == math.inf:
             self.drw_start_epoch = None
         self.class_weights = read_class_weights(self.class_weights)
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
-        require(self, "color_jitter", self.color_jitter >= 0, "0 or more")
         require(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
-        for name in ("hflip", "random_erasing", "label_smoothing_factor"):
-            require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
-        for name in ("seed", "data_seed", "warmup_epochs", "drw_start_epoch", "nonfinite_limit"):
-            require(self, name, (getattr(self, name) or 0) >= 0, "0 or more")
-        for name in ("min_learning_rate", "warmup_learning_rate"):
-            require(self, name, getattr(self, name) >= 0, "0 or more")
-        self._check_sam()
-        require_choice(self, "loss_normalization", ("global", "per_process"))
-        require_choice(self, "on_nonfinite", ("stop", "skip"))
-        require_choice(self, "sampling", SAMPLINGS)
-        require(self, "save_minutes", self.save_minutes is None or self.save_minutes > 0, "above 0")
-        require_choice(self, "hub_strategy", ("end",))
-        require(self, "drw_beta", 0 <= self.drw_beta < 1, "in [0, 1)")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            require(self, name, getattr(self, name) >= 1, "1 or more")
-        for name in ("global_batch_size", "learning_rate_micro_batches"):
-            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
-        require(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
-        require(self, "learning_rate_per_512", self.learning_rate_per_512 > 0, "above 0")
-
-    def _check_sam(self) -> None:
-        require(self, "sam_rho", len(self.sam_rho) > 0 and min(self.sam_rho) >= 0, "one or more values, none negative")
         if len(self.sam_rho) == 1:
             self.sam_rho_epochs = [0.0]
         if len(self.sam_rho) != len(self.sam_rho_epochs):
@@ -337,11 +327,7 @@ class LongTailTrainingArguments(TrainingArguments):
         """Recomputes batch size and learning rate from the current values, and checks all values again.
 
         The trainers call it, because values can change after construction: by assignment, by `set_training`, or by a
-        hyperparameter search.
-
-        Raises:
-            ValueError: If a value is outside its range or has no effect, or `global_batch_size` cannot be divided into
-                whole micro-batches.
+        hyperparameter search. It raises `ValueError` for a value without effect, too.
         """
         self.check()
         inherited.check_values(self)
@@ -351,16 +337,21 @@ class LongTailTrainingArguments(TrainingArguments):
         if batch != self._batch:
             if self._batch is not None and self.global_batch_size == self._batch[0]:
                 self.global_batch_size = None  # one of its factors was set since
-            self._divide_global_batch()
+            if self.global_batch_size is None:
+                self.global_batch_size = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+            else:
+                self.per_device_train_batch_size, self.gradient_accumulation_steps = divide_batch(
+                    self.global_batch_size, self.world_size * max(self.n_gpu, 1), self.per_device_train_batch_size
+                )
             self._batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         # A learning rate that was not set by the user follows the batch size.
-        if self.learning_rate in (None, self._made_learning_rate):
+        if self.learning_rate in (None, self._computed_learning_rate):
             micro_batches = self.learning_rate_micro_batches or self.gradient_accumulation_steps
             assert self.global_batch_size is not None  # set above
             self.learning_rate = self.learning_rate_per_512 * self.global_batch_size / micro_batches / 512
-            self._made_learning_rate = self.learning_rate
-        if self.data_seed in (None, self._made_data_seed):
-            self.data_seed = self._made_data_seed = self.seed
+            self._computed_learning_rate = self.learning_rate
+        if self.data_seed in (None, self._computed_data_seed):
+            self.data_seed = self._computed_data_seed = self.seed
         return self
 
     def set_training(self, *args, **kwargs):
@@ -380,17 +371,13 @@ class LongTailTrainingArguments(TrainingArguments):
         return self
 
     def set_lr_scheduler(self, *args, **kwargs):
-        """Not supported: the learning-rate schedule of the method cannot be exchanged here.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raises `ValueError`: the learning-rate schedule of the method cannot be exchanged here."""
         raise ValueError(
             "set_lr_scheduler has no effect: the method defines its schedule; set num_train_epochs, warmup_epochs and "
             "min_learning_rate, or pass the trainer a scheduler together with its optimizer."
         )
 
-    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+    def published_values(self) -> dict[str, tuple[Any, Any]]:
         """Fields that `as_published` sets, each with its value in this package and its value in the authors' code."""
         return {
             "loss_normalization": ("global", "per_process"),
@@ -398,13 +385,12 @@ class LongTailTrainingArguments(TrainingArguments):
             "ema_every_micro_batch": (False, True),
         }
 
-    def _decide_arrangement(self) -> None:
-        """Sets the fields of [`arrangements`] that were not given. Only this method applies `as_published` to them.
+    def _set_published_values(self) -> None:
+        """Sets the fields of [`published_values`] that were not given. Only this method applies `as_published` to them.
 
-        Raises:
-            ValueError: If `as_published` is set and a given value differs from the published one.
+        It raises `ValueError` if `as_published` is set and a given value differs from the published one.
         """
-        for name, ways in self.arrangements().items():
+        for name, ways in self.published_values().items():
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, ways[self.as_published])
@@ -441,20 +427,15 @@ class LongTailTrainingArguments(TrainingArguments):
             c for c in type(self).__mro__ if issubclass(c, LongTailTrainingArguments) or LossOptions in c.__bases__
         ]
         own = {name for cls in classes for name in cls.__annotations__}
-        names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
-        settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
+        names = {field.name for field in fields(self) if field.name in own and field.metadata.get("method", True)}
+        settings = {name: getattr(self, name) for name in sorted(names | _OF_TRANSFORMERS)}
         settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations to values
         settings["image_cache"] = bool(self.image_cache)  # training sees other pixels; the folder does not matter
-        return settings | {
-            name: self.mixed_precision == name for name in PRECISIONS
-        }  # may come from `accelerate launch`
+        # The precision may come from `accelerate launch`.
+        return settings | {name: self.mixed_precision == name for name in PRECISIONS}
 
     def check_data(self, num_images: int) -> None:
-        """Checks that there are enough training images and epochs.
-
-        Raises:
-            ValueError: If an epoch has fewer images than one batch, or a phase would start after the end of training.
-        """
+        """Raises `ValueError` if an epoch has less than one batch, or a phase would start after the end of training."""
         batch = self.train_batch_size * self.world_size
         if num_images < batch:
             raise ValueError(
@@ -477,15 +458,6 @@ class LongTailTrainingArguments(TrainingArguments):
                     f"{name} {epochs} are not all before the end of training at epoch {self.num_train_epochs:g}; "
                     "change one of them."
                 )
-
-    def _divide_global_batch(self) -> None:
-        """Computes the global batch size, or the micro-batch size and accumulation steps from it."""
-        if self.global_batch_size is None:
-            self.global_batch_size = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
-            return
-        self.per_device_train_batch_size, self.gradient_accumulation_steps = divide_batch(
-            self.global_batch_size, self.world_size * max(self.n_gpu, 1), self.per_device_train_batch_size
-        )
 
 
 def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ _NEEDED = {
     TRAINER_STATE_NAME: (TRAINER_STATE_NAME,),
     "weights": (*MODEL_FILES, "pytorch_model*/*", "global_step*/*"),
 }
-_OF_GOING_ON = {
+_FOR_EXACT_RESUME = {
     "optimizer.pt": ("optimizer.pt", "optimizer.bin", "optimizer*/*", "global_step*/*"),
     "scheduler.pt": ("scheduler.pt", "global_step*/*"),
     "rng_state.pth": ("rng_state*.pth",),
@@ -49,13 +49,9 @@ def _sync_and_hash(path: Path) -> str:
 
 
 def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
-    """Syncs a checkpoint to disk with a manifest of file sizes and hashes, and then moves it into place.
+    """Syncs a checkpoint to disk with a manifest of file sizes and hashes, and then moves it into `output_dir`.
 
-    A checkpoint of the same name is replaced.
-
-    Args:
-        staged: Folder of the written checkpoint, inside the folder from [`begin_checkpoint`].
-        output_dir: Folder of the checkpoints.
+    A checkpoint of the same name is replaced. `staged` is a folder inside that of [`begin_checkpoint`].
     """
     paths = sorted(path for path in staged.rglob("*") if path.is_file())
     # All files reach the disk before the rename: after a power loss, a checkpoint in place is complete. Hashing and
@@ -167,16 +163,16 @@ def find_corruption(checkpoint: str | Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {one_line(entry['size'], 40)}"
         if file_sha256(path) != entry["sha256"]:
             return f"{name} has changed since it was written"
-    for what in (*_NEEDED, *_OF_GOING_ON):
+    for what in (*_NEEDED, *_FOR_EXACT_RESUME):
         if not _has(what, manifest):
-            why = " (save_only_model leaves it out)" if what in _OF_GOING_ON else ""
+            why = " (save_only_model leaves it out)" if what in _FOR_EXACT_RESUME else ""
             return f"its {MANIFEST} does not list {what}{why}"
     return _unreadable(checkpoint)
 
 
 def _has(what: str, names: Iterable[str]) -> bool:
     """Whether the files of a checkpoint include the part `what`."""
-    patterns = (_NEEDED | _OF_GOING_ON)[what]
+    patterns = (_NEEDED | _FOR_EXACT_RESUME)[what]
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
@@ -208,10 +204,10 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
         wrong = find_corruption(path)
         if wrong is None:
             return str(path)
-        warnings.warn(f"the checkpoint {path} is left out: {wrong}.", stacklevel=2)
+        warnings.warn(f"the checkpoint {path} is skipped: {wrong}.", stacklevel=2)
     if found or has_model(folder):
         raise ValueError(
-            f"{output_dir} has no whole checkpoint to resume from; choose another --output_dir, or pass --overwrite."
+            f"{output_dir} has no complete checkpoint to resume from; choose another --output_dir, or pass --overwrite."
         )
     return None
 
@@ -238,7 +234,7 @@ def whole_checkpoint(path: str) -> str:
     else:
         names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         wrong = next((f"it has no {what}" for what in _NEEDED if not _has(what, names)), None) or _unreadable(folder)
-        missing = [what for what in _OF_GOING_ON if not _has(what, names)]
+        missing = [what for what in _FOR_EXACT_RESUME if not _has(what, names)]
         if wrong is None and missing:
             warnings.warn(
                 f"the checkpoint {path} has no {', no '.join(missing)}: these start from scratch, and the result will "

@@ -21,7 +21,7 @@ from .optimizers import MUON, muon
 from .plan_lines import drw_start
 from .student_arguments import DeiTLTTrainingArguments
 from .taught import TaughtTrainer
-from .tuning import FULL, begin_heads, check_means, check_tunable, features_of, freeze, parameter_groups
+from .tuning import FULL, begin_heads, check_tunable, features_of, freeze, parameter_groups
 
 
 class DeiTLTTrainer(TaughtTrainer):
@@ -59,24 +59,10 @@ class DeiTLTTrainer(TaughtTrainer):
     criterion: DistillationLoss
     drw_criterion: DistillationLoss
 
-    def __init__(
-        self,
-        model: PreTrainedModel | None = None,
-        args: DeiTLTTrainingArguments | None = None,
-        teacher: PreTrainedModel | None = None,
-        teacher_processor=None,
-        **kwargs,
-    ):
-        given = (kwargs.get("optimizers") or (None,))[0] is not None
-        if isinstance(args, DeiTLTTrainingArguments) and given and (args.tune != FULL or args.layer_decay != 1):
-            raise ValueError("tune and layer_decay define the groups of the optimizer; leave out these or optimizers.")
-        super().__init__(model, args, teacher, teacher_processor, **kwargs)
-
     def convert_model(self, model):
         return as_student(model)
 
     def check_model(self, model):
-        """Checks the model as the parent class does, and that it can be trained as the arguments ask for."""
         super().check_model(model)
         if self._datasets[0] is not None:
             check_student(model, self.args, self._datasets[0])
@@ -84,7 +70,7 @@ class DeiTLTTrainer(TaughtTrainer):
     def check_accelerator(self):
         super().check_accelerator()
         shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if shards and (self.args.tune != FULL or self.args.begins_heads):
+        if shards and (self.args.tune != FULL or self.args.starts_heads_at_means):
             raise ValueError("tune and heads_from_means need unsharded weights; leave out DeepSpeed and FSDP.")
         if self.args.optim == MUON and (
             self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
@@ -101,7 +87,7 @@ class DeiTLTTrainer(TaughtTrainer):
 
     def begin_record(self):
         super().begin_record()
-        if self.args.begins_heads and self.beginning.checkpoint is None:
+        if self.args.starts_heads_at_means and self.beginning.checkpoint is None:
             begin_heads(self.model, features_of(self, self._datasets[0]))
 
     def make_losses(self):
@@ -157,13 +143,16 @@ class DeiTLTTrainer(TaughtTrainer):
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Mixes the images and labels, then computes the teacher's logits for the mixed images, or reads them."""
         pixel_values, labels = batch["pixel_values"], batch["labels"]
+        # On CIFAR, the authors stop mixing and label smoothing where DRW starts.
         if not self.in_drw or self.args.mixing_in_drw:
-            if self.args.mixes:
+            if self.args.mixes:  # in place: image i with image n - 1 - i of the micro-batch
                 pixel_values, labels = self.mixup(pixel_values, labels)
             elif self.args.label_smoothing_factor > 0:
                 labels = mixup_target(labels, self.model.config.num_labels, 1.0, self.args.label_smoothing_factor)
         prepared = {"pixel_values": pixel_values, "labels": labels}
         if self.args.needs_teacher:
+            # The teacher sees the student's mixed image, which is out of its distribution: this is what differs from
+            # DeiT. The ablation `teacher_view weak` shows it a weakly augmented image of the same row instead.
             views = batch.get("teacher_pixel_values", pixel_values)
             prepared["teacher_logits"] = self.taught_logits(views, labels)
         return prepared
@@ -200,15 +189,11 @@ class DeiTLTTrainer(TaughtTrainer):
 
 
 def check_student(student: PreTrainedModel, args: DeiTLTTrainingArguments, images: Any) -> None:
-    """Checks that a student can be trained on images as the arguments ask for; it is not changed.
-
-    Raises:
-        ValueError: If it cannot.
-    """
+    """Raises `ValueError` if a student cannot be trained on images as the arguments ask for."""
     check_tunable(student, args.tune)
-    if args.begins_heads:
-        check_means(images)
     if isinstance(images, StreamedSplit):
+        if args.starts_heads_at_means:
+            raise ValueError("heads_from_means reads all training images first, as a stream cannot; set it to false.")
         check_streaming(args)
 
 

@@ -48,7 +48,7 @@ class MovingAverage(TrainerCallback):
         self._average.update(model)
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
-        if self.every_micro_batch:
+        if self.every_micro_batch:  # with 4 micro-batches, a decay of 0.99996 is one of 0.99984 for a step
             self._average.update(model)
 
     def save_checkpoint(self, folder: str | Path) -> None:

@@ -35,12 +35,13 @@ def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: 
     """
     loss = F.cross_entropy(outputs[0]["logits"].float(), labels, reduction="none")
     columns = [output[field].argmax(dim=1) for output in outputs for field in fields]
+    # One tensor, because transformers gathers and concatenates predictions. As float32, it holds classes exactly.
     return torch.stack([*columns, loss], dim=1)
 
 
 @contextlib.contextmanager
 def expert_metrics_added(trainer, keeps_logits: bool) -> Iterator[None]:
-    """Context in which the trainer's `compute_metrics` adds the metrics of the experts to those that a user asked for.
+    """Context in which the trainer's `compute_metrics` adds the metrics of the experts to those of the user.
 
     Args:
         trainer: A trainer with a method `expert_metrics`, whose predictions are the columns of the experts.
@@ -124,17 +125,9 @@ def expert_table(
 
 
 def check_best_metric(wanted: str, experts: Collection[str], groups: Collection[str], eval_dataset: Any) -> None:
-    """Checks that evaluations measure `metric_for_best_model`.
-
-    Raises:
-        ValueError: If they do not.
-    """
-    known = [
-        "loss",
-        "accuracy",
-        *OVER_CLASSES,
-        *(f"{expert}_{group}" for expert in experts for group in ("overall", *groups)),
-    ]
+    """Raises `ValueError` if evaluations do not measure `wanted`, the `metric_for_best_model`."""
+    of_experts = (f"{expert}_{group}" for expert in experts for group in ("overall", *groups))
+    known = ["loss", "accuracy", *OVER_CLASSES, *of_experts]
     if isinstance(eval_dataset, dict):
         known = [f"{name}_{metric}" for name in eval_dataset for metric in known]
     if wanted.removeprefix("eval_") not in known:

@@ -23,6 +23,7 @@ from ..recipes import DataArguments, TeacherArguments
 from ..recipes.sections import without_folders
 from ..serving.classifiers import load_processor, loading, read_model_config
 from ..serving.handler import native_config
+from .inputs import name_classes
 from .linear_head import Seen, fit_balanced, fold
 from .provenance import dtype_of
 from .starting import without_report
@@ -64,7 +65,7 @@ def check_frozen(
         raise ValueError("tune heads reads the features of all training images first; leave out --streaming.")
     path = model_args.backbone
     if read_model_config(path)["model_type"] == FlatTeacherConfig.model_type:
-        raise ValueError(f"{path} is a CNN teacher of this package, which is used as it is: pass it as --teacher.")
+        raise ValueError(f"{path} is a CNN teacher of this package, which needs no new head: pass it as --teacher.")
     with loading(path):
         config = native_config(path)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
@@ -90,8 +91,7 @@ def load_frozen(path: str, config: PreTrainedConfig, names: Sequence[str]) -> tu
     Raises:
         ValueError: If weights of the backbone are missing, or the classifier does not end in one linear layer.
     """
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: label for label, name in enumerate(names)}
+    name_classes(config, names)
     config.problem_type = None
     kinds: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     kind = kinds[0] if isinstance(kinds, tuple) else kinds  # the others have two heads, as a distilled DeiT
@@ -230,14 +230,7 @@ def frozen_trainer(
     model_args: TeacherArguments,
     args: FlatTeacherTrainingArguments,
 ) -> tuple[PreTrainedModel, FlatTeacherTrainingArguments, dict[str, Any]]:
-    """Loads the backbone and prepares the trainer's arguments.
-
-    Args:
-        config: What [`check_frozen`] returned.
-        data: The splits.
-        data_args: Arguments of the data.
-        model_args: Arguments of the teacher.
-        args: Arguments of a teacher's training.
+    """Loads the backbone that [`check_frozen`] has checked, and prepares the trainer's arguments.
 
     Returns:
         The classifier, the training arguments, and further parameters of [`FrozenTeacherTrainer`].

@@ -170,10 +170,9 @@ class SaveByMinutes(Voter):
 class StopOnSignal(Voter):
     """Callback that stops a run on SIGTERM or SIGINT, with a checkpoint at the end of the current step.
 
-    A job scheduler or a preempted machine sends SIGTERM. Ctrl-C sends SIGINT to all processes of a terminal. A second
-    Ctrl-C ends the process at once.
-
-    All processes stop after the same step, even if the signal reaches them at different times.
+    A job scheduler or a preempted machine sends SIGTERM. Ctrl-C sends SIGINT to all processes of a terminal; a second
+    one ends the process at once. All processes stop after the same step, even if the signal reaches them at different
+    times.
 
     Attributes:
         stopped: Whether this callback stopped the run.
@@ -184,7 +183,7 @@ class StopOnSignal(Voter):
         self.requested = self.stopped = False
         self._signal = signal.SIGTERM
         self._requested_at = 0.0
-        self._speaks = False
+        self._prints = False
         self._former: dict[int, Any] = {}
 
     def wants(self) -> bool:
@@ -193,7 +192,7 @@ class StopOnSignal(Voter):
     def on_train_begin(self, args, state, control, **kwargs):
         self.requested = self.stopped = False
         self._signal = signal.SIGTERM
-        self._speaks = state.is_world_process_zero
+        self._prints = state.is_world_process_zero
         self._votes.clear()
         if threading.current_thread() is threading.main_thread():  # Python sets signal handlers in the main thread only
             self._former = {
@@ -207,7 +206,7 @@ class StopOnSignal(Voter):
             raise KeyboardInterrupt
         if not self.requested:
             self.requested, self._requested_at, self._signal = True, now, signal.Signals(signum)
-            if signum == signal.SIGINT and self._speaks:
+            if signum == signal.SIGINT and self._prints:
                 # Not `print`, which is not reentrant: the signal may have interrupted another `print`.
                 os.write(
                     2, b"\nCtrl-C: a checkpoint is written at the end of the step; press it again to end at once.\n"
@@ -246,7 +245,7 @@ class StopOnSignal(Voter):
         self._former = {}
 
 
-def outlive_signals(worker: int) -> None:
+def ignore_stop_signals(worker: int) -> None:
     """Makes a data loader worker ignore SIGINT, and SIGTERM unless its parent sent it.
 
     The main process still needs its batches until the end of the step.

@@ -71,11 +71,7 @@ _OPTIMIZERS = {
 
 
 def check_left(values: Any, reasons: Mapping[str, str], prefix: str = "") -> None:
-    """Checks that the fields named in `reasons` have their defaults in a dataclass.
-
-    Raises:
-        ValueError: If a field does not.
-    """
+    """Raises `ValueError` if a field named in `reasons` does not have its default in a dataclass."""
     for field in fields(values):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(values, field.name)
@@ -86,11 +82,7 @@ def check_left(values: Any, reasons: Mapping[str, str], prefix: str = "") -> Non
 
 
 def check_needs(args: TrainingArguments) -> None:
-    """Checks that each given argument comes with the argument that it needs to have an effect.
-
-    Raises:
-        ValueError: If one does not.
-    """
+    """Raises `ValueError` if an argument is given without the one that it needs to have an effect."""
     for name, needed in (
         ("activation_checkpointing_kwargs", "activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "gradient_checkpointing"),
@@ -100,51 +92,40 @@ def check_needs(args: TrainingArguments) -> None:
         ("dataloader_multiprocessing_context", "dataloader_num_workers"),
         ("dataloader_persistent_workers", "dataloader_num_workers"),
     ):
-        if getattr(args, name, None) not in (None, False, {}) and not getattr(
-            args, needed
-        ):  # some exist in newer versions only
-            raise ValueError(f"{name} {getattr(args, name)!r} has no effect without {needed}; give both or neither.")
+        given = getattr(args, name, None)  # some exist in newer versions only
+        if given not in (None, False, {}) and not getattr(args, needed):
+            raise ValueError(f"{name} {given!r} has no effect without {needed}; give both or neither.")
 
 
 def check_values(args: TrainingArguments) -> None:
-    """Checks arguments of which only some values are supported, after the device is known.
-
-    Raises:
-        ValueError: If one has no effect, or would break the method.
-    """
+    """Raises `ValueError` if a value has no effect on the device, or would break the method."""
     check_left(args.accelerator_config, _ACCELERATOR, "accelerator_config: ")
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise ValueError("fp16 has no effect on a CPU; leave it out, or use bf16.")
     if DebugOption.TPU_METRICS_DEBUG in args.debug:
         raise ValueError("debug 'tpu_metrics_debug' has no effect without a TPU; leave it out.")
-    if DebugOption.UNDERFLOW_OVERFLOW in args.debug and args.n_gpu > 1:
-        raise ValueError("debug 'underflow_overflow' needs one process for each GPU; start them with accelerate.")
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Checks that the chosen optimiser can be created, fits the method, and uses all of its arguments.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Raises `ValueError` if the chosen optimiser cannot be created, breaks the method, or ignores an argument."""
     name = str(getattr(args.optim, "value", args.optim))
     for prefix, why in _OPTIMIZERS.items():
         if name.startswith(prefix):
             raise ValueError(f"optim {name!r} cannot be used: {why}.")
-    made = _made_of(args)
+    made = _optimizer_of(args)
     given = [part for part in (args.optim_args or "").replace(" ", "").split(",") if part]
     for part in given:
         others = ",".join(other for other in given if other != part)
-        if _made_of(args, optim_args=others or None) == made:
+        if _optimizer_of(args, optim_args=others or None) == made:
             raise ValueError(f"optim_args {part!r} has no effect on optim {name!r}; leave it out.")
     for field in fields(args):
         if field.name not in ("adam_beta1", "adam_beta2", "adam_epsilon") or getattr(args, field.name) == field.default:
             continue
-        if _made_of(args, **{field.name: field.default}) == made:
+        if _optimizer_of(args, **{field.name: field.default}) == made:
             raise ValueError(f"{field.name} has no effect on optim {name!r}; leave it out.")
 
 
-def _made_of(args: TrainingArguments, **changed) -> tuple:
+def _optimizer_of(args: TrainingArguments, **changed) -> tuple:
     """Class and settings of the optimiser that transformers creates from the arguments."""
     args = copy.copy(args)
     for name, value in changed.items():
@@ -160,11 +141,7 @@ def _made_of(args: TrainingArguments, **changed) -> tuple:
 
 
 def check_parameters(given: Mapping[str, Any]) -> None:
-    """Checks that no given parameter of `Trainer` is refused by these trainers.
-
-    Raises:
-        ValueError: If one was.
-    """
+    """Raises `ValueError` if a parameter of `Trainer` was given that these trainers refuse."""
     for name, why in PARAMETERS.items():
         if given.get(name) is not None:
             raise ValueError(f"{name} cannot be given: {why}.")

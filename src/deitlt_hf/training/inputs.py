@@ -1,6 +1,6 @@
 """Converts `datasets` data sets to the inputs of the trainers, and checks their labels against the model."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -14,7 +14,7 @@ from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
-from .guards import outlive_signals
+from .guards import ignore_stop_signals
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:
@@ -23,9 +23,9 @@ def label_names(config: PreTrainedConfig) -> list[str]:
     return [names[label] for label in range(len(names))]
 
 
-def outliving(loader: DataLoader) -> DataLoader:
+def ignoring_stop_signals(loader: DataLoader) -> DataLoader:
     """Makes the workers of a data loader ignore signals meant for the main process, and returns the loader."""
-    getattr(loader, "base_dataloader", loader).worker_init_fn = outlive_signals
+    getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_stop_signals
     return loader
 
 
@@ -33,6 +33,10 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
     """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
     batches: dict[str, Any] = {"batch_size": args.train_batch_size}
     if not isinstance(images, StreamedImages):
+        if args.sampling == "class_balanced" and not hasattr(images, "labels"):
+            raise ValueError(
+                "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
+            )
         sampler = TrainBatches(
             len(images),
             args.train_batch_size,
@@ -42,7 +46,7 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
             args.repeats,
             args.seed if args.data_seed is None else args.data_seed,
             bool(args.partial_steps),
-            _balanced_labels(images) if args.sampling == "class_balanced" else None,
+            images.labels if args.sampling == "class_balanced" else None,
         )
         images, batches = SeededImages(images), {"batch_sampler": sampler}
     context = getattr(args, "dataloader_multiprocessing_context", None)
@@ -58,25 +62,12 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
         multiprocessing_context=context if args.dataloader_num_workers else None,
         in_order=getattr(args, "dataloader_in_order", True),
         pin_memory=args.dataloader_pin_memory,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=ignore_stop_signals,
     )
 
 
-def _balanced_labels(images):
-    """Class of each image, for class-balanced sampling."""
-    if not hasattr(images, "labels"):
-        raise ValueError(
-            "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
-        )
-    return images.labels
-
-
 def check_streaming(args) -> None:
-    """Checks that training arguments are possible with a stream.
-
-    Raises:
-        ValueError: If one needs the whole data set.
-    """
+    """Raises `ValueError` if a training argument needs the whole data set, which a stream does not have."""
     if args.image_cache:
         raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
     if getattr(args, "teacher_cache", None) is not None:
@@ -130,20 +121,21 @@ def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | No
     return ImageDataset(dataset, *find_columns(dataset), views, background, copies)
 
 
-def match_labels(config: PreTrainedConfig, dataset: Dataset) -> None:
-    """Sets the label names of the model from the data, or checks that they agree with the data.
-
-    Raises:
-        ValueError: See [`common_classes`].
-    """
-    name_classes(config, common_classes(config, [dataset]))
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
+    """Fields of a configuration with the names of its classes."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
-def name_classes(config: PreTrainedConfig, names: list[str]) -> None:
+def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
     """Sets the label names of a model, if it has other ones."""
     if label_names(config) != names:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: label for label, name in enumerate(names)}
+        for field, value in label_fields(names).items():
+            setattr(config, field, value)
+
+
+def first_difference(first: Sequence, second: Sequence) -> int:
+    """Index at which two sequences of the same length begin to differ."""
+    return next(index for index, (one, other) in enumerate(zip(first, second, strict=True)) if one != other)
 
 
 def common_classes(config: PreTrainedConfig, datasets: Iterable[Dataset]) -> list[str]:
@@ -185,7 +177,7 @@ def _matched(known: list[str], config: PreTrainedConfig, dataset: Dataset) -> li
     if len(names) != config.num_labels:
         raise ValueError(f"the model has {config.num_labels} classes but the data have {len(names)}.")
     if known not in (names, [f"LABEL_{label}" for label in range(len(names))]):
-        label = next(label for label, pair in enumerate(zip(known, names, strict=True)) if len(set(pair)) > 1)
+        label = first_difference(known, names)
         raise ValueError(
             f"the model's label {label} is {known[label]!r} but the data's is {names[label]!r}; model and data "
             "need the same classes in the same order."
@@ -194,11 +186,7 @@ def _matched(known: list[str], config: PreTrainedConfig, dataset: Dataset) -> li
 
 
 def _check_kind(dataset) -> None:
-    """Checks that an object is a data set that the trainers support.
-
-    Raises:
-        ValueError: If it is not, or if it has a transform, which the trainer would ignore.
-    """
+    """Raises `ValueError` for what is no supported data set, or has a transform, which the trainer would ignore."""
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise ValueError(
             f"train_dataset and eval_dataset must each be one datasets.Dataset, got a {type(dataset).__name__} of "

@@ -17,9 +17,6 @@ class MomentumContrast(nn.Module):
         model: A model whose output has `projections` of size `config.projection_size`. The encoder is a copy of it.
         queue_size: Number of keys in the queue; 1,024 for CIFAR, 8,192 for ImageNet-LT and iNaturalist.
         momentum: Share of the old weights in an update; 0.999 for all of these data sets.
-
-    Raises:
-        ValueError: If `queue_size` is below 1, or the momentum is outside [0, 1].
     """
 
     keys: torch.Tensor
@@ -28,11 +25,8 @@ class MomentumContrast(nn.Module):
 
     def __init__(self, model: PreTrainedModel, queue_size: int = 1024, momentum: float = 0.999):
         super().__init__()
-        if queue_size < 1:
-            raise ValueError(f"queue_size must be 1 or more, got {queue_size}.")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"the momentum must be in [0, 1], got {momentum}.")
         self.momentum = momentum
+        # In training mode, as in MoCo: keys are normalised by the statistics of their own batch, like queries.
         self.encoder = copy.deepcopy(model).requires_grad_(False).train()
         device = next(model.parameters()).device
         self.register_buffer("keys", torch.zeros(queue_size, model.config.projection_size, device=device))
@@ -42,7 +36,10 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
-        """Moves the parameters of the encoder towards those of the model. Batch-norm statistics are not copied."""
+        """Moves the parameters of the encoder towards those of the model.
+
+        Batch-norm statistics are not copied: in training mode the encoder does not use them.
+        """
         for own, other in zip(self.encoder.parameters(), model.parameters(), strict=True):
             own.lerp_(other, 1 - self.momentum)
 

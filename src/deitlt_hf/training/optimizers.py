@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import GreedyLR, PreTrainedModel, TrainingArguments
 
-from .tuning import is_head, rate_factor
+from .tuning import FULL, is_head, rate_factor
 
 MUON = "muon"  # value of the argument `optim`
 
@@ -63,6 +63,8 @@ def muon(model: nn.Module, args, decayed: Collection[str]) -> Muon:
         if isinstance(module, nn.Linear) and not is_head(name)
     }
     config: Any = model.config
+    # Heads are left to AdamW, and so is the patch projection, a convolution: Muon's orthogonal updates are for hidden
+    # matrices, whose input and output are both features.
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -102,18 +104,10 @@ def check_given(
     args,
     makes_models: bool,
 ) -> None:
-    """Checks that an optimiser and a scheduler that were given match the model and each other.
+    """Raises `ValueError` if a given optimiser and scheduler do not match the model, the arguments or each other.
 
-    Args:
-        model: The model to train.
-        optimizer: The given optimiser, or None.
-        scheduler: The given scheduler, or None.
-        class_and_settings: The parameter `optimizer_cls_and_kwargs` of [`~transformers.Trainer`].
-        args: Training arguments.
-        makes_models: Whether each call of `train` starts with a new model.
-
-    Raises:
-        ValueError: If they do not belong to the model, or not to each other.
+    `class_and_settings` is the parameter `optimizer_cls_and_kwargs` of [`~transformers.Trainer`]; `makes_models` is
+    whether each call of `train` starts with a new model.
     """
     if class_and_settings is not None and optimizer is not None:
         raise ValueError("give optimizers or optimizer_cls_and_kwargs, not both.")
@@ -124,6 +118,8 @@ def check_given(
     if isinstance(scheduler, ReduceLROnPlateau | GreedyLR) and args.metric_for_best_model is None:
         raise ValueError(f"a {type(scheduler).__name__} needs a metric to follow; set metric_for_best_model.")
     if optimizer is not None:
+        if getattr(args, "tune", FULL) != FULL or getattr(args, "layer_decay", 1) != 1:
+            raise ValueError("tune and layer_decay define the groups of the optimizer; leave out these or optimizers.")
         own = {id(parameter) for parameter in model.parameters()}
         if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             raise ValueError(

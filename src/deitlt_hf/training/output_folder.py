@@ -34,7 +34,7 @@ def is_abandoned(output_dir: str | Path) -> bool:
     return False
 
 
-def goes_on_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> bool:
+def resumes_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> bool:
     """Whether the run to resume is the run in `output_dir`. A checkpoint can also belong to another run."""
     if resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool) or resume_from_checkpoint == "auto":
         return bool(resume_from_checkpoint)

@@ -28,7 +28,7 @@ def plan_lines(trainer) -> dict[str, str]:
     if args.save_only_model and (args.save_strategy != "no" or args.save_minutes):
         lines["checkpoints"] = "the model only (save_only_model): the run cannot be resumed"
     if args.as_published:
-        words = [f"{name} {getattr(args, name)}" for name in args.arrangements()]
+        words = [f"{name} {getattr(args, name)}" for name in args.published_values()]
         if args.device.type != "cuda":
             words.append("full precision, as this device has no half precision")
         lines["as published"] = ", ".join(words)

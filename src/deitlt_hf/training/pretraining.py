@@ -1,8 +1,7 @@
 """Masked pre-training of a student's trunk, without labels and without a teacher (MAE; He et al., CVPR 2022)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,14 +10,10 @@ from transformers import ViTMAEForPreTraining, set_seed
 from ..data.transforms import model_processor
 from ..data.unlabelled import ONLY_CLASS, unlabelled_images
 from ..recipes import DataArguments, PretrainingModelArguments
-from .arguments import LongTailTrainingArguments
+from .arguments import LongTailTrainingArguments, option
 from .optimizers import MUON
 from .runs import begin
 from .trainer import LongTailTrainer
-
-
-def _default(value: Any, help: str) -> Any:
-    return field(default=value, metadata={"help": help})
 
 
 @dataclass
@@ -28,19 +23,19 @@ class PretrainingArguments(LongTailTrainingArguments):
     Re-weighting and evaluation have no effect, since no labels are used.
     """
 
-    num_train_epochs: float = _default(800, "Number of epochs. 800 to 1,600 in MAE.")
-    learning_rate_per_512: float = _default(
+    num_train_epochs: float = option(800, "Number of epochs. 800 to 1,600 in MAE.")
+    learning_rate_per_512: float = option(
         3e-4,
         "Peak learning rate for a batch of 512 images; it scales with the batch. MAE uses 1.5e-4 for 256 images.",
     )
-    min_learning_rate: float = _default(0.0, "Final learning rate of the cosine schedule.")
-    warmup_epochs: float = _default(40, "Length of the linear warm-up, in epochs.")
-    warmup_learning_rate: float = _default(0.0, "Learning rate at the start of the warm-up.")
-    weight_decay: float = _default(0.05, "Weight decay of the matrices.")
-    adam_beta2: float = _default(0.95, "Second beta of AdamW.")
-    auto_augment: str | None = _default(None, "Augmentation policy in timm's notation. MAE uses none.")
-    random_erasing: float = _default(0.0, "Probability that a random rectangle of an image is erased. MAE uses 0.")
-    eval_strategy: str = _default("no", "Must stay 'no': there are no labels to evaluate.")
+    min_learning_rate: float = option(0.0, "Final learning rate of the cosine schedule.")
+    warmup_epochs: float = option(40, "Length of the linear warm-up, in epochs.")
+    warmup_learning_rate: float = option(0.0, "Learning rate at the start of the warm-up.")
+    weight_decay: float = option(0.05, "Weight decay of the matrices.")
+    adam_beta2: float = option(0.95, "Second beta of AdamW.")
+    auto_augment: str | None = option(None, "Augmentation policy in timm's notation. MAE uses none.")
+    random_erasing: float = option(0.0, "Probability that a random rectangle of an image is erased. MAE uses 0.")
+    eval_strategy: str = option("no", "Must stay 'no': there are no labels to evaluate.", method=False)
 
     def check(self) -> None:
         super().check()

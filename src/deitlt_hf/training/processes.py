@@ -13,13 +13,8 @@ def check_same_images(splits: Sequence) -> None:
     """Checks that all processes read the same images, in the same order.
 
     Each process computes its part of a batch from its own copy of the data. With different copies, images would be
-    trained on too often or never, and no error would show it.
-
-    Args:
-        splits: Training and evaluation splits of this process.
-
-    Raises:
-        ValueError: In every process, if the images of one differ from those of the first.
+    trained on too often or never, and no error would show it. Every process raises `ValueError` if those of one differ
+    from those of the first.
     """
     if PartialState().num_processes == 1:
         return
@@ -34,14 +29,14 @@ def check_same_images(splits: Sequence) -> None:
             )
 
 
-def of_first_process(is_first: bool, find: Callable[[], Any]) -> Any:
+def of_first_process(find: Callable[[], Any]) -> Any:
     """Calls a function in the main process, and returns its result, or raises its error, in all processes.
 
     Raises:
         ValueError, OSError: If the function raises one.
     """
     outcome: list[Any] = [None, None]
-    if is_first:
+    if PartialState().is_main_process:
         try:
             outcome = [find(), None]
         except (ValueError, OSError) as error:

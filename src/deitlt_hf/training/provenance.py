@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import metadata_load
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import cached_file
 
 from ..data.images import decoder_versions
@@ -47,42 +47,29 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-class WhatRan(TrainerCallback):
-    """Callback that records the objects used for training (dtypes, optimiser, scheduler), beyond the arguments."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        teacher = getattr(trainer, "teacher", None)
-        evaluated = "bfloat16" if args.bf16_full_eval else "float16" if args.fp16_full_eval else None
-        trainer.results.content["ran"] = {
-            "dtype": dtype_of(trainer.model),
-            "teacher_dtype": None if teacher is None else dtype_of(teacher),
-            "evaluation_dtype": evaluated or dtype_of(trainer.model),
-            "mixed_precision": trainer.accelerator.mixed_precision,
-            "tf32": torch.backends.cuda.matmul.allow_tf32,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "compiled": bool(args.torch_compile),
-            "optimizer": self._optimizer_record(),
-            "scheduler": {
-                "class": class_name(without_wrapper(trainer.lr_scheduler)),
-                "of_the_method": "scheduler" not in trainer.given,
-            },
-            "given": list(trainer.given),
-            "image_decoders": decoder_versions(),
-        }
-        if state.is_world_process_zero:
-            trainer.results.write()
-
-    def _optimizer_record(self) -> dict[str, Any]:
-        """The record of the trainer's optimiser. The arguments may give SAM other radii later in the run."""
-        trainer = self.trainer
-        record = optimizer_record(trainer.optimizer)
-        if record["sam"] is not None and not trainer.rho_is_given:
-            record["sam"] |= {"rho": trainer.args.sam_rho, "epochs": trainer.args.sam_rho_epochs}
-        return record
+def what_ran(trainer) -> dict[str, Any]:
+    """The objects that a trainer trains with (dtypes, optimiser, scheduler), which can differ from the arguments."""
+    args, optimizer = trainer.args, optimizer_record(trainer.optimizer)
+    if optimizer["sam"] is not None and not trainer.rho_is_given:  # later phases have other radii
+        optimizer["sam"] |= {"rho": args.sam_rho, "epochs": args.sam_rho_epochs}
+    teacher = getattr(trainer, "teacher", None)
+    evaluated = "bfloat16" if args.bf16_full_eval else "float16" if args.fp16_full_eval else None
+    return {
+        "dtype": dtype_of(trainer.model),
+        "teacher_dtype": None if teacher is None else dtype_of(teacher),
+        "evaluation_dtype": evaluated or dtype_of(trainer.model),
+        "mixed_precision": trainer.accelerator.mixed_precision,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "compiled": bool(args.torch_compile),
+        "optimizer": optimizer,
+        "scheduler": {
+            "class": class_name(without_wrapper(trainer.lr_scheduler)),
+            "of_the_method": "scheduler" not in trainer.given,
+        },
+        "given": list(trainer.given),
+        "image_decoders": decoder_versions(),
+    }
 
 
 def without_wrapper(optimizer):

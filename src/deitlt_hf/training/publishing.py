@@ -14,17 +14,8 @@ from .output_folder import run_files
 def push_trained(trainer, message: str, options: Mapping[str, Any], card: Mapping[str, Any]) -> CommitInfo | None:
     """Saves the model of a trainer, and pushes it in one commit with its card, without checkpoints.
 
-    Args:
-        trainer: The trainer, in every process.
-        message: First line of the commit message.
-        options: See [`hub_options`].
-        card: Parameters of `create_model_card`.
-
-    Returns:
-        The commit in the main process; None in other processes.
-
-    Raises:
-        FileExistsError, ValueError, OSError: See [`LongTailTrainer.push_to_hub`].
+    Every process must call it; see [`LongTailTrainer.push_to_hub`] for results and errors. `options` are those of
+    [`hub_options`], `card` has the parameters of `create_model_card`.
     """
     args = trainer.args
     if trainer.state.global_step == 0 and run_files(args.output_dir):

@@ -46,18 +46,13 @@ class Results:
         self.tail_teacher: Mapping | None = None
         self._was_finished = False
 
-    @property
-    def last_step(self) -> int | None:
-        """Step of the last evaluation."""
-        return self.content.get("last", {}).get("step")
-
     def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
         """Starts the record.
 
         Args:
             trainer: Trainer of the run.
             resumed_step: Step of the checkpoint that the run resumes from; None for a new run.
-            former: Earlier record of a resumed run. Evaluations up to the resumed step are kept.
+            former: Earlier record of a resumed run; its evaluations up to the resumed step are kept.
         """
         args, config = trainer.args, trainer.model.config
         self.content = dict(former or {})

@@ -15,6 +15,8 @@ from ..data.streaming import StreamedImages
 from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
+from .inputs import first_difference
+from .provenance import what_ran
 from .whole_checkpoints import class_without_shards
 
 # Settings that cannot change during a run: the loss, the trained weights or the optimiser's state would not match.
@@ -61,7 +63,7 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
         resuming: Whether the run to resume is the run in the trainer's folder.
 
     Raises:
-        ValueError: If no whole checkpoint exists, or it belongs to another run.
+        ValueError: If no complete checkpoint exists, or it belongs to another run.
     """
     if not wanted:
         return Beginning()
@@ -78,7 +80,7 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
             return Beginning()
     steps = finished if checkpoint is None else read_state(checkpoint).global_step
     assert steps is not None  # without a checkpoint, the run is finished
-    at_step, record = former_records(checkpoint or output_dir, output_dir if resuming else None)
+    at_step, record = earlier_records(checkpoint or output_dir, output_dir if resuming else None)
     check_same_run(checkpoint or output_dir, at_step, trainer, data)
     if steps > total:
         raise ValueError(
@@ -101,21 +103,18 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
         folder: Folder of the checkpoint, or of the finished model.
         record: Record of the run at the checkpoint.
         trainer: Trainer of the resumed run.
-        data: Facts about the trainer's images, in the format of the record.
-
-    Raises:
-        ValueError: If the checkpoint belongs to another run.
+        data: What [`Results.data_of`] says of its images.
     """
     record = record or {}
-    other = next(_of_another_run(read_configuration(folder), record, trainer, data), None)
+    other = next(_differences(read_configuration(folder), record, trainer, data), None)
     if other is not None:
         raise ValueError(
-            f"{folder} is of another run: {other}. Use the original data and settings, choose another --output_dir, or "
-            "start from scratch with --overwrite."
+            f"{folder} belongs to another run: {other}. Use the original data and settings, choose another "
+            "--output_dir, or start from scratch with --overwrite."
         )
     # Through JSON, as the record was: tuples become lists.
-    now = json.loads(json.dumps(nan_to_null(trainer.settings() | _free(architecture(trainer.model.config)))))
-    before = record.get("settings", {}) | _free(record.get("architecture", {}))
+    now = json.loads(json.dumps(nan_to_null(trainer.settings() | _without_weights(architecture(trainer.model.config)))))
+    before = record.get("settings", {}) | _without_weights(record.get("architecture", {}))
     for name, value in now.items():
         if before.get(name, value) != value:
             warnings.warn(f"the run resumes with {name} {value}; it began with {before[name]}.", stacklevel=2)
@@ -145,11 +144,11 @@ def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any
             return
 
 
-def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
+def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
     """Yields, as text, each difference that makes a checkpoint belong to another run."""
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
-    yield from other_classes(class_names(config) or had.get("classes") or data["classes"], data["classes"])
+    yield from class_differences(class_names(config) or had.get("classes") or data["classes"], data["classes"])
     model, own = record.get("model"), class_without_shards(trainer.model).__name__
     if model not in (None, own):
         yield f"its model is a {one_line(model, 60)}, not a {own}"
@@ -162,12 +161,12 @@ def _of_another_run(config: dict, record: RunRecord, trainer, data: dict[str, An
     for name in _FIXED:
         before = record.get("settings", {}).get(name, settings.get(name))
         if name in settings and before != settings[name]:
-            yield f"it was begun with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
+            yield f"it began with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
     counts = had.get("class_counts") or config.get("class_counts")
-    if isinstance(counts, list) and counts != data["class_counts"]:
-        if len(counts) != len(data["class_counts"]):
-            yield f"it was trained on {len(counts)} classes, and the data have {len(data['class_counts'])}"
-        label = next(label for label, pair in enumerate(zip(counts, data["class_counts"])) if len(set(pair)) > 1)  # noqa: B905
+    if isinstance(counts, list) and len(counts) != len(data["class_counts"]):
+        yield f"it was trained on {len(counts)} classes, and the data have {len(data['class_counts'])}"
+    elif isinstance(counts, list) and counts != data["class_counts"]:
+        label = first_difference(counts, data["class_counts"])
         yield (
             f"it was trained on other images (class {data['classes'][label]!r} had {counts[label]}, and has "
             f"{data['class_counts'][label]})"
@@ -190,16 +189,16 @@ def _shown(background: str | None) -> str:
     return "left out" if background is None else f"over {background}"
 
 
-def other_classes(before: list[str], now: list[str]) -> Iterator[str]:
+def class_differences(before: list[str], now: list[str]) -> Iterator[str]:
     """Yields, as text, how the classes of two runs differ; nothing if names and order are the same."""
     if len(before) != len(now):
         yield f"it was trained on {len(before)} classes, and the data have {len(now)}"
     elif before != now:
-        label = next(label for label, pair in enumerate(zip(before, now, strict=True)) if len(set(pair)) > 1)
+        label = first_difference(before, now)
         yield f"it was trained on other classes (label {label} was {before[label]!r} and is {now[label]!r})"
 
 
-def former_records(folder: str | Path, output_dir: str | Path | None) -> tuple[RunRecord | None, RunRecord | None]:
+def earlier_records(folder: str | Path, output_dir: str | Path | None) -> tuple[RunRecord | None, RunRecord | None]:
     """Reads the earlier records of a resumed run. Corrupt records are skipped with a warning.
 
     Args:
@@ -237,7 +236,7 @@ def class_names(config: dict) -> list[str]:
     return [str(labels[str(label)]) for label in range(len(labels))]
 
 
-def _free(architecture: dict) -> dict:
+def _without_weights(architecture: dict) -> dict:
     return {name: value for name, value in architecture.items() if name in _WITHOUT_WEIGHTS}
 
 
@@ -249,6 +248,9 @@ class BeginRun(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin_record()
+        self.trainer.results.content["ran"] = what_ran(self.trainer)  # optimiser and scheduler exist only now
+        if state.is_world_process_zero:
+            self.trainer.results.write()
 
 
 def steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:
@@ -262,6 +264,8 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset
         order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
+        # By the step, not by counting calls: the order of images depends on it, also in the middle of an epoch, where
+        # transformers skips the batches of the steps before.
         order.set_epoch(state.global_step // steps_per_epoch(train_dataloader, args))
 
 
@@ -282,5 +286,7 @@ class MissedEvaluation(TrainerCallback):
             for entry in state.log_history
         ):
             trainer = self.trainer
-            if trainer._determine_best_metric(trainer.evaluate(), trial=None) and trainer.resumed_from is not None:
-                state.best_model_checkpoint = trainer.resumed_from
+            # Without this, a kill between a checkpoint and its evaluation would change which epoch is the best one.
+            checkpoint = trainer.beginning.checkpoint
+            if trainer._determine_best_metric(trainer.evaluate(), trial=None) and checkpoint is not None:
+                state.best_model_checkpoint = checkpoint

@@ -26,11 +26,11 @@ from ..serving.classifiers import load_classifier, load_model, load_processor, r
 from .arguments import PRECISIONS
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer, check_student
-from .inputs import label_names
-from .output_folder import check_output_dir, goes_on_in, is_abandoned, run_files
+from .inputs import label_fields, label_names
+from .output_folder import check_output_dir, is_abandoned, resumes_in, run_files
 from .processes import check_same_images
 from .publishing import hub_options
-from .resuming import architecture, class_names, other_classes, read_configuration
+from .resuming import architecture, class_differences, class_names, read_configuration
 from .schedule import low_peak
 from .starting import Start, check_start, starting_student
 from .student_arguments import DeiTLTTrainingArguments
@@ -130,11 +130,7 @@ def distill(
 
 
 def _check_tail_teacher(model_args: StudentArguments, args: DeiTLTTrainingArguments) -> None:
-    """Checks the options of a second teacher.
-
-    Raises:
-        ValueError: If one has no effect, or both teachers are the same.
-    """
+    """Raises `ValueError` if an option of a second teacher has no effect, or both teachers are the same."""
     first, second = model_args.teacher, model_args.tail_teacher
     if second is None and args.tail_below is not None:
         raise ValueError("tail_below has no effect without --tail_teacher; leave it out, or give one.")
@@ -216,9 +212,8 @@ def _student(model_args: StudentArguments, data: Mapping, start: Start | None) -
     names = data["train"].features["label"].names
     if start is not None:
         return starting_student(start, model_args, names)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
-    attention = {"attn_implementation": model_args.attn_implementation}
-    return DeiTLTForImageClassification._from_config(model_args.config(**labels), **attention)
+    config = model_args.config(**label_fields(names))
+    return DeiTLTForImageClassification._from_config(config, attn_implementation=model_args.attn_implementation)
 
 
 def _teacher_of_recipe(
@@ -285,15 +280,11 @@ def _check_same_teacher(
     args: FlatTeacherTrainingArguments,
     config: FlatTeacherConfig,
 ) -> None:
-    """Checks that the teacher in a folder is that of the recipe: its classes, images, settings and architecture.
-
-    Raises:
-        ValueError: If it is another one.
-    """
+    """Raises `ValueError` if the classes, images, settings or architecture of a teacher are not those of the recipe."""
     known = record.get("data", {})
     classes = data["train"].features["label"].names
     had_classes = known.get("classes") or class_names(read_configuration(folder)) or classes
-    other = next(other_classes(had_classes, classes), None)
+    other = next(class_differences(had_classes, classes), None)
     if other is not None:
         raise ValueError(
             f"{folder} has a teacher of other classes: {other}; pass it as --teacher to use it anyway, or move it "
@@ -316,11 +307,7 @@ def _check_same_teacher(
 
 
 def _record_of_teacher(folder: Path) -> RunRecord:
-    """Reads the record of the recipe's teacher. If it is corrupt, reads the record of the newest checkpoint.
-
-    Raises:
-        ValueError: If neither can be read.
-    """
+    """Reads the record of the recipe's teacher. If it is corrupt, reads the record of the newest checkpoint."""
     try:
         return read_record(folder)
     except ValueError as error:
@@ -346,7 +333,7 @@ def begin(args, model_type: str) -> None:
         OSError: If the repository cannot be pushed to.
     """
     quiet_log(args.disable_tqdm)
-    check_output_dir(args.output_dir, args.overwrite, goes_on_in(args.output_dir, args.resume_from_checkpoint))
+    check_output_dir(args.output_dir, args.overwrite, resumes_in(args.output_dir, args.resume_from_checkpoint))
     if args.resume_from_checkpoint not in (None, "auto"):
         whole_checkpoint(args.resume_from_checkpoint)
     for callback in get_reporting_integration_callbacks(args.report_to):

@@ -71,16 +71,19 @@ class SAM(Optimizer):
         for rho, parameter in perturbed:
             if rho == 0:
                 continue
+            # A copy: subtracting the perturbation again would leave rounding errors in the weights.
             self._perturbed[parameter] = parameter.detach().clone()
             length = norm.to(parameter.device)
+            # 1e-12 for a gradient of zero.
             step = self._direction(parameter) * (rho / (length + 1e-12)).to(parameter.dtype)
             # `torch.where`, because an `if` would synchronise the device in every step.
             parameter.add_(torch.where(length.isfinite(), step, 0.0))
-        self.zero_grad()
+        self.zero_grad()  # the second pass must not add to the first gradient
 
     def _direction(self, parameter: torch.nn.Parameter, scaled: bool = False) -> torch.Tensor:
         """Direction in which a parameter moves. With `scaled`, its scaled gradient for the norm instead."""
         assert parameter.grad is not None  # callers pass only parameters with a gradient
+        # ASAM with T = |w| moves along T^2 g / ||T g||.
         if not self.adaptive:
             return parameter.grad
         return parameter.grad * (parameter.abs() if scaled else parameter.square())
@@ -102,7 +105,7 @@ class SAM(Optimizer):
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Loads the state of the wrapped optimiser. A state from a run without SAM is accepted."""
+        """Loads the state of the wrapped optimiser, also one from a run without SAM."""
         rhos = [group["rho"] for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         self.param_groups = self.base_optimizer.param_groups

@@ -19,6 +19,7 @@ def warmup_cosine(
     """Learning rate at `epoch` in the authors' schedule: linear warm-up, then a cosine that is counted from epoch 0."""
     if epoch < warmup_epochs:
         return warmup_start + (peak - warmup_start) * epoch / warmup_epochs
+    # As in timm without `warmup_prefix`: after the warm-up, the cosine is already below the peak.
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
 
 

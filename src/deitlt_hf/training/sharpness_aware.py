@@ -34,11 +34,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
             self.optimizer = self._under_sam(self.optimizer)
 
     def check_accelerator(self) -> None:
-        """Checks that gradients are not sharded under SAM.
-
-        Raises:
-            ValueError: If they are.
-        """
+        """Raises `ValueError` if gradients are sharded under SAM."""
         if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("SAM needs unsharded gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
 
@@ -87,9 +83,13 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
                 group["rho"] = self.rho
         if not isinstance(optimizer, SAM) or all(group["rho"] == 0 for group in optimizer.param_groups):
             return super().training_step(model, inputs, num_items_in_batch)
+        # First pass: gradients accumulate over the micro-batches. DDP averages them over the processes in the last one,
+        # so that `ascend` sees the gradient of the whole batch, in every process the same.
         with self._gradients_stay(model, self.args.sam_per_process):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients:  # the last micro-batch
+            # A gradient scaler unscales only after both passes, when clipping or stepping: its scale is the same in
+            # both, and does not change the direction of the ascent.
             optimizer.ascend()
             try:
                 with _frozen_batch_norm_statistics(model), self.logs_unchanged():
@@ -106,7 +106,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
             with self._gradients_stay(model, index < len(self._window) - 1):
                 with self.compute_loss_context_manager():
                     perturbed_loss = self.compute_loss(model, batch)
-                self.accelerator.backward(perturbed_loss)
+                self.accelerator.backward(perturbed_loss)  # does not divide: transformers gives it 1 accumulation step
             self.nonfinite_guard.note(perturbed_loss, self.state.global_step + 1)
 
     def _gradients_stay(self, model: nn.Module, stay: bool) -> contextlib.AbstractContextManager:
@@ -116,10 +116,15 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
 
 @contextlib.contextmanager
 def _frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
+    """Context in which batch norms normalise by the batch as in training, without updating their running averages.
+
+    The saved model has the unperturbed weights, so its averages must not contain features of perturbed weights.
+    """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     tracking = [layer.track_running_stats for layer in layers]
     for layer in layers:
-        layer.track_running_stats = False  # freezes the statistics and `num_batches_tracked`
+        # Also freezes `num_batches_tracked`. Evaluation mode would normalise by the averages instead of by the batch.
+        layer.track_running_stats = False
     try:
         yield
     finally:

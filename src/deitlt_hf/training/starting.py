@@ -20,6 +20,7 @@ from ..original import load_original_student
 from ..recipes import StudentArguments
 from ..serving.classifiers import loading, read_model_config
 from ..serving.handler import native_config
+from .inputs import label_fields
 
 # Sizes that a student takes over from the model that it starts from.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -81,17 +82,10 @@ def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Sta
 
 
 def starting_student(start: Start, model_args: StudentArguments, names: Sequence[str]) -> DeiTLTForImageClassification:
-    """Loads the weights of `model_args.init_from` into a student.
+    """Loads the weights of `model_args.init_from`, which [`check_start`] has checked, into a student of named classes.
 
-    The heads are new, unless the model is a student, or a distilled DeiT, with as many classes.
-
-    Args:
-        start: What [`check_start`] returned.
-        model_args: Arguments of the student.
-        names: Names of the classes, in label order.
-
-    Raises:
-        ValueError: If weights are missing.
+    The heads are new, unless the model is a student, or a distilled DeiT, with as many classes. Missing weights are a
+    `ValueError`.
     """
     path = model_args.init_from
     assert path is not None
@@ -102,13 +96,9 @@ def starting_student(start: Start, model_args: StudentArguments, names: Sequence
         student = student_of(trunk_of(source), model_args.attn_implementation, **source.config.to_dict() | fields)
         student.load_state_dict(heads, strict=False)
     else:
-        student = student_of(trunk_of(source), model_args.attn_implementation, **fields | _labels(names))
+        student = student_of(trunk_of(source), model_args.attn_implementation, **fields | label_fields(names))
     student.name_or_path = path
     return student
-
-
-def _labels(names: Sequence[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
 def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
@@ -117,9 +107,8 @@ def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
         config = native_config(path)
         # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
         if config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]:
-            labels = _labels(names)
             source, info = DeiTLTForImageClassification.from_pretrained(  # type: ignore[misc]
-                path, **labels, dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
+                path, **label_fields(names), dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
             )
         else:
             source, info = AutoModel.from_pretrained(
@@ -187,15 +176,11 @@ def _is_of_timm(path: str) -> bool:
 
 @contextlib.contextmanager
 def _as_student(path: str) -> Iterator[None]:
-    """Makes a sentence of the reason why a model cannot become a student.
-
-    Raises:
-        ValueError: With that sentence.
-    """
+    """Makes a sentence of the reason (a `ValueError`) why a model cannot become a student."""
     try:
         yield
     except ValueError as error:
-        other = "" if Path(path).is_file() else " As a teacher of the same classes it is welcome (--teacher)."
+        other = "" if Path(path).is_file() else " It can be a teacher of the same classes (--teacher)."
         raise ValueError(f"{path} cannot become a student: {str(error).rstrip('.')}.{other}") from error
 
 

@@ -92,7 +92,11 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     @abstractmethod
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Computes the loss of one micro-batch: sums over its images, divided by `batch["denominators"]`."""
+        """Computes the loss of one micro-batch: sums over its images, divided by `batch["denominators"]`.
+
+        The losses of all micro-batches and processes then add up to the weighted mean over the whole batch. (A mean of
+        the micro-batches' weighted means would be another loss: each would be divided by its own sum of weights.)
+        """
 
     @abstractmethod
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -116,11 +120,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     # ---- Losses of the phases ----
 
     def make_losses(self) -> None:
-        """Creates the class weights and the losses of both phases from the arguments.
-
-        The weights of a user (`class_weights`) apply before DRW starts, and multiply its weights afterwards. The
-        weights of each phase have mean 1 over the classes.
-        """
+        """Creates the class weights and the losses of both phases. User weights (`class_weights`) apply in both."""
         if self.train_dataset is not None:
             assert self.class_counts is not None  # known whenever training images are given
             args, given = self.args, named_weights(self.args.class_weights, self.class_names)
@@ -152,7 +152,8 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     def seed_micro_batch(self, index: int, purpose: int = 0) -> None:
         """Seeds the random streams of a micro-batch of the next optimiser step, for dropped paths (0) or mixing (1).
 
-        The seeds depend only on seed, step, micro-batch and process: a resumed run draws the same numbers.
+        The seeds depend only on seed, step, micro-batch and process: a resumed run draws the same numbers whatever was
+        drawn before, and both passes of SAM drop the same paths.
         """
         key = (self.args.seed, self.state.global_step, index, self.args.process_index, purpose)
         seed_streams(*key, device=self.args.device)
@@ -188,7 +189,8 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         return torch.where(value.isfinite(), value, 0.0) if self.args.on_nonfinite == "skip" else value
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # DistributedDataParallel averages gradients over processes, but the loss is normalised for a sum.
+        # DistributedDataParallel averages gradients over processes, but the loss is normalised for a sum. Nothing
+        # divides by the micro-batches: transformers does not with `compute_loss_func`, and gives Accelerate 1 of them.
         return self.compute_training_loss(model, inputs) * self.accelerator.num_processes * self._window_weight
 
     @property
@@ -208,11 +210,15 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         return self.prepare_batch(inputs)
 
     def _prepare_window(self) -> None:
-        """Prepares all micro-batches of an optimiser step, and sets the denominators of the whole batch in each."""
+        """Prepares all micro-batches of an optimiser step, and sets the denominators of the whole batch in each.
+
+        All must be prepared before the first backward pass: with DRW the denominator is the sum of the class weights of
+        the labels that the teacher predicts, which is not known from the number of images.
+        """
         for index, batch in enumerate(self._window):
             self.seed_micro_batch(index, purpose=1)
             self.prepared_micro_batch = index
-            batch.update(self.training_batch(batch))
+            batch.update(self.training_batch(batch))  # in place: the loop of transformers has this object
         own = torch.stack([self.loss_denominators(batch) for batch in self._window])
         # One reduction for denominators and votes: each reduction costs a round trip.
         total = torch.cat([own.sum(dim=0), *(voter.vote(own.device) for voter in self.voters)])
@@ -241,11 +247,12 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
             optimizer = optimizer or self.optimizer
             assert optimizer is not None  # created before
+            # A factor instead of a rate, for the initial rate of each group: layer decay, or a given optimiser.
             self.lr_scheduler = LambdaLR(
                 optimizer,
                 lambda step: self.learning_rate_at(epoch_of(step), epochs) / self.args.peak_learning_rate,
             )
-            self._created_lr_scheduler = True
+            self._created_lr_scheduler = True  # otherwise a second `train()` would continue with this schedule
         return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -257,7 +264,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         wanted = [{name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in optimizer.param_groups]
         rates = list(getattr(scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
-        # The checkpoint restores old settings, but the current arguments override them.
+        # `load_state_dict` also restores the hyperparameters of the groups, but the current arguments override them.
         for group, values in zip(optimizer.param_groups, wanted, strict=True):
             group.update(values)
         if "scheduler" in self.given or scheduler.base_lrs == rates:
@@ -269,6 +276,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
             group["lr"] = rate * factor(scheduler.last_epoch)
 
     def _save_checkpoint(self, model, trial):
+        # With `save_total_limit`, checkpoints with NaN would push out the good ones.
         self.nonfinite_guard.check()
         super()._save_checkpoint(model, trial)
 
@@ -310,7 +318,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            self.nonfinite_guard.check()
+            self.nonfinite_guard.check()  # a log waits for the device anyway
             logs = {**logs, **self.logged_means(over_processes=True)}
             self._logged.clear()
             self._steps_logged = 0

@@ -1,7 +1,8 @@
 """Training arguments of students. Defaults come from the paper."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -10,8 +11,8 @@ from transformers.training_args import OptimizerNames
 from ..data.sampling import ROUND, check_repeats
 from ..io import check_can_be_folder
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, DistillationLoss
-from ..losses.entry import listed
-from .arguments import LongTailTrainingArguments, option, require, require_choice
+from ..losses.entry import AT_LEAST_0, AT_LEAST_1, SHARE, Limit, listed
+from .arguments import LongTailTrainingArguments, one_of, option, require
 from .optimizers import MUON
 from .tuning import FULL, HEADS, LORA, TUNE_CHOICES, check_tune
 
@@ -22,6 +23,14 @@ TEACHER_VIEWS = ("student", "weak")
 class DeiTLTTrainingArguments(LongTailTrainingArguments):
     """Arguments of [`DeiTLTTrainer`]: distillation, mixing and sampling of DeiT-LT (section 4 of the paper)."""
 
+    limits: ClassVar[Mapping[str, Limit]] = {
+        **dict.fromkeys(("mixup", "cutmix"), AT_LEAST_0),
+        **dict.fromkeys(("mixup_switch", "mixup_probability"), SHARE),
+        **dict.fromkeys(("tail_below", "lora_rank", "repeated_augmentation"), AT_LEAST_1),
+        "layer_decay": (lambda value: 0 < value <= 1, "in (0, 1]"),
+        "optim": one_of(MUON, *OptimizerNames),
+        "teacher_view": one_of(*TEACHER_VIEWS),
+    }
     alpha: float = option(
         0.5, "Weight of the DIST head's loss, in [0, 1]; the CLS head's loss has weight 1 - alpha. The paper uses 0.5."
     )
@@ -42,12 +51,14 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         True,
         "On a CPU, fold the batch norms of a flat teacher into its convolutions. This is faster and gives the same "
         "labels up to rounding. Has no effect in mixed precision.",
+        method=False,
     )
     teacher_cache: str | None = option(
         None,
         "Folder for what the teacher predicts for the augmented and mixed images. Further runs with the same teacher, "
         "images, augmentation, mixing, seed and batches read it, and need no forward pass of the teacher. None: store "
         "nothing.",
+        method=False,
     )
     tail_below: int | None = option(
         None,
@@ -107,8 +118,6 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         # Checks these values now, before hours of teacher training.
         values = (self.alpha, self.distillation, self.temperature, self.cls_loss, None, self.reweight_cls)
         DistillationLoss(*values, class_counts=[1])  # a placeholder: only the trainer knows the counts
-        require_choice(self, "teacher_view", TEACHER_VIEWS)
-        require(self, "tail_below", self.tail_below is None or self.tail_below >= 1, "1 or more")
         if self.teacher_cache is not None:
             check_can_be_folder(self.teacher_cache)
             if not self.needs_teacher:
@@ -117,19 +126,10 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
                     "leave it out."
                 )
         check_tune(self.tune)
-        require(self, "lora_rank", self.lora_rank >= 1, "1 or more")
-        require(
-            self, "lora_rank", self.tune == LORA or self.lora_rank == type(self).lora_rank, "left out without tune lora"
-        )
-        require(self, "layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
-        require_choice(self, "optim", (MUON, *OptimizerNames))
-        require(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
+        has_effect = self.tune == LORA or self.lora_rank == type(self).lora_rank
+        require(self, "lora_rank", has_effect, "left out without tune lora")
         alone = self.repeated_augmentation == 1 or self.sampling == "uniform"
         require(self, "repeated_augmentation", alone, f"1 with sampling {self.sampling}")
-        for name in ("mixup", "cutmix"):
-            require(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in ("mixup_switch", "mixup_probability"):
-            require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
 
     def settle(self) -> "DeiTLTTrainingArguments":
         super().settle()
@@ -147,19 +147,15 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         return self
 
     def check_data(self, num_images: int) -> None:
-        """Checks that there are enough training images and epochs. Repeated augmentation uses whole rounds of images.
-
-        Raises:
-            ValueError: If there are too few.
-        """
+        """As in the parent class. Repeated augmentation uses whole rounds of images."""
         if self.repeated_augmentation > 1:
             check_repeats(num_images)
             num_images -= num_images % ROUND
         super().check_data(num_images)
 
-    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+    def published_values(self) -> dict[str, tuple[Any, Any]]:
         on_gpu = torch.cuda.is_available() and not self.use_cpu  # a CPU does not train in half precision
-        return super().arrangements() | {"teacher_antialias": (True, False), "fp16": (False, on_gpu)}
+        return super().published_values() | {"teacher_antialias": (True, False), "fp16": (False, on_gpu)}
 
     @property
     def repeats(self) -> int:
@@ -172,7 +168,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         return (self.mixup > 0 or self.cutmix > 0) and self.mixup_probability > 0
 
     @property
-    def begins_heads(self) -> bool:
+    def starts_heads_at_means(self) -> bool:
         """Whether the heads begin at class means."""
         return self.tune == HEADS if self.heads_from_means is None else self.heads_from_means
 

@@ -53,12 +53,14 @@ class TaughtTrainer(LongTailTrainer):
         self.tail_classes: list[int] = []
         self.cache: TeacherCache | None = None  # while training
         self._teacher_digests: list[str] = []
-        self._are_ready = False
+        self._are_prepared = False
         super().__init__(model=model, args=args, **kwargs)
+        # With the batch statistics of training mode, the label of an image would depend on the rest of its batch. The
+        # teachers are no submodules of the student: `train()`, the optimiser and checkpoints do not reach them.
         for model in self._teachers().values():
             model.requires_grad_(False).eval().float()
         if self.args.teacher_cache is None:
-            self._ready_teachers()
+            self._prepare_teachers()
         else:
             self._teacher_digests = [model_digest(model) for model in self._teachers().values()]
 
@@ -67,7 +69,7 @@ class TaughtTrainer(LongTailTrainer):
         both = {"teacher": self.teacher, "tail_teacher": self.tail_teacher}
         return {name: model for name, model in both.items() if model is not None}
 
-    def _ready_teachers(self) -> None:
+    def _prepare_teachers(self) -> None:
         """Moves the teachers to the device, and folds their batch norms on a CPU.
 
         With a cache that has all labels, this is never done: the teachers need no memory of the device.
@@ -77,10 +79,9 @@ class TaughtTrainer(LongTailTrainer):
             model.to(self.args.device)  # type: ignore[arg-type]
             if self.args.fold_teacher and plain and isinstance(model, FlatTeacherForImageClassification):
                 setattr(self, name, model.folded())
-        self._are_ready = True
+        self._are_prepared = True
 
     def check_model(self, model):
-        """Checks the model as the parent class does, and that the teachers have its classes."""
         super().check_model(model)
         if self.teacher is not None:
             self.student_format = ImageFormat.of(self.processing_class)
@@ -128,7 +129,7 @@ class TaughtTrainer(LongTailTrainer):
         is_tail = torch.isin(dominating, torch.tensor(self.tail_classes, device=dominating.device))
         rows = [(~is_tail).nonzero().flatten(), is_tail.nonzero().flatten()]
         parts = [self.teacher_logits(views[mine], tail) for tail, mine in enumerate(rows) if len(mine)]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        return torch.cat(parts)[torch.cat(rows).argsort()]  # in the order of the batch again
 
     def teacher_logits(self, pixel_values: torch.Tensor, tail: bool | int = False) -> torch.Tensor:
         """Computes a teacher's logits, in the student's label order, for images normalised for the student.
@@ -139,8 +140,8 @@ class TaughtTrainer(LongTailTrainer):
             pixel_values: Images, normalised for the student; (batch, 3, height, width).
             tail: Whether it is the tail teacher.
         """
-        if not self._are_ready:
-            self._ready_teachers()
+        if not self._are_prepared:
+            self._prepare_teachers()
         with torch.inference_mode(), self.accelerator.autocast():
             teacher = self.tail_teacher if tail else self.teacher
             target, order = (self.tail_format, self._tail_order) if tail else (self.teacher_format, self._label_order)
@@ -154,11 +155,7 @@ class TaughtTrainer(LongTailTrainer):
     # ---- Before the first step ----
 
     def check_before_training(self) -> None:
-        """Checks the teacher on the images of the evaluations, and records its accuracies.
-
-        Raises:
-            ValueError: If `distillation` needs a teacher and none was given, or the teacher is no better than chance.
-        """
+        """Checks the teachers on the images of the evaluations, and records their accuracies."""
         if not self.args.needs_teacher:
             return
         if self.teacher is None:
@@ -186,7 +183,7 @@ class TaughtTrainer(LongTailTrainer):
         key = None if cache is None else evaluation_digest(self)
         found = None
         if cache is not None and key is not None:
-            found = of_first_process(self.is_world_process_zero(), lambda: cache.accuracies(key))
+            found = of_first_process(lambda: cache.accuracies(key))
         if found is None:
             found = {name: self.check_teacher(name == "tail_teacher") for name in self._teachers()}
             if cache is not None and key is not None and self.is_world_process_zero():
@@ -238,9 +235,6 @@ class TaughtTrainer(LongTailTrainer):
     def check_teacher(self, tail: bool = False) -> dict[str, float]:
         """Measures a teacher's accuracies on the images of the evaluations, preprocessed by the student's pipeline.
 
-        Args:
-            tail: Whether it is the tail teacher.
-
         Raises:
             TeacherAtChanceError: If its balanced accuracy is below chance plus two standard errors.
         """
@@ -257,6 +251,7 @@ class TaughtTrainer(LongTailTrainer):
         balanced = group_accuracies(predictions, labels, {"tested": tested})["tested"]
         num_labels = len(label_names(self.model.config))
         chance = 1 / num_labels
+        # Balanced, because a teacher that predicts a frequent class for everything can be accurate overall.
         if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
             raise TeacherAtChanceError(
                 f"the {'tail ' * tail}teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on "
@@ -267,15 +262,9 @@ class TaughtTrainer(LongTailTrainer):
 
 
 def tail_classes(groups: Mapping[str, Integers], counts: Sequence[int] | None, below: int | None) -> list[int]:
-    """Classes whose images are taught by the tail teacher.
+    """Classes whose images are taught by the tail teacher: the group tail, or those with fewer images than `below`.
 
-    Args:
-        groups: Class indices by group.
-        counts: Training images of each class.
-        below: Classes with fewer training images than this; None for the group tail.
-
-    Raises:
-        ValueError: If these are no classes, or all of them.
+    Raises `ValueError` if these are no classes, or all of them.
     """
     assert counts is not None  # known whenever training images are given
     if below is None:
@@ -293,15 +282,9 @@ def tail_classes(groups: Mapping[str, Integers], counts: Sequence[int] | None, b
 
 
 def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teacher") -> torch.Tensor:
-    """Finds the positions of classes among the classes of a model, by name if the model's classes have names.
+    """Finds the positions, (classes,), of classes among those of a model, by name if the model's classes have names.
 
-    Args:
-        names: Names of the classes to find.
-        config: Configuration of the model that should have these classes.
-        who: Name of the model in error messages.
-
-    Returns:
-        Positions of the classes among those of the model, (classes,).
+    Error messages call the model `who`.
 
     Raises:
         ValueError: If the model lacks a class, or has no class names and another number of classes.
@@ -325,10 +308,6 @@ def label_order(names: Sequence[str], config: PreTrainedConfig, who: str = "teac
 
 
 def check_class_order(names: Sequence[str], config: PreTrainedConfig, who: str = "model") -> None:
-    """Checks that a model has exactly the classes of the data, in the same order. Parameters as in [`label_order`].
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Raises `ValueError` if a model does not have exactly the classes of the data, in the same order."""
     if label_order(names, config, who).tolist() != list(range(len(label_names(config)))):
         raise ValueError(f"the {who} has the classes of the data in another order, or has additional classes.")

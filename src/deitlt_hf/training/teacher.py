@@ -49,13 +49,11 @@ class FlatTeacherTrainer(LongTailTrainer):
         super().__init__(model=model, args=args, **kwargs)
 
     def check_model(self, model):
-        """Checks the model as the parent class does, and that its heads fit the loss."""
         super().check_model(model)
         if self._datasets[0] is not None:
             _check_heads(self.args.teacher_loss, model.config)
 
     def set_up_model(self, model):
-        """Changes the model as the parent class does, and creates the momentum encoder of PaCo."""
         super().set_up_model(model)
         args = self.args
         if self._datasets[0] is not None and args.loss.logit_scale is not None:
@@ -66,7 +64,7 @@ class FlatTeacherTrainer(LongTailTrainer):
     def train_views(self, args, processor):
         views = super().train_views(args, processor)
         if args.loss.contrast:
-            views["key_pixel_values"] = views["pixel_values"]
+            views["key_pixel_values"] = views["pixel_values"]  # the same transform, with other random draws
         return views
 
     def make_optimizer(self, model: PreTrainedModel) -> Optimizer:
@@ -111,13 +109,16 @@ class FlatTeacherTrainer(LongTailTrainer):
     def _prepare_window(self) -> None:
         if self.contrast is None:
             return super()._prepare_window()
+        # Once in an optimiser step, before any key is computed: both passes of SAM and all micro-batches then compare
+        # with the same keys, as if the batch were not divided.
         self.contrast.follow(self.accelerator.unwrap_model(self.model))
         super()._prepare_window()
         for batch in self._window:
-            del batch["key_pixel_values"]
+            del batch["key_pixel_values"]  # frees half of the images on the device
         sizes = [len(batch["labels"]) for batch in self._window]
         keys = torch.cat([batch["keys"][:size] for batch, size in zip(self._window, sizes, strict=True)])
         labels = torch.cat([batch["labels"] for batch in self._window])
+        # Every process keeps the keys of all, so that the queue is the same everywhere.
         self.contrast.enqueue(*self.accelerator.gather((keys, labels)))
 
     def save_model(self, output_dir=None, _internal_call=False):

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from ..data.transforms import TRAIN_CROPS
 from ..losses import TEACHER_LOSSES, TeacherLoss
-from ..losses.entry import listed
+from ..losses.entry import BELOW_1, Limit, find, listed
 from . import inherited
-from .arguments import LongTailTrainingArguments, increases, option, require, require_choice
+from .arguments import LongTailTrainingArguments, increases, option, require
 
 # Reversed, because a dataclass has the fields of its last base first.
 _LOSS_OPTIONS = [loss.options for loss in reversed(TEACHER_LOSSES.values()) if loss.options is not None]
@@ -25,6 +25,7 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
 
     refused: ClassVar[Mapping[str, str]] = {**inherited.ARGUMENTS, **inherited.TEACHER_ARGUMENTS}
     phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs", "lr_drop_epochs")
+    limits: ClassVar[Mapping[str, Limit]] = {"momentum": BELOW_1}
     teacher_loss: str = option(next(iter(TEACHER_LOSSES)), f"Loss of the teacher: {listed(TEACHER_LOSSES)}.")
     sam_rho: list[float] = option(
         [0.05],
@@ -50,11 +51,6 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
 
     def check(self) -> None:
         super().check()
-        require_choice(self, "teacher_loss", TEACHER_LOSSES)
-        for cls in type(self).__mro__:
-            for name, (fits, limits) in vars(cls).get("limits", {}).items():
-                require(self, name, fits(getattr(self, name)), limits)
-        require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         smooths = self.loss.smooths_labels or self.label_smoothing_factor == 0
         require(self, "label_smoothing_factor", smooths, f"0 with teacher_loss {self.teacher_loss!r}")
         if len(self.lr_drop_epochs) != len(self.lr_drops):
@@ -63,12 +59,11 @@ class FlatTeacherTrainingArguments(*_LOSS_OPTIONS, LongTailTrainingArguments):  
             )
         require(self, "lr_drop_epochs", increases(self.lr_drop_epochs), "increasing")
 
-    def arrangements(self) -> dict[str, tuple[Any, Any]]:
+    def published_values(self) -> dict[str, tuple[Any, Any]]:
         # PaCo's loader drops an incomplete batch; the loader of Saddle-LongTail uses it.
-        drops_last = self.teacher_loss in TEACHER_LOSSES and self.loss.drops_last  # `check` refuses other names later
-        return super().arrangements() | {"partial_steps": (False, not drops_last)}
+        return super().published_values() | {"partial_steps": (False, not self.loss.drops_last)}
 
     @property
     def loss(self) -> TeacherLoss:
-        """The registry's entry of `teacher_loss`."""
-        return TEACHER_LOSSES[self.teacher_loss]
+        """The registry's entry of `teacher_loss`. Raises `ValueError` if there is none."""
+        return find(TEACHER_LOSSES, self.teacher_loss, "teacher_loss")

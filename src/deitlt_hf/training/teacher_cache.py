@@ -106,7 +106,7 @@ class TeacherCache:
         self._new[index] = _Part(_digest_of(views), values)
 
     def flush(self) -> None:
-        """Writes what is new. If the folder cannot be written to, the run goes on without storing."""
+        """Writes what is new. If the folder cannot be written to, the run continues without storing."""
         if not self._new or self._is_closed:
             return
         assert self._epoch is not None  # set by `get`
@@ -221,13 +221,9 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def identity_of(trainer, teachers: list[str]) -> dict[str, Any]:
-    """Everything that decides the views of a student's training and the labels of its teachers.
+    """Everything that decides the views of a student's training and the labels of its teachers (their digests).
 
     Libraries and hardware belong to it: others round differently, which can change the label of an image.
-
-    Args:
-        trainer: Trainer of the student, with its images.
-        teachers: Digests of the teachers.
     """
     args, images = trainer.args, trainer._datasets[0]
     ends_mixing = args.mixes and not args.mixing_in_drw

@@ -41,13 +41,12 @@ from .arguments import LongTailTrainingArguments
 from .ema import EMA_FOLDER, MovingAverage, save_average
 from .experts import check_best_metric, converted, expert_columns, expert_metrics_added, expert_table
 from .inherited import check_parameters
-from .inputs import as_images, common_classes, match_labels, name_classes, outliving
+from .inputs import as_images, common_classes, ignoring_stop_signals, name_classes
 from .memory import keep_freed_memory
 from .optimizers import check_given
-from .output_folder import check_output_dir, claim_output_dir, goes_on_in, run_lock
+from .output_folder import check_output_dir, claim_output_dir, resumes_in, run_lock
 from .plan_lines import plan_lines, print_plan
 from .processes import check_same_images, of_first_process
-from .provenance import WhatRan
 from .publishing import hub_options, push_trained
 from .results import Results
 from .resuming import Beginning, BeginRun, EpochOrder, MissedEvaluation, find_beginning
@@ -165,8 +164,11 @@ class LongTailTrainer(SharpnessAwareTrainer):
             self.model_init = model_init
         self.make_losses()
         self.set_up_model(model)
+        self._set_up_run()
 
-        # The state of a run.
+    def _set_up_run(self) -> None:
+        """Creates what holds the state of a run, and the callbacks that keep it."""
+        args = self.args
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
         self.results = Results(args.output_dir)
@@ -176,24 +178,19 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.run_dir = args.output_dir
         self.images_sha256: str | None = None  # computed when training starts
         self.beginning = Beginning()
-        self.resumed_from: str | None = None
         self._resuming = self._recording = False
         self._plan: dict[str, str] = {}
 
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
-        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WhatRan(self), WaitingNote(self)]
+        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WaitingNote(self)]
         callbacks += [self.run_file, self.nonfinite_guard, *self.voters]
         callbacks += [] if self.ema is None else [self.ema]
         for callback in (*callbacks, MissedEvaluation(self)):
             self.add_callback(callback)
 
     def _check_parameters(self, model, args, model_init, others: dict[str, Any]) -> None:
-        """Checks the parameters of the constructor that need no data, and removes refused ones from `others`.
-
-        Raises:
-            ValueError: If one has no effect, is missing, or has a wrong type.
-        """
+        """Checks the parameters of the constructor that need no data, and removes refused ones from `others`."""
         check_parameters(others)
         for name in ("data_collator", "compute_loss_func"):
             others.pop(name, None)
@@ -209,12 +206,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return model
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Checks that a model fits the data and arguments, without changing it.
-
-        Raises:
-            ValueError: If the classes differ from those of the data, the model solves another problem, or it cannot
-                checkpoint activations as the arguments require.
-        """
+        """Raises `ValueError` if a model does not fit the data and arguments. The model is not changed."""
         train = self._datasets[0]
         self.class_names = common_classes(model.config, [*([] if train is None else [train]), *self._evaluated()])
         if train is not None:
@@ -233,11 +225,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return [dataset for dataset in datasets if dataset is not None]
 
     def _count_images(self, config: PreTrainedConfig, groups: Mapping[str, Integers] | None) -> None:
-        """Counts the training images of each class, and divides the classes into groups.
-
-        Raises:
-            ValueError: If there are neither groups nor counts.
-        """
+        """Counts the training images of each class, and divides the classes into groups."""
         train_dataset = self._datasets[0]
         self.class_counts = getattr(config, "class_counts", None)
         self.subset_sha256: str | None = None
@@ -255,11 +243,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.check_accelerator()  # here, before the parent's constructor changes the model
 
     def check_accelerator(self) -> None:
-        """Checks that the arguments are supported with the accelerator that was configured.
-
-        Raises:
-            ValueError: If one is not supported.
-        """
+        """Raises `ValueError` if arguments are not supported with the accelerator that was configured."""
         super().check_accelerator()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             return
@@ -332,7 +316,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         If a finished run is resumed and its model is in the folder, the model is loaded and nothing is written.
 
         Args:
-            resume_from_checkpoint: Checkpoint to resume from. True: the newest whole checkpoint in the output folder.
+            resume_from_checkpoint: Checkpoint to resume from. True: the newest complete one in the output folder.
                 `auto`: the same, or the first step if no checkpoint exists.
             trial: As in the parent class.
             ignore_keys_for_eval: As in the parent class.
@@ -357,7 +341,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.run_dir = self._get_output_dir(trial)  # a trial has a separate folder
         self.results.path, self.run_file.folder = Path(self.run_dir) / RESULTS_FILE, Path(self.run_dir)
         # All checks come before the first change in the folder: a refused run must not damage another run.
-        self._resuming = goes_on_in(self.run_dir, resume_from_checkpoint)
+        self._resuming = resumes_in(self.run_dir, resume_from_checkpoint)
         check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
         check_same_images([self._datasets[0], *self._evaluated()])
         images = self.train_dataset
@@ -366,11 +350,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
         with run_lock(self.run_dir) if self.args.should_save else contextlib.nullcontext():
             self.check_before_training()
             self._plan = plan_lines(self)
-            first = self.is_world_process_zero()
-            self.images_sha256 = of_first_process(first, lambda: images_hash(self._datasets[0]))
-            self.beginning = of_first_process(
-                first, lambda: find_beginning(self, resume_from_checkpoint, self._resuming)
-            )
+            self.images_sha256 = of_first_process(lambda: images_hash(self._datasets[0]))
+            self.beginning = of_first_process(lambda: find_beginning(self, resume_from_checkpoint, self._resuming))
             if self.beginning.is_finished:
                 return self._load_finished()
             return self._train_and_evaluate(self.beginning.checkpoint, trial, ignore_keys_for_eval)
@@ -408,14 +389,13 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self._steps_logged = 0
         if self.ema is not None:
             self.ema.checkpoint = checkpoint
-        self.resumed_from = checkpoint
         try:
             output = super().train(
                 resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
             )
             self.nonfinite_guard.check()
             evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
-            if evaluates and self.results.last_step != self.state.global_step:
+            if evaluates and self.results.content.get("last", {}).get("step") != self.state.global_step:
                 self.evaluate()
             if self.test_dataset is not None and not self.stop_signal.stopped:
                 self._test()
@@ -600,15 +580,15 @@ class LongTailTrainer(SharpnessAwareTrainer):
         Raises:
             ValueError: If the data set has other classes than the model, or another order of classes.
         """
-        return outliving(super().get_eval_dataloader(self._matching_images(eval_dataset)))
+        return ignoring_stop_signals(super().get_eval_dataloader(self._matching_images(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset):
         """Data loader for prediction, like [`get_eval_dataloader`]."""
-        return outliving(super().get_test_dataloader(self._matching_images(test_dataset)))
+        return ignoring_stop_signals(super().get_test_dataloader(self._matching_images(test_dataset)))
 
     def _matching_images(self, dataset):
         if isinstance(dataset, Dataset | IterableDataset):
-            match_labels(self.model.config, dataset)
+            name_classes(self.model.config, common_classes(self.model.config, [dataset]))
         return as_images(dataset, self.processing_class, self.args)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

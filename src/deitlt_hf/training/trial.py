@@ -56,21 +56,9 @@ class StepTimes:
         evaluations: int,
         workers: int,
     ) -> tuple[float, float]:
-        """Estimates the time of the teacher's and of the student's run.
+        """Estimates the seconds of the teacher's and of the student's run, with `evaluations` in each.
 
-        The times of reading and of training are added, as if they did not overlap.
-
-        Args:
-            num_images: Training images.
-            test_images: Test images.
-            batch_size: Images of a measured step.
-            teacher_epochs: Epochs of the teacher.
-            student_epochs: Epochs of the student.
-            evaluations: Evaluations in each run.
-            workers: Processes that read images.
-
-        Returns:
-            Seconds of the teacher, and of the student.
+        The times of reading (by `workers` processes) and of training are added, as if they did not overlap.
         """
         steps, readers = num_images // batch_size, max(workers, 1)
         epoch, evaluation = num_images * self.read / readers, test_images * self.read / readers
@@ -94,15 +82,8 @@ def measure_steps(
 ) -> StepTimes:
     """Runs a few steps of teacher and student on random images, and reads a few images of the data.
 
-    The models are new and are dropped afterwards; the random state is restored.
-
-    Args:
-        teacher_model: Architecture of the teacher.
-        teacher_args: Training arguments of the teacher.
-        student_model: Architecture of the student.
-        student_args: Training arguments of the student.
-        data: The split `train`, a `datasets.Dataset`.
-        compare_bfloat16: Whether to measure a step of the student in bfloat16 too.
+    The models are new and are dropped afterwards; the random state is restored. `compare_bfloat16` also measures a step
+    of the student in bfloat16.
     """
     device = student_args.device
     num_labels = data["train"].features["label"].num_classes
@@ -188,7 +169,9 @@ class _Steps:
 def _reading(args: DeiTLTTrainingArguments, model: StudentArguments, data: Mapping) -> tuple[float, float]:
     """Seconds to read and transform an image for the first time, and later."""
     processor = image_processor(model.image_size, args.image_resize)
-    view = train_transform(processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing)
+    view = train_transform(
+        processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing, args.color_jitter
+    )
     rows = data["train"].select(range(0, len(data["train"]), max(len(data["train"]) // DECODED, 1)))
     images = as_images(rows, processor, args, {"pixel_values": view})
     assert isinstance(images, ImageDataset)

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
@@ -28,11 +27,7 @@ def last_blocks(tune: str) -> int | None:
 
 
 def check_tune(tune: str) -> None:
-    """Checks a value of `tune`, and that the package that it needs is installed.
-
-    Raises:
-        ValueError: If the value is unknown, or PEFT is missing.
-    """
+    """Raises `ValueError` if a value of `tune` is unknown, or the package that it needs is not installed."""
     if tune not in (FULL, HEADS, LORA) and last_blocks(tune) is None:
         raise ValueError(f"tune must be {TUNE_CHOICES}, got {tune!r}.")
     if tune == LORA and not is_peft_available():
@@ -40,11 +35,7 @@ def check_tune(tune: str) -> None:
 
 
 def check_tunable(model: PreTrainedModel, tune: str) -> None:
-    """Checks that a student can be tuned as asked for.
-
-    Raises:
-        ValueError: If it has adapters already, or fewer blocks than `last_N`.
-    """
+    """Raises `ValueError` if a student has adapters already, or fewer blocks than `last_N` in `tune`."""
     blocks, depth = last_blocks(tune), model.config.num_hidden_layers
     if tune != FULL and has_adapter(model):
         raise ValueError(f"the student has adapters already, which are trained alone; leave out tune {tune!r}.")
@@ -58,10 +49,7 @@ def freeze(model: PreTrainedModel, tune: str, lora_rank: int) -> None:
     Blocks without a trained weight lose their stochastic depth, which would only add noise to frozen features. LoRA (Hu
     et al., 2021) adapts all linear layers of the blocks, with a scale of 1; tokens and heads are trained as they are.
 
-    Args:
-        model: The student. It is changed in place.
-        tune: `full`, `heads`, `lora`, or `last_N` for the last N blocks with final norm, tokens and heads.
-        lora_rank: Rank of the adapters.
+    The arguments are those of the training arguments. The student is changed in place.
     """
     if tune == FULL:
         return
@@ -121,15 +109,7 @@ def rate_factor(name: str, depth: int, layer_decay: float) -> float:
 def parameter_groups(
     model: PreTrainedModel, decayed: Collection[str], weight_decay: float, learning_rate: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups the trained parameters by learning rate and weight decay.
-
-    Args:
-        model: A student.
-        decayed: Names of the parameters with weight decay.
-        weight_decay: Their weight decay.
-        learning_rate: Learning rate of the heads.
-        layer_decay: See [`rate_factor`].
-    """
+    """Groups the trained parameters of a student by weight decay and learning rate, see [`rate_factor`]."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -189,13 +169,3 @@ def features_of(trainer, images: Any) -> Iterable[tuple[torch.Tensor, torch.Tens
             features = model(pixel_values=batch["pixel_values"].to(trainer.args.device)).token_features
         yield trainer.accelerator.gather_for_metrics((features, batch["labels"].to(trainer.args.device)))
     model.train(was_training)
-
-
-def check_means(dataset: Any) -> None:
-    """Checks that class means can be computed: the training images are not a stream.
-
-    Raises:
-        ValueError: If they are.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError("heads_from_means reads all training images first, which a stream cannot; set it to false.")

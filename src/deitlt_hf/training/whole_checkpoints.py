@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -73,13 +74,15 @@ class WholeCheckpointTrainer(Trainer):
             if self.args.should_save:
                 begin_checkpoint(output_dir)
             self.accelerator.wait_for_everyone()
+            # While this is set, `_get_output_dir` leads the parent into the staging folder: also other processes, which
+            # write their random states.
             self._staging = Path(output_dir) / STAGING
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             self._staging = None
             self._finish_checkpoint(output_dir)
             self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
                 f"{' '.join(str(error).split())}; earlier checkpoints are unchanged."
@@ -119,15 +122,11 @@ class WholeCheckpointTrainer(Trainer):
                 elif not has_adapter(self.model):
                     replace_model(output_dir, lambda folder: save(folder, state_dict))
                 else:
-                    self._save_adapted(output_dir)
+                    replace_model(output_dir, self._save_merged)
+                    if self.args.save_adapter:
+                        replace_model(Path(output_dir) / ADAPTER_FOLDER, lambda to: save_adapter(self.model, to))
         finally:
             self.args.hub_token = token
-
-    def _save_adapted(self, output_dir: str) -> None:
-        """Writes a model with an adapter merged, and the adapter beside it on request."""
-        replace_model(output_dir, self._save_merged)
-        if self.args.save_adapter:
-            replace_model(Path(output_dir) / ADAPTER_FOLDER, lambda folder: save_adapter(self.model, folder))
 
     def _save_merged(self, folder: str) -> None:
         merged(self.model).save_pretrained(folder)
@@ -153,12 +152,13 @@ class WholeCheckpointTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        loaded, info = type(model).from_pretrained(  # type: ignore[misc]
+        both: Any = type(model).from_pretrained(
             resume_from_checkpoint,
             config=copy.deepcopy(model.config),
             ignore_mismatched_sizes=True,  # raised below, with the name of the weight
             output_loading_info=True,
         )
+        loaded, info = both
         for kind, what in (("missing", "has no"), ("unexpected", "also has"), ("mismatched", "has another size of")):
             names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
             if names:
@@ -166,6 +166,7 @@ class WholeCheckpointTrainer(Trainer):
                     f"the checkpoint {resume_from_checkpoint} is not of this model: it {what} {names[0]} (and "
                     f"{len(names) - 1} other weights)."
                 )
+        # Copied into the parameters, which the optimiser and the wrapped model refer to.
         model.load_state_dict(loaded.state_dict())
 
     def _load_best_model(self):
@@ -199,11 +200,7 @@ class WholeCheckpointTrainer(Trainer):
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Loads the states of optimiser and scheduler from a checkpoint.
-
-        Raises:
-            ValueError: If the states belong to another optimiser or model.
-        """
+        """Raises `ValueError` in one sentence if the states of a checkpoint belong to another optimiser or model."""
         try:
             shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
             if checkpoint and not shards and (Path(checkpoint) / OPTIMIZER_NAME_BIN).is_file():
@@ -221,6 +218,7 @@ class WholeCheckpointTrainer(Trainer):
 
         assert self.optimizer is not None  # created before its state is loaded
         assert self.lr_scheduler is not None
+        # Accelerate has saved the whole state with names of parameters; that of a plain optimiser has numbers.
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
         set_optimizer_state_dict(self.model, optimizer, state, options=StateDictOptions(full_state_dict=True))

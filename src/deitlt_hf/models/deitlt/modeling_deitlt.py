@@ -157,11 +157,12 @@ class DeiTLTLayer(DeiTLayer):
         class_tokens_only: bool = False,
         **kwargs,
     ) -> torch.Tensor:
+        # Keys and values of the last block still come from all tokens; only queries, projection and MLP are saved.
         num_queries = 2 if class_tokens_only and self.is_last else None
 
         def attend(states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
             mask = attention_mask
-            if kept is not None and isinstance(mask, torch.Tensor) and len(mask) > 1:
+            if kept is not None and isinstance(mask, torch.Tensor) and len(mask) > 1:  # a mask for each image
                 mask = mask[kept]
             states = self.layernorm_before(states)
             return self.dropout(first_tokens_attend(self.attention, states, mask, num_queries, **kwargs))
@@ -184,6 +185,7 @@ class DeiTLTPreTrainedModel(DeiTPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, DeiTEmbeddings):
+            # CLS begins at almost zero, as in timm; transformers' DeiT would begin DIST and the positions at zero, too.
             init.normal_(module.cls_token, std=1e-6)
             init.trunc_normal_(module.distillation_token, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
@@ -216,6 +218,7 @@ class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
                 f"a student needs a DeiTLTConfig, got a {type(config).__name__}; load it with "
                 "DeiTLTConfig.from_pretrained."
             )
+        # Not the constructor of DeiTModel: it would create blocks without stochastic depth, and a pooler.
         DeiTPreTrainedModel.__init__(self, config)
         depth = config.num_hidden_layers
         self.embeddings = DeiTEmbeddings(config)
@@ -285,6 +288,7 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
             class_tokens_only=class_tokens_only,
             **kwargs,
         )
+        # The order of tokens is that of DeiT: CLS, DIST, patches. Each head reads only its own token.
         token_features = outputs.last_hidden_state[:, :2]
         cls_logits = self.cls_classifier(token_features[:, 0])
         distillation_logits = self.distillation_classifier(token_features[:, 1])
@@ -297,7 +301,7 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
 
         return DeiTLTImageClassifierOutput(
             loss=loss,
-            logits=(cls_logits + distillation_logits) / 2,
+            logits=(cls_logits + distillation_logits) / 2,  # as in transformers' class, which loads the same folder
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
             token_features=token_features,

@@ -97,7 +97,7 @@ class FlatTeacherConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Makes a configuration from a dictionary, without class facts that do not apply to the classes asked for."""
+        """Makes a configuration from a dictionary, without class facts that do not apply to the wanted classes."""
         result = super().from_dict(_of_its_classes(config_dict, kwargs), **kwargs)
         _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` are set after the first check
         return result

@@ -39,6 +39,7 @@ class BasicBlock(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.stride > 1:
+            # Option A, not a 1x1 convolution: the authors' CIFAR teachers have no weights in their shortcuts.
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         return F.relu(out.add_(x), inplace=True)
 
@@ -187,22 +188,17 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         Raises:
             ValueError: If labels are given and `problem_type` is not single-label classification.
         """
-        _check_problem(self.config, labels)
+        if labels is not None and self.config.problem_type not in (None, "single_label_classification"):
+            problem = self.config.problem_type
+            raise ValueError(f"problem_type {problem!r} has no loss here: an image has one class. Set it to None.")
         features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
-        if self.config.logit_scale != 1.0:
+        if self.config.logit_scale != 1.0:  # cosines alone would give almost the same probability to every class
             logits = self.config.logit_scale * logits
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         projections = None if self.projection is None else self.projection(features)
         output = FlatTeacherOutput(loss=loss, logits=logits, projections=projections)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-
-def _check_problem(config: FlatTeacherConfig, labels: torch.Tensor | None) -> None:
-    if labels is not None and config.problem_type not in (None, "single_label_classification"):
-        raise ValueError(
-            f"problem_type {config.problem_type!r} has no loss here: an image has one class. Set it to None."
-        )
 
 
 FlatTeacherForImageClassification.register_for_auto_class("AutoModelForImageClassification")
