@@ -18,7 +18,7 @@ from transformers.utils import is_peft_available
 from .analysis.observe import predict
 from .analysis.pictures import require_matplotlib
 from .analysis.probing import probe
-from .analysis.report import PAGE
+from .analysis.report_page import PAGE
 from .analysis.verdict import Outcome, Verdict, judge, table, write_page
 from .console import quiet_log, show
 from .data.images import ImageCollator, ImageDataset

@@ -59,7 +59,11 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
         for split in ("validation", "test")
         if split in data
     }
-    known = {split: (labels, _softmax(logits["mean"])) for split, (labels, logits) in seen.items()}
+    # By torch, as the handler computes the scores that it compares with the thresholds.
+    known = {
+        split: (labels, torch.from_numpy(logits["mean"]).softmax(dim=-1).numpy())
+        for split, (labels, logits) in seen.items()
+    }
     source = "the validation images"
     if "validation" not in known:
         labels, scores = known["test"]
@@ -76,10 +80,6 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
                 "holds all of its classes."
             )
     return sets
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(logits).float().softmax(dim=-1).numpy()
 
 
 def _store(folder: str, sets: PredictionSets, groups: Mapping[str, Integers]) -> None:

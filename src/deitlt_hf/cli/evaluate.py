@@ -31,9 +31,9 @@ from .json_output import json_output
 RunArguments = make_dataclass(
     "RunArguments",
     [
-        (of_run.name, of_run.type, copy.copy(of_run))
-        for of_run in fields(DeiTLTTrainingArguments)
-        if of_run.name in EVALUATION_FIELDS
+        (item.name, item.type, copy.copy(item))
+        for item in fields(DeiTLTTrainingArguments)
+        if item.name in EVALUATION_FIELDS
     ],
 )
 

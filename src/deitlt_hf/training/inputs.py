@@ -9,9 +9,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Iterable
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
+from ..data.columns import find_columns
 from ..data.copies import ReducedCopies
 from ..data.images import ImageDataset
-from ..data.loading import find_columns, images_hash, subset_hash
+from ..data.loading import images_hash, subset_hash
 from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
