@@ -12,7 +12,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from ..console import show
-from ..data.images import ImageCollator, ImageDataset
+from ..data.images import ImageCollator
 from ..data.long_tail import Integers
 from ..evaluation.prediction_sets import ALL, PredictionSets, fit_prediction_sets, needed_images
 from ..hub.cards import CARD_FILE, write_card
@@ -55,9 +55,7 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
     groups: Mapping[str, Integers] = getattr(model.config, "class_groups", None) or data_args.groups(data)
     seen = {
-        split: predict(model, ImageDataset(data[split], "image", "label", background=collate.background), collate)
-        for split in ("validation", "test")
-        if split in data
+        split: predict(model, collate.images(data[split]), collate) for split in ("validation", "test") if split in data
     }
     # By torch, as the handler computes the scores that it compares with the thresholds.
     known = {

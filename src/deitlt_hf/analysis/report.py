@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 
-from ..data.images import ImageCollator, ImageDataset
+from ..data.images import ImageCollator
 from ..data.long_tail import Integers
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
@@ -59,7 +59,7 @@ def analyze(
         ValueError: If the model has no attention over patches.
     """
     collate = ImageCollator(load_processor(path))
-    dataset = ImageDataset(data["test"], "image", "label", background=collate.background)
+    dataset = collate.images(data["test"])
     observed = observe(model, dataset, collate, num_images, label_order=label_order)
     names = data["test"].features["label"].names
     estimates = _estimates(observed, groups, resamples)
@@ -80,7 +80,7 @@ def analyze(
         pictures.append(_of_teacher(agreement, findings))
     pictures += _of_tokens(observed, groups, findings)
     if sharpness_images > 0:
-        train = ImageDataset(data["train"], "image", "label", background=collate.background)
+        train = collate.images(data["train"])
         images = images_of_groups(model, train, collate, groups, sharpness_images, label_order)
         pictures.append(_of_weights(model, images, findings))
     pictures += _of_images(model, observed, dataset, collate, names, groups)

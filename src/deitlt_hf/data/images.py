@@ -108,9 +108,8 @@ class EncodedImage:
     def traits(self) -> tuple[bool, bool]:
         """Returns whether any pixel is transparent, and whether the image has several frames."""
         try:
-            several = (
-                getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"
-            )  # extra frames: previews
+            # The further pictures of an MPO are previews of the first one.
+            several = getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"
         except Exception:  # the second frame is damaged; it is never read
             several = True
         opaque = "A" in self._opened.getbands() and np.asarray(self._opened.getchannel("A")).min() == 255
@@ -349,6 +348,10 @@ class ImageCollator:
     def __init__(self, image_processor):
         self.image_processor = image_processor
         self.background = getattr(image_processor, "background", None)
+
+    def images(self, split: datasets.Dataset) -> ImageDataset:
+        """The images of a split with the columns `image` and `label`, decoded over the background of the processor."""
+        return ImageDataset(split, "image", "label", background=self.background)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "image" not in rows[0]:

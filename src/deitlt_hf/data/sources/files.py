@@ -132,13 +132,20 @@ def divided(split: Split, parts: Sequence[str] | None) -> dict[str, Split]:
     return {part: Split([path for path, _ in found], [label for _, label in found]) for part, found in rows.items()}
 
 
-def split_of(name: str) -> str | None:
-    """Finds the split that a name contains as a word: `train`, the name of a test split, or None."""
+def split_of(name: str, exactly: bool = False) -> str | None:
+    """Finds the split that a name contains as a word: `train`, the name of a test split, or None.
+
+    Args:
+        name: Name of a file or folder.
+        exactly: Do not accept words that only begin like a split, such as `trainset` or `testdata`.
+    """
     words = re.split(r"[^a-z]+", name.lower())
-    if any(word.startswith("train") for word in words):
+    if any(word in TRAIN_NAMES if exactly else word.startswith("train") for word in words):
         return "train"
     exact = next((word for word in words if word in TEST_NAMES), None)
-    return exact or next((start for word in words for start in ("test", "valid") if word.startswith(start)), None)
+    if exact is not None or exactly:
+        return exact
+    return next((start for word in words for start in ("test", "valid") if word.startswith(start)), None)
 
 
 def splits_by_folder(paths: Sequence[str], source: str) -> list[str] | None:

@@ -33,8 +33,10 @@ def split_folders(folder: Path) -> dict[str, Path]:
     """Finds the folders of splits: they are named like a split, or contain such a word, and have subfolders."""
     places: dict[str, Path] = {}
     folders = [name for name in _folders(folder) if _folders(folder / name)]
+    # Beside boots/BRAND/, trainers/BRAND/ is a class, although its name begins like that of a split.
+    has_classes = any(split_of(name) is None for name in folders)
     for name in sorted(folders, key=lambda name: name.lower() not in (*TRAIN_NAMES, *TEST_NAMES)):
-        split = split_of(name)
+        split = split_of(name, exactly=has_classes)
         if split is not None:
             places.setdefault(split, folder / name)
     return dict(sorted(places.items(), key=lambda item: item[0] != "train"))
