@@ -33,7 +33,8 @@ from deitlt_hf import (
     FlatTeacherConfig,
     FlatTeacherForImageClassification,
 )
-from deitlt_hf.analysis.budget import OVERHEAD_BYTES, student_model
+from deitlt_hf.analysis.budget import OVERHEAD_BYTES
+from deitlt_hf.analysis.model_cost import student_model
 from deitlt_hf.data import load_long_tailed
 from deitlt_hf.recipes import StudentArguments
 from deitlt_hf.records import read_record

@@ -26,7 +26,8 @@ import numpy as np
 from comparisons import GPU_COMPARISONS, IS_TRIAL, VIT_B, Comparison
 from series import GROUPS, RESULTS, ROOT, slug, write_record
 
-from deitlt_hf.analysis.budget import GPUS, student_flops
+from deitlt_hf.analysis.budget import GPUS
+from deitlt_hf.analysis.model_cost import student_flops
 
 sys.path.append(str(ROOT / "research"))
 import arms

@@ -40,7 +40,7 @@ from deitlt_hf import (
     FlatTeacherConfig,
     FlatTeacherForImageClassification,
 )
-from deitlt_hf.analysis.budget import counted_flops
+from deitlt_hf.analysis.model_cost import counted_flops
 from deitlt_hf.data import load_long_tailed
 from deitlt_hf.evaluation.accuracy import COLOURS
 from deitlt_hf.losses import DistillationLoss, effective_number_weights

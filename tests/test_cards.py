@@ -158,7 +158,7 @@ def test_card_describes_the_teachers_training_and_accuracy(trained):
 )
 def test_card_says_when_each_rho_applies(settings, words):
     record = {"backbone": "resnet20", "training": {"settings": settings | {"num_train_epochs": 9}}}
-    assert f"SAM with {words} 9 epochs" in CardFacts({"teacher": record}, {}).teacher
+    assert f"SAM with {words} 9 epochs" in CardFacts({"teacher": record}, {}).teacher()
 
 
 def test_no_token_or_path_of_the_user_is_in_card_or_record(trained):

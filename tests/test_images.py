@@ -25,8 +25,8 @@ from deitlt_hf import (
     FlatTeacherTrainingArguments,
 )
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, images, load_long_tailed, train_transform
+from deitlt_hf.data.columns import standard_columns
 from deitlt_hf.data.images import JPEG_DECODERS, EncodedImage, decoder_versions, find_decoder, open_image
-from deitlt_hf.data.loading import standard_columns
 from deitlt_hf.serving.prediction import load_classifier
 from helpers import bomb, cut, encoded, picture
 

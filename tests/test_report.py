@@ -20,7 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.analysis.figures import draw_images
 from deitlt_hf.analysis.observe import observe, spread_rows
-from deitlt_hf.analysis.report import Picture, Section, _share_axes
+from deitlt_hf.analysis.report_page import Picture, Section, _share_axes
 from deitlt_hf.analysis.reporting import AnalysisArguments, report
 from deitlt_hf.analysis.teaching import teacher_agreement
 from deitlt_hf.cli.analyze import main

@@ -24,8 +24,16 @@ from deitlt_hf.cli import main
 from deitlt_hf.cli.convert import main as convert
 from deitlt_hf.losses import TEACHER_LOSSES
 from deitlt_hf.original.layouts import student_to_original
-from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, recipe_names
-from deitlt_hf.recipes import parse_arguments, recipe_description, teacher_folder
+from deitlt_hf.recipes import (
+    DataArguments,
+    StudentArguments,
+    TeacherArguments,
+    load_recipe,
+    parse_arguments,
+    recipe_description,
+    recipe_names,
+    teacher_folder,
+)
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from deitlt_hf.training.teacher import _check_heads
 from helpers import ROOT, TINY, filled_state_dict, make_student, results

@@ -750,6 +750,14 @@ def test_a_flat_test_folder_is_not_a_split_and_a_class_may_be_named_train(tmp_pa
     assert data["train"].features["label"].names == ["car", "plane", "train"]
 
 
+def test_a_class_whose_name_begins_like_a_split_is_a_class(tmp_path):
+    """Trainers are shoes if the folders beside them are classes, too; such a folder was the training split."""
+    for place in ("boots/adi", "boots/nik", "trainers/adi", "trainers/nik"):
+        save_image(tmp_path / place / "0.png")
+    data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
+    assert data["train"].features["label"].names == ["boots", "trainers"]
+
+
 def test_folders_without_images_are_reported(tmp_path, caplog):
     for split in ("train", "test"):
         for name in ("cat", "dog"):

@@ -10,7 +10,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 
-from deitlt_hf.analysis.budget import student_model
+from deitlt_hf.analysis.model_cost import student_model
 from deitlt_hf.cli import main
 from deitlt_hf.models.trunks import student_of, trunk_of
 from deitlt_hf.original.layouts import student_to_ours

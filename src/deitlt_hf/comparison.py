@@ -18,10 +18,10 @@ from transformers.utils import is_peft_available
 from .analysis.observe import predict
 from .analysis.pictures import require_matplotlib
 from .analysis.probing import probe
-from .analysis.report import PAGE
+from .analysis.report_page import PAGE
 from .analysis.verdict import Outcome, Verdict, judge, table, write_page
 from .console import quiet_log, show
-from .data.images import ImageCollator, ImageDataset
+from .data.images import ImageCollator
 from .data.long_tail import class_counts
 from .io import atomic_write, read_json, write_json
 from .quickstart import (
@@ -297,7 +297,7 @@ def _predictions(folder: Path, data: Mapping) -> list[int]:
     """Classes that a trained way predicts for the test images."""
     model = load_model(str(folder)).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     collate = ImageCollator(load_processor(str(folder)))
-    images = ImageDataset(data["test"], "image", "label", background=collate.background)
+    images = collate.images(data["test"])
     return predict(model, images, collate)[1]["mean"].argmax(axis=1).tolist()
 
 

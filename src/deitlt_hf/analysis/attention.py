@@ -60,6 +60,7 @@ def attention_distances(
     Raises:
         ValueError: If the attention does not have this number of patches.
     """
+    # Without the special tokens, which have no position. With their share, a head that attends to CLS would look local.
     weights = _to_patches(attentions, grid, num_tokens)[:, :, num_tokens:]
     return np.einsum("ihqk,qk->h", weights, patch_distances(grid, patch_size)) / (weights.shape[0] * weights.shape[2])
 
@@ -98,6 +99,7 @@ def attention_rollout(attentions: Sequence[np.ndarray]) -> np.ndarray:
     images, _, tokens, _ = attentions[0].shape
     rollout = np.broadcast_to(np.eye(tokens), (images, tokens, tokens))
     for layer in attentions:
+        # Abnar and Zuidema's 0.5 W + 0.5 I: a block adds to its input, so a token also keeps itself.
         mixed = (np.asarray(layer, dtype=np.float64).mean(axis=1) + np.eye(tokens)) / 2
         rollout = mixed / mixed.sum(axis=-1, keepdims=True) @ rollout
     return rollout

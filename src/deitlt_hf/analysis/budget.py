@@ -1,37 +1,24 @@
-"""Estimates the cost of a training run in advance: operations, memory, hours and communication."""
+"""Estimates the cost of a training run on GPUs in advance: steps, memory, hours and communication."""
 
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedConfig
 
 from ..console import show
 from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
-from ..data.transforms import ImageFormat
-from ..models.deitlt.configuration_deitlt import DeiTLTConfig
-from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
-from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
-from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, paper_accuracies
-from ..serving.classifiers import load_classifier, load_processor
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
 from ..training.schedule import low_peak
 from ..training.starting import FREE_SIZES, SIZES, check_start
-from ..training.tuning import FULL, HEADS, check_tunable, freeze, last_blocks, trained_parameters
+from .model_cost import Model, frozen_model, student_model, teacher_model
 
-# Per parameter, in float32: weight, gradient, and the two moments of AdamW, or momentum and SAM's copy of the weight.
-STATE_BYTES = 16
 OVERHEAD_BYTES = 2**30  # approximate memory of a GPU's context and libraries
 REDUCE_LATENCY = 20e-6  # approximate seconds that each doubling of the processes adds to a reduction
 GPUS_A_MACHINE = 8
@@ -68,27 +55,6 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Model:
-    """Training cost of one model.
-
-    Args:
-        parameters: Number of parameters.
-        flops: Operations of a forward pass per image; a multiplication and an addition are two.
-        training_flops: Operations of a training step per image.
-        state_bytes: Bytes kept between steps: weights, gradients, optimiser state and other copies of the weights.
-        activation_bytes: Bytes that the forward pass keeps for the backward pass, per image.
-        trained: Number of trained parameters.
-    """
-
-    parameters: int
-    flops: int
-    training_flops: float
-    state_bytes: int
-    activation_bytes: int
-    trained: int
-
-
-@dataclass(frozen=True)
 class Budget:
     """Estimated cost of a run on a number of GPUs.
 
@@ -115,114 +81,6 @@ class Budget:
     exposed_seconds: float
     hours: float
     fits: bool
-
-
-def counted_flops(model: nn.Module, image_size: int) -> int:
-    """Operations of a forward pass per image, as counted by torch; the model may be on the meta device."""
-    return _flop_counter(model, image_size).get_total_flops()
-
-
-def student_flops(config: DeiTLTConfig) -> tuple[int, list[int]]:
-    """Operations of a student's forward pass per image, and of each of its blocks.
-
-    The last block costs less: it computes only the CLS and DIST tokens, from all tokens.
-    """
-    with torch.device("meta"):
-        model = DeiTLTForImageClassification(config)
-    counter = _flop_counter(model, config.image_size)  # type: ignore[arg-type]
-    counts, blocks = counter.get_flop_counts(), range(config.num_hidden_layers)
-    of_blocks = [sum(counts[f"{type(model).__name__}.deit.layers.{index}"].values()) for index in blocks]
-    return counter.get_total_flops(), of_blocks
-
-
-def _flop_counter(model: nn.Module, image_size: int) -> FlopCounterMode:
-    """Torch's counter after a forward pass of one image."""
-    images = torch.empty(1, 3, image_size, image_size, device=next(model.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(pixel_values=images)
-    return counter
-
-
-def activation_bytes(model: nn.Module, image_size: int, half: bool) -> int:
-    """Bytes that a forward pass keeps for the backward pass, per image; measured on the CPU.
-
-    Args:
-        model: The model; it is set to training mode.
-        image_size: Side of the images in pixels.
-        half: Use mixed precision (bfloat16).
-    """
-    # The difference removes memory that does not grow with the batch, such as weights in half precision.
-    few, more = (_kept_bytes(model.train(), torch.zeros(size, 3, image_size, image_size), half) for size in (2, 4))
-    return (more - few) // 2
-
-
-def _kept_bytes(model: nn.Module, images: torch.Tensor, half: bool) -> int:
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    torch.manual_seed(0)  # both batches drop the same share of residual branches
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        # The graph stays alive until `del`: memory is not reused meanwhile, so the addresses in `kept` stay unique.
-        outputs = model(pixel_values=images)
-    del outputs
-    return sum(kept.values())
-
-
-def student_model(
-    student_args: StudentArguments, num_labels: int, teacher: Model | None, args: DeiTLTTrainingArguments
-) -> Model:
-    """Training cost of a student with AdamW, with the forward pass of its teacher."""
-    config = student_args.config(num_labels=num_labels)
-    rates = np.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)  # share of images that skip each block
-    flops, of_blocks = student_flops(config)
-    trained = flops - float(rates @ of_blocks)
-    teacher_flops, frozen_bytes = (0, 0) if teacher is None else (teacher.flops, 4 * teacher.parameters)
-    config.drop_path_rate = 0.0  # without stochastic depth, a step keeps the most memory
-    model = DeiTLTForImageClassification(config)
-    parameters = model.num_parameters()
-    check_tunable(model, args.tune)
-    freeze(model, args.tune, args.lora_rank)
-    tuned = trained_parameters(model)
-    if args.gradient_checkpointing:
-        # transformers 5.23 has the newer name.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    weight_bytes = 4 + 4 * (args.ema_decay is not None)
-    return Model(
-        parameters=parameters,
-        flops=flops,
-        training_flops=args.gradients_per_step * (1 + _backward_share(args.tune, config)) * trained + teacher_flops,
-        state_bytes=weight_bytes * parameters + (STATE_BYTES - 4) * tuned + frozen_bytes,
-        activation_bytes=activation_bytes(model, student_args.image_size, half=True),
-        trained=tuned,
-    )
-
-
-def _backward_share(tune: str, config: PreTrainedConfig) -> float:
-    """Operations of the backward pass, relative to the forward pass.
-
-    The gradients of the activations cost one forward pass, and those of the weights another. With `last_N` and LoRA the
-    former reach down to the tokens.
-    """
-    if tune in (FULL, HEADS):
-        return 2.0 if tune == FULL else 0.0
-    return 1.0 + (last_blocks(tune) or 0) / config.num_hidden_layers
-
-
-def teacher_model(config: FlatTeacherConfig, args: FlatTeacherTrainingArguments) -> Model:
-    """Training cost of a teacher with SGD, including SAM's second pass and PaCo's second view."""
-    model = FlatTeacherForImageClassification(config)
-    parameters, flops = model.num_parameters(), counted_flops(model, config.image_size)
-    return Model(
-        parameters=parameters,
-        flops=flops,
-        training_flops=(3 * args.gradients_per_step + args.loss.contrast) * flops,
-        state_bytes=(STATE_BYTES + 4 * args.loss.contrast) * parameters,
-        activation_bytes=activation_bytes(model, config.image_size, half=True),
-        trained=parameters,
-    )
 
 
 def training_images(data_args: DataArguments) -> tuple[int, int]:
@@ -280,7 +138,7 @@ def budget(
     batch_size, accumulation = divide_batch(args.global_batch_size, gpus, args.per_device_train_batch_size)
     if batch_size % 2 and getattr(args, "mixes", False):
         raise ValueError(f"mixing needs an even batch on each GPU, but {gpus} GPUs have {batch_size} image(s) each.")
-    drawn = images // ROUND * ROUND if args.repeats > 1 else images
+    drawn = images // ROUND * ROUND if args.repeats > 1 else images  # as `images_of_epoch`, but without its refusal
     sizes = batches_of_epoch(drawn, batch_size, gpus, accumulation, args.partial_steps)
     batches = len(sizes)
     if batches == 0:
@@ -290,6 +148,7 @@ def budget(
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch_steps)
     micro_batch_seconds = model.training_flops * batch_size / (gpu.flops * utilisation)
     compute = micro_batch_seconds * min(accumulation, batches)
+    # DDP reduces gradients in the dtype of the weights, which is float32 also under mixed precision.
     reduction = args.gradients_per_step * reduce_seconds(4 * model.trained, gpus, gpu)
     exposed = max(0.0, reduction - micro_batch_seconds * 2 / 3)
     memory = model.state_bytes + model.activation_bytes * batch_size + OVERHEAD_BYTES
@@ -361,28 +220,22 @@ def print_budgets(
         show(paper.sentence())
     teacher = None
     if args.needs_teacher and student_args.teacher is not None:
-        teacher = _trained_teacher(student_args.teacher)
+        teacher = frozen_model(student_args.teacher)
     elif args.needs_teacher:
         loss = student_args.teacher_loss or own_loss(recipe)
         overrides = {"teacher_loss": loss, "output_dir": args.output_dir}
         kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-        _, teacher_args, taught = fill_arguments("teacher", kinds, recipe, overrides)
-        teacher = teacher_model(teacher_args.config(loss, num_labels=classes), taught)
-        _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, taught)
+        _, teacher_args, teacher_run = fill_arguments("teacher", kinds, recipe, overrides)
+        teacher = teacher_model(teacher_args.config(loss, num_labels=classes), teacher_run)
+        _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, teacher_run)
     if teacher is not None and student_args.tail_teacher is not None:  # an image goes to one of them
-        second = _trained_teacher(student_args.tail_teacher)
+        second = frozen_model(student_args.tail_teacher)
         flops = max(teacher.flops, second.flops)
         teacher = replace(teacher, parameters=teacher.parameters + second.parameters, flops=flops)
     if note := low_peak(args.peak_learning_rate, student_args.init_from):
         show(f"Note: {note}")
     student = student_model(student_args, classes, teacher, args)
     _show_budgets(f"student, {student_args.image_size} px", student, plan, images, args)
-
-
-def _trained_teacher(path: str) -> Model:
-    model = load_classifier(path)
-    size = ImageFormat.of(load_processor(path)).size[0]
-    return Model(model.num_parameters(), counted_flops(model, size), 0.0, 0, 0, 0)
 
 
 def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, args) -> None:

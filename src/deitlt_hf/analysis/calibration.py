@@ -12,7 +12,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from ..console import show
-from ..data.images import ImageCollator, ImageDataset
+from ..data.images import ImageCollator
 from ..data.long_tail import Integers
 from ..evaluation.prediction_sets import ALL, PredictionSets, fit_prediction_sets, needed_images
 from ..hub.cards import CARD_FILE, write_card
@@ -55,11 +55,13 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
     groups: Mapping[str, Integers] = getattr(model.config, "class_groups", None) or data_args.groups(data)
     seen = {
-        split: predict(model, ImageDataset(data[split], "image", "label", background=collate.background), collate)
-        for split in ("validation", "test")
-        if split in data
+        split: predict(model, collate.images(data[split]), collate) for split in ("validation", "test") if split in data
     }
-    known = {split: (labels, _softmax(logits["mean"])) for split, (labels, logits) in seen.items()}
+    # By torch, as the handler computes the scores that it compares with the thresholds.
+    known = {
+        split: (labels, torch.from_numpy(logits["mean"]).softmax(dim=-1).numpy())
+        for split, (labels, logits) in seen.items()
+    }
     source = "the validation images"
     if "validation" not in known:
         labels, scores = known["test"]
@@ -76,10 +78,6 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
                 "holds all of its classes."
             )
     return sets
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(logits).float().softmax(dim=-1).numpy()
 
 
 def _store(folder: str, sets: PredictionSets, groups: Mapping[str, Integers]) -> None:

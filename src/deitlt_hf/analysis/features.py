@@ -32,6 +32,7 @@ def effective_rank(features: np.ndarray) -> float:
     values = singular_values(features)
     if values[0] == 0:
         return 0.0  # all images have the same features
+    # Rounding leaves tiny values in place of zeros, whose logarithm the entropy would need.
     shares = values[values > 1e-12 * values[0]]
     shares = shares / shares.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -73,11 +73,15 @@ def sharpness(
     num_images = _count(batches)
     with _measurable(model) as classifier:
         loss, (loss_rise,), used = _loss_rises(classifier, batches, num_images, [rho])
+        # Only parameters with a gradient: the Hessian of others, such as a projection for PaCo, would be an error here.
+        # The check would run the model several times more, and a model in evaluation mode is deterministic.
         hessian = HessianLinearOperator(classifier, nn.CrossEntropyLoss(), used, batches, check_deterministic=False)
         with torch.random.fork_rng(), _without_warning():
             torch.manual_seed(seed)
             first = torch.randn(hessian.shape[1]).numpy()
+            # curvlinops takes fewer vectors than there are weights.
             trace = float(hutchinson_trace(hessian, min(num_vectors, hessian.shape[1] - 1)))
+        # LA: the largest, not that of the largest magnitude. Flatness is about the steepest rise (positive curvature).
         eigenvalue = float(eigsh(hessian.to_scipy(), k=1, which="LA", v0=first, tol=1e-3, return_eigenvectors=False)[0])
     return Sharpness(loss, loss_rise, eigenvalue, trace, num_images)
 
@@ -199,10 +203,11 @@ def _loss_rises(
             if part is not None:
                 gradients[index] += part
                 used[index] = True
+    # SAM's epsilon = rho g / |g|; the constant, as in SAM's code, is for a loss without a gradient.
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients)) + 1e-12
     rises = []
     with torch.no_grad():
-        originals = [parameter.clone() for parameter in parameters]
+        originals = [parameter.clone() for parameter in parameters]  # to subtract a step again would round
         try:
             for rho in rhos:
                 for parameter, original, gradient in zip(parameters, originals, gradients, strict=True):

@@ -116,6 +116,7 @@ def observe(
             outputs = model.eval()(
                 pixel_values=batch["pixel_values"].to(model.device), output_attentions=True, output_hidden_states=True
             )
+            # Reduced at once: the attention of all layers of a ViT-B/16 is 23 MB per image.
             layers = [layer.float().cpu().numpy() for layer in outputs.attentions]
             num_tokens = layers[0].shape[-1] - grid[0] * grid[1]
             arguments = (grid, patch_size, num_tokens)

@@ -95,7 +95,7 @@ def _draw_classes(train, groups, title: str, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-class _Onlooker(PreTrainedModel):
+class _RecordingTeacher(PreTrainedModel):
     """Stand-in for the teacher that records its input images."""
 
     def __init__(self, config: FlatTeacherConfig):
@@ -121,7 +121,7 @@ def _training_images(
     )
     known = {field.name for field in fields(TeacherArguments)}
     values = {key: value for key, value in load_recipe(recipe)["teacher"].items() if key in known}
-    teacher = _Onlooker(TeacherArguments(**values).config("ce", **labels))
+    teacher = _RecordingTeacher(TeacherArguments(**values).config("ce", **labels))
     trainer = DeiTLTTrainer(
         model=student,
         teacher=teacher,

@@ -81,10 +81,7 @@ def probe(path: str, data: Mapping) -> Probe:
     started = time.perf_counter()
     model = load_backbone(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     collate = ImageCollator(load_processor(path))
-    seen = {
-        split: _features(model, ImageDataset(images, "image", "label", background=collate.background), collate)
-        for split, images in data.items()
-    }
+    seen = {split: _features(model, collate.images(images), collate) for split, images in data.items()}
     regression, strength, held_out = fit_balanced(seen["train"], seen.get("validation"))
     predictions = regression.predict(seen["test"][0])
     size, seconds = seen["train"][0].shape[1], time.perf_counter() - started

@@ -1,30 +1,19 @@
-"""Builds the HTML report of an analysis: one page with the table of experts and all figures, for one model or two side
-by side."""
+"""Analyses a model for the report: the table of its experts, and one figure for each question about them."""
 
-import base64
-import io
-import json
-import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment
 from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 
-from ..data.images import ImageCollator, ImageDataset
+from ..data.images import ImageCollator
 from ..data.long_tail import Integers
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import Estimate, long_tail_figures, with_intervals
-from ..io import check_can_be_folder, nan_to_null
 from ..serving.classifiers import load_processor
 from . import figures
 from .agreement import expert_outcomes, gain_by_class
@@ -33,63 +22,11 @@ from .features import effective_rank, singular_values, token_similarity
 from .flatness import Batches, images_of_groups, loss_rises
 from .observe import Observed, observe, spread_rows
 from .pictures import shorten
+from .report_page import Picture, Section
 
 SHOWN = 10  # images in a row
-PAGE, REPORT_FILE = "index.html", "report.json"
 MOST_IN_MATRIX = 400  # classes; cells of a larger matrix would be smaller than a pixel
 RHOS = (0.0125, 0.025, 0.05, 0.1)  # around 0.05, the radius in the paper of SAM
-
-
-@dataclass
-class Picture:
-    """One figure of the report.
-
-    Args:
-        name: Name of its file, without the suffix.
-        title: Heading above the figure.
-        how_to_read: One sentence of explanation.
-        figure: The matplotlib figure.
-        details: The full captions. In the figure they are shortened, and matplotlib's font has no Chinese characters.
-    """
-
-    name: str
-    title: str
-    how_to_read: str
-    figure: Any
-    details: Sequence[str] = ()
-
-    @cached_property
-    def png(self) -> bytes:
-        """The figure as bytes of a PNG file."""
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            self.figure.savefig(buffer, dpi=110, format="png")
-        return buffer.getvalue()
-
-    @property
-    def data(self) -> str:
-        """The figure as a `data:` URL, for the page."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
-
-
-@dataclass
-class Section:
-    """The part of the report about one model.
-
-    Args:
-        title: Folder or Hub id of the model.
-        figures: Metrics of each expert, see [`long_tail_figures`].
-        intervals: 95 % intervals of the metrics.
-        pictures: Figures of the report, in order.
-        findings: Further numbers, for `report.json`.
-    """
-
-    title: str
-    figures: dict[str, dict[str, float]]
-    intervals: dict[str, dict[str, tuple[float, float]]]
-    pictures: list[Picture]
-    findings: dict
 
 
 def analyze(
@@ -122,39 +59,28 @@ def analyze(
         ValueError: If the model has no attention over patches.
     """
     collate = ImageCollator(load_processor(path))
-    dataset = ImageDataset(data["test"], "image", "label", background=collate.background)
+    dataset = collate.images(data["test"])
     observed = observe(model, dataset, collate, num_images, label_order=label_order)
     names = data["test"].features["label"].names
     estimates = _estimates(observed, groups, resamples)
     found = {expert: estimate.values for expert, estimate in estimates.items()}
     intervals = {expert: estimate.ends for expert, estimate in estimates.items()}
-    pictures = [
-        _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
-                 figures.draw_counts, counts, groups),
-        _picture("accuracy", "Accuracy by group", "Compare the colours within a group: the highest bar is the best "
-                 "expert. Lines are 95 % bootstrap intervals.",
-                 figures.draw_accuracies, found, intervals, list(groups)),
-    ]  # fmt: skip
     findings: dict[str, Any] = {
         "class_accuracies": {
             expert: class_accuracies(observed.predictions(expert), observed.labels, len(counts)).tolist()
             for expert in observed.logits
         }
     }
+    pictures = _of_classes(found, intervals, counts, groups)
     if len(names) <= MOST_IN_MATRIX:
         pictures.append(_confusion(observed, counts, names))
     if "distillation" in observed.logits:
         pictures += _of_experts(observed, counts, groups, findings)
     if agreement is not None:
-        how = (
-            "The DIST expert should predict the same class as the teacher. In distribution: test images. Out of "
-            "distribution: augmented and mixed long-tailed training images, from which it learnt."
-        )
-        pictures.append(_picture("teacher", "Agreement with the teacher", how, figures.draw_agreement, agreement))
-        findings["teacher_agreement"] = dict(agreement)
+        pictures.append(_of_teacher(agreement, findings))
     pictures += _of_tokens(observed, groups, findings)
     if sharpness_images > 0:
-        train = ImageDataset(data["train"], "image", "label", background=collate.background)
+        train = collate.images(data["train"])
         images = images_of_groups(model, train, collate, groups, sharpness_images, label_order)
         pictures.append(_of_weights(model, images, findings))
     pictures += _of_images(model, observed, dataset, collate, names, groups)
@@ -176,80 +102,23 @@ def _estimates(observed: Observed, groups: Mapping[str, Integers], resamples: in
     return with_intervals(of, observed.labels, resamples=resamples)
 
 
-def check_report_folder(output: str | Path) -> None:
-    """Checks that a report would replace only an earlier report, which is recognised by its record.
-
-    Raises:
-        FileExistsError: If the folder holds another page or record, or cannot be created.
-    """
-    check_can_be_folder(output)
-    output = Path(output)
-    try:
-        record = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if isinstance(record, dict) and {"recipe", "models"} <= record.keys():
-        return
-    for name in (PAGE, REPORT_FILE):
-        if (output / name).exists():
-            raise FileExistsError(f"{output / name} is not from a report of this package; choose another --output.")
+def _of_classes(found, intervals, counts: Integers, groups: Mapping[str, Integers]) -> list[Picture]:
+    return [
+        _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
+                 figures.draw_counts, counts, groups),
+        _picture("accuracy", "Accuracy by group", "Compare the colours within a group: the highest bar is the best "
+                 "expert. Lines are 95 % bootstrap intervals.",
+                 figures.draw_accuracies, found, intervals, list(groups)),
+    ]  # fmt: skip
 
 
-def write_report(sections: Sequence[Section], recipe: str, groups: Mapping[str, Integers], output: str | Path) -> Path:
-    """Writes the report: a self-contained `index.html`, the figures as PNG files, and `report.json`.
-
-    Returns:
-        Path of the page.
-    """
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    _remove_pictures(output)
-    _share_axes(sections)
-    names = []
-    for index, section in enumerate(sections):
-        for picture in section.pictures:
-            prefix = "" if len(sections) == 1 else f"{index + 1}_"
-            names.append(f"{prefix}{picture.name}.png")
-            (output / names[-1]).write_bytes(picture.png)
-    columns = ["overall", *groups, "balanced_accuracy", "geometric_mean", "macro_f1", "calibration_error"]
-    template = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html").read_text())
-    page = template.render(
-        sections=sections,
-        recipe=recipe,
-        columns=columns,
-        percent=percent,
-        names=_pictures_of(sections),
-        has_experts=any("distillation" in section.figures for section in sections),
+def _of_teacher(agreement: Mapping[str, Mapping[str, float]], findings: dict) -> Picture:
+    findings["teacher_agreement"] = dict(agreement)
+    how = (
+        "The DIST expert should predict the same class as the teacher. In distribution: test images. Out of "
+        "distribution: augmented and mixed long-tailed training images, from which it learnt."
     )
-    record = [
-        {"model": part.title, "figures": part.figures, "intervals": part.intervals, **part.findings}
-        for part in sections
-    ]
-    text = json.dumps(nan_to_null({"recipe": recipe, "models": record, "pictures": names}), indent=1)
-    (output / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-    (output / PAGE).write_text(page, encoding="utf-8")
-    return output / PAGE
-
-
-def _remove_pictures(output: Path) -> None:
-    """Removes the pictures of an earlier report; the new report may not have pictures of the same names."""
-    record = output / REPORT_FILE
-    if record.is_file():
-        for name in json.loads(record.read_text(encoding="utf-8")).get("pictures", []):
-            (output / Path(name).name).unlink(missing_ok=True)
-
-
-def _share_axes(sections: Sequence[Section]) -> None:
-    """Gives the same figure of two models the same vertical range, for comparison."""
-    of_name: dict[str, list] = {}
-    for section in sections:
-        for picture in section.pictures:
-            if len(picture.figure.axes) == 1:
-                of_name.setdefault(picture.name, []).append(picture.figure.axes[0])
-    for axes in of_name.values():
-        ends = [axis.get_ylim() for axis in axes]
-        for axis in axes:
-            axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+    return _picture("teacher", "Agreement with the teacher", how, figures.draw_agreement, agreement)
 
 
 def _confusion(observed: Observed, counts: Integers, names: Sequence[str]) -> Picture:
@@ -405,18 +274,3 @@ def _picture(name: str, title: str, how_to_read: str, draw: Callable, *values) -
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     draw(figure.subplots(), *values)
     return Picture(name, title, how_to_read, figure)
-
-
-def _pictures_of(sections: Sequence[Section]) -> list[tuple[str, str, str, list[Picture | None]]]:
-    """Returns name, title and explanation of each figure, and the figures of all models; None if a model lacks one."""
-    rows: dict[str, tuple[str, str, str]] = {}
-    for section in sections:
-        for picture in section.pictures:
-            rows.setdefault(picture.name, (picture.name, picture.title, picture.how_to_read))
-    by_name = [{picture.name: picture for picture in section.pictures} for section in sections]
-    return [(*row, [pictures.get(name) for pictures in by_name]) for name, row in rows.items()]
-
-
-def percent(value: float) -> str:
-    """Formats a fraction in %; a dash for NaN."""
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"

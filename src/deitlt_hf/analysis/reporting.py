@@ -1,9 +1,11 @@
 """Complete analysis of one or two models: figures, tables and the report page."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from ..console import quiet_log, show
 from ..data.loading import training_counts
@@ -16,7 +18,8 @@ from ..serving.classifiers import load_model
 from ..training.taught import label_order
 from .observe import check_transformer
 from .pictures import require_matplotlib
-from .report import Section, analyze, check_report_folder, write_report
+from .report import analyze
+from .report_page import Section, check_report_folder, write_report
 from .teaching import teacher_agreement
 
 
@@ -70,13 +73,7 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments, table
     data = data_args.load()
     names = data["test"].features["label"].names
     counts, groups = training_counts(data["train"]), data_args.groups(data)
-    models = []
-    for path in [args.model] if args.compare is None else [args.model, args.compare]:
-        model = load_model(path).float().to("cuda" if torch.cuda.is_available() else "cpu")
-        check_transformer(model)
-        models.append((path, model, label_order(names, model.config, f"model {path}")))
-    if args.teacher is not None and not isinstance(models[0][1], DeiTLTForImageClassification):
-        raise ValueError(f"{args.model} is not a DeiT-LT student; leave --teacher out.")
+    models = _models(args, names)
     Path(args.output).mkdir(parents=True, exist_ok=True)  # fails before the work, and only after the models are checked
     sections: list[Section] = []
     for path, model, order in models:
@@ -105,3 +102,15 @@ def report(recipe: str, args: AnalysisArguments, data_args: DataArguments, table
     page = write_report(sections, recipe, groups, args.output)
     print(f"The report is in {page}.")
     return page
+
+
+def _models(args: AnalysisArguments, names: Sequence[str]) -> list[tuple[str, PreTrainedModel, torch.Tensor]]:
+    """Loads and checks the models: path, model, and positions of the data's classes among its own."""
+    models = []
+    for path in [args.model] if args.compare is None else [args.model, args.compare]:
+        model = load_model(path).float().to("cuda" if torch.cuda.is_available() else "cpu")
+        check_transformer(model)
+        models.append((path, model, label_order(names, model.config, f"model {path}")))
+    if args.teacher is not None and not isinstance(models[0][1], DeiTLTForImageClassification):
+        raise ValueError(f"{args.model} is not a DeiT-LT student; leave --teacher out.")
+    return models

@@ -17,7 +17,7 @@ from ..training.provenance import results_of
 from .observe import HEADS, spread_rows
 
 # Settings of a run that determine the training images of student and teacher.
-_SHOWN = (
+_VIEW_SETTINGS = (
     "train_crop",
     "auto_augment",
     "hflip",
@@ -61,7 +61,7 @@ def teacher_agreement(
         _, _, args = fill_arguments("student", classes, recipe, overrides)
         record = results_of(model.name_or_path)
         settings, background = record.get("settings", {}), record.get("data", {}).get("background")
-        for name in _SHOWN:
+        for name in _VIEW_SETTINGS:
             setattr(args, name, settings.get(name, getattr(args, name)))
         teaches, processor = load_classifier(teacher), None
         if not isinstance(teaches, FlatTeacherForImageClassification):

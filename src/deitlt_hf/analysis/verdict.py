@@ -15,7 +15,7 @@ from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_class
 from ..evaluation.metrics import Estimate, paired_leads, points, with_intervals
 from ..io import atomic_write
 from .figures import draw_prices
-from .report import PAGE, Picture, percent
+from .report_page import PAGE, Picture, percent
 
 ERROR = 0.05  # probability that any claim of the advice is wrong
 RESAMPLES = 2000  # the ends of the intervals of the claims are quantiles near 0.5 %

@@ -8,7 +8,7 @@ deitlt analyze --model M --compare M2 --recipe fashion_mnist_lt_tiny --data_dir 
 import json
 from collections.abc import Sequence
 
-from ..analysis.report import REPORT_FILE
+from ..analysis.report_page import REPORT_FILE
 from ..analysis.reporting import AnalysisArguments, report
 from ..recipes import DataArguments, parse_arguments
 from .json_output import json_output

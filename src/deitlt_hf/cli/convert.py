@@ -9,6 +9,7 @@ It also converts a model folder of an earlier version of this package: the new f
 processor and code that work with more versions of transformers.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def resave(source: str, folder: str) -> PreTrainedModel:
     return model
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument(
         "file", help="the authors' .pth or .pth.tar file, a .safetensors file with the same tensors, or a model folder"
@@ -58,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--num_attention_heads", type=int, help="number of heads of a student whose heads are not 64 wide"
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
     args, rest = parse_with_fields(parser, (DataArguments,), arguments)
     classes = {}
     if args.recipe is not None:

@@ -132,7 +132,7 @@ def _refusals(
 
 
 def _names(classes: Sequence[type]) -> set[str]:
-    return {of_run.name for cls in classes for of_run in fields(cls) if of_run.init}
+    return {item.name for cls in classes for item in fields(cls) if item.init}
 
 
 def _without(names: Collection[str], argv: Sequence[str]) -> list[str]:

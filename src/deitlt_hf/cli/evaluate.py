@@ -12,7 +12,7 @@ import torch
 
 from ..analysis.observe import predict
 from ..console import show
-from ..data.images import ImageCollator, ImageDataset
+from ..data.images import ImageCollator
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
@@ -31,9 +31,9 @@ from .json_output import json_output
 RunArguments = make_dataclass(
     "RunArguments",
     [
-        (of_run.name, of_run.type, copy.copy(of_run))
-        for of_run in fields(DeiTLTTrainingArguments)
-        if of_run.name in EVALUATION_FIELDS
+        (item.name, item.type, copy.copy(item))
+        for item in fields(DeiTLTTrainingArguments)
+        if item.name in EVALUATION_FIELDS
     ],
 )
 
@@ -96,7 +96,7 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     source = "validation" if "validation" in data else "train"
     fitted = data[source].select(balanced_rows(data[source]["label"][:]))
     seen = {
-        split: predict(model, ImageDataset(images, "image", "label", background=collate.background), collate)
+        split: predict(model, collate.images(images), collate)
         for split, images in (("train", fitted), ("test", data["test"]))
     }
     if "cls" not in seen["test"][1]:

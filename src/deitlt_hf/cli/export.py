@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from ..analysis.observe import predict
 from ..console import quiet_log, show
-from ..data.images import ImageCollator, ImageDataset
+from ..data.images import ImageCollator
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
 from ..hub.mending import mend_folder
@@ -53,7 +53,7 @@ def compare(
     collate = ImageCollator(load_processor(path))
     accuracies = {}
     for name, network in networks.items():
-        images = ImageDataset(data["test"], "image", "label", background=collate.background)
+        images = collate.images(data["test"])
         labels, logits = predict(network, images, collate)
         for expert, values in logits.items():
             accuracies[f"{name}: {expert}"] = group_accuracies(values.argmax(axis=1), labels, groups)

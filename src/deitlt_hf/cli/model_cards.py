@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model is not None:
         if args.folder is not None:
             raise ValueError(f"--folder {args.folder} is for the recipes' cards; leave it out with --model.")
-        _tell(write_card(args.model, args.repo_id, **metadata))
+        _print_path(write_card(args.model, args.repo_id, **metadata))
     elif args.repo_id is not None:
         raise ValueError(f"--repo_id {args.repo_id} needs --model, the folder of the model in that repository.")
     elif metadata:
@@ -52,9 +52,9 @@ def write_recipe_cards(folder: Path) -> None:
     for name, recipe in CARDS.items():
         measured = folder / "results" / f"{name}.json"
         results = read_record(measured) if measured.is_file() else None
-        _tell(save_card(recipe_card(recipe, name, results), folder / f"{name}.md"))
+        _print_path(save_card(recipe_card(recipe, name, results), folder / f"{name}.md"))
 
 
-def _tell(card: Path | None) -> None:
+def _print_path(card: Path | None) -> None:
     if card is not None:  # else a warning has said why the card was not written
         print(card)

@@ -38,7 +38,7 @@ def parse_with_fields(
 
     rest: list[str] = []
 
-    class LeaveAside(argparse.Action):
+    class CollectField(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
             words = values if isinstance(values, list) else [values]
             rest.extend([option_string, *(word for word in words if word is not None)])  # None: option without a value
@@ -53,7 +53,7 @@ def parse_with_fields(
                 parser.add_argument(
                     *names,
                     nargs=field.nargs,
-                    action=LeaveAside,
+                    action=CollectField,
                     dest=argparse.SUPPRESS,
                     default=argparse.SUPPRESS,
                     help=argparse.SUPPRESS,

@@ -113,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that read images, each two batches ahead; by default 0, and with --output up to 8 if the "
         "model is on a GPU, or up to 2 (one for four cores) if it is on the CPU, which it needs itself",
     )
+    _add_groups(parser)
+    return parser
+
+
+def _add_groups(parser: argparse.ArgumentParser) -> None:
     rows = parser.add_argument_group("a data set instead of files")
     rows.add_argument("--dataset", help="'digits' (embedded), or the id of a Hub data set")
     rows.add_argument(
@@ -136,7 +141,6 @@ def _parser() -> argparse.ArgumentParser:
         "the last layer of any other classifier (head)",
     )
     folder.add_argument("--shard_size", type=int, help=f"images in a table (default {Contents.shard_size})")
-    return parser
 
 
 def _check(args: argparse.Namespace) -> None:

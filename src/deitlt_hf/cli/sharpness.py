@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..analysis.flatness import images_of_groups, sharpness
 from ..console import quiet_log, show
-from ..data.images import ImageCollator, ImageDataset
+from ..data.images import ImageCollator
 from ..recipes import DataArguments, parse_arguments
 from ..serving.classifiers import load_classifier, load_processor
 from ..training.taught import label_order
@@ -34,11 +34,8 @@ class SharpnessArguments:
     )
 
     def __post_init__(self):
-        for name in ("num_images", "num_vectors"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if not self.rho > 0:
-            raise ValueError(f"rho must be above 0, got {self.rho:g}.")
+        if self.num_images < 1:
+            raise ValueError(f"num_images must be 1 or more, got {self.num_images}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         collate = ImageCollator(load_processor(args.model))
         data = data_args.load()
         names = data["train"].features["label"].names
-        dataset = ImageDataset(data["train"], "image", "label", background=collate.background)
+        dataset = collate.images(data["train"])
         order = label_order(names, model.config, "model")
         images = images_of_groups(model, dataset, collate, data_args.groups(data), args.num_images, order, args.seed)
         measured = {name: sharpness(model, batches, args.rho, args.num_vectors, args.seed) for name, batches in images}

@@ -13,7 +13,7 @@ _MODULES = {
     "validation_split": "long_tail",
     "read_class_map": "sources.labels",
     "read_class_names": "sources.labels",
-    "find_columns": "loading",
+    "find_columns": "columns",
     "load_long_tailed": "loading",
     "ImageCollator": "images",
     "ImageDataset": "images",

@@ -172,31 +172,12 @@ def _move(
 def _cubic_shift(pixels: np.ndarray, axis: int, distances: np.ndarray, fillcolor: Sequence[int]) -> np.ndarray:
     """Shifts lines with the cubic interpolation of Pillow's transform (a = -1)."""
     length, lines = pixels.shape[axis], pixels.shape[1 - axis]
-
-    def by_line(array: np.ndarray) -> np.ndarray:
-        return array if axis == 1 else array.swapaxes(0, 1)
-
-    def empty(length: int) -> np.ndarray:
-        return np.empty((lines, length, 3) if axis == 1 else (length, lines, 3), np.uint8)
-
     # Group consecutive lines with the same whole distance on the same side of half a pixel: one slice serves a group.
     halves = np.floor(2 * distances)
     starts = [0, *(np.flatnonzero(halves[1:] != halves[:-1]) + 1).tolist()]
     groups = [slice(*ends) for ends in zip(starts, [*starts[1:], lines], strict=True)]
-    # The four taps need one pixel before and two after each line; the ends are repeated.
     floors = np.floor(distances)
-    whole = floors[starts].astype(np.int64).tolist()
-    before, after = 1 + max(0, -min(whole)), 2 + max(0, max(whole))
-    padded = by_line(empty(before + length + after))
-    padded[:, before : before + length] = by_line(pixels)
-    padded[:, :before] = by_line(pixels)[:, :1]
-    padded[:, before + length :] = by_line(pixels)[:, -1:]
-    taps = empty(length + 3)
-    for group, distance in zip(groups, whole, strict=True):
-        first = before - 1 + distance
-        by_line(taps)[group] = padded[group, first : first + length + 3]
-
-    values = torch.from_numpy(taps).flatten(1).float()
+    values = torch.from_numpy(_taps(pixels, axis, groups, floors[starts].astype(np.int64).tolist())).flatten(1).float()
     d = (distances - floors).astype(np.float32)
     d = d[:, None] if axis == 1 else d.repeat(3)[None]
     # Weights of the four taps of cubic convolution with a = -1.
@@ -213,7 +194,32 @@ def _cubic_shift(pixels: np.ndarray, axis: int, distances: np.ndarray, fillcolor
     firsts = np.ceil(-distances[starts] - 0.5).astype(np.int64)
     for group, first, end in zip(groups, firsts.tolist(), (firsts + length).tolist(), strict=True):
         if first > 0:
-            by_line(result)[group, :first] = fill
+            _by_line(result, axis)[group, :first] = fill
         if end < length:
-            by_line(result)[group, max(end, 0) :] = fill
+            _by_line(result, axis)[group, max(end, 0) :] = fill
     return result
+
+
+def _taps(pixels: np.ndarray, axis: int, groups: Sequence[slice], distances: Sequence[int]) -> np.ndarray:
+    """Groups of lines, shifted by whole distances; three pixels longer than the lines, for four taps at each pixel."""
+    length, lines = pixels.shape[axis], pixels.shape[1 - axis]
+
+    def empty(length: int) -> np.ndarray:
+        return np.empty((lines, length, 3) if axis == 1 else (length, lines, 3), np.uint8)
+
+    # The four taps need one pixel before and two after each line; the ends are repeated.
+    before, after = 1 + max(0, -min(distances)), 2 + max(0, max(distances))
+    padded, own = _by_line(empty(before + length + after), axis), _by_line(pixels, axis)
+    padded[:, before : before + length] = own
+    padded[:, :before] = own[:, :1]
+    padded[:, before + length :] = own[:, -1:]
+    taps = empty(length + 3)
+    for group, distance in zip(groups, distances, strict=True):
+        first = before - 1 + distance
+        _by_line(taps, axis)[group] = padded[group, first : first + length + 3]
+    return taps
+
+
+def _by_line(array: np.ndarray, axis: int) -> np.ndarray:
+    """A view whose first axis counts the lines that lie along `axis`."""
+    return array if axis == 1 else array.swapaxes(0, 1)

@@ -72,22 +72,7 @@ def check_data(
     """
     names = data["train"].features["label"].names
     counts = training_counts(data["train"])
-    largest, smallest = int(counts.argmax()), int(counts.argmin())
-    in_groups = ", ".join(
-        f"{group} {len(members):,} ({counts[members].sum():,} images)" for group, members in groups.items()
-    )
-    lines = {
-        "source": kind,
-        "splits": ", ".join(f"{split} {len(rows):,}" for split, rows in source.items()),
-        "training images": f"{counts.sum():,} of {len(names):,} classes",
-        **({"validation": f"{len(data['validation']):,} images"} if "validation" in data else {}),
-        "test images": f"{len(data['test']):,}",
-        "largest class": f"{names[largest]}: {counts[largest]:,}",
-        "smallest class": f"{names[smallest]}: {counts[smallest]:,} (imbalance ratio "
-        f"{counts[largest] / counts[smallest]:.4g})",
-        "groups": f"{in_groups}: {groups.rule}",
-        "subset": f"sha256 {subset_hash(data['train'])}",
-    }
+    lines = {"source": kind} | _description(source, data, groups, counts)
     problems = [*_against_benchmark(name, source, len(names)), *_tests_of_classes(data["test"], names)]
     problems += [f"classes whose names look alike: {pair}" for pair in look_alikes(names)[:NAMED]]
     if len(names) > 2 and counts.max() == 1:
@@ -102,6 +87,28 @@ def check_data(
         lines |= found
         problems += wrong
     return Report(lines, problems)
+
+
+def _description(
+    source: Mapping[str, datasets.Dataset], data: Mapping[str, datasets.Dataset], groups: ShotGroups, counts: np.ndarray
+) -> dict[str, str]:
+    """Numbers of splits, classes and groups, by title."""
+    names = data["train"].features["label"].names
+    largest, smallest = int(counts.argmax()), int(counts.argmin())
+    in_groups = ", ".join(
+        f"{group} {len(members):,} ({counts[members].sum():,} images)" for group, members in groups.items()
+    )
+    return {
+        "splits": ", ".join(f"{split} {len(rows):,}" for split, rows in source.items()),
+        "training images": f"{counts.sum():,} of {len(names):,} classes",
+        **({"validation": f"{len(data['validation']):,} images"} if "validation" in data else {}),
+        "test images": f"{len(data['test']):,}",
+        "largest class": f"{names[largest]}: {counts[largest]:,}",
+        "smallest class": f"{names[smallest]}: {counts[smallest]:,} (imbalance ratio "
+        f"{counts[largest] / counts[smallest]:.4g})",
+        "groups": f"{in_groups}: {groups.rule}",
+        "subset": f"sha256 {subset_hash(data['train'])}",
+    }
 
 
 def _against_benchmark(name: str, source: Mapping[str, datasets.Dataset], num_classes: int) -> Iterator[str]:
@@ -190,10 +197,10 @@ def _stored_paths(rows: datasets.Dataset) -> tuple[dict[int, str], list[int]]:
 
 def _decode_all(data: datasets.DatasetDict, background: str | None) -> tuple[dict[str, str], list[str]]:
     started, problems, seen = time.perf_counter(), [], {}
-    whole: list[Decoded] = []
+    readable: list[Decoded] = []
     for split, rows in data.items():
         results = decode_all(rows, background)
-        whole += [result for result in results if result.error is None]
+        readable += [result for result in results if result.error is None]
         bad = [result.error for result in results if result.error is not None]
         if bad:
             problems.append(f"{len(bad):,} of {len(rows):,} {split} images: {'; '.join(bad[:NAMED])}")
@@ -203,15 +210,15 @@ def _decode_all(data: datasets.DatasetDict, background: str | None) -> tuple[dic
         problems.append(f"{both:,} images have the same bytes in training and testing")
     total = sum(map(len, data.values()))
     lines = {"decoded": f"{total:,} images, {total / (time.perf_counter() - started):,.0f} a second"}
-    transparent = sum(result.is_transparent for result in whole)
-    flat = sum(result.is_flat for result in whole)
+    transparent = sum(result.is_transparent for result in readable)
+    flat = sum(result.is_flat for result in readable)
     if transparent:
         how = "ignored; use --background white to composite over white" if background is None else f"over {background}"
         lines["transparency"] = f"in {transparent:,} images, {how}"
     if flat:
-        of_these = sum(result.is_flat and result.is_transparent for result in whole)
+        of_these = sum(result.is_flat and result.is_transparent for result in readable)
         lines["one flat colour"] = f"{flat:,} images, {of_these:,} with transparency"
-    frames = sum(result.has_frames for result in whole)
+    frames = sum(result.has_frames for result in readable)
     if frames:
         lines["several frames"] = f"in {frames:,} images; only the first frame is read"
     return lines, problems

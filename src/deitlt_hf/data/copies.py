@@ -82,6 +82,7 @@ class ReducedCopies:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(path) as file:
+                    # The fastest level, since training waits while a copy is written.
                     Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
             except OSError as error:  # the run does not need the copies
                 self._can_write = False
@@ -97,6 +98,7 @@ class ReducedCopies:
             except (OSError, ValueError):
                 return None
             data = f"{os.path.realpath(str(path))} {status.st_size} {status.st_mtime_ns}".encode()
+        # Copies of another kind, size or background have other names, so runs with other settings can share the folder.
         digest = hashlib.blake2b(
             data, digest_size=16, person=f"{self.kind[:2]}{self.side}{background or ''}".encode()[:16]
         )

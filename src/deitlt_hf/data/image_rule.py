@@ -88,7 +88,7 @@ def upright_rgb(image: Image.Image, background: str | None = None) -> Image.Imag
     Raises:
         ValueError: If the range of the values is not known.
     """
-    turn = _TURNS.get(orientation_of(image))
+    turn = _TURNS.get(orientation_of(image))  # before the conversions below, which drop the EXIF data
     image = _eight_bits(image)
     if is_transparent(image) and (background is not None or image.mode == "P"):
         # For a palette, the direct conversion to RGB gives the same pixels, but Pillow warns.
@@ -127,6 +127,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65_535:
         raise ValueError(f"its values from {values.min()} to {values.max()} do not fit 16 bits")
+    # 65535 / 255 is 257; half of it rounds to the nearest value.
     scaled = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if "transparency" in image.info:
         scaled.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
@@ -144,6 +145,7 @@ def _without_texts(data: bytes | bytearray) -> bytes | bytearray:
     while start < len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         kind = data[start + 4 : start + 8]
+        # A capital first letter marks the chunks that a decoder must understand (PNG specification, 5.4).
         if kind[:1].isupper() or kind in _PNG_OPTIONAL or _has_orientation(kind, data[start + 8 : end - 4]):
             kept.append(data[start:end])
         start = end

@@ -33,7 +33,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # JPEG decoders that are a third faster than Pillow; the first installed one is used. torchvision 0.29 announces that a
 # later version moves decoding to torchcodec, which gives the same pixels.
 JPEG_DECODERS = ("torchvision.io", "torchcodec.decoders")
-REDUCING_GAP = 2.0  # a region of a JPEG is decoded to at least this many times the size of the result
+# A region of a JPEG is decoded to at least this many times the size of the result, as in Pillow's `thumbnail`.
+# A smaller factor is faster, and farther from a reduction of the full image.
+REDUCING_GAP = 2.0
 CACHED_SIDE = 64  # pixels; images up to this side are cached decoded
 CACHE_BYTES = 2**30
 ROWS_A_TASK = 256
@@ -71,9 +73,12 @@ class EncodedImage:
     def __init__(self, source: bytes | str, name: str, background: str | None = None):
         self.name, self.background = name, background
         with self._errors():
+            # A copy that can be written to: torch warns of read-only memory for every image.
             self.data = bytearray(source if isinstance(source, bytes) else _read_file(source))
             self._opened = open_encoded(self.data)
             orientation = orientation_of(self._opened)
+            # torchvision ignores the orientation, so images that must be turned go through Pillow. MPO is what Pillow
+            # calls a JPEG with further pictures behind the first.
             self._is_jpeg = self._opened.format in ("JPEG", "MPO") and orientation == 1
             width, height = self._opened.size
             self.size = (height, width) if orientation >= 5 else (width, height)
@@ -103,9 +108,8 @@ class EncodedImage:
     def traits(self) -> tuple[bool, bool]:
         """Returns whether any pixel is transparent, and whether the image has several frames."""
         try:
-            several = (
-                getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"
-            )  # extra frames: previews
+            # The further pictures of an MPO are previews of the first one.
+            several = getattr(self._opened, "is_animated", False) and self._opened.format != "MPO"
         except Exception:  # the second frame is damaged; it is never read
             several = True
         opaque = "A" in self._opened.getbands() and np.asarray(self._opened.getchannel("A")).min() == 255
@@ -131,6 +135,7 @@ class EncodedImage:
             return None
         with self._errors():
             image, (full_width, full_height) = self._opened, self._opened.size
+            # The decoder then computes 4, 2 or 1 instead of 8 values along each side of a block, and skips the rest.
             image.draft("RGB", (full_width // reduction, full_height // reduction))
             # `draft` rounds the reduced size up, so the box is scaled by the actual ratios.
             across, down = image.width / full_width, image.height / full_height
@@ -153,22 +158,6 @@ def decoder_versions() -> dict[str, str]:
     """Versions of the packages that decode images: other decoders or versions can differ by a few grey levels."""
     packages = ["pillow"] if _DECODER is None else ["pillow", _DECODER[0].partition(".")[0]]
     return {package: version(package) for package in packages}
-
-
-def as_image_column(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Gives a column of encoded images the type `datasets.Image`; it may hold bytes, or structs of bytes and path."""
-    feature = rows.features[column]
-    if isinstance(feature, datasets.Image):
-        return rows
-    if "_view" in str(feature):  # types of polars, which pyarrow casts only to bytes and text
-        rows = rows.cast_column(column, _without_views(feature))
-    return rows.cast_column(column, datasets.Image())
-
-
-def _without_views(feature):
-    if isinstance(feature, dict):
-        return {name: _without_views(part) for name, part in feature.items()}
-    return datasets.Value(feature.dtype.removesuffix("_view"))
 
 
 def open_image(image: Mapping[str, Any] | None, place: str = "", background: str | None = None) -> EncodedImage:
@@ -225,7 +214,7 @@ def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[De
     """
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
     with ProcessPoolExecutor(
-        usable_cores(), initializer=_keep, initargs=(images, source_rows(rows), background)
+        usable_cores(), initializer=_set_job, initargs=(images, source_rows(rows), background)
     ) as pool:
         tasks = pool.map(_decode_some, range(0, len(images), ROWS_A_TASK))
         return [result for task in tasks for result in task]
@@ -241,7 +230,7 @@ def source_rows(dataset: datasets.Dataset) -> np.ndarray:
 _job: tuple  # arguments of `_decode_some`, sent once to each worker process of `decode_all`
 
 
-def _keep(*job) -> None:
+def _set_job(*job) -> None:
     global _job
     _job = job
 
@@ -359,6 +348,10 @@ class ImageCollator:
     def __init__(self, image_processor):
         self.image_processor = image_processor
         self.background = getattr(image_processor, "background", None)
+
+    def images(self, split: datasets.Dataset) -> ImageDataset:
+        """The images of a split with the columns `image` and `label`, decoded over the background of the processor."""
+        return ImageDataset(split, "image", "label", background=self.background)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "image" not in rows[0]:

@@ -11,35 +11,18 @@ import datasets
 import numpy as np
 
 from ..io import file_errors, one_line
-from .images import as_image_column, decode_all
+from .columns import find_columns, standard_columns
+from .images import decode_all
 from .long_tail import class_counts, indices_hash, long_tailed_indices, stratified_split, validation_split
 from .sources.arrays import IDX_STEMS, cifar_folder, load_cifar, load_digits, load_idx
-from .sources.files import (
-    TEST_NAMES,
-    TRAIN_NAMES,
-    find_annotations,
-    find_lists,
-    find_split,
-    load_annotations,
-    load_class_folders,
-    load_lists,
-    named,
-    split_folders,
-    split_of,
-)
-from .sources.labels import (
-    check_class_names,
-    check_indices,
-    check_training_counts,
-    encode_labels,
-    look_alikes,
-    read_class_names,
-)
-from .sources.tables import LABEL_COLUMNS, PATH_COLUMNS, find_metadata, find_shards, find_tables, load_tables
+from .sources.files import TEST_NAMES, TRAIN_NAMES, find_split, named, split_of
+from .sources.folders import load_class_folders, split_folders
+from .sources.labels import check_training_counts
+from .sources.lists import find_annotations, find_lists, load_annotations, load_lists
+from .sources.tables import find_metadata, find_shards, find_tables, load_tables
 
 logger = logging.getLogger(__name__)
 
-_BINARY = ("binary", "large_binary", "binary_view")
 # Data sets that must be given as a folder, since no public copy can be loaded.
 FOLDER_ONLY = ("imagefolder", "imagenet_lt", "inat18", "places_lt")
 # Data sets whose classes are ordered by decreasing training count in the authors' heads.
@@ -104,6 +87,8 @@ def load_source(
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir {data_dir!r} is not a folder.")
+    # A named column can only be meant for a table, so tables come first. The order of the other layouts goes from those
+    # with files that no other layout has to class folders, which any folder with subfolders could be.
     if (image_column or label_column) and (tables := find_tables(folder, image_column, label_column)):
         return _load_tables(folder, tables, image_column, label_column)
 
@@ -117,10 +102,7 @@ def load_source(
     if cifar := cifar_folder(folder):
         return named_columns("CIFAR's python version", load_cifar(cifar))
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        with file_errors(folder):
-            loaded = datasets.load_from_disk(str(folder))
-        splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
-        return "a saved data set", _by_split_column(splits)
+        return "a saved data set", _load_saved(folder)
     if metadata := find_metadata(folder):
         return _load_tables(folder, metadata)
     if {"train"} < set(split_folders(folder)):
@@ -146,6 +128,13 @@ def _load_public(dataset: str) -> tuple[str, datasets.DatasetDict]:
         return "scikit-learn's digits", load_digits()
     with file_errors(dataset):
         return f"{dataset} from the Hub", _by_split_column(datasets.load_dataset(dataset))
+
+
+def _load_saved(folder: Path) -> datasets.DatasetDict:
+    """Loads the output of `save_to_disk`, of a data set with or without splits."""
+    with file_errors(folder):
+        loaded = datasets.load_from_disk(str(folder))
+    return _by_split_column(loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded))
 
 
 def _load_tables(folder: Path, tables: dict[str, Path], *columns: str | None) -> tuple[str, datasets.DatasetDict]:
@@ -223,11 +212,6 @@ def long_tailed_splits(
     if skip_bad_images:
         splits = datasets.DatasetDict({name: readable(name, split) for name, split in splits.items()})
     names = splits["train"].features["label"].names
-    if len(names) < 2:
-        raise ValueError(
-            f"the data have {len(names)} class ({one_line(', '.join(names), 100)}); a classifier needs at least two. "
-            "Is data_dir the folder with the classes?"
-        )
     if max_per_class is not None and imbalance_ratio is None:
         raise ValueError("max_per_class needs an imbalance_ratio (1 for classes of the same size).")
     if imbalance_ratio is not None:
@@ -288,92 +272,13 @@ def images_hash(split, contents: int = 4096) -> str | None:
         digest.update(repr(path and os.path.normpath(path).split(os.sep)[-2:]).encode())
         with contextlib.suppress(OSError, TypeError):  # images inside a table or an archive have no file
             digest.update(os.stat(path).st_size.to_bytes(8, "little"))
+    # Full contents of a sample: to read all of ImageNet would take longer than the start of a run should.
     for row in np.linspace(0, len(paths) - 1, min(contents, len(paths))).astype(int).tolist():
         content = images[row][image]["bytes"]
         with contextlib.suppress(OSError, TypeError):
             content = Path(paths[row]).read_bytes() if content is None else content
         digest.update(hashlib.sha256(content or b"").digest())
     return digest.hexdigest()
-
-
-def find_columns(
-    dataset: datasets.Dataset, image_column: str | None = None, label_column: str | None = None
-) -> tuple[str, str]:
-    """Finds the image and the label column of a data set by their types; a label column also by its name.
-
-    An image column has the type `Image`, or holds encoded images: a structure with `bytes` and `path`, or plain bytes.
-
-    Raises:
-        ValueError: If a named column is missing or holds no images, or if not exactly one column has the type. The
-            message lists the columns.
-    """
-    return find_image_column(dataset, image_column), _label_column(dataset, label_column)
-
-
-def find_image_column(dataset: datasets.Dataset, given: str | None = None) -> str:
-    """Finds the image column of a data set as [`find_columns`] does, if none is given."""
-    _check_column(dataset, given, "image")
-    kinds = {name: _image_kind(feature) for name, feature in dataset.features.items()}
-    if given is not None:
-        if kinds[given] is None:
-            raise ValueError(
-                f"the column {given!r} holds no images; the columns are {_describe_columns(dataset)}. Name another "
-                f'with image_column, or convert paths with dataset.cast_column("{given}", datasets.Image()).'
-            )
-        return given
-    found = next((names for kind in range(3) if (names := [name for name in kinds if kinds[name] == kind])), [])
-    named_so = find_split(found, PATH_COLUMNS) if len(found) > 1 and kinds[found[0]] != 0 else None
-    if len(found) != 1 and named_so is None:
-        raise ValueError(
-            f"cannot determine the image column: {len(found)} columns have type Image; the columns are "
-            f"{_describe_columns(dataset)}. Name it with image_column, or convert paths with "
-            "dataset.cast_column(NAME, datasets.Image())."
-        )
-    return named_so or found[0]
-
-
-def _image_kind(feature) -> int | None:
-    """Classifies a column: 0 for type `Image`, 1 for a structure with bytes, 2 for plain bytes, None for no images."""
-    if isinstance(feature, datasets.Image):
-        return 0
-    if isinstance(feature, dict):
-        is_image = getattr(feature.get("bytes"), "dtype", None) in _BINARY and set(feature) <= {"bytes", "path"}
-        return 1 if is_image else None
-    return 2 if getattr(feature, "dtype", None) in _BINARY else None
-
-
-def _label_column(dataset: datasets.Dataset, given: str | None) -> str:
-    _check_column(dataset, given, "label")
-    names = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    found = (
-        [given]
-        if given
-        else names or [name for name in [find_split(dataset.column_names, LABEL_COLUMNS)] if name is not None]
-    )
-    if len(found) != 1:
-        raise ValueError(
-            f"cannot determine the label column: {len(names)} columns have type ClassLabel; the columns are "
-            f"{_describe_columns(dataset)}. Name it with label_column."
-        )
-    if not isinstance(dataset.features[found[0]], datasets.Value | datasets.ClassLabel):
-        raise ValueError(
-            f"the label column {found[0]!r} does not hold one label for each image; the columns are "
-            f"{_describe_columns(dataset)}. Name another with label_column."
-        )
-    return found[0]
-
-
-def _check_column(dataset: datasets.Dataset, name: str | None, kind: str) -> None:
-    if name is not None and name not in dataset.column_names:
-        raise ValueError(
-            f"no {kind} column {name!r}; the columns are {_describe_columns(dataset)}. Name one of them with "
-            f"{kind}_column."
-        )
-
-
-def _describe_columns(dataset: datasets.Dataset) -> str:
-    columns = (f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items())
-    return one_line(", ".join(columns))
 
 
 def _choose_splits(
@@ -393,84 +298,6 @@ def _choose_splits(
             "the images below train/CLASS/ and test/CLASS/, or give test_fraction to set a share of each class apart."
         )
     return datasets.DatasetDict({"train": splits[train], "test": splits[test]})
-
-
-def standard_columns(
-    splits: datasets.DatasetDict,
-    image_column: str | None,
-    label_column: str | None,
-    class_names: Sequence[str] | str | None = None,
-) -> datasets.DatasetDict:
-    """Reduces all splits to the columns `image`, `label` (with the same classes) and `source_index`."""
-    standard = {}
-    for name, split in splits.items():
-        columns = find_columns(split, image_column, label_column)
-        split = (
-            split.with_format(None)
-            .select_columns(list(columns))
-            .rename_columns({old: new for old, new in zip(columns, ("image", "label"), strict=True) if old != new})
-        )
-        split = as_image_column(split, "image")
-        standard[name] = split.add_column("source_index", np.arange(len(split)))
-    if class_names is not None:
-        class_names = read_class_names(class_names) if isinstance(class_names, str) else list(class_names)
-        check_class_names(class_names, "class_names")
-    if not all(isinstance(split.features["label"], datasets.ClassLabel) for split in standard.values()):
-        standard = _encode_classes(standard)
-    for name, split in standard.items():
-        names = split.features["label"].names
-        check_indices(split["label"][:], class_names or names, f"the {name} split", len(names))
-    if class_names is not None:
-        standard = {name: _rename_classes(split, class_names) for name, split in standard.items()}
-    classes = standard.get("train", next(iter(standard.values()))).features["label"]
-    alike = look_alikes(classes.names)
-    if alike:
-        logger.warning("classes whose names look alike: %s (%d in all)", ", ".join(alike[:5]), len(alike))
-    return datasets.DatasetDict({name: with_classes(split, classes) for name, split in standard.items()})
-
-
-def _encode_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-    """Replaces labels of any type by class indices that are the same in all splits."""
-    values = {}
-    for name, split in splits.items():
-        labels, feature = split["label"][:], split.features["label"]
-        if isinstance(feature, datasets.ClassLabel):
-            indices = check_indices(labels, feature.names, f"the {name} split").tolist()
-            labels = [feature.names[label] for label in indices]
-        values[name] = labels
-    names, labels = encode_labels(values)
-    features = datasets.ClassLabel(names=names)
-    return {
-        name: split.remove_columns("label").add_column("label", labels[name].tolist()).cast_column("label", features)
-        for name, split in splits.items()
-    }
-
-
-def with_classes(split: datasets.Dataset, classes: datasets.ClassLabel) -> datasets.Dataset:
-    """Renumbers the labels of a split to match the given classes, by class name.
-
-    Raises:
-        ValueError: If the split has images of a class that is not among the given classes.
-    """
-    names = split.features["label"].names
-    if names == classes.names:
-        return split
-    labels = np.asarray(split["label"][:], dtype=np.int64)
-    unknown = [names[label] for label in np.unique(labels) if names[label] not in set(classes.names)]
-    if unknown:
-        shown = one_line(", ".join(map(repr, unknown[:5])), 200)
-        raise ValueError(
-            f"the test split has classes that the training split does not have: {shown} ({len(unknown)} in all)."
-        )
-    renumbered = [classes.str2int(names[label]) for label in labels]
-    return split.remove_columns("label").add_column("label", renumbered).cast_column("label", classes)
-
-
-def _rename_classes(split: datasets.Dataset, names: list[str]) -> datasets.Dataset:
-    found = split.features["label"].num_classes
-    if len(names) != found:
-        raise ValueError(f"class_names has {len(names)} names but the data have {found} classes.")
-    return split.cast_column("label", datasets.ClassLabel(names=names))
 
 
 # Readable rows of the files that this process has decoded, by a digest of their paths, sizes and times. A run loads its

@@ -52,6 +52,7 @@ def long_tailed_indices(
     if imbalance_type not in IMBALANCE_TYPES:
         raise ValueError(f"imbalance_type must be one of {', '.join(IMBALANCE_TYPES)}, got {imbalance_type!r}.")
     labels = np.asarray(labels, dtype=np.int64)
+    # The mean may be a fraction. As in the authors' formula, only the product with the decay is rounded.
     n_max = len(labels) / num_classes if max_per_class is None else max_per_class
     classes = np.arange(num_classes)
     exponents = classes / max(num_classes - 1, 1)
@@ -60,6 +61,7 @@ def long_tailed_indices(
     counts = class_counts(labels, num_classes)[:num_classes]
     tolerance = NEARLY_BALANCED if max_per_class is None else 0.0
     wanted = _kept_counts(counts, n_max, imbalance_ratio, exponents, tolerance)
+    # The authors' calls in their order: one generator, whose stream numpy has frozen, shuffles class after class.
     random = np.random.RandomState(seed)
     chosen = []
     for label in classes:
@@ -85,6 +87,7 @@ def _kept_counts(
                 f"class {label} would get no image (it has {counts[label]}, and imbalance_ratio {imbalance_ratio:g} "
                 f"leaves {wanted[label]} of {n_max:g}); lower the imbalance ratio."
             )
+    # In a second loop: for data with both problems, a lower ratio is the advice that helps.
     for label in range(len(counts)):
         if counts[label] < (1 - tolerance) * wanted[label]:
             most = int(min(counts / factor**exponents))
@@ -151,6 +154,7 @@ def _checked(labels: Integers, fraction: float, name: str) -> tuple[np.ndarray, 
 
 def _set_apart(labels: np.ndarray, counts: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the images that stay, and of those that are set apart: a share of each class, if one stays."""
+    # Rounding alone would give rare classes no image to be measured on, or leave them none to learn from.
     most = np.maximum(counts - 1, 0)
     wanted = np.clip(np.round(fraction * counts).astype(np.int64), np.minimum(1, most), most)
     is_apart = random_ranks(labels, seed) < wanted[labels]
@@ -160,6 +164,7 @@ def _set_apart(labels: np.ndarray, counts: np.ndarray, fraction: float, seed: in
 def random_ranks(labels: np.ndarray, seed: int) -> np.ndarray:
     """Rank of each image in a random order of its class, from 0; int64 of shape (images,)."""
     order = np.random.RandomState(seed).permutation(len(labels))
+    # A stable sort by class keeps the random order within each class.
     order = order[np.argsort(labels[order], kind="stable")]
     counts = class_counts(labels)
     ranks = np.empty(len(labels), np.int64)
@@ -220,6 +225,7 @@ def shot_groups(counts: Integers, boundaries: Sequence[int] | None = None, rule:
     if rule not in GROUP_RULES:
         raise ValueError(f"group_rule must be one of {', '.join(GROUP_RULES)}, got {rule!r}.")
     counts = np.asarray(counts)
+    # Ties in label order: unlike that of the authors' class map, the order of groups must be the same everywhere.
     order = np.argsort(-counts, kind="stable")
     by_shots = int(np.count_nonzero(counts > MANY_SHOTS)), int(np.count_nonzero(counts >= FEW_SHOTS))
     if boundaries is not None:

@@ -57,10 +57,13 @@ def class_balanced_order(labels: Integers, epoch: int, seed: int = 0) -> np.ndar
     Returns:
         Image indices; int64 of shape (images,).
     """
+    # A generator of each epoch's own: a resumed run draws its order without the orders before.
     random = np.random.default_rng([seed, epoch])
     by_class = [random.permutation(np.flatnonzero(np.asarray(labels) == label)) for label in np.unique(labels)]
     share, more = divmod(len(labels), len(by_class))
+    # Other classes get the remainder in each epoch, so that none is drawn more often over a run.
     draws = share + (random.permutation(len(by_class)) < more)
+    # `np.resize` repeats a short array from its start: the images of a rare class come in turn.
     return random.permutation(np.concatenate([np.resize(images, n) for images, n in zip(by_class, draws, strict=True)]))
 
 
@@ -83,6 +86,7 @@ def repeated_augmentation_order(num_images: int, num_repeats: int, epoch: int, s
         ValueError: If the data set has fewer images than one round of 256.
     """
     check_repeats(num_images)
+    # The order of a single process: timm rounds the share of each of several down, so an epoch would depend on them.
     sampler = RepeatAugSampler(range(num_images), 1, 0, num_repeats=num_repeats, selected_round=ROUND)
     # timm seeds with the epoch alone; the offset keeps seeds distinct for runs of up to 100,000 epochs.
     sampler.set_epoch(epoch + 100_000 * seed)
@@ -117,6 +121,7 @@ def whole_steps(num_images: int, batch_size: int, num_processes: int = 1, micro_
     would depend on the number of processes and micro-batches.
     """
     batches = num_images // (batch_size * num_processes)
+    # Data with less than one step still train, in one smaller step per epoch, instead of not at all.
     return batches - batches % micro_batches if batches >= micro_batches else batches
 
 
@@ -188,6 +193,8 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
             order = class_balanced_order(self.balanced_labels, self.epoch, self.seed)
         else:
             order = shuffled_order(self.num_images, self.epoch, self.seed)
+        # Seeds belong to positions in the epoch. The seeds of a data loader's workers would depend on their number, and
+        # the copies of repeated augmentation would get the same augmentation from a seed of the image.
         seeds = image_seeds(len(order), self.seed, self.epoch)
         mine = slice(self.rank, sum(self.sizes) * self.num_processes, self.num_processes)
         draws = zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)

@@ -15,8 +15,8 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..io import file_errors, read_json
+from .columns import find_columns, standard_columns, with_classes
 from .images import EncodedImage, open_image
-from .loading import find_columns, standard_columns, with_classes
 from .sampling import image_seeds, images_of_epoch, seed_streams, whole_steps
 from .sources.files import TEST_NAMES, find_split
 from .sources.labels import check_class_names, check_training_counts, class_of, encode_labels, refuse_missing
@@ -180,6 +180,7 @@ class StreamedImages(IterableDataset):
         for turn in itertools.count():
             # Not the stream's `set_epoch`: workers share its state and would write it at the same time.
             seed = np.random.SeedSequence([self.seed, int(self.epoch), turn]).generate_state(1)[0]
+            # Before the division among processes, and by the same seed: all must agree on the order of the shards.
             stream = self.split.stream.shuffle(seed=int(seed), buffer_size=self.split.shuffle_buffer)
             seen = found = False
             for row in split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size):
@@ -254,7 +255,7 @@ def load_streamed(
     if "train" not in streams or test is None:
         raise ValueError(f"streaming needs a train and a test split; the splits are {', '.join(streams)}.")
     stream = streams["train"]
-    if stream.features is None:
+    if stream.features is None:  # shards without a schema, such as webdataset: the first rows show the columns
         stream = stream._resolve_features()
     columns = find_columns(stream, image_column, label_column)
     counts = _read_counts(class_counts) if class_counts is not None else count_classes(stream, columns[1])

@@ -199,6 +199,7 @@ class TrainTransform:
             uint8 of shape (size, size, 3).
         """
         pixels = self.crop(np.asarray(image) if isinstance(image, Image.Image) else image, self.size)
+        # Drawn from torch as RandomHorizontalFlip does, and not at all for 0, where timm leaves the flip out.
         if self.hflip > 0 and torch.rand(1).item() < self.hflip:
             pixels = _tensor(pixels).flip(1).numpy()
         if self.augmentations:
@@ -227,7 +228,7 @@ class TrainTransform:
             torch.addcmul(shift, row.to(torch.float32), scale, out=image)
         batch = batch.view(-1, self.size, self.size, 3).permute(0, 3, 1, 2)
         if self.erasing is not None:
-            self.erasing.device = batch.device
+            self.erasing.device = batch.device  # timm's default is CUDA, also without a GPU
             self.erasing(batch)
         return batch
 
@@ -287,6 +288,7 @@ def train_transform(
         ).transforms
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"timm does not know the augmentation policy {auto_augment!r}: {error}.") from error
+    # These stages have their own implementation in `TrainTransform`; what remains are the policy and the colour jitter.
     ours = (RandomResizedCropAndInterpolation, RandomHorizontalFlip, MaybeToTensor, Normalize, RandomErasing)
     augmentations = [on_arrays(stage) for stage in stages if not isinstance(stage, ours)]
     erasing = next((stage for stage in stages if isinstance(stage, RandomErasing)), None)
@@ -307,7 +309,8 @@ def resize_and_renormalize(
         pixel_values: Normalised images; (batch, channels, height, width), of any height and width.
         source: Format of the given images.
         target: Format of the result.
-        antialias: Smooth before downscaling, as Pillow does.
+        antialias: Smooth before downscaling, as Pillow does. The authors' environment did not: their torchvision 0.15
+            resized tensors without.
     """
     if pixel_values.shape[-2:] != target.size:
         pixel_values = _resize(pixel_values, target.size, antialias)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import datasets
 
-from .loading import find_columns, readable
+from .columns import find_columns
+from .loading import readable
 from .sources.files import images_below, not_read
 
 ONLY_CLASS = "image"

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
-from ..data.loading import find_columns
+from ..data.columns import find_columns
 from ..io import atomic_write
 
 PREDICTIONS_FILE, CLASSES_FILE, CONFUSION_FILE = "predictions.csv", "classes.csv", "confusion.csv"

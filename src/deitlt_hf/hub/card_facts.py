@@ -1,21 +1,18 @@
 """Prepares the sentences and table rows of a model card from the record of a run and a model's configuration."""
 
-import html
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from ..io import one_line
 from ..losses import DISTILLATION_TARGETS
 from ..recipes import recipe_names
+from .markdown import code, percent, plain, visible
 
 TEACHER = "FlatTeacherForImageClassification"
 EXPERTS = {"mean": "mean (the prediction)", "cls": "CLS token", "distillation": "DIST token"}
 LONGEST_COMMAND = 4000  # characters; a longer one is left out
-# Control characters, lone surrogates (which cannot be encoded), and characters that change the text direction.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # no local path matches: paths are recorded without their folders
 LICENSE_FIELDS = ("license", "license_name", "license_link")  # metadata of a card
 NAMED_CLASSES = 20  # with more classes, the card only counts them
@@ -220,7 +217,7 @@ class CardFacts:
         words += ["--data_dir", "DIR"] * bool(self.data.get("local_files"))
         for name, value in self.overrides.items():
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        command = _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", " ".join(shlex.join(words).split()))
+        command = visible(" ".join(shlex.join(words).split()))
         return command if len(command) <= LONGEST_COMMAND else None
 
     @property
@@ -283,20 +280,12 @@ class CardFacts:
         )  # unknown in records of newer versions
         return target is not None and not target.needs_teacher
 
-    @property
-    def teacher(self) -> str | None:
-        """Description of a student's teacher: its backbone, source and training."""
-        return self._described("teacher")
+    def teacher(self, name: str = "teacher") -> str | None:
+        """Description of a student's teacher: its backbone, source and training; None if there is none.
 
-    @property
-    def tail_teacher(self) -> str | None:
-        """Description of a student's second teacher, which teaches the rare classes; and the number of these."""
-        classes = (self.results.get("tail_teacher") or {}).get("classes") or []
-        named = ", ".join(plain(name) for name in classes) if len(classes) <= NAMED_CLASSES else ""
-        text = self._described("tail_teacher")
-        return text and f"{text}; it teaches {len(classes):,} classes" + (f" ({named})" if named else "")
-
-    def _described(self, name: str) -> str | None:
+        Args:
+            name: `teacher`; or `tail_teacher` for the second one, whose description also has the classes it teaches.
+        """
         record = self.results.get(name)
         if not record:
             return None
@@ -306,29 +295,26 @@ class CardFacts:
         parts = [f"{backbone} ({linked or code(source)})" if source else backbone]
         training = record.get("training")
         if training is None:
-            return f"{parts[0]}; how it was trained is not recorded"
-        parts += _flatness(training["settings"], training.get("optimizer")) + _length(training["settings"])
-        if training.get("finished") is False:
-            parts.append("whose training was not finished")
-        if training.get("subset_sha256"):
-            same = training["subset_sha256"] == self.data.get("subset_sha256")
-            parts.append("trained on the same images" if same else "trained on other images")
-        return ", ".join(parts)
+            text = f"{parts[0]}; how it was trained is not recorded"
+        else:
+            parts += _flatness(training["settings"], training.get("optimizer")) + _length(training["settings"])
+            if training.get("finished") is False:
+                parts.append("whose training was not finished")
+            if training.get("subset_sha256"):
+                same = training["subset_sha256"] == self.data.get("subset_sha256")
+                parts.append("trained on the same images" if same else "trained on other images")
+            text = ", ".join(parts)
+        if name == "teacher":
+            return text
+        classes = record.get("classes") or []
+        named = ", ".join(map(plain, classes)) if len(classes) <= NAMED_CLASSES else ""
+        return f"{text}; it teaches {len(classes):,} classes" + (f" ({named})" if named else "")
 
-    @property
-    def teacher_accuracies(self) -> str | None:
-        """Accuracies of the teacher, as measured in the run of the student."""
-        return self._measured("teacher")
-
-    @property
-    def tail_teacher_accuracies(self) -> str | None:
-        """Accuracies of the second teacher, as measured in the run of the student."""
-        return self._measured("tail_teacher")
-
-    def _measured(self, name: str) -> str | None:
+    def teacher_accuracies(self, name: str = "teacher") -> str | None:
+        """Accuracies of a teacher, as measured in the run of the student. The name is that of [`teacher`]."""
         values = (self.results.get(name) or {}).get("accuracies") or {}
-        measured = {plain(name): percent(value) for name, value in values.items() if value is not None}
-        return ", ".join(f"{name} {value}" for name, value in measured.items()) or None
+        measured = [f"{plain(group)} {percent(value)}" for group, value in values.items() if value is not None]
+        return ", ".join(measured) or None
 
     @property
     def hardware(self) -> str | None:
@@ -373,45 +359,6 @@ def optimizer_name(record: Mapping[str, Any]) -> str:
     is_by_epoch = "epochs" in sam
     rho = in_phases(sam["rho"], sam["epochs"]) if is_by_epoch else ", ".join(f"{value:g}" for value in sam["rho"])
     return f"{name}, {'ASAM' if sam['adaptive'] else 'SAM'} with rho {rho}"
-
-
-def percent(fraction: float | None) -> str:
-    """Formats a fraction in %; a dash for a group without test images."""
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
-
-
-def plain(text: object) -> str:
-    """Escapes untrusted text, which Markdown, its tables and HTML then show literally; one line of bounded length."""
-    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(_shown(text), quote=False))
-
-
-def code(text: object) -> str:
-    """Formats untrusted text as Markdown code, on one line of bounded length; backticks, which would end it, go."""
-    return f"`{_shown(text).replace('`', chr(39)) or ' '}`"
-
-
-def quoted(text: object) -> str:
-    """Formats untrusted text as a Python string literal, on one line."""
-    escaped = _shown(text).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def _shown(text: object) -> str:
-    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", one_line(text))
-
-
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Formats a Markdown table.
-
-    Args:
-        rows: The first row holds the names of the columns.
-        left: Number of columns, from the left, that are left-aligned; the others are right-aligned.
-    """
-    head, *body = rows
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    # Any bar that is not escaped ends a cell, even inside code.
-    cells = ([re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row] for row in (head, rule, *body))
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _fits(config: Mapping[str, Any]) -> bool:

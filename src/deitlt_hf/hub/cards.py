@@ -17,7 +17,8 @@ from ..io import atomic_write, one_line, read_json, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, paper_accuracies
 from ..records import RESULTS_FILE, RunRecord, find_record
 from ..serving.classifiers import check_config
-from .card_facts import LICENSE_FIELDS, CardFacts, code, plain, quoted, table
+from .card_facts import LICENSE_FIELDS, CardFacts
+from .markdown import code, plain, quoted, table
 
 CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
 # Also identifies cards of earlier versions, see is_generated: it must not change.

@@ -115,22 +115,17 @@ def push_folder(
         check_handler(folder)
     model_type = read_config(folder)["model_type"]
     repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token, model_type=model_type)
-    for place in _places(folder):
-        mended = mend_folder(place)
-        if mended:
-            warnings.warn(f"updated in {place}, as an earlier version saved them: {', '.join(mended)}.", stacklevel=2)
+    _mend(folder)
     if handler:
         add_handler(folder)
     api = _api(token)
     with _one_sentence(repo_id):
         there = _text(api, repo_id, CARD_FILE, revision)
     if card:
+        # The metadata of both cards stay: a user may have set the licence or tags on the Hub or here.
         before = [given_metadata(text) for text in (there, _own_card(folder)) if text is not None]
         write_card(folder, repo_id, **join_metadata(*before, metadata))
-    contents: dict[str, Path | bytes] = {name: folder / name for name in _files_to_push(folder)}
-    evaluated = eval_results_file(folder)
-    if evaluated is not None:
-        contents[EVAL_FILE] = evaluated
+    contents = _contents_to_push(folder)
     is_of_others = there is not None and not is_generated(there) and there != _own_card(folder)
     kept = {CARD_FILE} if is_of_others and not overwrite_card else set()
     if kept:
@@ -184,6 +179,7 @@ def prepare_repository(
         api.whoami()  # fails for an invalid token, so a failure below means that write access is missing
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
+        # `exist_ok` also accepts a repository that is public although `private` is requested.
         is_public = not api.repo_info(repo_id).private
         has_branch = revision is None or api.revision_exists(repo_id, revision)
         other = _model_type(api, repo_id, revision if has_branch else None)
@@ -221,6 +217,13 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
+def _mend(folder: Path) -> None:
+    for place in _places(folder):
+        mended = mend_folder(place)
+        if mended:
+            warnings.warn(f"updated in {place}, as an earlier version saved them: {', '.join(mended)}.", stacklevel=3)
+
+
 def _places(folder: Path) -> list[Path]:
     """Returns the folders with a model: the folder itself, and `ema` in it if it holds the moving average."""
     average = folder / "ema"
@@ -237,7 +240,7 @@ def _check_model(folder: Path) -> None:
         )
     for name in _MODEL:
         if not (folder / name).is_file():
-            raise _not_whole(folder, name)
+            raise _incomplete(folder, name)
     config = read_config(folder)
     named = len(config.get("id2label") or range(2))  # transformers does not save its default of two classes
     for name, number in _head_sizes(folder).items():
@@ -250,11 +253,11 @@ def _check_model(folder: Path) -> None:
         if isinstance(reference, str) and "--" not in reference:  # else the code is in another repository
             name = f"{reference.partition('.')[0]}.py"
             if not (folder / name).is_file():
-                raise _not_whole(folder, name)
+                raise _incomplete(folder, name)
 
 
 def _head_sizes(folder: Path) -> dict[str, int]:
-    """Number of classes of each head, by the name of its weight; checks that all files of the weights are whole."""
+    """Number of classes of each head, by the name of its weight; checks that all files of the weights are complete."""
     sizes: dict[str, int] = {}
     for path in weight_files(folder) or [folder / "model.safetensors"]:
         if path.suffix != ".safetensors":
@@ -263,7 +266,7 @@ def _head_sizes(folder: Path) -> dict[str, int]:
                 "safetensors."
             )
         if not path.is_file():
-            raise _not_whole(folder, path.name)
+            raise _incomplete(folder, path.name)
         try:
             with safe_open(path, "np") as file:
                 found = set(file.keys())
@@ -276,7 +279,7 @@ def _head_sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _not_whole(folder: Path, name: str) -> FileNotFoundError:
+def _incomplete(folder: Path, name: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"{folder} is not a complete model folder: {name} is missing; save model and image processor there again."
     )
@@ -290,7 +293,10 @@ def _indexed(folder: Path, shard: str) -> set[str]:
 
 
 def _published(folder: Path) -> set[str]:
-    """Returns the names of the existing files that match `PUBLISHED`, and of the weights."""
+    """Returns the names of the existing files that match `PUBLISHED`, and of the weights.
+
+    The weights are not a pattern: shards of an earlier model, which the index does not name, must not be published.
+    """
     paths = [path for pattern in PUBLISHED for path in folder.glob(pattern)]
     for place in _places(folder):
         weights = weight_files(place)
@@ -300,18 +306,18 @@ def _published(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths if path.is_file() and path.name[0] != "."}
 
 
-def _files_to_push(folder: Path) -> set[str]:
-    """Returns the names of the files to push; warns about files that are left out because of other weights."""
+def _contents_to_push(folder: Path) -> dict[str, Path | bytes]:
+    """Contents by their name in the repository; warns about files that are left out because of other weights."""
     found = _published(folder)
     digest = weights_digest(folder)
-    witnesses = {name: _witness(name) for name in found}
+    digest_files = {name: _digest_file(name) for name in found}
     of_others = {
-        witness
-        for witness in set(witnesses.values())
-        if witness is not None
-        and not (digest and (folder / witness).is_file() and digest.encode() in (folder / witness).read_bytes())
+        file
+        for file in set(digest_files.values())
+        if file is not None
+        and not (digest and (folder / file).is_file() and digest.encode() in (folder / file).read_bytes())
     }
-    left_out = {name for name in found if witnesses[name] in of_others}
+    left_out = {name for name in found if digest_files[name] in of_others}
     if left_out:
         shown = sorted({"report/" if name.startswith("report/") else name for name in left_out})
         warnings.warn(
@@ -319,10 +325,11 @@ def _files_to_push(folder: Path) -> set[str]:
             "export or analyze again.",
             stacklevel=3,
         )
-    return found - left_out
+    evaluated = eval_results_file(folder)
+    return {name: folder / name for name in found - left_out} | ({} if evaluated is None else {EVAL_FILE: evaluated})
 
 
-def _witness(name: str) -> str | None:
+def _digest_file(name: str) -> str | None:
     """Returns the file with the digest of the weights to which a file belongs; None if it belongs to no weights."""
     if _matches(name, _RUN):
         return RESULTS_FILE

@@ -1,7 +1,8 @@
 """Dataclasses of a recipe's data and model fields. The other fields are training arguments."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +114,8 @@ class DataArguments:
                     raise ValueError(
                         f"{name} needs the whole data set before training; leave out this field or --streaming."
                     )
-            return load_streamed(
-                self.dataset,
-                self.data_dir,
-                test_split=self.test_split,
-                image_column=self.image_column,
-                label_column=self.label_column,
-                class_counts=self.class_counts,
-                shuffle_buffer=self.shuffle_buffer,
-                skip_bad_images=self.skip_bad_images,
-            )
-        return load_source(
-            self.dataset, self.data_dir, self.train_list, self.test_list, self.image_column, self.label_column
-        )
+            return load_streamed(**self._for(load_streamed))
+        return load_source(**self._for(load_source))
 
     def load(self, source: Mapping | None = None) -> Mapping:
         """Makes the splits for training, testing and, on request, validation.
@@ -136,23 +126,14 @@ class DataArguments:
         source = source if source is not None else self.source()[1]
         if self.streaming:
             return source
-        names: list[str] | str | None = self.class_names
-        if names is not None and len(names) == 1 and Path(names[0]).is_file():
-            names = names[0]
-        return long_tailed_splits(
-            source,
-            imbalance_ratio=self.imbalance_ratio,
-            imbalance_type=self.imbalance_type,
-            max_per_class=self.max_per_class,
-            subset_seed=self.subset_seed,
-            test_split=self.test_split,
-            test_fraction=self.test_fraction,
-            validation_fraction=self.validation_fraction,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            class_names=names,
-            skip_bad_images=self.skip_bad_images,
-        )
+        options = self._for(long_tailed_splits)
+        if self.class_names is not None and len(self.class_names) == 1 and Path(self.class_names[0]).is_file():
+            options["class_names"] = self.class_names[0]
+        return long_tailed_splits(source, **options)
+
+    def _for(self, function: Callable) -> dict[str, Any]:
+        """The fields that a function takes, by name: its parameters have the names of the fields."""
+        return {name: getattr(self, name) for name in signature(function).parameters if hasattr(self, name)}
 
     def record(self) -> dict:
         """The description of the data source in `results.json`."""

@@ -127,6 +127,7 @@ class EndpointHandler:
         Raises:
             ValueError: If attention is requested but the model has no attention over patches.
         """
+        # A processor without a crop keeps the aspect ratio; images of different shapes cannot be stacked.
         by_shape: dict[torch.Size, list[torch.Tensor]] = {}
         for image in prepared:
             by_shape.setdefault(image.shape, []).append(image)
@@ -171,6 +172,7 @@ class EndpointHandler:
                 result[expert] = {"label": self.model.config.id2label[label.item()], "score": score.item()}
             results.append(result)
         if self.coverage is not None:
+            # No `strict` in `zip`: Python 3.9 does not have it.
             for result, labels in zip(results, self.prediction_sets(scores["score"])):
                 names = [self.model.config.id2label[label] for label in labels]
                 result["prediction_set"] = {"coverage": self.coverage, "labels": names}

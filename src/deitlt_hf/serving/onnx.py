@@ -83,7 +83,7 @@ def export_onnx(
         program.save(part, external_data=False)
         for images in (_random_images(model, 1, height, width), _random_images(model, 3, *other)):
             _compare(network, part, images)
-    _beside(path).unlink(missing_ok=True)
+    _quantized_path(path).unlink(missing_ok=True)
     return path
 
 
@@ -112,7 +112,7 @@ def quantize(path: str | PathLike) -> Path:
     _check_share(sum(sizes[name] for name in products & sizes.keys()), sum(sizes.values()), str(path))
     # torch 2.7 lists the shapes of weights here too; they become wrong, because the quantizer transposes some weights.
     del model.graph.value_info[:]
-    quantized = _beside(path)
+    quantized = _quantized_path(path)
     with atomic_write(quantized) as part, _quiet():
         quantize_dynamic(
             model,
@@ -272,7 +272,7 @@ def require_libraries() -> None:
         raise ValueError(f"ONNX export needs {', '.join(missing)}: pip install 'deitlt-hf[onnx]'.")
 
 
-def _beside(path: str | PathLike) -> Path:
+def _quantized_path(path: str | PathLike) -> Path:
     """Returns the path of the quantized file that belongs to an ONNX file."""
     return Path(path).with_name(Path(QUANTIZED_FILE).name)
 

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from ..data.images import as_image_column
-from ..data.loading import find_image_column, load_source
+from ..data.columns import as_image_column, find_image_column
+from ..data.loading import load_source
 from ..data.sources.files import find_split
 from ..io import one_line
 from .handler import read_image

@@ -142,7 +142,7 @@ class Explanation:
         from jinja2 import Environment
 
         self._handler = load_classifier(model)
-        self.has_experts = self._tell_experts(model)
+        self.has_experts = self._check_model(model)
         self._most_frequent = max(filter(None, self._handler.training_images), default=None)
         page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         page.filters["percent"] = percent
@@ -165,7 +165,7 @@ class Explanation:
             pictures=self._pictures(picture, answer["attention"]),
         )
 
-    def _tell_experts(self, model: str | PathLike) -> bool:
+    def _check_model(self, model: str | PathLike) -> bool:
         """Whether the model has two experts; runs the model once, to refuse an unsuitable model before serving."""
         try:
             answer = self._answer(Image.new("RGB", (32, 32)))

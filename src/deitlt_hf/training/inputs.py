@@ -7,9 +7,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Iterable
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
+from ..data.columns import find_columns
 from ..data.copies import ReducedCopies
 from ..data.images import ImageDataset
-from ..data.loading import find_columns
 from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit

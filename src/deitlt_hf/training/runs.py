@@ -10,7 +10,8 @@ from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..console import quiet_log
-from ..data.loading import SORTED_BY_AUTHORS, images_hash, subset_hash, training_counts, with_classes
+from ..data.columns import with_classes
+from ..data.loading import SORTED_BY_AUTHORS, images_hash, subset_hash, training_counts
 from ..data.long_tail import decreasing_count_map
 from ..data.transforms import model_processor
 from ..hub.cards import CARD_FILE

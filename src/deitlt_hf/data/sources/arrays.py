@@ -117,13 +117,10 @@ def _cifar_split(folder: Path, files: Sequence[str], labels_key: str) -> tuple[n
     images, labels = [], []
     for path in (folder / name for name in files):
         batch = _read_pickle(path)
-        pixels = _get(path, batch, "data")
-        if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3 * 32 * 32:
-            raise ValueError(f"{path} does not hold rows of 3 x 32 x 32 bytes.")
-        images.append(pixels.astype(np.uint8, copy=False).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        # Rows of 3,072 bytes: 32 x 32 of red, then of green and of blue.
+        pixels = np.asarray(_get(path, batch, "data"), dtype=np.uint8)
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(np.asarray(_get(path, batch, labels_key), dtype=np.int64))
-        if len(images[-1]) != len(labels[-1]):
-            raise ValueError(f"{path} has {len(images[-1])} images but {len(labels[-1])} labels.")
     return np.concatenate(images), np.concatenate(labels)
 
 

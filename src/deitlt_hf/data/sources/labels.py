@@ -86,8 +86,8 @@ def encode_labels(
 def class_of(value: object, indices: Mapping[str, int]) -> int | None:
     """Finds the class index of a label value by class name; None if no class has that name."""
     text = str(value).strip()
-    whole = text.partition(".")[0] if _WHOLE.fullmatch(text) else text
-    return indices.get(text, indices.get(whole))
+    number = text.partition(".")[0] if _WHOLE.fullmatch(text) else text
+    return indices.get(text, indices.get(number))
 
 
 def _plain(values: Labels) -> list:
@@ -185,11 +185,16 @@ def check_indices(
 
 
 def check_training_counts(names: Sequence[str], counts: Sequence[int] | np.ndarray) -> None:
-    """Checks that every class has a training image.
+    """Checks that there are two classes or more, and that every class has a training image.
 
     Raises:
-        ValueError: If a class has none.
+        ValueError: If there is one class, or a class has no image.
     """
+    if len(names) < 2:
+        raise ValueError(
+            f"the data have {len(names)} class ({one_line(', '.join(names), 100)}); a classifier needs at least two. "
+            "Is data_dir the folder with the classes?"
+        )
     empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if empty:
         shown = one_line(", ".join(empty[:_NAMED]), 200)

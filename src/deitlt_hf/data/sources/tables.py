@@ -4,9 +4,8 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TypeVar
 
 import datasets
 import pyarrow
@@ -25,8 +24,6 @@ LABEL_COLUMNS = ("label", "class", "category", "target", "species", "class_name"
 _METADATA_COLUMN = "file_name"
 _DELIMITERS = ",;\t|"
 _TAR_BLOCK = 512  # bytes; a tar file consists of whole blocks, and the last are zero
-
-Item = TypeVar("Item")
 
 
 # ---- Finding them ----
@@ -52,10 +49,8 @@ def find_metadata(folder: Path, image_column: str | None = None, label_column: s
 
     def is_labelled(path: Path) -> bool:
         columns = _column_names(path)
-        images = [name for name in columns if _is_metadata_column(name)]
-        return (image_column in columns if image_column else len(images) == 1) and (
-            label_column in columns if label_column else find_split(columns, LABEL_COLUMNS) is not None
-        )
+        has_images = image_column in columns if image_column else _metadata_column(columns) is not None
+        return has_images and _find_column(columns, label_column, "label") is not None
 
     labelled = {split: path for split, path in found.items() if is_labelled(path)}
     if "train" not in labelled:
@@ -78,12 +73,18 @@ def find_tables(folder: Path, image_column: str | None = None, label_column: str
         return metadata
     places = [*folder.iterdir(), *folder.glob("data/*.parquet")]  # the second pattern is the layout of the Hub
     tables = [path for path in sorted(places) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
-    wanted = (image_column, PATH_COLUMNS), (label_column, LABEL_COLUMNS)
-    usable = [path for path in tables if embeds_images(path, image_column) or _has_columns(path, wanted)]
+    wanted = {"label": label_column, "image": image_column}
+
+    def is_usable(path: Path) -> bool:
+        names = _column_names(path)
+        return embeds_images(path, image_column) or None not in [
+            _find_column(names, wanted[kind], kind) for kind in wanted
+        ]
+
+    usable = [path for path in tables if is_usable(path)]
     if tables and not usable and (image_column or label_column):  # other layouts may have other labels
-        columns = dict.fromkeys(_column_names(tables[0]))
-        _column(tables[0], columns, label_column, LABEL_COLUMNS, "label")
-        _column(tables[0], columns, image_column, PATH_COLUMNS, "image")
+        for kind, given in wanted.items():
+            _column(tables[0], _column_names(tables[0]), given, kind)
     if usable or any(path.is_dir() for path in folder.iterdir()):
         tables = usable
     found: dict[str, list[Path]] = {}
@@ -129,7 +130,7 @@ def find_shards(folder: Path) -> dict[str, list[str]]:
 
 
 def _check_shard(path: Path) -> None:
-    """Checks that a tar file is whole: readers may end silently at the end of a truncated file."""
+    """Checks that a tar file is complete: readers may end silently at the end of a truncated file."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file (a pipe or device?); remove it.")
     with path.open("rb") as file:
@@ -169,8 +170,7 @@ def load_tables(
     sources: dict[str, str] = {}
     for name, path in tables.items():
         columns = _read_table(path)
-        image = _column(path, columns, image_column, PATH_COLUMNS, "image")
-        label = _column(path, columns, label_column, LABEL_COLUMNS, "label")
+        image, label = _column(path, columns, image_column, "image"), _column(path, columns, label_column, "label")
         paths = _paths(path, columns[image], image)
         base = folder
         if path.name.lower() in METADATA_NAMES and _is_metadata_column(image):
@@ -283,44 +283,44 @@ def _delimiter(path: Path, header: str) -> str:
 # ---- Columns ----
 
 
-def _column(path: Path, columns: Iterable[str], given: str | None, known: Sequence[str], kind: str) -> str:
+def _column(path: Path, columns: Collection[str], given: str | None, kind: str) -> str:
+    """The column of a table that [`_find_column`] finds.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = _find_column(columns, given, kind)
+    if found is not None:
+        return found
     shown = one_line(", ".join(columns))
     if given is not None:
-        if given not in columns:
-            raise ValueError(
-                f"no {kind} column {given!r}; the columns of {path} are {shown}. Name one of "
-                f"them, or pass --{kind}_column none if the images are not in the table."
-            )
-        return given
-    name = find_split(columns, known)
-    if name is None and kind == "image":
-        name = _only(filter(_is_metadata_column, columns))
-    if name is None:
         raise ValueError(
-            f"cannot determine the {kind} column of {path}; the columns are {shown} (its first line is the header). "
-            f"Name it with {kind}_column."
+            f"no {kind} column {given!r}; the columns of {path} are {shown}. Name one of them, or pass "
+            f"--{kind}_column none if the images are not in the table."
         )
-    return name
-
-
-def _has_columns(path: Path, wanted: Sequence[tuple[str | None, Sequence[str]]]) -> bool:
-    names = _column_names(path)
-    return all(
-        given in names
-        if given
-        else find_split(names, known) is not None
-        or (known is PATH_COLUMNS and _only(filter(_is_metadata_column, names)) is not None)
-        for given, known in wanted
+    raise ValueError(
+        f"cannot determine the {kind} column of {path}; the columns are {shown} (its first line is the header). "
+        f"Name it with {kind}_column."
     )
+
+
+def _find_column(columns: Collection[str], given: str | None, kind: str) -> str | None:
+    """Finds the column with the images or labels (`kind`), by the given name or else a usual one; None without one."""
+    if given is not None:
+        return given if given in columns else None
+    if kind == "label":
+        return find_split(columns, LABEL_COLUMNS)
+    return find_split(columns, PATH_COLUMNS) or _metadata_column(columns)
+
+
+def _metadata_column(columns: Iterable[str]) -> str | None:
+    """The column that `datasets` reads paths from, `file_name` or `*_file_name`; None if there is not exactly one."""
+    found = [name for name in columns if _is_metadata_column(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def _is_metadata_column(name: str) -> bool:
     return name == _METADATA_COLUMN or name.endswith(f"_{_METADATA_COLUMN}")
-
-
-def _only(items: Iterable[Item]) -> Item | None:
-    found = list(items)
-    return found[0] if len(found) == 1 else None
 
 
 def _metadata_of(folder: Path) -> Path | None:
