@@ -1,11 +1,10 @@
 """Fills argument dataclasses from a recipe and the command line."""
 
 import argparse
-import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +26,7 @@ from .sections import (
     TeacherArguments,
     without_folders,
 )
-from .usage import BriefParser, check_recipe, recipe_names
+from .usage import BriefParser, check_recipe, recipe_names, refuse_unknown
 
 _PACKAGE = __package__.partition(".")[0]
 SECTIONS = ("data", "teacher", "teacher_losses", "pretraining", "student")
@@ -47,43 +46,6 @@ _MAPPINGS = {"class_weights"}  # fields whose value in a recipe can be a mapping
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that have an effect only in scripts that read them.
 _FOR_SCRIPTS = ("do_train", "do_eval", "do_predict")
-# Names of options in timm, ultralytics and the authors' code, and the names of the same options here.
-_ALIASES = {
-    **dict.fromkeys(("epochs", "num_epochs", "epoch", "max_epochs"), "num_train_epochs"),
-    **dict.fromkeys(("batch_size", "batch", "total_batch_size"), "global_batch_size"),
-    **dict.fromkeys(("train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
-    **dict.fromkeys(("eval_batch_size", "val_batch_size", "validation_batch_size"), "per_device_eval_batch_size"),
-    **dict.fromkeys(("lr", "lr0", "peak_lr"), "learning_rate"),
-    **dict.fromkeys(("min_lr", "lrf"), "min_learning_rate"),
-    **dict.fromkeys(("warmup_lr", "warmup_lr_init"), "warmup_learning_rate"),
-    **dict.fromkeys(("imgsz", "img_size", "input_size", "resolution"), "image_size"),
-    **dict.fromkeys(("workers", "num_workers"), "dataloader_num_workers"),
-    **dict.fromkeys(("wd",), "weight_decay"),
-    **dict.fromkeys(("opt", "optimizer"), "optim"),
-    **dict.fromkeys(("smoothing", "label_smoothing"), "label_smoothing_factor"),
-    **dict.fromkeys(("drop_path",), "drop_path_rate"),
-    **dict.fromkeys(("aa", "augment"), "auto_augment"),
-    **dict.fromkeys(("reprob", "erasing"), "random_erasing"),
-    **dict.fromkeys(("clip_grad", "grad_clip"), "max_grad_norm"),
-    **dict.fromkeys(
-        ("grad_accum_steps", "accum_iter", "accumulation_steps", "accumulate"), "gradient_accumulation_steps"
-    ),
-    **dict.fromkeys(("model_ema_decay", "ema"), "ema_decay"),
-    **dict.fromkeys(("amp",), "bf16"),
-    **dict.fromkeys(("device", "cpu"), "use_cpu"),
-    **dict.fromkeys(("output", "out", "save_dir", "outdir"), "output_dir"),
-    **dict.fromkeys(("resume",), "resume_from_checkpoint"),
-    **dict.fromkeys(("exist_ok",), "overwrite"),
-    **dict.fromkeys(("finetune", "pretrained", "weights", "initial_checkpoint"), "init_from"),
-    **dict.fromkeys(("data", "data_path", "root"), "data_dir"),
-    **dict.fromkeys(("teacher_path", "teacher_model"), "teacher"),
-    **dict.fromkeys(("log_interval", "print_freq"), "logging_steps"),
-    **dict.fromkeys(("save_period", "save_freq"), "save_steps"),
-    **dict.fromkeys(("imb_factor", "imb_ratio"), "imbalance_ratio"),
-    **dict.fromkeys(("num_heads", "heads"), "num_attention_heads"),
-    **dict.fromkeys(("depth", "layers"), "num_hidden_layers"),
-    **dict.fromkeys(("rho",), "sam_rho"),
-}
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -196,8 +158,8 @@ def _check_values(sections: dict[str, Any], recipe: str) -> None:
 
 
 def recipe_description(name: str) -> str:
-    """The description of a recipe in the package, and a sentence with the paper's accuracies if it has any."""
-    description, paper = _content(name)["description"], paper_accuracies(name)
+    """The description of a recipe, empty without one, and a sentence with the paper's accuracies if it has any."""
+    description, paper = str(_content(name).get("description") or ""), paper_accuracies(name)
     return description if paper is None else f"{description.rstrip()} {paper.sentence()}"
 
 
@@ -285,7 +247,7 @@ def parse_arguments(
     *filled, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     options = {option.removeprefix("--") for option in parser._option_string_actions}
     names = (word.removeprefix("--").split("=")[0] for word in rest)
-    _refuse_unknown(names, options, "the command line", listed_by=listed_by)
+    refuse_unknown(names, options, "the command line", listed_by=listed_by)
     # Defaults include the recipe's values, so a difference is an override by the command line.
     changed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(key)}
     _finish(name, filled, changed, values)
@@ -311,7 +273,7 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
     parser, overrides = _parser(classes), current_names(overrides)
     values = _set_defaults(parser, section, classes, recipe, overrides.get("teacher_loss"))
     listed_by = f"deitlt {_LISTED_BY[section]} --help"
-    _refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
+    refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
     _allow_none(parser, classes)
     if overrides.get("group_rule") is not None:
         values.pop("group_boundaries", None)
@@ -363,10 +325,10 @@ def _set_defaults(
     values = recipe["data"] | own
     if section == "teacher":
         for loss, overlay in recipe["teacher_losses"].items():
-            _refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss", listed_by)
-            _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
+            refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss", listed_by)
+            refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
         values |= recipe["teacher_losses"].get(teacher_loss or own_loss(name)) or {}
-    _refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
+    refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
     values = {key: _fitting(value, parser, key, f"recipe {name!r}") for key, value in values.items()}
     folders = {"teacher": teacher_folder(name, teacher_loss), "pretraining": "pretrained"}
     folder = folders.get(section, section)
@@ -476,18 +438,3 @@ def _read_text(value: Any, parser: argparse.ArgumentParser, field: str) -> Any:
         return read(value)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{field} cannot be {value!r}: {str(error).rstrip('.')}.") from error
-
-
-def _refuse_unknown(
-    names: Iterable[str], known: Collection[str], place: str, kind: str = "field", listed_by: str = "--help"
-) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r} in {place}{_nearest(name, known)}; {listed_by} lists all.")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    matches = [alias for alias in (_ALIASES.get(name.lower().replace("-", "_")),) if alias in known]
-    matches = matches or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""

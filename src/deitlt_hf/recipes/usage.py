@@ -1,4 +1,4 @@
-"""Errors of command lines: an argument parser with short messages, names of recipes, one sentence for any error.
+"""Errors of command lines: an argument parser with short messages, unknown names, one sentence for any error.
 
 This module imports no heavy library: a wrong command line must not take seconds to say so.
 """
@@ -12,10 +12,48 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import NoReturn
+
+# Names of options in timm, ultralytics and the authors' code, and the names of the same options here.
+_ALIASES = {
+    **dict.fromkeys(("epochs", "num_epochs", "epoch", "max_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("batch_size", "batch", "total_batch_size"), "global_batch_size"),
+    **dict.fromkeys(("train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("eval_batch_size", "val_batch_size", "validation_batch_size"), "per_device_eval_batch_size"),
+    **dict.fromkeys(("lr", "lr0", "peak_lr"), "learning_rate"),
+    **dict.fromkeys(("min_lr", "lrf"), "min_learning_rate"),
+    **dict.fromkeys(("warmup_lr", "warmup_lr_init"), "warmup_learning_rate"),
+    **dict.fromkeys(("imgsz", "img_size", "input_size", "resolution"), "image_size"),
+    **dict.fromkeys(("workers", "num_workers"), "dataloader_num_workers"),
+    **dict.fromkeys(("wd",), "weight_decay"),
+    **dict.fromkeys(("opt", "optimizer"), "optim"),
+    **dict.fromkeys(("smoothing", "label_smoothing"), "label_smoothing_factor"),
+    **dict.fromkeys(("drop_path",), "drop_path_rate"),
+    **dict.fromkeys(("aa", "augment"), "auto_augment"),
+    **dict.fromkeys(("reprob", "erasing"), "random_erasing"),
+    **dict.fromkeys(("clip_grad", "grad_clip"), "max_grad_norm"),
+    **dict.fromkeys(
+        ("grad_accum_steps", "accum_iter", "accumulation_steps", "accumulate"), "gradient_accumulation_steps"
+    ),
+    **dict.fromkeys(("model_ema_decay", "ema"), "ema_decay"),
+    **dict.fromkeys(("amp",), "bf16"),
+    **dict.fromkeys(("device", "cpu"), "use_cpu"),
+    **dict.fromkeys(("output", "out", "save_dir", "outdir"), "output_dir"),
+    **dict.fromkeys(("resume",), "resume_from_checkpoint"),
+    **dict.fromkeys(("exist_ok",), "overwrite"),
+    **dict.fromkeys(("finetune", "pretrained", "weights", "initial_checkpoint"), "init_from"),
+    **dict.fromkeys(("data", "data_path", "root"), "data_dir"),
+    **dict.fromkeys(("teacher_path", "teacher_model"), "teacher"),
+    **dict.fromkeys(("log_interval", "print_freq"), "logging_steps"),
+    **dict.fromkeys(("save_period", "save_freq"), "save_steps"),
+    **dict.fromkeys(("imb_factor", "imb_ratio"), "imbalance_ratio"),
+    **dict.fromkeys(("num_heads", "heads"), "num_attention_heads"),
+    **dict.fromkeys(("depth", "layers"), "num_hidden_layers"),
+    **dict.fromkeys(("rho",), "sam_rho"),
+}
 
 
 class BriefParser(argparse.ArgumentParser):
@@ -64,6 +102,26 @@ def check_recipe(name_or_path: str) -> None:
         raise FileNotFoundError(
             f"no recipe {name_or_path!r}{hint}; give the path of a YAML file, or one of {', '.join(names)}."
         )
+
+
+def refuse_unknown(
+    names: Iterable[str], known: Collection[str], place: str, kind: str = "field", listed_by: str = "--help"
+) -> None:
+    """Checks that names are known.
+
+    Raises:
+        ValueError: If one is not; the message suggests this package's name for it, or the most similar one.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r} in {place}{_nearest(name, known)}; {listed_by} lists all.")
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    names = {alias: ours for alias, ours in _ALIASES.items() if ours in known} | dict.fromkeys(known)
+    name = name.lower().replace("-", "_")
+    alike = difflib.get_close_matches(name, names, 1, 0.75) or difflib.get_close_matches(name, known, 1, 0.5)
+    return f" (did you mean {names[alike[0]] or alike[0]!r}?)" if alike else ""
 
 
 @contextlib.contextmanager
