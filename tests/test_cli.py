@@ -1,6 +1,7 @@
 """Tests of the `deitlt` command."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from deitlt_hf.cli import COMMANDS, main
-from deitlt_hf.cli.required import REQUIRED
+from deitlt_hf.cli.required import REQUIRED, check_options
 from deitlt_hf.original.layouts import student_to_original
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, command_line_errors, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
@@ -52,11 +53,12 @@ def test_a_run_starts_with_no_more_than_its_first_step_needs(tmp_path):
     assert "imported: frozen: True" in done.stdout
 
 
-def test_missing_arguments_and_recipes_are_reported_without_the_heavy_libraries():
+def test_wrong_command_lines_are_reported_without_the_heavy_libraries():
     """A wrong command line is reported at once, also for the commands whose parsers need transformers."""
     code = (
         "import sys; from deitlt_hf.cli import main; from deitlt_hf.cli.required import REQUIRED\n"
-        "for words in (*([name] for name in REQUIRED), ['push', '--unknown'], ['plan', '--recipe', 'digit_lt']):\n"
+        "wrong = 'push --unknown', 'train . --epohcs=3', 'plan --recipe digits_lt --lr 1', 'plan --recipe digit_lt'\n"
+        "for words in (*([name] for name in REQUIRED), *map(str.split, wrong)):\n"
         "    try: main(words)\n"
         "    except SystemExit as end: assert end.code, words\n"
         "    else: raise AssertionError(words)\n"
@@ -64,7 +66,10 @@ def test_missing_arguments_and_recipes_are_reported_without_the_heavy_libraries(
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines()[-1].startswith("error: no recipe 'digit_lt' (did you mean 'digits_lt'?)")
+    *_, epochs, rate, recipe = done.stderr.splitlines()
+    assert epochs.startswith("error: unknown field 'epohcs' in the command line (did you mean 'num_train_epochs'?)")
+    assert rate.startswith("error: unknown field 'lr' in the command line (did you mean 'learning_rate'?)")
+    assert recipe.startswith("error: no recipe 'digit_lt' (did you mean 'digits_lt'?)")
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -91,6 +96,7 @@ def test_every_command_describes_itself(name, capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: deitlt {name} ")
+    check_options(name, [word for word in re.findall(r"^  (--\w+)", text, re.MULTILINE) if word != "--help"])
     examples = [line.split() for line in text.splitlines() if line.startswith(("deitlt ", "accelerate "))]
     assert any(words[:2] == ["deitlt", name] for words in examples)
     for words in examples:

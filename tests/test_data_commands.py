@@ -66,6 +66,8 @@ def test_check_describes_the_data(data):
         "digits_lt: ready to train on",
     ):
         assert text in output
+    rows = [re.findall(r"[\w,]+", line) for line in output.splitlines() if line.startswith("│")]
+    assert (rows[0], rows[-1]) == (["0", "119", "106", "head"], ["9", "5", "95", "tail"])
     assert re.search(r"sha256 [0-9a-f]{64}", output)
 
 
@@ -405,12 +407,13 @@ def test_check_detects_linked_files_and_shared_classes(tmp_path, capsys):
     (tmp_path / "train" / "cat" / "1.png").symlink_to(tmp_path / "test" / "cat" / "0.png")
     (tmp_path / "train" / "cat" / "2.png").hardlink_to(tmp_path / "train" / "dog" / "0.png")
     save_image(tmp_path / "train" / "Cat" / "0.png")
-    assert check(["--recipe", "image_folder", "--data_dir", str(tmp_path)], deep=False, counts_file=None) == 1
+    assert check(["--recipe", "image_folder", "--data_dir", str(tmp_path)], deep=True, counts_file=None) == 1
     output = " ".join(capsys.readouterr().out.split())
     for text in (
         "1 images are in both the training and the test split: ",
         "1 training images are listed more than once: ",
         "1 training images have several classes: ",
+        "3 train images have the same bytes as one of another class: ",
         "classes whose names look alike: 'Cat' and 'cat'",
     ):
         assert text in output, text

@@ -504,6 +504,7 @@ def test_files_that_are_not_images_are_counted(tmp_path, caplog):
     data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
     assert sum(map(len, data.values())) == 4
     assert "files that are not read: 4 .heic, 2 without a suffix, 2 .eps" in caplog.text
+    assert "pillow-heif lets Pillow open .heic" in caplog.text
     assert "beside its class folders, and left out: loose.png" in caplog.text
 
 

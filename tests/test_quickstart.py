@@ -16,12 +16,13 @@ import deitlt_hf
 from deitlt_hf import quickstart
 from deitlt_hf.cli import main
 from deitlt_hf.console import duration
-from deitlt_hf.quickstart import comparison, section_arguments
+from deitlt_hf.quickstart import check_continues, comparison, recipe_title, section_arguments
 from deitlt_hf.recipes import load_recipe
 from deitlt_hf.recipes.fit import Choice, Folder, Machine, fit_recipe, sizes_for, standard_epochs, with_given
 from deitlt_hf.training.trial import StepTimes
 
 CLASSES = 16
+SHORT = ["--image_size", "16", "--teacher_epochs", "15", "--num_train_epochs", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,8 @@ def photos(tmp_path_factory):
 def trained(photos, tmp_path_factory):
     """Output folder of a short run on the photos."""
     output = tmp_path_factory.mktemp("out") / "run"
-    short = ["--image_size", "16", "--teacher_epochs", "15", "--num_train_epochs", "5"]
     with (output.parent / "printed.txt").open("w") as file, contextlib.redirect_stdout(file):
-        main(["train", str(photos), "--output_dir", str(output), *short])
+        main(["train", str(photos), "--output_dir", str(output), *SHORT])
     return output
 
 
@@ -116,7 +116,7 @@ def test_the_recipe_says_why(trained, photos):
 
 def test_the_same_command_continues_or_finds_a_finished_run(trained, photos, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "report", lambda *_, tables: print(f"The report is written again, {tables}."))
-    main(["train", str(photos), "--output_dir", str(trained)])
+    main(["train", str(photos), "--output_dir", str(trained), *SHORT])
     printed = capsys.readouterr().out
     assert "Continuing with" in printed
     assert "The report is written again, True." in printed
@@ -131,6 +131,18 @@ def test_a_fitted_recipe_is_not_changed_by_options(trained, photos, capsys):
     assert (trained / "recipe.yaml").read_bytes() == before
 
 
+def test_the_same_minutes_continue(photos, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    place = Choice("data", "data_dir", str(photos))
+    path.write_text(
+        with_given(fit_recipe(folder(100, 64), Machine(False, 2), 64), [place]).text(recipe_title(photos, 30))
+    )
+    check_continues(path, photos, 30, {"hidden_size": 128})
+    check_continues(path, photos, None, {})
+    with pytest.raises(ValueError, match="leave out minutes, hidden_size to continue with it"):
+        check_continues(path, photos, 20, {"hidden_size": 64})
+
+
 def test_python_and_dry_run(photos, tmp_path, capsys):
     assert deitlt_hf.train(photos, tmp_path / "run", dry_run=True, image_size=16, hidden_size=64) is None
     printed = capsys.readouterr().out
@@ -143,18 +155,24 @@ def test_recipes_are_listed_shown_and_fitted(photos, tmp_path, capsys):
     main(["recipes"])
     assert "digits_lt_fast" in capsys.readouterr().out
     main(["recipes", "show", "digits_lt_fast"])
-    shown = yaml.safe_load(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert printed.startswith("# scikit-learn's digits")
+    shown = yaml.safe_load(printed)
     assert (shown["student"]["optim"], shown["teacher"]["backbone"]) == ("muon", "resnet20")
     main(["recipes", "init", str(photos), "--image_size", "16", "--hidden_size", "64"])
     path = tmp_path / "my.yaml"
     path.write_text(capsys.readouterr().out)
     assert load_recipe(str(path))["student"]["hidden_size"] == 64
+    path.write_text("student: {hidden_size: 64}")
+    main(["recipes", "show", str(path)])
+    assert capsys.readouterr().out == "student: {hidden_size: 64}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "PHOTOS", "--minutes", "0"], "minutes must be above 0, got 0"),
+        (["recipes", "init", "PHOTOS", "--minutes", "nan"], "minutes must be above 0, got nan"),
         (["train", "PHOTOS/none"], "is not a folder"),
         (["train", "PHOTOS", "--lr", "0.1"], "learning_rate"),
         (["train", "PHOTOS", "--epochs", "2"], "num_train_epochs"),
@@ -164,6 +182,8 @@ def test_recipes_are_listed_shown_and_fitted(photos, tmp_path, capsys):
         (["train", "PHOTOS", "--teacher_epochs", "0"], "num_train_epochs must be a whole number above 0, got 0"),
         (["train", "PHOTOS", "--minutes", "5", "--num_train_epochs", "5"], "minutes sets the epochs of both models"),
         (["train", "PHOTOS", "--data_dir", "x"], "data_dir is not a field here"),
+        (["train", "PHOTOS", "--data", "x"], "did you mean 'data_dir'"),
+        (["train", "PHOTOS", "--output", "PHOTOS/x"], "is inside the folder of the images"),
         (["train"], "folder"),
         (["recipes", "show"], "show NAME"),
         (["recipes", "show", "digits_lt_fats"], "digits_lt_fast"),
@@ -191,6 +211,22 @@ def test_numbers_on_the_command_line_stay_texts_for_fields_of_text():
 def test_a_recipe_of_other_images_is_not_continued(trained, photos, tmp_path):
     with pytest.raises(ValueError, match=r"is a recipe for the images in .*photos, not in"):
         deitlt_hf.train(tmp_path, trained)
+
+
+def test_unused_splits_and_images_of_several_classes_are_noted(tmp_path):
+    for number, split in enumerate(("train", "val", "test")):
+        for label in range(2):
+            (tmp_path / split / str(label)).mkdir(parents=True)
+            for image in range(2):
+                colour = (100 * number, 100 * label, 100 * image)
+                Image.new("RGB", (8, 8), colour).save(tmp_path / split / str(label) / f"{image}.png")
+    shutil.copy(tmp_path / "train" / "0" / "1.png", tmp_path / "train" / "1" / "copy.png")
+    folder, _ = quickstart._look(tmp_path, [])
+    unused, twice = folder.notes
+    assert unused == "The split val is not used (images: 4); the test images are those of test."
+    assert twice.startswith("2 training images have the same bytes as one of another class, such as ")
+    assert "0/1.png and " in twice
+    assert twice in fit_recipe(folder, Machine(False, 2), 8).notes
 
 
 def test_the_output_does_not_go_among_the_images(photos, monkeypatch):

@@ -33,6 +33,7 @@ from .quickstart import (
     check_places,
     duration,
     fit,
+    recipe_title,
 )
 from .recipes import DataArguments, fill_arguments, load_recipe
 from .recipes.fit import SMALL, FittedRecipe
@@ -180,7 +181,7 @@ def compare(
     quiet_log()
     require_matplotlib()
     name = Path(data).expanduser().resolve().name
-    source, output = check_places(data, Path("outputs") / f"{name}_compared" if output is None else output, minutes)
+    source, output = check_places(data, Path("outputs") / f"{name}_compared" if output is None else output)
     path, record_file = output / RECIPE_FILE, output / RECORD_FILE
     if record_file.is_file() and path.is_file() and not overwrite and not dry_run:
         check_continues(path, source, minutes, given)
@@ -201,7 +202,7 @@ def compare(
         for folder in earlier:
             shutil.rmtree(folder, ignore_errors=True)
         write_json(record_file, {"name": source.resolve().name, "notes": fitted.notes, "arms": {}})
-        _write_recipes(fitted, arms, output, source.resolve().name)
+        _write_recipes(fitted, arms, output, recipe_title(source, minutes))
     return _run(output)
 
 
@@ -241,15 +242,15 @@ def _print_arms(fitted: FittedRecipe, arms: Mapping[str, Arm]) -> None:
     )
 
 
-def _write_recipes(fitted: FittedRecipe, arms: Mapping[str, Arm], output: Path, name: str) -> None:
+def _write_recipes(fitted: FittedRecipe, arms: Mapping[str, Arm], output: Path, title: str) -> None:
     """Writes the fitted recipe, and for each way a recipe that extends it with the values that differ."""
     for run, arm in arms.items():
         changes = arm.changes(fitted)
-        content: dict[str, Any] = {"description": f"{arm.title}, on the images in {name}. {arm.what}"}
+        content: dict[str, Any] = {"description": f"{arm.title}. {arm.what} {title}"}
         content |= {"extends": f"../{RECIPE_FILE}"} | ({arm.section: changes} if changes else {})
         with atomic_write(output / RECIPES / f"{run}.yaml") as file:
             file.write_text(yaml.safe_dump(content, sort_keys=False, width=110), encoding="utf-8")
-    fitted.write(output / RECIPE_FILE, f"Recipe for the images in {name}.")
+    fitted.write(output / RECIPE_FILE, title)
     print(f"The recipes are in {output / RECIPE_FILE} and {output / RECIPES}.\n", flush=True)
 
 

@@ -8,25 +8,26 @@ import math
 import operator
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import datasets
 import numpy as np
 import torch
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
 from .analysis.reporting import AnalysisArguments, report
 from .console import duration, quiet_log, show
-from .data.images import decode_all, open_image, usable_cores
+from .data.images import Decoded, decode_all, open_image, under_several_labels, usable_cores
 from .data.loading import training_counts
 from .data.long_tail import class_counts
-from .data.sources.files import TEST_NAMES, find_split
+from .data.sources.files import TEST_NAMES, TRAIN_NAMES, find_split
 from .evaluation.metrics import paired_leads, points
 from .evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
-from .io import check_can_be_folder, one_line
+from .io import check_can_be_folder, one_line, read_text
 from .losses.class_weights import named_weights
 from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, load_recipe
 from .recipes.fit import (
@@ -42,8 +43,10 @@ from .recipes.fit import (
     sizes_for,
     with_given,
 )
+from .recipes.usage import refuse_unknown
 from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .training.runs import distill, train_teacher
+from .training.schedule import low_peak
 from .training.starting import FREE_SIZES, SIZES, check_start
 from .training.taught import TeacherAtChanceError
 from .training.trial import StepTimes, measure_steps
@@ -98,7 +101,7 @@ def train(
             inside the folder of the images, or several processes run.
     """
     quiet_log()
-    source, output = check_places(data, output, minutes)
+    source, output = check_places(data, output)
     path = output / RECIPE_FILE
     if path.is_file() and not overwrite and not dry_run:
         check_continues(path, source, minutes, given)
@@ -106,7 +109,7 @@ def train(
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER))
         if dry_run:
             return None
-        fitted.write(path, f"Recipe for the images in {source.resolve().name}.")
+        fitted.write(path, recipe_title(source, minutes))
         print(f"The recipe is in {path}.\n", flush=True)
     overrides: dict[str, Any] = {"output_dir": str(output / "student"), "overwrite": overwrite}
     if not overwrite:
@@ -126,15 +129,13 @@ def train(
     return trainer
 
 
-def check_places(data: str | Path, output: str | Path | None, minutes: float | None) -> tuple[Path, Path]:
+def check_places(data: str | Path, output: str | Path | None) -> tuple[Path, Path]:
     """The folder of the images and the output folder, by default `outputs/NAME`.
 
     Raises:
         FileExistsError: If the output folder cannot be created.
-        ValueError: If it is inside the folder of the images, the time is not above 0, or several processes run.
+        ValueError: If it is inside the folder of the images, or several processes run.
     """
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes must be above 0, got {minutes:g}.")
     source = Path(data).expanduser()
     output = Path("outputs") / source.resolve().name if output is None else Path(output).expanduser()
     check_can_be_folder(output)
@@ -154,22 +155,40 @@ def check_places(data: str | Path, output: str | Path | None, minutes: float | N
 def check_continues(path: Path, source: Path, minutes: float | None, given: Mapping[str, Any]) -> None:
     """Checks that a command continues with the recipe in its output folder, and says so.
 
+    The command can be the one that made the recipe, or the one without its values.
+
     Raises:
         ValueError: If the recipe is for other images, or the command has values that would change it.
     """
-    if minutes is not None or given:
-        names = ", ".join([*(["minutes"] if minutes is not None else []), *given])
-        raise ValueError(
-            f"{path} exists; leave out {names} to continue with it, edit it, or pass --overwrite to replace it and "
-            "its run."
-        )
-    known = load_recipe(str(path))["data"].get("data_dir")
+    sections = load_recipe(str(path))
+    known = sections["data"].get("data_dir")
     if known is None or Path(known).resolve() != source.resolve():
         raise ValueError(
             f"{path} is a recipe for the images in {known}, not in {source}; choose another --output_dir, or pass "
             "--overwrite to replace it and its run."
         )
+    choices = {name: _given(name, value) for name, value in given.items()}
+    changed = [name for name, choice in choices.items() if not _is_in(sections, choice)]
+    if minutes is not None and yaml.safe_load(read_text(path)).get("description") != recipe_title(source, minutes):
+        changed.insert(0, "minutes")
+    if changed:
+        raise ValueError(
+            f"{path} exists, with other values; leave out {', '.join(changed)} to continue with it, edit it, or pass "
+            "--overwrite to replace it and its run."
+        )
     print(f"Continuing with {path}.", flush=True)
+
+
+def recipe_title(source: Path, minutes: float | None) -> str:
+    """Description of a recipe that is fitted to a folder, and to a time."""
+    return f"Recipe for the images in {source.resolve().name}{'' if minutes is None else f', for {minutes:g} minutes'}."
+
+
+def _is_in(sections: Mapping[str, Mapping], choice: Choice) -> bool:
+    """Whether a recipe has the value of a choice."""
+    value = list(choice.value) if isinstance(choice.value, tuple) else choice.value
+    section = "student" if choice.section == "both" else choice.section
+    return choice.name in sections[section] and sections[section][choice.name] == value
 
 
 def fit(
@@ -192,6 +211,8 @@ def fit(
         FileNotFoundError: If the folder does not exist or has no images.
         ValueError: If a field or its value is not possible.
     """
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes:g}.")
     choices = [_given(name, value) for name, value in (given or {}).items()]
     epochs = (_whole(choices, "teacher", "num_train_epochs"), _whole(choices, "student", "num_train_epochs"))
     if minutes is not None and any(epochs):
@@ -202,17 +223,21 @@ def fit(
         choices = [*CHOSEN_ON_VALIDATION, *choices]
     use_cpu = next((choice.value for choice in choices if choice.name == "use_cpu"), False)
     machine = Machine(torch.cuda.is_available() and not use_cpu, usable_cores())
-    choices.insert(0, Choice("data", "data_dir", str(source.resolve()), "the images"))
+    images = Choice("data", "data_dir", str(source.resolve()), "the images")
     fitted = None
     for size in sizes_for(folder, machine, _whole(choices, "both", "image_size")):
 
         def recipe(share: float, size: int = size) -> FittedRecipe:
-            return with_given(fit_recipe(folder, machine, size, share, cache, epochs), choices)
+            chosen = fit_recipe(folder, machine, size, share, cache, epochs)
+            return with_given(dataclasses.replace(chosen, choices=[images, *chosen.choices]), choices)
 
         fitted = _fit_to_time(recipe, folder, data, minutes, cost)
         if minutes is None or fitted.share >= SHORTEST:
             break
     assert fitted is not None  # there is at least one size
+    rate, start = (fitted.value("student", name) for name in ("learning_rate", "init_from"))
+    if isinstance(rate, int | float) and (note := low_peak(rate, start)):
+        fitted.notes.append(note)
     _print_plan(fitted, folder, data)
     return fitted
 
@@ -322,7 +347,8 @@ def _given(name: str, value: Any) -> Choice:
     ):
         section = "both"
     else:
-        section = next((section for section, names in in_section.items() if name in names), "student")
+        refuse_unknown([name], set().union(*in_section.values()), "the options", listed_by="deitlt distill --help")
+        section = next(section for section, names in in_section.items() if name in names)
     return Choice(section, name, value, "given")
 
 
@@ -343,7 +369,8 @@ def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
     splits = args.source()[1]
     if args.streaming:
         raise ValueError("a stream cannot be examined before a run; write a recipe for it, see docs/data.md.")
-    has_test = find_split(splits, [args.test_split] if args.test_split else TEST_NAMES) is not None
+    test = find_split(splits, [args.test_split] if args.test_split else TEST_NAMES)
+    has_test = test is not None
     if not has_test and args.test_fraction is None:
         args.test_fraction = TEST_FRACTION
     skips, args.skip_bad_images = args.skip_bad_images, False
@@ -370,8 +397,27 @@ def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
         longer_sides=[max(size) for size in sizes],
         transparent=sum(result.is_transparent for result in decoded) / len(decoded),
         unreadable=() if skips else unreadable,
+        notes=[*_unused(splits, test), *_twice(sample, decoded)],
     )
     return folder, data
+
+
+def _unused(splits: Mapping, test: str | None) -> Iterator[str]:
+    """Sentences about splits that are neither the training nor the test split."""
+    for name in set(splits) - {find_split(splits, TRAIN_NAMES), test}:
+        yield f"The split {name} is not used (images: {len(splits[name]):,}); the test images are those of {test}."
+
+
+def _twice(sample: datasets.Dataset, decoded: Sequence[Decoded]) -> Iterator[str]:
+    """A sentence about images that are in several classes."""
+    rows = under_several_labels(decoded, sample["label"][:])
+    if rows:
+        cells = sample.select(rows[:2]).cast_column("image", datasets.Image(decode=False))["image"][:]
+        names = " and ".join(str(cell["path"]) for cell in cells)
+        yield (
+            f"{len(rows)} training images have the same bytes as one of another class, such as {one_line(names)}; "
+            "'deitlt data check --deep' names more."
+        )
 
 
 def _sizes_of_start(given: Sequence[Choice]) -> list[Choice]:
@@ -397,9 +443,11 @@ def _sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
 def _print_plan(fitted: FittedRecipe, folder: Folder, data: Mapping) -> None:
     names = data["train"].features["label"].names
     counts = training_counts(data["train"])
+    largest, smallest = f"{counts.max():,}", f"{counts.min():,}"
+    if largest != smallest:
+        largest += f" ({names[int(counts.argmax())]}) to {smallest} ({names[int(counts.argmin())]})"
     print(
-        f"{counts.sum():,} training and {sum(folder.test_counts):,} test images of {len(names):,} classes, "
-        f"{counts.max():,} ({names[int(counts.argmax())]}) to {counts.min():,} ({names[int(counts.argmin())]}) "
+        f"{counts.sum():,} training and {sum(folder.test_counts):,} test images of {len(names):,} classes, {largest} "
         "training images a class.\n"
     )
     table = Table(title="Recipe: the values that depend on the folder", title_justify="left")

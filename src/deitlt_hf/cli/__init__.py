@@ -59,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name in COMMANDS:
         sys.argv = [f"deitlt {name}", *rest]  # the usage line in the help of the command shows this name
         from ..recipes import command_line_errors
-        from .required import check_required
+        from .required import check_options, check_required
 
         with command_line_errors():
             check_required(name, rest)
+            check_options(name, rest)
             _imported(COMMANDS[name][0]).main(rest)
     else:
         alias = ALIASES.get(name.replace("_", "-"))

@@ -54,7 +54,7 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     """Prints a report and writes the counts; returns 1 if there are problems, else 0."""
     from rich.console import Console
 
-    from ..data.check import check_data
+    from ..data.check import check_data, class_table
     from ..data.loading import training_counts
 
     of_training = _names(STUDENT) | _names(TEACHER)
@@ -64,12 +64,14 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     kind, source = arguments.source()
     data = arguments.load(source)
     class_names = data["train"].features["label"].names
-    report = check_data(arguments.dataset, kind, source, data, arguments.groups(data), deep, arguments.background)
+    groups = arguments.groups(data)
+    report = check_data(arguments.dataset, kind, source, data, groups, deep, arguments.background)
     report.problems.extend(training_problems(name, argv, len(data["train"]), class_names))
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for label, text in report.lines.items():
         console.print(f"[bold]{label:16}[/bold] ", end="")
         console.print(text, markup=False)
+    console.print(class_table(data, groups))
     for note in training_notes(name, argv):
         console.print("[yellow]note[/yellow]             ", end="")
         console.print(note, markup=False)

@@ -7,6 +7,7 @@ deitlt recipes init photos --minutes 60 > my.yaml
 
 import contextlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="init: time for training; chooses image size and epochs")
     arguments = sys.argv[1:] if arguments is None else arguments
     if "init" in arguments:
-        from ..quickstart import IMAGES_FOLDER, STUDENT, TEACHER, fit
+        from ..quickstart import IMAGES_FOLDER, STUDENT, TEACHER, fit, recipe_title
         from .train import fields_of
 
         args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
@@ -41,8 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.command == "list":
         width = max(map(len, recipe_names()))
         for name in recipe_names():
-            print(f"{name:{width}}  {' '.join(recipe_description(name).split())}")
+            sentence, end, _ = " ".join(recipe_description(name).split()).partition(". ")
+            print(f"{name:{width}}  {sentence}{end.strip()}")
+        print(
+            "\n'deitlt recipes show NAME' prints all values; 'deitlt recipes init FOLDER' fits a recipe to your images."
+        )
     elif args.command == "show":
+        for line in textwrap.wrap(recipe_description(args.name), 108):
+            print(f"# {line}")
         sections = {section: values for section, values in load_recipe(args.name).items() if values}
         print(yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=110), end="")
     else:
@@ -50,4 +57,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # the plan; standard output is the recipe alone
             cache = str(Path("outputs") / folder.resolve().name / IMAGES_FOLDER)
             fitted = fit(folder, args.minutes, fields_of(rest, parser), cache)
-        print(fitted.text(f"Recipe for the images in {folder.resolve().name}."), end="")
+        print(fitted.text(recipe_title(folder, args.minutes)), end="")

@@ -6,12 +6,14 @@ deitlt train photos --dry_run
 deitlt train photos --image_size 96 --teacher_epochs 50 --num_train_epochs 100
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..quickstart import STUDENT, TEACHER, train
+from ..recipes.usage import refuse_unknown
 from ..training.memory import keep_freed_memory
 from .parser import command_parser, parse_with_fields
 
@@ -30,7 +32,7 @@ def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | N
     """
     parser = command_parser(description)
     parser.add_argument("folder", help="folder with the images, such as one folder for each class")
-    parser.add_argument("--output_dir", help="folder of recipe, models and page (default: in outputs/)")
+    parser.add_argument("--output_dir", "--output", help="folder of recipe, models and page (default: in outputs/)")
     parser.add_argument("--minutes", type=float, help="time for training; chooses image size and number of epochs")
     parser.add_argument("--teacher_epochs", help="epochs of the teacher; --num_train_epochs are those of the student")
     parser.add_argument("--dry_run", action="store_true", help="print the recipe and the expected time, and end")
@@ -49,7 +51,11 @@ def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | N
 
 
 def fields_of(words: Sequence[str], parser) -> dict[str, Any]:
-    """Fields and their values, as texts, from the remaining words of a command line."""
+    """Fields and their values, as texts, from the remaining words of a command line.
+
+    Raises:
+        ValueError: If there is no such field.
+    """
     fields: dict[str, Any] = {}
     for word in words:
         if word.startswith("--"):
@@ -60,4 +66,6 @@ def fields_of(words: Sequence[str], parser) -> dict[str, Any]:
             parser.error(f"unrecognized argument {word!r}")
         else:
             fields[name].append(word)
+    known = {field.name for cls in (*STUDENT, *TEACHER) for field in dataclasses.fields(cls) if field.init}
+    refuse_unknown(fields, known, "the command line", listed_by="deitlt distill --help")
     return {name: values[0] if len(values) == 1 else values or "true" for name, values in fields.items()}

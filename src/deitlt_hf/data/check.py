@@ -9,14 +9,17 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+from rich.markup import escape
+from rich.table import Table
 
 from ..io import one_line
-from .images import ROWS_A_TASK, Decoded, decode_all, source_rows
+from .images import ROWS_A_TASK, Decoded, decode_all, source_rows, under_several_labels
 from .loading import subset_hash, training_counts
 from .long_tail import ShotGroups, class_counts
 from .sources.labels import look_alikes
 
 NAMED = 5
+CLASSES_SHOWN = 15  # at each end of a table of many classes
 
 
 class Benchmark(NamedTuple):
@@ -109,6 +112,29 @@ def _description(
         "groups": f"{in_groups}: {groups.rule}",
         "subset": f"sha256 {subset_hash(data['train'])}",
     }
+
+
+def class_table(data: Mapping[str, datasets.Dataset], groups: ShotGroups) -> Table:
+    """Training and test images of each class, the largest class first; of many classes, the first and the last.
+
+    Args:
+        data: Its prepared splits.
+        groups: Class indices of its groups.
+    """
+    names = data["train"].features["label"].names
+    counts, tested = training_counts(data["train"]), class_counts(data["test"]["label"][:], len(names))
+    group_of = {int(label): group for group, members in groups.items() for label in members}
+    order = np.argsort(-counts, kind="stable")
+    left_out = len(order) - 2 * CLASSES_SHOWN
+    table = Table()
+    for column in ("class", "training images", "test images", "group"):
+        table.add_column(column, justify="right" if "images" in column else "left", overflow="fold")
+    for place, label in enumerate(order.tolist()):
+        if left_out <= 1 or not CLASSES_SHOWN <= place < len(order) - CLASSES_SHOWN:
+            table.add_row(escape(names[label]), f"{counts[label]:,}", f"{tested[label]:,}", group_of.get(label, ""))
+        elif place == CLASSES_SHOWN:
+            table.add_row(f"... ({left_out:,} more)")
+    return table
 
 
 def _against_benchmark(name: str, source: Mapping[str, datasets.Dataset], num_classes: int) -> Iterator[str]:
@@ -205,6 +231,9 @@ def _decode_all(data: datasets.DatasetDict, background: str | None) -> tuple[dic
         if bad:
             problems.append(f"{len(bad):,} of {len(rows):,} {split} images: {'; '.join(bad[:NAMED])}")
         seen[split] = [result.digest for result in results if result.error is None]
+        if several := under_several_labels(results, rows["label"][:]):
+            names = _some(_stored_paths(rows)[0].get(row, f"row {source_rows(rows)[row]}") for row in several)
+            problems.append(f"{len(several):,} {split} images have the same bytes as one of another class: {names}")
     both = len(set(seen["train"]) & set(seen["test"]))
     if both:
         problems.append(f"{both:,} images have the same bytes in training and testing")

@@ -220,6 +220,14 @@ def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[De
         return [result for task in tasks for result in task]
 
 
+def under_several_labels(images: Sequence[Decoded], labels: Sequence[int]) -> list[int]:
+    """Positions of the images whose bytes also occur with another label."""
+    known: dict[bytes | None, set[int]] = {}
+    for image, label in zip(images, labels, strict=True):
+        known.setdefault(image.digest, set()).add(label)
+    return [row for row, image in enumerate(images) if image.error is None and len(known[image.digest]) > 1]
+
+
 def source_rows(dataset: datasets.Dataset) -> np.ndarray:
     """Index of each row in the source of a data set if known, else in the data set; counted from 0."""
     if "source_index" not in dataset.column_names:

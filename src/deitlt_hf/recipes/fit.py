@@ -42,6 +42,7 @@ class Folder:
         longer_sides: Longer sides of the same images.
         transparent: Share of these images with transparent pixels.
         unreadable: Descriptions of images of the sample that cannot be read.
+        notes: What else to know about the data, in sentences.
     """
 
     labels: Sequence[int]
@@ -52,6 +53,7 @@ class Folder:
     longer_sides: Sequence[int]
     transparent: float = 0.0
     unreadable: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def counts(self) -> np.ndarray:
@@ -272,8 +274,14 @@ def _running(section: str) -> list[Choice]:
     ]
 
 
-def _epochs_reason(share: float) -> str:
-    return "a standard number" if share == 1 else f"{100 * share:.0f} % of the standard number, for the given time"
+def _epochs_reason(share: float, epochs: int) -> str:
+    if share == 1:
+        return "a standard number"
+    if share == LONGEST:
+        return f"{share:g} times the standard number; more would hardly help, so the given time is not used up"
+    if epochs == FEWEST_EPOCHS:
+        return "the least number; the given time may be too short for it"
+    return f"{100 * share:.0f} % of the standard number, for the given time"
 
 
 def _warmup(epochs: int) -> int | float:
@@ -291,7 +299,7 @@ def _teacher_choices(folder: Folder, machine: Machine, image_size: int, epochs: 
     return [
         Choice("teacher", "backbone", backbone, reason),
         Choice("teacher", "teacher_loss", "ce"),
-        Choice("teacher", "num_train_epochs", epochs, _epochs_reason(share)),
+        Choice("teacher", "num_train_epochs", epochs, _epochs_reason(share, epochs)),
         Choice("teacher", "drw_start_epoch", drw),
         Choice("teacher", "warmup_epochs", _warmup(epochs)),
         Choice("teacher", "learning_rate", 0.1),
@@ -315,7 +323,7 @@ def _student_choices(folder: Folder, machine: Machine, image_size: int, epochs: 
         Choice("student", "hidden_size", width, reason),
         Choice("student", "num_hidden_layers", blocks),
         Choice("student", "num_attention_heads", heads),
-        Choice("student", "num_train_epochs", epochs, _epochs_reason(share)),
+        Choice("student", "num_train_epochs", epochs, _epochs_reason(share, epochs)),
         Choice("student", "optim", "muon", method),
         Choice("student", "distillation", "soft_sum"),
         Choice("student", "cls_loss", "logit_adjusted"),
@@ -330,11 +338,11 @@ def _student_choices(folder: Folder, machine: Machine, image_size: int, epochs: 
 
 
 def _notes(folder: Folder, share: float) -> list[str]:
-    notes = []
+    notes = list(folder.notes)
     tested = int(np.asarray(folder.test_counts)[shot_groups(folder.counts)["tail"]].sum())
     if tested < 200:
         notes.append(
-            f"The tail classes have {tested} test images, so their accuracy is uncertain by up to "
+            f"The tail classes have {tested} test image{'s' * (tested != 1)}, so their accuracy is uncertain by up to "
             f"{100 / max(tested, 1) ** 0.5:.0f} points."
         )
     if share < SHORTEST:

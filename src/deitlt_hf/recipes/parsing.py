@@ -1,11 +1,10 @@
 """Fills argument dataclasses from a recipe and the command line."""
 
 import argparse
-import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -24,7 +23,7 @@ from .sections import (
     TeacherArguments,
     without_folders,
 )
-from .usage import BriefParser, recipe_names
+from .usage import BriefParser, recipe_names, refuse_unknown
 
 _PACKAGE = __package__.partition(".")[0]
 _ABSENT = object()  # value of an option that the command line does not have
@@ -40,41 +39,6 @@ _LISTED_BY = {"data": "data", "teacher": "train-teacher", "pretraining": "pretra
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that have an effect only in scripts that read them.
 _FOR_SCRIPTS = ("do_train", "do_eval", "do_predict")
-# Names of options in timm, ultralytics and the authors' code, by the name of the same option here.
-_NAMES_ELSEWHERE = {
-    "num_train_epochs": "epochs num_epochs epoch max_epochs",
-    "global_batch_size": "batch_size batch total_batch_size",
-    "per_device_train_batch_size": "train_batch_size micro_batch_size",
-    "per_device_eval_batch_size": "eval_batch_size val_batch_size validation_batch_size",
-    "learning_rate": "lr lr0 peak_lr",
-    "min_learning_rate": "min_lr lrf",
-    "warmup_learning_rate": "warmup_lr warmup_lr_init",
-    "image_size": "imgsz img_size input_size resolution",
-    "dataloader_num_workers": "workers num_workers",
-    "weight_decay": "wd",
-    "optim": "opt optimizer",
-    "label_smoothing_factor": "smoothing label_smoothing",
-    "drop_path_rate": "drop_path",
-    "auto_augment": "aa augment",
-    "random_erasing": "reprob erasing",
-    "max_grad_norm": "clip_grad grad_clip",
-    "gradient_accumulation_steps": "grad_accum_steps accum_iter accumulation_steps accumulate",
-    "ema_decay": "model_ema_decay ema",
-    "bf16": "amp",
-    "use_cpu": "device cpu",
-    "output_dir": "output out save_dir outdir",
-    "resume_from_checkpoint": "resume",
-    "overwrite": "exist_ok",
-    "init_from": "finetune pretrained weights initial_checkpoint",
-    "data_dir": "data data_path root",
-    "teacher": "teacher_path teacher_model",
-    "logging_steps": "log_interval print_freq",
-    "save_steps": "save_period save_freq",
-    "imbalance_ratio": "imb_factor imb_ratio",
-    "num_attention_heads": "num_heads heads",
-    "num_hidden_layers": "depth layers",
-    "sam_rho": "rho",
-}
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -144,7 +108,7 @@ def parse_arguments(
     _, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv, given)
     options = {option.removeprefix("--") for option in parser._option_string_actions}
     names = (word.removeprefix("--").split("=")[0] for word in rest)
-    _refuse_unknown(names, options, "the command line", listed_by=listed_by)
+    refuse_unknown(names, options, "the command line", listed_by=listed_by)
     overrides = {name: value for name, value in vars(given).items() if value is not _ABSENT}
     recipe = overrides.pop("recipe")
     return recipe, *_fill(parser, section, classes, recipe, overrides, listed_by, partly)
@@ -168,7 +132,7 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
     """
     parser, overrides = _parser(classes), current_names(overrides)
     listed_by = _listed_by(section)
-    _refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
+    refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
     given = {name: _read_value(value, parser, name, "the overrides") for name, value in overrides.items()}
     return tuple(_fill(parser, section, classes, recipe, given, listed_by))
 
@@ -242,10 +206,10 @@ def _recipe_values(
     values = recipe["data"] | own
     if section == "teacher":
         for loss, overlay in recipe["teacher_losses"].items():
-            _refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss", listed_by)
-            _refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
+            refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss", listed_by)
+            refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
         values |= recipe["teacher_losses"].get(teacher_loss or own_loss(name)) or {}
-    _refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
+    refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
     folders = {"teacher": teacher_folder(name, teacher_loss), "pretraining": "pretrained"}
     output_dir = os.path.join("outputs", Path(name).name.removesuffix(".yaml"), folders.get(section, section))
     read = {key: _read_value(value, parser, key, f"recipe {name!r}") for key, value in values.items()}
@@ -337,19 +301,3 @@ def _read_value(value: Any, parser: argparse.ArgumentParser, field: str, place: 
             raise ValueError(f"{field} of {place} must be a list of numbers, got {value!r}.") from error
         raise ValueError(f"{field} cannot be {value!r}: {str(error).rstrip('.')}.") from error
     return found if is_list else found[0]
-
-
-def _refuse_unknown(
-    names: Iterable[str], known: Collection[str], place: str, kind: str = "field", listed_by: str = "--help"
-) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r} in {place}{_nearest(name, known)}; {listed_by} lists all.")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    as_option = name.lower().replace("-", "_")
-    matches = [own for own, others in _NAMES_ELSEWHERE.items() if as_option in others.split() and own in known]
-    matches = matches or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -109,8 +109,8 @@ def _check_values(sections: dict[str, Any], recipe: str) -> None:
 
 
 def recipe_description(name: str) -> str:
-    """The description of a recipe in the package, and a sentence with the paper's accuracies if it has any."""
-    description, paper = _read(name)["description"], paper_accuracies(name)
+    """The description of a recipe, empty without one, and a sentence with the paper's accuracies if it has any."""
+    description, paper = str(_read(name).get("description") or ""), paper_accuracies(name)
     return description if paper is None else f"{description.rstrip()} {paper.sentence()}"
 
 

@@ -1,4 +1,4 @@
-"""Errors of command lines: an argument parser with short messages, names of recipes, one sentence for any error.
+"""Errors of command lines: an argument parser with short messages, unknown names, one sentence for any error.
 
 This module imports no heavy library: a wrong command line must not take seconds to say so.
 """
@@ -12,10 +12,46 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import NoReturn
+
+# Names of options in timm, ultralytics and the authors' code, by the name of the same option here.
+_NAMES_ELSEWHERE = {
+    "num_train_epochs": "epochs num_epochs epoch max_epochs",
+    "global_batch_size": "batch_size batch total_batch_size",
+    "per_device_train_batch_size": "train_batch_size micro_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size val_batch_size validation_batch_size",
+    "learning_rate": "lr lr0 peak_lr",
+    "min_learning_rate": "min_lr lrf",
+    "warmup_learning_rate": "warmup_lr warmup_lr_init",
+    "image_size": "imgsz img_size input_size resolution",
+    "dataloader_num_workers": "workers num_workers",
+    "weight_decay": "wd",
+    "optim": "opt optimizer",
+    "label_smoothing_factor": "smoothing label_smoothing",
+    "drop_path_rate": "drop_path",
+    "auto_augment": "aa augment",
+    "random_erasing": "reprob erasing",
+    "max_grad_norm": "clip_grad grad_clip",
+    "gradient_accumulation_steps": "grad_accum_steps accum_iter accumulation_steps accumulate",
+    "ema_decay": "model_ema_decay ema",
+    "bf16": "amp",
+    "use_cpu": "device cpu",
+    "output_dir": "output out save_dir outdir",
+    "resume_from_checkpoint": "resume",
+    "overwrite": "exist_ok",
+    "init_from": "finetune pretrained weights initial_checkpoint",
+    "data_dir": "data data_path root",
+    "teacher": "teacher_path teacher_model",
+    "logging_steps": "log_interval print_freq",
+    "save_steps": "save_period save_freq",
+    "imbalance_ratio": "imb_factor imb_ratio",
+    "num_attention_heads": "num_heads heads",
+    "num_hidden_layers": "depth layers",
+    "sam_rho": "rho",
+}
 
 
 class BriefParser(argparse.ArgumentParser):
@@ -64,6 +100,27 @@ def check_recipe(name_or_path: str) -> None:
         raise FileNotFoundError(
             f"no recipe {name_or_path!r}{hint}; give the path of a YAML file, or one of {', '.join(names)}."
         )
+
+
+def refuse_unknown(
+    names: Iterable[str], known: Collection[str], place: str, kind: str = "field", listed_by: str = "--help"
+) -> None:
+    """Checks that names are known.
+
+    Raises:
+        ValueError: If one is not; the message suggests this package's name for it, or the most similar one.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r} in {place}{_nearest(name, known)}; {listed_by} lists all.")
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    elsewhere = {other: own for own, others in _NAMES_ELSEWHERE.items() if own in known for other in others.split()}
+    names = elsewhere | dict.fromkeys(known)
+    name = name.lower().replace("-", "_")
+    alike = difflib.get_close_matches(name, names, 1, 0.75) or difflib.get_close_matches(name, known, 1, 0.5)
+    return f" (did you mean {names[alike[0]] or alike[0]!r}?)" if alike else ""
 
 
 @contextlib.contextmanager

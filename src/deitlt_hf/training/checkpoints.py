@@ -20,6 +20,9 @@ from ..models.weight_files import check_readable
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
+HOW_TO_RESUME = (
+    "resume with --resume_from_checkpoint auto (deitlt train and compare: with the same command, without --overwrite)"
+)
 MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)(\.replaced)?")
 # Parts that every checkpoint must have, and parts that an exact resume also needs, with patterns of their files in
@@ -98,7 +101,7 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(
             f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and "
-            "resume with --resume_from_checkpoint auto."
+            f"{HOW_TO_RESUME}."
         ) from error
     except KeyboardInterrupt:
         shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)

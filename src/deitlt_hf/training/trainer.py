@@ -38,6 +38,7 @@ from ..hub.pushing import prepare_repository
 from ..losses.class_weights import named_weights
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
+from .checkpoints import HOW_TO_RESUME
 from .ema import EMA_FOLDER, MovingAverage, save_average
 from .experts import check_best_metric, converted, expert_columns, expert_metrics_added, expert_table
 from .inherited import check_parameters
@@ -408,7 +409,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
             if self.is_world_process_zero():
                 print(
                     f"Stopped by {self.stop_signal.name} after step {self.state.global_step}, with a checkpoint in "
-                    f"{self.args.output_dir}; resume with --resume_from_checkpoint auto.",
+                    f"{self.args.output_dir}; {HOW_TO_RESUME}.",
                     flush=True,
                 )
             self.stop_signal.end()
