@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.data import load_long_tailed
 from deitlt_hf.training import run_log
 from helpers import FIXTURES, ROOT, make_student, teacher_trainer
+from hub_server import READER, WRITER, Account, running_hub
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -75,6 +77,21 @@ def teacher_folder(tmp_path_factory, digits):
 @pytest.fixture
 def teacher(teacher_folder):
     return FlatTeacherForImageClassification.from_pretrained(teacher_folder)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with one user, who has a write token and a read token; huggingface_hub of this process uses it."""
+    with running_hub() as hub:
+        hub.accounts = {WRITER: Account("ann", organisations=("zoo",)), READER: Account("ann", role="read")}
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        # huggingface_hub reads HF_ENDPOINT and similar variables when it is imported.
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        place = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+        template = "".join((hub.url, *place[1:]))
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
 
 
 # ---- Slow tests ----

@@ -1,5 +1,7 @@
 """A small Hugging Face Hub on the loopback interface: the part of its HTTP protocol that pushing and loading use.
 
+The name of a repository with a data set begins with `datasets/`.
+
 It answers as huggingface.co does, status codes and error headers included, and keeps everything in memory. Weights and
 pictures go through git LFS, in several parts if they are larger than `PART`. Xet is not supported (set
 HF_HUB_DISABLE_XET=1).
@@ -19,6 +21,7 @@ from math import ceil
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".onnx", ".onnx.data", ".png")
+WRITER, READER = "hf_" + "W" * 34, "hf_" + "R" * 34  # tokens
 PART = 16_384  # bytes; the parts of the real Hub are several megabytes
 
 
@@ -46,7 +49,8 @@ class Repository:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, branch: str, message: str, files: dict[str, Entry]) -> str:
-        oid = hashlib.sha1(f"{id(self)} {len(self.commits)}".encode()).hexdigest()
+        content = [(path, entry.oid) for path, entry in sorted(files.items())]
+        oid = hashlib.sha1(f"{content} {len(self.commits)}".encode()).hexdigest()
         self.commits[oid] = files
         self.branches[branch] = oid
         self.messages.append(message)
@@ -108,7 +112,7 @@ class Hub:
 
     def repository(self, token: str | None, name: str, write: bool = False) -> Repository:
         account, repository = self.accounts.get(token), self.repositories.get(name)
-        writer = account is not None and account.may_write(name.split("/")[0])
+        writer = account is not None and account.may_write(name.split("/")[-2])
         if token is not None and account is None:
             raise HubError(401, "Invalid username or password.")
         if repository is None or (repository.private and not writer):
@@ -181,6 +185,12 @@ class Hub:
         if folder and not entries:
             raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         return entries
+
+    def paths_info(self, token, body, query, name, revision):
+        asked = parse_qs(body.decode())["paths"]
+        return [
+            entry for entry in self.tree(token, body, {"recursive": []}, name, revision, "") if entry["path"] in asked
+        ]
 
     def preupload(self, token, body, query, name, revision):
         _, files = self.revision(self.repository(token, name, write=True), revision)
@@ -276,7 +286,7 @@ class Hub:
         return 200, entry.content, headers
 
 
-_NAME = r"/api/models/([^/]+/[^/]+)"
+_NAME = r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", Hub.whoami),
     ("POST", r"/api/repos/create", Hub.create),
@@ -286,13 +296,14 @@ ROUTES = [
     ("GET", _NAME + r"/refs", Hub.refs),
     ("GET", _NAME + r"(?:/revision/(.+))?", Hub.info),
     ("GET", _NAME + r"/tree/([^/]+)(?:/(.*))?", Hub.tree),
+    ("POST", _NAME + r"/paths-info/(.+)", Hub.paths_info),
     ("POST", _NAME + r"/preupload/(.+)", Hub.preupload),
     ("POST", _NAME + r"/commit/(.+)", Hub.commit),
     ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Hub.lfs_batch),
     ("POST", r"/lfs/verify", Hub.lfs_verify),
     ("POST", r"/lfs/(\w+)/complete", Hub.lfs_complete),
     ("PUT", r"/lfs/(\w+)(?:/(\d+))?", Hub.lfs_put),
-    ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Hub.resolve),
+    ("GET", r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", Hub.resolve),
 ]
 
 

@@ -1,8 +1,13 @@
 """Sentences about an evaluation: each is said of the models of which it is true, and of no others."""
 
+import json
+import re
+import shutil
+
 import numpy as np
 import pytest
 
+from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.evaluation.findings import findings
 from helpers import student_trainer, teacher_trainer
 
@@ -58,6 +63,26 @@ def test_the_plan_says_which_groups_the_teacher_does_not_know(tmp_path, digits, 
     trainer.train()
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "the teacher predicts no tail test image correctly" in printed
+
+
+def test_the_plan_warns_of_a_teacher_that_knows_less_about_the_students_images(tmp_path, digits, teacher_folder):
+    """A student shows its teacher images of another size than those of the teacher's own processor."""
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+
+    def warning():
+        trainer = student_trainer(tmp_path, digits, FlatTeacherForImageClassification.from_pretrained(folder))
+        trainer.check_before_training()
+        return trainer.plan_of_teachers().get("warning")
+
+    assert warning() is None
+    record = json.loads((folder / "results.json").read_text())
+    accuracies = record["last"]["accuracies"]["teacher"]
+    lower, accuracies["overall"] = accuracies["overall"], 0.995
+    (folder / "results.json").write_text(json.dumps(record))
+    assert re.search(rf"classifies 99\.5 % .* but only {100 * lower:.1f} % .* \(8 px\)", warning())
+    record["data"]["subset_sha256"] = "0" * 64  # the record is of other images
+    (folder / "results.json").write_text(json.dumps(record))
+    assert warning() is None
 
 
 def test_metrics_that_weight_classes_equally_can_choose_the_best_model(tmp_path, digits):

@@ -155,6 +155,12 @@ def test_class_weights_are_matched_by_name_and_have_mean_one():
         named_weights({"nevis": 4.0}, ["melanoma", "nevus"])
 
 
+@pytest.mark.parametrize("weights", [{"a": 1e308}, {"a": 1e308, "b": 1e308}, {"a": 1e-320}])
+def test_class_weights_that_would_become_zero_are_refused(weights):
+    with pytest.raises(ValueError, match="class_weights differ by too much"):
+        named_weights(weights, ["a", "b", "c"])
+
+
 def test_summed_soft_labels_give_gradients_as_large_as_labels():
     """Soft labels summed over classes give gradients as large as those of hard labels.
 

@@ -107,13 +107,13 @@ def calibrated(tmp_path_factory):
     student.save_pretrained(folder)
     image_processor(8).save_pretrained(folder)
     write_card(folder)
-    calibrate(["--recipe", "digits_lt", "--model", str(folder), "--coverage", "0.8"])
+    calibrate(["--recipe", "digits_lt", "--model", str(folder), "--coverage", "0.805"])
     return folder
 
 
 def test_calibrate_stores_a_rule_that_all_answers_use(calibrated, tmp_path, capsys):
     stored = json.loads((calibrated / "config.json").read_text())["prediction_sets"]
-    assert stored["coverage"] == 0.8
+    assert stored["coverage"] == 0.805
     assert sum(stored["images"].values()) == 300  # half of the test images
     assert AutoConfig.from_pretrained(calibrated).prediction_sets == stored
     classifier = load_classifier(calibrated)
@@ -124,16 +124,16 @@ def test_calibrate_stores_a_rule_that_all_answers_use(calibrated, tmp_path, caps
         for rank, prediction in enumerate(answer["predictions"])
         if rank == 0 or prediction["score"] >= stored["thresholds"][prediction["group"]]
     ]
-    assert answer["prediction_set"] == {"coverage": 0.8, "labels": expected}
+    assert answer["prediction_set"] == {"coverage": 0.805, "labels": expected}
     predict(["--model", str(calibrated), str(path), "--top_k", "1", "--jsonl"])
     assert json.loads(capsys.readouterr().out)["prediction_set"] == answer["prediction_set"]
     predict(["--model", str(calibrated), str(path), "--top_k", "1"])
-    assert f"80% set: {', '.join(expected)}" in capsys.readouterr().out
+    assert f"80.5% set: {', '.join(expected)}" in capsys.readouterr().out
     predict(["--model", str(calibrated), str(path), "--csv"])
     assert json.dumps(expected).replace('"', '""') in capsys.readouterr().out
     page = Explanation(calibrated)(path.read_bytes())
     assert re.search(rf"<h2>Prediction set</h2>\s*<p>{', '.join(expected)}</p>", page)
-    assert "holds the true class with a probability of 80.0 %" in (calibrated / "README.md").read_text()
+    assert "holds the true class with a probability of 80.5 %" in (calibrated / "README.md").read_text()
 
 
 def test_sets_end_with_the_weights_or_classes_that_they_were_fitted_for(calibrated, tmp_path):

@@ -18,12 +18,15 @@ from transformers import (
     ViTForImageClassification,
     ViTMAEConfig,
     ViTMAEForPreTraining,
+    ViTModel,
 )
 
 from deitlt_hf.analysis.probing import pooled, probe
 from deitlt_hf.cli import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.serving.classifiers import load_backbone
+from deitlt_hf.serving.handler import native_config
+from deitlt_hf.training.frozen_teacher import load_frozen
 from deitlt_hf.training.linear_head import STRENGTHS, choose_strength
 from helpers import IMAGES, TINY, make_student
 
@@ -110,12 +113,21 @@ def test_what_has_no_features_of_images_is_refused(tmp_path, digits):
         probe(str(tmp_path / "none" / "at" / "all"), digits)
 
 
-def test_a_backbone_with_missing_weights_is_refused(tmp_path):
-    saved(Dinov2Model(Dinov2Config(**SMALL)), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 3}
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"lacks \d+ weights of a ViTModel"),
+        ({"intermediate_size": 48}, r"has \d+ weights of other shapes than those of a ViTModel"),
+    ],
+)
+def test_a_backbone_with_missing_weights_is_refused(tmp_path, change, message):
+    folder = saved(ViTModel(ViTConfig(**SMALL)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"lacks \d+ weights of a Dinov2Model"):
-        load_backbone(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        load_backbone(folder)
+    with pytest.raises(ValueError, match=message.replace("ViTModel", "ViTForImageClassification")):
+        load_frozen(folder, native_config(folder), ["a", "b"])
 
 
 def test_the_regularisation_follows_the_held_out_images():

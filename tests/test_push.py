@@ -24,9 +24,8 @@ from deitlt_hf.data import image_processor
 from deitlt_hf.hub.pushing import EVAL_FILE, prepare_repository, push_folder
 from deitlt_hf.io import weights_digest
 from helpers import IMAGES, ROOT, TINY, make_student
-from hub_server import Account, Entry, Hub, HubError, Repository, once, running_hub
+from hub_server import READER, WRITER, Entry, Hub, HubError, Repository, once
 
-WRITER, READER = "hf_" + "W" * 34, "hf_" + "R" * 34
 MODEL = {
     "config.json",
     "preprocessor_config.json",
@@ -35,21 +34,6 @@ MODEL = {
     "modeling_deitlt.py",
 }
 RUN = {"README.md", "results.json", "log.jsonl", "training_curves.png"}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub with one user, who has a write token and a read token; huggingface_hub of this process uses it."""
-    with running_hub() as hub:
-        hub.accounts = {WRITER: Account("ann", organisations=("zoo",)), READER: Account("ann", role="read")}
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        # huggingface_hub reads HF_ENDPOINT and similar variables when it is imported.
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        place = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
-        template = "".join((hub.url, *place[1:]))
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        yield hub
 
 
 def make_trainer(folder, digits, **args):

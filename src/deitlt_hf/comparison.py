@@ -42,6 +42,7 @@ from .serving.classifiers import load_model, load_processor
 from .training.output_folder import check_output_dir
 from .training.results import Results
 from .training.runs import distill, train_teacher
+from .training.starting import image_format_of
 from .training.taught import TeacherAtChanceError
 from .training.tuning import LORA
 
@@ -195,6 +196,9 @@ def compare(
             print("PEFT is not installed, so LoRA is left out; install it with pip install peft.")
             del arms["lora"]
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER), lambda *both: _cost(arms, *both))
+        if PROBE in arms and image_format_of(str(start)) is None:
+            print(f"{start} has no image processor, so the linear probe is left out.")
+            del arms[PROBE]
         _print_arms(fitted, arms)
         if dry_run:
             return None

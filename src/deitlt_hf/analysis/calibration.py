@@ -70,7 +70,7 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
         source = "half of the test images"
     sets = fit_prediction_sets(known["validation"][1], known["validation"][0], groups, args.coverage)
     _store(args.model, sets, groups)
-    show(_table(sets, groups, *known["test"], f"prediction sets of {args.coverage:.0%}, fitted on {source}"))
+    show(_table(sets, groups, *known["test"], f"prediction sets of {100 * args.coverage:.4g}%, fitted on {source}"))
     for name, number in sets.images.items():
         if number < needed_images(args.coverage):
             print(

@@ -29,6 +29,7 @@ from ..console import quiet_log
 from ..data.images import usable_cores
 from ..data.sources.files import not_read
 from ..io import one_line
+from ..serving.classifiers import read_model_config
 from ..serving.handler import EXPERTS
 from ..serving.prediction import find_images, load_classifier, predict_images
 from ..serving.rows import DatasetImages, dataset_images
@@ -38,6 +39,7 @@ from .parser import command_parser
 COLUMNS = ("image", "rank", "label", "score", "group", "training_images")
 SPLIT = "test"
 SHOWN = 20  # classes of a prediction set that are printed as text
+DATA_SUFFIXES = {".parquet", ".arrow", ".tar", ".csv", ".jsonl"}
 FOLDER_OPTIONS = ("format", "features", "shard_size")
 EXPERT_COLUMNS = ("cls_score", "distillation_score", "cls_label", "distillation_label")
 
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = None
     if args.dataset is not None or args.data_dir is not None:
         quiet_log()
+        read_model_config(args.model)  # a wrong name must not be found after the images are loaded
         rows = dataset_images(args.dataset or "imagefolder", args.data_dir, args.split or SPLIT, args.image_column)
     paths = find_images(args.images, others) if rows is None else iter(rows.names)
     total = None
@@ -63,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next(paths, None)
     if first is None:
         found = f" ({not_read(others)})" if others else ""
+        if others.keys() & DATA_SUFFIXES:
+            found = "; tables and archives are read with --data_dir"
         given = one_line(", ".join(map(repr, args.images or [args.split or SPLIT])))
         raise ValueError(f"no images in {given}; give files, or folders with images{found}.")
     try:
@@ -297,4 +302,4 @@ def _write_text(path: str, result: Result) -> None:
     if "prediction_set" in result:
         labels = result["prediction_set"]["labels"]
         others = f" and {len(labels) - SHOWN} others" if len(labels) > SHOWN else ""
-        print(f"          {result['prediction_set']['coverage']:.0%} set: {', '.join(labels[:SHOWN])}{others}")
+        print(f"          {100 * result['prediction_set']['coverage']:.4g}% set: {', '.join(labels[:SHOWN])}{others}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ..analysis.probing import ProbeArguments, probe, probe_figures
 from ..console import quiet_log, show
 from ..recipes import DataArguments, parse_arguments
+from ..serving.classifiers import read_model_config
 from .json_output import json_output
 
 
@@ -20,13 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_log()
     if data_args.streaming:
         raise ValueError("a probe reads all training images; leave --streaming out.")
+    read_model_config(args.model)  # a wrong name must not be found after the images are loaded
     with json_output(args.json) as write:
         data = data_args.load()
         found = probe(args.model, data)
         table, figures = probe_figures(found, data["test"]["label"][:], data_args.groups(data), args.resamples)
         show(table)
+        of = "validation" if "validation" in data else "held-out training"
+        chosen = f"chosen on {found.held_out:,} {of} images" if found.held_out else "not chosen, with one image a class"
         print(
             f"{found.features} features, {len(data['train']):,} training images, regularisation C = {found.strength:g} "
-            f"chosen on {found.held_out:,} held-out training images, {found.seconds:.1f} s."
+            f"{chosen}, {found.seconds:.1f} s."
         )
         write(figures)

@@ -102,7 +102,10 @@ def named_weights(given: Mapping | str | None, class_names: Sequence[str]) -> to
                 f"one is {one_line(nearest[0], 60)!r}."
             )
     values = torch.tensor([weights.get(name, 1.0) for name in class_names], dtype=torch.float64)
-    return (values / values.mean()).float()
+    scaled = (values / values.mean()).float()
+    if not (scaled > 0).all():  # also of infinity
+        raise ValueError("class_weights differ by too much for single precision; choose weights closer to 1.")
+    return scaled
 
 
 def product_of_weights(first: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:

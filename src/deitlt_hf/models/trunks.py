@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from transformers import DeiTForImageClassificationWithTeacher, PreTrainedConfig, PreTrainedModel
 
+from ..io import one_line
 from .deitlt.configuration_deitlt import DeiTLTConfig
 from .deitlt.modeling_deitlt import DeiTLTForImageClassification, DeiTLTModel
 
@@ -42,6 +43,7 @@ _UNKNOWN_WEIGHTS = {
     "k_norm": "its attention normalises queries and keys (QK-norm)",
     "norm_pre": _NORM_FIRST,
     "rel_pos": _RELATIVE,
+    "relative_position": _RELATIVE,
     "rope": _ROPE,
 }
 _ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "gelu_accurate", "quick_gelu")
@@ -139,7 +141,8 @@ def trunk_of(model: nn.Module) -> Trunk:
         antialias = True
     named = {name: tensor.float() for name, tensor in named.items()}  # half precision would lose digits in folding
     if config["num_channels"] != 3:
-        raise ValueError(f"its images have {config['num_channels']} channels, not 3")
+        channels = config["num_channels"]
+        raise ValueError(f"its images have {channels} channel{'s' * (channels != 1)}, not 3")
     if config["hidden_act"] not in _ACTIVATIONS:
         raise ValueError(f"its activation is {config['hidden_act']}, not a GELU")
     registers = [named.pop(name) for name in _REGISTERS if name in named]
@@ -222,6 +225,8 @@ def vit_of_file(weights: dict[str, torch.Tensor], num_attention_heads: int | Non
     names = {"register_tokens": "reg_token"}
     weights = {names.get(name, name): tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("head", "mask_", "decoder_"))}
+    if "cls_token" not in weights or "pos_embed" not in weights or "patch_embed.proj.weight" not in weights:
+        raise ValueError(_not_of_timm(weights))
     try:
         projection, positions = weights["patch_embed.proj.weight"], weights["pos_embed"]
         width, _, patch_size, _ = projection.shape
@@ -250,7 +255,7 @@ def vit_of_file(weights: dict[str, torch.Tensor], num_attention_heads: int | Non
             weights["pos_embed"] = torch.cat([positions[:, :1], zeros, positions[:, 1:]], dim=1)
         found = vit.load_state_dict(weights, strict=False, assign=True)
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"its weights are not those of a ViT ({' '.join(str(error).split())[:100]})") from error
+        raise ValueError(f"its weights are not those of a ViT ({one_line(error, 160)})") from error
     if found.unexpected_keys:
         raise ValueError(_unknown(found.unexpected_keys[0]))
     if found.missing_keys:
@@ -387,6 +392,22 @@ def _two_positions(positions: torch.Tensor, patches: int, has_dist: bool) -> tor
         others = torch.zeros_like(positions[:, :1])
     cls, dist = others[:, :1], others[:, 1:2] if has_dist and others.shape[1] > 1 else others[:, :1]
     return torch.cat([cls, dist, of_patches], dim=1)
+
+
+def _not_of_timm(names: Iterable[str]) -> str:
+    """Reason why a file whose weights have these names cannot be read as a ViT in timm's layout."""
+    names = list(names)
+    known = next((reason for part, reason in _UNKNOWN_WEIGHTS.items() if any(part in name for name in names)), None)
+    if known is not None:
+        return known
+    if "patch_embed.proj.weight" in names and "cls_token" not in names:
+        return _NO_CLASS_TOKEN
+    if any("embeddings.cls_token" in name for name in names):
+        return (
+            "its weights have the names of transformers; give their folder, with its config.json, instead of the file"
+        )
+    shown = ", ".join(sorted(names)[:3])
+    return f"its weights do not have the names of a ViT of timm (cls_token, pos_embed, ...); they begin with {shown}"
 
 
 def _unknown(name: str) -> str:

@@ -16,7 +16,7 @@ from numpy._core import multiarray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..io import read_json, weight_files
 
@@ -83,7 +83,9 @@ def check_model_files(folder: str | PathLike) -> None:
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: there is no {CONFIG_NAME} in it.")
+        has_adapters = (folder / ADAPTER_CONFIG_NAME).is_file()
+        hint = " It holds adapters of PEFT: merge them into their model, and save that." if has_adapters else ""
+        raise FileNotFoundError(f"{folder} is no model folder: there is no {CONFIG_NAME} in it.{hint}")
     for name in (CONFIG_NAME, "preprocessor_config.json"):
         if (folder / name).is_file():
             read_json(folder / name)

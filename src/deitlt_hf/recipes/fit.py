@@ -208,14 +208,12 @@ def fit_recipe(
 
 
 def with_given(fitted: FittedRecipe, given: Sequence[Choice]) -> FittedRecipe:
-    """The recipe with values that a user gives instead of the chosen ones."""
-    replaced = {(choice.section, choice.name) for choice in given}
-    kept = [choice for choice in fitted.choices if (choice.section, choice.name) not in replaced]
-    values = {(choice.section, choice.name): choice.value for choice in given}
+    """The recipe with values instead of the chosen ones; of several values for a field, the last counts."""
+    last = {(choice.section, choice.name): choice for choice in given}
+    kept = [choice for choice in fitted.choices if (choice.section, choice.name) not in last]
+    size = last.get(("both", "image_size"))
     return replace(
-        fitted,
-        choices=[*kept, *given],
-        image_size=values.get(("both", "image_size"), fitted.image_size),
+        fitted, choices=[*kept, *last.values()], image_size=fitted.image_size if size is None else size.value
     )
 
 

@@ -1,11 +1,13 @@
 """Loads image classifiers and their image processors; an error is reported in one sentence."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -60,17 +62,42 @@ def load_backbone(path: str) -> PreTrainedModel:
             if getattr(config, "mask_ratio", 0):  # an MAE would hide most patches
                 config.mask_ratio = 0.0
             model, info = AutoModel.from_pretrained(
-                path, config=config, trust_remote_code=False, dtype="float32", output_loading_info=True
+                path,
+                config=config,
+                trust_remote_code=False,
+                dtype="float32",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}); its features "
-            "would be random."
-        )
+    check_weights(path, info, type(model).__name__, ("pooler",))
     return model.eval()
+
+
+def check_weights(path: str, info: Mapping[str, Any], kind: str, new: tuple[str, ...]) -> None:
+    """Checks that a model was loaded with all of its weights; the others would be random.
+
+    Args:
+        path: Folder or Hub id of the model.
+        info: What transformers reports with `output_loading_info`.
+        kind: Name of the model's class, for the message.
+        new: Parts of the names of weights that may be new.
+
+    Raises:
+        ValueError: If weights are missing, or have other shapes than those of the configuration.
+    """
+    mismatched = (entry[0] for entry in info["mismatched_keys"])
+    for names, what in (
+        (info["missing_keys"], "lacks {} weights"),
+        (mismatched, "has {} weights of other shapes than those"),
+    ):
+        found = sorted(name for name in names if not any(part in name for part in new))
+        if found:
+            raise ValueError(
+                f"{path} {what.format(len(found))} of a {kind} with its config.json ({', '.join(found[:3])}); they "
+                "would be random, so take another copy of the model."
+            )
 
 
 def load_processor(path: str) -> BaseImageProcessor:
@@ -86,14 +113,35 @@ def loading(path: str, kind: str = "an image classifier") -> Iterator[None]:
     """Reports in one sentence why a model, its configuration or its image processor cannot be loaded.
 
     Raises:
+        OSError: If a file is missing, or cannot be downloaded.
         ValueError: If the model cannot be loaded.
     """
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        raise _readable(path, error) from error
     except Exception as error:  # configuration fields of a wrong type can raise any exception
-        raise ValueError(f"{path} cannot be loaded as {kind}: {one_line(error).rstrip('.')}.") from error
+        unknown = "its config.json has the unknown value " * isinstance(error, KeyError)
+        raise ValueError(f"{path} cannot be loaded as {kind}: {unknown}{one_line(error).rstrip('.')}.") from error
+
+
+def _readable(path: str, error: OSError) -> OSError:
+    """An error of transformers about a file of a model, whose messages have several lines, as one sentence."""
+    cause = error.__cause__
+    if isinstance(cause, GatedRepoError):  # a RepositoryNotFoundError, too
+        return PermissionError(
+            f"access to {path} on the Hub is restricted: ask for it on the page of the model, and log in with "
+            "'hf auth login' or set HF_TOKEN."
+        )
+    if isinstance(cause, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"there is no model {path!r} on the Hub, or it is private; check the id, and for a private model log in "
+            "with 'hf auth login' or set HF_TOKEN."
+        )
+    if isinstance(cause, LocalEntryNotFoundError):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        return FileNotFoundError(f"{path} is not in the Hub's cache on this machine, and {why}.")
+    return error if error.errno is not None else OSError(one_line(error))
 
 
 def read_model_config(path: str | PathLike) -> dict[str, Any]:
@@ -103,7 +151,7 @@ def read_model_config(path: str | PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the path is local and no folder, or the folder has no model.
-        OSError: If the configuration cannot be downloaded.
+        OSError: If the configuration is missing, or cannot be downloaded.
         ValueError: If the path is a file, a file of the folder is corrupt, or [`check_config`] refuses the
             configuration.
     """
@@ -113,8 +161,11 @@ def read_model_config(path: str | PathLike) -> dict[str, Any]:
     if Path(path).is_dir():
         check_model_files(path)
     elif not is_hub_id(path):
-        raise FileNotFoundError(f"there is no model folder {path!r}.")
-    config = PreTrainedConfig.get_config_dict(path)[0]
+        name, _, revision = path.partition("@")
+        hint = f"; give the folder of 'hf download {name} --revision {revision} --local-dir DIR'" if revision else ""
+        raise FileNotFoundError(f"there is no model folder {path!r}{hint}.")
+    with loading(path):
+        config = PreTrainedConfig.get_config_dict(path)[0]
     check_config(config, f"the config.json of {path!r}")
     return config
 

@@ -21,7 +21,7 @@ from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.trunks import TIMM_TYPE
 from ..recipes import DataArguments, TeacherArguments
 from ..recipes.sections import without_folders
-from ..serving.classifiers import load_processor, loading, read_model_config
+from ..serving.classifiers import check_weights, load_processor, loading, read_model_config
 from ..serving.handler import native_config
 from .inputs import name_classes
 from .linear_head import Seen, fit_balanced, fold
@@ -110,12 +110,7 @@ def load_frozen(path: str, config: PreTrainedConfig, names: Sequence[str]) -> tu
             "another backbone."
         )
     prefix, head = found[0]
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(f"{prefix}."))
-    if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}); its features "
-            "would be random."
-        )
+    check_weights(path, info, type(model).__name__, (f"{prefix}.",))
     return model.eval().requires_grad_(False), head
 
 

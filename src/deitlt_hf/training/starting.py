@@ -7,18 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, DeiTConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoImageProcessor,
+    AutoModel,
+    DeiTConfig,
+)
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from ..data.transforms import ImageFormat
+from ..io import weight_files
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.trunks import TIMM_TYPE, Trunk, check_type, student_of, trunk_of, vit_of_file
 from ..models.weight_files import read_checkpoint, strip_wrappers
 from ..original import load_original_student
 from ..recipes import StudentArguments
-from ..serving.classifiers import loading, read_model_config
+from ..serving.classifiers import check_weights, loading, read_model_config
 from ..serving.handler import native_config
 from .inputs import label_fields
 
@@ -64,6 +72,7 @@ def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Sta
         content = read_model_config(path)
         with _as_student(path):
             check_type(content["model_type"])
+            _check_plain_weights(path, content)
         with loading(path):
             config = native_config(path)
             with torch.device("meta"):
@@ -91,12 +100,14 @@ def starting_student(start: Start, model_args: StudentArguments, names: Sequence
     assert path is not None
     fields = start.config | {"drop_path_rate": model_args.drop_path_rate}
     source = _model_of(path, names) if start.content is None else _of_file(path, start.content, model_args, names)
+    with _as_student(path):
+        trunk = trunk_of(source)
     if isinstance(source, DeiTLTForImageClassification):
         heads = {name: tensor for name, tensor in source.state_dict().items() if "classifier." in name}
-        student = student_of(trunk_of(source), model_args.attn_implementation, **source.config.to_dict() | fields)
+        student = student_of(trunk, model_args.attn_implementation, **source.config.to_dict() | fields)
         student.load_state_dict(heads, strict=False)
     else:
-        student = student_of(trunk_of(source), model_args.attn_implementation, **fields | label_fields(names))
+        student = student_of(trunk, model_args.attn_implementation, **fields | label_fields(names))
     student.name_or_path = path
     return student
 
@@ -106,20 +117,28 @@ def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
     with loading(path), without_report():
         config = native_config(path)
         # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
-        if config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]:
-            source, info = DeiTLTForImageClassification.from_pretrained(  # type: ignore[misc]
-                path, **label_fields(names), dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
-            )
-        else:
-            source, info = AutoModel.from_pretrained(
-                path, config=config, dtype="float32", trust_remote_code=False, output_loading_info=True
-            )
-    missing = sorted(name for name in info["missing_keys"] if "classifier." not in name and "pooler." not in name)
-    if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} weights of a ViT ({', '.join(missing[:3])}); start from another checkpoint."
+        has_heads = config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]
+        kind: Any = DeiTLTForImageClassification if has_heads else AutoModel
+        own = label_fields(names) if has_heads else {"config": config, "trust_remote_code": False}
+        source, info = kind.from_pretrained(
+            path, **own, dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
         )
+    check_weights(path, info, "ViT", ("classifier.", "pooler."))
     return source
+
+
+def _check_plain_weights(path: str, content: Mapping[str, Any]) -> None:
+    """Checks that the weights of a model are there, in one piece, and not quantised.
+
+    Raises:
+        ValueError: If not. The text is the reason.
+    """
+    if "quantization_config" in content:
+        raise ValueError("its weights are quantised; start from the model that they were made of")
+    if cached_file(path, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
+        raise ValueError("it has adapters of PEFT; merge them into the weights first (PEFT's merge_and_unload)")
+    if Path(path).is_dir() and not weight_files(path):
+        raise ValueError("its folder has no weights (model.safetensors)")
 
 
 def _of_file(
@@ -129,20 +148,20 @@ def _of_file(
     like = model_args.config()
     below = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
     weights = strip_wrappers(below, path) if all(isinstance(name, str) for name in below) else {}
-    is_vit = {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= weights.keys()
-    if not is_vit or "dist_token" in weights:
+    if not weights or "dist_token" in weights:
         # Without names, only the trunk is of interest: another number of classes leaves out the file's heads.
         labels: dict[str, Any] = {"class_names": names, "num_labels": len(names)} if names else {"num_labels": 1}
         with _as_student(path):
             return load_original_student(content, like=like, **labels)
-    heads = like.num_attention_heads if weights["cls_token"].shape[-1] == like.hidden_size else None
+    token = weights.get("cls_token")
+    heads = like.num_attention_heads if token is not None and token.shape[-1] == like.hidden_size else None
     with _as_student(path):
         return vit_of_file(weights, heads)
 
 
 def _image_fields(path: str, trunk: Trunk, model_args: StudentArguments, changed: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and normalisation of the student's images: of the command line, else of the source."""
-    found = _image_format(path)
+    found = image_format_of(path)
     fields = {name: trunk.config[name] for name in FREE_SIZES}
     if found is not None:
         # A model of timm has a fixed size, but timm before 1.0.31 writes the size of the architecture beside it.
@@ -159,7 +178,7 @@ def _image_fields(path: str, trunk: Trunk, model_args: StudentArguments, changed
     return fields | given | {name: values for name, values in normalisation.items() if values is not None}
 
 
-def _image_format(path: str) -> ImageFormat | None:
+def image_format_of(path: str) -> ImageFormat | None:
     """Image size and normalisation of a model's processor; None if the model has none."""
     if Path(path).is_file():
         return None
@@ -180,8 +199,20 @@ def _as_student(path: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        other = "" if Path(path).is_file() else " It can be a teacher of the same classes (--teacher)."
-        raise ValueError(f"{path} cannot become a student: {str(error).rstrip('.')}.{other}") from error
+        raise ValueError(f"{path} cannot become a student: {str(error).rstrip('.')}.{_as_teacher(path)}") from error
+
+
+def _as_teacher(path: str) -> str:
+    """How a model that cannot become a student can be a teacher, as a sentence; empty if it cannot."""
+    if Path(path).is_file():
+        return ""
+    kind = read_model_config(path)["model_type"]
+    if kind == "dinov3_vit":
+        return " timm's version of it can be a teacher (deitlt train-teacher --backbone timm/... --tune heads)."
+    is_known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if not is_known and kind != FlatTeacherConfig.model_type:
+        return ""
+    return " It can be a teacher of the same classes (--teacher)."
 
 
 @contextlib.contextmanager

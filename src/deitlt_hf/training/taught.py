@@ -15,10 +15,13 @@ from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from .inputs import label_names
 from .processes import of_first_process
-from .provenance import teacher_record
+from .provenance import results_of, teacher_record
 from .student_arguments import DeiTLTTrainingArguments
 from .teacher_cache import TeacherCache, cache_of, cache_plan, evaluation_digest, model_digest
 from .trainer import LongTailTrainer
+
+# Difference of a teacher's accuracies, on the images of its own processor and on the student's, that is warned of.
+FAR_BELOW = 0.05
 
 
 class TeacherAtChanceError(ValueError):
@@ -217,6 +220,8 @@ class TaughtTrainer(LongTailTrainer):
                 f"the teacher predicts no {' and no '.join(untaught)} {kind} image correctly; DIST can hardly learn "
                 "these classes from it. Train the teacher longer, or with another teacher_loss."
             )
+        if warning := self._loss_by_format(accuracies):
+            lines["warning"] = warning
         lines["teacher"] = self._plan_of_teacher(self.teacher, self.teacher_format, accuracies)
         if self.tail_teacher is not None:
             own = (self.results.tail_teacher or {}).get("accuracies") or {}
@@ -225,6 +230,24 @@ class TaughtTrainer(LongTailTrainer):
         if self.cache is not None:
             lines["teacher cache"] = cache_plan(self.cache, self)
         return lines
+
+    def _loss_by_format(self, accuracies: Mapping[str, float]) -> str | None:
+        """Warning of a teacher that is much less accurate on the student's images than on those of its own processor.
+
+        Its record has its accuracy on the latter, if it was trained and evaluated on the same images.
+        """
+        own = results_of(getattr(self.teacher, "name_or_path", None))
+        data, experts = own.get("data", {}), own.get("last", {}).get("accuracies", {})
+        before = (experts.get("teacher") or experts.get("mean") or {}).get("overall")
+        known = {"subset_sha256": self.subset_sha256, **self.images_of_evaluation}
+        is_same = self.subset_sha256 is not None and {name: data.get(name) for name in known} == known
+        if not is_same or before is None or before - accuracies.get("overall", before) < FAR_BELOW:
+            return None
+        return (
+            f"the teacher classifies {100 * before:.1f} % of the {self.evaluated_on} images correctly as its own "
+            f"processor makes them, but only {100 * accuracies['overall']:.1f} % as the student sees them, and DIST "
+            f"learns from the latter. Choose an image_size near the teacher's ({self.teacher_format})."
+        )
 
     def _plan_of_teacher(self, teacher, image_format, accuracies: Mapping[str, float]) -> str:
         text = f"{type(teacher).__name__}, {image_format}, sees the {self.args.teacher_view} view"

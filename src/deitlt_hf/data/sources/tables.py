@@ -93,7 +93,9 @@ def find_tables(folder: Path, image_column: str | None = None, label_column: str
     if any(len(paths) > 1 for paths in found.values()) and not embeds_images(tables[0], image_column):
         doubled = next(paths for paths in found.values() if len(paths) > 1)
         raise ValueError(f"{folder} has several tables for one split ({named(doubled)}); keep one per split.")
-    return {split: paths[0] for split, paths in found.items()} if "train" in found else {}
+    # Images without a training split can be predicted.
+    is_complete = "train" in found or all(embeds_images(path, image_column) for path in tables)
+    return {split: paths[0] for split, paths in found.items()} if is_complete else {}
 
 
 def embeds_images(path: Path, image_column: str | None = None) -> bool:
@@ -162,7 +164,7 @@ def load_tables(
         ValueError: If a column is missing, a table cannot be read, or images of a `metadata.*` file have no row.
         FileNotFoundError: If images are missing; the message counts them and names the first.
     """
-    if embeds_images(tables["train"], image_column):
+    if embeds_images(next(iter(tables.values())), image_column):
         files = {split: sibling_tables(path) for split, path in tables.items()}
         with file_errors(folder):
             return datasets.load_dataset("parquet", data_files=files)
