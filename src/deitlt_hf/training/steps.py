@@ -120,7 +120,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     # ---- Losses of the phases ----
 
     def make_losses(self) -> None:
-        """Creates the class weights and the losses of both phases. User weights (`class_weights`) apply in both."""
+        """Creates weights (of mean 1) and losses of both phases: `class_weights`, then these times those of DRW."""
         if self.train_dataset is not None:
             assert self.class_counts is not None  # known whenever training images are given
             args, given = self.args, named_weights(self.args.class_weights, self.class_names)
