@@ -130,7 +130,7 @@ def analyze(
     intervals = {expert: estimate.ends for expert, estimate in estimates.items()}
     pictures = [
         _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
-                 figures.draw_counts, counts, groups),
+                 figures.draw_counts, counts, groups, names),
         _picture("accuracy", "Accuracy by group", "Compare the colours within a group: the highest bar is the best "
                  "expert. Lines are 95 % bootstrap intervals.",
                  figures.draw_accuracies, found, intervals, list(groups)),
