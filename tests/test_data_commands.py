@@ -67,7 +67,7 @@ def test_check_describes_the_data(data):
     ):
         assert text in output
     rows = [re.findall(r"[\w,]+", line) for line in output.splitlines() if line.startswith("│")]
-    assert (rows[0], rows[-1]) == (["0", "119", "106", "head"], ["9", "5", "95", "tail"])
+    assert (rows[0], rows[-1]) == (["0", "119", "59", "head"], ["9", "5", "60", "tail"])
     assert re.search(r"sha256 [0-9a-f]{64}", output)
 
 

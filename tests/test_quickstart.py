@@ -183,6 +183,7 @@ def test_recipes_are_listed_shown_and_fitted(photos, tmp_path, capsys):
         (["train", "PHOTOS", "--minutes", "5", "--num_train_epochs", "5"], "minutes sets the epochs of both models"),
         (["train", "PHOTOS", "--data_dir", "x"], "data_dir is not a field here"),
         (["train", "PHOTOS", "--data", "x"], "did you mean 'data_dir'"),
+        (["train", "PHOTOS", "--recipe", "my.yaml"], "use deitlt distill --recipe FILE"),
         (["train", "PHOTOS", "--output", "PHOTOS/x"], "is inside the folder of the images"),
         (["train"], "folder"),
         (["recipes", "show"], "show NAME"),

@@ -341,6 +341,8 @@ def test_a_run_can_be_made_longer_but_not_shorter(finished, tmp_path, digits):
     before = content_of(tmp_path / "run")
     with pytest.raises(ValueError, match="has taken 9 steps, more than the 5 of this run"):
         short("student", tmp_path / "run", digits, max_steps=5).train(resume_from_checkpoint="auto")
+    with pytest.warns(UserWarning, match=r"weight_decay 0\.3 has no effect: the run is finished, with"):
+        short("student", tmp_path / "run", digits, weight_decay=0.3).train(resume_from_checkpoint="auto")
     assert content_of(tmp_path / "run") == before
     trainer = short("student", tmp_path / "run", digits, max_steps=11)
     with pytest.warns(UserWarning, match="resumes with max_steps 11; it began with 9"):

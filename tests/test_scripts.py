@@ -419,7 +419,7 @@ def test_distill_refuses_a_recipes_teacher_of_other_images(trained, tmp_path_fac
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(folder / "teacher", copy / "teacher")
     sentence = refused("distill.py", "--recipe", TINY, "--output_dir", copy / "student", "--subset_seed", "1")
-    assert re.search(r"images \(subset\) [0-9a-f]+, but the recipe has [0-9a-f]+", sentence)
+    assert "was trained on other images" in sentence
     assert not (copy / "student" / "results.json").exists()
 
 

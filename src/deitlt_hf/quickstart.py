@@ -532,7 +532,10 @@ def comparison(
     if low > 0:
         advice = "The student is better overall: use it."
     elif high < 0:
-        advice = f"The teacher, a CNN, is better overall: use {output / 'teacher'}, or train longer."
+        advice = (
+            f"The teacher, a CNN, is better overall: use it (deitlt predict --model {output / 'teacher'} IMAGE), or "
+            "train longer."
+        )
     else:
         advice = "These test images do not show which one is better overall."
     return f"Student minus teacher in points, with 95 % intervals: {', '.join(parts)}.\n{advice}"

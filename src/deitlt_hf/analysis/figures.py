@@ -7,6 +7,7 @@ import numpy as np
 
 from ..data.long_tail import Integers
 from ..evaluation.accuracy import COLOURS
+from ..io import one_line
 
 GROUP_COLOURS = ("#4c72b0", "#8172b3", "#c44e52", "#937860", "#64b5cd")
 WAY_COLOURS = ("#937860", "#4c72b0", "#dd8452", "#8172b3", "#c44e52", "#55a868")
@@ -19,7 +20,12 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def draw_counts(axis, counts: Integers, groups: Mapping[str, Integers]) -> None:
+def _short(names: Sequence[str], order: Integers) -> list[str]:
+    """Names of classes for an axis, in an order."""
+    return [literal(one_line(names[label], 24)) for label in order]
+
+
+def draw_counts(axis, counts: Integers, groups: Mapping[str, Integers], names: Sequence[str]) -> None:
     """Draws the number of training images of each class, the most frequent first, coloured by group."""
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")
@@ -29,6 +35,8 @@ def draw_counts(axis, counts: Integers, groups: Mapping[str, Integers]) -> None:
         heights = np.where(np.isin(order, np.asarray(group)), counts[order], np.nan)
         axis.stairs(heights, edges, baseline=0.5, fill=True, color=colour, label=literal(name))
     axis.set_yscale("log")
+    if len(names) <= MOST_NAMES:
+        axis.set_xticks(range(len(names)), _short(names, order), rotation=90, fontsize=8)
     axis.set_xlabel("class, by training images")
     axis.set_ylabel("training images")
     axis.legend()
@@ -91,7 +99,7 @@ def draw_confusion(axis, matrix: np.ndarray, counts: Integers, names: Sequence[s
     axis.set_xlabel("predicted class")
     axis.set_ylabel("class, by training images")
     if len(names) <= MOST_NAMES:
-        shown = [literal(names[label]) for label in order]
+        shown = _short(names, order)
         axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
         axis.set_yticks(range(len(shown)), shown, fontsize=8)
     axis.figure.colorbar(image, ax=axis, label="test images of the class in %")

@@ -71,7 +71,7 @@ def analyze(
             for expert in observed.logits
         }
     }
-    pictures = _of_classes(found, intervals, counts, groups)
+    pictures = _of_classes(found, intervals, counts, groups, names)
     if len(names) <= MOST_IN_MATRIX:
         pictures.append(_confusion(observed, counts, names))
     if "distillation" in observed.logits:
@@ -102,10 +102,12 @@ def _estimates(observed: Observed, groups: Mapping[str, Integers], resamples: in
     return with_intervals(of, observed.labels, resamples=resamples)
 
 
-def _of_classes(found, intervals, counts: Integers, groups: Mapping[str, Integers]) -> list[Picture]:
+def _of_classes(
+    found, intervals, counts: Integers, groups: Mapping[str, Integers], names: Sequence[str]
+) -> list[Picture]:
     return [
         _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
-                 figures.draw_counts, counts, groups),
+                 figures.draw_counts, counts, groups, names),
         _picture("accuracy", "Accuracy by group", "Compare the colours within a group: the highest bar is the best "
                  "expert. Lines are 95 % bootstrap intervals.",
                  figures.draw_accuracies, found, intervals, list(groups)),
@@ -127,7 +129,7 @@ def _confusion(observed: Observed, counts: Integers, names: Sequence[str]) -> Pi
     matrix = confusion_matrix(observed.labels, observed.predictions("mean"), labels=range(len(names)))
     side = min(3.6 + 0.12 * len(names), 7.5)
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
-    figures.draw_confusion(figure.subplots(), matrix, counts, [shorten(name) for name in names])
+    figures.draw_confusion(figure.subplots(), matrix, counts, names)
     how = (
         "Each row is a class, the most frequent first, and shows what its test images are taken for. Errors below the "
         "diagonal are rare classes that are taken for more frequent ones."

@@ -57,4 +57,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # the plan; standard output is the recipe alone
             cache = str(Path("outputs") / folder.resolve().name / IMAGES_FOLDER)
             fitted = fit(folder, args.minutes, fields_of(rest, parser), cache)
+            print("To train with this recipe, save it in a FILE and run deitlt distill --recipe FILE.")
         print(fitted.text(recipe_title(folder, args.minutes)), end="")

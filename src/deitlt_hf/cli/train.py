@@ -39,7 +39,7 @@ def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | N
     parser.add_argument("--overwrite", action="store_true", help="fit a new recipe and replace an earlier run")
     parser.epilog = (
         "Any field of the data or of the student overrides the fitted value: --field value. 'deitlt distill --help' "
-        "lists them. To change everything, edit recipe.yaml in the output folder and run the same command again."
+        "lists them. To change more, edit a copy of recipe.yaml, and train with deitlt distill --recipe COPY.yaml."
     )
     args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
     given = fields_of(rest, parser)
@@ -54,7 +54,7 @@ def fields_of(words: Sequence[str], parser) -> dict[str, Any]:
     """Fields and their values, as texts, from the remaining words of a command line.
 
     Raises:
-        ValueError: If there is no such field.
+        ValueError: If there is no such field, or it is a recipe.
     """
     fields: dict[str, Any] = {}
     for word in words:
@@ -66,6 +66,8 @@ def fields_of(words: Sequence[str], parser) -> dict[str, Any]:
             parser.error(f"unrecognized argument {word!r}")
         else:
             fields[name].append(word)
+    if "recipe" in fields:
+        raise ValueError("this command fits a recipe to the folder; for another, use deitlt distill --recipe FILE.")
     known = {field.name for cls in (*STUDENT, *TEACHER) for field in dataclasses.fields(cls) if field.init}
     refuse_unknown(fields, known, "the command line", listed_by="deitlt distill --help")
     return {name: values[0] if len(values) == 1 else values or "true" for name, values in fields.items()}

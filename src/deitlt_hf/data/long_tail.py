@@ -237,7 +237,8 @@ def shot_groups(counts: Integers, boundaries: Sequence[int] | None = None, rule:
     elif rule == "shots" or (rule == "auto" and 0 < by_shots[0] < by_shots[1] < len(counts)):
         ends, words = by_shots, f"more than {MANY_SHOTS} training images, {FEW_SHOTS} to {MANY_SHOTS}, fewer"
     else:
-        ends, words = (len(counts) // 3, 2 * len(counts) // 3), "thirds of the classes sorted by count"
+        first = max(len(counts) // 3, min(len(counts) // 2, 1))  # of two classes, one is head and one is tail
+        ends, words = (first, 2 * len(counts) // 3), "thirds of the classes sorted by count"
     return ShotGroups(dict(zip(GROUPS, np.split(order, ends), strict=True)), words)
 
 

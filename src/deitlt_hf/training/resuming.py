@@ -81,7 +81,7 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
     steps = finished if checkpoint is None else read_state(checkpoint).global_step
     assert steps is not None  # without a checkpoint, the run is finished
     at_step, record = earlier_records(checkpoint or output_dir, output_dir if resuming else None)
-    check_same_run(checkpoint or output_dir, at_step, trainer, data)
+    check_same_run(checkpoint or output_dir, at_step, trainer, data, finished == steps == total)
     if steps > total:
         raise ValueError(
             f"{checkpoint or output_dir} has taken {steps} steps, more than the {total} of this run; resume from "
@@ -96,7 +96,9 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
     return Beginning(checkpoint, steps, False, record)
 
 
-def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: dict[str, Any]) -> None:
+def check_same_run(
+    folder: str | Path, record: RunRecord | None, trainer, data: dict[str, Any], is_finished: bool
+) -> None:
     """Checks that a run to resume has the same classes, images, model and loss; warns about other differences.
 
     Args:
@@ -104,6 +106,10 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
         record: Record of the run at the checkpoint.
         trainer: Trainer of the resumed run.
         data: What [`Results.data_of`] says of its images.
+        is_finished: Whether nothing is left to train.
+
+    Raises:
+        ValueError: If the checkpoint belongs to another run.
     """
     record = record or {}
     other = next(_differences(read_configuration(folder), record, trainer, data), None)
@@ -117,7 +123,15 @@ def check_same_run(folder: str | Path, record: RunRecord | None, trainer, data: 
     before = record.get("settings", {}) | _without_weights(record.get("architecture", {}))
     for name, value in now.items():
         if before.get(name, value) != value:
-            warnings.warn(f"the run resumes with {name} {value}; it began with {before[name]}.", stacklevel=2)
+            change = f"the run resumes with {name} {value}; it began with {before[name]}."
+            if is_finished:
+                change = (
+                    f"{name} {value} has no effect: the run is finished, with {before[name]}; to train with it, give "
+                    "another --output_dir."
+                )
+            warnings.warn(change, stacklevel=2)
+    if is_finished:
+        return
     decoders, installed = (record.get("ran") or {}).get("image_decoders"), decoder_versions()
     if decoders not in (None, installed):
         warnings.warn(

@@ -301,9 +301,12 @@ def _check_same_teacher(
     had |= {"background": known.get("background"), **record.get("settings", {}), **record.get("architecture", {})}
     for name, value in wanted.items():
         if had.get(name, value) != value:
+            how = f"with {name} {had[name]}, but the recipe has {value}"
+            if name in hashes:
+                how = "on other images (since then, some were added, removed, changed or chosen in another way)"
             raise ValueError(
-                f"the teacher in {folder} was trained with {name} {had[name]}, but the recipe has {value}; pass it "
-                "as --teacher to use it anyway, or move it away to train the recipe's teacher."
+                f"the teacher in {folder} was trained {how}; pass it as --teacher to use it anyway, or move it away to "
+                "train the recipe's teacher."
             )
 
 
