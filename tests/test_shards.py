@@ -109,7 +109,7 @@ def test_a_data_set_is_read_as_in_training(model, images, tmp_path, layout):
     elif layout == "parquet":
         data.mkdir()
         rows.to_parquet(data / "test.parquet")  # predictions need no other split
-        with pytest.raises(ValueError, match="no images in .* tables and archives are read with --data_dir"):
+        with pytest.raises(ValueError, match=r"no images in .* tables and archives are read with --data_dir"):
             main(["--model", model, str(data)])
     else:
         data.mkdir()
