@@ -154,6 +154,17 @@ def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, mo
     start = {"init_from": str(tmp_path / "start")}
     assert deitlt_hf.compare(colours, tmp_path / "out", dry_run=True, image_size=8, **start) is None
     assert "linear probe" in capsys.readouterr().out
+    (tmp_path / "start" / "preprocessor_config.json").rename(tmp_path / "processor.json")
+    assert deitlt_hf.compare(colours, tmp_path / "out", dry_run=True, image_size=8, **start) is None
+    assert "has no image processor, so the linear probe is left out" in capsys.readouterr().out
+    config = (tmp_path / "start" / "config.json").read_text()
+    (tmp_path / "start" / "config.json").write_text(
+        config.replace('"intermediate_size": 32', '"intermediate_size": 48')
+    )
+    with pytest.raises(ValueError, match="weights of other shapes"):
+        deitlt_hf.compare(colours, tmp_path / "out", dry_run=True, image_size=8, **start)
+    (tmp_path / "start" / "config.json").write_text(config)
+    (tmp_path / "processor.json").rename(tmp_path / "start" / "preprocessor_config.json")
     fitted = quickstart.fit(colours, given=start)
     assert [fitted.value("student", name) for name in ("image_size", "hidden_size", "num_hidden_layers")] == [8, 16, 3]
     assert fitted.value("teacher", "image_size") == 16

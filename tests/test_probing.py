@@ -28,7 +28,7 @@ from deitlt_hf.serving.classifiers import load_backbone
 from deitlt_hf.serving.handler import native_config
 from deitlt_hf.training.frozen_teacher import load_frozen
 from deitlt_hf.training.linear_head import STRENGTHS, choose_strength
-from helpers import IMAGES, TINY, make_student
+from helpers import IMAGES, TINY, make_student, save_image
 
 SMALL = {
     "image_size": 8,
@@ -166,6 +166,16 @@ def test_command_prints_intervals_and_writes_json(teacher_folder, tmp_path, caps
     low, high = found["intervals"]["overall"]
     assert 0.4 < low < found["accuracies"]["overall"] < high  # of a trained teacher: chance is 0.1
     assert found["features"] == 64
+
+
+def test_classes_with_one_image_are_probed_and_few_test_images_are_said(teacher_folder, tmp_path, capsys):
+    for split in ("train", "test"):
+        for index, name in enumerate("abc"):
+            save_image(tmp_path / split / name / "1.png", 80 * index)
+    main(["probe", "--recipe", "image_folder", "--data_dir", str(tmp_path), "--model", str(teacher_folder)])
+    printed = capsys.readouterr().out
+    assert "regularisation C = 1 not chosen, with one image a class" in printed
+    assert "Note: groups with few test images, whose accuracies are uncertain: head 1, mid 1, tail 1." in printed
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,14 @@ from .quickstart import (
     fit,
     recipe_title,
 )
-from .recipes import DataArguments, fill_arguments, load_recipe
+from .recipes import DataArguments, StudentArguments, fill_arguments, load_recipe
 from .recipes.fit import SMALL, FittedRecipe
 from .records import find_record
 from .serving.classifiers import load_model, load_processor
 from .training.output_folder import check_output_dir
 from .training.results import Results
 from .training.runs import distill, train_teacher
-from .training.starting import image_format_of
+from .training.starting import check_start, image_format_of, starting_student
 from .training.taught import TeacherAtChanceError
 from .training.tuning import LORA
 
@@ -199,6 +199,8 @@ def compare(
         if PROBE in arms and image_format_of(str(start)) is None:
             print(f"{start} has no image processor, so the linear probe is left out.")
             del arms[PROBE]
+            from_start = StudentArguments(init_from=start)  # wrong weights must not be found after the CNN is trained
+            starting_student(check_start(from_start, {}), from_start, ("a", "b"))
         _print_arms(fitted, arms)
         if dry_run:
             return None

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import Integers, class_counts
 from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
+from ..evaluation.findings import few_images
 from ..evaluation.metrics import with_intervals
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..serving.classifiers import load_backbone, load_processor
@@ -151,8 +152,9 @@ def probe_figures(
     accuracies, intervals = with_intervals(of, labels, resamples=resamples)["probe"]
     tested = class_counts(labels, number_of_classes(labels, groups))
     title = f"linear probe of {found.model}"
+    notes = few_images(tested, groups)
     table = ExpertTable(
-        title, {"probe": accuracies}, groups, tested.tolist(), intervals={"probe": intervals}, of="model"
+        title, {"probe": accuracies}, groups, tested.tolist(), notes, intervals={"probe": intervals}, of="model"
     )
     facts = {name: value for name, value in asdict(found).items() if name != "predictions"}
     return table, facts | {"accuracies": accuracies, "intervals": intervals}

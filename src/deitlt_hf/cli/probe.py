@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = probe(args.model, data)
         table, figures = probe_figures(found, data["test"]["label"][:], data_args.groups(data), args.resamples)
         show(table)
+        for note in table.notes:
+            print(f"Note: {note}")
         of = "validation" if "validation" in data else "held-out training"
         chosen = f"chosen on {found.held_out:,} {of} images" if found.held_out else "not chosen, with one image a class"
         print(

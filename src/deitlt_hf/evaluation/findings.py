@@ -36,11 +36,18 @@ def findings(
                 f"CLS and DIST predict the same class for {100 * agree:.1f} % of the test images, so their mean adds "
                 "nothing: one head would do."
             )
-    few = [
-        f"{name} {number}"
-        for name, classes in groups.items()
-        if 0 < (number := int(class_counts(labels, len(names))[np.asarray(classes, dtype=np.int64)].sum())) < FEW
-    ]
-    if few:
-        found.append(f"groups with few test images, whose accuracies are uncertain: {', '.join(few)}.")
-    return found
+    return found + few_images(class_counts(labels, len(names)), groups)
+
+
+def few_images(test_counts: Integers, groups: Mapping[str, Integers]) -> list[str]:
+    """A sentence about groups with few test images; none without such groups.
+
+    Args:
+        test_counts: Test images of each class.
+        groups: Class indices of each group.
+    """
+    numbers = {
+        name: int(np.asarray(test_counts)[np.asarray(classes, np.int64)].sum()) for name, classes in groups.items()
+    }
+    few = [f"{name} {number}" for name, number in numbers.items() if 0 < number < FEW]
+    return [f"groups with few test images, whose accuracies are uncertain: {', '.join(few)}."] if few else []

@@ -108,10 +108,8 @@ class Shards:
             if name == "model":
                 raise ValueError(f"{self.folder} holds the predictions of another model; {advice}.")
             if name in ("images", "files"):
-                raise ValueError(
-                    f"{self.folder} holds the predictions of other files ({found.get('images')}, here {len(self.paths)}"
-                    f" are given); {advice}."
-                )
+                numbers = f" ({found.get('images')}, here {len(self.paths)} are given)" * (name == "images")
+                raise ValueError(f"{self.folder} holds the predictions of other files{numbers}; {advice}.")
             raise ValueError(f"{self.folder} holds predictions with {name} {found.get(name)}, not {value}; {advice}.")
 
     def path(self, index: int) -> Path:
