@@ -73,7 +73,7 @@ def sharpness(
     num_images = _count(batches)
     with _measurable(model) as classifier:
         loss, (loss_rise,), used = _loss_rises(classifier, batches, num_images, [rho])
-        # Only parameters with a gradient: the Hessian of others, such as a projection for PaCo, would be an error here.
+        # Only parameters on which the loss depends: others, such as a projection for PaCo, have no curvature.
         # The check would run the model several times more, and a model in evaluation mode is deterministic.
         hessian = HessianLinearOperator(classifier, nn.CrossEntropyLoss(), used, batches, check_deterministic=False)
         with torch.random.fork_rng(), _without_warning():
