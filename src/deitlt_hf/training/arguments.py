@@ -26,6 +26,28 @@ if torch.distributed.is_available():
     importlib.import_module("torch.distributed.nn")
 
 PRECISIONS = ("bf16", "fp16")
+# Fields that affect how a run is carried out, but not its result.
+_RUNNING = {
+    "recipe",
+    "overwrite",
+    "image_resize",
+    "image_cache",
+    "save_adapter",
+    "remove_unused_columns",
+    "logging_nan_inf_filter",
+    "report_to",
+    "eval_strategy",
+    "on_nonfinite",
+    "nonfinite_limit",
+    "save_minutes",
+    "save_total_limit",
+    "ddp_find_unused_parameters",
+    "hub_strategy",
+    "keep_freed_memory",
+    "fold_teacher",
+    "teacher_cache",
+    "logging_steps",
+}
 # Unchanged fields of transformers that affect the result of a run, if only its last digits.
 _OF_TRANSFORMERS = {
     "num_train_epochs",
@@ -40,11 +62,11 @@ _OF_TRANSFORMERS = {
 }
 
 
-def option(default, help: str, method: bool = True):
-    """A field with a default (lists are copied) and a help text. `method`: it affects the result of a run."""
+def option(default, help: str):
+    """A field with a default (lists are copied) and a help text."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, "method": method})
-    return field(default=default, metadata={"help": help, "method": method})
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 def increases(values: Sequence[float]) -> bool:
@@ -100,7 +122,7 @@ class LongTailTrainingArguments(TrainingArguments):
     }
     if TYPE_CHECKING:  # None by default in transformers, which then fills it
         output_dir: str = "trainer_output"
-    recipe: Mapping | None = field(default=None, init=False, repr=False, metadata={"method": False})
+    recipe: Mapping | None = field(default=None, init=False, repr=False)
     global_batch_size: int | None = option(
         None,
         "Images per optimiser step, over all processes. Sets gradient_accumulation_steps and turns "
@@ -160,7 +182,6 @@ class LongTailTrainingArguments(TrainingArguments):
         None,
         "Length in pixels to which the shorter side is resized before the centre crop in evaluation. None: 256 / 224 "
         "of an image size of 224 pixels or more, or the image size itself if it is smaller.",
-        method=False,
     )
     train_crop: str = option(
         "random_resized", f"Random crop of training images: {' or '.join(TRAIN_CROPS)} (by an eighth of the size)."
@@ -181,7 +202,6 @@ class LongTailTrainingArguments(TrainingArguments):
         None,
         "Folder for reduced copies of the images, for training at twice the image size. Each image is decoded at its "
         "full size only once; later epochs and runs read the copies. None: no copies.",
-        method=False,
     )
     ema_decay: float | None = option(
         None,
@@ -193,7 +213,6 @@ class LongTailTrainingArguments(TrainingArguments):
         False,
         "Also save the adapters of a PEFT model separately, in the subfolder 'adapter'. The full model, with the "
         "adapters merged into its weights, is always saved.",
-        method=False,
     )
     as_published: bool = option(
         False,
@@ -222,55 +241,40 @@ class LongTailTrainingArguments(TrainingArguments):
         "stop",
         "'stop' the run if the loss or the weights are not finite, or 'skip' an update if its gradient is not finite. "
         "'skip' synchronises the device in every step, which is slower.",
-        method=False,
     )
-    nonfinite_limit: int = option(
-        20, "Number of consecutive updates that may be skipped with on_nonfinite skip.", method=False
-    )
-    overwrite: bool = option(False, "Replace an existing run in output_dir.", method=False)
+    nonfinite_limit: int = option(20, "Number of consecutive updates that may be skipped with on_nonfinite skip.")
+    overwrite: bool = option(False, "Replace an existing run in output_dir.")
     keep_freed_memory: bool | None = option(
         None,
         "On a CPU, keep freed memory between steps instead of returning it to the system, which is faster. Applies to "
         "the whole process and cannot be undone. By default commands do so, and trainers in Python do not.",
-        method=False,
     )
 
-    remove_unused_columns: bool = option(
-        False, "Must stay off: the data set creates the inputs of the model itself.", method=False
-    )
+    remove_unused_columns: bool = option(False, "Must stay off: the data set creates the inputs of the model itself.")
     max_grad_norm: float = option(0.0, "Maximum norm of the gradient for clipping. 0: no clipping, as in the paper.")
-    logging_nan_inf_filter: bool = option(
-        False, "Must stay off: a loss that is not finite stops the run.", method=False
-    )
+    logging_nan_inf_filter: bool = option(False, "Must stay off: a loss that is not finite stops the run.")
     logging_steps: float = option(
         0.02,
         "Optimiser steps between two log lines; a value below 1 is a fraction of the run. The default gives 50 lines.",
-        method=False,
     )
     report_to: None | str | list[str] = option(
         None,
         "Experiment trackers to report to: trackio, tensorboard, wandb, none, ... By default trackio if it is "
         "installed, otherwise none.",
-        method=False,
     )
-    eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.", method=False)
+    eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.")
     save_minutes: float | None = option(
         None,
         "Also save a checkpoint when this many minutes have passed since the last one. None: as save_strategy says.",
-        method=False,
     )
-    save_total_limit: int | None = option(
-        2, "Number of checkpoints to keep. The best checkpoint is always kept.", method=False
-    )
+    save_total_limit: int | None = option(2, "Number of checkpoints to keep. The best checkpoint is always kept.")
     ddp_find_unused_parameters: bool | None = option(
         False,
         "Search for parameters without a gradient in distributed training. Not needed: every parameter has one.",
-        method=False,
     )
     hub_strategy: str = option(
         "end",
         "What push_to_hub pushes. Only 'end' is supported: the finished model, without checkpoints.",
-        method=False,
     )
     seed: int = option(0, "Random seed of initialisation, augmentation and order of the images.")
 
@@ -427,8 +431,8 @@ class LongTailTrainingArguments(TrainingArguments):
             c for c in type(self).__mro__ if issubclass(c, LongTailTrainingArguments) or LossOptions in c.__bases__
         ]
         own = {name for cls in classes for name in cls.__annotations__}
-        names = {field.name for field in fields(self) if field.name in own and field.metadata.get("method", True)}
-        settings = {name: getattr(self, name) for name in sorted(names | _OF_TRANSFORMERS)}
+        names = own.intersection(field.name for field in fields(self)) | _OF_TRANSFORMERS
+        settings = {name: getattr(self, name) for name in sorted(names - _RUNNING)}
         settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations to values
         settings["image_cache"] = bool(self.image_cache)  # training sees other pixels; the folder does not matter
         # The precision may come from `accelerate launch`.

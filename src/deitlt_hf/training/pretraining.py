@@ -35,7 +35,7 @@ class PretrainingArguments(LongTailTrainingArguments):
     adam_beta2: float = option(0.95, "Second beta of AdamW.")
     auto_augment: str | None = option(None, "Augmentation policy in timm's notation. MAE uses none.")
     random_erasing: float = option(0.0, "Probability that a random rectangle of an image is erased. MAE uses 0.")
-    eval_strategy: str = option("no", "Must stay 'no': there are no labels to evaluate.", method=False)
+    eval_strategy: str = option("no", "Must stay 'no': there are no labels to evaluate.")
 
     def check(self) -> None:
         super().check()

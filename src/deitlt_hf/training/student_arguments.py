@@ -51,14 +51,12 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         True,
         "On a CPU, fold the batch norms of a flat teacher into its convolutions. This is faster and gives the same "
         "labels up to rounding. Has no effect in mixed precision.",
-        method=False,
     )
     teacher_cache: str | None = option(
         None,
         "Folder for what the teacher predicts for the augmented and mixed images. Further runs with the same teacher, "
         "images, augmentation, mixing, seed and batches read it, and need no forward pass of the teacher. None: store "
         "nothing.",
-        method=False,
     )
     tail_below: int | None = option(
         None,
