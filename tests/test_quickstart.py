@@ -308,6 +308,16 @@ def test_every_recipe_can_be_trained(num_images, has_gpu, share, tmp_path):
             args.check_data(num_images)
 
 
+@pytest.mark.parametrize(
+    ("share", "reason"),
+    [(0.001, "the least number"), (0.5, "50 % of the standard"), (3, "3 times the standard number;")],
+)
+def test_the_reason_for_the_epochs_is_true(share, reason):
+    choices = fit_recipe(folder(1000, 64), Machine(False, 2), 64, share).choices
+    reasons = [choice.reason for choice in choices if choice.name == "num_train_epochs"]
+    assert all(text.startswith(reason) for text in reasons)
+
+
 def test_more_images_need_fewer_epochs():
     epochs = [standard_epochs(number) for number in (100, 3_720, 1_000_000)]
     assert epochs == sorted(epochs, reverse=True)

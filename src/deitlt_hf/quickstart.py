@@ -452,7 +452,7 @@ def _print_plan(fitted: FittedRecipe, folder: Folder, data: Mapping) -> None:
     )
     table = Table(title="Recipe: the values that depend on the folder", title_justify="left")
     for column in ("for", "field", "value", "reason"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("for", "field"))
     for choice in fitted.choices:
         if choice.reason:
             section = "both models" if choice.section == "both" else choice.section
