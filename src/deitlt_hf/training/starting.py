@@ -130,7 +130,7 @@ def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
         # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
         has_heads = config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]
         kind: Any = DeiTLTForImageClassification if has_heads else AutoModel
-        own = _labels(names) if has_heads else {"config": config, "trust_remote_code": False}
+        own: dict[str, Any] = _labels(names) if has_heads else {"config": config, "trust_remote_code": False}
         source, info = load_with_info(kind, path, **own, dtype="float32", ignore_mismatched_sizes=True)
     check_weights(path, info, "ViT", ("classifier.", "pooler."))
     return source
