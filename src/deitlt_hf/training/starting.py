@@ -119,7 +119,7 @@ def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
         # transformers 5.9 does not find the weights of a DeiT without heads in a class with heads.
         has_heads = config.model_type == DeiTConfig.model_type and config.architectures != ["DeiTModel"]
         kind: Any = DeiTLTForImageClassification if has_heads else AutoModel
-        own = label_fields(names) if has_heads else {"config": config, "trust_remote_code": False}
+        own: dict[str, Any] = label_fields(names) if has_heads else {"config": config, "trust_remote_code": False}
         source, info = kind.from_pretrained(
             path, **own, dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
         )

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -237,9 +238,10 @@ class TaughtTrainer(LongTailTrainer):
         Its record has its accuracy on the latter, if it was trained and evaluated on the same images.
         """
         own = results_of(getattr(self.teacher, "name_or_path", None))
-        data, experts = own.get("data", {}), own.get("last", {}).get("accuracies", {})
+        data: Mapping[str, Any] = own.get("data", {})
+        experts: Mapping[str, Any] = own.get("last", {}).get("accuracies", {})
         before = (experts.get("teacher") or experts.get("mean") or {}).get("overall")
-        known = {"subset_sha256": self.subset_sha256, **self.images_of_evaluation}
+        known: dict[str, Any] = {"subset_sha256": self.subset_sha256, **self.images_of_evaluation}
         is_same = self.subset_sha256 is not None and {name: data.get(name) for name in known} == known
         if not is_same or before is None or before - accuracies.get("overall", before) < FAR_BELOW:
             return None
