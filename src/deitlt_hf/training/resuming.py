@@ -130,8 +130,6 @@ def check_same_run(
                     "another --output_dir."
                 )
             warnings.warn(change, stacklevel=2)
-    if is_finished:
-        return
     decoders, installed = (record.get("ran") or {}).get("image_decoders"), decoder_versions()
     if decoders not in (None, installed):
         warnings.warn(
