@@ -341,6 +341,14 @@ def test_given_values_replace_chosen_ones():
     assert changed.value("student", "hidden_size") == 64
 
 
+def test_the_learning_rate_is_of_the_optimiser():
+    fitted = fit_recipe(folder(1000, 64), Machine(False, 2), 64)
+    optim, own = Choice("student", "optim", "adamw_torch"), Choice("student", "learning_rate", 2e-4)
+    rates = [with_given(fitted, given).value("student", "learning_rate") for given in ([], [optim], [own, optim])]
+    assert rates == [3e-3, 1e-3, 2e-4]
+    assert with_given(fitted, [optim, Choice("both", "image_size", 96)]).value("student", "learning_rate") == 5e-4
+
+
 def test_given_epochs_change_what_depends_on_them():
     fitted = fit_recipe(folder(1000, 64), Machine(False, 2), 64, epochs=(10, 4))
     assert (fitted.value("teacher", "num_train_epochs"), fitted.value("teacher", "drw_start_epoch")) == (10, 8)

@@ -36,7 +36,7 @@ from .quickstart import (
     recipe_title,
 )
 from .recipes import DataArguments, StudentArguments, fill_arguments, load_recipe
-from .recipes.fit import SMALL, FittedRecipe
+from .recipes.fit import SMALL, FittedRecipe, adamw_rate
 from .records import find_record
 from .serving.classifiers import load_model, load_processor
 from .training.output_folder import check_output_dir
@@ -91,8 +91,7 @@ def _labels_only(fitted: FittedRecipe) -> dict[str, Any]:
 
 
 def _deit_lt(fitted: FittedRecipe) -> dict[str, Any]:
-    """The paper's method. The learning rates are those of this package's recipes of the paper's method for images of
-    such a size: the paper's rule is for larger batches."""
+    """The paper's method."""
     is_small, epochs = fitted.image_size <= SMALL, fitted.student_epochs
     return {
         "optim": "adamw_torch",
@@ -102,7 +101,7 @@ def _deit_lt(fitted: FittedRecipe) -> dict[str, Any]:
         "cutmix": 1.0,
         "drw_start_epoch": epochs * 4 // 5 if epochs >= 5 else None,
         "mixing_in_drw": not is_small,
-        "learning_rate": 1e-3 if fitted.image_size <= 64 else 5e-4,
+        "learning_rate": adamw_rate(fitted.image_size),
     }
 
 

@@ -210,11 +210,20 @@ def fit_recipe(
 def with_given(fitted: FittedRecipe, given: Sequence[Choice]) -> FittedRecipe:
     """The recipe with values instead of the chosen ones; of several values for a field, the last counts."""
     last = {(choice.section, choice.name): choice for choice in given}
-    kept = [choice for choice in fitted.choices if (choice.section, choice.name) not in last]
     size = last.get(("both", "image_size"))
-    return replace(
-        fitted, choices=[*kept, *last.values()], image_size=fitted.image_size if size is None else size.value
-    )
+    image_size = fitted.image_size if size is None else size.value
+    optim = last.get(("student", "optim"))
+    if optim is not None and optim.value != "muon":  # the fitted learning rate is for Muon
+        rate = Choice("student", "learning_rate", adamw_rate(image_size), f"the optimiser is {optim.value}")
+        last = {("student", "learning_rate"): rate} | last
+    kept = [choice for choice in fitted.choices if (choice.section, choice.name) not in last]
+    return replace(fitted, choices=[*kept, *last.values()], image_size=image_size)
+
+
+def adamw_rate(image_size: int) -> float:
+    """Peak learning rate of a student with AdamW: that of this package's recipes of the paper's method for images of
+    such a size. The paper's rule is for larger batches."""
+    return 1e-3 if image_size <= 64 else 5e-4
 
 
 def _data_choices(folder: Folder) -> list[Choice]:
