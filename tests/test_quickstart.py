@@ -341,6 +341,20 @@ def test_given_values_replace_chosen_ones():
     assert changed.value("student", "hidden_size") == 64
 
 
+def test_the_packaged_recipe_for_small_folders_is_the_fitted_one():
+    packaged = {name: values for name, values in load_recipe("image_folder_small").items() if values}
+    assert packaged == fit_recipe(folder(2500, 256), Machine(False, 4), 64).sections()
+
+
+@pytest.mark.parametrize(("loss", "drw"), [("ce", 35), ("ldam", 35), ("paco", None), ("logit_adjusted", None)])
+def test_a_fitted_recipe_weights_the_classes_once(tmp_path, loss, drw):
+    fitted = fit_recipe(folder(2500, 256), Machine(False, 4), 64)
+    with_given(fitted, [Choice("teacher", "teacher_loss", loss)]).write(tmp_path / "mine.yaml", "Mine")
+    assert section_arguments("teacher", str(tmp_path / "mine.yaml"), {})[1].drw_start_epoch == drw
+    fitted.write(tmp_path / "mine.yaml", "Mine")
+    assert section_arguments("teacher", str(tmp_path / "mine.yaml"), {"teacher_loss": loss})[1].drw_start_epoch == drw
+
+
 def test_the_learning_rate_is_of_the_optimiser():
     fitted = fit_recipe(folder(1000, 64), Machine(False, 2), 64)
     optim, own = Choice("student", "optim", "adamw_torch"), Choice("student", "learning_rate", 2e-4)

@@ -16,6 +16,11 @@ from ..io import atomic_write
 
 # Sides of training images from which to choose: on a CPU, and on a GPU.
 SIZES = {False: (64, 48, 32), True: (224, 160, 128, 96, 64)}
+# Changes for other losses of the teacher. These weight the classes themselves; DRW would do it a second time.
+OTHER_LOSSES: dict[str, Any] = {
+    "paco": {"drw_start_epoch": None, "learning_rate": 0.05},
+    "logit_adjusted": {"drw_start_epoch": None},
+}
 SMALL = 40  # pixels; images up to this side are trained at their own size
 PATCHES = 8  # patches along a side of small images; 14 along the side of large images, as in ViT/16 at 224 pixels
 # Training images that a model sees in a standard run. On Fashion-MNIST, 30 epochs of the teacher and 60 of the student
@@ -119,7 +124,7 @@ class FittedRecipe:
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Values by section and field, as in a recipe file."""
-        found: dict[str, dict[str, Any]] = {"data": {}, "teacher": {}, "student": {}}
+        found: dict[str, dict[str, Any]] = {"data": {}, "teacher": {}, "teacher_losses": OTHER_LOSSES, "student": {}}
         for choice in self.choices:
             for section in ("teacher", "student") if choice.section == "both" else (choice.section,):
                 found[section][choice.name] = choice.value
@@ -139,7 +144,7 @@ class FittedRecipe:
         for section, values in self.sections().items():
             lines += ["", f"{section}:"]
             for name, value in values.items():
-                reason = reasons[section, name]
+                reason = reasons.get((section, name))
                 lines += [f"  # {' '.join(reason.split())}"] if reason else []
                 text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
                 lines.append(f"  {name}: {text.strip().removesuffix('...').strip()}")
