@@ -51,17 +51,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) 
 
 
 def checks_table(claim: Claim, evidence: Evidence) -> str:
-    """The checks that judge a claim."""
-    rows = []
+    """The checks that judge a claim, and a list of those without a seed."""
+    rows, missing = [], []
     for check in claim.checks:
         differences, ends, said = check.judge(evidence)
         number = len(differences)
-        values = [*differences, differences.mean(), *ends] if number else []
-        shown = [f"{value:+.{check.decimals}f}" for value in values]
-        mean = f"{shown[number]} {check.unit}".strip() if number else "-"
+        if number == 0:
+            missing.append(check.what)
+            continue
+        shown = [f"{value:+.{check.decimals}f}" for value in (*differences, differences.mean(), *ends)]
+        mean = f"{shown[number]} {check.unit}".strip()
         interval_text = " to ".join(shown[number + 1 :]) if number > 1 else "-"
-        rows.append([check.what, ", ".join(shown[:number]) or "-", mean, interval_text, said])
-    return table(["first less second", "by seed", "mean", "95 % interval", "verdict"], rows)
+        rows.append([check.what, ", ".join(shown[:number]), mean, interval_text, said])
+    made = [table(["first less second", "by seed", "mean", "95 % interval", "verdict"], rows)] if rows else []
+    return "\n\n".join(made + ([f"Without a run yet: {'; '.join(missing)}."] if missing else []))
 
 
 def experts_table(evidence: Evidence, arms: Mapping[str, Arm]) -> str:
