@@ -176,7 +176,7 @@ def test_a_model_is_evaluated_by_the_names_of_its_classes(tmp_path):
     args = DeiTLTTrainingArguments(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
     evaluated = evaluate(str(tmp_path / "model"), DataArguments(data_dir=str(tmp_path / "data")), args)
     assert evaluated.eval_dataset.labels.tolist() == [1, 0, 0]
-    assert evaluated.groups["mid"] + evaluated.groups["tail"] == [0, 1]
+    assert evaluated.groups == {"head": [0], "mid": [], "tail": [1]}
 
 
 # ---- Data sets passed to the trainers ----

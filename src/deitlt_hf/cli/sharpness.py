@@ -34,8 +34,11 @@ class SharpnessArguments:
     )
 
     def __post_init__(self):
-        if self.num_images < 1:
-            raise ValueError(f"num_images must be 1 or more, got {self.num_images}.")
+        for name in ("num_images", "num_vectors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not self.rho > 0:
+            raise ValueError(f"rho must be above 0, got {self.rho:g}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
