@@ -474,8 +474,8 @@ def remove_image(place):
         (replace_image, {}, {}, "trained on other images (files, names or labels differ)", 0),  # 0.1.0: unnoticed
         (rename_image, {}, {}, "trained on other images (files, names or labels differ)", 0),
         (None, {"imbalance_ratio": 2}, {}, "trained on other images (class 'bee' had 8, and has 5)", 0),
-        *((None, {}, {"cls_loss": "bce"}, "begun with cls_loss ce, not bce", old) for old in (0, 1)),
-        (None, {}, {"class_weights": "bee=2"}, "begun with class_weights None, not {'bee': 2.0}", 0),
+        *((None, {}, {"cls_loss": "bce"}, "began with cls_loss ce, not bce", old) for old in (0, 1)),
+        (None, {}, {"class_weights": "bee=2"}, "began with class_weights None, not {'bee': 2.0}", 0),
     ],
 )
 def test_another_run_is_refused_before_anything_is_written(
