@@ -10,6 +10,7 @@ import torch
 from timm.models import save_for_hf
 from transformers import (
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     BertConfig,
     BertModel,
@@ -23,6 +24,7 @@ from transformers import (
     ViTForImageClassification,
     ViTMAEConfig,
     ViTMAEForPreTraining,
+    ViTModel,
 )
 
 from deitlt_hf.analysis.probing import probe
@@ -48,6 +50,7 @@ KINDS = {
     "vit": lambda: ViTForImageClassification(
         ViTConfig(**SMALL | {"image_size": 8, "patch_size": 2, "hidden_size": 32})
     ),
+    "vit without a head": lambda: ViTModel(ViTConfig(**SMALL)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SMALL)),
     "deit": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)),
     "resnet": lambda: ResNetForImageClassification(
@@ -117,7 +120,7 @@ def test_a_frozen_vit_becomes_a_plain_classifier_that_teaches(tmp_path, capsys):
     assert "ViTForImageClassification, 8 px, sees the student view" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "deit", "resnet", "timm"])
+@pytest.mark.parametrize("kind", ["vit without a head", "dinov2", "deit", "resnet", "timm"])
 def test_any_classifier_gets_a_new_head_on_its_own_weights(kind, tmp_path):
     path = saved(kind, tmp_path)
     model, head = load_frozen(path, native_config(path), ["a", "b", "c"])
@@ -127,6 +130,10 @@ def test_any_classifier_gets_a_new_head_on_its_own_weights(kind, tmp_path):
         head.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
         logits = model(pixel_values=torch.zeros(2, 3, side, side)).logits
     assert logits.tolist() == [[1.0, 2.0, 3.0]] * 2  # it reads nothing but this head
+    source = AutoModel.from_pretrained(path)
+    own = getattr(model, model.base_model_prefix).state_dict()
+    expected = (source.timm_model if kind == "timm" else source).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in own.items() if not name.startswith("fc."))
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 

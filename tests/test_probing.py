@@ -126,7 +126,7 @@ def test_a_backbone_with_missing_weights_is_refused(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         load_backbone(folder)
-    with pytest.raises(ValueError, match=message.replace("ViTModel", "ViTForImageClassification")):
+    with pytest.raises(ValueError, match=message.replace("ViTModel", "(ViTModel|ViTForImageClassification)")):
         load_frozen(folder, native_config(folder), ["a", "b"])
 
 

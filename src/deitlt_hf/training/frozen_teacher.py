@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoModel,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -96,13 +97,19 @@ def load_frozen(path: str, config: PreTrainedConfig, names: Sequence[str]) -> tu
     kinds: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     kind = kinds[0] if isinstance(kinds, tuple) else kinds  # the others have two heads, as a distilled DeiT
     with loading(path), without_report():
-        model, info = kind.from_pretrained(
-            path,
-            config=config,
-            dtype="float32",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        options = {
+            "config": config,
+            "dtype": "float32",
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+        }
+        model, info = kind.from_pretrained(path, **options)
+        # transformers 5.9 does not find the weights of a ViT without a head in a class with a head.
+        is_missed = any(name.startswith(f"{model.base_model_prefix}.") for name in info["missing_keys"])
+        if is_missed and type(model.base_model).__name__ in (config.architectures or ()):
+            base, info = AutoModel.from_pretrained(path, **options)
+            model.base_model.load_state_dict({name: base.state_dict()[name] for name in model.base_model.state_dict()})
+            info["missing_keys"] = [name for name in info["missing_keys"] if name in model.base_model.state_dict()]
     found = _heads(model)
     if len(found) != 1 or found[0][1].bias is None or found[0][1].out_features != len(names):
         raise ValueError(
