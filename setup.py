@@ -61,6 +61,7 @@ setup(
             "mkdocstrings[python]>=0.29",
             "nbconvert>=7.16",
         ],
+        "heif": ["pillow-heif>=1"],
         "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.7"],
         "dev": [
             "curvlinops-for-pytorch>=3",
@@ -74,6 +75,7 @@ setup(
             "onnxruntime>=1.20",
             "onnxscript>=0.7",
             "peft>=0.15",
+            "pillow-heif>=1",
             "playwright>=1.50",
             "psutil>=5",
             "pytest>=8",

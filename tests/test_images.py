@@ -26,7 +26,9 @@ from deitlt_hf import (
 )
 from deitlt_hf.data import ImageCollator, ImageDataset, image_processor, images, load_long_tailed, train_transform
 from deitlt_hf.data.columns import standard_columns
+from deitlt_hf.data.image_rule import open_encoded, upright_rgb
 from deitlt_hf.data.images import JPEG_DECODERS, EncodedImage, decoder_versions, find_decoder, open_image
+from deitlt_hf.data.sources.files import is_image, not_read
 from deitlt_hf.serving.prediction import load_classifier
 from helpers import bomb, cut, encoded, picture
 
@@ -498,14 +500,23 @@ def test_files_that_are_not_images_are_counted(tmp_path, caplog):
         (tmp_path / label).mkdir()
         for name in ("a.png", "b.png"):
             (tmp_path / label / name).write_bytes(encoded(picture()))
-        for name in ("a.HEIC", "b.heic", "c.eps", "nothing", ".hidden"):
+        for name in ("a.PSD", "b.psd", "c.eps", "nothing", ".hidden"):
             (tmp_path / label / name).write_bytes(b"x")
     (tmp_path / "loose.png").write_bytes(encoded(picture()))
     data = load_long_tailed(data_dir=str(tmp_path), test_fraction=0.5)
     assert sum(map(len, data.values())) == 4
-    assert "files that are not read: 4 .heic, 2 without a suffix, 2 .eps" in caplog.text
-    assert "pillow-heif lets Pillow open .heic" in caplog.text
+    assert "files that are not read: 4 .psd, 2 without a suffix, 2 .eps" in caplog.text
     assert "beside its class folders, and left out: loose.png" in caplog.text
+
+
+def test_pictures_of_telephones_are_read(tmp_path):
+    image = picture().convert("RGB")
+    file = tmp_path / "0.heic"
+    image.save(file, quality=-1, chroma=444)  # without loss, but for the conversion of colours
+    found = np.asarray(upright_rgb(open_encoded(file.read_bytes())), dtype=int)
+    assert np.abs(found - np.asarray(image)).max() <= 3
+    assert is_image("0.HEIC")
+    assert "pip install pillow-heif" in not_read({".heic": 25})  # said without the package, when is_image is false
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):

@@ -310,12 +310,12 @@ def test_files_are_in_the_order_of_the_command_line(images):
 
 def test_files_that_are_not_images_are_counted(model, images, tmp_path, capsys):
     shutil.copy(images / "b.png", tmp_path)
-    for name in ("a.heic", "b.HEIC", "c"):
+    for name in ("a.psd", "b.PSD", "c"):
         (tmp_path / name).write_bytes(b"x")
     main(["--model", model, str(tmp_path)])
-    assert "warning: files that are not read: 2 .heic, 1 without a suffix" in capsys.readouterr().err
+    assert "warning: files that are not read: 2 .psd, 1 without a suffix" in capsys.readouterr().err
     (tmp_path / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"no images in .*files that are not read: 2 \.heic"):
+    with pytest.raises(ValueError, match=r"no images in .*files that are not read: 2 \.psd"):
         main(["--model", model, str(tmp_path)])
 
 

@@ -763,7 +763,7 @@ def test_folders_without_images_are_reported(tmp_path, caplog):
         for name in ("cat", "dog"):
             save_image(tmp_path / split / name / "0.png")
         (tmp_path / split / "bat").mkdir()
-        (tmp_path / split / "bat" / "0.heic").write_bytes(b"x")
+        (tmp_path / split / "bat" / "0.psd").write_bytes(b"x")
     load_long_tailed(data_dir=str(tmp_path))
     assert "1 folders of" in caplog.text
     assert "have files but no images, left out: bat" in caplog.text

@@ -4,6 +4,7 @@ The handler.py in a model folder contains this module (`hub/handler_file.py`), s
 standard library only.
 """
 
+import contextlib
 import io
 import zlib
 
@@ -11,7 +12,12 @@ import numpy as np
 from PIL import Image, ImageColor
 
 # Not all formats that Pillow reads: for EPS, Pillow would run Ghostscript.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS: tuple[str, ...] = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+with contextlib.suppress(ImportError):  # it decodes the pictures of telephones, which Pillow alone cannot
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS = (*FORMATS, "HEIF")
 MAX_PIXELS = 89_478_485  # Pillow's limit, at which Pillow itself only warns: 256 MiB of RGB
 MAX_ASPECT = 100  # the processor enlarges the short side, so a line of pixels would become gigabytes
 _TURNS = {

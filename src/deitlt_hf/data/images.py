@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from ..io import one_line
-from .image_rule import is_transparent, open_encoded, orientation_of, upright_rgb
+from .image_rule import FORMATS, is_transparent, open_encoded, orientation_of, upright_rgb
 
 if TYPE_CHECKING:
     from .copies import ReducedCopies
@@ -157,6 +157,8 @@ class EncodedImage:
 def decoder_versions() -> dict[str, str]:
     """Versions of the packages that decode images: other decoders or versions can differ by a few grey levels."""
     packages = ["pillow"] if _DECODER is None else ["pillow", _DECODER[0].partition(".")[0]]
+    if "HEIF" in FORMATS:
+        packages.append("pillow-heif")
     return {package: version(package) for package in packages}
 
 

@@ -116,7 +116,7 @@ def not_read(suffixes: Mapping[str, int]) -> str:
     counted = ", ".join(
         f"{number} {one_line(suffix, 20) or 'without a suffix'}" for suffix, number in kinds[:KINDS_NAMED]
     )
-    heif = " (pillow-heif lets Pillow open .heic)" if {".heic", ".heif"} & set(suffixes) else ""
+    heif = "; 'pip install pillow-heif' makes .heic readable" if {".heic", ".heif"} & set(suffixes) else ""
     return (
         f"files that are not read: {counted}{', ...' if len(kinds) > KINDS_NAMED else ''}; images among them must be "
         f"converted to {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, with such a suffix{heif}"
