@@ -268,7 +268,7 @@ def test_a_paco_teacher_is_reordered_to_the_order_of_the_data(reference, tmp_pat
         assert torch.equal(loaded.classifier.bias, weights["module.linear.bias"])
     assert "order" not in caplog.text
     class_map = decreasing_count_map(TEACHER_COUNTS).tolist()
-    with pytest.raises(ValueError, match="head is already in the data set's order; leave class_map"):
+    with pytest.raises(ValueError, match="whose head is already in the data set's order; leave class_map"):
         convert_original(weights, tmp_path / "teacher", class_map=class_map)
     assert not (tmp_path / "teacher").exists()
 
