@@ -130,13 +130,13 @@ def test_decoders_of_jpegs_give_the_same_pixels(monkeypatch, mode, options):
     found = {}
     for module in JPEG_DECODERS:
         monkeypatch.setattr(images, "_DECODER", find_decoder([module]))
-        assert decoder_versions().keys() == {"pillow", module.partition(".")[0]}
+        assert decoder_versions().keys() - {"pillow-heif"} == {"pillow", module.partition(".")[0]}
         found[module] = decode(data)
         with pytest.raises(ValueError, match=r"cannot read the image .*(incomplete|truncated)"):
             decode(cut("JPEG"))
     assert np.array_equal(*found.values())
     monkeypatch.setattr(images, "_DECODER", find_decoder(["nowhere"]))
-    assert decoder_versions().keys() == {"pillow"}
+    assert decoder_versions().keys() - {"pillow-heif"} == {"pillow"}
     assert np.abs(decode(data).astype(int) - found[module]).max() <= 4
 
 
