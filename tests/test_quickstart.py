@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from deitlt_hf.quickstart import check_continues, comparison, recipe_title, sect
 from deitlt_hf.recipes import load_recipe
 from deitlt_hf.recipes.fit import Choice, Folder, Machine, fit_recipe, sizes_for, standard_epochs, with_given
 from deitlt_hf.training.trial import StepTimes
+from helpers import encoded, picture
 
 CLASSES = 16
 SHORT = ["--image_size", "16", "--teacher_epochs", "15", "--num_train_epochs", "5"]
@@ -212,6 +214,15 @@ def test_numbers_on_the_command_line_stay_texts_for_fields_of_text():
 def test_a_recipe_of_other_images_is_not_continued(trained, photos, tmp_path):
     with pytest.raises(ValueError, match=r"is a recipe for the images in .*photos, not in"):
         deitlt_hf.train(tmp_path, trained)
+
+
+def test_notes_on_tables_name_no_files_and_no_missing_split(tmp_path):
+    cells = [{"bytes": encoded(picture()), "path": None}] * 4
+    rows = datasets.Dataset.from_dict({"image": cells, "label": [0, 0, 1, 1]}).cast_column("image", datasets.Image())
+    datasets.DatasetDict(train=rows, extra=rows).save_to_disk(tmp_path)
+    unused, twice = quickstart._look(tmp_path, [])[0].notes
+    assert unused == "The split extra is not used (images: 4); the test images are set apart from the training images."
+    assert "of another class; 'deitlt data check --deep' names them" in twice
 
 
 def test_unused_splits_and_images_of_several_classes_are_noted(tmp_path):

@@ -404,8 +404,10 @@ def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
 
 def _unused(splits: Mapping, test: str | None) -> Iterator[str]:
     """Sentences about splits that are neither the training nor the test split."""
-    for name in set(splits) - {find_split(splits, TRAIN_NAMES), test}:
-        yield f"The split {name} is not used (images: {len(splits[name]):,}); the test images are those of {test}."
+    source = "set apart from the training images" if test is None else f"those of {test}"
+    for name in splits:
+        if name not in (find_split(splits, TRAIN_NAMES), test):
+            yield f"The split {name} is not used (images: {len(splits[name]):,}); the test images are {source}."
 
 
 def _twice(sample: datasets.Dataset, decoded: Sequence[Decoded]) -> Iterator[str]:
@@ -413,10 +415,11 @@ def _twice(sample: datasets.Dataset, decoded: Sequence[Decoded]) -> Iterator[str
     rows = under_several_labels(decoded, sample["label"][:])
     if rows:
         cells = sample.select(rows[:2]).cast_column("image", datasets.Image(decode=False))["image"][:]
-        names = " and ".join(str(cell["path"]) for cell in cells)
+        paths = [cell["path"] for cell in cells if cell["path"]]  # images in tables may have none
+        such = f", such as {one_line(' and '.join(paths))}" if paths else ""
         yield (
-            f"{len(rows)} training images have the same bytes as one of another class, such as {one_line(names)}; "
-            "'deitlt data check --deep' names more."
+            f"{len(rows)} training images have the same bytes as one of another class{such}; "
+            "'deitlt data check --deep' names them."
         )
 
 
