@@ -16,7 +16,7 @@ from ..io import atomic_write
 
 # Sides of training images from which to choose: on a CPU, and on a GPU.
 SIZES = {False: (64, 48, 32), True: (224, 160, 128, 96, 64)}
-# Changes for other losses of the teacher. These weight the classes themselves; DRW would do it a second time.
+# Changes for other losses of the teacher, which weight the classes themselves.
 OTHER_LOSSES: dict[str, Any] = {
     "paco": {"drw_start_epoch": None, "learning_rate": 0.05},
     "logit_adjusted": {"drw_start_epoch": None},
@@ -136,7 +136,8 @@ class FittedRecipe:
         Args:
             title: The description of the recipe.
         """
-        reasons = {}
+        twice = "it weights the classes itself, and DRW would do it a second time"
+        reasons = {("teacher_losses", loss): twice for loss in OTHER_LOSSES}
         for choice in self.choices:
             for section in ("teacher", "student") if choice.section == "both" else (choice.section,):
                 reasons[section, choice.name] = choice.reason
