@@ -29,6 +29,7 @@ STUDENTS = {
     "ViT-B/16, 224 px": {"image_size": 224},
 }  # fmt: skip
 TURNS = 5
+FILE_SHA256, SYNC_TO_DISK = checkpoints.file_sha256, checkpoints.sync_to_disk
 
 
 def seconds(work, *args) -> float:
@@ -96,8 +97,6 @@ def main():
         print(f"| {name} | {megabytes:,.0f} | {' | '.join(cells)} |", flush=True)
     write_record(RESULTS / "checkpoints.json", record)
 
-
-FILE_SHA256, SYNC_TO_DISK = checkpoints.file_sha256, checkpoints.sync_to_disk
 
 if __name__ == "__main__":
     main()

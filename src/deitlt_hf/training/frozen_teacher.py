@@ -105,8 +105,8 @@ def load_frozen(path: str, config: PreTrainedConfig, names: Sequence[str]) -> tu
         }
         model, info = kind.from_pretrained(path, **options)
         # transformers 5.9 does not find the weights of a ViT without a head in a class with a head.
-        is_missed = any(name.startswith(f"{model.base_model_prefix}.") for name in info["missing_keys"])
-        if is_missed and type(model.base_model).__name__ in (config.architectures or ()):
+        lacks_backbone = any(name.startswith(f"{model.base_model_prefix}.") for name in info["missing_keys"])
+        if lacks_backbone and type(model.base_model).__name__ in (config.architectures or ()):
             base, info = AutoModel.from_pretrained(path, **options)
             model.base_model.load_state_dict({name: base.state_dict()[name] for name in model.base_model.state_dict()})
             info["missing_keys"] = [name for name in info["missing_keys"] if name in model.base_model.state_dict()]
