@@ -479,7 +479,18 @@ def checkpointed(make: Callable) -> torch.nn.Module:
     return model
 
 
+def optimizer_steps(make: Callable) -> None:
+    """AdamW's steps with gradients of zero: the memory that every way of training all weights needs."""
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+
+
 MEMORY = {
+    "libraries, weights, gradients and AdamW's moments alone": lambda: optimizer_steps(VIT_B.ours),
     "transformers": lambda: train_steps(InARow(3), VIT_B.transformers, VIT_B),
     "deitlt-hf": lambda: train_steps(InARow(3), VIT_B.ours, VIT_B),
     "deitlt-hf, keeping freed memory": lambda: train_steps(InARow(3), VIT_B.ours, VIT_B, keep=True),
@@ -571,10 +582,12 @@ COMPARISONS = {
     "start": Comparison(
         "from the start of a process",
         {
+            "import of transformers' Trainer": partial(processes, command=("-c", "from transformers import Trainer")),
             "import deitlt_hf": partial(processes, command=("-c", "import deitlt_hf")),
             "deitlt --help": partial(processes, command=("-m", "deitlt_hf.cli", "--help")),
             "to the end of digits_lt's first step": first_step,
         },
+        peers=("import of transformers' Trainer",),
         targets={
             "import deitlt_hf": "<= 0.1 s",
             "deitlt --help": "<= 0.3 s",

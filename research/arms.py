@@ -163,6 +163,11 @@ def candidate(title: str, *changed, rate: float = 3e-3, teacher: str | None = "c
     return Arm(title, (*batch(64, rate), *length(30), "--optim", "muon", *base, *changed), teacher)
 
 
+def growing(epoch: int) -> tuple:
+    """Arguments for images of 16 pixels until an epoch, and of the full size, 28, from it on."""
+    return "--train_sizes", 16, 28, "--train_size_epochs", 0, epoch
+
+
 OURS = (*SOFT, *NO_DRW, *BALANCED)
 BEYOND_CANDIDATES = {
     "adamw": Arm("AdamW, not mixed", (*batch(64, 1e-3), *length(30), *UNMIXED), "ce-0.1"),
@@ -178,6 +183,8 @@ BEYOND_CANDIDATES = {
     "ours-mixed": candidate("the same, mixed", *OURS, base=()),
     "ours-mae": replace(candidate("the same, trunk pre-trained (MAE)", *OURS), pretrained=True),
     "ours-sam": candidate("the same, SAM in the last fifth", *OURS, "--sam_rho", 0, 0.05, "--sam_rho_epochs", 0, 24),
+    "ours-growing": candidate("the same, 16 px in the first half", *OURS, *growing(15)),
+    "ours-growing-longer": candidate("the same, 16 px in half of 44 epochs", *length(44), *OURS, *growing(22)),
     "ours-ema": candidate("the same, moving average", *OURS, "--ema_decay", 0.999),
     "ours-adamw": Arm("the same, AdamW, 1e-3", (*batch(64, 1e-3), *length(30), *UNMIXED, *OURS), "ce-0.1"),
     "labels-muon": candidate("labels only, balanced softmax for CLS", *ALONE, *NO_DRW, *BALANCED, teacher=None),

@@ -158,6 +158,8 @@ def gradients(trainer, batch, micro_batches):
 RANDOM_STUDENT = {
     "num_train_epochs": 4,
     "drw_start_epoch": 2,
+    "train_sizes": [4, 8],
+    "train_size_epochs": [0, 0.4],
     "random_erasing": 0.5,
     "hflip": 0.5,
     "eval_strategy": "steps",

@@ -186,6 +186,20 @@ def test_gradients_of_a_step_are_counted_by_phase(rho, starts, gradients):
     assert args.gradients_per_step == pytest.approx(gradients)
 
 
+def test_smaller_images_in_the_first_phase_cost_less():
+    model = StudentArguments(image_size=32, patch_size=4, hidden_size=96, num_hidden_layers=3, num_attention_heads=3)
+
+    def operations(**values):
+        args = DeiTLTTrainingArguments(use_cpu=True, num_train_epochs=10, distillation="none", **values)
+        return student_model(model, 10, None, args).training_flops
+
+    full = operations()
+    assert operations(train_sizes=[32]) == full
+    small = operations(train_sizes=[16, 32], train_size_epochs=[0, 9.999])
+    assert 0.2 * full < small < 0.27 * full  # a quarter of the patches
+    assert operations(train_sizes=[16, 32], train_size_epochs=[0, 5]) == pytest.approx((full + small) / 2, rel=1e-3)
+
+
 def test_time_on_this_machine_is_measured(capsys):
     measured = ["--recipe", "digits_lt_fast", "--measure", "true", "--use_cpu", "true"]
     print_plan(measured)
@@ -194,7 +208,21 @@ def test_time_on_this_machine_is_measured(capsys):
     assert found is not None, printed
     assert "402 training and 600 test images" in printed
     assert re.search(r"In bfloat16 .* \d+\.\d\d of its time: (add --bf16 true|float32 is the better)", printed)
-    print_plan([*measured, "--distillation", "none", "--bf16", "true"])
+    print_plan(
+        [
+            *measured,
+            "--distillation",
+            "none",
+            "--bf16",
+            "true",
+            "--train_sizes",
+            "8",
+            "16",
+            "--train_size_epochs",
+            "0",
+            "9",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "teacher" not in printed
     assert "bfloat16" not in printed  # already used

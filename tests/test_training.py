@@ -211,6 +211,26 @@ def test_teacher_receives_images_in_its_size_and_normalisation(tmp_path, digits,
     torch.testing.assert_close(trainer.teacher.images[1], expected)
 
 
+def test_students_images_grow_by_phase_and_the_teachers_do_not(tmp_path, digits, teacher):
+    trainer = student_trainer(tmp_path, digits, teacher, train_sizes=[4, 8], train_size_epochs=[0, 1])
+    trainer.teacher = SeenImages(teacher)
+    for epoch, side in ((0.0, 4), (0.99, 4), (1.0, 8)):
+        trainer.state.epoch = epoch
+        batch = trainer.training_batch(fixed_batch(digits))
+        assert batch["pixel_values"].shape == (64, 3, side, side)
+        trainer.compute_training_loss(trainer.model, batch | {"denominators": torch.full((2,), 64.0)}).backward()
+        assert trainer.model.deit.embeddings.position_embeddings.grad.abs().min() > 0
+        trainer.model.zero_grad()
+    assert {tuple(images.shape) for images in trainer.teacher.images} == {(64, 3, 8, 8)}
+
+
+@pytest.mark.parametrize("sizes", [[4, 6, 8], [4], [4, 16]])
+def test_training_sizes_that_do_not_fit_the_student_are_refused(tmp_path, digits, sizes):
+    given = {"train_sizes": sizes, "train_size_epochs": [0, 0.5, 1][: len(sizes)]}
+    with pytest.raises(ValueError, match="multiples of the patch size 4 up to the image size 8, got"):
+        student_trainer(tmp_path, digits, distillation="none", **given)
+
+
 def test_a_batch_does_not_pass_through_the_image_processor(tmp_path, digits, teacher, monkeypatch):
     """A batch does not pass through the teacher's image processor, which handles single images.
 
@@ -589,6 +609,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path
         ({"repeated_augmentation": 0}, "repeated_augmentation must be 1 or more, got 0"),
         ({"mixup_switch": 3}, r"mixup_switch must be in \[0, 1\], got 3"),
         ({"mixup_probability": -1}, r"mixup_probability must be in \[0, 1\], got -1"),
+        ({"train_sizes": [8, 4], "train_size_epochs": [0, 1]}, r"train_sizes must be positive and increasing, got \[8"),
+        ({"train_sizes": [4, 8]}, r"train_sizes \[4, 8\] and train_size_epochs \[0.0\] must have as many values"),
+        ({"train_sizes": [4, 8], "train_size_epochs": [1, 2]}, "train_size_epochs must be increasing from 0"),
         ({"cutmix": -1}, "cutmix must be 0 or more, got -1"),
         ({"min_learning_rate": -1}, "min_learning_rate must be 0 or more, got -1"),
         ({"learning_rate": None, "learning_rate_per_512": 0}, "learning_rate_per_512 must be above 0, got 0"),

@@ -1,6 +1,6 @@
 """What a model costs in a training step: operations and memory per image, counted on this machine without a GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -103,10 +103,13 @@ def student_model(
 ) -> Model:
     """Training cost of a student with AdamW, with the forward pass of its teacher."""
     config = student_args.config(num_labels=num_labels)
-    # Stochastic depth skips a block for a share of the images, which rises linearly over the blocks.
-    rates = np.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)
-    flops, of_blocks = student_flops(config)
-    trained = flops - float(rates @ of_blocks)
+    args.check_sizes(student_args.image_size, student_args.patch_size)
+    trained = 0.0
+    for size, share in args.size_shares(student_args.image_size).items():
+        flops, of_blocks = student_flops(replace(student_args, image_size=size).config(num_labels=num_labels))
+        # Stochastic depth skips a block for a share of the images, which rises linearly over the blocks.
+        rates = np.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)
+        trained += share * (flops - float(rates @ of_blocks))
     teacher_flops, frozen_bytes = (0, 0) if teacher is None else (teacher.flops, 4 * teacher.parameters)
     config.drop_path_rate = 0.0  # without stochastic depth, a step keeps the most memory
     model = DeiTLTForImageClassification(config)

@@ -313,7 +313,7 @@ def resize_and_renormalize(
             resized tensors without.
     """
     if pixel_values.shape[-2:] != target.size:
-        pixel_values = _resize(pixel_values, target.size, antialias)
+        pixel_values = resize(pixel_values, target.size, antialias)
     if (source.mean, source.std) != (target.mean, target.std):
         old_mean, old_std, new_mean, new_std = (
             _channels(values, pixel_values.device).to(pixel_values.dtype).view(-1, 1, 1)
@@ -333,7 +333,8 @@ def _tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
-def _resize(images: torch.Tensor, size: tuple[int, int], antialias: bool = True) -> torch.Tensor:
+def resize(images: torch.Tensor, size: tuple[int, int], antialias: bool = True) -> torch.Tensor:
+    """Resizes a batch of images (batch, channels, height, width) to a height and width; bicubic."""
     return F.interpolate(images, size, mode="bicubic", antialias=antialias)
 
 
@@ -385,4 +386,4 @@ def resized_region(
         return pixels
     # Permuted after the batch dimension is added: torch then sees channels-last memory and keeps this layout.
     batch = _tensor(pixels).unsqueeze(0).permute(0, 3, 1, 2)
-    return _resize(batch, size)[0].permute(1, 2, 0).numpy()
+    return resize(batch, size)[0].permute(1, 2, 0).numpy()

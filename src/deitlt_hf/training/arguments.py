@@ -96,7 +96,8 @@ class LongTailTrainingArguments(TrainingArguments):
         recipe: Name of the recipe that the values come from, and the values that the command line overrides
             (`overrides`).
         refused: Fields that must keep their defaults, with the reasons.
-        phase_starts: Fields with the epochs at which phases of training start.
+        phases: Fields with a value for each phase of training, and the fields with the epochs at which phases start.
+        phase_starts: All fields with epochs at which phases of training start.
         limits: Limits of the fields that have any, in addition to those of the parent classes.
 
     Raises:
@@ -104,6 +105,7 @@ class LongTailTrainingArguments(TrainingArguments):
     """
 
     refused: ClassVar[Mapping[str, str]] = inherited.ARGUMENTS
+    phases: ClassVar[Mapping[str, str]] = {"sam_rho": "sam_rho_epochs"}
     phase_starts: ClassVar[Sequence[str]] = ("sam_rho_epochs",)
     limits: ClassVar[Mapping[str, Limit]] = {
         **dict.fromkeys(("hflip", "random_erasing", "label_smoothing_factor"), SHARE),
@@ -317,15 +319,21 @@ class LongTailTrainingArguments(TrainingArguments):
         self.class_weights = read_class_weights(self.class_weights)
         train_transform(image_processor(32), self.train_crop, self.auto_augment)  # refuses an unknown crop or policy
         require(self, "color_jitter", self.color_jitter == 0 or not self.auto_augment, "0 with auto_augment")
-        if len(self.sam_rho) == 1:
-            self.sam_rho_epochs = [0.0]
-        if len(self.sam_rho) != len(self.sam_rho_epochs):
+        for name, starts in self.phases.items():
+            self._check_phases(name, starts)
+
+    def _check_phases(self, name: str, starts: str) -> None:
+        """Raises `ValueError` if a field does not have a value for each phase, or the phases are not in order."""
+        values = getattr(self, name)
+        if len(values) <= 1:
+            setattr(self, starts, [0.0])
+        epochs = getattr(self, starts)
+        if values and len(values) != len(epochs):
             raise ValueError(
-                f"sam_rho {self.sam_rho} and sam_rho_epochs {self.sam_rho_epochs} must have as many values: each value "
-                "of sam_rho holds from its epoch on (a single one for the whole run)."
+                f"{name} {values} and {starts} {epochs} must have as many values: each value of {name} holds from its "
+                "epoch on (a single one for the whole run)."
             )
-        phases = self.sam_rho_epochs[0] == 0 and increases(self.sam_rho_epochs)
-        require(self, "sam_rho_epochs", phases, "increasing from 0")
+        require(self, starts, epochs[0] == 0 and increases(epochs), "increasing from 0")
 
     def settle(self) -> "LongTailTrainingArguments":
         """Recomputes batch size and learning rate from the current values, and checks all values again.
@@ -417,13 +425,17 @@ class LongTailTrainingArguments(TrainingArguments):
     @property
     def gradients_per_step(self) -> float:
         """Mean number of gradients in an optimiser step: SAM takes two."""
+        shares = zip(self.sam_rho, self.phase_shares(self.sam_rho_epochs), strict=True)
+        return 1 + sum(share for rho, share in shares if rho > 0)
+
+    def phase_shares(self, starts: Sequence[float]) -> list[float]:
+        """Shares of training of the phases that start at these epochs."""
         total = self.num_train_epochs
         if total <= 0:
-            return 1.0
+            return [0.0] * len(starts)
         # With max_steps, phases may start after the last epoch.
-        starts = [min(start, total) for start in self.sam_rho_epochs]
-        phases = zip(self.sam_rho, starts, [*starts[1:], total], strict=True)
-        return 1 + sum(end - start for rho, start, end in phases if rho > 0) / total
+        ends = [min(start, total) for start in [*starts[1:], total]]
+        return [(end - min(start, total)) / total for start, end in zip(starts, ends, strict=True)]
 
     def method_settings(self) -> dict[str, Any]:
         """Values of all fields that affect the result of a run, without those that affect only its execution."""

@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 from transformers import DeiTForImageClassificationWithTeacher, PreTrainedModel
 
 from ..data.streaming import StreamedSplit
-from ..data.transforms import weak_transform
+from ..data.transforms import resize, weak_transform
+from ..hub.card_facts import in_phases
 from ..losses import DistillationLoss
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.trunks import student_with_weights_of
 from .inputs import check_streaming
 from .optimizers import MUON, muon
 from .plan_lines import drw_start
+from .schedule import in_phase
 from .student_arguments import DeiTLTTrainingArguments
 from .taught import TaughtTrainer
 from .tuning import FULL, begin_heads, check_tunable, features_of, freeze, parameter_groups
@@ -155,6 +157,9 @@ class DeiTLTTrainer(TaughtTrainer):
             # DeiT. The ablation `teacher_view weak` shows it a weakly augmented image of the same row instead.
             views = batch.get("teacher_pixel_values", pixel_values)
             prepared["teacher_logits"] = self.taught_logits(views, labels)
+        if self.args.train_sizes:
+            size = in_phase(self.args.train_sizes, self.args.train_size_epochs, self.state.epoch or 0.0)
+            prepared["pixel_values"] = resize(pixel_values, (size, size))
         return prepared
 
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -162,7 +167,7 @@ class DeiTLTTrainer(TaughtTrainer):
         return criterion.denominators(batch["labels"], batch.get("teacher_logits"))
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        outputs = model(pixel_values=batch["pixel_values"])
+        outputs = model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=bool(self.args.train_sizes))
         teacher_logits = batch.get("teacher_logits")
         parts = self.active_criterion(
             outputs.cls_logits, outputs.distillation_logits, batch["labels"], teacher_logits, batch["denominators"]
@@ -185,12 +190,16 @@ class DeiTLTTrainer(TaughtTrainer):
         else:
             after = mixing if args.mixing_in_drw else "no mixing"
             phases = f"to epoch {drw_start(self)}: {mixing}; from there: re-weighted, {after}"
-        return {"phases": phases} | self.plan_of_teachers()
+        lines = {"phases": phases}
+        if args.train_sizes:
+            lines["image sizes"] = f"{in_phases(args.train_sizes, args.train_size_epochs)} (px, training only)"
+        return lines | self.plan_of_teachers()
 
 
 def check_student(student: PreTrainedModel, args: DeiTLTTrainingArguments, images: Any) -> None:
     """Raises `ValueError` if a student cannot be trained on images as the arguments ask for."""
     check_tunable(student, args.tune)
+    args.check_sizes(student.config.image_size, student.config.patch_size)
     if isinstance(images, StreamedSplit):
         if args.starts_heads_at_means:
             raise ValueError("heads_from_means reads all training images first, as a stream cannot; set it to false.")

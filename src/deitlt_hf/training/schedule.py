@@ -3,6 +3,7 @@
 import bisect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 LEAST_PEAK = 1e-4  # smallest peak learning rate for a student that trains from scratch
 
@@ -55,6 +56,11 @@ def warmup_drops(
         return warmup_start + (peak - warmup_start) * epoch / warmup_epochs
     passed = bisect.bisect_right(drop_epochs, epoch)
     return peak * factors[passed - 1] if passed else peak
+
+
+def in_phase(values: Sequence, starts: Sequence[float], epoch: float) -> Any:
+    """The value of the phase of training that an epoch belongs to; the phases start at the epochs `starts`."""
+    return values[bisect.bisect_right(starts, epoch) - 1]
 
 
 def low_peak(learning_rate: float, init_from: str | None) -> str | None:

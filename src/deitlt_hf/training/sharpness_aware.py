@@ -1,6 +1,5 @@
 """Base class of the trainers that takes the two gradients of sharpness-aware minimisation (SAM) in a step."""
 
-import bisect
 import contextlib
 from abc import ABC
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from ..hub.card_facts import in_phases, optimizer_name
 from .provenance import optimizer_record, without_wrapper
 from .sam import SAM
+from .schedule import in_phase
 from .steps import WholeBatchTrainer
 
 
@@ -73,8 +73,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
     @property
     def rho(self) -> float:
         """Radius of SAM in the current phase."""
-        phase = bisect.bisect_right(self.args.sam_rho_epochs, self.state.epoch or 0.0)
-        return self.args.sam_rho[phase - 1]
+        return in_phase(self.args.sam_rho, self.args.sam_rho_epochs, self.state.epoch or 0.0)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         optimizer = without_wrapper(self.optimizer)

@@ -1,6 +1,6 @@
 """Training arguments of students. Defaults come from the paper."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from ..data.sampling import ROUND, check_repeats
 from ..io import check_can_be_folder
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, DistillationLoss
 from ..losses.entry import AT_LEAST_0, AT_LEAST_1, SHARE, Limit, listed
-from .arguments import LongTailTrainingArguments, one_of, option, require
+from .arguments import LongTailTrainingArguments, increases, one_of, option, require
 from .optimizers import MUON
 from .tuning import FULL, HEADS, LORA, TUNE_CHOICES, check_tune
 
@@ -23,6 +23,8 @@ TEACHER_VIEWS = ("student", "weak")
 class DeiTLTTrainingArguments(LongTailTrainingArguments):
     """Arguments of [`DeiTLTTrainer`]: distillation, mixing and sampling of DeiT-LT (section 4 of the paper)."""
 
+    phases: ClassVar[Mapping[str, str]] = {**LongTailTrainingArguments.phases, "train_sizes": "train_size_epochs"}
+    phase_starts: ClassVar[Sequence[str]] = tuple(phases.values())
     limits: ClassVar[Mapping[str, Limit]] = {
         **dict.fromkeys(("mixup", "cutmix"), AT_LEAST_0),
         **dict.fromkeys(("mixup_switch", "mixup_probability"), SHARE),
@@ -30,6 +32,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         "layer_decay": (lambda value: 0 < value <= 1, "in (0, 1]"),
         "optim": one_of(MUON, *OptimizerNames),
         "teacher_view": one_of(*TEACHER_VIEWS),
+        "train_sizes": (lambda values: increases([0, *values]), "positive and increasing"),
     }
     alpha: float = option(
         0.5, "Weight of the DIST head's loss, in [0, 1]; the CLS head's loss has weight 1 - alpha. The paper uses 0.5."
@@ -86,6 +89,15 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     )
     repeated_augmentation: int = option(
         3, "Number of differently augmented copies of each image in a batch; 1: plain shuffling without copies."
+    )
+    train_sizes: list[int] = option(
+        [],
+        "Sides in pixels of the images that the student trains on, one per phase of training, such as 112 160 224. "
+        "The last must be the image size. Smaller images make cheaper steps; the teacher sees the full size. By "
+        "default all phases have the image size.",
+    )
+    train_size_epochs: list[float] = option(
+        [0.0], "Epoch (counted from 0) at which each value of train_sizes starts, such as 0 40 70. The first must be 0."
     )
     tune: str = option(
         FULL,
@@ -164,6 +176,18 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     def mixes(self) -> bool:
         """Whether any batch is mixed by Mixup or CutMix."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mixup_probability > 0
+
+    def check_sizes(self, image_size: int, patch_size: int) -> None:
+        """Raises `ValueError` if a student with these sizes, in pixels, cannot train on images of `train_sizes`."""
+        fits = self.train_sizes[-1:] in ([], [image_size]) and all(size % patch_size == 0 for size in self.train_sizes)
+        require(
+            self, "train_sizes", fits, f"multiples of the patch size {patch_size} up to the image size {image_size}"
+        )
+
+    def size_shares(self, image_size: int) -> dict[int, float]:
+        """Sides of the training images in pixels, with the share of training in which they are used."""
+        shares = zip(self.train_sizes, self.phase_shares(self.train_size_epochs), strict=False)
+        return dict(shares) or {image_size: 1.0}
 
     @property
     def starts_heads_at_means(self) -> bool:

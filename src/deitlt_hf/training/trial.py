@@ -4,13 +4,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..data.images import ImageDataset
-from ..data.transforms import image_processor, train_transform
+from ..data.transforms import image_processor, resize, train_transform
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import StudentArguments, TeacherArguments
@@ -89,16 +90,23 @@ def measure_steps(
     num_labels = data["train"].features["label"].num_classes
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         steps = _Steps(teacher_model, teacher_args, student_model, student_args, num_labels)
+
+        def student_step(bfloat16: bool) -> float:
+            shares = student_args.size_shares(student_model.image_size)
+            return sum(
+                share * _seconds(partial(steps.of_student, bfloat16, size), device) for size, share in shares.items()
+            )
+
         first_read, read = _reading(student_args, student_model, data)
         batch = student_args.per_device_train_batch_size
         return StepTimes(
             _seconds(steps.of_teacher, device),
-            _seconds(lambda: steps.of_student(student_args.mixed_precision == "bf16"), device),
+            student_step(student_args.mixed_precision == "bf16"),
             _seconds(lambda: steps.forward(steps.teacher, steps.teacher_images), device) / batch,
             _seconds(lambda: steps.forward(steps.student, steps.student_images), device) / batch,
             first_read,
             read,
-            _seconds(lambda: steps.of_student(bfloat16=True), device) if compare_bfloat16 else None,
+            student_step(bfloat16=True) if compare_bfloat16 else None,
         )
 
 
@@ -146,14 +154,15 @@ class _Steps:
         self.sgd.step()
         self.sgd.zero_grad()
 
-    def of_student(self, bfloat16: bool) -> None:
-        """A training step of the student, with the teacher's outputs."""
+    def of_student(self, bfloat16: bool, size: int) -> None:
+        """A training step of the student on images of a size, with the teacher's outputs for the full size."""
         self.student.train()
+        images = resize(self.student_images, (size, size))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             if self.needs_teacher:
                 self.forward(self.teacher, self.teacher_images)
             for _ in range(self.student_passes):
-                outputs = self.student(pixel_values=self.student_images)
+                outputs = self.student(pixel_values=images, interpolate_pos_encoding=True)
                 cls_loss = F.cross_entropy(outputs.cls_logits, self.labels)
                 (cls_loss + F.cross_entropy(outputs.distillation_logits, self.labels)).backward()
         self.optimizer.step()
