@@ -58,9 +58,12 @@ def test_only_the_chosen_part_is_trained_and_a_plain_folder_is_saved(tmp_path, d
     expected = trainer.model.eval()(pixel_values=IMAGES).logits
     torch.testing.assert_close(native(IMAGES).logits, expected, atol=1e-5, rtol=0)
     AutoModelForImageClassification.from_pretrained(tmp_path / "ema")
-    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
-    assert (settings["tune"], settings["layer_decay"]) == (tune, 0.8)
-    assert (" trained)" in capsys.readouterr().out) == (tune != "full")
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert (record["settings"]["tune"], record["settings"]["layer_decay"]) == (tune, 0.8)
+    assert record["model"] == "DeiTLTForImageClassification"
+    plan = capsys.readouterr().out
+    assert "DeiTLTForImageClassification, 0.0" in plan
+    assert (" trained)" in plan) == (tune != "full")
 
 
 def test_frozen_blocks_have_no_stochastic_depth(vit):

@@ -24,6 +24,11 @@ def has_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
+def inside_wrapper(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`, where its adapters stay. Another model is returned itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a copy of a model with the adapters merged into the weights. A model without adapters is returned itself.
 

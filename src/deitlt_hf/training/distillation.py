@@ -17,6 +17,7 @@ from ..hub.card_facts import in_phases
 from ..losses import DistillationLoss
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.trunks import student_with_weights_of
+from .adapters import inside_wrapper
 from .inputs import check_streaming
 from .optimizers import MUON, muon
 from .plan_lines import drw_start
@@ -85,7 +86,7 @@ class DeiTLTTrainer(TaughtTrainer):
     def set_up_model(self, model):
         super().set_up_model(model)
         if self._datasets[0] is not None:
-            freeze(model, self.args.tune, self.args.lora_rank)
+            self.model = self.model_wrapped = freeze(model, self.args.tune, self.args.lora_rank)  # type: ignore[assignment]
 
     def begin_record(self):
         super().begin_record()
@@ -212,8 +213,7 @@ def as_student(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: If the model does not have the two heads of a student.
     """
-    base_of = getattr(model, "get_base_model", None)  # a method of PEFT models
-    base = model if base_of is None else base_of()
+    base = inside_wrapper(model)
     # Compared by name: a class loaded from the code in a model folder is another object.
     if any(cls.__name__ == DeiTLTForImageClassification.__name__ for cls in type(base).__mro__):
         return model

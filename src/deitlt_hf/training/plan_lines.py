@@ -11,6 +11,7 @@ from ..console import show
 from ..data.transforms import ImageFormat
 from ..io import one_line
 from .tuning import trained_parameters
+from .whole_checkpoints import model_name
 
 
 def plan_lines(trainer) -> dict[str, str]:
@@ -47,7 +48,7 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     part = "" if trained == parameters else f" ({trained:,} trained)"
     image_format = ImageFormat.of(trainer.processing_class)
     lines = {
-        "model": f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters{part}, {image_format}",
+        "model": f"{model_name(model)}, {parameters / 1e6:.2f} M parameters{part}, {image_format}",
         "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
         "groups": trainer.group_rule,
         "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",

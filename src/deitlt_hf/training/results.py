@@ -13,7 +13,7 @@ from .inputs import label_names
 from .output_folder import EMISSIONS_FILE
 from .provenance import hardware, license_of_start, started_from
 from .resuming import architecture
-from .whole_checkpoints import class_without_shards
+from .whole_checkpoints import model_name
 
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
 
@@ -65,7 +65,7 @@ class Results:
         names = label_names(config)
         self.content |= {
             "schema": SCHEMA,
-            "model": class_without_shards(trainer.model).__name__,
+            "model": model_name(trainer.model),
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "started_from": started_from(trainer.model) or self.content.get("started_from"),
             "started_from_license": license_of_start(trainer.model) or self.content.get("started_from_license"),

@@ -17,7 +17,7 @@ from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
 from .inputs import first_difference
 from .provenance import what_ran
-from .whole_checkpoints import class_without_shards
+from .whole_checkpoints import model_name
 
 # Settings that cannot change during a run: the loss, the trained weights or the optimiser's state would not match.
 _FIXED = (
@@ -161,8 +161,8 @@ def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any])
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
     yield from class_differences(class_names(config) or had.get("classes") or data["classes"], data["classes"])
-    model, own = record.get("model"), class_without_shards(trainer.model).__name__
-    if model not in (None, own):
+    model, own = record.get("model"), model_name(trainer.model)
+    if model not in (None, own, type(trainer.model).__name__):  # 0.2.0 recorded PEFT's class
         yield f"its model is a {one_line(model, 60)}, not a {own}"
     then = record.get("architecture") or {name: value for name, value in config.items() if name not in _ADDED}
     for name, value in json.loads(json.dumps(architecture(trainer.model.config))).items():

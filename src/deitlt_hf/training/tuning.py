@@ -1,6 +1,7 @@
 """How much of a student is trained, with which learning rates, and heads that begin at class means."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -43,8 +44,8 @@ def check_tunable(model: PreTrainedModel, tune: str) -> None:
         raise ValueError(f"tune {tune!r} is more than the {depth} blocks of the student; choose at most last_{depth}.")
 
 
-def freeze(model: PreTrainedModel, tune: str, lora_rank: int) -> None:
-    """Leaves only the chosen part of a student to be trained.
+def freeze(model: PreTrainedModel, tune: str, lora_rank: int) -> nn.Module:
+    """Leaves only the chosen part of a student to be trained, and returns the student; with LoRA, its `PeftModel`.
 
     Blocks without a trained weight lose their stochastic depth, which would only add noise to frozen features. LoRA (Hu
     et al., 2021) adapts all linear layers of the blocks, with a scale of 1; tokens and heads are trained as they are.
@@ -52,10 +53,9 @@ def freeze(model: PreTrainedModel, tune: str, lora_rank: int) -> None:
     The arguments are those of the training arguments. The student is changed in place.
     """
     if tune == FULL:
-        return
+        return model
     if tune == LORA:
-        _add_adapters(model, lora_rank)
-        return
+        return _with_adapters(model, lora_rank)
     blocks = last_blocks(tune) or 0
     first = model.config.num_hidden_layers - blocks
     for name, parameter in model.named_parameters():
@@ -65,17 +65,23 @@ def freeze(model: PreTrainedModel, tune: str, lora_rank: int) -> None:
     layers: Any = model.get_submodule("deit.layers")
     for block in layers[:first]:
         block.drop_path.drop_prob = 0.0
+    return model
 
 
-def _add_adapters(model: PreTrainedModel, rank: int) -> None:
-    from peft import LoraConfig
+def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
 
     # CLS and DIST can begin as copies of each other: only trained tokens let them differ. PEFT saves whole modules.
     whole = ["deit.embeddings", *_HEADS]
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_ADAPTED, modules_to_save=whole))
-    for name, parameter in model.named_parameters():
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_ADAPTED, modules_to_save=whole)
+    # Not transformers' `add_adapter`: version 5.24 requires PEFT 0.22 for it, which does not exist yet.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute by a name that transformers deprecates
+        adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
         if ".embeddings." in name:
             parameter.requires_grad_("modules_to_save" in name and name.endswith(_TOKENS))
+    return adapted
 
 
 def trained_parameters(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STA
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io import one_line
-from .adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged, save_adapter
+from .adapters import ADAPTER_FOLDER, has_adapter, inside_wrapper, load_adapter, merged, save_adapter
 from .arguments import LongTailTrainingArguments
 from .checkpoints import (
     STAGING,
@@ -32,6 +32,11 @@ from .checkpoints import (
 def class_without_shards(model: nn.Module) -> type[nn.Module]:
     """The class that a model had before FSDP 2 sharded it, which replaces the class by a subclass of its own."""
     return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
+def model_name(model: nn.Module) -> str:
+    """Name of a model's class, without what FSDP 2 and PEFT make of it."""
+    return class_without_shards(inside_wrapper(model)).__name__
 
 
 @contextlib.contextmanager
