@@ -2,14 +2,12 @@
 
 import contextlib
 import hashlib
-import importlib
 import mmap
 import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg  # a third faster than Pillow
+except ImportError:  # torchvision 0.29 announces that a later version will not decode images: then Pillow does
+    decode_jpeg = None  # type: ignore[assignment]
 
 from ..io import one_line
 from .image_rule import FORMATS, is_transparent, open_encoded, orientation_of, upright_rgb
@@ -30,9 +33,6 @@ warnings.filterwarnings("ignore", "The image decoding and encoding capabilities 
 # Pillow's warnings (palettes, corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# JPEG decoders that are a third faster than Pillow; the first installed one is used. torchvision 0.29 announces that a
-# later version moves decoding to torchcodec, which gives the same pixels.
-JPEG_DECODERS = ("torchvision.io", "torchcodec.decoders")
 # A region of a JPEG is decoded to at least this many times the size of the result, as in Pillow's `thumbnail`.
 # A smaller factor is faster, and farther from a reduction of the full image.
 REDUCING_GAP = 2.0
@@ -40,19 +40,6 @@ CACHED_SIDE = 64  # pixels; images up to this side are cached decoded
 CACHE_BYTES = 2**30
 ROWS_A_TASK = 256
 ADVICE = " Repair or remove it, or pass --skip_bad_images."
-
-
-def find_decoder(modules: Sequence[str] = JPEG_DECODERS) -> tuple[str, Callable] | None:
-    """Finds the first module that can decode JPEGs, and its decoding function; None if none can."""
-    for module in modules:
-        # torchcodec raises OSError or RuntimeError if its libraries were built for another torch.
-        with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
-            decoders = importlib.import_module(module)
-            return module, partial(decoders.decode_jpeg, mode=decoders.ImageReadMode.RGB)
-    return None
-
-
-_DECODER = find_decoder()
 
 
 class EncodedImage:
@@ -93,9 +80,9 @@ class EncodedImage:
             ValueError: If the image cannot be decoded; the message names it.
         """
         with self._errors():
-            if self._is_jpeg and _DECODER is not None:
+            if self._is_jpeg and decode_jpeg is not None:
                 data = torch.frombuffer(self.data, dtype=torch.uint8)
-                pixels = _DECODER[1](data).permute(1, 2, 0).numpy()
+                pixels = decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
             else:
                 pixels = np.asarray(upright_rgb(self._opened, self.background))
             height, width, _ = pixels.shape
@@ -156,9 +143,7 @@ class EncodedImage:
 
 def decoder_versions() -> dict[str, str]:
     """Versions of the packages that decode images: other decoders or versions can differ by a few grey levels."""
-    packages = ["pillow"] if _DECODER is None else ["pillow", _DECODER[0].partition(".")[0]]
-    if "HEIF" in FORMATS:
-        packages.append("pillow-heif")
+    packages = ["pillow", *["torchvision"] * (decode_jpeg is not None), *["pillow-heif"] * ("HEIF" in FORMATS)]
     return {package: version(package) for package in packages}
 
 
