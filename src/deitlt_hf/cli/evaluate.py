@@ -17,7 +17,6 @@ from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
 from ..evaluation.fusion import RULES, balanced_rows, fit_fusion, fold
-from ..hub.mending import mend_folder
 from ..io import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
 from ..serving.classifiers import load_model, load_processor
@@ -122,7 +121,6 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     if args.fused_output is not None and args.fusion is not None:
         fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
         collate.image_processor.save_pretrained(args.fused_output)
-        mend_folder(args.fused_output)
         print(f"The fused model is in {args.fused_output}: the mean of its heads is the fusion.")
     return accuracies
 

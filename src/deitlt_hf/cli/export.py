@@ -18,7 +18,6 @@ from ..console import quiet_log, show
 from ..data.images import ImageCollator
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
-from ..hub.mending import mend_folder
 from ..io import check_can_be_folder, weights_digest
 from ..recipes import DataArguments, data_help, parse_arguments
 from ..serving.classifiers import load_model, load_processor
@@ -82,8 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files["ONNX int8"] = quantize(files["ONNX float32"])
     for configuration in configurations:
         shutil.copyfile(configuration, folder / Path(configuration).name)
-    if configurations:
-        mend_folder(folder)
     if args.recipe is not None:
         forms = {"torch": model} | {name: OnnxClassifier(path) for name, path in files.items()}
         show(compare(forms, args.model, data, data_args))
