@@ -260,7 +260,7 @@ class CardFacts:
 
     @property
     def optimizer(self) -> Mapping[str, Any] | None:
-        """The record of the optimiser that ran; None in records before 0.2.0, which only have its arguments."""
+        """The record of the optimiser that ran; None in the record of a recipe, which only has its arguments."""
         return (self.results.get("ran") or {}).get("optimizer")
 
     def setting_rows(self) -> list[list[str]]:
@@ -356,9 +356,7 @@ def optimizer_name(record: Mapping[str, Any]) -> str:
     sam = record.get("sam")
     if sam is None:
         return name
-    is_by_epoch = "epochs" in sam
-    rho = in_phases(sam["rho"], sam["epochs"]) if is_by_epoch else ", ".join(f"{value:g}" for value in sam["rho"])
-    return f"{name}, {'ASAM' if sam['adaptive'] else 'SAM'} with rho {rho}"
+    return f"{name}, {'ASAM' if sam['adaptive'] else 'SAM'} with rho {in_phases(sam['rho'], sam.get('epochs'))}"
 
 
 def _fits(config: Mapping[str, Any]) -> bool:
@@ -388,11 +386,6 @@ def _flatness(settings: Mapping[str, Any], optimizer: Mapping[str, Any] | None =
 
 
 def in_phases(values: Sequence[float], epochs: Sequence[float] | None) -> str:
-    """Describes values and the epochs from which they hold.
-
-    Old records have no epochs: their values are for the stages of the backbone.
-    """
-    if epochs is None:
-        return ", ".join(f"{value:g}" for value in values) + " by stage of the backbone" * (len(values) > 1)
-    first, *later = zip(values, epochs, strict=True)
-    return ", ".join([f"{first[0]:g}", *(f"{value:g} from epoch {epoch:g}" for value, epoch in later)])
+    """Describes values and the epochs from which they hold; None if they belong to parameter groups."""
+    starts = [""] * len(values) if epochs is None else ["", *(f" from epoch {epoch:g}" for epoch in epochs[1:])]
+    return ", ".join(f"{value:g}{start}" for value, start in zip(values, starts, strict=True))
