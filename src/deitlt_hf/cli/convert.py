@@ -17,9 +17,7 @@ from .parser import command_parser, parse_with_fields
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "file", help="the authors' .pth or .pth.tar file, or a .safetensors file with the same tensors"
-    )
+    parser.add_argument("file", help="the authors' .pth or .pth.tar file, or a .safetensors file with the same tensors")
     parser.add_argument("folder", help="folder to write the model to")
     parser.add_argument(
         "--recipe",

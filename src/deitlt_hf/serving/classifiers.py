@@ -83,9 +83,6 @@ def check_weights(path: str, info: Mapping[str, Any], kind: str, new: tuple[str,
         info: What transformers reports with `output_loading_info`.
         kind: Name of the model's class, for the message.
         new: Parts of the names of weights that may be new.
-
-    Raises:
-        ValueError: If weights are missing, or have other shapes than those of the configuration.
     """
     mismatched = (entry[0] for entry in info["mismatched_keys"])
     for names, what in (

@@ -129,10 +129,7 @@ class Picture(NamedTuple):
 
 
 class Explanation:
-    """Callable that turns the bytes of an image into the HTML that explains its prediction.
-
-    Args:
-        model: Folder or Hub id of a saved model.
+    """Turns the bytes of an image into the HTML that explains the prediction of a model.
 
     Raises:
         OSError, ValueError: If the model does not exist, or has no attention over patches.
