@@ -21,20 +21,12 @@ Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass
 class Sharpness:
-    """Sharpness of the mean cross entropy over some images; lower values are flatter.
+    """Sharpness of the mean cross entropy over some images; lower values are flatter."""
 
-    Args:
-        loss: The loss at the weights.
-        loss_rise: Rise of the loss at the worst point within `rho`, to first order as in SAM.
-        eigenvalue: Largest eigenvalue of the Hessian.
-        trace: Trace of the Hessian.
-        num_images: Number of images.
-    """
-
-    loss: float
-    loss_rise: float
-    eigenvalue: float
-    trace: float
+    loss: float  # at the weights
+    loss_rise: float  # at the worst point within `rho`, to first order as in SAM
+    eigenvalue: float  # the largest of the Hessian
+    trace: float  # of the Hessian
     num_images: int
 
 

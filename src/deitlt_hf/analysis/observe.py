@@ -19,27 +19,17 @@ BATCH = 128  # images in one forward pass; half as many if it returns attention
 
 @dataclass
 class Observed:
-    """Outputs of a model on a data set.
+    """Outputs of a model on a data set."""
 
-    Args:
-        labels: True class of each image; (images,).
-        logits: Logits of each expert: of `mean`, `cls` and `distillation`, or of `mean` alone; (images, classes).
-        features: Features of each special token after each block; (blocks, chosen images, tokens, size).
-        chosen: Indices of the images for features and attention.
-        distances: Mean attention distance, in pixels; (layers, heads).
-        spreads: Spatial spread of the attention of each special token, in pixels; (layers, tokens, heads).
-        tokens: Names of the special tokens.
-        grid: Number of rows and columns of patches.
-    """
-
-    labels: np.ndarray
+    labels: np.ndarray  # true class of each image; (images,)
+    # of each expert: `mean`, `cls` and `distillation`, or `mean` alone; (images, classes)
     logits: dict[str, np.ndarray]
-    features: np.ndarray
-    chosen: np.ndarray
-    distances: np.ndarray
-    spreads: np.ndarray
-    tokens: Sequence[str] = field(default_factory=list)
-    grid: tuple[int, int] = (0, 0)
+    features: np.ndarray  # of each special token after each block; (blocks, chosen images, tokens, size)
+    chosen: np.ndarray  # indices of the images for features and attention
+    distances: np.ndarray  # mean attention distance, in pixels; (layers, heads)
+    spreads: np.ndarray  # of the attention of each special token, in pixels; (layers, tokens, heads)
+    tokens: Sequence[str] = field(default_factory=list)  # names of the special tokens
+    grid: tuple[int, int] = (0, 0)  # rows and columns of patches
 
     def predictions(self, expert: str) -> np.ndarray:
         """Predicted class of each image."""

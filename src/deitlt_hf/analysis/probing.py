@@ -46,23 +46,14 @@ class ProbeArguments:
 
 @dataclass(frozen=True)
 class Probe:
-    """The result of a linear probe.
-
-    Args:
-        model: The probed backbone.
-        predictions: Predicted class of each test image; (images,).
-        strength: The chosen inverse regularisation, C of scikit-learn.
-        held_out: Images on which it was chosen.
-        features: Number of features.
-        seconds: Time for features and regressions.
-    """
+    """The result of a linear probe."""
 
     model: str
-    predictions: list[int]
-    strength: float
-    held_out: int
-    features: int
-    seconds: float
+    predictions: list[int]  # predicted class of each test image; (images,)
+    strength: float  # the chosen inverse regularisation, C of scikit-learn
+    held_out: int  # images on which it was chosen
+    features: int  # number of features
+    seconds: float  # for features and regressions
 
 
 def probe(path: str, data: Mapping) -> Probe:

@@ -23,23 +23,14 @@ RESAMPLES = 2000  # the ends of the intervals of the claims are quantiles near 0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way to train gave, and what it cost.
+    """What one way to train gave, and what it cost."""
 
-    Args:
-        name: Short name, such as that of its folder.
-        title: Name for readers.
-        what: How it was trained, in a sentence.
-        predictions: Predicted class of each test image; (images,).
-        seconds: Its price, with that of the teacher if it has one.
-        is_least: Whether the price lacks parts that were killed.
-    """
-
-    name: str
-    title: str
-    what: str
-    predictions: Sequence[int]
-    seconds: float
-    is_least: bool = False
+    name: str  # such as that of its folder
+    title: str  # for readers
+    what: str  # how it was trained, in a sentence
+    predictions: Sequence[int]  # predicted class of each test image; (images,)
+    seconds: float  # its price, with that of the teacher if it has one
+    is_least: bool = False  # whether the price lacks parts that were killed
 
     @property
     def price(self) -> str:
@@ -49,19 +40,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Accuracies and differences of several ways to train, and the advice that they support.
+    """Accuracies and differences of several ways to train, and the advice that they support."""
 
-    Args:
-        accuracies: Fractions overall and by group with their 95 % intervals, by title.
-        leads: Differences from the first way in points with their intervals, by title.
-        level: Level of the intervals of the differences: all claims of the advice together hold at 95 %.
-        advice: One or two sentences.
-    """
-
-    accuracies: dict[str, Estimate]
-    leads: dict[str, Estimate]
-    level: float
-    advice: str
+    accuracies: dict[str, Estimate]  # fractions overall and by group with their 95 % intervals, by title
+    leads: dict[str, Estimate]  # differences from the first way in points with their intervals, by title
+    level: float  # of the intervals of the differences: all claims of the advice together hold at 95 %
+    advice: str  # one or two sentences
 
 
 def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, Integers]) -> Verdict:

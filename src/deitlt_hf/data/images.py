@@ -170,21 +170,13 @@ def open_image(image: Mapping[str, Any] | None, place: str = "", background: str
 
 
 class Decoded(NamedTuple):
-    """Result of decoding an image.
+    """Result of decoding an image."""
 
-    Args:
-        error: Description of the error, or None.
-        digest: Digest of the bytes; None after an error.
-        is_transparent: Whether any pixel is transparent.
-        is_flat: Whether the decoded image, as training uses it, has a single colour.
-        has_frames: Whether the image has several frames; only the first is read.
-    """
-
-    error: str | None
-    digest: bytes | None = None
-    is_transparent: bool = False
-    is_flat: bool = False
-    has_frames: bool = False
+    error: str | None  # a sentence; None without an error
+    digest: bytes | None = None  # of the bytes; None after an error
+    is_transparent: bool = False  # whether any pixel is transparent
+    is_flat: bool = False  # whether the decoded image, as training uses it, has a single colour
+    has_frames: bool = False  # whether it has several frames, of which only the first is read
 
 
 def usable_cores() -> int:

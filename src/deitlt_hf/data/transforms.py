@@ -90,17 +90,11 @@ def model_processor(
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """Size and normalisation of a model's input images.
+    """Size and normalisation of a model's input images."""
 
-    Args:
-        size: Height and width in pixels.
-        mean: Mean for normalising images in [0, 1], one value per channel.
-        std: Standard deviation for normalising images in [0, 1], one value per channel.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    size: tuple[int, int]  # height and width in pixels
+    mean: tuple[float, ...]  # for images in [0, 1], one value per channel
+    std: tuple[float, ...]  # likewise
 
     @classmethod
     def of(cls, processor: BaseImageProcessor) -> "ImageFormat":

@@ -56,25 +56,16 @@ def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[st
 
 @dataclass
 class ExpertTable:
-    """A table of the accuracies of several experts or models on the same test images. The best of a column is coloured.
-
-    Args:
-        title: Title of the table.
-        accuracies: Fractions by expert, then by `overall` and group.
-        groups: Class indices of each group.
-        test_counts: Test images of each class.
-        notes: Sentences about the evaluation, see [`findings`].
-        intervals: Ends of an interval of each accuracy, by expert and group; the table shows them if they are given.
-        of: What the rows are.
-    """
+    """Table of the accuracies of several experts or models on the same test images; the best of a column is green."""
 
     title: str
-    accuracies: Mapping[str, Mapping[str, float]]
+    accuracies: Mapping[str, Mapping[str, float]]  # fractions by expert, then by `overall` and group
     groups: Mapping[str, Integers]
-    test_counts: Integers
-    notes: Sequence[str] = ()
+    test_counts: Integers  # test images of each class
+    notes: Sequence[str] = ()  # sentences about the evaluation, see [`findings`]
+    # the ends of each, by expert and group
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
-    of: str = "expert"
+    of: str = "expert"  # what the rows are
 
     def __rich__(self) -> Table:
         caption = "accuracy in %" + ", with 95 % bootstrap intervals" * bool(self.intervals)

@@ -96,19 +96,12 @@ _PATCHES = "embeddings.patch_embeddings.projection.weight"
 
 @dataclass(frozen=True)
 class Trunk:
-    """A ViT trunk in the form of a student's.
+    """A ViT trunk in the form of a student's."""
 
-    Args:
-        config: Fields of [`DeiTLTConfig`]: sizes, activation, epsilon of the norms.
-        weights: Weights by the names of [`DeiTLTModel`]. They are on the meta device if the source is.
-        antialias: Whether the source smooths its position embeddings when it reduces them.
-        notes: Differences between source and student that a user should know, as sentences.
-    """
-
-    config: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    antialias: bool = False
-    notes: tuple[str, ...] = ()
+    config: dict[str, Any]  # fields of [`DeiTLTConfig`]: sizes, activation, epsilon of the norms
+    weights: dict[str, torch.Tensor]  # by the names of [`DeiTLTModel`]; on the meta device if the source is
+    antialias: bool = False  # whether the source smooths its position embeddings when it reduces them
+    notes: tuple[str, ...] = ()  # differences between source and student that a user should know, as sentences
 
 
 def check_type(model_type: str) -> None:
