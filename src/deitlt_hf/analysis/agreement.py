@@ -21,12 +21,6 @@ def expert_outcomes(
     The shares of a group are means over its classes, like the accuracy of a group: `both` and `only_cls` add up to the
     accuracy of CLS.
 
-    Args:
-        cls_predictions: Predicted classes of the CLS head.
-        distillation_predictions: Predicted classes of the DIST head.
-        labels: True class of each image.
-        groups: Class indices of each group.
-
     Returns:
         For `overall` and each group: `both`, `only_cls`, `only_distillation` and `neither`, which add up to 1;
         `oracle`, the accuracy if the correct expert were always chosen; `agreement`, the share of images with the same

@@ -99,18 +99,11 @@ def budget(
     utilisation: float,
     args: Any,
 ) -> Budget:
-    """Estimates the cost of a run with data-parallel training.
+    """Estimates the cost of a run with data-parallel training; `args` are its training arguments.
 
-    The compute time assumes a given share of the GPU's peak. The all-reduce of the gradients overlaps with the backward
-    pass of the last micro-batch, which is two thirds of its time. If the all-reduce takes longer, the GPUs wait.
-
-    Args:
-        model: Training cost of the model.
-        gpu: Type of the GPUs.
-        gpus: Number of GPUs.
-        images: Number of training images.
-        utilisation: Share of the GPU's peak that is reached.
-        args: Training arguments of the run.
+    The compute time assumes that a share of the GPU's peak is reached, the utilisation. The all-reduce of the gradients
+    overlaps with the backward pass of the last micro-batch, which is two thirds of its time. If the all-reduce takes
+    longer, the GPUs wait.
 
     Raises:
         ValueError: If the batch cannot be divided among the GPUs, or there are fewer images than one batch.

@@ -45,9 +45,6 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
 
     They are fitted on the validation images if the data have some, and otherwise on a random half of the test images;
     they are measured on the (other) test images. The model must not have been trained on, or chosen by, either.
-
-    Raises:
-        ValueError: If the model's classes are not those of the data.
     """
     model = load_model(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")
     collate = ImageCollator(load_processor(args.model))

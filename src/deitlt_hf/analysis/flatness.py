@@ -50,8 +50,7 @@ def sharpness(
         seed: Seed of these vectors and of the start vector of the Lanczos iteration.
 
     Raises:
-        ValueError: If curvlinops is not installed, there are no images or no vectors, `rho` is not above 0, the weights
-            have less than 32 bits, or the loss is not finite.
+        ValueError: If curvlinops is missing, there are no images or vectors, or loss or weights cannot be measured.
     """
     if num_vectors < 1:
         raise ValueError(f"num_vectors must be 1 or more, got {num_vectors}.")
@@ -79,19 +78,10 @@ def sharpness(
 
 
 def loss_rises(model: nn.Module, batches: Batches, rhos: Sequence[float]) -> list[float]:
-    """Measures the rise of the mean cross entropy at the worst points within several radii.
+    """Measures the rise of the mean cross entropy at the worst points within several radii, in weight space.
 
     The worst points are to first order, as in SAM (Foret et al., ICLR 2021, equation 2). This needs one gradient and
-    the loss at each radius, but no second derivatives.
-
-    Args:
-        model: An image classifier; its output has `logits`.
-        batches: Normalised images (batch, channels, height, width) and class indices (batch,).
-        rhos: Radii, in weight space.
-
-    Raises:
-        ValueError: If there are no images, a radius is not above 0, the weights have less than 32 bits, or the loss is
-            not finite.
+    the loss at each radius, but no second derivatives. Parameters and errors are those of [`sharpness`].
     """
     with _measurable(model) as classifier:
         return _loss_rises(classifier, batches, _count(batches), rhos)[1]
@@ -106,16 +96,10 @@ def images_of_groups(
     label_order: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[str, Batches]]:
-    """Yields batches of random images of a data set, named `overall`, and of each group of classes.
+    """Yields batches of at most `num_images` random images, named `overall`, and of each group of classes that has any.
 
-    Args:
-        model: The batches are moved to its device.
-        dataset: Decoded images and labels.
-        collate: Makes a batch from rows.
-        groups: Class indices of each group; a group without images is left out.
-        num_images: Maximum number of images overall, and of each group.
-        label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
-        seed: Seed of the choice of images.
+    The batches are on the device of the model. `label_order` has the positions of the data set's classes among the
+    model's, (classes,); None for the same.
     """
     order = np.random.RandomState(seed).permutation(len(dataset))
     device = next(model.parameters()).device

@@ -62,12 +62,9 @@ def _flop_counter(model: nn.Module, image_size: int) -> FlopCounterMode:
 
 
 def activation_bytes(model: nn.Module, image_size: int, half: bool) -> int:
-    """Bytes that a forward pass keeps for the backward pass, per image; measured on the CPU.
+    """Bytes that a forward pass keeps for the backward pass, per image; measured on the CPU, in training mode.
 
-    Args:
-        model: The model; it is set to training mode.
-        image_size: Side of the images in pixels.
-        half: Use mixed precision (bfloat16).
+    `half` uses mixed precision (bfloat16).
     """
     # The difference removes memory that does not grow with the batch, such as weights in half precision.
     few, more = (_kept_bytes(model.train(), torch.zeros(size, 3, image_size, image_size), half) for size in (2, 4))

@@ -53,10 +53,10 @@ def predict(
     collate: ImageCollator,
     label_order: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Computes the logits of each expert of a model on a data set.
+    """Computes the logits of each expert of a model on a data set; a DeiT has three experts, other models have one.
 
     Args:
-        model: An image classifier; a DeiT-LT or distilled DeiT has three experts, other models have one.
+        model: An image classifier.
         dataset: The images.
         collate: Prepares the images for the model.
         label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
@@ -84,14 +84,9 @@ def observe(
     num_images: int = 512,
     label_order: torch.Tensor | None = None,
 ) -> Observed:
-    """Runs a transformer over a data set: computes logits of all images, and attention and features of some.
+    """Computes the logits of all images of a data set, and the attention and features of `num_images`, spread over it.
 
-    Args:
-        model: A DeiT-LT, or a DeiT or ViT of transformers.
-        dataset: Test images.
-        collate: Prepares the images for the model.
-        num_images: Number of images for attention and features, spread over the data set.
-        label_order: See [`predict`].
+    The other parameters are those of [`predict`].
 
     Raises:
         ValueError: If the model has no attention over patches.

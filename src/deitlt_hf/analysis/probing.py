@@ -63,10 +63,6 @@ def probe(path: str, data: Mapping) -> Probe:
     or without it on a part of the training images, by the mean over the classes of the cross entropy; the classifier is
     then fitted to all training images. Test images choose nothing.
 
-    Args:
-        path: Folder or Hub id of the backbone.
-        data: The splits `train`, `test` and, if there is one, `validation`.
-
     Raises:
         FileNotFoundError, ValueError: If the backbone cannot be loaded or has no features of an image.
     """
@@ -91,14 +87,10 @@ def _features(model: PreTrainedModel, dataset: ImageDataset, collate: ImageColla
 
 
 def pooled(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """One feature vector for each image, (images, size).
+    """One feature vector for each image, (images, size), of a model of [`load_backbone`].
 
     It is what a classifier of the model reads: the input of a teacher's classifier, the CLS token of a ViT (of a DeiT,
     CLS and DIST side by side), the image features of a CLIP, or the pooled output of any other model.
-
-    Args:
-        model: A model of [`load_backbone`].
-        pixel_values: Normalised images, (images, channels, height, width).
 
     Raises:
         ValueError: If the model gives none of these for an image.
@@ -127,14 +119,7 @@ def pooled(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
 def probe_figures(
     found: Probe, labels: Integers, groups: Mapping[str, Integers], resamples: int
 ) -> tuple[ExpertTable, dict[str, Any]]:
-    """The table of a probe's accuracies with intervals, and its figures for `--json`.
-
-    Args:
-        found: The probe.
-        labels: True classes of the test images; (images,).
-        groups: Class indices of each group.
-        resamples: Number of bootstrap samples.
-    """
+    """The table of a probe's accuracies with bootstrap intervals, and its figures for `--json`."""
     labels, predictions = np.asarray(labels), np.asarray(found.predictions)
 
     def of(rows: np.ndarray) -> dict[str, dict[str, float]]:

@@ -41,22 +41,19 @@ def analyze(
     agreement: Mapping[str, Mapping[str, float]] | None = None,
     label_order: torch.Tensor | None = None,
 ) -> Section:
-    """Analyses one model on test images and returns its section of the report.
+    """Analyses one model on the split `test` of the data and returns its section of the report.
 
     Args:
         path: Folder or Hub id of the model, with its image processor.
         model: A DeiT-LT, or a DeiT or ViT of transformers.
-        data: The split `test` is analysed; the split `train` is used for the flatness of the loss.
-        counts: Number of training images of each class.
+        data: The split `train` is used for the flatness of the loss.
+        counts: Training images of each class.
         groups: Class indices of each group.
         num_images: Number of images for attention and features.
         resamples: Number of bootstrap samples.
         sharpness_images: Training images, overall and of each group, for the flatness of the loss; 0 leaves it out.
-        agreement: Agreement with the model's teacher, see [`teacher_agreement`].
-        label_order: Positions of the data's classes among the model's classes, (classes,); by default the same.
-
-    Raises:
-        ValueError: If the model has no attention over patches.
+        agreement: Agreement with the model's teacher, see [`teacher_agreement`]; None leaves it out.
+        label_order: Positions of the data's classes among the model's classes, (classes,).
     """
     collate = ImageCollator(load_processor(path))
     dataset = collate.images(data["test"])

@@ -49,12 +49,9 @@ class Verdict:
 
 
 def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, Integers]) -> Verdict:
-    """Compares outcomes with the first of them, which should be the simplest, on the same test images.
+    """Compares two or more outcomes with the first of them, which should be the simplest, on the same test images.
 
-    Args:
-        outcomes: Two or more.
-        labels: True class of each test image.
-        groups: Class indices of each group; the advice reads the last one as the tail.
+    The advice reads the last group as the tail.
     """
     labels, reference = np.asarray(labels), outcomes[0]
     tail = list(groups)[-1]
@@ -71,13 +68,7 @@ def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, In
 
 
 def advise(outcomes: Sequence[Outcome], leads: Mapping[str, Estimate], tail: str) -> str:
-    """The way to take, in sentences that claim only what the intervals hold.
-
-    Args:
-        outcomes: The outcomes; the first is the reference.
-        leads: Differences of the others from it, with intervals, see [`paired_leads`].
-        tail: Name of the group of rare classes.
-    """
+    """The way to take, in sentences that claim only what the intervals of the leads over the first outcome hold."""
     reference, *others = outcomes
 
     def ahead(group: str) -> list[Outcome]:
@@ -131,7 +122,7 @@ def write_page(
     facts: Mapping[str, Any],
     output: Path,
 ) -> Path:
-    """Writes the page of a comparison: a self-contained `index.html`.
+    """Writes the page of a comparison, a self-contained `index.html` in `output`, and returns its path.
 
     Args:
         verdict: Accuracies, differences and advice.
@@ -140,9 +131,6 @@ def write_page(
         tested: Test images overall and of each group.
         facts: What the page says of data and machine: `name`, `images`, `classes`, `unit` (of the price), `notes`.
         output: Folder of the page.
-
-    Returns:
-        Path of the page.
     """
     from matplotlib.figure import Figure
 

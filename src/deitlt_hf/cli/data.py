@@ -88,13 +88,7 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
 def training_problems(recipe: str, argv: Sequence[str], num_images: int, class_names: Sequence[str]) -> Iterator[str]:
     """Yields the errors that training the teacher and the student of a recipe would raise. Creates no folder.
 
-    A recipe may have only one of the two.
-
-    Args:
-        recipe: Name or path of the recipe.
-        argv: A command line with the recipe and fields of its data, teacher and student.
-        num_images: Number of training images.
-        class_names: Names of the classes.
+    A recipe may have only one of the two. `argv` is a command line with the recipe and fields of data and training.
     """
     sections = load_recipe(recipe)
     for section, command, classes in (("teacher", "train-teacher", TEACHER), ("student", "distill", STUDENT)):

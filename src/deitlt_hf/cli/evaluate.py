@@ -71,13 +71,10 @@ class FusionArguments:
 
 
 def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) -> dict[str, dict[str, float]]:
-    """Fits fusions of a student's experts on the validation images, or without such on the training images, and prints
-    their accuracy on the test images.
+    """Fits fusions of a student's experts, and prints and returns their accuracy on the test images.
 
-    With one rule, the model with the fusion folded into its heads is saved in `args.fused_output`.
-
-    Returns:
-        Accuracies of each rule, see [`group_accuracies`].
+    They are fitted on the validation images, or without such on the training images. With one rule, the model with the
+    fusion folded into its heads is saved in `args.fused_output`.
 
     Raises:
         FileExistsError: If `args.fused_output` holds a model, or is a file.

@@ -40,14 +40,7 @@ _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
 def compare(
     networks: Mapping[str, PreTrainedModel | OnnxClassifier], path: str, data: Mapping, data_args: DataArguments
 ) -> ExpertTable:
-    """Measures each expert of a torch model and its ONNX files on a recipe's test images.
-
-    Args:
-        networks: The torch model and the ONNX files, by name.
-        path: Folder or Hub id of the model; its image processor prepares the images.
-        data: Training and test images.
-        data_args: Arguments of the data.
-    """
+    """Measures each expert of a torch model at `path`, and of its ONNX files, on a recipe's test images."""
     groups = data_args.groups(data)
     collate = ImageCollator(load_processor(path))
     accuracies = {}

@@ -56,7 +56,7 @@ def check_data(
     deep: bool = False,
     background: str | None = None,
 ) -> Report:
-    """Checks a data set and describes it.
+    """Checks a data set and describes it; one without problems is ready to train on.
 
     Args:
         name: Name of the data set, for the comparison with a public benchmark of that name.
@@ -65,10 +65,7 @@ def check_data(
         data: The splits `train`, `test` and, if there is one, `validation` that training uses.
         groups: Head, mid and tail classes.
         deep: Decode every image, on all cores, and search for identical images in training and testing.
-        background: Background colour behind transparent pixels.
-
-    Returns:
-        The description and the problems; a data set without problems is ready to train on.
+        background: See [`EncodedImage`].
 
     Raises:
         ValueError: If `deep` is set for a stream.
@@ -115,12 +112,7 @@ def _description(
 
 
 def class_table(data: Mapping[str, datasets.Dataset], groups: ShotGroups) -> Table:
-    """Training and test images of each class, the largest class first; of many classes, the first and the last.
-
-    Args:
-        data: Its prepared splits.
-        groups: Class indices of its groups.
-    """
+    """Training and test images of each class, the largest class first; of many classes, the first and the last."""
     names = data["train"].features["label"].names
     counts, tested = training_counts(data["train"]), class_counts(data["test"]["label"][:], len(names))
     group_of = {int(label): group for group, members in groups.items() for label in members}

@@ -21,8 +21,6 @@ def find_columns(
 ) -> tuple[str, str]:
     """Finds the image and the label column of a data set by their types; a label column also by its name.
 
-    An image column has the type `Image`, or holds encoded images: a structure with `bytes` and `path`, or plain bytes.
-
     Raises:
         ValueError: If a named column is missing or holds no images, or if not exactly one column has the type. The
             message lists the columns.

@@ -150,10 +150,7 @@ def decoder_versions() -> dict[str, str]:
 def open_image(image: Mapping[str, Any] | None, place: str = "", background: str | None = None) -> EncodedImage:
     """Opens an image of a `datasets.Image(decode=False)` column, from `bytes` if the cell has them, else from `path`.
 
-    Args:
-        image: Cell of the column.
-        place: Place of the cell for errors, such as "row 17 of the column image".
-        background: See [`EncodedImage`].
+    `place` is that of the cell for errors, such as "row 17 of the column image".
 
     Raises:
         ValueError: See [`EncodedImage`]; also if the cell is empty.
@@ -185,12 +182,7 @@ def usable_cores() -> int:
 
 
 def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[Decoded]:
-    """Decodes every image of a data set, on all cores.
-
-    Args:
-        rows: Data set with the column `image`.
-        background: See [`EncodedImage`].
-    """
+    """Decodes every image of a data set with the column `image`, on all cores; `background` as in [`EncodedImage`]."""
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
     with ProcessPoolExecutor(
         usable_cores(), initializer=_set_job, initargs=(images, source_rows(rows), background)

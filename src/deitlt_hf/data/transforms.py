@@ -70,10 +70,7 @@ def model_processor(
 ) -> BitImageProcessor:
     """Makes the image processor for a model whose configuration has an image size and optionally mean and std.
 
-    Args:
-        config: The model's configuration.
-        resize_size: See [`image_processor`].
-        background: See [`image_processor`].
+    The other parameters are those of [`image_processor`].
 
     Raises:
         ValueError: If the resized image would be smaller than the model's, or `image_size` is not an integer.
@@ -182,13 +179,9 @@ class TrainTransform:
         self.erasing = erasing
 
     def __call__(self, image: EncodedImage | Image.Image | np.ndarray) -> torch.Tensor:
-        """Crops, flips and augments an image.
+        """Crops, flips and augments an encoded or decoded image: Pillow's in RGB, or uint8 of shape (height, width, 3).
 
-        Args:
-            image: Encoded image, or a decoded one: a Pillow image in RGB, or uint8 of shape (height, width, 3).
-
-        Returns:
-            uint8 of shape (size, size, 3).
+        Returns uint8 of shape (size, size, 3).
         """
         pixels = self.crop(np.asarray(image) if isinstance(image, Image.Image) else image, self.size)
         # Drawn from torch as RandomHorizontalFlip does, and not at all for 0, where timm leaves the flip out.
@@ -201,13 +194,9 @@ class TrainTransform:
         return _tensor(pixels).contiguous()
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalises and randomly erases a batch on its device.
+        """Normalises and randomly erases a batch, uint8 of shape (batch, size, size, 3), on its device.
 
-        Args:
-            pixels: uint8 of shape (batch, size, size, 3).
-
-        Returns:
-            float32 of shape (batch, 3, size, size), in channels-last memory format.
+        Returns float32 of shape (batch, 3, size, size), in channels-last memory format.
         """
         rows = pixels.flatten(2)
         mean, std = _channels(self.mean, pixels.device), _channels(self.std, pixels.device)
@@ -285,14 +274,10 @@ def weak_transform(processor: BitImageProcessor, hflip: float = 0.5) -> TrainTra
 def resize_and_renormalize(
     pixel_values: torch.Tensor, source: ImageFormat, target: ImageFormat, antialias: bool = True
 ) -> torch.Tensor:
-    """Converts a normalised batch from one model's format to another's: bicubic resizing, then renormalisation.
+    """Converts normalised images, (batch, channels, height, width), from one model's format to another's.
 
-    Args:
-        pixel_values: Normalised images; (batch, channels, height, width), of any height and width.
-        source: Format of the given images.
-        target: Format of the result.
-        antialias: Smooth before downscaling, as Pillow does. The authors' environment did not: their torchvision 0.15
-            resized tensors without.
+    Resizing is bicubic. `antialias` smooths before downscaling, as Pillow does. The authors' environment did not: their
+    torchvision 0.15 resized tensors without.
     """
     if pixel_values.shape[-2:] != target.size:
         pixel_values = _resize(pixel_values, target.size, antialias)

@@ -40,12 +40,7 @@ def findings(
 
 
 def few_images(test_counts: Integers, groups: Mapping[str, Integers]) -> list[str]:
-    """A sentence about groups with few test images; none without such groups.
-
-    Args:
-        test_counts: Test images of each class.
-        groups: Class indices of each group.
-    """
+    """A sentence about groups with few test images; none without such groups."""
     numbers = {
         name: int(np.asarray(test_counts)[np.asarray(classes, np.int64)].sum()) for name, classes in groups.items()
     }

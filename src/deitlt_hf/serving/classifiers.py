@@ -168,14 +168,10 @@ def read_model_config(path: str | PathLike) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any], place: str) -> None:
-    """Checks the types of the configuration fields that this package reads: model type, classes, groups, sets.
-
-    Args:
-        config: Content of a `config.json`.
-        place: Name of the configuration in error messages.
+    """Checks the types of the fields of a `config.json` that this package reads: model type, classes, groups, sets.
 
     Raises:
-        ValueError: If a field has a type that no saved model has.
+        ValueError: If a field has a type that no saved model has; the message names its `place`.
     """
     names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
     is_right = {

@@ -41,11 +41,7 @@ def read_file(path: str, background: str | None) -> Image.Image:
 
 
 def load_classifier(path: str | PathLike, device: str | None = None) -> EndpointHandler:
-    """Loads a student, a flat teacher, or any image classifier of transformers.
-
-    Args:
-        path: Folder or Hub id.
-        device: See [`EndpointHandler`].
+    """Loads a student, a flat teacher, or any image classifier of transformers, from a folder or the Hub.
 
     Raises:
         FileNotFoundError: If the folder does not exist.

@@ -103,9 +103,7 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
 
 
 def example_images(model: str | PathLike, folder: str | PathLike | None = None) -> list[Path]:
-    """Returns the first images of a folder, sorted by name.
-
-    If no folder is given, these are the images in `examples` of the model folder; the list may be empty.
+    """Returns the first images of a folder, by default of `examples` in the model folder, sorted by name.
 
     Raises:
         FileNotFoundError: If a folder is given and has no images.
@@ -199,9 +197,7 @@ def model_view(processor: BaseImageProcessor, image: Image.Image) -> Image.Image
 def attention_over(image: Image.Image, weights: np.ndarray) -> Image.Image:
     """Overlays a grey version of an image with an attention map, from dark (lowest) to bright (highest).
 
-    Args:
-        image: The image as the model sees it.
-        weights: Attention of each patch, at least 0; (rows, columns).
+    `image` is what the model sees, `weights` are those of each patch, at least 0; (rows, columns).
     """
     from matplotlib import colormaps
 

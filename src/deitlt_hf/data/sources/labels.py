@@ -139,15 +139,9 @@ def _refuse_fractions(place: str, found: Sequence) -> None:
 
 
 def refuse_missing(place: str, missing: Mapping[str, int], total: int) -> None:
-    """Refuses images without a label.
+    """Raises `ValueError` for images without a label.
 
-    Args:
-        place: Description of the source of the labels.
-        missing: Number of images by the value that stands for the missing label.
-        total: Total number of images.
-
-    Raises:
-        ValueError: Always.
+    `missing` has the number of images by the value that stands for the missing label, `total` is that of all images.
     """
     shown = ", ".join(one_line(word, 40) or "''" for word in list(missing)[:_NAMED])
     raise ValueError(
@@ -159,16 +153,13 @@ def refuse_missing(place: str, missing: Mapping[str, int], total: int) -> None:
 def check_indices(
     labels: Sequence[int | None], names: Sequence[str], place: str, num_classes: int | None = None
 ) -> np.ndarray:
-    """Checks class indices against the names of the classes.
+    """Checks class indices of a `ClassLabel` column against the names of the classes, and returns them as int64.
 
     Args:
-        labels: Class index of each image in a `ClassLabel` column.
+        labels: Class index of each image.
         names: Names of the classes.
         place: Source of the labels, for messages.
         num_classes: Number of classes, by default the number of names.
-
-    Returns:
-        The labels as int64.
 
     Raises:
         ValueError: If a label is missing, negative or too large, or [`check_class_names`] refuses a name.
