@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, default_collate
 try:
     from torchvision.io import ImageReadMode, decode_jpeg  # a third faster than Pillow
 except ImportError:  # torchvision 0.29 announces that a later version will not decode images: then Pillow does
-    decode_jpeg = None  # type: ignore[assignment]
+    decode_jpeg = None
 
 from ..io import one_line
 from .image_rule import FORMATS, is_transparent, open_encoded, orientation_of, upright_rgb
