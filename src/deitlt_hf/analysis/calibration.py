@@ -1,6 +1,5 @@
 """Prediction sets of a saved model: fitted on images that it did not learn, measured, and stored in its folder."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from scipy.stats import binomtest
 
 from ..console import show
 from ..data.images import ImageCollator
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups
 from ..evaluation.prediction_sets import ALL, PredictionSets, fit_prediction_sets, needed_images
 from ..hub.cards import CARD_FILE, write_card
 from ..io import read_json, write_json
@@ -50,7 +49,7 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     collate = ImageCollator(load_processor(args.model))
     data = data_args.load()
     check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
-    groups: Mapping[str, Integers] = getattr(model.config, "class_groups", None) or data_args.groups(data)
+    groups: Groups = getattr(model.config, "class_groups", None) or data_args.groups(data)
     seen = {
         split: predict(model, collate.images(data[split]), collate) for split in ("validation", "test") if split in data
     }
@@ -77,7 +76,7 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     return sets
 
 
-def _store(folder: str, sets: PredictionSets, groups: Mapping[str, Integers]) -> None:
+def _store(folder: str, sets: PredictionSets, groups: Groups) -> None:
     path = Path(folder) / "config.json"
     stored: dict[str, Any] = {"prediction_sets": sets.to_dict()}
     if groups:
@@ -87,9 +86,7 @@ def _store(folder: str, sets: PredictionSets, groups: Mapping[str, Integers]) ->
         write_card(folder)
 
 
-def _table(
-    sets: PredictionSets, groups: Mapping[str, Integers], labels: np.ndarray, scores: np.ndarray, title: str
-) -> Table:
+def _table(sets: PredictionSets, groups: Groups, labels: np.ndarray, scores: np.ndarray, title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "coverage and sizes on other test images; in brackets the 95 % interval of the coverage"
     for name in ("group", "fitted on", "threshold", "test images", "coverage in %", "classes in a set"):

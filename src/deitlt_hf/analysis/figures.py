@@ -5,7 +5,7 @@ from itertools import cycle
 
 import numpy as np
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 from ..evaluation.accuracy import COLOURS
 from ..io import one_line
 
@@ -25,7 +25,7 @@ def _short(names: Sequence[str], order: Integers) -> list[str]:
     return [literal(one_line(names[label], 24)) for label in order]
 
 
-def draw_counts(axis, counts: Integers, groups: Mapping[str, Integers], names: Sequence[str]) -> None:
+def draw_counts(axis, counts: Integers, groups: Groups, names: Sequence[str]) -> None:
     """Draws the number of training images of each class, the most frequent first, coloured by group."""
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.images import ImageDataset
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups
 from .attention import eager_attention
 from .observe import BATCH
 
@@ -91,7 +91,7 @@ def images_of_groups(
     model: nn.Module,
     dataset: ImageDataset,
     collate,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     num_images: int,
     label_order: torch.Tensor | None = None,
     seed: int = 0,

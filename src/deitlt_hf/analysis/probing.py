@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
-from ..data.long_tail import Integers, class_counts
+from ..data.long_tail import Groups, Integers, class_counts
 from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
 from ..evaluation.findings import few_images
 from ..evaluation.metrics import with_intervals
@@ -116,9 +116,7 @@ def pooled(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
 
 
-def probe_figures(
-    found: Probe, labels: Integers, groups: Mapping[str, Integers], resamples: int
-) -> tuple[ExpertTable, dict[str, Any]]:
+def probe_figures(found: Probe, labels: Integers, groups: Groups, resamples: int) -> tuple[ExpertTable, dict[str, Any]]:
     """The table of a probe's accuracies with bootstrap intervals, and its figures for `--json`."""
     labels, predictions = np.asarray(labels), np.asarray(found.predictions)
 

@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import Estimate, long_tail_figures, with_intervals
@@ -34,7 +34,7 @@ def analyze(
     model: PreTrainedModel,
     data: Mapping,
     counts: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     num_images: int = 512,
     resamples: int = 200,
     sharpness_images: int = 128,
@@ -86,7 +86,7 @@ def analyze(
     return Section(title, found, intervals, pictures, findings)
 
 
-def _estimates(observed: Observed, groups: Mapping[str, Integers], resamples: int) -> dict[str, Estimate]:
+def _estimates(observed: Observed, groups: Groups, resamples: int) -> dict[str, Estimate]:
     """Metrics of each expert with their 95 % intervals."""
     seen = {expert: (observed.predictions(expert), observed.confidences(expert)) for expert in observed.logits}
 
@@ -99,9 +99,7 @@ def _estimates(observed: Observed, groups: Mapping[str, Integers], resamples: in
     return with_intervals(of, observed.labels, resamples=resamples)
 
 
-def _of_classes(
-    found, intervals, counts: Integers, groups: Mapping[str, Integers], names: Sequence[str]
-) -> list[Picture]:
+def _of_classes(found, intervals, counts: Integers, groups: Groups, names: Sequence[str]) -> list[Picture]:
     return [
         _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
                  figures.draw_counts, counts, groups, names),

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups
 from ..io import check_can_be_folder, nan_to_null
 
 PAGE, REPORT_FILE = "index.html", "report.json"
@@ -76,7 +76,7 @@ def check_report_folder(output: str | Path) -> None:
             raise FileExistsError(f"{output / name} is not from a report of this package; choose another --output.")
 
 
-def write_report(sections: Sequence[Section], recipe: str, groups: Mapping[str, Integers], output: str | Path) -> Path:
+def write_report(sections: Sequence[Section], recipe: str, groups: Groups, output: str | Path) -> Path:
     """Writes the report: a self-contained `index.html`, the figures as PNG files, and `report.json`.
 
     Returns:

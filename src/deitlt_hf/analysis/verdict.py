@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
-from ..data.long_tail import Integers, class_counts
+from ..data.long_tail import Groups, Integers, class_counts
 from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
 from ..evaluation.metrics import Estimate, paired_leads, points, with_intervals
 from ..io import atomic_write
@@ -48,7 +48,7 @@ class Verdict:
     advice: str  # one or two sentences
 
 
-def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, Integers]) -> Verdict:
+def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Groups) -> Verdict:
     """Compares two or more outcomes with the first of them, which should be the simplest, on the same test images.
 
     The advice reads the last group as the tail.
@@ -103,9 +103,7 @@ def advise(outcomes: Sequence[Outcome], leads: Mapping[str, Estimate], tail: str
     return text
 
 
-def table(
-    verdict: Verdict, outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, Integers]
-) -> ExpertTable:
+def table(verdict: Verdict, outcomes: Sequence[Outcome], labels: Integers, groups: Groups) -> ExpertTable:
     """The table of a verdict for a terminal; each row has its price beside its name."""
     names = {outcome.title: f"{outcome.title}, {outcome.price}" for outcome in outcomes}
     rows = {names[title]: found.values for title, found in verdict.accuracies.items()}
@@ -117,7 +115,7 @@ def table(
 def write_page(
     verdict: Verdict,
     outcomes: Sequence[Outcome],
-    groups: Mapping[str, Integers],
+    groups: Groups,
     tested: Mapping[str, int],
     facts: Mapping[str, Any],
     output: Path,

@@ -4,7 +4,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import datasets
@@ -39,14 +38,6 @@ BENCHMARKS = {
 }
 
 
-@dataclass
-class Report:
-    """Result of a check: lines to print by their title, and the problems found."""
-
-    lines: dict[str, str]
-    problems: list[str]
-
-
 def check_data(
     name: str,
     kind: str,
@@ -55,8 +46,8 @@ def check_data(
     groups: ShotGroups,
     deep: bool = False,
     background: str | None = None,
-) -> Report:
-    """Checks a data set and describes it; one without problems is ready to train on.
+) -> tuple[dict[str, str], list[str]]:
+    """Checks a data set; returns lines that describe it, by their title, and its problems.
 
     Args:
         name: Name of the data set, for the comparison with a public benchmark of that name.
@@ -80,13 +71,13 @@ def check_data(
     if not isinstance(data["train"], datasets.Dataset):
         if deep:
             raise ValueError("a stream cannot be decoded beforehand; leave out --deep, and see --skip_bad_images.")
-        return Report(lines, problems)
+        return lines, problems
     problems += _paths(data)
     if deep:
         found, wrong = _decode_all(data, background)
         lines |= found
         problems += wrong
-    return Report(lines, problems)
+    return lines, problems
 
 
 def _description(

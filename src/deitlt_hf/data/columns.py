@@ -63,11 +63,8 @@ def _image_kind(feature) -> int | None:
 def _label_column(dataset: datasets.Dataset, given: str | None) -> str:
     _check_column(dataset, given, "label")
     names = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    found = (
-        [given]
-        if given
-        else names or [name for name in [find_split(dataset.column_names, LABEL_COLUMNS)] if name is not None]
-    )
+    usual = find_split(dataset.column_names, LABEL_COLUMNS)
+    found = [given] if given else names or [usual] * (usual is not None)
     if len(found) != 1:
         raise ValueError(
             f"cannot determine the label column: {len(names)} columns have type ClassLabel; the columns are "

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 
 # Colours of the experts, the same in all figures and pages.
 COLOURS = {"mean": "#4c72b0", "cls": "#dd8452", "distillation": "#55a868"}
@@ -26,12 +26,12 @@ def class_accuracies(predictions: Integers, labels: Integers, num_classes: int) 
     return np.divide(right, totals, out=np.full(num_classes, np.nan), where=totals > 0)
 
 
-def number_of_classes(labels: Integers, groups: Mapping[str, Integers]) -> int:
+def number_of_classes(labels: Integers, groups: Groups) -> int:
     """Number of classes: one more than the largest label in the test images and the groups."""
     return 1 + max(max(members, default=-1) for members in (np.asarray(labels).tolist(), *groups.values()))
 
 
-def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[str, Integers]) -> dict[str, float]:
+def group_accuracies(predictions: Integers, labels: Integers, groups: Groups) -> dict[str, float]:
     """Accuracy overall and in groups of classes.
 
     `overall` is the share of correctly classified images. The accuracy of a group is the mean of the accuracies of its
@@ -60,7 +60,7 @@ class ExpertTable:
 
     title: str
     accuracies: Mapping[str, Mapping[str, float]]  # fractions by expert, then by `overall` and group
-    groups: Mapping[str, Integers]
+    groups: Groups
     test_counts: Integers  # test images of each class
     notes: Sequence[str] = ()  # sentences about the evaluation, see [`findings`]
     # the ends of each, by expert and group

@@ -7,7 +7,7 @@ the cross entropy.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data.long_tail import Integers, random_ranks
+from ..data.long_tail import Groups, Integers, random_ranks
 
 FIT_IMAGES = 20_000  # their logits fit into memory even with 8,142 classes
 
@@ -73,7 +73,7 @@ def fit_fusion(
     distillation_logits: torch.Tensor,
     labels: torch.Tensor,
     class_counts: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
 ) -> Fusion:
     """Fits one of `RULES` to the labelled logits of both heads, (images, classes).
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 from .accuracy import class_accuracies, group_accuracies, number_of_classes
 
 BINS = 15  # number of bins of the calibration error, as in Guo et al. (ICML 2017)
@@ -44,7 +44,7 @@ def calibration_error(correct: Sequence[bool] | np.ndarray, confidences: Sequenc
 def long_tail_figures(
     predictions: Integers,
     labels: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     confidences: Sequence[float] | np.ndarray | None = None,
 ) -> dict[str, float]:
     """Computes all metrics of one expert.
@@ -146,7 +146,7 @@ def paired_leads(
     predictions: Mapping[str, Integers],
     reference: Integers,
     labels: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     level: float = 0.95,
     resamples: int = 1000,
 ) -> dict[str, Estimate]:

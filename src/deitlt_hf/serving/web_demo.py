@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -118,14 +118,6 @@ def example_images(model: str | PathLike, folder: str | PathLike | None = None) 
     return paths[:MAX_EXAMPLES]
 
 
-class Picture(NamedTuple):
-    """A picture on the page; `data` is its `data:` URL."""
-
-    caption: str
-    alt: str
-    data: str
-
-
 class Explanation:
     """Turns the bytes of an image into the HTML that explains the prediction of a model.
 
@@ -173,16 +165,18 @@ class Explanation:
     def _answer(self, image: Image.Image) -> dict[str, Any]:
         return self._handler({"inputs": image, "parameters": {"top_k": TOP_K, "attention": True}})[0]
 
-    def _pictures(self, image: Image.Image, attention: Mapping[str, Sequence[Sequence[float]]]) -> list[Picture]:
+    def _pictures(self, image: Image.Image, attention: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, str]]:
         """Returns the image as the model sees it, without and with the attention map of each token."""
         seen = model_view(self._handler.processor, image)
-        pictures = [Picture("What the model sees", "The image as the model sees it", png_url(seen))]
+        alt = "The image as the model sees it"
+        pictures = [{"caption": "What the model sees", "alt": alt, "data": png_url(seen)}]
         for token, rows in attention.items():
             weights = np.asarray(rows)
             row, column = np.unravel_index(weights.argmax(), weights.shape)
             caption = f"Where {NAMES[token]} looks"
             place = f"row {row + 1} of {weights.shape[0]}, column {column + 1} of {weights.shape[1]}"
-            pictures.append(Picture(caption, f"{caption}: most at {place}", png_url(attention_over(seen, weights))))
+            data = png_url(attention_over(seen, weights))
+            pictures.append({"caption": caption, "alt": f"{caption}: most at {place}", "data": data})
         return pictures
 
 
