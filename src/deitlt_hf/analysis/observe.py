@@ -1,7 +1,7 @@
 """Runs a model over a data set and keeps its logits, features and attention measures as arrays for the analyses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ class Observed:
     chosen: np.ndarray  # indices of the images for features and attention
     distances: np.ndarray  # mean attention distance, in pixels; (layers, heads)
     spreads: np.ndarray  # of the attention of each special token, in pixels; (layers, tokens, heads)
-    tokens: Sequence[str] = field(default_factory=list)  # names of the special tokens
-    grid: tuple[int, int] = (0, 0)  # rows and columns of patches
+    tokens: Sequence[str]  # names of the special tokens
+    grid: tuple[int, int]  # rows and columns of patches
 
     def predictions(self, expert: str) -> np.ndarray:
         """Predicted class of each image."""

@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.int8:
         check_quantizable(model)
     found = [] if args.output is None else [cached_file(args.model, name) for name in _CONFIGURATIONS]
-    configurations = [path for path in found if path is not None]
     if args.recipe is not None:
         _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
         data = data_args.load()
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = {"ONNX float32": export_onnx(model, folder, not args.fixed_size, digest)}
     if args.int8:
         files["ONNX int8"] = quantize(files["ONNX float32"])
-    for configuration in configurations:
+    for configuration in filter(None, found):
         shutil.copyfile(configuration, folder / Path(configuration).name)
     if args.recipe is not None:
         forms = {"torch": model} | {name: OnnxClassifier(path) for name, path in files.items()}

@@ -262,7 +262,7 @@ def _without_experts(result: Result) -> Result:
 
 def _writer(args: argparse.Namespace, has_sets: bool) -> Callable[[str, Result], None]:
     if args.jsonl:
-        return _write_json
+        return lambda path, result: print(json.dumps({"image": path} | result))
     if not args.csv:
         return _write_text
     # File names are bytes that may not be valid text; surrogateescape writes them unchanged.
@@ -281,10 +281,6 @@ def _writer(args: argparse.Namespace, has_sets: bool) -> Callable[[str, Result],
             table.writerow({"image": path, "rank": rank} | prediction | choices)
 
     return write
-
-
-def _write_json(path: str, result: Result) -> None:
-    print(json.dumps({"image": path} | result))
 
 
 def _write_text(path: str, result: Result) -> None:

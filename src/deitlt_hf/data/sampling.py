@@ -38,11 +38,6 @@ def seed_streams(*key: int, device: torch.device | None = None) -> None:
         torch.manual_seed(seed)
 
 
-def shuffled_order(num_images: int, epoch: int, seed: int = 0) -> np.ndarray:
-    """A random permutation of the images of an epoch; int64 of shape (num_images,)."""
-    return np.random.default_rng([seed, epoch]).permutation(num_images)
-
-
 def class_balanced_order(labels: Integers, epoch: int, seed: int = 0) -> np.ndarray:
     """A random order in which all classes appear equally often (Kang et al., ICLR 2020).
 
@@ -192,7 +187,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         elif self.balanced_labels is not None:
             order = class_balanced_order(self.balanced_labels, self.epoch, self.seed)
         else:
-            order = shuffled_order(self.num_images, self.epoch, self.seed)
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
         # Seeds belong to positions in the epoch. The seeds of a data loader's workers would depend on their number, and
         # the copies of repeated augmentation would get the same augmentation from a seed of the image.
         seeds = image_seeds(len(order), self.seed, self.epoch)

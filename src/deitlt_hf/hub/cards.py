@@ -242,18 +242,14 @@ def _planned(recipe: str) -> dict[str, Any]:
     sizes = {field.name for field in fields(StudentArguments)}
     student, teacher = content["student"], content["teacher"]
     is_at_hand = data.dataset == DataArguments.dataset or "/" in data.dataset
+    rule = data.group_boundaries and f"classes sorted by count, cut at {list(data.group_boundaries)}"
     return {
         "recipe": {"name": recipe, "overrides": {}},
-        "data": data.record() | {"local_files": not is_at_hand, "group_rule": _cut(data.group_boundaries)},
+        "data": data.record() | {"local_files": not is_at_hand, "group_rule": rule},
         "architecture": asdict(StudentArguments(**{name: student[name] for name in student if name in sizes})),
         "settings": {name: value for name, value in student.items() if name not in sizes},
         "teacher": {"backbone": teacher["backbone"], "training": {"settings": teacher}},
     }
-
-
-def _cut(boundaries) -> str | None:
-    """Describes group boundaries in the same words as [`shot_groups`]."""
-    return boundaries and f"classes sorted by count, cut at {list(boundaries)}"
 
 
 def _title(facts: CardFacts) -> str:

@@ -179,7 +179,8 @@ def prepare_repository(
         # `exist_ok` also accepts a repository that is public although `private` is requested.
         is_public = not api.repo_info(repo_id).private
         has_branch = revision is None or api.revision_exists(repo_id, revision)
-        other = _model_type(api, repo_id, revision if has_branch else None)
+        config = json.loads(_text(api, repo_id, "config.json", revision if has_branch else None) or "null")
+    other = config.get("model_type") if isinstance(config, dict) else None
     if private and is_public:
         raise ValueError(f"{repo_id} is public; make it private in its settings on the Hub, or push to another.")
     if model_type and other and model_type != other:
@@ -335,12 +336,6 @@ def _own_card(folder: Path) -> str | None:
     """Returns the text of a folder's card; None if there is no card."""
     path = folder / CARD_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _model_type(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """Returns the model type in a repository's configuration; None if there is none."""
-    config = json.loads(_text(api, repo_id, "config.json", revision) or "null")
-    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
