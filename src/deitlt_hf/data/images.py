@@ -71,10 +71,7 @@ class EncodedImage:
             self.size = (height, width) if orientation >= 5 else (width, height)
 
     def decode(self) -> np.ndarray:
-        """Decodes the whole image.
-
-        Returns:
-            Upright RGB; uint8 of shape (height, width, 3).
+        """Decodes the whole image: upright RGB, uint8 of shape (height, width, 3).
 
         Raises:
             ValueError: If the image cannot be decoded; the message names it.
@@ -105,9 +102,7 @@ class EncodedImage:
     def decode_region(self, region: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray | None:
         """Decodes a JPEG at a fraction of its size and resizes a region of it, if the result is much smaller.
 
-        Args:
-            region: Top, left, height and width.
-            size: Height and width of the result.
+        The region is given by top, left, height and width, the size of the result by height and width.
 
         Returns:
             uint8 of shape (height, width, 3); None if the whole image must be decoded instead.
@@ -242,14 +237,12 @@ class ImageDataset(Dataset):
     Small images, such as CIFAR's, are decoded once and cached in memory that the workers of a data loader share.
 
     Args:
-        dataset: Rows with an image and a label.
-        image_column: Name of the image column.
-        label_column: Name of the label column.
+        dataset: Rows with an image and a label, in the named columns.
         views: Transforms of an [`EncodedImage`] or a decoded image (uint8, of shape (height, width, 3)), by the name of
             the model input that they make. Without views, a row contains the decoded image under `image`, for
             [`ImageCollator`].
         background: See [`EncodedImage`].
-        copies: Opens images by their reduced copies ([`ReducedCopies`]); None reads the images themselves.
+        copies: Opens images by their reduced copies; None reads the images themselves.
     """
 
     def __init__(
@@ -285,16 +278,16 @@ class ImageDataset(Dataset):
         return row | {name: view(image) for name, view in self.views.items()}
 
     def _image(self, index: int) -> EncodedImage | np.ndarray:
-        if self._cache is None:
-            return self._open_cell(*self._cell(index), self.background)
-        pixels, known = self._cache
-        if not known[index]:
-            image = open_image(*self._cell(index), self.background)
-            if image.size != (pixels.shape[2], pixels.shape[1]):
-                return self._open_cell(*self._cell(index), self.background)
-            pixels[index] = image.decode()
-            known[index] = True  # set after the pixels, since another worker may read at the same time
-        return pixels[index]
+        if self._cache is not None:
+            pixels, known = self._cache
+            if not known[index]:
+                image = open_image(*self._cell(index), self.background)
+                if image.size == (pixels.shape[2], pixels.shape[1]):
+                    pixels[index] = image.decode()
+                    known[index] = True  # set after the pixels, since another worker may read at the same time
+            if known[index]:
+                return pixels[index]
+        return self._open_cell(*self._cell(index), self.background)
 
     def _cell(self, index: int) -> tuple[Mapping[str, Any] | None, str]:
         """Cell of an image, and its place for errors."""

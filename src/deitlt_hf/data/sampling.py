@@ -39,18 +39,11 @@ def seed_streams(*key: int, device: torch.device | None = None) -> None:
 
 
 def class_balanced_order(labels: Integers, epoch: int, seed: int = 0) -> np.ndarray:
-    """A random order in which all classes appear equally often (Kang et al., ICLR 2020).
+    """A random order in which all classes appear equally often (Kang et al., ICLR 2020); int64 of shape (images,).
 
     An epoch has as many draws as there are images. The draws of a class go through its images in turn: images of a rare
-    class are drawn several times, each with another augmentation, and some images of a frequent class are left out.
-
-    Args:
-        labels: Class of each image.
-        epoch: Counted from 0; the remainder that not every class can have, and the images, change with it.
-        seed: Seed of the order.
-
-    Returns:
-        Image indices; int64 of shape (images,).
+    class are drawn several times, each with another augmentation, and some images of a frequent class are left out. The
+    remainder that not every class can have, and the images, change with the epoch, which is counted from 0.
     """
     # A generator of each epoch's own: a resumed run draws its order without the orders before.
     random = np.random.default_rng([seed, epoch])
@@ -147,7 +140,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         micro_batches: Micro-batches per optimiser step.
         num_repeats: Copies of each image; see [`repeated_augmentation_order`].
         seed: Seed of order and augmentation, which differ by epoch.
-        partial: Include the images after the last whole optimiser step; see [`batches_of_epoch`].
+        partial: See [`batches_of_epoch`].
         balanced_labels: Class of each image, for [`class_balanced_order`]; None for the plain order.
 
     Raises:

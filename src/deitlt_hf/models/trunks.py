@@ -114,11 +114,8 @@ def trunk_of(model: nn.Module) -> Trunk:
     """Converts a ViT to the form of a student's trunk; the arithmetic stays the same.
 
     LayerScale is folded into the weights before it. Missing biases become zeros. A missing DIST token and its position
-    begin as copies of those of CLS. Registers and everything after the final norm are left out.
-
-    Args:
-        model: A ViT of transformers (one of `NATIVE_TYPES`), its wrapper for timm models, or a ViT of timm. It may be
-            on the meta device.
+    begin as copies of those of CLS. Registers and everything after the final norm are left out. The model is a ViT of
+    transformers (one of `NATIVE_TYPES`), its wrapper for timm models, or a ViT of timm, possibly on the meta device.
 
     Raises:
         ValueError: If the model has parts that a student lacks. The text is the reason, without a full stop.

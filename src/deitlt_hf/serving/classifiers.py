@@ -26,18 +26,17 @@ def load_model(path: str) -> PreTrainedModel:
     """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does."""
     config = read_model_config(path)
     if not any(name in STUDENTS for name in config.get("architectures") or []):
-        return _load_classifier(path, config)
+        return load_classifier(path, config)
     with loading(path):
         return DeiTLTForImageClassification.from_pretrained(path)
 
 
-def load_classifier(path: str) -> PreTrainedModel:
-    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm."""
-    return _load_classifier(path, read_model_config(path))
+def load_classifier(path: str, config: dict[str, Any] | None = None) -> PreTrainedModel:
+    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm.
 
-
-def _load_classifier(path: str, config: dict[str, Any]) -> PreTrainedModel:
-    is_flat_teacher = config.get("model_type") == FlatTeacherConfig.model_type
+    `config` is the content of its `config.json`, if it has been read and checked.
+    """
+    is_flat_teacher = (config or read_model_config(path)).get("model_type") == FlatTeacherConfig.model_type
     with loading(path):
         return FlatTeacherForImageClassification.from_pretrained(path) if is_flat_teacher else load_native(path)
 

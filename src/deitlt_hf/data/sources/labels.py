@@ -41,14 +41,13 @@ def encode_labels(
 
     Args:
         labels: Labels of the images of each split, or the number of images by label.
-        sources: Source of the labels of each split, for messages.
+        sources: Source of the labels of each split, for messages; by default its name.
 
     Returns:
         The names of the classes in label order, and by split the int64 class indices of the labels.
 
     Raises:
-        ValueError: If a label is missing, negative, not a whole number or name, or if names and numbers are mixed. The
-            message names the split or its source.
+        ValueError: If a label is missing, negative, not a whole number or name, or if names and numbers are mixed.
     """
     places = {split: (sources or {}).get(split, f"the {split} split") for split in labels}
     known = {split: _classes(values, places[split]) for split, values in labels.items()}
@@ -233,10 +232,7 @@ def look_alikes(names: Iterable[str]) -> list[str]:
 
 
 def read_class_names(path: str | PathLike) -> list[str]:
-    """Reads the names of classes, in label order.
-
-    Args:
-        path: A text file with one name per line, or JSON: a list of names, or an object from label to name.
+    """Reads the names of classes, in label order: one per line, or as JSON (a list, or an object by label).
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -262,8 +258,7 @@ def read_class_names(path: str | PathLike) -> list[str]:
 def read_class_map(path: str | PathLike) -> list[int]:
     """Reads a class map: the row of each class in the head of a checkpoint of the authors.
 
-    Args:
-        path: A JSON list, or the folder of a model that was converted from such a checkpoint.
+    The path is a JSON list, or the folder of a model that was converted from such a checkpoint.
 
     Raises:
         FileNotFoundError: If the file does not exist.
