@@ -50,15 +50,11 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     data = data_args.load()
     check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
     groups: Groups = getattr(model.config, "class_groups", None) or data_args.groups(data)
-    seen = {
-        split: predict(model, collate.images(data[split]), collate) for split in ("validation", "test") if split in data
-    }
-    # By torch, as the handler computes the scores that it compares with the thresholds.
-    known = {
-        split: (labels, torch.from_numpy(logits["mean"]).softmax(dim=-1).numpy())
-        for split, (labels, logits) in seen.items()
-    }
-    source = "the validation images"
+    known, source = {}, "the validation images"
+    for split in data.keys() & {"validation", "test"}:
+        labels, logits = predict(model, collate.images(data[split]), collate)
+        # By torch, as the handler computes the scores that it compares with the thresholds.
+        known[split] = (labels, torch.from_numpy(logits["mean"]).softmax(dim=-1).numpy())
     if "validation" not in known:
         labels, scores = known["test"]
         first, second = np.array_split(np.random.default_rng(args.calibration_seed).permutation(len(labels)), 2)

@@ -233,9 +233,7 @@ class CardFacts:
     @property
     def learns_from_labels_alone(self) -> bool:
         """Whether a student was trained without a teacher."""
-        target = DISTILLATION_TARGETS.get(
-            str(self.settings.get("distillation"))
-        )  # unknown in records of newer versions
+        target = DISTILLATION_TARGETS.get(str(self.settings.get("distillation")))  # None in records of newer versions
         return target is not None and not target.needs_teacher
 
     def teacher(self, name: str = "teacher") -> str | None:

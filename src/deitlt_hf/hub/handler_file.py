@@ -14,12 +14,9 @@ from .cards import read_config
 
 
 def add_handler(folder: str | PathLike) -> Path:
-    """Writes [`handler_source`] into a model folder as handler.py. A push of the folder then includes it.
+    """Writes [`handler_source`] into a model folder as handler.py, which a push of it includes; returns its path.
 
     The handler needs no requirements.txt: every image of Inference Endpoints with transformers has its imports.
-
-    Returns:
-        Path of the copy.
 
     Raises:
         FileNotFoundError: If the folder holds no model.
