@@ -83,7 +83,6 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=68",
-            "torchcodec>=0.16",
             "types-PyYAML>=6",
         ],
     },

@@ -153,7 +153,6 @@ def test_card_describes_the_teachers_training_and_accuracy(trained):
         ({"sam_rho": [0.05]}, "rho 0.05,"),
         ({"sam_rho": [0.05], "sam_rho_epochs": [0.0]}, "rho 0.05,"),
         ({"sam_rho": [0.05, 0.1], "sam_rho_epochs": [0.0, 5.0]}, "rho 0.05, 0.1 from epoch 5,"),
-        ({"sam_rho": [0.05, 0.1, 0.5, 0.5]}, "rho 0.05, 0.1, 0.5, 0.5 by stage of the backbone,"),  # an old record
     ],
 )
 def test_card_says_when_each_rho_applies(settings, words):

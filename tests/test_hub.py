@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import pathlib
 import pickle
 import zipfile
@@ -15,11 +14,10 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
 from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherForImageClassification
-from deitlt_hf.cli.convert import main as convert
-from deitlt_hf.data import decreasing_count_map, image_processor
+from deitlt_hf.data import decreasing_count_map
 from deitlt_hf.hub import (
     convert_original,
     export_original_student,
@@ -481,30 +479,6 @@ def test_converted_teacher_has_its_processor(reference, tmp_path):
     assert model.config.id2label[9] == "class 9"
     with pytest.raises(FileExistsError, match="holds a model; choose another folder"):
         convert_original(weights, tmp_path / "teacher")
-
-
-def test_a_folder_of_an_earlier_version_is_converted(tmp_path):
-    """A folder of an earlier version can be converted.
-
-    The weights stay the same; the image processor and the code become those of this version.
-    """
-    model = make_student(num_labels=2, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}).eval()
-    model.save_pretrained(tmp_path / "old")
-    image_processor(8).save_pretrained(tmp_path / "old")
-    processor = json.loads((tmp_path / "old" / "preprocessor_config.json").read_text())
-    processor["image_processor_type"] = "DeiTImageProcessor"
-    (tmp_path / "old" / "preprocessor_config.json").write_text(json.dumps(processor))
-    convert([str(tmp_path / "old"), str(tmp_path / "new")])
-    mended = json.loads((tmp_path / "new" / "preprocessor_config.json").read_text())
-    assert mended == processor | {"image_processor_type": "BitImageProcessor"}
-    images = normal(0, (2, 3, 8, 8))
-    again = AutoModelForImageClassification.from_pretrained(tmp_path / "new").eval()
-    assert torch.equal(again(images).logits, model(images).logits)
-    assert again.config.id2label == {0: "cat", 1: "dog"}
-    with pytest.raises(ValueError, match="is a model folder"):
-        convert([str(tmp_path / "old"), str(tmp_path / "new2"), "--ema"])
-    with pytest.raises(FileExistsError, match="holds a model"):
-        convert([str(tmp_path / "old"), str(tmp_path / "new")])
 
 
 # ---- Unusual files and models ----

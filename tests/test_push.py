@@ -680,28 +680,6 @@ def test_a_folder_that_is_being_written_is_refused(hub, folder, place):
     assert hub.requests == []
 
 
-def test_files_of_an_earlier_version_are_repaired(hub, folder):
-    """Files saved by an earlier version are repaired; code that others edited stays.
-
-    The image processor of 0.1.0 fails in transformers 4, and its code in most versions.
-    """
-    for place in (folder, folder / "ema"):
-        processor = json.loads((place / "preprocessor_config.json").read_text())
-        assert processor["image_processor_type"] == "BitImageProcessor"
-        old = processor | {"image_processor_type": "DeiTImageProcessor"}
-        (place / "preprocessor_config.json").write_text(json.dumps(old))
-    current = (folder / "modeling_deitlt.py").read_bytes()
-    (folder / "modeling_deitlt.py").write_bytes(current.splitlines()[0] + b'"""\n')
-    (folder / "modeling_other.py").write_bytes(b"# of somebody else\n")
-    with pytest.warns(UserWarning, match=r"updated in .*: preprocessor_config\.json, modeling_deitlt\.py"):
-        push_folder(folder, "zoo/digits")
-    files = hub.repositories["zoo/digits"].files()
-    for place in ("", "ema/"):
-        assert b"BitImageProcessor" in files[f"{place}preprocessor_config.json"]
-    assert files["modeling_deitlt.py"] == current
-    assert files["modeling_other.py"] == b"# of somebody else\n"
-
-
 def test_a_missing_token_is_reported(hub, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))

@@ -1,10 +1,8 @@
 """Compares the predictions of the two experts: how often both, one or none of them is correct."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 from ..evaluation.accuracy import class_accuracies
 
 OUTCOMES = ("both", "only_cls", "only_distillation", "neither")
@@ -14,18 +12,12 @@ def expert_outcomes(
     cls_predictions: Integers,
     distillation_predictions: Integers,
     labels: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
 ) -> dict[str, dict[str, float]]:
     """Shares of the images for which both experts are correct, only one, or neither; overall and by group of classes.
 
     The shares of a group are means over its classes, like the accuracy of a group: `both` and `only_cls` add up to the
     accuracy of CLS.
-
-    Args:
-        cls_predictions: Predicted classes of the CLS head.
-        distillation_predictions: Predicted classes of the DIST head.
-        labels: True class of each image.
-        groups: Class indices of each group.
 
     Returns:
         For `overall` and each group: `both`, `only_cls`, `only_distillation` and `neither`, which add up to 1;

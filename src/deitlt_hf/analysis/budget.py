@@ -27,19 +27,12 @@ COLUMNS = "GPUs", "batch x micro-batches", "updates", "memory", "images / s", "a
 
 @dataclass(frozen=True)
 class Gpu:
-    """Specification of a GPU, from its vendor.
+    """Specification of a GPU, from its vendor."""
 
-    Args:
-        flops: Dense peak in half precision, in operations per second.
-        memory: Memory in bytes.
-        link: Bandwidth to another GPU in the machine, in bytes per second and direction.
-        network: Usual bandwidth of one GPU to other machines, in bytes per second.
-    """
-
-    flops: float
-    memory: float
-    link: float
-    network: float
+    flops: float  # dense peak in half precision, in operations per second
+    memory: float  # bytes
+    link: float  # bandwidth to another GPU in the machine, in bytes per second and direction
+    network: float  # usual bandwidth of one GPU to other machines, in bytes per second
 
 
 GPUS = {
@@ -56,31 +49,18 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """Estimated cost of a run on a number of GPUs.
+    """Estimated cost of a run on a number of GPUs."""
 
-    Args:
-        batch_size: Size of a micro-batch on one GPU.
-        accumulation: Number of micro-batches in an optimiser step.
-        images_per_epoch: Images used in an epoch.
-        steps: Optimiser steps of the run.
-        operations: Operations of the whole run.
-        memory: Bytes on each GPU.
-        step_seconds: Time of an optimiser step.
-        exposed_seconds: Part of that time in which GPUs wait for communication.
-        hours: Time of the run, without evaluations.
-        fits: Whether the memory of the GPU is sufficient.
-    """
-
-    batch_size: int
-    accumulation: int
-    images_per_epoch: int
-    steps: int
-    operations: float
-    memory: float
-    step_seconds: float
-    exposed_seconds: float
-    hours: float
-    fits: bool
+    batch_size: int  # of a micro-batch on one GPU
+    accumulation: int  # micro-batches in an optimiser step
+    images_per_epoch: int  # images used in an epoch
+    steps: int  # optimiser steps of the run
+    operations: float  # of the whole run
+    memory: float  # bytes on each GPU
+    step_seconds: float  # of an optimiser step
+    exposed_seconds: float  # the part of it in which GPUs wait for communication
+    hours: float  # of the run, without evaluations
+    fits: bool  # whether the memory of the GPU is sufficient
 
 
 def training_images(data_args: DataArguments) -> tuple[int, int]:
@@ -119,18 +99,11 @@ def budget(
     utilisation: float,
     args: Any,
 ) -> Budget:
-    """Estimates the cost of a run with data-parallel training.
+    """Estimates the cost of a run with data-parallel training; `args` are its training arguments.
 
-    The compute time assumes a given share of the GPU's peak. The all-reduce of the gradients overlaps with the backward
-    pass of the last micro-batch, which is two thirds of its time. If the all-reduce takes longer, the GPUs wait.
-
-    Args:
-        model: Training cost of the model.
-        gpu: Type of the GPUs.
-        gpus: Number of GPUs.
-        images: Number of training images.
-        utilisation: Share of the GPU's peak that is reached.
-        args: Training arguments of the run.
+    The compute time assumes that a share of the GPU's peak is reached, the utilisation. The all-reduce of the gradients
+    overlaps with the backward pass of the last micro-batch, which is two thirds of its time. If the all-reduce takes
+    longer, the GPUs wait.
 
     Raises:
         ValueError: If the batch cannot be divided among the GPUs, or there are fewer images than one batch.

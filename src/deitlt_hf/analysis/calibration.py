@@ -1,6 +1,5 @@
 """Prediction sets of a saved model: fitted on images that it did not learn, measured, and stored in its folder."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from scipy.stats import binomtest
 
 from ..console import show
 from ..data.images import ImageCollator
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups
 from ..evaluation.prediction_sets import ALL, PredictionSets, fit_prediction_sets, needed_images
 from ..hub.cards import CARD_FILE, write_card
 from ..io import read_json, write_json
@@ -45,24 +44,17 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
 
     They are fitted on the validation images if the data have some, and otherwise on a random half of the test images;
     they are measured on the (other) test images. The model must not have been trained on, or chosen by, either.
-
-    Raises:
-        ValueError: If the model's classes are not those of the data.
     """
     model = load_model(args.model).float().to("cuda" if torch.cuda.is_available() else "cpu")
     collate = ImageCollator(load_processor(args.model))
     data = data_args.load()
     check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
-    groups: Mapping[str, Integers] = getattr(model.config, "class_groups", None) or data_args.groups(data)
-    seen = {
-        split: predict(model, collate.images(data[split]), collate) for split in ("validation", "test") if split in data
-    }
-    # By torch, as the handler computes the scores that it compares with the thresholds.
-    known = {
-        split: (labels, torch.from_numpy(logits["mean"]).softmax(dim=-1).numpy())
-        for split, (labels, logits) in seen.items()
-    }
-    source = "the validation images"
+    groups: Groups = getattr(model.config, "class_groups", None) or data_args.groups(data)
+    known, source = {}, "the validation images"
+    for split in data.keys() & {"validation", "test"}:
+        labels, logits = predict(model, collate.images(data[split]), collate)
+        # By torch, as the handler computes the scores that it compares with the thresholds.
+        known[split] = (labels, torch.from_numpy(logits["mean"]).softmax(dim=-1).numpy())
     if "validation" not in known:
         labels, scores = known["test"]
         first, second = np.array_split(np.random.default_rng(args.calibration_seed).permutation(len(labels)), 2)
@@ -80,7 +72,7 @@ def calibrate(args: CalibrationArguments, data_args: DataArguments) -> Predictio
     return sets
 
 
-def _store(folder: str, sets: PredictionSets, groups: Mapping[str, Integers]) -> None:
+def _store(folder: str, sets: PredictionSets, groups: Groups) -> None:
     path = Path(folder) / "config.json"
     stored: dict[str, Any] = {"prediction_sets": sets.to_dict()}
     if groups:
@@ -90,9 +82,7 @@ def _store(folder: str, sets: PredictionSets, groups: Mapping[str, Integers]) ->
         write_card(folder)
 
 
-def _table(
-    sets: PredictionSets, groups: Mapping[str, Integers], labels: np.ndarray, scores: np.ndarray, title: str
-) -> Table:
+def _table(sets: PredictionSets, groups: Groups, labels: np.ndarray, scores: np.ndarray, title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "coverage and sizes on other test images; in brackets the 95 % interval of the coverage"
     for name in ("group", "fitted on", "threshold", "test images", "coverage in %", "classes in a set"):

@@ -5,7 +5,7 @@ from itertools import cycle
 
 import numpy as np
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 from ..evaluation.accuracy import COLOURS
 from ..io import one_line
 
@@ -25,7 +25,7 @@ def _short(names: Sequence[str], order: Integers) -> list[str]:
     return [literal(one_line(names[label], 24)) for label in order]
 
 
-def draw_counts(axis, counts: Integers, groups: Mapping[str, Integers], names: Sequence[str]) -> None:
+def draw_counts(axis, counts: Integers, groups: Groups, names: Sequence[str]) -> None:
     """Draws the number of training images of each class, the most frequent first, coloured by group."""
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")
@@ -57,14 +57,9 @@ def draw_accuracies(
 def draw_prices(
     axis, prices: Sequence[float], rows: Mapping[str, tuple[float, tuple[float, float]]], group: str, unit: str
 ) -> None:
-    """Draws the accuracy of several ways to train over their price, with intervals.
+    """Draws the accuracy of several ways to train in a group of classes over their price, with intervals.
 
-    Args:
-        axis: A matplotlib axis.
-        prices: Price of each way.
-        rows: Accuracy and the ends of its interval, as fractions, by the name of the way.
-        group: The classes of which this is the accuracy.
-        unit: Unit of the prices.
+    `rows` has the accuracy and the ends of its interval, as fractions, by the name of the way.
     """
     from matplotlib.ticker import LogFormatter
 
@@ -87,11 +82,7 @@ def draw_prices(
 def draw_confusion(axis, matrix: np.ndarray, counts: Integers, names: Sequence[str]) -> None:
     """Draws the share of each class's test images that is predicted as each class, the most frequent class first.
 
-    Args:
-        axis: A matplotlib axis.
-        matrix: Test images by true and predicted class, (classes, classes).
-        counts: Training images of each class.
-        names: Short names of the classes, which are written if they fit.
+    `matrix` has test images by true and predicted class, (classes, classes). Names are written if they fit.
     """
     order = np.argsort(-np.asarray(counts), kind="stable")
     totals = np.maximum(matrix.sum(axis=1, keepdims=True), 1)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.images import ImageDataset
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups
 from .attention import eager_attention
 from .observe import BATCH
 
@@ -21,20 +21,12 @@ Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass
 class Sharpness:
-    """Sharpness of the mean cross entropy over some images; lower values are flatter.
+    """Sharpness of the mean cross entropy over some images; lower values are flatter."""
 
-    Args:
-        loss: The loss at the weights.
-        loss_rise: Rise of the loss at the worst point within `rho`, to first order as in SAM.
-        eigenvalue: Largest eigenvalue of the Hessian.
-        trace: Trace of the Hessian.
-        num_images: Number of images.
-    """
-
-    loss: float
-    loss_rise: float
-    eigenvalue: float
-    trace: float
+    loss: float  # at the weights
+    loss_rise: float  # at the worst point within `rho`, to first order as in SAM
+    eigenvalue: float  # the largest of the Hessian
+    trace: float  # of the Hessian
     num_images: int
 
 
@@ -58,8 +50,7 @@ def sharpness(
         seed: Seed of these vectors and of the start vector of the Lanczos iteration.
 
     Raises:
-        ValueError: If curvlinops is not installed, there are no images or no vectors, `rho` is not above 0, the weights
-            have less than 32 bits, or the loss is not finite.
+        ValueError: If curvlinops is missing, there are no images or vectors, or loss or weights cannot be measured.
     """
     if num_vectors < 1:
         raise ValueError(f"num_vectors must be 1 or more, got {num_vectors}.")
@@ -87,19 +78,10 @@ def sharpness(
 
 
 def loss_rises(model: nn.Module, batches: Batches, rhos: Sequence[float]) -> list[float]:
-    """Measures the rise of the mean cross entropy at the worst points within several radii.
+    """Measures the rise of the mean cross entropy at the worst points within several radii, in weight space.
 
     The worst points are to first order, as in SAM (Foret et al., ICLR 2021, equation 2). This needs one gradient and
-    the loss at each radius, but no second derivatives.
-
-    Args:
-        model: An image classifier; its output has `logits`.
-        batches: Normalised images (batch, channels, height, width) and class indices (batch,).
-        rhos: Radii, in weight space.
-
-    Raises:
-        ValueError: If there are no images, a radius is not above 0, the weights have less than 32 bits, or the loss is
-            not finite.
+    the loss at each radius, but no second derivatives. Parameters and errors are those of [`sharpness`].
     """
     with _measurable(model) as classifier:
         return _loss_rises(classifier, batches, _count(batches), rhos)[1]
@@ -109,21 +91,15 @@ def images_of_groups(
     model: nn.Module,
     dataset: ImageDataset,
     collate,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     num_images: int,
     label_order: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[str, Batches]]:
-    """Yields batches of random images of a data set, named `overall`, and of each group of classes.
+    """Yields batches of at most `num_images` random images, named `overall`, and of each group of classes that has any.
 
-    Args:
-        model: The batches are moved to its device.
-        dataset: Decoded images and labels.
-        collate: Makes a batch from rows.
-        groups: Class indices of each group; a group without images is left out.
-        num_images: Maximum number of images overall, and of each group.
-        label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
-        seed: Seed of the choice of images.
+    The batches are on the device of the model. `label_order` has the positions of the data set's classes among the
+    model's, (classes,); None for the same.
     """
     order = np.random.RandomState(seed).permutation(len(dataset))
     device = next(model.parameters()).device

@@ -25,23 +25,14 @@ STATE_BYTES = 16
 
 @dataclass(frozen=True)
 class Model:
-    """What a model costs. Only the first two numbers are of a model that is not trained.
-
-    Args:
-        parameters: Number of parameters.
-        flops: Operations of a forward pass per image; a multiplication and an addition are two.
-        training_flops: Operations of a training step per image.
-        state_bytes: Bytes kept between steps: weights, gradients, optimiser state and other copies of the weights.
-        activation_bytes: Bytes that the forward pass keeps for the backward pass, per image.
-        trained: Number of trained parameters.
-    """
+    """What a model costs. Only the first two numbers are of a model that is not trained."""
 
     parameters: int
-    flops: int
-    training_flops: float = 0.0
-    state_bytes: int = 0
-    activation_bytes: int = 0
-    trained: int = 0
+    flops: int  # operations of a forward pass per image; a multiplication and an addition are two
+    training_flops: float = 0.0  # operations of a training step per image
+    state_bytes: int = 0  # kept between steps: weights, gradients, optimiser state and other copies of the weights
+    activation_bytes: int = 0  # that the forward pass keeps for the backward pass, per image
+    trained: int = 0  # number of trained parameters
 
 
 def counted_flops(model: nn.Module, image_size: int) -> int:
@@ -71,12 +62,9 @@ def _flop_counter(model: nn.Module, image_size: int) -> FlopCounterMode:
 
 
 def activation_bytes(model: nn.Module, image_size: int, half: bool) -> int:
-    """Bytes that a forward pass keeps for the backward pass, per image; measured on the CPU.
+    """Bytes that a forward pass keeps for the backward pass, per image; measured on the CPU, in training mode.
 
-    Args:
-        model: The model; it is set to training mode.
-        image_size: Side of the images in pixels.
-        half: Use mixed precision (bfloat16).
+    `half` uses mixed precision (bfloat16).
     """
     # The difference removes memory that does not grow with the batch, such as weights in half precision.
     few, more = (_kept_bytes(model.train(), torch.zeros(size, 3, image_size, image_size), half) for size in (2, 4))

@@ -1,7 +1,7 @@
 """Runs a model over a data set and keeps its logits, features and attention measures as arrays for the analyses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,27 +19,17 @@ BATCH = 128  # images in one forward pass; half as many if it returns attention
 
 @dataclass
 class Observed:
-    """Outputs of a model on a data set.
+    """Outputs of a model on a data set."""
 
-    Args:
-        labels: True class of each image; (images,).
-        logits: Logits of each expert: of `mean`, `cls` and `distillation`, or of `mean` alone; (images, classes).
-        features: Features of each special token after each block; (blocks, chosen images, tokens, size).
-        chosen: Indices of the images for features and attention.
-        distances: Mean attention distance, in pixels; (layers, heads).
-        spreads: Spatial spread of the attention of each special token, in pixels; (layers, tokens, heads).
-        tokens: Names of the special tokens.
-        grid: Number of rows and columns of patches.
-    """
-
-    labels: np.ndarray
+    labels: np.ndarray  # true class of each image; (images,)
+    # of each expert: `mean`, `cls` and `distillation`, or `mean` alone; (images, classes)
     logits: dict[str, np.ndarray]
-    features: np.ndarray
-    chosen: np.ndarray
-    distances: np.ndarray
-    spreads: np.ndarray
-    tokens: Sequence[str] = field(default_factory=list)
-    grid: tuple[int, int] = (0, 0)
+    features: np.ndarray  # of each special token after each block; (blocks, chosen images, tokens, size)
+    chosen: np.ndarray  # indices of the images for features and attention
+    distances: np.ndarray  # mean attention distance, in pixels; (layers, heads)
+    spreads: np.ndarray  # of the attention of each special token, in pixels; (layers, tokens, heads)
+    tokens: Sequence[str]  # names of the special tokens
+    grid: tuple[int, int]  # rows and columns of patches
 
     def predictions(self, expert: str) -> np.ndarray:
         """Predicted class of each image."""
@@ -63,10 +53,10 @@ def predict(
     collate: ImageCollator,
     label_order: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Computes the logits of each expert of a model on a data set.
+    """Computes the logits of each expert of a model on a data set; a DeiT has three experts, other models have one.
 
     Args:
-        model: An image classifier; a DeiT-LT or distilled DeiT has three experts, other models have one.
+        model: An image classifier.
         dataset: The images.
         collate: Prepares the images for the model.
         label_order: Positions of the data set's classes among the model's classes, (classes,); by default the same.
@@ -94,14 +84,9 @@ def observe(
     num_images: int = 512,
     label_order: torch.Tensor | None = None,
 ) -> Observed:
-    """Runs a transformer over a data set: computes logits of all images, and attention and features of some.
+    """Computes the logits of all images of a data set, and the attention and features of `num_images`, spread over it.
 
-    Args:
-        model: A DeiT-LT, or a DeiT or ViT of transformers.
-        dataset: Test images.
-        collate: Prepares the images for the model.
-        num_images: Number of images for attention and features, spread over the data set.
-        label_order: See [`predict`].
+    The other parameters are those of [`predict`].
 
     Raises:
         ValueError: If the model has no attention over patches.

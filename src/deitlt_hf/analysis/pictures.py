@@ -29,15 +29,11 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
     """Draws the class histogram, `classes.png`, and training images before and after the DRW epoch, `images.png`.
 
     Args:
-        argv: A command line of `deitlt distill`.
+        argv: A command line of `deitlt distill`; its errors are those of the command.
         folder: Folder to write to. It is created if it does not exist.
 
     Returns:
         Paths of the two files.
-
-    Raises:
-        ValueError, FileNotFoundError: As raised by `deitlt distill`.
-        FileExistsError: If `folder` cannot be created.
     """
     require_matplotlib()
     folder = Path(folder).expanduser()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
-from ..data.long_tail import Integers, class_counts
+from ..data.long_tail import Groups, Integers, class_counts
 from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
 from ..evaluation.findings import few_images
 from ..evaluation.metrics import with_intervals
@@ -46,23 +46,14 @@ class ProbeArguments:
 
 @dataclass(frozen=True)
 class Probe:
-    """The result of a linear probe.
-
-    Args:
-        model: The probed backbone.
-        predictions: Predicted class of each test image; (images,).
-        strength: The chosen inverse regularisation, C of scikit-learn.
-        held_out: Images on which it was chosen.
-        features: Number of features.
-        seconds: Time for features and regressions.
-    """
+    """The result of a linear probe."""
 
     model: str
-    predictions: list[int]
-    strength: float
-    held_out: int
-    features: int
-    seconds: float
+    predictions: list[int]  # predicted class of each test image; (images,)
+    strength: float  # the chosen inverse regularisation, C of scikit-learn
+    held_out: int  # images on which it was chosen
+    features: int  # number of features
+    seconds: float  # for features and regressions
 
 
 def probe(path: str, data: Mapping) -> Probe:
@@ -71,10 +62,6 @@ def probe(path: str, data: Mapping) -> Probe:
     The images are those of an evaluation, without augmentation. The regularisation is chosen on the split `validation`,
     or without it on a part of the training images, by the mean over the classes of the cross entropy; the classifier is
     then fitted to all training images. Test images choose nothing.
-
-    Args:
-        path: Folder or Hub id of the backbone.
-        data: The splits `train`, `test` and, if there is one, `validation`.
 
     Raises:
         FileNotFoundError, ValueError: If the backbone cannot be loaded or has no features of an image.
@@ -100,14 +87,10 @@ def _features(model: PreTrainedModel, dataset: ImageDataset, collate: ImageColla
 
 
 def pooled(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """One feature vector for each image, (images, size).
+    """One feature vector for each image, (images, size), of a model of [`load_backbone`].
 
     It is what a classifier of the model reads: the input of a teacher's classifier, the CLS token of a ViT (of a DeiT,
     CLS and DIST side by side), the image features of a CLIP, or the pooled output of any other model.
-
-    Args:
-        model: A model of [`load_backbone`].
-        pixel_values: Normalised images, (images, channels, height, width).
 
     Raises:
         ValueError: If the model gives none of these for an image.
@@ -133,17 +116,8 @@ def pooled(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
 
 
-def probe_figures(
-    found: Probe, labels: Integers, groups: Mapping[str, Integers], resamples: int
-) -> tuple[ExpertTable, dict[str, Any]]:
-    """The table of a probe's accuracies with intervals, and its figures for `--json`.
-
-    Args:
-        found: The probe.
-        labels: True classes of the test images; (images,).
-        groups: Class indices of each group.
-        resamples: Number of bootstrap samples.
-    """
+def probe_figures(found: Probe, labels: Integers, groups: Groups, resamples: int) -> tuple[ExpertTable, dict[str, Any]]:
+    """The table of a probe's accuracies with bootstrap intervals, and its figures for `--json`."""
     labels, predictions = np.asarray(labels), np.asarray(found.predictions)
 
     def of(rows: np.ndarray) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
 from ..evaluation.metrics import Estimate, long_tail_figures, with_intervals
@@ -34,29 +34,26 @@ def analyze(
     model: PreTrainedModel,
     data: Mapping,
     counts: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     num_images: int = 512,
     resamples: int = 200,
     sharpness_images: int = 128,
     agreement: Mapping[str, Mapping[str, float]] | None = None,
     label_order: torch.Tensor | None = None,
 ) -> Section:
-    """Analyses one model on test images and returns its section of the report.
+    """Analyses one model on the split `test` of the data and returns its section of the report.
 
     Args:
         path: Folder or Hub id of the model, with its image processor.
         model: A DeiT-LT, or a DeiT or ViT of transformers.
-        data: The split `test` is analysed; the split `train` is used for the flatness of the loss.
-        counts: Number of training images of each class.
+        data: The split `train` is used for the flatness of the loss.
+        counts: Training images of each class.
         groups: Class indices of each group.
         num_images: Number of images for attention and features.
         resamples: Number of bootstrap samples.
         sharpness_images: Training images, overall and of each group, for the flatness of the loss; 0 leaves it out.
-        agreement: Agreement with the model's teacher, see [`teacher_agreement`].
-        label_order: Positions of the data's classes among the model's classes, (classes,); by default the same.
-
-    Raises:
-        ValueError: If the model has no attention over patches.
+        agreement: Agreement with the model's teacher, see [`teacher_agreement`]; None leaves it out.
+        label_order: Positions of the data's classes among the model's classes, (classes,).
     """
     collate = ImageCollator(load_processor(path))
     dataset = collate.images(data["test"])
@@ -89,7 +86,7 @@ def analyze(
     return Section(title, found, intervals, pictures, findings)
 
 
-def _estimates(observed: Observed, groups: Mapping[str, Integers], resamples: int) -> dict[str, Estimate]:
+def _estimates(observed: Observed, groups: Groups, resamples: int) -> dict[str, Estimate]:
     """Metrics of each expert with their 95 % intervals."""
     seen = {expert: (observed.predictions(expert), observed.confidences(expert)) for expert in observed.logits}
 
@@ -102,9 +99,7 @@ def _estimates(observed: Observed, groups: Mapping[str, Integers], resamples: in
     return with_intervals(of, observed.labels, resamples=resamples)
 
 
-def _of_classes(
-    found, intervals, counts: Integers, groups: Mapping[str, Integers], names: Sequence[str]
-) -> list[Picture]:
+def _of_classes(found, intervals, counts: Integers, groups: Groups, names: Sequence[str]) -> list[Picture]:
     return [
         _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
                  figures.draw_counts, counts, groups, names),

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups
 from ..io import check_can_be_folder, nan_to_null
 
 PAGE, REPORT_FILE = "index.html", "report.json"
@@ -22,20 +22,13 @@ PAGE, REPORT_FILE = "index.html", "report.json"
 
 @dataclass
 class Picture:
-    """One figure of the report.
+    """One figure of the report."""
 
-    Args:
-        name: Name of its file, without the suffix.
-        title: Heading above the figure.
-        how_to_read: One sentence of explanation.
-        figure: The matplotlib figure.
-        details: The full captions. In the figure they are shortened, and matplotlib's font has no Chinese characters.
-    """
-
-    name: str
-    title: str
-    how_to_read: str
-    figure: Any
+    name: str  # of its file, without the suffix
+    title: str  # heading above the figure
+    how_to_read: str  # one sentence of explanation
+    figure: Any  # a matplotlib figure
+    # full captions: in the figure they are shortened, and matplotlib's font has no Chinese characters
     details: Sequence[str] = ()
 
     @cached_property
@@ -55,21 +48,13 @@ class Picture:
 
 @dataclass
 class Section:
-    """The part of the report about one model.
+    """The part of the report about one model."""
 
-    Args:
-        title: Folder or Hub id of the model.
-        figures: Metrics of each expert, see [`long_tail_figures`].
-        intervals: 95 % intervals of the metrics.
-        pictures: Figures of the report, in order.
-        findings: Further numbers, for `report.json`.
-    """
-
-    title: str
-    figures: dict[str, dict[str, float]]
-    intervals: dict[str, dict[str, tuple[float, float]]]
+    title: str  # folder or Hub id of the model
+    figures: dict[str, dict[str, float]]  # metrics of each expert, see [`long_tail_figures`]
+    intervals: dict[str, dict[str, tuple[float, float]]]  # 95 % intervals of the metrics
     pictures: list[Picture]
-    findings: dict
+    findings: dict  # further numbers, for `report.json`
 
 
 def check_report_folder(output: str | Path) -> None:
@@ -91,7 +76,7 @@ def check_report_folder(output: str | Path) -> None:
             raise FileExistsError(f"{output / name} is not from a report of this package; choose another --output.")
 
 
-def write_report(sections: Sequence[Section], recipe: str, groups: Mapping[str, Integers], output: str | Path) -> Path:
+def write_report(sections: Sequence[Section], recipe: str, groups: Groups, output: str | Path) -> Path:
     """Writes the report: a self-contained `index.html`, the figures as PNG files, and `report.json`.
 
     Returns:

@@ -51,16 +51,7 @@ class AnalysisArguments:
 
 
 def report(recipe: str, args: AnalysisArguments, data_args: DataArguments, tables: bool = True) -> Path:
-    """Analyses one or two models on a recipe's test images, prints their tables, and writes the report.
-
-    Args:
-        recipe: Name or path of the recipe.
-        args: Options of the analysis.
-        data_args: The data of the recipe.
-        tables: Whether to print the tables.
-
-    Returns:
-        Path of the HTML page.
+    """Analyses one or two models on a recipe's test images, writes the report, and returns its HTML page.
 
     Raises:
         FileExistsError: If `args.output` is a file, or holds a page or record that is not from this command.

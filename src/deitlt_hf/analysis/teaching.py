@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups
 from ..data.transforms import model_processor
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import DataArguments, StudentArguments, fill_arguments
@@ -36,7 +36,7 @@ def teacher_agreement(
     model: PreTrainedModel,
     teacher: str,
     data: Mapping,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     num_batches: int = 8,
 ) -> dict[str, dict[str, float]]:
     """Share of images for which each expert predicts the teacher's class (DeiT-LT, section 4: out of distribution).

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
-from ..data.long_tail import Integers, class_counts
+from ..data.long_tail import Groups, Integers, class_counts
 from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
 from ..evaluation.metrics import Estimate, paired_leads, points, with_intervals
 from ..io import atomic_write
@@ -23,23 +23,14 @@ RESAMPLES = 2000  # the ends of the intervals of the claims are quantiles near 0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way to train gave, and what it cost.
+    """What one way to train gave, and what it cost."""
 
-    Args:
-        name: Short name, such as that of its folder.
-        title: Name for readers.
-        what: How it was trained, in a sentence.
-        predictions: Predicted class of each test image; (images,).
-        seconds: Its price, with that of the teacher if it has one.
-        is_least: Whether the price lacks parts that were killed.
-    """
-
-    name: str
-    title: str
-    what: str
-    predictions: Sequence[int]
-    seconds: float
-    is_least: bool = False
+    name: str  # such as that of its folder
+    title: str  # for readers
+    what: str  # how it was trained, in a sentence
+    predictions: Sequence[int]  # predicted class of each test image; (images,)
+    seconds: float  # its price, with that of the teacher if it has one
+    is_least: bool = False  # whether the price lacks parts that were killed
 
     @property
     def price(self) -> str:
@@ -49,28 +40,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Accuracies and differences of several ways to train, and the advice that they support.
+    """Accuracies and differences of several ways to train, and the advice that they support."""
 
-    Args:
-        accuracies: Fractions overall and by group with their 95 % intervals, by title.
-        leads: Differences from the first way in points with their intervals, by title.
-        level: Level of the intervals of the differences: all claims of the advice together hold at 95 %.
-        advice: One or two sentences.
-    """
-
-    accuracies: dict[str, Estimate]
-    leads: dict[str, Estimate]
-    level: float
-    advice: str
+    accuracies: dict[str, Estimate]  # fractions overall and by group with their 95 % intervals, by title
+    leads: dict[str, Estimate]  # differences from the first way in points with their intervals, by title
+    level: float  # of the intervals of the differences: all claims of the advice together hold at 95 %
+    advice: str  # one or two sentences
 
 
-def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, Integers]) -> Verdict:
-    """Compares outcomes with the first of them, which should be the simplest, on the same test images.
+def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Groups) -> Verdict:
+    """Compares two or more outcomes with the first of them, which should be the simplest, on the same test images.
 
-    Args:
-        outcomes: Two or more.
-        labels: True class of each test image.
-        groups: Class indices of each group; the advice reads the last one as the tail.
+    The advice reads the last group as the tail.
     """
     labels, reference = np.asarray(labels), outcomes[0]
     tail = list(groups)[-1]
@@ -87,13 +68,7 @@ def judge(outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, In
 
 
 def advise(outcomes: Sequence[Outcome], leads: Mapping[str, Estimate], tail: str) -> str:
-    """The way to take, in sentences that claim only what the intervals hold.
-
-    Args:
-        outcomes: The outcomes; the first is the reference.
-        leads: Differences of the others from it, with intervals, see [`paired_leads`].
-        tail: Name of the group of rare classes.
-    """
+    """The way to take, in sentences that claim only what the intervals of the leads over the first outcome hold."""
     reference, *others = outcomes
 
     def ahead(group: str) -> list[Outcome]:
@@ -128,9 +103,7 @@ def advise(outcomes: Sequence[Outcome], leads: Mapping[str, Estimate], tail: str
     return text
 
 
-def table(
-    verdict: Verdict, outcomes: Sequence[Outcome], labels: Integers, groups: Mapping[str, Integers]
-) -> ExpertTable:
+def table(verdict: Verdict, outcomes: Sequence[Outcome], labels: Integers, groups: Groups) -> ExpertTable:
     """The table of a verdict for a terminal; each row has its price beside its name."""
     names = {outcome.title: f"{outcome.title}, {outcome.price}" for outcome in outcomes}
     rows = {names[title]: found.values for title, found in verdict.accuracies.items()}
@@ -142,12 +115,12 @@ def table(
 def write_page(
     verdict: Verdict,
     outcomes: Sequence[Outcome],
-    groups: Mapping[str, Integers],
+    groups: Groups,
     tested: Mapping[str, int],
     facts: Mapping[str, Any],
     output: Path,
 ) -> Path:
-    """Writes the page of a comparison: a self-contained `index.html`.
+    """Writes the page of a comparison, a self-contained `index.html` in `output`, and returns its path.
 
     Args:
         verdict: Accuracies, differences and advice.
@@ -156,9 +129,6 @@ def write_page(
         tested: Test images overall and of each group.
         facts: What the page says of data and machine: `name`, `images`, `classes`, `unit` (of the price), `notes`.
         output: Folder of the page.
-
-    Returns:
-        Path of the page.
     """
     from matplotlib.figure import Figure
 

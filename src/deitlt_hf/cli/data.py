@@ -65,36 +65,30 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     data = arguments.load(source)
     class_names = data["train"].features["label"].names
     groups = arguments.groups(data)
-    report = check_data(arguments.dataset, kind, source, data, groups, deep, arguments.background)
-    report.problems.extend(training_problems(name, argv, len(data["train"]), class_names))
+    lines, problems = check_data(arguments.dataset, kind, source, data, groups, deep, arguments.background)
+    problems += training_problems(name, argv, len(data["train"]), class_names)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    for label, text in report.lines.items():
+    for label, text in lines.items():
         console.print(f"[bold]{label:16}[/bold] ", end="")
         console.print(text, markup=False)
     console.print(class_table(data, groups))
     for note in training_notes(name, argv):
         console.print("[yellow]note[/yellow]             ", end="")
         console.print(note, markup=False)
-    for problem in report.problems:
+    for problem in problems:
         console.print("[red]wrong[/red]            ", end="")
         console.print(problem, markup=False)
-    console.print(f"{name}: {len(report.problems)} problem(s)" if report.problems else f"{name}: ready to train on")
+    console.print(f"{name}: {len(problems)} problem(s)" if problems else f"{name}: ready to train on")
     if file is not None:
         counts = dict(zip(class_names, training_counts(data["train"]).tolist(), strict=True))
         file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-    return int(bool(report.problems))
+    return int(bool(problems))
 
 
 def training_problems(recipe: str, argv: Sequence[str], num_images: int, class_names: Sequence[str]) -> Iterator[str]:
     """Yields the errors that training the teacher and the student of a recipe would raise. Creates no folder.
 
-    A recipe may have only one of the two.
-
-    Args:
-        recipe: Name or path of the recipe.
-        argv: A command line with the recipe and fields of its data, teacher and student.
-        num_images: Number of training images.
-        class_names: Names of the classes.
+    A recipe may have only one of the two. `argv` is a command line with the recipe and fields of data and training.
     """
     sections = load_recipe(recipe)
     for section, command, classes in (("teacher", "train-teacher", TEACHER), ("student", "distill", STUDENT)):

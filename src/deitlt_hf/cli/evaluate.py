@@ -17,7 +17,6 @@ from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
 from ..evaluation.fusion import RULES, balanced_rows, fit_fusion, fold
-from ..hub.mending import mend_folder
 from ..io import check_can_be_folder
 from ..recipes import DataArguments, parse_arguments
 from ..serving.classifiers import load_model, load_processor
@@ -72,20 +71,15 @@ class FusionArguments:
 
 
 def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) -> dict[str, dict[str, float]]:
-    """Fits fusions of a student's experts on the validation images, or without such on the training images, and prints
-    their accuracy on the test images.
+    """Fits fusions of a student's experts, and prints and returns their accuracy on the test images.
 
-    With one rule, the model with the fusion folded into its heads is saved in `args.fused_output`.
-
-    Returns:
-        Accuracies of each rule, see [`group_accuracies`].
+    They are fitted on the validation images, or without such on the training images. With one rule, the model with the
+    fusion folded into its heads is saved in `args.fused_output`.
 
     Raises:
-        FileExistsError: If `args.fused_output` holds a model, or is a file.
         ValueError: If the model has only one expert, its classes have another order, or the training images are
             streamed.
     """
-    _check_free(args.fused_output)
     if data_args.streaming:
         raise ValueError("a fusion cannot be fitted on streamed training images; leave --streaming out.")
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
@@ -95,34 +89,24 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     counts, groups = training_counts(data["train"]), data_args.groups(data)
     source = "validation" if "validation" in data else "train"
     fitted = data[source].select(balanced_rows(data[source]["label"][:]))
-    seen = {
-        split: predict(model, collate.images(images), collate)
-        for split, images in (("train", fitted), ("test", data["test"]))
-    }
-    if "cls" not in seen["test"][1]:
+    labels, logits = predict(model, collate.images(fitted), collate)
+    if "cls" not in logits:
         raise ValueError(f"{path} has one expert only; a fusion needs a DeiT-LT student.")
-    logits = {
-        split: [torch.from_numpy(found[name]).double() for name in ("cls", "distillation")]
-        for split, (_, found) in seen.items()
-    }
-    labels = torch.from_numpy(seen["train"][0])
-    rules = list(RULES) if args.fusion is None or args.fusion == "all" else [args.fusion]
-    (cls, distillation), (tested_cls, tested_distillation) = logits["train"], logits["test"]
-    fusions = {rule: fit_fusion(rule, cls, distillation, labels, counts, groups) for rule in rules}
+    true, tested = predict(model, collate.images(data["test"]), collate)
+    (cls, distillation), tested_heads = (
+        [torch.from_numpy(found[name]).double() for name in ("cls", "distillation")] for found in (logits, tested)
+    )
+    rules = RULES if args.fusion == "all" else [str(args.fusion)]
+    fusions = {rule: fit_fusion(rule, cls, distillation, torch.from_numpy(labels), counts, groups) for rule in rules}
     accuracies = {
-        rule: group_accuracies(fusion(tested_cls, tested_distillation).argmax(dim=1).numpy(), seen["test"][0], groups)
+        rule: group_accuracies(fusion(*tested_heads).argmax(dim=1).numpy(), true, groups)
         for rule, fusion in fusions.items()
     }
-    tested = class_counts(seen["test"][0], len(counts)).tolist()
-    show(
-        ExpertTable(
-            f"fusions, fitted on the {'training' if source == 'train' else source} images", accuracies, groups, tested
-        )
-    )
-    if args.fused_output is not None and args.fusion is not None:
-        fold(model, fusions[args.fusion]).save_pretrained(args.fused_output)
+    title = f"fusions, fitted on the {'training' if source == 'train' else source} images"
+    show(ExpertTable(title, accuracies, groups, class_counts(true, len(counts)).tolist()))
+    if args.fused_output is not None:
+        fold(model, fusions[str(args.fusion)]).save_pretrained(args.fused_output)
         collate.image_processor.save_pretrained(args.fused_output)
-        mend_folder(args.fused_output)
         print(f"The fused model is in {args.fused_output}: the mean of its heads is the fusion.")
     return accuracies
 

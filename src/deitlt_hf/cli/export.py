@@ -18,7 +18,6 @@ from ..console import quiet_log, show
 from ..data.images import ImageCollator
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
-from ..hub.mending import mend_folder
 from ..io import check_can_be_folder, weights_digest
 from ..recipes import DataArguments, data_help, parse_arguments
 from ..serving.classifiers import load_model, load_processor
@@ -41,14 +40,7 @@ _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
 def compare(
     networks: Mapping[str, PreTrainedModel | OnnxClassifier], path: str, data: Mapping, data_args: DataArguments
 ) -> ExpertTable:
-    """Measures each expert of a torch model and its ONNX files on a recipe's test images.
-
-    Args:
-        networks: The torch model and the ONNX files, by name.
-        path: Folder or Hub id of the model; its image processor prepares the images.
-        data: Training and test images.
-        data_args: Arguments of the data.
-    """
+    """Measures each expert of a torch model at `path`, and of its ONNX files, on a recipe's test images."""
     groups = data_args.groups(data)
     collate = ImageCollator(load_processor(path))
     accuracies = {}
@@ -70,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.int8:
         check_quantizable(model)
     found = [] if args.output is None else [cached_file(args.model, name) for name in _CONFIGURATIONS]
-    configurations = [path for path in found if path is not None]
     if args.recipe is not None:
         _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
         data = data_args.load()
@@ -80,10 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = {"ONNX float32": export_onnx(model, folder, not args.fixed_size, digest)}
     if args.int8:
         files["ONNX int8"] = quantize(files["ONNX float32"])
-    for configuration in configurations:
+    for configuration in filter(None, found):
         shutil.copyfile(configuration, folder / Path(configuration).name)
-    if configurations:
-        mend_folder(folder)
     if args.recipe is not None:
         forms = {"torch": model} | {name: OnnxClassifier(path) for name, path in files.items()}
         show(compare(forms, args.model, data, data_args))

@@ -20,18 +20,10 @@ def command_parser(description: str, epilog: str | None = None) -> argparse.Argu
 def parse_with_fields(
     parser: argparse.ArgumentParser, classes: Sequence[type], arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Separates the arguments of a command from recipe fields, which may be in any order.
+    """Separates the arguments of a command from recipe fields (of `classes`), which may be in any order.
 
-    argparse alone would take the value of an unknown option as a positional argument of the command.
-
-    Args:
-        parser: Parser with the arguments of the command.
-        classes: Dataclasses of the recipe fields. If the parser already has an option of the same name, the option
-            belongs to the command.
-        arguments: Command line; by default the command line of this process.
-
-    Returns:
-        The arguments of the command, and the rest of the command line.
+    argparse alone would take the value of an unknown option as a positional argument of the command. An option of the
+    parser belongs to the command also if a field has its name. Returns the arguments, and the rest of the command line.
     """
     from transformers import HfArgumentParser
     from transformers.hf_argparser import DataClassType

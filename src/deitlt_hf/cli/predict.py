@@ -31,7 +31,7 @@ from ..data.sources.files import not_read
 from ..io import one_line
 from ..serving.classifiers import read_model_config
 from ..serving.handler import EXPERTS
-from ..serving.prediction import find_images, load_classifier, predict_images
+from ..serving.prediction import find_images, load_classifier, predict_images, read_file
 from ..serving.rows import DatasetImages, dataset_images
 from ..serving.shards import FEATURES, FORMATS, Contents, Shards, Tabulator, predict_shards
 from .parser import command_parser
@@ -209,9 +209,8 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str], rows: DatasetI
     is_bar_hidden = not (state.is_main_process and sys.stderr.isatty())
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
-        for number, failed in predict_shards(
-            tabulate, shards, mine, args.batch_size, workers, None if rows is None else rows.read
-        ):
+        read = read_file if rows is None else rows.read
+        for number, failed in predict_shards(tabulate, shards, mine, args.batch_size, workers, read):
             done, unreadable = done + number, unreadable + failed
             progress.update(bar, advance=number)
     if mine:
@@ -237,7 +236,8 @@ def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None,
     is_bar_hidden = sys.stdout.isatty() or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), redirect_stdout=False, disable=is_bar_hidden) as progress:
         bar = progress.add_task("images", total=total)
-        options = (args.top_k, args.batch_size, args.num_workers or 0, None if rows is None else rows.read)
+        read = read_file if rows is None else rows.read
+        options = (args.top_k, args.batch_size, args.num_workers or 0, read)
         for path, result in predict_images(classifier, paths, *options):
             done += 1
             if isinstance(result, ValueError):
@@ -262,7 +262,7 @@ def _without_experts(result: Result) -> Result:
 
 def _writer(args: argparse.Namespace, has_sets: bool) -> Callable[[str, Result], None]:
     if args.jsonl:
-        return _write_json
+        return lambda path, result: print(json.dumps({"image": path} | result))
     if not args.csv:
         return _write_text
     # File names are bytes that may not be valid text; surrogateescape writes them unchanged.
@@ -281,10 +281,6 @@ def _writer(args: argparse.Namespace, has_sets: bool) -> Callable[[str, Result],
             table.writerow({"image": path, "rank": rank} | prediction | choices)
 
     return write
-
-
-def _write_json(path: str, result: Result) -> None:
-    print(json.dumps({"image": path} | result))
 
 
 def _write_text(path: str, result: Result) -> None:

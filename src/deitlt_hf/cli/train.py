@@ -23,13 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | None) -> None:
-    """Runs a function on a folder of images, with the options of `deitlt train`.
-
-    Args:
-        work: A function with the parameters of [`train`].
-        description: Text of `--help`.
-        arguments: Command line; by default the command line of this process.
-    """
+    """Runs a function with the parameters of [`train`] on a folder of images, with the options of `deitlt train`."""
     parser = command_parser(description)
     parser.add_argument("folder", help="folder with the images, such as one folder for each class")
     parser.add_argument("--output_dir", "--output", help="folder of recipe, models and page (default: in outputs/)")
@@ -51,11 +45,7 @@ def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | N
 
 
 def fields_of(words: Sequence[str], parser) -> dict[str, Any]:
-    """Fields and their values, as texts, from the remaining words of a command line.
-
-    Raises:
-        ValueError: If there is no such field, or it is a recipe.
-    """
+    """Fields and their values, as texts, from the remaining words of a command line; an unknown field is refused."""
     fields: dict[str, Any] = {}
     for word in words:
         if word.startswith("--"):

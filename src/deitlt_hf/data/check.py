@@ -4,7 +4,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import datasets
@@ -39,14 +38,6 @@ BENCHMARKS = {
 }
 
 
-@dataclass
-class Report:
-    """Result of a check: lines to print by their title, and the problems found."""
-
-    lines: dict[str, str]
-    problems: list[str]
-
-
 def check_data(
     name: str,
     kind: str,
@@ -55,8 +46,8 @@ def check_data(
     groups: ShotGroups,
     deep: bool = False,
     background: str | None = None,
-) -> Report:
-    """Checks a data set and describes it.
+) -> tuple[dict[str, str], list[str]]:
+    """Checks a data set; returns lines that describe it, by their title, and its problems.
 
     Args:
         name: Name of the data set, for the comparison with a public benchmark of that name.
@@ -65,10 +56,7 @@ def check_data(
         data: The splits `train`, `test` and, if there is one, `validation` that training uses.
         groups: Head, mid and tail classes.
         deep: Decode every image, on all cores, and search for identical images in training and testing.
-        background: Background colour behind transparent pixels.
-
-    Returns:
-        The description and the problems; a data set without problems is ready to train on.
+        background: See [`EncodedImage`].
 
     Raises:
         ValueError: If `deep` is set for a stream.
@@ -83,13 +71,13 @@ def check_data(
     if not isinstance(data["train"], datasets.Dataset):
         if deep:
             raise ValueError("a stream cannot be decoded beforehand; leave out --deep, and see --skip_bad_images.")
-        return Report(lines, problems)
+        return lines, problems
     problems += _paths(data)
     if deep:
         found, wrong = _decode_all(data, background)
         lines |= found
         problems += wrong
-    return Report(lines, problems)
+    return lines, problems
 
 
 def _description(
@@ -115,12 +103,7 @@ def _description(
 
 
 def class_table(data: Mapping[str, datasets.Dataset], groups: ShotGroups) -> Table:
-    """Training and test images of each class, the largest class first; of many classes, the first and the last.
-
-    Args:
-        data: Its prepared splits.
-        groups: Class indices of its groups.
-    """
+    """Training and test images of each class, the largest class first; of many classes, the first and the last."""
     names = data["train"].features["label"].names
     counts, tested = training_counts(data["train"]), class_counts(data["test"]["label"][:], len(names))
     group_of = {int(label): group for group, members in groups.items() for label in members}

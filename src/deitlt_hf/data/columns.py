@@ -21,8 +21,6 @@ def find_columns(
 ) -> tuple[str, str]:
     """Finds the image and the label column of a data set by their types; a label column also by its name.
 
-    An image column has the type `Image`, or holds encoded images: a structure with `bytes` and `path`, or plain bytes.
-
     Raises:
         ValueError: If a named column is missing or holds no images, or if not exactly one column has the type. The
             message lists the columns.
@@ -65,11 +63,8 @@ def _image_kind(feature) -> int | None:
 def _label_column(dataset: datasets.Dataset, given: str | None) -> str:
     _check_column(dataset, given, "label")
     names = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    found = (
-        [given]
-        if given
-        else names or [name for name in [find_split(dataset.column_names, LABEL_COLUMNS)] if name is not None]
-    )
+    usual = find_split(dataset.column_names, LABEL_COLUMNS)
+    found = [given] if given else names or [usual] * (usual is not None)
     if len(found) != 1:
         raise ValueError(
             f"cannot determine the label column: {len(names)} columns have type ClassLabel; the columns are "

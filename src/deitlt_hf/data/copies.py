@@ -25,10 +25,10 @@ class ReducedCopies:
     """Opens images by their reduced copies, and writes a copy when an image is opened for the first time.
 
     A copy is a PNG file without loss, so the pixels are the same the first time and later. Images that are not larger
-    than a copy are read from their source.
+    than a copy are read from their source. Several runs and processes can share the folder.
 
     Args:
-        folder: Folder of the copies. Several runs and processes can share it.
+        folder: Folder of the copies.
         side: Shorter side of a copy, in pixels.
         reduce: Reduces an image to that side; gives uint8 of shape (height, width, 3).
         kind: Name of the reduction; copies of one kind and side are the same.

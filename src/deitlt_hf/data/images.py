@@ -2,14 +2,12 @@
 
 import contextlib
 import hashlib
-import importlib
 import mmap
 import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg  # a third faster than Pillow
+except ImportError:  # torchvision 0.29 announces that a later version will not decode images: then Pillow does
+    decode_jpeg = None
 
 from ..io import one_line
 from .image_rule import FORMATS, is_transparent, open_encoded, orientation_of, upright_rgb
@@ -30,9 +33,6 @@ warnings.filterwarnings("ignore", "The image decoding and encoding capabilities 
 # Pillow's warnings (palettes, corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# JPEG decoders that are a third faster than Pillow; the first installed one is used. torchvision 0.29 announces that a
-# later version moves decoding to torchcodec, which gives the same pixels.
-JPEG_DECODERS = ("torchvision.io", "torchcodec.decoders")
 # A region of a JPEG is decoded to at least this many times the size of the result, as in Pillow's `thumbnail`.
 # A smaller factor is faster, and farther from a reduction of the full image.
 REDUCING_GAP = 2.0
@@ -40,19 +40,6 @@ CACHED_SIDE = 64  # pixels; images up to this side are cached decoded
 CACHE_BYTES = 2**30
 ROWS_A_TASK = 256
 ADVICE = " Repair or remove it, or pass --skip_bad_images."
-
-
-def find_decoder(modules: Sequence[str] = JPEG_DECODERS) -> tuple[str, Callable] | None:
-    """Finds the first module that can decode JPEGs, and its decoding function; None if none can."""
-    for module in modules:
-        # torchcodec raises OSError or RuntimeError if its libraries were built for another torch.
-        with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
-            decoders = importlib.import_module(module)
-            return module, partial(decoders.decode_jpeg, mode=decoders.ImageReadMode.RGB)
-    return None
-
-
-_DECODER = find_decoder()
 
 
 class EncodedImage:
@@ -84,18 +71,15 @@ class EncodedImage:
             self.size = (height, width) if orientation >= 5 else (width, height)
 
     def decode(self) -> np.ndarray:
-        """Decodes the whole image.
-
-        Returns:
-            Upright RGB; uint8 of shape (height, width, 3).
+        """Decodes the whole image: upright RGB, uint8 of shape (height, width, 3).
 
         Raises:
             ValueError: If the image cannot be decoded; the message names it.
         """
         with self._errors():
-            if self._is_jpeg and _DECODER is not None:
+            if self._is_jpeg and decode_jpeg is not None:
                 data = torch.frombuffer(self.data, dtype=torch.uint8)
-                pixels = _DECODER[1](data).permute(1, 2, 0).numpy()
+                pixels = decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
             else:
                 pixels = np.asarray(upright_rgb(self._opened, self.background))
             height, width, _ = pixels.shape
@@ -118,9 +102,7 @@ class EncodedImage:
     def decode_region(self, region: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray | None:
         """Decodes a JPEG at a fraction of its size and resizes a region of it, if the result is much smaller.
 
-        Args:
-            region: Top, left, height and width.
-            size: Height and width of the result.
+        The region is given by top, left, height and width, the size of the result by height and width.
 
         Returns:
             uint8 of shape (height, width, 3); None if the whole image must be decoded instead.
@@ -156,19 +138,14 @@ class EncodedImage:
 
 def decoder_versions() -> dict[str, str]:
     """Versions of the packages that decode images: other decoders or versions can differ by a few grey levels."""
-    packages = ["pillow"] if _DECODER is None else ["pillow", _DECODER[0].partition(".")[0]]
-    if "HEIF" in FORMATS:
-        packages.append("pillow-heif")
+    packages = ["pillow", *["torchvision"] * (decode_jpeg is not None), *["pillow-heif"] * ("HEIF" in FORMATS)]
     return {package: version(package) for package in packages}
 
 
 def open_image(image: Mapping[str, Any] | None, place: str = "", background: str | None = None) -> EncodedImage:
     """Opens an image of a `datasets.Image(decode=False)` column, from `bytes` if the cell has them, else from `path`.
 
-    Args:
-        image: Cell of the column.
-        place: Place of the cell for errors, such as "row 17 of the column image".
-        background: See [`EncodedImage`].
+    `place` is that of the cell for errors, such as "row 17 of the column image".
 
     Raises:
         ValueError: See [`EncodedImage`]; also if the cell is empty.
@@ -185,21 +162,13 @@ def open_image(image: Mapping[str, Any] | None, place: str = "", background: str
 
 
 class Decoded(NamedTuple):
-    """Result of decoding an image.
+    """Result of decoding an image."""
 
-    Args:
-        error: Description of the error, or None.
-        digest: Digest of the bytes; None after an error.
-        is_transparent: Whether any pixel is transparent.
-        is_flat: Whether the decoded image, as training uses it, has a single colour.
-        has_frames: Whether the image has several frames; only the first is read.
-    """
-
-    error: str | None
-    digest: bytes | None = None
-    is_transparent: bool = False
-    is_flat: bool = False
-    has_frames: bool = False
+    error: str | None  # a sentence; None without an error
+    digest: bytes | None = None  # of the bytes; None after an error
+    is_transparent: bool = False  # whether any pixel is transparent
+    is_flat: bool = False  # whether the decoded image, as training uses it, has a single colour
+    has_frames: bool = False  # whether it has several frames, of which only the first is read
 
 
 def usable_cores() -> int:
@@ -208,12 +177,7 @@ def usable_cores() -> int:
 
 
 def decode_all(rows: datasets.Dataset, background: str | None = None) -> list[Decoded]:
-    """Decodes every image of a data set, on all cores.
-
-    Args:
-        rows: Data set with the column `image`.
-        background: See [`EncodedImage`].
-    """
+    """Decodes every image of a data set with the column `image`, on all cores; `background` as in [`EncodedImage`]."""
     images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
     with ProcessPoolExecutor(
         usable_cores(), initializer=_set_job, initargs=(images, source_rows(rows), background)
@@ -273,14 +237,12 @@ class ImageDataset(Dataset):
     Small images, such as CIFAR's, are decoded once and cached in memory that the workers of a data loader share.
 
     Args:
-        dataset: Rows with an image and a label.
-        image_column: Name of the image column.
-        label_column: Name of the label column.
+        dataset: Rows with an image and a label, in the named columns.
         views: Transforms of an [`EncodedImage`] or a decoded image (uint8, of shape (height, width, 3)), by the name of
             the model input that they make. Without views, a row contains the decoded image under `image`, for
             [`ImageCollator`].
         background: See [`EncodedImage`].
-        copies: Opens images by their reduced copies ([`ReducedCopies`]); None reads the images themselves.
+        copies: Opens images by their reduced copies; None reads the images themselves.
     """
 
     def __init__(
@@ -316,16 +278,16 @@ class ImageDataset(Dataset):
         return row | {name: view(image) for name, view in self.views.items()}
 
     def _image(self, index: int) -> EncodedImage | np.ndarray:
-        if self._cache is None:
-            return self._open_cell(*self._cell(index), self.background)
-        pixels, known = self._cache
-        if not known[index]:
-            image = open_image(*self._cell(index), self.background)
-            if image.size != (pixels.shape[2], pixels.shape[1]):
-                return self._open_cell(*self._cell(index), self.background)
-            pixels[index] = image.decode()
-            known[index] = True  # set after the pixels, since another worker may read at the same time
-        return pixels[index]
+        if self._cache is not None:
+            pixels, known = self._cache
+            if not known[index]:
+                image = open_image(*self._cell(index), self.background)
+                if image.size == (pixels.shape[2], pixels.shape[1]):
+                    pixels[index] = image.decode()
+                    known[index] = True  # set after the pixels, since another worker may read at the same time
+            if known[index]:
+                return pixels[index]
+        return self._open_cell(*self._cell(index), self.background)
 
     def _cell(self, index: int) -> tuple[Mapping[str, Any] | None, str]:
         """Cell of an image, and its place for errors."""

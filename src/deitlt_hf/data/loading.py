@@ -230,8 +230,7 @@ def long_tailed_splits(
 def training_counts(split) -> np.ndarray:
     """Training images of each class, in label order; int64 of shape (num_classes,).
 
-    Args:
-        split: A `datasets.Dataset` with one `ClassLabel` column, or a [`StreamedSplit`], which stores its counts.
+    A split is a `datasets.Dataset` with one `ClassLabel` column, or a [`StreamedSplit`], which stores its counts.
     """
     if not isinstance(split, datasets.Dataset):
         return split.class_counts
@@ -255,10 +254,6 @@ def images_hash(split, contents: int = 4096) -> str | None:
 
     The hash covers, in order, the label and the file name (with the name of its folder) of every image, the size of
     every image file, and the full content of `contents` images that are spread evenly over the split.
-
-    Args:
-        split: A `datasets.Dataset` with an image and a label column, or a [`StreamedSplit`].
-        contents: Maximum number of images whose content is read.
     """
     if not isinstance(split, datasets.Dataset):
         return None

@@ -13,6 +13,7 @@ MANY_SHOTS, FEW_SHOTS = 100, 20
 NEARLY_BALANCED = 0.05
 
 Integers = Sequence[int] | np.ndarray  # such as labels, counts and indices
+Groups = Mapping[str, Integers]  # class indices of each group, such as head, mid and tail
 
 
 def long_tailed_indices(

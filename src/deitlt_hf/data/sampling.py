@@ -38,24 +38,12 @@ def seed_streams(*key: int, device: torch.device | None = None) -> None:
         torch.manual_seed(seed)
 
 
-def shuffled_order(num_images: int, epoch: int, seed: int = 0) -> np.ndarray:
-    """A random permutation of the images of an epoch; int64 of shape (num_images,)."""
-    return np.random.default_rng([seed, epoch]).permutation(num_images)
-
-
 def class_balanced_order(labels: Integers, epoch: int, seed: int = 0) -> np.ndarray:
-    """A random order in which all classes appear equally often (Kang et al., ICLR 2020).
+    """A random order in which all classes appear equally often (Kang et al., ICLR 2020); int64 of shape (images,).
 
     An epoch has as many draws as there are images. The draws of a class go through its images in turn: images of a rare
-    class are drawn several times, each with another augmentation, and some images of a frequent class are left out.
-
-    Args:
-        labels: Class of each image.
-        epoch: Counted from 0; the remainder that not every class can have, and the images, change with it.
-        seed: Seed of the order.
-
-    Returns:
-        Image indices; int64 of shape (images,).
+    class are drawn several times, each with another augmentation, and some images of a frequent class are left out. The
+    remainder that not every class can have, and the images, change with the epoch, which is counted from 0.
     """
     # A generator of each epoch's own: a resumed run draws its order without the orders before.
     random = np.random.default_rng([seed, epoch])
@@ -152,7 +140,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         micro_batches: Micro-batches per optimiser step.
         num_repeats: Copies of each image; see [`repeated_augmentation_order`].
         seed: Seed of order and augmentation, which differ by epoch.
-        partial: Include the images after the last whole optimiser step; see [`batches_of_epoch`].
+        partial: See [`batches_of_epoch`].
         balanced_labels: Class of each image, for [`class_balanced_order`]; None for the plain order.
 
     Raises:
@@ -192,7 +180,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         elif self.balanced_labels is not None:
             order = class_balanced_order(self.balanced_labels, self.epoch, self.seed)
         else:
-            order = shuffled_order(self.num_images, self.epoch, self.seed)
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
         # Seeds belong to positions in the epoch. The seeds of a data loader's workers would depend on their number, and
         # the copies of repeated augmentation would get the same augmentation from a seed of the image.
         seeds = image_seeds(len(order), self.seed, self.epoch)

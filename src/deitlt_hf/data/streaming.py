@@ -114,19 +114,13 @@ class StreamedImages(IterableDataset):
 
     An epoch has as many images as the split, rounded down to whole optimiser steps. If the number of shards is a
     multiple of the number of processes, each process reads only its own shards. Otherwise each process reads all shards
-    and skips the images of the other processes.
+    and skips the images of the other processes. Parameters are those of [`TrainBatches`], except:
 
     Args:
         split: Split to read.
         views: Transforms by the name of the model input that they make.
-        batch_size: Images of this process in a batch.
-        rank: Index of this process.
-        world_size: Number of processes.
-        num_repeats: Consecutive copies of each image (repeated augmentation); an epoch then contains one in
-            `num_repeats` images. All copies are in one process, whereas [`TrainBatches`] spreads them.
-        seed: Seed of order and augmentation, which differ by epoch. Both depend on the number of workers, since workers
-            share the shards.
-        micro_batches: Micro-batches per optimiser step.
+        num_repeats: All copies of an image are consecutive in one process, whereas [`TrainBatches`] spreads them.
+        seed: Order and augmentation also depend on the number of workers, since workers share the shards.
         background: See [`EncodedImage`].
 
     Raises:
@@ -136,7 +130,7 @@ class StreamedImages(IterableDataset):
     def __init__(
         self,
         split: StreamedSplit,
-        views: Mapping[str, Callable[[EncodedImage], torch.Tensor]],
+        views: Mapping[str, Callable[[EncodedImage | np.ndarray], torch.Tensor]],
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -168,10 +162,7 @@ class StreamedImages(IterableDataset):
         # Workers deliver whole batches in turn.
         wanted = (self.num_batches // workers + (index < self.num_batches % workers)) * self.batch_size
         seeds = image_seeds(wanted, self.seed, int(self.epoch), self.rank, index)
-        return self._views(self._rows(), seeds.tolist())
-
-    def _views(self, rows: Iterator[tuple], seeds: Sequence[int]) -> Iterator[dict]:
-        for seed, (image, label) in zip(seeds, rows, strict=False):  # the rows are infinite
+        for seed, (image, label) in zip(seeds.tolist(), self._rows(), strict=False):  # the rows are infinite
             seed_streams(seed)
             yield {"labels": label, **{name: view(image) for name, view in self.views.items()}}
 
@@ -234,8 +225,8 @@ def load_streamed(
         dataset: Id of a data set on the Hub; with `data_dir` it is only a name.
         data_dir: Folder with webdataset shards, or parquet files that contain images.
         test_split: Name of the test split; by default the first split with a usual name, such as test or validation.
-        image_column: Column with the images; by default the only one of that type.
-        label_column: Column with the labels; by default the only `ClassLabel`, or one with a usual name.
+        image_column: See [`load_source`].
+        label_column: See [`load_source`].
         class_counts: JSON file with the training images of each class, as [`count_classes`] returns them. Without it,
             the labels of all shards are read first.
         shuffle_buffer: See [`StreamedSplit`].

@@ -1,6 +1,5 @@
 """Image transforms: timm's transforms for training, an image processor of transformers for evaluation and inference."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,10 +70,7 @@ def model_processor(
 ) -> BitImageProcessor:
     """Makes the image processor for a model whose configuration has an image size and optionally mean and std.
 
-    Args:
-        config: The model's configuration.
-        resize_size: See [`image_processor`].
-        background: See [`image_processor`].
+    The other parameters are those of [`image_processor`].
 
     Raises:
         ValueError: If the resized image would be smaller than the model's, or `image_size` is not an integer.
@@ -91,17 +87,11 @@ def model_processor(
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """Size and normalisation of a model's input images.
+    """Size and normalisation of a model's input images."""
 
-    Args:
-        size: Height and width in pixels.
-        mean: Mean for normalising images in [0, 1], one value per channel.
-        std: Standard deviation for normalising images in [0, 1], one value per channel.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    size: tuple[int, int]  # height and width in pixels
+    mean: tuple[float, ...]  # for images in [0, 1], one value per channel
+    std: tuple[float, ...]  # likewise
 
     @classmethod
     def of(cls, processor: BaseImageProcessor) -> "ImageFormat":
@@ -187,16 +177,11 @@ class TrainTransform:
         self.augmentations = list(augmentations)
         self.mean, self.std = tuple(mean), tuple(std)
         self.erasing = erasing
-        self._memory = np.empty(0, np.float32)
 
     def __call__(self, image: EncodedImage | Image.Image | np.ndarray) -> torch.Tensor:
-        """Crops, flips and augments an image.
+        """Crops, flips and augments an encoded or decoded image: Pillow's in RGB, or uint8 of shape (height, width, 3).
 
-        Args:
-            image: Encoded image, or a decoded one: a Pillow image in RGB, or uint8 of shape (height, width, 3).
-
-        Returns:
-            uint8 of shape (size, size, 3).
+        Returns uint8 of shape (size, size, 3).
         """
         pixels = self.crop(np.asarray(image) if isinstance(image, Image.Image) else image, self.size)
         # Drawn from torch as RandomHorizontalFlip does, and not at all for 0, where timm leaves the flip out.
@@ -209,13 +194,9 @@ class TrainTransform:
         return _tensor(pixels).contiguous()
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalises and randomly erases a batch on its device.
+        """Normalises and randomly erases a batch, uint8 of shape (batch, size, size, 3), on its device.
 
-        Args:
-            pixels: uint8 of shape (batch, size, size, 3).
-
-        Returns:
-            float32 of shape (batch, 3, size, size), in channels-last memory format.
+        Returns float32 of shape (batch, 3, size, size), in channels-last memory format.
         """
         rows = pixels.flatten(2)
         mean, std = _channels(self.mean, pixels.device), _channels(self.std, pixels.device)
@@ -223,7 +204,7 @@ class TrainTransform:
         scale, shift = (1 / (255 * std)).repeat(self.size), (-mean / std).repeat(self.size)
         # On a CPU, chunks that fit the cache take half the time of a whole batch.
         chunk = max(CACHED_VALUES // rows[0].numel(), 1) if pixels.device.type == "cpu" else len(pixels)
-        batch = self._empty(rows) if pixels.device.type == "cpu" else torch.empty_like(rows, dtype=torch.float32)
+        batch = torch.empty_like(rows, dtype=torch.float32)
         for image, row in zip(batch.split(chunk), rows.split(chunk), strict=True):
             torch.addcmul(shift, row.to(torch.float32), scale, out=image)
         batch = batch.view(-1, self.size, self.size, 3).permute(0, 3, 1, 2)
@@ -231,16 +212,6 @@ class TrainTransform:
             self.erasing.device = batch.device  # timm's default is CUDA, also without a GPU
             self.erasing(batch)
         return batch
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        """Allocates a batch on a CPU. Memory of the previous batch is reused if nothing refers to it any more.
-
-        The first write to new memory pages takes longer than the arithmetic.
-        """
-        # Two references are the attribute and the argument of `getrefcount`; a tensor in use holds another.
-        if self._memory.shape != like.shape or sys.getrefcount(self._memory) > 2:
-            self._memory = np.empty(like.shape, np.float32)
-        return torch.from_numpy(self._memory)
 
 
 def train_transform(
@@ -303,14 +274,10 @@ def weak_transform(processor: BitImageProcessor, hflip: float = 0.5) -> TrainTra
 def resize_and_renormalize(
     pixel_values: torch.Tensor, source: ImageFormat, target: ImageFormat, antialias: bool = True
 ) -> torch.Tensor:
-    """Converts a normalised batch from one model's format to another's: bicubic resizing, then renormalisation.
+    """Converts normalised images, (batch, channels, height, width), from one model's format to another's.
 
-    Args:
-        pixel_values: Normalised images; (batch, channels, height, width), of any height and width.
-        source: Format of the given images.
-        target: Format of the result.
-        antialias: Smooth before downscaling, as Pillow does. The authors' environment did not: their torchvision 0.15
-            resized tensors without.
+    Resizing is bicubic. `antialias` smooths before downscaling, as Pillow does. The authors' environment did not: their
+    torchvision 0.15 resized tensors without.
     """
     if pixel_values.shape[-2:] != target.size:
         pixel_values = resize(pixel_values, target.size, antialias)

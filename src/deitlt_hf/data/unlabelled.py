@@ -16,15 +16,9 @@ ONLY_CLASS = "image"
 def unlabelled_images(
     train: datasets.Dataset, folders: Iterable[str | Path] = (), skip_bad_images: bool = False
 ) -> datasets.Dataset:
-    """Joins the images of a training split with all images in and below folders.
+    """Joins the images of a training split with all images in and below folders, as a data set with a single class.
 
-    Args:
-        train: Training split, as the splits that [`long_tailed_splits`] returns.
-        folders: Folders with further images.
-        skip_bad_images: Leave out images of the folders that cannot be read, with a warning that counts them.
-
-    Returns:
-        A data set with the columns `image` and `label`, in which all images have the same class.
+    With `skip_bad_images`, images of the folders that cannot be read are left out, with a warning that counts them.
 
     Raises:
         FileNotFoundError: If a folder does not exist or has no images.

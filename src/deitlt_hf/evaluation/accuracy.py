@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 
 # Colours of the experts, the same in all figures and pages.
 COLOURS = {"mean": "#4c72b0", "cls": "#dd8452", "distillation": "#55a868"}
@@ -26,12 +26,12 @@ def class_accuracies(predictions: Integers, labels: Integers, num_classes: int) 
     return np.divide(right, totals, out=np.full(num_classes, np.nan), where=totals > 0)
 
 
-def number_of_classes(labels: Integers, groups: Mapping[str, Integers]) -> int:
+def number_of_classes(labels: Integers, groups: Groups) -> int:
     """Number of classes: one more than the largest label in the test images and the groups."""
     return 1 + max(max(members, default=-1) for members in (np.asarray(labels).tolist(), *groups.values()))
 
 
-def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[str, Integers]) -> dict[str, float]:
+def group_accuracies(predictions: Integers, labels: Integers, groups: Groups) -> dict[str, float]:
     """Accuracy overall and in groups of classes.
 
     `overall` is the share of correctly classified images. The accuracy of a group is the mean of the accuracies of its
@@ -56,25 +56,16 @@ def group_accuracies(predictions: Integers, labels: Integers, groups: Mapping[st
 
 @dataclass
 class ExpertTable:
-    """A table of the accuracies of several experts or models on the same test images. The best of a column is coloured.
-
-    Args:
-        title: Title of the table.
-        accuracies: Fractions by expert, then by `overall` and group.
-        groups: Class indices of each group.
-        test_counts: Test images of each class.
-        notes: Sentences about the evaluation, see [`findings`].
-        intervals: Ends of an interval of each accuracy, by expert and group; the table shows them if they are given.
-        of: What the rows are.
-    """
+    """Table of the accuracies of several experts or models on the same test images; the best of a column is green."""
 
     title: str
-    accuracies: Mapping[str, Mapping[str, float]]
-    groups: Mapping[str, Integers]
-    test_counts: Integers
-    notes: Sequence[str] = ()
+    accuracies: Mapping[str, Mapping[str, float]]  # fractions by expert, then by `overall` and group
+    groups: Groups
+    test_counts: Integers  # test images of each class
+    notes: Sequence[str] = ()  # sentences about the evaluation, see [`findings`]
+    # the ends of each, by expert and group
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
-    of: str = "expert"
+    of: str = "expert"  # what the rows are
 
     def __rich__(self) -> Table:
         caption = "accuracy in %" + ", with 95 % bootstrap intervals" * bool(self.intervals)

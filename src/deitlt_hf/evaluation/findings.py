@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..data.long_tail import Integers, class_counts
+from ..data.long_tail import Groups, Integers, class_counts
 
 SHOWN = 5  # class names in a sentence
 SAME = 0.99  # share of images with the same class from both heads, from which they count as one
@@ -12,7 +12,7 @@ FEW = 30  # test images of a group, below which its accuracy is uncertain
 
 
 def findings(
-    predictions: Mapping[str, np.ndarray], labels: np.ndarray, groups: Mapping[str, Integers], names: Sequence[str]
+    predictions: Mapping[str, np.ndarray], labels: np.ndarray, groups: Groups, names: Sequence[str]
 ) -> list[str]:
     """Sentences about classes that nobody predicts, heads that agree, and groups with few test images.
 
@@ -39,13 +39,8 @@ def findings(
     return found + few_images(class_counts(labels, len(names)), groups)
 
 
-def few_images(test_counts: Integers, groups: Mapping[str, Integers]) -> list[str]:
-    """A sentence about groups with few test images; none without such groups.
-
-    Args:
-        test_counts: Test images of each class.
-        groups: Class indices of each group.
-    """
+def few_images(test_counts: Integers, groups: Groups) -> list[str]:
+    """A sentence about groups with few test images; none without such groups."""
     numbers = {
         name: int(np.asarray(test_counts)[np.asarray(classes, np.int64)].sum()) for name, classes in groups.items()
     }

@@ -7,7 +7,7 @@ the cross entropy.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data.long_tail import Integers, random_ranks
+from ..data.long_tail import Groups, Integers, random_ranks
 
 FIT_IMAGES = 20_000  # their logits fit into memory even with 8,142 classes
 
@@ -73,17 +73,9 @@ def fit_fusion(
     distillation_logits: torch.Tensor,
     labels: torch.Tensor,
     class_counts: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
 ) -> Fusion:
-    """Fits a fusion rule to labelled logits.
-
-    Args:
-        rule: One of `RULES`.
-        cls_logits: Logits of the CLS head; (images, classes).
-        distillation_logits: Logits of the DIST head; (images, classes).
-        labels: True class of each image; (images,).
-        class_counts: Training images of each class.
-        groups: Class indices of each group; together they must contain all classes.
+    """Fits one of `RULES` to the labelled logits of both heads, (images, classes).
 
     Raises:
         ValueError: If the rule is unknown, or a class is in no group.
@@ -119,13 +111,7 @@ def fit_fusion(
 
 
 def balanced_rows(labels: Integers, limit: int = FIT_IMAGES, seed: int = 0) -> np.ndarray:
-    """Chooses random rows for fitting a rule, as balanced over the classes as possible, and returns them sorted.
-
-    Args:
-        labels: Class of each row.
-        limit: Maximum number of rows; with fewer rows all are chosen.
-        seed: Seed of the choice.
-    """
+    """Chooses at most `limit` random rows, as balanced over the classes as possible, and returns them sorted."""
     labels = np.asarray(labels)
     # By rank: the first row of every class, then the second of every class, and so on.
     return np.sort(np.lexsort((labels, random_ranks(labels, seed)))[:limit])

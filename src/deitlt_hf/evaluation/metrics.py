@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 from .accuracy import class_accuracies, group_accuracies, number_of_classes
 
 BINS = 15  # number of bins of the calibration error, as in Guo et al. (ICML 2017)
@@ -44,7 +44,7 @@ def calibration_error(correct: Sequence[bool] | np.ndarray, confidences: Sequenc
 def long_tail_figures(
     predictions: Integers,
     labels: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     confidences: Sequence[float] | np.ndarray | None = None,
 ) -> dict[str, float]:
     """Computes all metrics of one expert.
@@ -146,19 +146,14 @@ def paired_leads(
     predictions: Mapping[str, Integers],
     reference: Integers,
     labels: Integers,
-    groups: Mapping[str, Integers],
+    groups: Groups,
     level: float = 0.95,
     resamples: int = 1000,
 ) -> dict[str, Estimate]:
     """Accuracies of models minus those of another model on the same test images, in points, overall and by group.
 
     Every bootstrap sample has the same images for all models, so what makes an image hard for all of them cancels out.
-
-    Args:
-        predictions: Predicted class of each image, by model.
-        reference: Classes predicted by the other model.
-        labels: True class of each image; see [`bootstrap_intervals`] for the last two parameters.
-        groups: Class indices of each group.
+    `predictions` and `reference` are predicted classes of each image; [`bootstrap_intervals`] describes the others.
     """
     classes = {name: np.asarray(found) for name, found in predictions.items()}
     other, labels = np.asarray(reference), np.asarray(labels)

@@ -22,21 +22,15 @@ def write_predictions(
     training_images: Sequence[int] | np.ndarray,
     groups: Mapping[str, Sequence[int]],
 ) -> None:
-    """Writes three tables.
+    """Writes three tables into a folder.
 
     - `predictions.csv` has a row for each test image: its path, its class, and the predicted classes;
     - `classes.csv` has a row for each class: its group, its number of training and test images, and the share of its
       test images that each model classifies correctly;
     - `confusion.csv` has a row for each true class and a column for each predicted class, with numbers of images.
 
-    Args:
-        folder: Folder of the files.
-        test: The test images, in the order of the predictions.
-        by_model: Predicted class of each image, (images,), by the name of the model or expert. The first is the
-            prediction.
-        scores: Score of the predicted class, (images,).
-        training_images: Training images of each class, (classes,).
-        groups: Class indices of head, mid and tail.
+    `by_model` has the predicted class of each image, (images,), by model or expert; the first is the prediction, whose
+    scores are `scores`.
     """
     image, label = find_columns(test)
     names, labels = test.features[label].names, np.asarray(test[label][:])

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.long_tail import Integers
+from ..data.long_tail import Groups, Integers
 
 ALL = "all"  # the group of all classes of a model without groups
 
@@ -47,7 +47,7 @@ class PredictionSets:
         """The content of the field `prediction_sets` of a model's configuration."""
         return asdict(self)
 
-    def members(self, scores: np.ndarray, groups: Mapping[str, Integers]) -> np.ndarray:
+    def members(self, scores: np.ndarray, groups: Groups) -> np.ndarray:
         """Which classes are in the set of each image; bool of shape (images, classes), as `scores`."""
         thresholds = np.ones(self.num_labels)
         for name, classes in _or_all(groups, self.num_labels).items():
@@ -60,9 +60,7 @@ def needed_images(coverage: float) -> int:
     return next(number for number in range(1, 10**6) if _rank(number, coverage) <= number)
 
 
-def fit_prediction_sets(
-    scores: np.ndarray, labels: Integers, groups: Mapping[str, Integers], coverage: float = 0.9
-) -> PredictionSets:
+def fit_prediction_sets(scores: np.ndarray, labels: Integers, groups: Groups, coverage: float = 0.9) -> PredictionSets:
     """Fits the thresholds to images that the model was not trained on.
 
     The threshold of a group is the `ceil((n + 1) * coverage)`-th highest score of the true class of its `n` images, and
@@ -98,5 +96,5 @@ def _rank(number: int, coverage: float) -> int:
     return math.ceil(round((number + 1) * coverage, 9))  # 0.1 * 3 would be more than 0.3
 
 
-def _or_all(groups: Mapping[str, Integers], num_labels: int) -> Mapping[str, Integers]:
+def _or_all(groups: Groups, num_labels: int) -> Groups:
     return groups or {ALL: range(num_labels)}

@@ -46,54 +46,37 @@ class CardFacts:
         self.groups: Mapping[str, Sequence[int]] = (config.get("class_groups") or {}) if self.class_counts else {}
         if not self.groups and len(set(self.names)) == len(self.names) == len(self.class_counts):
             self.groups = {group: [self.names.index(name) for name in names] for group, names in groups.items()}
+        self.is_frozen = self.is_teacher and self.settings.get("tune") == "heads"  # with a fitted head
+        self.is_finished: bool = results.get("finished", False)
+        recipe = results.get("recipe") or {}
+        self.recipe: str | None = recipe.get("name")
+        self.has_own_recipe = self.recipe is not None and self.recipe not in recipe_names()  # a file of the user
+        self.overrides: Mapping[str, Any] = recipe.get("overrides", {})  # values of the command line
+        # None in the record of a recipe, which only has the arguments of its optimiser.
+        self.optimizer: Mapping[str, Any] | None = (results.get("ran") or {}).get("optimizer")
+        self.versions = plain(", ".join(f"{name} {number}" for name, number in results.get("versions", {}).items()))
+        self._read_evaluations()
+
+    def _read_evaluations(self) -> None:
+        """Chooses the evaluation of the saved weights: of the last epoch, unless the best weights were loaded."""
+        last, best, step = self.results.get("last"), self.results.get("best"), self.results.get("saved_step")
+        # If images apart from the test images chose the best epoch, the entries of last and best are of these.
+        self.has_validation = "validation_images" in self.data
+        entries = [self.results.get("test")] if self.has_validation else [last, best]
+        self.evaluation: Mapping[str, Any] | None
+        self.evaluation = next((entry for entry in entries if entry and step in (None, entry["step"])), None)
+        # The step of the weights, if the record only has evaluations of other steps.
+        self.unmeasured_step = step if last and not self.evaluation else None
+        shown = None if self.evaluation is None else self.evaluation["step"]
+        # The best evaluation, if it is another one, and whether an evaluation chose weights of an earlier step.
+        self.better = best if best and shown not in (None, best["step"]) and not self.has_validation else None
+        self.is_best = last is not None and shown not in (None, last["step"])
+        # Fractions by expert, the prediction first; each overall and by group.
+        self.accuracies: Mapping[str, Mapping[str, float | None]]
+        self.accuracies = self.evaluation["accuracies"] if self.evaluation else {}
+        self.prediction: Mapping[str, float | None] = next(iter(self.accuracies.values()), {})
 
     # ---- Accuracies ----
-
-    @property
-    def evaluation(self) -> Mapping[str, Any] | None:
-        """The evaluation of the saved weights on test images: of the last epoch, unless the best weights were loaded.
-
-        If the run has validation images, the entries of the last and the best epoch are of these.
-        """
-        names = ("test",) if self.has_validation else ("last", "best")
-        entries, step = [self.results.get(name) for name in names], self.results.get("saved_step")
-        return next((entry for entry in entries if entry and step in (None, entry["step"])), None)
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether validation images apart from the test images chose the best epoch."""
-        return "validation_images" in self.data
-
-    @property
-    def unmeasured_step(self) -> int | None:
-        """Step of the weights, if the record only has evaluations of other steps; else None."""
-        return self.results.get("saved_step") if self.results.get("last") and not self.evaluation else None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run finished."""
-        return self.results.get("finished", False)
-
-    @property
-    def better(self) -> Mapping[str, Any] | None:
-        """The best evaluation, if the card shows another one; else None."""
-        best = None if self.has_validation else self.results.get("best")
-        return best if best and self.evaluation and best["step"] != self.evaluation["step"] else None
-
-    @property
-    def is_best(self) -> bool:
-        """Whether the saved weights are from an earlier step than the last, because an evaluation chose them."""
-        return self.evaluation is not None and self.evaluation["step"] != self.results["last"]["step"]
-
-    @property
-    def accuracies(self) -> Mapping[str, Mapping[str, float | None]]:
-        """Accuracies as fractions, by expert, overall and by group; the prediction comes first."""
-        return self.evaluation["accuracies"] if self.evaluation else {}
-
-    @property
-    def prediction(self) -> Mapping[str, float | None]:
-        """Accuracies of the model's prediction, overall and by group."""
-        return next(iter(self.accuracies.values()), {})
 
     def score_rows(self) -> list[list[str]]:
         """Returns the table of experts: a row of column names, then one row for each expert, in %."""
@@ -177,21 +160,6 @@ class CardFacts:
         return plain(", ".join(map(str, parts + [f"{classes:,} classes"] * bool(classes))))
 
     @property
-    def is_frozen(self) -> bool:
-        """Whether a teacher is a frozen backbone with a fitted head."""
-        return self.is_teacher and self.settings.get("tune") == "heads"
-
-    @property
-    def recipe(self) -> str | None:
-        """Name of the run's recipe."""
-        return (self.results.get("recipe") or {}).get("name")
-
-    @property
-    def overrides(self) -> Mapping[str, Any]:
-        """Values of the command line that override the recipe."""
-        return (self.results.get("recipe") or {}).get("overrides", {})
-
-    @property
     def base_model(self) -> str | None:
         """Hub id of the model from which the student was initialised, if it is on the Hub."""
         start = str(self.results.get("started_from") or self.overrides.get("init_from") or "")
@@ -219,11 +187,6 @@ class CardFacts:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         command = visible(" ".join(shlex.join(words).split()))
         return command if len(command) <= LONGEST_COMMAND else None
-
-    @property
-    def has_own_recipe(self) -> bool:
-        """Whether the recipe is the user's own file and not part of the package."""
-        return self.recipe is not None and self.recipe not in recipe_names()
 
     @property
     def is_reweighted(self) -> bool:
@@ -258,11 +221,6 @@ class CardFacts:
             return self.optimizer["sam"] is not None
         return any(self.settings.get("sam_rho", [True]))
 
-    @property
-    def optimizer(self) -> Mapping[str, Any] | None:
-        """The record of the optimiser that ran; None in records before 0.2.0, which only have its arguments."""
-        return (self.results.get("ran") or {}).get("optimizer")
-
     def setting_rows(self) -> list[list[str]]:
         """Returns the table of settings. An optimiser or scheduler object given by the user replaces its arguments."""
         settings, ran = dict(self.settings), self.results.get("ran") or {}
@@ -275,9 +233,7 @@ class CardFacts:
     @property
     def learns_from_labels_alone(self) -> bool:
         """Whether a student was trained without a teacher."""
-        target = DISTILLATION_TARGETS.get(
-            str(self.settings.get("distillation"))
-        )  # unknown in records of newer versions
+        target = DISTILLATION_TARGETS.get(str(self.settings.get("distillation")))  # None in records of newer versions
         return target is not None and not target.needs_teacher
 
     def teacher(self, name: str = "teacher") -> str | None:
@@ -343,11 +299,6 @@ class CardFacts:
             "as codecarbon estimates"
         )
 
-    @property
-    def versions(self) -> str:
-        """Versions of the libraries used in training."""
-        return plain(", ".join(f"{name} {number}" for name, number in self.results.get("versions", {}).items()))
-
 
 def optimizer_name(record: Mapping[str, Any]) -> str:
     """Describes the record of an optimiser as text, such as `SGD, SAM with rho 0.1`."""
@@ -356,9 +307,7 @@ def optimizer_name(record: Mapping[str, Any]) -> str:
     sam = record.get("sam")
     if sam is None:
         return name
-    is_by_epoch = "epochs" in sam
-    rho = in_phases(sam["rho"], sam["epochs"]) if is_by_epoch else ", ".join(f"{value:g}" for value in sam["rho"])
-    return f"{name}, {'ASAM' if sam['adaptive'] else 'SAM'} with rho {rho}"
+    return f"{name}, {'ASAM' if sam['adaptive'] else 'SAM'} with rho {in_phases(sam['rho'], sam.get('epochs'))}"
 
 
 def _fits(config: Mapping[str, Any]) -> bool:
@@ -388,11 +337,6 @@ def _flatness(settings: Mapping[str, Any], optimizer: Mapping[str, Any] | None =
 
 
 def in_phases(values: Sequence[float], epochs: Sequence[float] | None) -> str:
-    """Describes values and the epochs from which they hold.
-
-    Old records have no epochs: their values are for the stages of the backbone.
-    """
-    if epochs is None:
-        return ", ".join(f"{value:g}" for value in values) + " by stage of the backbone" * (len(values) > 1)
-    first, *later = zip(values, epochs, strict=True)
-    return ", ".join([f"{first[0]:g}", *(f"{value:g} from epoch {epoch:g}" for value, epoch in later)])
+    """Describes values and the epochs from which they hold; None if they belong to parameter groups."""
+    starts = [""] * len(values) if epochs is None else ["", *(f" from epoch {epoch:g}" for epoch in epochs[1:])]
+    return ", ".join(f"{value:g}{start}" for value, start in zip(values, starts, strict=True))

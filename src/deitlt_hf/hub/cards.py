@@ -72,11 +72,7 @@ def make_card(folder: str | Path, repo_id: str | None = None, name: str | None =
 def eval_results_file(folder: str | Path) -> bytes | None:
     """Makes a file for `.eval_results` with the accuracy; the Hub shows it on the pages of the model and the data set.
 
-    Args:
-        folder: The model folder.
-
-    Returns:
-        YAML; None unless a finished run measured the accuracy of these weights on a data set from the Hub.
+    Returns YAML; None unless a finished run measured the accuracy of these weights on a data set from the Hub.
     """
     folder = Path(folder)
     facts = CardFacts(_own_record(folder) or {}, read_config(folder))
@@ -95,10 +91,7 @@ def eval_results_file(folder: str | Path) -> bytes | None:
 def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None) -> ModelCard:
     """Makes the card of the student that a recipe trains. Numbers of the paper and measured numbers are separate.
 
-    Args:
-        recipe: Name of a recipe of the package.
-        name: Name of the model.
-        results: Content of the student's `results.json`; None if the student was not measured.
+    `results` is the content of the student's `results.json`; None if the student was not measured.
     """
     paper = paper_accuracies(recipe)
     planned, results = _planned(recipe), results or {}
@@ -242,18 +235,14 @@ def _planned(recipe: str) -> dict[str, Any]:
     sizes = {field.name for field in fields(StudentArguments)}
     student, teacher = content["student"], content["teacher"]
     is_at_hand = data.dataset == DataArguments.dataset or "/" in data.dataset
+    rule = data.group_boundaries and f"classes sorted by count, cut at {list(data.group_boundaries)}"
     return {
         "recipe": {"name": recipe, "overrides": {}},
-        "data": data.record() | {"local_files": not is_at_hand, "group_rule": _cut(data.group_boundaries)},
+        "data": data.record() | {"local_files": not is_at_hand, "group_rule": rule},
         "architecture": asdict(StudentArguments(**{name: student[name] for name in student if name in sizes})),
         "settings": {name: value for name, value in student.items() if name not in sizes},
         "teacher": {"backbone": teacher["backbone"], "training": {"settings": teacher}},
     }
-
-
-def _cut(boundaries) -> str | None:
-    """Describes group boundaries in the same words as [`shot_groups`]."""
-    return boundaries and f"classes sorted by count, cut at {list(boundaries)}"
 
 
 def _title(facts: CardFacts) -> str:

@@ -1,4 +1,4 @@
-"""Adds the endpoint handler to model folders, and recognises copies of the package's files there."""
+"""Adds the endpoint handler to model folders."""
 
 import inspect
 import re
@@ -14,12 +14,9 @@ from .cards import read_config
 
 
 def add_handler(folder: str | PathLike) -> Path:
-    """Writes [`handler_source`] into a model folder as handler.py. A push of the folder then includes it.
+    """Writes [`handler_source`] into a model folder as handler.py, which a push of it includes; returns its path.
 
     The handler needs no requirements.txt: every image of Inference Endpoints with transformers has its imports.
-
-    Returns:
-        Path of the copy.
 
     Raises:
         FileNotFoundError: If the folder holds no model.
@@ -47,16 +44,7 @@ def check_handler(folder: str | PathLike) -> Path:
             "load it; leave the handler out."
         )
     target = Path(folder) / "handler.py"
-    if target.exists() and not is_version_of(target, handler_source()):
+    # All versions of the file, also earlier ones, begin with the same line.
+    if target.exists() and target.read_bytes().splitlines()[:1] != handler_source().encode().splitlines()[:1]:
         raise FileExistsError(f"{str(target)!r} is another handler; move it away to use the handler of deitlt_hf.")
     return target
-
-
-def is_version_of(path: str | PathLike, own: str) -> bool:
-    """Whether a file is a version, possibly an earlier one, of a file of this package with the content `own`.
-
-    All versions of a file begin with the same line.
-    """
-    with open(path, "rb") as file:
-        first = file.readline().decode(errors="replace")
-    return first.rstrip().removesuffix('"""') == own.partition("\n")[0].rstrip().removesuffix('"""')

@@ -28,7 +28,6 @@ from .cards import (
     write_card,
 )
 from .handler_file import add_handler, check_handler
-from .mending import mend_folder
 
 _MODEL = ("config.json", "preprocessor_config.json")
 _HEAD = "classifier.weight"
@@ -79,8 +78,7 @@ def push_folder(
     """Pushes a model folder to the Hub in one commit: if the push fails, the repository is not changed.
 
     The push includes the weights, the files in `PUBLISHED`, and the accuracy in the Hub's format
-    ([`eval_results_file`]). It leaves out a record, ONNX files and a report that belong to other weights. Before the
-    push, image processor, model code and handler of an earlier version are updated in the folder, see [`mend_folder`].
+    ([`eval_results_file`]). It leaves out a record, ONNX files and a report that belong to other weights.
 
     A file in the repository with a name in `_REPLACED` that the folder does not have is deleted: it is from an earlier
     push, and would belong to another model. All other files stay. A push can be repeated: weights that are already on
@@ -115,7 +113,6 @@ def push_folder(
         check_handler(folder)
     model_type = read_config(folder)["model_type"]
     repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token, model_type=model_type)
-    _mend(folder)
     if handler:
         add_handler(folder)
     api = _api(token)
@@ -182,7 +179,8 @@ def prepare_repository(
         # `exist_ok` also accepts a repository that is public although `private` is requested.
         is_public = not api.repo_info(repo_id).private
         has_branch = revision is None or api.revision_exists(repo_id, revision)
-        other = _model_type(api, repo_id, revision if has_branch else None)
+        config = json.loads(_text(api, repo_id, "config.json", revision if has_branch else None) or "null")
+    other = config.get("model_type") if isinstance(config, dict) else None
     if private and is_public:
         raise ValueError(f"{repo_id} is public; make it private in its settings on the Hub, or push to another.")
     if model_type and other and model_type != other:
@@ -215,13 +213,6 @@ def check_folder(folder: str | Path) -> None:
         raise ValueError(
             f"the run in {folder} is not finished; resume it with --resume_from_checkpoint auto, and then push it."
         )
-
-
-def _mend(folder: Path) -> None:
-    for place in _places(folder):
-        mended = mend_folder(place)
-        if mended:
-            warnings.warn(f"updated in {place}, as an earlier version saved them: {', '.join(mended)}.", stacklevel=3)
 
 
 def _places(folder: Path) -> list[Path]:
@@ -345,12 +336,6 @@ def _own_card(folder: Path) -> str | None:
     """Returns the text of a folder's card; None if there is no card."""
     path = folder / CARD_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _model_type(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """Returns the model type in a repository's configuration; None if there is none."""
-    config = json.loads(_text(api, repo_id, "config.json", revision) or "null")
-    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:

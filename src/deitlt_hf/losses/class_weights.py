@@ -78,11 +78,7 @@ def read_class_weights(given: Mapping | str | None) -> dict[str, float] | None:
 
 
 def named_weights(given: Mapping | str | None, class_names: Sequence[str]) -> torch.Tensor | None:
-    """Weights of all classes from those that a user names; the others weigh 1.
-
-    Args:
-        given: Weights by the name of a class; see [`read_class_weights`].
-        class_names: Names of the classes, in label order.
+    """Weights of all classes from those that a user names, see [`read_class_weights`]; the others weigh 1.
 
     Returns:
         Float32 weights of shape (classes,), scaled to mean 1 like [`effective_number_weights`]; None for none.

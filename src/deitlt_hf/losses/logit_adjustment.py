@@ -59,9 +59,5 @@ def _build_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> Logi
     return LogitAdjustedLoss(class_counts, class_weights=class_weights, reduction="sum")
 
 
-def _build_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) -> LogitAdjustedLoss:
-    return _build_cls(class_counts, class_weights)
-
-
-TEACHER = TeacherLoss(_build_teacher, "balanced softmax")
+TEACHER = TeacherLoss(lambda args, *counts_and_weights: _build_cls(*counts_and_weights), "balanced softmax")
 CLS = ClsLoss(_build_cls, "balanced softmax: logits adjusted by the class frequencies", needs_counts=True)

@@ -12,12 +12,7 @@ def divergence_sum(
     """Kullback-Leibler divergence from the teacher's probabilities, times temperature squared, summed over images.
 
     The temperature softens both distributions; the factor keeps the size of the gradient (Hinton et al., section 2).
-
-    Args:
-        logits: The student's logits; (batch, classes).
-        teacher_logits: The teacher's logits; (batch, classes).
-        class_weights: Weights w_c of the classes, (classes,); the teacher's p_c become `p_c * w_c`, renormalised.
-        temperature: Divisor of the logits.
+    Logits are (batch, classes). With class weights w_c, (classes,), the teacher's p_c become `p_c * w_c`, renormalised.
     """
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)

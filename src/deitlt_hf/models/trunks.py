@@ -96,19 +96,12 @@ _PATCHES = "embeddings.patch_embeddings.projection.weight"
 
 @dataclass(frozen=True)
 class Trunk:
-    """A ViT trunk in the form of a student's.
+    """A ViT trunk in the form of a student's."""
 
-    Args:
-        config: Fields of [`DeiTLTConfig`]: sizes, activation, epsilon of the norms.
-        weights: Weights by the names of [`DeiTLTModel`]. They are on the meta device if the source is.
-        antialias: Whether the source smooths its position embeddings when it reduces them.
-        notes: Differences between source and student that a user should know, as sentences.
-    """
-
-    config: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    antialias: bool = False
-    notes: tuple[str, ...] = ()
+    config: dict[str, Any]  # fields of [`DeiTLTConfig`]: sizes, activation, epsilon of the norms
+    weights: dict[str, torch.Tensor]  # by the names of [`DeiTLTModel`]; on the meta device if the source is
+    antialias: bool = False  # whether the source smooths its position embeddings when it reduces them
+    notes: tuple[str, ...] = ()  # differences between source and student that a user should know, as sentences
 
 
 def check_type(model_type: str) -> None:
@@ -121,11 +114,8 @@ def trunk_of(model: nn.Module) -> Trunk:
     """Converts a ViT to the form of a student's trunk; the arithmetic stays the same.
 
     LayerScale is folded into the weights before it. Missing biases become zeros. A missing DIST token and its position
-    begin as copies of those of CLS. Registers and everything after the final norm are left out.
-
-    Args:
-        model: A ViT of transformers (one of `NATIVE_TYPES`), its wrapper for timm models, or a ViT of timm. It may be
-            on the meta device.
+    begin as copies of those of CLS. Registers and everything after the final norm are left out. The model is a ViT of
+    transformers (one of `NATIVE_TYPES`), its wrapper for timm models, or a ViT of timm, possibly on the meta device.
 
     Raises:
         ValueError: If the model has parts that a student lacks. The text is the reason, without a full stop.
@@ -157,15 +147,10 @@ def trunk_of(model: nn.Module) -> Trunk:
 
 
 def resized(trunk: Trunk, image_size: int, patch_size: int) -> Trunk:
-    """Changes a trunk to another image size or patch size.
+    """Changes a trunk, which is not on the meta device, to another image size or patch size, in pixels.
 
     Patch projections are resampled as in FlexiViT (Beyer et al., CVPR 2023, section 3.4), position embeddings by
-    bicubic interpolation; both with timm.
-
-    Args:
-        trunk: The trunk, not on the meta device.
-        image_size: Side of the images, in pixels, a multiple of `patch_size`.
-        patch_size: Side of a patch, in pixels.
+    bicubic interpolation; both with timm. The image size is a multiple of the patch size.
     """
     grid = image_size // patch_size
     weights = dict(trunk.weights)
@@ -190,12 +175,9 @@ def student_with_weights_of(native: DeiTForImageClassificationWithTeacher) -> De
 
 
 def student_of(trunk: Trunk, attn_implementation: str | None = None, **config) -> DeiTLTForImageClassification:
-    """Makes a student of a trunk, with new heads.
+    """Makes a student of a trunk, which is not on the meta device, with new heads.
 
-    Args:
-        trunk: The trunk, not on the meta device.
-        attn_implementation: As in transformers.
-        **config: Further fields of [`DeiTLTConfig`]. `image_size` and `patch_size` resize the trunk.
+    `config` are further fields of [`DeiTLTConfig`]: `image_size` and `patch_size` resize the trunk.
 
     Raises:
         ValueError: If the configuration is not valid.
@@ -211,12 +193,8 @@ def vit_of_file(weights: dict[str, torch.Tensor], num_attention_heads: int | Non
     """Makes a ViT of timm from the names and shapes in a file of weights.
 
     The layout is timm's, which the original files of DeiT, DINO, DINOv2 and MAE share. A file does not say the number
-    of heads, the activation and the epsilon of the norms: heads are 64 wide, and the others have timm's defaults (GELU
-    and 1e-6).
-
-    Args:
-        weights: Tensors by name.
-        num_attention_heads: Number of heads, if known.
+    of heads, the activation and the epsilon of the norms: heads are 64 wide if no number is given, and the others have
+    timm's defaults (GELU and 1e-6).
 
     Raises:
         ValueError: If the file holds parts that a plain ViT lacks, or lacks parts. The text is the reason, without a

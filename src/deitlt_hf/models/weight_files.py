@@ -99,9 +99,8 @@ def _one_sentence(path: str | PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a pickle of garbage can raise anything
-        if (
-            isinstance(error, OSError) and error.filename is not None
-        ):  # an error of the system; torch's OSError for a truncated file has no filename
+        # An error of the system; torch's OSError for a truncated file has no filename.
+        if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"{path} cannot be loaded: {_what_is_wrong(Path(path), error)}.") from error
 

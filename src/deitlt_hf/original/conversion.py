@@ -127,7 +127,9 @@ def convert_original(
         FileExistsError: If the folder holds a model, or is a file.
     """
     folder = Path(folder).expanduser()
-    check_holds_no_model(folder)
+    check_can_be_folder(folder)
+    if any(folder.glob("*.safetensors*")) or (folder / "config.json").is_file():
+        raise FileExistsError(f"{folder} holds a model; choose another folder.")
     checkpoint = _open(source, ema)
     model: PreTrainedModel
     if checkpoint.kind == STUDENT:
@@ -139,13 +141,6 @@ def convert_original(
     model.save_pretrained(folder)
     model_processor(model.config).save_pretrained(folder)
     return model
-
-
-def check_holds_no_model(folder: str | PathLike) -> None:
-    """Raises `FileExistsError` if a folder holds a model, or cannot be created because it is a file or below one."""
-    check_can_be_folder(folder)
-    if any(Path(folder).glob("*.safetensors*")) or (Path(folder) / "config.json").is_file():
-        raise FileExistsError(f"{folder} holds a model; choose another folder.")
 
 
 def export_original_student(model: PreTrainedModel, path: str | PathLike) -> None:

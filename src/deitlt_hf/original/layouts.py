@@ -77,18 +77,11 @@ def student_to_original(state_dict: StateDict) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class TeacherLayout:
-    """Layout of a CNN teacher's state dict: a ResNet under a name prefix, and a classifier.
+    """Layout of a CNN teacher's state dict: a ResNet under a name prefix, and a classifier."""
 
-    Args:
-        prefix: Prefix of the backbone's parameter names.
-        may_be_cosine: Whether a classifier without a bias is a cosine classifier, whose weight has the shape
-            (features, classes).
-        classifier: Name of the classifier.
-    """
-
-    prefix: str
-    may_be_cosine: bool
-    classifier: str = "linear"
+    prefix: str  # of the backbone's parameter names
+    may_be_cosine: bool  # whether a classifier without a bias is a cosine classifier, of shape (features, classes)
+    classifier: str = "linear"  # name of the classifier
 
     def sizes(self, state_dict: StateDict) -> dict[str, Any]:
         """Reads fields of [`FlatTeacherConfig`] from the authors' tensors.

@@ -26,18 +26,17 @@ def load_model(path: str) -> PreTrainedModel:
     """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does."""
     config = read_model_config(path)
     if not any(name in STUDENTS for name in config.get("architectures") or []):
-        return _load_classifier(path, config)
+        return load_classifier(path, config)
     with loading(path):
         return DeiTLTForImageClassification.from_pretrained(path)
 
 
-def load_classifier(path: str) -> PreTrainedModel:
-    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm."""
-    return _load_classifier(path, read_model_config(path))
+def load_classifier(path: str, config: dict[str, Any] | None = None) -> PreTrainedModel:
+    """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm.
 
-
-def _load_classifier(path: str, config: dict[str, Any]) -> PreTrainedModel:
-    is_flat_teacher = config.get("model_type") == FlatTeacherConfig.model_type
+    `config` is the content of its `config.json`, if it has been read and checked.
+    """
+    is_flat_teacher = (config or read_model_config(path)).get("model_type") == FlatTeacherConfig.model_type
     with loading(path):
         return FlatTeacherForImageClassification.from_pretrained(path) if is_flat_teacher else load_native(path)
 
@@ -83,9 +82,6 @@ def check_weights(path: str, info: Mapping[str, Any], kind: str, new: tuple[str,
         info: What transformers reports with `output_loading_info`.
         kind: Name of the model's class, for the message.
         new: Parts of the names of weights that may be new.
-
-    Raises:
-        ValueError: If weights are missing, or have other shapes than those of the configuration.
     """
     mismatched = (entry[0] for entry in info["mismatched_keys"])
     for names, what in (
@@ -171,14 +167,10 @@ def read_model_config(path: str | PathLike) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any], place: str) -> None:
-    """Checks the types of the configuration fields that this package reads: model type, classes, groups, sets.
-
-    Args:
-        config: Content of a `config.json`.
-        place: Name of the configuration in error messages.
+    """Checks the types of the fields of a `config.json` that this package reads: model type, classes, groups, sets.
 
     Raises:
-        ValueError: If a field has a type that no saved model has.
+        ValueError: If a field has a type that no saved model has; the message names its `place`.
     """
     names, groups, counts = (config.get(name) or {} for name in ("id2label", "class_groups", "class_counts"))
     is_right = {

@@ -88,16 +88,11 @@ def export_onnx(
 
 
 def quantize(path: str | PathLike) -> Path:
-    """Writes `model_quantized.onnx` next to a model: int8 weights, and activations dynamically quantized to 8 bits.
+    """Writes `model_quantized.onnx` next to a file from [`export_onnx`], and returns its path.
 
-    Matrix products with weights are quantized, with one scale for each output. In a ViT, that is everything except the
-    patch embedding, which is a convolution. No calibration is needed.
-
-    Args:
-        path: File from [`export_onnx`].
-
-    Returns:
-        Path of the new file.
+    Weights are int8, and activations are dynamically quantized to 8 bits. Matrix products with weights are quantized,
+    with one scale for each output. In a ViT, that is everything except the patch embedding, which is a convolution. No
+    calibration is needed.
 
     Raises:
         ValueError: If a library is missing, or most weights belong to convolutions, as in a CNN.

@@ -26,12 +26,22 @@ ImageReader = Callable[[str, str | None], Image.Image]
 TOGETHER = 2**19  # pixels of the images that are preprocessed in one call
 
 
-def load_classifier(path: str | PathLike, device: str | None = None) -> EndpointHandler:
-    """Loads a student, a flat teacher, or any image classifier of transformers.
+def read_file(path: str, background: str | None) -> Image.Image:
+    """Reads an image file as the handler does; `ValueError` with a sentence if it cannot be read."""
+    try:
+        if os.path.isdir(path):
+            os.scandir(path).close()  # raises the reason why the folder cannot be listed
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device may never end
+            raise ValueError(f"{path!r} is not a file.")
+        return read_image(Path(path).read_bytes(), repr(path), background)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path!r}.") from error
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read: {error.strerror}.") from error
 
-    Args:
-        path: Folder or Hub id.
-        device: See [`EndpointHandler`].
+
+def load_classifier(path: str | PathLike, device: str | None = None) -> EndpointHandler:
+    """Loads a student, a flat teacher, or any image classifier of transformers, from a folder or the Hub.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -81,7 +91,7 @@ def predict_images(
     top_k: int = 5,
     batch_size: int = 32,
     num_workers: int = 0,
-    read: ImageReader | None = None,
+    read: ImageReader = read_file,
 ) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
     """Classifies image files in order. A file that cannot be read does not stop the others.
 
@@ -92,7 +102,7 @@ def predict_images(
         batch_size: Number of images in one forward pass.
         num_workers: Processes that read images, each two batches ahead; with 0, this process reads them, one batch at
             a time.
-        read: Reads the image of a path, over a background colour; by default [`read_file`]. It is pickled for workers.
+        read: Reads the image of a path, over a background colour. It is pickled for workers.
 
     Yields:
         A path, and the result of [`EndpointHandler`] for the image or, if the file cannot be read, the error.
@@ -109,7 +119,7 @@ def read_batches(
     classifier: EndpointHandler,
     batches: Iterable[list[str]],
     num_workers: int = 0,
-    read: ImageReader | None = None,
+    read: ImageReader = read_file,
 ) -> Iterator["ReadBatch"]:
     """Reads and preprocesses batches of images, in order and lazily; parameters as in [`predict_images`].
 
@@ -135,18 +145,12 @@ def read_batches(
 
 
 class ReadBatch(NamedTuple):
-    """A batch of image files, read and preprocessed.
-
-    Args:
-        paths: The files.
-        stacks: Images of equal size, (images, channels, height, width), with their places in `paths`; almost always
-            one stack.
-        errors: For each file that cannot be read, by its place, a sentence with the reason.
-    """
+    """A batch of image files, read and preprocessed."""
 
     paths: list[str]
+    # images of equal size, (images, channels, height, width), with their places in `paths`; mostly one stack
     stacks: list[tuple[list[int], torch.Tensor]]
-    errors: dict[int, str]
+    errors: dict[int, str]  # the reason why a file cannot be read, by its place
 
 
 class BatchReader:
@@ -156,9 +160,8 @@ class BatchReader:
     size before the next is decoded: images of more than `TOGETHER` pixels are not in memory at the same time.
     """
 
-    def __init__(self, classifier: EndpointHandler, read: ImageReader | None = None):
-        self.processor, self.background = classifier.processor, classifier.background
-        self.read = read or read_file
+    def __init__(self, classifier: EndpointHandler, read: ImageReader):
+        self.processor, self.background, self.read = classifier.processor, classifier.background, read
 
     def __getitem__(self, paths: list[str]) -> ReadBatch:
         errors: dict[int, str] = {}
@@ -198,20 +201,6 @@ class BatchReader:
         # The results differ in size, or one image is the reason.
         alone = [self._preprocessed({place: image}, errors) for place, image in images.items()]
         return {place: image for found in alone for place, image in found.items()}
-
-
-def read_file(path: str, background: str | None) -> Image.Image:
-    """Reads an image file as the handler does; `ValueError` with a sentence if it cannot be read."""
-    try:
-        if os.path.isdir(path):
-            os.scandir(path).close()  # raises the reason why the folder cannot be listed
-        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device may never end
-            raise ValueError(f"{path!r} is not a file.")
-        return read_image(Path(path).read_bytes(), repr(path), background)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path!r}.") from error
-    except OSError as error:
-        raise ValueError(f"{path!r} cannot be read: {error.strerror}.") from error
 
 
 def _standard_input() -> Iterator[str]:

@@ -22,17 +22,12 @@ HASHED = 64  # rows whose content identifies a data set
 class DatasetImages:
     """The images of a split, by name.
 
-    Args:
-        rows: The split.
-        split: Name of the split.
-        image_column: Column with the images; None for the only one.
-
     Attributes:
         names: Name of each image, in the order of the rows: its path if it is a file, else `SPLIT/ROW`.
         sha256: Digest of the content of rows that are spread over the split. Names alone do not identify a data set.
 
     Raises:
-        ValueError: If there is no column with images, or several.
+        ValueError: If there is no column with images, or several and none is given.
     """
 
     def __init__(self, rows: datasets.Dataset, split: str, image_column: str | None = None):
@@ -76,13 +71,7 @@ class DatasetImages:
 def dataset_images(
     dataset: str, data_dir: str | None = None, split: str = "test", image_column: str | None = None
 ) -> DatasetImages:
-    """Loads the images of a split of a data set. Labels are not needed.
-
-    Args:
-        dataset: Name or Hub id, see [`load_source`].
-        data_dir: Folder to read from instead, in any layout of training.
-        split: Name of the split.
-        image_column: Column with the images; None for the only one.
+    """Loads the images of a split of a data set, see [`load_source`]. Labels are not needed.
 
     Raises:
         FileNotFoundError: If the folder does not exist or has no supported layout.

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..io import atomic_write, check_can_be_folder, read_json, write_json
 from .handler import EXPERTS, EndpointHandler
-from .prediction import ImageReader, ReadBatch, batches_of, read_batches
+from .prediction import ImageReader, ReadBatch, batches_of, read_batches, read_file
 
 # Programs that read all parquet files of a folder, such as pandas, skip files whose names begin with an underscore.
 MANIFEST = "_predictions.json"
@@ -33,47 +32,29 @@ FEATURES = (*TOKENS, "head")
 class Contents:
     """What the tables of a folder hold.
 
-    Args:
-        top_k: Number of classes for each image.
-        experts: Add the choice of each expert of a student.
-        features: For a student, the final tokens, which are the inputs of its two heads: `cls`, `distillation`, their
-            `mean`, or both (`tokens`). For any other classifier, the input of its last layer: `head`. None for none.
-        format: One of `FORMATS`.
-        shard_size: Images in a table.
-
     Raises:
-        ValueError: If a number is below 1, a name is unknown, or features are to be written as CSV.
+        ValueError: If a number is below 1, or features are to be written as CSV.
     """
 
-    top_k: int = 5
-    experts: bool = False
+    top_k: int = 5  # classes for each image
+    experts: bool = False  # the choice of each expert of a student
+    # one of `FEATURES`: tokens of a student, or the input of the last layer of another classifier
     features: str | None = None
-    format: str = "parquet"
-    shard_size: int = 5000
+    format: str = "parquet"  # one of `FORMATS`
+    shard_size: int = 5000  # images in a table
 
     def __post_init__(self):
         if min(self.top_k, self.shard_size) < 1:
             raise ValueError(f"top_k and shard_size must be 1 or more, got {self.top_k} and {self.shard_size}.")
-        if self.format not in FORMATS:
-            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}.")
-        if self.features not in (None, *FEATURES):
-            raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {self.features!r}.")
         if self.features is not None and self.format == "csv":
             raise ValueError("features are written as parquet only; leave --format csv out.")
-
-
-class Progress(NamedTuple):
-    """Images of a batch, and how many of them could not be read."""
-
-    images: int
-    unreadable: int
 
 
 class Shards:
     """The tables of a folder. Each is written atomically, so one that exists is complete.
 
     Args:
-        folder: Folder of the tables; new, empty, or of an interrupted run.
+        folder: New, empty, or of an interrupted run.
         paths: All image files, in the order of the rows.
         contents: What the tables hold.
         source: Digest of what the paths alone do not identify.
@@ -139,17 +120,9 @@ def predict_shards(
     indices: Sequence[int],
     batch_size: int = 32,
     num_workers: int = 0,
-    read: ImageReader | None = None,
-) -> Iterator[Progress]:
-    """Computes and writes tables one after the other; yields after each batch.
-
-    Args:
-        tabulate: Computes the tables.
-        shards: The folder.
-        indices: The tables to compute.
-        batch_size: Images in one forward pass.
-        num_workers: See [`predict_images`].
-        read: See [`predict_images`].
+    read: ImageReader = read_file,
+) -> Iterator[tuple[int, int]]:
+    """Computes and writes tables one after the other; yields after each batch its images, and how many are unreadable.
 
     Raises:
         ValueError: If a worker process was ended by the system.
@@ -160,7 +133,7 @@ def predict_shards(
         tables = []
         for batch in itertools.islice(batches_read, math.ceil(len(shards.paths_of(index)) / batch_size)):
             tables.append(tabulate(batch))
-            yield Progress(len(batch.paths), len(batch.errors))
+            yield len(batch.paths), len(batch.errors)
         shards.write(index, pa.concat_tables(tables))
 
 

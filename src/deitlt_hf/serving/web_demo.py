@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -103,9 +103,7 @@ def build_demo(model: str | PathLike, examples: str | PathLike | None = None) ->
 
 
 def example_images(model: str | PathLike, folder: str | PathLike | None = None) -> list[Path]:
-    """Returns the first images of a folder, sorted by name.
-
-    If no folder is given, these are the images in `examples` of the model folder; the list may be empty.
+    """Returns the first images of a folder, by default of `examples` in the model folder, sorted by name.
 
     Raises:
         FileNotFoundError: If a folder is given and has no images.
@@ -120,19 +118,8 @@ def example_images(model: str | PathLike, folder: str | PathLike | None = None) 
     return paths[:MAX_EXAMPLES]
 
 
-class Picture(NamedTuple):
-    """A picture on the page; `data` is its `data:` URL."""
-
-    caption: str
-    alt: str
-    data: str
-
-
 class Explanation:
-    """Callable that turns the bytes of an image into the HTML that explains its prediction.
-
-    Args:
-        model: Folder or Hub id of a saved model.
+    """Turns the bytes of an image into the HTML that explains the prediction of a model.
 
     Raises:
         OSError, ValueError: If the model does not exist, or has no attention over patches.
@@ -178,16 +165,18 @@ class Explanation:
     def _answer(self, image: Image.Image) -> dict[str, Any]:
         return self._handler({"inputs": image, "parameters": {"top_k": TOP_K, "attention": True}})[0]
 
-    def _pictures(self, image: Image.Image, attention: Mapping[str, Sequence[Sequence[float]]]) -> list[Picture]:
+    def _pictures(self, image: Image.Image, attention: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, str]]:
         """Returns the image as the model sees it, without and with the attention map of each token."""
         seen = model_view(self._handler.processor, image)
-        pictures = [Picture("What the model sees", "The image as the model sees it", png_url(seen))]
+        alt = "The image as the model sees it"
+        pictures = [{"caption": "What the model sees", "alt": alt, "data": png_url(seen)}]
         for token, rows in attention.items():
             weights = np.asarray(rows)
             row, column = np.unravel_index(weights.argmax(), weights.shape)
             caption = f"Where {NAMES[token]} looks"
             place = f"row {row + 1} of {weights.shape[0]}, column {column + 1} of {weights.shape[1]}"
-            pictures.append(Picture(caption, f"{caption}: most at {place}", png_url(attention_over(seen, weights))))
+            data = png_url(attention_over(seen, weights))
+            pictures.append({"caption": caption, "alt": f"{caption}: most at {place}", "data": data})
         return pictures
 
 
@@ -202,9 +191,7 @@ def model_view(processor: BaseImageProcessor, image: Image.Image) -> Image.Image
 def attention_over(image: Image.Image, weights: np.ndarray) -> Image.Image:
     """Overlays a grey version of an image with an attention map, from dark (lowest) to bright (highest).
 
-    Args:
-        image: The image as the model sees it.
-        weights: Attention of each patch, at least 0; (rows, columns).
+    `image` is what the model sees, `weights` are those of each patch, at least 0; (rows, columns).
     """
     from matplotlib import colormaps
 

@@ -59,12 +59,7 @@ def images_below(
     """Lists the paths of the image files in and below a folder, sorted.
 
     Each folder is visited once, since links can form cycles. A link to an image file that is also listed itself is left
-    out.
-
-    Args:
-        folder: Folder to search.
-        seen: Folders to skip, by device and inode.
-        others: Counter to which files without the suffix of an image are added, by suffix.
+    out. Folders in `seen`, by device and inode, are skipped. `others` counts other files, by suffix.
 
     Raises:
         ValueError: If a path with the suffix of an image is a pipe or a device (reading it may never end).
@@ -134,11 +129,9 @@ def divided(split: Split, parts: Sequence[str] | None) -> dict[str, Split]:
 
 
 def split_of(name: str, exactly: bool = False) -> str | None:
-    """Finds the split that a name contains as a word: `train`, the name of a test split, or None.
+    """Finds the split that the name of a file or folder contains as a word: `train`, the name of a test split, or None.
 
-    Args:
-        name: Name of a file or folder.
-        exactly: Do not accept words that only begin like a split, such as `trainset` or `testdata`.
+    With `exactly`, words that only begin like a split, such as `trainset` or `testdata`, do not count.
     """
     words = re.split(r"[^a-z]+", name.lower())
     if any(word in TRAIN_NAMES if exactly else word.startswith("train") for word in words):
@@ -152,13 +145,9 @@ def split_of(name: str, exactly: bool = False) -> str | None:
 def splits_by_folder(paths: Sequence[str], source: str) -> list[str] | None:
     """Finds the split of each path of a single list by its folders, such as `train/` and `val/`; None without splits.
 
-    Args:
-        paths: Relative paths.
-        source: Source of the paths, for messages.
-
     Raises:
         ValueError: If only some paths are below a folder that is named like a test split, and the others are not below
-            a folder of a split.
+            a folder of a split. The message names the `source` of the paths.
     """
     places = {place: os.path.normpath(place).split(os.sep) for place in set(map(os.path.dirname, paths))}
     for depth in range(max(map(len, places.values()), default=0)):

@@ -41,14 +41,13 @@ def encode_labels(
 
     Args:
         labels: Labels of the images of each split, or the number of images by label.
-        sources: Source of the labels of each split, for messages.
+        sources: Source of the labels of each split, for messages; by default its name.
 
     Returns:
         The names of the classes in label order, and by split the int64 class indices of the labels.
 
     Raises:
-        ValueError: If a label is missing, negative, not a whole number or name, or if names and numbers are mixed. The
-            message names the split or its source.
+        ValueError: If a label is missing, negative, not a whole number or name, or if names and numbers are mixed.
     """
     places = {split: (sources or {}).get(split, f"the {split} split") for split in labels}
     known = {split: _classes(values, places[split]) for split, values in labels.items()}
@@ -139,15 +138,9 @@ def _refuse_fractions(place: str, found: Sequence) -> None:
 
 
 def refuse_missing(place: str, missing: Mapping[str, int], total: int) -> None:
-    """Refuses images without a label.
+    """Raises `ValueError` for images without a label.
 
-    Args:
-        place: Description of the source of the labels.
-        missing: Number of images by the value that stands for the missing label.
-        total: Total number of images.
-
-    Raises:
-        ValueError: Always.
+    `missing` has the number of images by the value that stands for the missing label, `total` is that of all images.
     """
     shown = ", ".join(one_line(word, 40) or "''" for word in list(missing)[:_NAMED])
     raise ValueError(
@@ -159,16 +152,13 @@ def refuse_missing(place: str, missing: Mapping[str, int], total: int) -> None:
 def check_indices(
     labels: Sequence[int | None], names: Sequence[str], place: str, num_classes: int | None = None
 ) -> np.ndarray:
-    """Checks class indices against the names of the classes.
+    """Checks class indices of a `ClassLabel` column against the names of the classes, and returns them as int64.
 
     Args:
-        labels: Class index of each image in a `ClassLabel` column.
+        labels: Class index of each image.
         names: Names of the classes.
         place: Source of the labels, for messages.
         num_classes: Number of classes, by default the number of names.
-
-    Returns:
-        The labels as int64.
 
     Raises:
         ValueError: If a label is missing, negative or too large, or [`check_class_names`] refuses a name.
@@ -242,10 +232,7 @@ def look_alikes(names: Iterable[str]) -> list[str]:
 
 
 def read_class_names(path: str | PathLike) -> list[str]:
-    """Reads the names of classes, in label order.
-
-    Args:
-        path: A text file with one name per line, or JSON: a list of names, or an object from label to name.
+    """Reads the names of classes, in label order: one per line, or as JSON (a list, or an object by label).
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -271,8 +258,7 @@ def read_class_names(path: str | PathLike) -> list[str]:
 def read_class_map(path: str | PathLike) -> list[int]:
     """Reads a class map: the row of each class in the head of a checkpoint of the authors.
 
-    Args:
-        path: A JSON list, or the folder of a model that was converted from such a checkpoint.
+    The path is a JSON list, or the folder of a model that was converted from such a checkpoint.
 
     Raises:
         FileNotFoundError: If the file does not exist.

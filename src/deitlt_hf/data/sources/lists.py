@@ -113,9 +113,6 @@ def _folder_names(folder: Path, split: Split, numbers: list[str]) -> list[str]:
 # ---- iNaturalist's annotations ----
 
 
-# ---- iNaturalist's annotations ----
-
-
 def find_annotations(folder: Path) -> dict[str, Path]:
     """Finds the annotations of an iNaturalist competition, such as `train2018.json` and `val2018.json`."""
     found = {}
