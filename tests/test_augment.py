@@ -145,3 +145,19 @@ def test_transform_matches_timm_for_the_same_draws(image_size, size, crop, monke
             assert levels.max() < 1.2
             assert (levels > 0.01).float().mean() < 0.01
     assert compared > 55
+
+
+def test_memory_of_a_batch_in_use_is_not_reused():
+    """The memory of a batch is reused for the next one only when nobody holds it any more."""
+    transform = train_transform(image_processor(16), random_erasing=0)
+    pixels = [torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8) for _ in range(3)]
+    first = transform.finish(pixels[0])
+    kept, copy = first[1:, 0], first[1:, 0].clone()
+    address = first.data_ptr()
+    del first
+    second = transform.finish(pixels[1])
+    assert second.data_ptr() != address
+    assert torch.equal(kept, copy)
+    address = second.data_ptr()
+    del second
+    assert transform.finish(pixels[2]).data_ptr() == address

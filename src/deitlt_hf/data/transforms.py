@@ -1,5 +1,6 @@
 """Image transforms: timm's transforms for training, an image processor of transformers for evaluation and inference."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -177,6 +178,7 @@ class TrainTransform:
         self.augmentations = list(augmentations)
         self.mean, self.std = tuple(mean), tuple(std)
         self.erasing = erasing
+        self._memory = np.empty(0, np.float32)
 
     def __call__(self, image: EncodedImage | Image.Image | np.ndarray) -> torch.Tensor:
         """Crops, flips and augments an encoded or decoded image: Pillow's in RGB, or uint8 of shape (height, width, 3).
@@ -204,7 +206,7 @@ class TrainTransform:
         scale, shift = (1 / (255 * std)).repeat(self.size), (-mean / std).repeat(self.size)
         # On a CPU, chunks that fit the cache take half the time of a whole batch.
         chunk = max(CACHED_VALUES // rows[0].numel(), 1) if pixels.device.type == "cpu" else len(pixels)
-        batch = torch.empty_like(rows, dtype=torch.float32)
+        batch = self._empty(rows) if pixels.device.type == "cpu" else torch.empty_like(rows, dtype=torch.float32)
         for image, row in zip(batch.split(chunk), rows.split(chunk), strict=True):
             torch.addcmul(shift, row.to(torch.float32), scale, out=image)
         batch = batch.view(-1, self.size, self.size, 3).permute(0, 3, 1, 2)
@@ -212,6 +214,16 @@ class TrainTransform:
             self.erasing.device = batch.device  # timm's default is CUDA, also without a GPU
             self.erasing(batch)
         return batch
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        """Allocates a batch on a CPU. Memory of the previous batch is reused if nothing refers to it any more.
+
+        The first write to new memory pages takes longer than the arithmetic.
+        """
+        # Two references are the attribute and the argument of `getrefcount`; a tensor in use holds another.
+        if self._memory.shape != like.shape or sys.getrefcount(self._memory) > 2:
+            self._memory = np.empty(like.shape, np.float32)
+        return torch.from_numpy(self._memory)
 
 
 def train_transform(
