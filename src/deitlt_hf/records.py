@@ -9,9 +9,7 @@ from typing import Any, Required, TypedDict, Union, get_args, get_origin, get_ty
 from .io import one_line, read_json
 
 RESULTS_FILE = "results.json"
-SCHEMA = 1  # records of 0.1.0 lack the fields `schema`, `steps`, `images_sha256` and `classes`; all others are the same
-# Fields of training arguments with another name in earlier versions.
-FORMER_NAMES = {"ema_every_slice": "ema_every_micro_batch", "learning_rate_slices": "learning_rate_micro_batches"}
+SCHEMA = 1
 _LARGEST = 1e13  # bound of displayed numbers: `timedelta` cannot hold more seconds, and no model has more parameters
 
 
@@ -53,7 +51,6 @@ class Settings(TypedDict, total=False):
     """Settings that determine the result of a run. Only fields that this package reads are declared here."""
 
     num_train_epochs: float
-    epochs: float  # in records from before 0.1.0
     max_steps: int
     drw_start_epoch: float | None
     class_weights: dict[str, float] | None
@@ -141,7 +138,7 @@ class RunRecord(TypedDict, total=False):
 
 
 def read_record(path: str | PathLike) -> RunRecord:
-    """Reads the record of a run. Settings with a name of an earlier version get their current name.
+    """Reads the record of a run.
 
     Args:
         path: The file, or the folder that contains it.
@@ -163,17 +160,7 @@ def read_record(path: str | PathLike) -> RunRecord:
         wrong = f"a newer version of deitlt-hf wrote it (schema {record['schema']}; this one knows {SCHEMA})"
     if wrong is not None:
         raise ValueError(f"{path} is not a valid record of a run: {wrong}; repair it or move it away.")
-    teachers = [(record.get(name) or {}).get("training") or {} for name in ("teacher", "tail_teacher")]
-    for run in (record, *teachers):
-        for holder, name in ((run, "settings"), (run.get("recipe") or {}, "overrides")):
-            if name in holder:
-                holder[name] = current_names(holder[name])
     return record
-
-
-def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names of their fields, with current names instead of those of earlier versions."""
-    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def find_record(folder: str | PathLike) -> RunRecord | None:

@@ -13,7 +13,6 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import DataClassType
 
 from ..losses import TEACHER_LOSSES
-from ..records import FORMER_NAMES, current_names
 from .recipe_files import load_recipe, own_loss, teacher_folder
 from .sections import (
     ArchitectureArguments,
@@ -130,8 +129,7 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
         FileNotFoundError: If the recipe does not exist.
         ValueError: As [`parse_arguments`].
     """
-    parser, overrides = _parser(classes), current_names(overrides)
-    listed_by = _listed_by(section)
+    parser, listed_by = _parser(classes), _listed_by(section)
     refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
     given = {name: _read_value(value, parser, name, "the overrides") for name, value in overrides.items()}
     return tuple(_fill(parser, section, classes, recipe, given, listed_by))
@@ -142,17 +140,13 @@ def _listed_by(section: str) -> str:
 
 
 def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeParser:
-    """A parser for the fields of dataclasses. It also accepts former names, which the help does not list."""
+    """A parser for the fields of dataclasses."""
     parser = _RecipeParser(
         map(DataClassType, classes),
         description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    options = parser._option_string_actions
-    for former, name in FORMER_NAMES.items():
-        if f"--{name}" in options:
-            options |= {f"--{spelling}": options[f"--{name}"] for spelling in (former, former.replace("_", "-"))}
     _allow_none(parser, classes)
     return parser
 

@@ -8,7 +8,6 @@ import yaml
 
 from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
-from ..records import FORMER_NAMES
 from .paper import PaperAccuracies
 from .usage import check_recipe, recipe_names
 
@@ -80,12 +79,9 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which the base class keeps the last, and reads former names."""
+    """YAML loader that refuses duplicate keys, of which the base class keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                key.value = FORMER_NAMES.get(key.value, key.value)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:

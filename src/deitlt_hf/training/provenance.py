@@ -22,10 +22,10 @@ from ..io import one_line, read_json, weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .sam import SAM
 
-# Settings of a teacher that are recorded with its student. Records from before 0.1.0 use "epochs".
+# Settings of a teacher that are recorded with its student.
 _TEACHER_SETTINGS = (
     *("teacher_loss", "sam_rho", "sam_rho_epochs", "sam_adaptive"),
-    *("num_train_epochs", "epochs", "drw_start_epoch", "seed"),
+    *("num_train_epochs", "drw_start_epoch", "seed"),
 )
 
 
