@@ -112,7 +112,7 @@ class Results:
         digest = record.get("weights_sha256")
         if not record.get("finished") or digest is None or digest != weights_digest(self.path.parent):
             return None
-        return record.get("steps", record.get("last", {}).get("step"))  # 0.1.0 wrote no `steps`
+        return record.get("steps")
 
     def record(self, epoch: float | None, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
         """Records an evaluation as the last one, and as the best one if the first expert is best overall."""

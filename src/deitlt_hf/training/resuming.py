@@ -80,7 +80,8 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
             return Beginning()
     steps = finished if checkpoint is None else read_state(checkpoint).global_step
     assert steps is not None  # without a checkpoint, the run is finished
-    at_step, record = earlier_records(checkpoint or output_dir, output_dir if resuming else None)
+    at_step = earlier_record(checkpoint or output_dir)
+    record = (earlier_record(output_dir) if resuming and checkpoint is not None else None) or at_step
     check_same_run(checkpoint or output_dir, at_step, trainer, data, finished == steps == total)
     if steps > total:
         raise ValueError(
@@ -175,9 +176,7 @@ def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any])
         if name in settings and before != settings[name]:
             yield f"it began with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
     counts = had.get("class_counts") or config.get("class_counts")
-    if isinstance(counts, list) and len(counts) != len(data["class_counts"]):
-        yield f"it was trained on {len(counts)} classes, and the data have {len(data['class_counts'])}"
-    elif isinstance(counts, list) and counts != data["class_counts"]:
+    if isinstance(counts, list) and counts != data["class_counts"]:
         label = first_difference(counts, data["class_counts"])
         yield (
             f"it was trained on other images (class {data['classes'][label]!r} had {counts[label]}, and has "
@@ -210,28 +209,16 @@ def class_differences(before: list[str], now: list[str]) -> Iterator[str]:
         yield f"it was trained on other classes (label {label} was {before[label]!r} and is {now[label]!r})"
 
 
-def earlier_records(folder: str | Path, output_dir: str | Path | None) -> tuple[RunRecord | None, RunRecord | None]:
-    """Reads the earlier records of a resumed run. Corrupt records are skipped with a warning.
-
-    Args:
-        folder: The checkpoint to resume from, or the folder of the finished model.
-        output_dir: Output folder of the run; None if the checkpoint belongs to another folder.
-
-    Returns:
-        Two records. First that of the checkpoint; checkpoints of 0.1.0 have none, and the record of the folder above is
-        used. Second that of the output folder, which may be newer; without one, the first record again.
-    """
-    folder, found = Path(folder), {}
-    above = folder if (folder / RESULTS_FILE).is_file() or folder == Path(output_dir or "") else folder.parent
-    for place in dict.fromkeys([folder, above, Path(output_dir or folder)]):
-        if (place / RESULTS_FILE).is_file():
-            try:
-                found[place] = read_record(place)
-            except ValueError as error:
-                warnings.warn(f"the run resumes without this record: {error}", stacklevel=2)
-    found = {place: record for place, record in found.items() if is_of_run(record)}
-    at_step = found.get(folder) or found.get(above)
-    return at_step, found.get(Path(output_dir or folder)) or at_step
+def earlier_record(folder: str | Path) -> RunRecord | None:
+    """Reads the record of a run in a folder; None without one. A corrupt record is skipped with a warning."""
+    if not (Path(folder) / RESULTS_FILE).is_file():
+        return None
+    try:
+        record = read_record(folder)
+    except ValueError as error:
+        warnings.warn(f"the run resumes without this record: {error}", stacklevel=2)
+        return None
+    return record if is_of_run(record) else None
 
 
 def read_configuration(folder: str | Path) -> dict:
