@@ -17,6 +17,7 @@ from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import LossOptions
 from ..losses.class_weights import read_class_weights
 from ..losses.entry import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, Limit
+from ..recipes.sections import option
 from . import inherited
 from .optimizers import MUON
 
@@ -60,13 +61,6 @@ _OF_TRANSFORMERS = {
     "adam_beta2",
     "adam_epsilon",
 }
-
-
-def option(default, help: str):
-    """A field with a default (lists are copied) and a help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 def increases(values: Sequence[float]) -> bool:

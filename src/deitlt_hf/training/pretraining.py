@@ -10,7 +10,8 @@ from transformers import ViTMAEForPreTraining, set_seed
 from ..data.transforms import model_processor
 from ..data.unlabelled import ONLY_CLASS, unlabelled_images
 from ..recipes import DataArguments, PretrainingModelArguments
-from .arguments import LongTailTrainingArguments, option
+from ..recipes.sections import option
+from .arguments import LongTailTrainingArguments
 from .optimizers import MUON
 from .runs import begin
 from .trainer import LongTailTrainer
