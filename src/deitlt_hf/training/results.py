@@ -34,16 +34,15 @@ class Results:
 
     Attributes:
         dataset: Facts that only the caller who loaded the images knows, such as their name and the requested ratio.
-        teacher: Record of a student's teacher, see [`teacher_record`].
-        tail_teacher: That of its second teacher, with the names of its classes (`classes`).
+        teachers: Records of a student's teachers, see [`teacher_record`]: `teacher`, and `tail_teacher` with the names
+            of its classes (`classes`).
     """
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir) / RESULTS_FILE
         self.content: dict = {}
         self.dataset: Mapping = {}
-        self.teacher: Mapping | None = None
-        self.tail_teacher: Mapping | None = None
+        self.teachers: dict[str, dict] = {}
         self._was_finished = False
 
     def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
@@ -78,8 +77,8 @@ class Results:
                 "group_rule": trainer.group_rule,
                 **trainer.images_of_evaluation,
             },
-            "teacher": self.teacher,
-            **({} if self.tail_teacher is None else {"tail_teacher": self.tail_teacher}),
+            "teacher": None,
+            **self.teachers,
             "settings": trainer.settings(),
             "architecture": architecture(config),
             "processes": {

@@ -139,8 +139,9 @@ def check_same_run(
             stacklevel=2,
         )
     if record:
-        _compare_teachers("teacher", record.get("teacher") or {}, trainer.results.teacher or {})
-        _compare_teachers("tail teacher", record.get("tail_teacher") or {}, trainer.results.tail_teacher or {})
+        known: Mapping[str, Any] = record
+        for who in ("teacher", "tail_teacher"):
+            _compare_teachers(who.replace("_", " "), known.get(who) or {}, trainer.results.teachers.get(who, {}))
 
 
 def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -230,7 +230,7 @@ def identity_of(trainer, teachers: list[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "teachers": teachers,
-        "teacher_formats": [repr(trainer.teacher_format), repr(trainer.tail_format)],
+        "teacher_formats": [repr(trainer.formats.get(name)) for name in ("teacher", "tail_teacher")],
         "classes": trainer.class_names,
         # Label smoothing does not change views, but could decide between equal shares of a mix.
         "tail": [trainer.tail_classes, args.label_smoothing_factor] if trainer.tail_classes else None,
