@@ -108,14 +108,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
         """Learning rate at a (fractional) epoch of a run of `epochs`."""
-        return warmup_cosine(
-            epoch,
-            epochs=epochs,
-            peak=self.args.peak_learning_rate,
-            minimum=self.args.min_learning_rate,
-            warmup_epochs=self.args.warmup_epochs,
-            warmup_start=self.args.warmup_learning_rate,
-        )
+        return warmup_cosine(epoch, epochs, self.args)
 
     # ---- Losses of the phases ----
 
