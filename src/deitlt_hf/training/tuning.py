@@ -107,17 +107,26 @@ def rate_factor(name: str, depth: int, layer_decay: float) -> float:
 
 
 def parameter_groups(
-    model: PreTrainedModel, decayed: Collection[str], weight_decay: float, learning_rate: float, layer_decay: float
+    model: Any,
+    decayed: Collection[str],
+    weight_decay: float,
+    learning_rate: float,
+    layer_decay: float,
+    matrices: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups the trained parameters of a student by weight decay and learning rate, see [`rate_factor`]."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    """Groups the trained parameters of a student by weight decay and learning rate, see [`rate_factor`].
+
+    With the names of matrices, also by whether they are among these (`use_muon`).
+    """
+    groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (rate_factor(name, model.config.num_hidden_layers, layer_decay), name in decayed)
-            groups.setdefault(key, []).append(parameter)
+            factor = rate_factor(name, model.config.num_hidden_layers, layer_decay)
+            groups.setdefault((factor, name in decayed, name in (matrices or ())), []).append(parameter)
     return [
         {"params": parameters, "lr": learning_rate * factor, "weight_decay": weight_decay if has_decay else 0.0}
-        for (factor, has_decay), parameters in groups.items()
+        | ({} if matrices is None else {"use_muon": is_matrix})
+        for (factor, has_decay, is_matrix), parameters in groups.items()
     ]
 
 
