@@ -290,9 +290,6 @@ class LongTailTrainingArguments(TrainingArguments):
         self.learning_rate = given_learning_rate
         if given_optim == MUON:
             self.optim = MUON
-        # Starting workers in every epoch costs more than a small epoch itself.
-        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         # Without a terminal the output goes to a log file, where progress bars are noise.
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
         self.settle()
@@ -331,6 +328,9 @@ class LongTailTrainingArguments(TrainingArguments):
         inherited.check_values(self)
         if "optim" not in self.refused:
             inherited.check_optimizer(self)
+        # Starting workers in every epoch costs more than a small epoch itself.
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         if batch != self._batch:
             if self._batch is not None and self.global_batch_size == self._batch[0]:
@@ -351,16 +351,6 @@ class LongTailTrainingArguments(TrainingArguments):
         if self.data_seed in (None, self._computed_data_seed):
             self.data_seed = self._computed_data_seed = self.seed
         return self
-
-    def set_training(self, *args, **kwargs):
-        """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
-        return super().set_training(*args, **kwargs).settle()
-
-    def set_dataloader(self, *args, **kwargs):
-        """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
-        super().set_dataloader(*args, **kwargs)
-        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        return self.settle()
 
     def set_push_to_hub(self, model_id: str, strategy: str | HubStrategy = "end", *args, **kwargs):
         """As in transformers. Only the strategy `end` is supported, which pushes the finished model."""

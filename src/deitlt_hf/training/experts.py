@@ -43,16 +43,16 @@ def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: 
 def expert_metrics_added(trainer, keeps_logits: bool) -> Iterator[None]:
     """Context in which the trainer's `compute_metrics` adds the metrics of the experts to those of the user.
 
-    Args:
-        trainer: A trainer with a method `expert_metrics`, whose predictions are the columns of the experts.
-        keeps_logits: Whether predictions are pairs of these columns and the logits, which the user's functions get.
+    The trainer's predictions are the columns of [`expert_columns`], with `keeps_logits` pairs of them and the logits,
+    which the user's functions get. It also sets the trainer's `last_table`.
     """
     compute, preprocess = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
 
     def all_metrics(prediction: EvalPrediction) -> dict[str, float]:
         parts: Sequence = tuple(prediction.predictions) if keeps_logits else [prediction.predictions]
         counted = np.asarray(parts[0])
-        metrics = trainer.expert_metrics(counted, np.asarray(prediction.label_ids))
+        labels, names = np.asarray(prediction.label_ids), trainer.expert_names(trainer.averaged_model is not None)
+        trainer.last_table, metrics = expert_table(counted, labels, names, trainer.groups, trainer.class_names)
         if compute is None:
             return metrics
         losses = counted[:, -1] if "loss" in trainer.args.include_for_metrics else None

@@ -40,7 +40,7 @@ from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import HOW_TO_RESUME
 from .ema import EMA_FOLDER, MovingAverage, save_average
-from .experts import check_best_metric, converted, expert_columns, expert_metrics_added, expert_table
+from .experts import check_best_metric, converted, expert_columns, expert_metrics_added
 from .inherited import check_parameters
 from .inputs import as_images, common_classes, ignoring_stop_signals, name_classes
 from .memory import keep_freed_memory
@@ -193,8 +193,6 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def _check_parameters(self, model, args, model_init, others: dict[str, Any]) -> None:
         """Checks the parameters of the constructor that need no data, and removes refused ones from `others`."""
         check_parameters(others)
-        for name in ("data_collator", "compute_loss_func"):
-            others.pop(name, None)
         if (model is None) == (model_init is None):
             raise ValueError("give either a model or model_init.")
         if not isinstance(args, self.arguments_class):
@@ -563,17 +561,6 @@ class LongTailTrainer(SharpnessAwareTrainer):
         finally:
             self._keeps_logits = False
         return output._replace(predictions=None if kept is None else tuple(kept)[1])  # type: ignore[arg-type]
-
-    def expert_metrics(self, counted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Computes the loss and the accuracies of each expert, overall and by group, and sets `last_table`.
-
-        Args:
-            counted: Columns of [`expert_columns`]; (images, experts + 1).
-            labels: True classes; (images,).
-        """
-        names = self.expert_names(self.averaged_model is not None)
-        self.last_table, metrics = expert_table(counted, labels, names, self.groups, self.class_names)
-        return metrics
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Data loader for evaluation. Accepts a `datasets.Dataset`, which is wrapped.
