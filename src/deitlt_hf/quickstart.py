@@ -155,10 +155,8 @@ def check_places(data: str | Path, output: str | Path | None) -> tuple[Path, Pat
 def check_continues(path: Path, source: Path, minutes: float | None, given: Mapping[str, Any]) -> None:
     """Checks that a command continues with the recipe in its output folder, and says so.
 
-    The command can be the one that made the recipe, or the one without its values.
-
-    Raises:
-        ValueError: If the recipe is for other images, or the command has values that would change it.
+    The command can be the one that made the recipe, or the one without its values. It raises `ValueError` if the recipe
+    is for other images, or the command has values that would change it.
     """
     sections = load_recipe(str(path))
     known = sections["data"].get("data_dir")
@@ -249,17 +247,9 @@ def _fit_to_time(
     minutes: float | None,
     cost: Callable[[float, float], float],
 ) -> FittedRecipe:
-    """Chooses the share of the standard number of epochs by a trial.
+    """Chooses the share of the standard number of epochs by a trial; `cost` is as in [`fit`].
 
-    Args:
-        recipe: Makes the recipe for a share.
-        folder: The data set.
-        data: Its splits.
-        minutes: Time for training; None for the standard number.
-        cost: See [`fit`].
-
-    Returns:
-        The recipe, with the expected seconds of teacher and student.
+    Returns the recipe, which `recipe` makes for a share, with the expected seconds of teacher and student.
     """
     fitted = recipe(1.0)
     expected = _trial(fitted, folder, data)
@@ -271,11 +261,7 @@ def _fit_to_time(
 
 
 def _whole(choices: Sequence[Choice], section: str, name: str) -> int | None:
-    """A whole number that the user gives for a field; None if it is not given.
-
-    Raises:
-        ValueError: If the value is not a whole number above 0.
-    """
+    """A whole number above 0 that the user gives for a field, else a `ValueError`; None if it is not given."""
     value = next((choice.value for choice in choices if (choice.section, choice.name) == (section, name)), None)
     if value is not None and not (isinstance(value, int) and value > 0):
         raise ValueError(f"{name} must be a whole number above 0, got {one_line(value)}.")
@@ -424,11 +410,7 @@ def _twice(sample: datasets.Dataset, decoded: Sequence[Decoded]) -> Iterator[str
 
 
 def _sizes_of_start(given: Sequence[Choice]) -> list[Choice]:
-    """The sizes of the model that a student starts from, if it does, since they replace those of a recipe.
-
-    Raises:
-        FileNotFoundError, ValueError: If a student cannot start from it.
-    """
+    """The sizes of the model that a student starts from, if it does, since they replace those of a recipe."""
     values = {choice.name: choice.value for choice in given if choice.section in ("student", "both")}
     start = values.get("init_from")
     if start is None:
@@ -520,15 +502,7 @@ def _logits(trainer: DeiTLTTrainer, test: datasets.Dataset) -> tuple[dict[str, n
 def comparison(
     student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, groups: Mapping[str, Sequence[int]], output: Path
 ) -> str:
-    """Compares student and teacher on the same test images, and says which to use.
-
-    Args:
-        student: Classes predicted by the student, (images,).
-        teacher: Classes predicted by the teacher, (images,).
-        labels: True classes, (images,).
-        groups: Class indices of head, mid and tail.
-        output: Folder of both models.
-    """
+    """Compares student and teacher by the classes that they predict for the same test images, and says which to use."""
     (lead,) = paired_leads({"student": student}, teacher, labels, groups, resamples=500).values()
     parts = [f"{name} {points(value, lead.ends[name])}" for name, value in lead.values.items() if not math.isnan(value)]
     low, high = lead.ends["overall"]

@@ -138,10 +138,7 @@ class RunRecord(TypedDict, total=False):
 
 
 def read_record(path: str | PathLike) -> RunRecord:
-    """Reads the record of a run.
-
-    Args:
-        path: The file, or the folder that contains it.
+    """Reads the record of a run from a file, or the folder that contains it.
 
     Raises:
         FileNotFoundError: If the file does not exist.

@@ -158,13 +158,7 @@ class FittedRecipe:
 
 
 def sizes_for(folder: Folder, machine: Machine, wanted: int | None = None) -> list[int]:
-    """Sides of training images that suit a folder, the best first.
-
-    Args:
-        folder: The data set.
-        machine: A GPU affords larger images.
-        wanted: The side that a user wants; it is then the only one.
-    """
+    """Sides of training images that suit a folder, the best first, or the side that a user wants."""
     if wanted is not None:
         return [wanted]
     side = int(np.median(folder.shorter_sides))

@@ -116,14 +116,7 @@ def parse_arguments(
 def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides: Mapping[str, Any]) -> tuple:
     """Fills dataclasses from a recipe's `data` section and one other section, as [`parse_arguments`] does.
 
-    Args:
-        section: `data`, `teacher`, `pretraining` or `student`.
-        classes: Dataclasses to fill.
-        recipe: Name or path of the recipe.
-        overrides: Values of fields, which override the recipe; a text is read as on the command line.
-
-    Returns:
-        One instance of each class.
+    The overrides are values of fields; a text is read as on the command line.
 
     Raises:
         FileNotFoundError: If the recipe does not exist.

@@ -22,11 +22,8 @@ def load_recipe(name_or_path: str, extending: tuple[str, ...] = ()) -> dict[str,
     """Loads the sections of a recipe, given the name of a recipe in the package or the path of a YAML file.
 
     A recipe can extend another: `extends` is a name, or a path relative to the recipe's folder. It inherits all fields
-    of that recipe; fields that it sets itself override them. It does not inherit the section `paper`.
-
-    Args:
-        name_or_path: The recipe.
-        extending: Recipes that extend this one; a circle is refused.
+    of that recipe; fields that it sets itself override them. It does not inherit the section `paper`. `extending` are
+    the recipes that extend this one, to refuse a circle.
 
     Raises:
         FileNotFoundError: If the recipe does not exist; the message suggests the most similar name.

@@ -105,11 +105,7 @@ class DataArguments:
         return load_source(**self._for(load_source))
 
     def load(self, source: Mapping | None = None) -> Mapping:
-        """Makes the splits for training, testing and, on request, validation.
-
-        Args:
-            source: Splits that [`source`] has loaded; None loads them first.
-        """
+        """Makes the splits for training, testing and, on request, validation, from those that [`source`] loads."""
         source = source if source is not None else self.source()[1]
         if self.streaming:
             return source

@@ -449,12 +449,7 @@ class LongTailTrainingArguments(TrainingArguments):
 
 
 def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:
-    """Divides the batch of an optimiser step into micro-batches of equal size.
-
-    Args:
-        global_batch_size: Images per optimiser step, over all processes.
-        processes: Number of processes.
-        batch_size: Largest allowed number of images per micro-batch.
+    """Divides the batch of an optimiser step into micro-batches of equal size, of at most `batch_size` images.
 
     Returns:
         Images per micro-batch, and micro-batches per process in an optimiser step (gradient-accumulation steps).

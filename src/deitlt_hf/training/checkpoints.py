@@ -83,9 +83,7 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
 def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
     """Writes a model to a staging folder, then replaces the files of an existing model one by one, weights last.
 
-    Args:
-        output_dir: Folder of the model.
-        save: Function that writes all files into a given folder.
+    `save` writes all files into the folder that it gets.
 
     Raises:
         OSError: If the model cannot be written.
@@ -121,13 +119,9 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 def remove_old_checkpoints(
     output_dir: str | Path, limit: int | None, best: str | None, step: int | None = None
 ) -> None:
-    """Removes all but the latest checkpoints. The best checkpoint is always kept.
+    """Removes all but the latest `limit` checkpoints (None or 0: none), always keeping the latest and the best one.
 
-    Args:
-        output_dir: Folder of the checkpoints.
-        limit: Number of checkpoints to keep, at least one; None or 0 keeps all.
-        best: Path of the checkpoint with the best evaluation.
-        step: Current step of the run. Checkpoints of later steps belong to an earlier attempt and are removed.
+    Checkpoints of later steps than `step`, the current one, belong to an earlier attempt and are removed.
     """
     found = checkpoints_in(output_dir)
     if step is not None:

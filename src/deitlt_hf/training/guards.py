@@ -23,13 +23,7 @@ class NonFiniteGuard(TrainerCallback):
 
     The trainer calls [`check`] at these points. On a CPU the callback also checks the loss of every step. On an
     accelerator that would synchronise the device in every step. With `on_nonfinite="skip"` it checks the gradient of
-    every step instead, and skips the update if the gradient is not finite.
-
-    Args:
-        trainer: The trainer to guard.
-
-    Attributes:
-        skipped: Number of skipped updates.
+    every step instead, and skips the update if the gradient is not finite. `skipped` counts these.
     """
 
     def __init__(self, trainer):

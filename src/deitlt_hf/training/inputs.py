@@ -84,13 +84,9 @@ def check_streaming(args) -> None:
 
 
 def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):
-    """Wraps a data set: its rows become model inputs. Data sets that already have such rows are returned unchanged.
+    """Wraps a data set or a mapping of them: rows become model inputs. Other data sets are returned unchanged.
 
-    Args:
-        dataset: A data set, or a mapping from names to data sets.
-        processor: Image processor of the model.
-        args: Training arguments.
-        views: Training transforms by model input; None for evaluation, by the processor.
+    `views` are the training transforms by model input; None for evaluation, by the processor.
     """
     background = getattr(processor, "background", None)
     if isinstance(dataset, StreamedSplit):

@@ -47,15 +47,7 @@ def muon(model: nn.Module, args, decayed: Collection[str]) -> Muon:
 
     AdamW updates embeddings, tokens, norms, biases and classifiers, as in Jordan's code. Muon's updates are scaled to
     the size of AdamW's (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4).
-    Therefore both use the same learning rate and weight decay.
-
-    Args:
-        model: A student.
-        args: Training arguments with `learning_rate`, `layer_decay`, `weight_decay`, and the betas and epsilon of Adam.
-        decayed: Names of the parameters with weight decay.
-
-    Returns:
-        The optimiser, with up to four parameter groups for each learning rate.
+    Therefore both use the same learning rate and weight decay. `decayed` are the names of parameters with weight decay.
     """
     matrices = {
         f"{name}.weight"

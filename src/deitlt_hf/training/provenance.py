@@ -145,14 +145,9 @@ def license_of_start(model: nn.Module) -> dict[str, Any] | None:
 
 
 def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | None) -> dict:
-    """Describes the teacher of a student for the student's record.
+    """Describes the teacher of a student for the student's record: source, model, accuracies and training.
 
-    Args:
-        teacher: The model. Its `results.json` is read from the place it was loaded from, if the file exists.
-        accuracies: Accuracies of the teacher, measured in the student's run.
-
-    Returns:
-        Source, model, accuracies, and training of the teacher (None if it has no record).
+    Its training is None if there is no `results.json` in the place that it was loaded from.
     """
     path = teacher.name_or_path
     own = results_of(path)

@@ -29,9 +29,6 @@ class Results:
     Accuracies are fractions. A group without test images has null. If the run has validation images, the last and the
     best epoch are of these, and `test` has the accuracies of the saved weights on the test images.
 
-    Args:
-        output_dir: Folder of the file.
-
     Attributes:
         dataset: Facts that only the caller who loaded the images knows, such as their name and the requested ratio.
         teachers: Records of a student's teachers, see [`teacher_record`]: `teacher`, and `tail_teacher` with the names

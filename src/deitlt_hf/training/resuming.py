@@ -34,13 +34,9 @@ _ADDED = {
 
 
 class Beginning(NamedTuple):
-    """Starting point of a run.
+    """Starting point of a run: the checkpoint and its step, both None for a new run.
 
-    Attributes:
-        checkpoint: Checkpoint to resume from; None for a new run.
-        step: Step of the checkpoint; None for a new run.
-        is_finished: Whether the run is complete and its model is in the output folder.
-        record: Earlier record of the run; None without a record.
+    `is_finished`: the run is complete and its model is in the output folder. `record`: the earlier record of the run.
     """
 
     checkpoint: str | None = None
@@ -57,10 +53,7 @@ def architecture(config: PreTrainedConfig) -> dict:
 def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginning:
     """Finds the checkpoint to resume from, and checks that it belongs to the same run.
 
-    Args:
-        trainer: Trainer of the resumed run, with its folder in `run_dir`.
-        wanted: Checkpoint, True or `auto`, as in [`LongTailTrainer.train`].
-        resuming: Whether the run to resume is the run in the trainer's folder.
+    `wanted` is as in [`LongTailTrainer.train`]; `resuming` says whether it is the run in the trainer's folder.
 
     Raises:
         ValueError: If no complete checkpoint exists, or it belongs to another run.

@@ -34,13 +34,8 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     """A [`~transformers.Trainer`] whose loss is normalised over the whole batch of an optimiser step.
 
     The batch consists of micro-batches, over all processes. Random numbers depend only on seed, step, micro-batch and
-    process. The learning rate follows the schedule of the method, unless a scheduler is given.
-
-    Args:
-        views: Training transforms, by the name of the model input that each creates.
-        optimizers: As in [`~transformers.Trainer`].
-        optimizer_cls_and_kwargs: As in [`~transformers.Trainer`].
-        **kwargs: Other parameters of [`~transformers.Trainer`].
+    process. The learning rate follows the schedule of the method, unless a scheduler is given. `views` are the training
+    transforms, by the name of the model input that each creates.
 
     Attributes:
         given: Which of "optimizer" and "scheduler" were passed in.

@@ -118,11 +118,8 @@ class TaughtTrainer(LongTailTrainer):
     def routed_logits(self, views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Computes the logits of the teacher of each image: for an image of a class of the tail, the tail teacher.
 
-        The class of a mixed image is the one with the largest share in the mix; of two equal shares, the first.
-
-        Args:
-            views: Images, normalised for the student; (batch, 3, height, width).
-            labels: Class indices (batch,), or probabilities (batch, classes) after mixing.
+        The class of a mixed image is the one with the largest share in the mix; of two equal shares, the first. Labels
+        are class indices (batch,), or probabilities (batch, classes) after mixing.
         """
         if self.tail_teacher is None:
             return self.teacher_logits(views)
@@ -135,13 +132,9 @@ class TaughtTrainer(LongTailTrainer):
         return torch.cat(parts)[torch.cat(rows).argsort()]  # in the order of the batch again
 
     def teacher_logits(self, pixel_values: torch.Tensor, name: str = "teacher") -> torch.Tensor:
-        """Computes a teacher's logits, in the student's label order, for images normalised for the student.
+        """Computes the logits of `teacher` or `tail_teacher`, in the student's label order.
 
-        The images are resized and re-normalised if the teacher's size or normalisation differs.
-
-        Args:
-            pixel_values: Images, normalised for the student; (batch, 3, height, width).
-            name: `teacher` or `tail_teacher`.
+        Images, (batch, 3, height, width), are normalised for the student, and resized and re-normalised as needed.
         """
         if not self._are_prepared:
             self._prepare_teachers()

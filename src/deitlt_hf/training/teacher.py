@@ -32,7 +32,6 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     Args:
         model: A [`FlatTeacherForImageClassification`], or any image classifier.
-        args: A [`FlatTeacherTrainingArguments`].
         **kwargs: Parameters of [`LongTailTrainer`]. A given optimiser keeps its groups and learning rates, and is
             wrapped in SAM if `sam_rho` is not 0. A given SAM optimiser is used unchanged.
 

@@ -45,16 +45,10 @@ class _Part(NamedTuple):
 class TeacherCache:
     """The labels, or for soft distillation the logits, of one teacher on the views of one training, in files.
 
-    A subfolder has the digest of everything that decides views and labels as its name. It holds a file for each epoch
-    and process. A file holds the micro-batches that were computed so far, and a digest of its content. Files are
-    replaced atomically and under a lock, and keep what other runs have stored.
-
-    Args:
-        folder: Folder of all caches.
-        identity: Everything that decides the views and labels; JSON.
-        process: Index of this process.
-        classes: Number of classes.
-        is_hard: Whether only the predicted class of an image is needed.
+    A subfolder has the digest of everything that decides views and labels (`identity`) as its name. It holds a file for
+    each epoch and process. A file holds the micro-batches that were computed so far, and a digest of its content. Files
+    are replaced atomically and under a lock, and keep what other runs have stored. With `is_hard`, only the predicted
+    class of an image is stored.
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], process: int, classes: int, is_hard: bool):
@@ -76,14 +70,10 @@ class TeacherCache:
         return len([*self.folder.glob(self._name("*"))])
 
     def get(self, epoch: int, index: int, views: torch.Tensor) -> torch.Tensor | None:
-        """Returns the teacher's logits for a micro-batch, if they are stored.
+        """Returns the teacher's logits for a micro-batch of this process in an epoch, if they are stored.
 
-        For hard distillation these are 1 for the predicted class and 0 for others.
-
-        Args:
-            epoch: Counted from 0.
-            index: Index of the micro-batch of this process in the epoch.
-            views: Images that the teacher sees, (images, 3, height, width).
+        For hard distillation these are 1 for the predicted class and 0 for others. The views are the images that the
+        teacher sees, (images, 3, height, width).
         """
         if epoch != self._epoch:
             self.flush()
@@ -258,11 +248,7 @@ def evaluation_digest(trainer) -> str | None:
 
 
 def cache_of(trainer, teachers: list[str]) -> TeacherCache:
-    """The cache in `teacher_cache` for a run of a trainer.
-
-    Raises:
-        ValueError: If the views of the training cannot be identified.
-    """
+    """The cache in `teacher_cache` for a run of a trainer. Raises `ValueError` if its images cannot be identified."""
     args = trainer.args
     if images_hash(trainer._datasets[0]) is None:
         raise ValueError(

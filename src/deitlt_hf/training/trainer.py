@@ -495,18 +495,9 @@ class LongTailTrainer(SharpnessAwareTrainer):
     ) -> CommitInfo | None:
         """Saves the model in `args.output_dir`, and pushes it with its card, results and curves.
 
-        All processes must call it; only the main process pushes. Parameters that are None use the training arguments.
-
-        Args:
-            commit_message: First line of the commit message.
-            blocking: Must be True: the folder must not change while it is pushed.
-            token: Access token with write permission.
-            revision: Branch to push to.
-            private: Whether a new repository is private.
-            **card: Parameters of `create_model_card`.
-
-        Returns:
-            The commit in the main process; None in other processes.
+        All processes must call it; only the main process pushes, and returns the commit. Parameters that are None use
+        the training arguments; `blocking` must be True, because the folder must not change meanwhile; `card` has the
+        parameters of `create_model_card`.
 
         Raises:
             FileExistsError: If this trainer did not train, and the folder already holds a run or a model.
