@@ -179,38 +179,31 @@ def is_of_run(record: Any) -> bool:
 
 def _mismatch(value: Any, wanted: Any, place: str) -> str | None:
     """Describes the first value that does not have its declared type; None if all values do."""
-    origin = get_origin(wanted)
+    origin, of = get_origin(wanted), get_args(wanted)
     if wanted is Any:
         return None
     if origin in (Union, types.UnionType):
-        found = [_mismatch(value, option, place) for option in get_args(wanted) if option is not type(None)]
+        found = [_mismatch(value, option, place) for option in of if option is not type(None)]
         return None if value is None or None in found else found[0]
-    if is_typeddict(wanted):
+    if is_typeddict(wanted) or origin is dict:
         if not isinstance(value, Mapping):
             return _of_type(value, "an object", place)
-        missing = sorted(wanted.__required_keys__ - value.keys())
+        hints = get_type_hints(wanted) if is_typeddict(wanted) else dict.fromkeys(value, of[1])
+        missing = sorted(getattr(wanted, "__required_keys__", set()) - value.keys())
         if missing:
             return f"{_inside(place, missing[0])} is missing"
-        hints = get_type_hints(wanted)
-        parts = ((value[name], hint, _inside(place, name)) for name, hint in hints.items() if name in value)
-    elif origin is dict:
-        if not isinstance(value, Mapping):
-            return _of_type(value, "an object", place)
-        parts = ((item, get_args(wanted)[1], _inside(place, one_line(name, 40))) for name, item in value.items())
+        parts = [(value[key], hint, _inside(place, one_line(key, 40))) for key, hint in hints.items() if key in value]
     elif origin is list:
         if not isinstance(value, list):
             return _of_type(value, "a list", place)
-        parts = ((item, get_args(wanted)[0], f"{place}[{index}]") for index, item in enumerate(value))
-    elif wanted in (int, float):
-        is_number = isinstance(value, int | wanted) and not isinstance(value, bool)
-        fits = is_number and abs(value) < _LARGEST  # the comparison is false for NaN, too
-        return None if fits else _of_type(value, "a whole number" if wanted is int else "a number", place)
+        parts = [(item, of[0], f"{place}[{index}]") for index, item in enumerate(value)]
     else:
-        return (
-            None
-            if isinstance(value, wanted)
-            else _of_type(value, {str: "a text", bool: "true or false"}[wanted], place)
-        )
+        is_number = wanted in (int, float)
+        fits = isinstance(value, int | wanted if is_number else wanted) and isinstance(value, bool) == (wanted is bool)
+        if fits and is_number:
+            fits = abs(value) < _LARGEST  # false for NaN, too
+        what = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[wanted]
+        return None if fits else _of_type(value, what, place)
     return next((wrong for part in parts if (wrong := _mismatch(*part)) is not None), None)
 
 

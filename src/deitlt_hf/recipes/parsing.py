@@ -33,7 +33,12 @@ _OF_PRETRAINING = (
     "dataloader_num_workers",
 )
 # Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
-_LISTED_BY = {"data": "data", "teacher": "train-teacher", "pretraining": "pretrain", "student": "distill"}
+_LISTED_BY = {
+    "data": "deitlt data --help",
+    "teacher": "deitlt train-teacher --help",
+    "pretraining": "deitlt pretrain --help",
+    "student": "deitlt distill --help",
+}
 # Fields that only locate the data, or that are long. Records do not contain them as overrides.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that have an effect only in scripts that read them.
@@ -100,7 +105,7 @@ def parse_arguments(
     parser.usage = parser.format_usage().removeprefix("usage: ")  # the short usage in the help, too
     listed_by = "--help"
     if description is None:
-        listed_by = parser.listed_by = _listed_by(section)
+        listed_by = parser.listed_by = _LISTED_BY[section]
     # argparse fills in the defaults only of what the namespace lacks. Here it lacks nothing, so the options that are
     # not on the command line stay `_ABSENT`, and the recipe's values can take their place.
     given = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
@@ -122,14 +127,10 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
         FileNotFoundError: If the recipe does not exist.
         ValueError: As [`parse_arguments`].
     """
-    parser, listed_by = _parser(classes), _listed_by(section)
+    parser, listed_by = _parser(classes), _LISTED_BY[section]
     refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
     given = {name: _read_value(value, parser, name, "the overrides") for name, value in overrides.items()}
     return tuple(_fill(parser, section, classes, recipe, given, listed_by))
-
-
-def _listed_by(section: str) -> str:
-    return f"deitlt {_LISTED_BY[section]} --help"
 
 
 def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeParser:

@@ -95,15 +95,13 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
             sync_to_disk(path)
             os.replace(path, Path(output_dir) / path.name)
         sync_to_disk(Path(output_dir))
-        shutil.rmtree(staged.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(
             f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and "
             f"{HOW_TO_RESUME}."
         ) from error
-    except KeyboardInterrupt:
+    finally:
         shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
-        raise
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:

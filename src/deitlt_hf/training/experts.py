@@ -75,22 +75,15 @@ def converted(models: Sequence[nn.Module], dtype: torch.dtype | None, device: to
 
     transformers does not restore them: later training steps and saved models would have the converted weights.
     """
-    if dtype is None:
-        yield
-        return
-    modules = [module for model in models for module in model.modules()]
-    held = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
-    data = [(tensor, tensor.data) for model in models for tensor in model.parameters()]
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())] if dtype else []
+    held = [tensor.data for tensor in tensors]
     try:
-        for model in models:
-            model.to(dtype=dtype, device=device)
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         yield
     finally:
-        for module, parameters, buffers in held:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
-        for parameter, values in data:
-            parameter.data = values
+        for tensor, values in zip(tensors, held, strict=True):
+            tensor.data = values
 
 
 def expert_table(

@@ -16,7 +16,6 @@ from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
 from .inputs import first_difference
-from .provenance import what_ran
 from .whole_checkpoints import class_without_shards
 
 # Settings that cannot change during a run: the loss, the trained weights or the optimiser's state would not match.
@@ -106,7 +105,8 @@ def check_same_run(
         ValueError: If the checkpoint belongs to another run.
     """
     record = record or {}
-    other = next(_differences(read_configuration(folder), record, trainer, data), None)
+    path = Path(folder) / "config.json"
+    other = next(_differences(read_json(path) if path.is_file() else {}, record, trainer, data), None)
     if other is not None:
         raise ValueError(
             f"{folder} belongs to another run: {other}. Use the original data and settings, choose another "
@@ -155,7 +155,9 @@ def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any])
     """Yields, as text, each difference that makes a checkpoint belong to another run."""
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
-    yield from class_differences(class_names(config) or had.get("classes") or data["classes"], data["classes"])
+    labels = config.get("id2label", {})
+    names = [labels[str(label)] for label in range(len(labels))]
+    yield from class_differences(names or had.get("classes") or data["classes"], data["classes"])
     model, own = record.get("model"), class_without_shards(trainer.model).__name__
     if model not in (None, own):
         yield f"its model is a {one_line(model, 60)}, not a {own}"
@@ -215,35 +217,21 @@ def earlier_record(folder: str | Path) -> RunRecord | None:
     return record if is_of_run(record) else None
 
 
-def read_configuration(folder: str | Path) -> dict:
-    """Content of `config.json` in a folder; empty if the file does not exist."""
-    path = Path(folder) / "config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def class_names(config: dict) -> list[str]:
-    """Class names of a configuration, in label order; empty if it has none."""
-    labels = config.get("id2label")
-    if not isinstance(labels, dict) or not all(str(label) in labels for label in range(len(labels))):
-        return []
-    return [str(labels[str(label)]) for label in range(len(labels))]
-
-
 def _without_weights(architecture: dict) -> dict:
     return {name: value for name, value in architecture.items() if name in _WITHOUT_WEIGHTS}
 
 
 class BeginRun(TrainerCallback):
-    """Callback that starts the record after the checkpoint was read, so a refused run does not change the folder."""
+    """Callback that starts the record after the checkpoint was read, so a refused run does not change the folder.
+
+    Optimiser and scheduler, which are recorded, exist only now.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin_record()
-        self.trainer.results.content["ran"] = what_ran(self.trainer)  # optimiser and scheduler exist only now
-        if state.is_world_process_zero:
-            self.trainer.results.write()
 
 
 def steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:

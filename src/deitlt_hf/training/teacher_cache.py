@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.nn import functional as F
@@ -267,15 +268,6 @@ def cache_plan(cache: TeacherCache, trainer) -> str:
     size = cache.bytes_per_image * images
     kind = "labels" if cache.is_hard else "logits (soft distillation needs all)"
     return (
-        f"{cache.folder}: {kind} of {cache.epochs()} epochs so far; about {_size(size)} an epoch, "
-        f"{_size(size * epochs)} for {epochs:g} epochs"
+        f"{cache.folder}: {kind} of {cache.epochs()} epochs so far; about {decimal(size)} an epoch, "
+        f"{decimal(round(size * epochs))} for {epochs:g} epochs"
     )
-
-
-def _size(number: float) -> str:
-    """A number of bytes in words."""
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"

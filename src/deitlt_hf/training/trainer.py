@@ -48,6 +48,7 @@ from .optimizers import check_given
 from .output_folder import check_output_dir, claim_output_dir, resumes_in, run_lock
 from .plan_lines import plan_lines, print_plan
 from .processes import check_same_images, of_first_process
+from .provenance import what_ran
 from .publishing import hub_options, push_trained
 from .results import Results
 from .resuming import Beginning, BeginRun, EpochOrder, MissedEvaluation, find_beginning
@@ -359,6 +360,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
         """Claims the output folder, starts `results.json` and prints the plan, before the first step."""
         claim_output_dir(self.run_dir, self.args.overwrite, self._resuming, self.accelerator)
         self.results.start(self, self.beginning.step, self.beginning.record)
+        if self.optimizer is not None:  # a frozen teacher has none
+            self.results.content["ran"] = what_ran(self)
         if self.is_world_process_zero():
             self.results.write()
             print_plan(self, self.steps_per_epoch(), self._plan)
