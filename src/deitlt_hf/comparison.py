@@ -36,7 +36,7 @@ from .quickstart import (
     recipe_title,
 )
 from .recipes import DataArguments, StudentArguments, fill_arguments, load_recipe
-from .recipes.fit import SMALL, FittedRecipe, adamw_rate
+from .recipes.fit import SMALL, FittedRecipe, adamw_rate, drw_start
 from .records import find_record
 from .serving.classifiers import load_model, load_processor
 from .training.output_folder import check_output_dir
@@ -83,7 +83,7 @@ def _stretched(fitted: FittedRecipe, section: str) -> int:
 
 def _cnn(fitted: FittedRecipe) -> dict[str, Any]:
     epochs = _stretched(fitted, "teacher")
-    return {"num_train_epochs": epochs, "drw_start_epoch": epochs * 4 // 5 if epochs >= 5 else None}
+    return {"num_train_epochs": epochs, "drw_start_epoch": drw_start(epochs)}
 
 
 def _labels_only(fitted: FittedRecipe) -> dict[str, Any]:
@@ -92,15 +92,14 @@ def _labels_only(fitted: FittedRecipe) -> dict[str, Any]:
 
 def _deit_lt(fitted: FittedRecipe) -> dict[str, Any]:
     """The paper's method."""
-    is_small, epochs = fitted.image_size <= SMALL, fitted.student_epochs
     return {
         "optim": "adamw_torch",
         "distillation": "hard",
         "cls_loss": "ce",
         "mixup": 0.8,
         "cutmix": 1.0,
-        "drw_start_epoch": epochs * 4 // 5 if epochs >= 5 else None,
-        "mixing_in_drw": not is_small,
+        "drw_start_epoch": drw_start(fitted.student_epochs),
+        "mixing_in_drw": fitted.image_size > SMALL,
         "learning_rate": adamw_rate(fitted.image_size),
     }
 

@@ -68,19 +68,11 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
 
 def check_streaming(args) -> None:
     """Raises `ValueError` if a training argument needs the whole data set, which a stream does not have."""
-    if args.image_cache:
-        raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
-    if getattr(args, "teacher_cache", None) is not None:
-        raise ValueError(
-            f"teacher_cache {args.teacher_cache!r} does not work with --streaming, whose images have no digest; leave "
-            "out one of them."
-        )
-    if args.sampling != "uniform":
-        raise ValueError(f"sampling {args.sampling!r} does not work with --streaming; leave out one of them.")
-    if args.partial_steps:
-        raise ValueError(
-            "partial_steps does not work with --streaming; leave out one of them (as_published sets partial_steps)."
-        )
+    for name in ("image_cache", "teacher_cache", "sampling", "partial_steps"):
+        value = getattr(args, name, None)
+        if value not in (None, False, "", "uniform"):
+            by = " (as_published sets it)" if name == "partial_steps" else ""
+            raise ValueError(f"{name} {value!r}{by} does not work with --streaming; leave out one of them.")
 
 
 def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):

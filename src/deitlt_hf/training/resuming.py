@@ -1,14 +1,12 @@
 """Resuming a run: checks that it is the same run, restores its epoch, and repeats a missed evaluation."""
 
 import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
+from transformers import PreTrainedConfig, TrainerCallback
 
 from ..data.images import decoder_versions
 from ..data.streaming import StreamedImages
@@ -224,7 +222,8 @@ def _without_weights(architecture: dict) -> dict:
 class BeginRun(TrainerCallback):
     """Callback that starts the record after the checkpoint was read, so a refused run does not change the folder.
 
-    Optimiser and scheduler, which are recorded, exist only now.
+    Optimiser and scheduler, which are recorded, exist only now. It also sets the epoch of the training data, which
+    transformers 5.23 does not do in a resumed run.
     """
 
     def __init__(self, trainer):
@@ -233,21 +232,12 @@ class BeginRun(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin_record()
 
-
-def steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:
-    """Optimiser steps of one pass through a data loader."""
-    return math.ceil(len(loader) / args.gradient_accumulation_steps)
-
-
-class EpochOrder(TrainerCallback):
-    """Callback that sets the epoch of the training data. transformers 5.23 does not set it in a resumed run."""
-
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset
         order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
         # By the step, not by counting calls: the order of images depends on it, also in the middle of an epoch, where
         # transformers skips the batches of the steps before.
-        order.set_epoch(state.global_step // steps_per_epoch(train_dataloader, args))
+        order.set_epoch(state.global_step // self.trainer.steps_per_epoch())
 
 
 class MissedEvaluation(TrainerCallback):
@@ -256,10 +246,8 @@ class MissedEvaluation(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        steps = state.eval_steps
-        if args.eval_strategy == "epoch":
-            steps = steps_per_epoch(train_dataloader, args)
+    def on_train_begin(self, args, state, control, **kwargs):
+        steps = self.trainer.steps_per_epoch() if args.eval_strategy == "epoch" else state.eval_steps
         if state.global_step == 0 or args.eval_strategy == "no" or state.global_step % steps:
             return
         if not any(

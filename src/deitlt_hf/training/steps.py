@@ -22,7 +22,6 @@ from ..losses import effective_number_weights
 from ..losses.class_weights import named_weights, product_of_weights
 from .guards import NonFiniteGuard, SaveByMinutes, StopOnSignal, Voter
 from .inputs import train_loader
-from .resuming import steps_per_epoch
 from .schedule import published_epoch, warmup_cosine
 from .whole_checkpoints import WholeCheckpointTrainer
 
@@ -148,7 +147,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     def steps_per_epoch(self) -> int:
         """Optimiser steps per epoch."""
-        return steps_per_epoch(self.get_train_dataloader(), self.args)
+        return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,19 +100,26 @@ class TeacherCache:
         """Writes what is new. If the folder cannot be written to, the run continues without storing."""
         if not self._new or self._is_closed:
             return
+        self._store(self._write_epoch)
+        self._new = {}
+
+    def _write_epoch(self) -> None:
         assert self._epoch is not None  # set by `get`
+        if not (self.folder / IDENTITY_FILE).is_file():
+            write_json(self.folder / IDENTITY_FILE, self.identity)
+        self._stored = self._read(self._path(self._epoch)) | self._new
+        with atomic_write(self._path(self._epoch)) as part:
+            _write(part, self._stored)
+
+    def _store(self, write: Callable[[], None]) -> None:
+        """Calls a function under the lock of the folder. If the folder cannot be written to, nothing more is stored."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
-                if not (self.folder / IDENTITY_FILE).is_file():
-                    write_json(self.folder / IDENTITY_FILE, self.identity)
-                self._stored = self._read(self._path(self._epoch)) | self._new
-                with atomic_write(self._path(self._epoch)) as part:
-                    _write(part, self._stored)
+                write()
         except OSError as error:
             self._is_closed = True
-            warnings.warn(f"the teacher's labels cannot be stored in {self.folder}: {one_line(error)}.", stacklevel=2)
-        self._new = {}
+            warnings.warn(f"the teacher's labels cannot be stored in {self.folder}: {one_line(error)}.", stacklevel=3)
 
     def accuracies(self, evaluation: str) -> dict[str, Any] | None:
         """Accuracies of the teachers that an earlier run measured on the same images; None if there are none."""
@@ -128,12 +135,7 @@ class TeacherCache:
 
     def put_accuracies(self, evaluation: str, accuracies: Mapping[str, Any]) -> None:
         """Stores accuracies of the teachers. `evaluation` is a digest of the images and groups."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock"):
-                write_json(self._accuracies_path(evaluation), accuracies)
-        except OSError as error:
-            warnings.warn(f"the teacher's accuracies cannot be stored: {one_line(error)}.", stacklevel=2)
+        self._store(lambda: write_json(self._accuracies_path(evaluation), accuracies))
 
     def _accuracies_path(self, evaluation: str) -> Path:
         return self.folder / f"accuracies-{evaluation}.json"

@@ -51,7 +51,7 @@ from .processes import check_same_images, of_first_process
 from .provenance import what_ran
 from .publishing import hub_options, push_trained
 from .results import Results
-from .resuming import Beginning, BeginRun, EpochOrder, MissedEvaluation, find_beginning
+from .resuming import Beginning, BeginRun, MissedEvaluation, find_beginning
 from .run_log import RunFile, RunLog, WaitingNote
 from .sharpness_aware import SharpnessAwareTrainer
 
@@ -185,7 +185,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
-        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WaitingNote(self)]
+        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), WaitingNote(self)]
         callbacks += [self.run_file, self.nonfinite_guard, *self.voters]
         callbacks += [] if self.ema is None else [self.ema]
         for callback in (*callbacks, MissedEvaluation(self)):
