@@ -33,10 +33,6 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
     """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
     batches: dict[str, Any] = {"batch_size": args.train_batch_size}
     if not isinstance(images, StreamedImages):
-        if args.sampling == "class_balanced" and not hasattr(images, "labels"):
-            raise ValueError(
-                "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
-            )
         sampler = TrainBatches(
             len(images),
             args.train_batch_size,

@@ -172,13 +172,13 @@ class TaughtTrainer(LongTailTrainer):
         if self.eval_dataset is None:
             return {}
         cache = self.cache
-        key = None if cache is None else evaluation_digest(self)
-        found = None
-        if cache is not None and key is not None:
-            found = of_first_process(lambda: cache.accuracies(key))
+        if cache is None:
+            return {name: self.check_teacher(name) for name in self._teachers()}
+        key = evaluation_digest(self)
+        found = of_first_process(lambda: cache.accuracies(key))
         if found is None:
             found = {name: self.check_teacher(name) for name in self._teachers()}
-            if cache is not None and key is not None and self.is_world_process_zero():
+            if self.is_world_process_zero():
                 cache.put_accuracies(key, found)
         return found
 

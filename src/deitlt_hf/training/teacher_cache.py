@@ -240,24 +240,17 @@ def identity_of(trainer, teachers: list[str]) -> dict[str, Any]:
     }
 
 
-def evaluation_digest(trainer) -> str | None:
-    """Digest of the images and groups on which the teachers are checked; None for images of an unknown kind."""
+def evaluation_digest(trainer) -> str:
+    """Digest of the images and groups on which the teachers are checked."""
     images = trainer._datasets[1]
     content = images_hash(next(iter(images.values())) if isinstance(images, Mapping) else images)
-    if content is None:
-        return None
     facts = [content, trainer.groups, trainer.args.per_device_eval_batch_size, str(trainer.processing_class.to_dict())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def cache_of(trainer, teachers: list[str]) -> TeacherCache:
-    """The cache in `teacher_cache` for a run of a trainer. Raises `ValueError` if its images cannot be identified."""
+    """The cache in `teacher_cache` for a run of a trainer."""
     args = trainer.args
-    if images_hash(trainer._datasets[0]) is None:
-        raise ValueError(
-            "teacher_cache needs training images that can be identified: a datasets.Dataset, not rows of "
-            "another kind; leave out teacher_cache."
-        )
     identity, is_hard = identity_of(trainer, teachers), args.distillation == HARD
     return TeacherCache(args.teacher_cache, identity, args.process_index, len(trainer.class_names), is_hard)
 

@@ -245,7 +245,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def check_accelerator(self) -> None:
         """Raises `ValueError` if arguments are not supported with the accelerator that was configured."""
         super().check_accelerator()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if not self.is_sharded:
             return
         if self.args.ema_decay is not None:
             raise ValueError("a moving average needs unsharded weights; leave out DeepSpeed and FSDP, or ema_decay.")
