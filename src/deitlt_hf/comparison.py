@@ -213,9 +213,7 @@ def compare(
 def _replaced(output: Path) -> list[Path]:
     """Folders of an earlier comparison that a new one replaces. No other file or folder is ever replaced.
 
-    Raises:
-        FileExistsError: If the output folder holds a recipe, a page or a run that is not of a comparison.
-        ValueError: If it has a file with the name of the record that is none.
+    It raises `FileExistsError` if the output folder holds a recipe, a page or a run that is not of a comparison.
     """
     record_file = output / RECORD_FILE
     known = Prices(record_file).content["arms"] if record_file.is_file() else {}
@@ -325,13 +323,8 @@ def _probed(path: str, file: Path, data: Mapping, record: "Prices") -> list[int]
 class Prices:
     """The record of a comparison, `comparison.json`, which counts the seconds of each way over all of its parts.
 
-    They are seconds of the processor, over all its cores and the workers; with a GPU, seconds of the clock.
-
-    Args:
-        path: The file, which exists.
-
-    Raises:
-        ValueError: If it is not the record of a comparison.
+    They are seconds of the processor, over all its cores and the workers; with a GPU, seconds of the clock. The file
+    exists; it raises `ValueError` if it is not the record of a comparison.
     """
 
     def __init__(self, path: Path):

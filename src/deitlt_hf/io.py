@@ -81,9 +81,7 @@ def _content_errors() -> tuple[type[Exception], ...]:
 def read_text(path: str | PathLike) -> str:
     """Reads a UTF-8 text file, without its byte order mark.
 
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a regular file (reading a pipe may never end), or is not text in UTF-8.
+    It raises `ValueError` if it is not a regular file (reading a pipe may never end), or is not text in UTF-8.
     """
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is not a file.")
@@ -95,12 +93,7 @@ def read_text(path: str | PathLike) -> str:
 
 
 def read_json(path: str | PathLike, kind: type = dict) -> Any:
-    """Reads a JSON file in UTF-8, whose content must be a `kind`.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not JSON, or its content has another type.
-    """
+    """Reads a JSON file in UTF-8; `ValueError` if it is not JSON, or its content is not a `kind`."""
     with file_errors(path):
         content = json.loads(read_text(path))
     if not isinstance(content, kind):

@@ -132,9 +132,8 @@ def train(
 def check_places(data: str | Path, output: str | Path | None) -> tuple[Path, Path]:
     """The folder of the images and the output folder, by default `outputs/NAME`.
 
-    Raises:
-        FileExistsError: If the output folder cannot be created.
-        ValueError: If it is inside the folder of the images, or several processes run.
+    It raises `FileExistsError` if the output folder cannot be created, and `ValueError` if it is inside the folder of
+    the images, or several processes run.
     """
     source = Path(data).expanduser()
     output = Path("outputs") / source.resolve().name if output is None else Path(output).expanduser()

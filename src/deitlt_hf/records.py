@@ -161,11 +161,7 @@ def read_record(path: str | PathLike) -> RunRecord:
 
 
 def find_record(folder: str | PathLike) -> RunRecord | None:
-    """Reads the record of a run in a folder; None if the file does not exist or belongs to another program.
-
-    Raises:
-        ValueError: See [`read_record`].
-    """
+    """Reads the record of a run in a folder; None if the file does not exist or belongs to another program."""
     path = Path(folder) / RESULTS_FILE
     if not path.is_file() or not is_of_run(read_json(path, object)):
         return None

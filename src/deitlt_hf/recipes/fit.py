@@ -68,12 +68,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run can use.
-
-    Args:
-        has_gpu: Whether training runs on a GPU.
-        cores: Number of CPU cores.
-    """
+    """What a run can use: whether training runs on a GPU, and the number of CPU cores."""
 
     has_gpu: bool
     cores: int

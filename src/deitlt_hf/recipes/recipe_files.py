@@ -108,12 +108,7 @@ def recipe_description(name: str) -> str:
 
 
 def paper_accuracies(name_or_path: str) -> PaperAccuracies | None:
-    """The accuracies that the paper reports for the settings of a recipe, from its section `paper`; None without it.
-
-    Raises:
-        FileNotFoundError: If the recipe does not exist.
-        ValueError: If the file is not a recipe.
-    """
+    """The accuracies that the paper reports for the settings of a recipe, from its section `paper`; None without it."""
     return _read(name_or_path).get("paper")
 
 

@@ -187,11 +187,8 @@ def _unreadable(checkpoint: Path) -> str | None:
 def newest_checkpoint(output_dir: str | Path) -> str | None:
     """Finds the latest intact checkpoint; None if the run did not reach its first checkpoint.
 
-    Corrupt checkpoints are skipped with a warning.
-
-    Raises:
-        ValueError: If all checkpoints are corrupt, or the folder has a finished model and no checkpoint. A new run
-            would overwrite the model.
+    Corrupt checkpoints are skipped with a warning. It raises `ValueError` if all are corrupt, or the folder has a
+    finished model and no checkpoint: a new run would overwrite the model.
     """
     folder = Path(output_dir)
     found = list(reversed(checkpoints_in(folder)))
@@ -213,12 +210,9 @@ def has_model(folder: str | Path) -> bool:
 
 
 def whole_checkpoint(path: str) -> str:
-    """Checks that a run can resume from a checkpoint, and returns its path.
+    """Returns the path of a checkpoint; `ValueError` if it is corrupt, is not a folder, or lacks weights or the step.
 
     A checkpoint of transformers has no manifest. It is accepted, with a warning that names missing parts.
-
-    Raises:
-        ValueError: If the checkpoint is corrupt, is not a folder, or lacks weights or the step.
     """
     folder = Path(path)
     wrong: str | None
@@ -242,12 +236,7 @@ def whole_checkpoint(path: str) -> str:
 
 
 def read_state(checkpoint: str | Path) -> TrainerState:
-    """Reads the `TrainerState` of a checkpoint: its step, logs and best evaluation.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If it cannot be read.
-    """
+    """Reads the `TrainerState` of a checkpoint: its step, logs and best evaluation. `ValueError` if it is damaged."""
     path = Path(checkpoint) / TRAINER_STATE_NAME
     content = read_json(path)
     try:

@@ -20,7 +20,7 @@ OVER_CLASSES = ("balanced_accuracy", "macro_f1")  # metrics of the prediction th
 
 
 def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: torch.Tensor) -> torch.Tensor:
-    """Predicted class of each expert and the loss, as columns of one tensor with a row per image.
+    """Predicted class of each expert and the loss, as columns of one tensor: (images, models x experts + 1).
 
     The loss is the last column, one value per image. transformers would average the loss over batches, and count the
     images twice that pad the last batches of several processes.
@@ -29,9 +29,6 @@ def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: 
         outputs: Outputs of the evaluated models. The loss is that of the first.
         fields: Names of the output fields with the logits of the experts.
         labels: True classes; (images,).
-
-    Returns:
-        Tensor of shape (images, models x experts + 1).
     """
     loss = F.cross_entropy(outputs[0]["logits"].float(), labels, reduction="none")
     columns = [output[field].argmax(dim=1) for output in outputs for field in fields]

@@ -125,9 +125,8 @@ def first_difference(first: Sequence, second: Sequence) -> int:
 def common_classes(config: PreTrainedConfig, datasets: Iterable[Dataset]) -> list[str]:
     """Class names that a model and data sets have in common, in label order. Names from the data replace missing ones.
 
-    Raises:
-        ValueError: If the labels do not agree, the data are not a `datasets.Dataset`, or the model is not a
-            single-label classifier.
+    It raises `ValueError` if the labels do not agree, the data are not a `datasets.Dataset`, or the model is not a
+    single-label classifier.
     """
     names = label_names(config)
     for dataset in datasets:

@@ -129,10 +129,8 @@ def started_from(model: nn.Module) -> str | None:
 def license_of_start(model: nn.Module) -> dict[str, Any] | None:
     """Licence of the model whose weights training starts from, from the metadata of its card; None if it names none.
 
-    The card is in the model's folder, or on the Hub if that can be reached.
-
-    Returns:
-        The fields `license`, `license_name` and `license_link`, as far as they are given.
+    The card is in the model's folder, or on the Hub if that can be reached. The fields are `license`, `license_name`
+    and `license_link`, as far as they are given.
     """
     path, card = str(getattr(model, "name_or_path", None) or ""), None
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):

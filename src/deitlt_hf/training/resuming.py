@@ -92,12 +92,8 @@ def check_same_run(
 ) -> None:
     """Checks that a run to resume has the same classes, images, model and loss; warns about other differences.
 
-    Args:
-        folder: Folder of the checkpoint, or of the finished model.
-        record: Record of the run at the checkpoint.
-        trainer: Trainer of the resumed run.
-        data: What [`Results.data_of`] says of its images.
-        is_finished: Whether nothing is left to train.
+    `folder` is that of the checkpoint, or of the finished model, `record` the record there, `data` what
+    [`Results.data_of`] says of the images.
 
     Raises:
         ValueError: If the checkpoint belongs to another run.

@@ -32,12 +32,8 @@ def published_epoch(step: int, batches: int, micro_batches: int) -> float:
     """Epoch that the authors' scheduler uses at an optimiser step (DeiT-LT, `engine.py` and `main.py`).
 
     Their code updates the scheduler at the first micro-batch of a step, and again at the last micro-batch of an epoch.
-    Without gradient accumulation it updates the scheduler after each epoch, with the number of that epoch.
-
-    Args:
-        step: Optimiser step, counted from 0 over all epochs.
-        batches: Micro-batches per epoch of one process.
-        micro_batches: Micro-batches per gradient-accumulation window.
+    Without gradient accumulation it updates the scheduler after each epoch, with the number of that epoch. The step
+    counts from 0 over all epochs; an epoch has `batches` micro-batches in one process, and a step `micro_batches`.
     """
     epoch, step = divmod(step, math.ceil(batches / micro_batches))
     if micro_batches == 1:

@@ -465,9 +465,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def create_model_card(self, model_name: str | None = None, **metadata):  # type: ignore[override]
         """Writes the model card, `README.md`, from the record of this run; see [`write_card`].
 
-        Args:
-            model_name: Heading of the card; by default the name of the repository.
-            **metadata: Fields of huggingface_hub's `ModelCardData`, such as `license` or `tags`.
+        `model_name` is its heading, by default the name of the repository; `metadata` are fields of huggingface_hub's
+        `ModelCardData`, such as `license` or `tags`.
         """
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self.hub_model_id, model_name, **metadata)
@@ -478,8 +477,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         With `push_to_hub` in the arguments, the constructor calls it.
 
         Raises:
-            ValueError: If `hub_model_id` is not a valid repository name, or the repository holds a model of another
-                type.
+            ValueError: If the name is not valid, or the repository holds a model of another type.
             OSError: If the repository cannot be pushed to.
         """
         if self.is_world_process_zero():
@@ -557,11 +555,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return output._replace(predictions=None if kept is None else tuple(kept)[1])  # type: ignore[arg-type]
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Data loader for evaluation. Accepts a `datasets.Dataset`, which is wrapped.
-
-        Raises:
-            ValueError: If the data set has other classes than the model, or another order of classes.
-        """
+        """Data loader for evaluation. A `datasets.Dataset` is wrapped, and must have the model's classes."""
         return ignoring_stop_signals(super().get_eval_dataloader(self._matching_images(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset):
@@ -576,10 +570,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert and prints the table. During training, results on the trainer's test set are recorded.
 
-        Args:
-            eval_dataset: Test images to use instead of the trainer's, or a mapping from names to several test sets.
-            ignore_keys: Fields of the model's output that are not passed to `compute_metrics`.
-            metric_key_prefix: Prefix of the metric names. With several test sets, the name of the set follows.
+        `eval_dataset` are test images to use instead of the trainer's, or a mapping from names to several test sets,
+        whose names follow the prefix. Fields in `ignore_keys` are not passed to `compute_metrics`.
         """
         if self.is_in_train:
             self.nonfinite_guard.check()
