@@ -45,6 +45,7 @@ from .recipes.fit import (
 )
 from .recipes.usage import refuse_unknown
 from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from .training.arguments import PRECISIONS
 from .training.runs import distill, train_teacher
 from .training.schedule import low_peak
 from .training.starting import FREE_SIZES, SIZES, check_start
@@ -59,6 +60,17 @@ CHOSEN_ON_VALIDATION = (
     Choice("both", "load_best_model_at_end", True, "the validation images choose the best evaluation"),
     Choice("both", "metric_for_best_model", "balanced_accuracy"),
     Choice("both", "save_steps", 1 / EVALUATIONS),
+)
+# Fields that a user sets for teacher and student together.
+OF_BOTH = (
+    "image_size",
+    "global_batch_size",
+    "train_crop",
+    "use_cpu",
+    *PRECISIONS,
+    "seed",
+    "image_cache",
+    "save_minutes",
 )
 STUDENT = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
 TEACHER = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
@@ -319,17 +331,7 @@ def _given(name: str, value: Any) -> Choice:
     }
     if name in ("output_dir", "overwrite", "data_dir", "resume_from_checkpoint"):
         raise ValueError(f"{name} is not a field here; use the folder, output and overwrite of this command.")
-    if name in (
-        "image_size",
-        "global_batch_size",
-        "train_crop",
-        "use_cpu",
-        "bf16",
-        "fp16",
-        "seed",
-        "image_cache",
-        "save_minutes",
-    ):
+    if name in OF_BOTH:
         section = "both"
     else:
         refuse_unknown([name], set().union(*in_section.values()), "the options", listed_by="deitlt distill --help")

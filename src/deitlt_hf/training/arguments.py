@@ -29,37 +29,15 @@ if torch.distributed.is_available():
 PRECISIONS = ("bf16", "fp16")
 # Fields that affect how a run is carried out, but not its result.
 _RUNNING = {
-    "recipe",
-    "overwrite",
-    "image_resize",
-    "image_cache",
-    "save_adapter",
-    "remove_unused_columns",
-    "logging_nan_inf_filter",
-    "report_to",
-    "eval_strategy",
-    "on_nonfinite",
-    "nonfinite_limit",
-    "save_minutes",
-    "save_total_limit",
+    *("recipe", "overwrite", "report_to", "hub_strategy", "remove_unused_columns", "image_resize"),
+    *("image_cache", "teacher_cache", "fold_teacher", "save_adapter", "keep_freed_memory", "eval_strategy"),
+    *("save_minutes", "save_total_limit", "logging_steps", "logging_nan_inf_filter", "on_nonfinite", "nonfinite_limit"),
     "ddp_find_unused_parameters",
-    "hub_strategy",
-    "keep_freed_memory",
-    "fold_teacher",
-    "teacher_cache",
-    "logging_steps",
 }
 # Unchanged fields of transformers that affect the result of a run, if only its last digits.
 _OF_TRANSFORMERS = {
-    "num_train_epochs",
-    "max_steps",
-    "data_seed",
-    "label_smoothing_factor",
-    *PRECISIONS,
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
+    *("num_train_epochs", "max_steps", "data_seed", "label_smoothing_factor", "optim"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", *PRECISIONS),
 }
 
 

@@ -42,14 +42,8 @@ from .trainer import LongTailTrainer
 from .tuning import HEADS
 
 EVALUATION_FIELDS = (
-    "output_dir",
-    "per_device_eval_batch_size",
-    "dataloader_num_workers",
-    "use_cpu",
-    "bf16",
-    "bf16_full_eval",
-    "fp16",
-    "fp16_full_eval",
+    *("output_dir", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu"),
+    *("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"),
 )
 
 
