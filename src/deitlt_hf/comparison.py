@@ -329,7 +329,9 @@ class Prices:
 
     def __init__(self, path: Path):
         self.path, self.content = path, read_json(path)
-        if not isinstance(self.content.get("name"), str) or not isinstance(self.content.get("arms"), dict):
+        arms = self.content.get("arms")
+        is_record = isinstance(arms, dict) and all(isinstance(entry, dict) for entry in arms.values())
+        if not is_record or not isinstance(self.content.get("name"), str):
             raise ValueError(f"{path} is not the record of a comparison; choose another --output_dir.")
 
     @contextlib.contextmanager
