@@ -69,7 +69,7 @@ def main():
             model=DeiTLTForImageClassification(config), args=args, train_dataset=data["train"],
             eval_dataset=data["test"], teacher=teacher, callbacks=[gauge],
         )  # fmt: skip
-        trainer.check_teacher = lambda: {}  # the teacher is not trained, and does not need to be
+        trainer.check_teacher = lambda *_: {}  # the teacher is not trained, and does not need to be
         trainer.train()
         log = (Path(folder) / "log.jsonl").stat().st_size
     # The first tenth fills caches.

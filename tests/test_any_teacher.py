@@ -91,7 +91,7 @@ def test_a_teacher_receives_the_input_of_its_own_pipeline(tmp_path, digits, kind
     processor = AutoImageProcessor.from_pretrained(tmp_path / "teacher")
     loaded = load_classifier(str(tmp_path / "teacher"))
     trainer = student_trainer(tmp_path / "student", digits, teacher=loaded, teacher_processor=processor)
-    pixels = torch.randint(0, 256, (2, 3, *trainer.teacher_format.size), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(0, 256, (2, 3, *trainer.formats["teacher"].size), generator=torch.Generator().manual_seed(0))
     mean, std = (
         torch.tensor(values).view(3, 1, 1)
         for values in (trainer.processing_class.image_mean, trainer.processing_class.image_std)
@@ -193,7 +193,7 @@ def test_a_teacher_may_have_more_classes_and_duplicate_names(tmp_path, digits):
     teacher.classifier[1] = torch.nn.Linear(8, len(names))
     teacher.config.id2label = dict(enumerate(names))
     trainer = student_trainer(tmp_path, digits, teacher=teacher, teacher_processor=processor)
-    assert trainer._label_order.tolist() == [names.index(str(label)) for label in range(10)]
+    assert trainer._orders["teacher"].tolist() == [names.index(str(label)) for label in range(10)]
 
     student_names = ["crane", "0", "1", "2", "3", "4", "crane", "5", "6", "7"]
     order = label_order(student_names, teacher.config).tolist()

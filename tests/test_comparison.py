@@ -53,7 +53,7 @@ def compared(colours, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "distill", interrupted)
-        patch.setattr(fit, "_running", lambda section: [Choice(section, *value) for value in running.items()])
+        patch.setattr(fit, "RUNNING", [Choice("both", *value) for value in running.items()])
         with pytest.raises(SystemExit):
             main(["compare", str(colours), "--output_dir", str(output), *SHORT])
     earlier = json.loads((output / "comparison.json").read_text())

@@ -60,20 +60,6 @@ def test_overrides_are_recorded_as_values(tmp_path):
     assert args.recipe["overrides"] == {"learning_rate": 5e-3, "imbalance_ratio": None}
 
 
-def test_names_of_earlier_versions_are_read(tmp_path):
-    recipe = tmp_path / "old.yaml"
-    recipe.write_text(f"extends: {TINY}\nstudent:\n  learning_rate_slices: 3\n")
-    args = Recipe.load(str(recipe)).student(ema_every_slice=True).args
-    assert (args.learning_rate_micro_batches, args.ema_every_micro_batch) == (3, True)
-    assert args.recipe["overrides"] == {"ema_every_micro_batch": True}
-    words = ["--recipe", str(recipe), "--ema_every_slice", "true", "--learning-rate-slices=5"]
-    args = parse_arguments("student", (DataArguments, StudentArguments, DeiTLTTrainingArguments), words)[-1]
-    assert (args.learning_rate_micro_batches, args.ema_every_micro_batch) == (5, True)
-    recipe.write_text("student:\n  learning_rate_slices: 3\n  learning_rate_micro_batches: 4\n")
-    with pytest.raises(ValueError, match="'learning_rate_micro_batches' occurs twice"):
-        Recipe.load(str(recipe))
-
-
 def test_data_are_loaded_with_overrides():
     data = Recipe.load(TINY).data(imbalance_ratio=2, max_per_class=20).load()
     counts = [data["train"]["label"][:].count(label) for label in range(10)]

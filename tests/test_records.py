@@ -23,17 +23,6 @@ def test_records_of_earlier_versions_are_read():
         assert read_record(path)["settings"]
 
 
-def test_settings_get_their_current_names(tmp_path):
-    """A recipe's teacher is reused, and a run resumed, only if the settings in the record are its own."""
-    old = {"settings": {"learning_rate_slices": 4}, "recipe": {"name": "x", "overrides": {"ema_every_slice": True}}}
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(RECORD | old | {"teacher": {"backbone": "resnet32", "training": old}}))
-    record = read_record(path)
-    for run in (record, record["teacher"]["training"]):
-        assert run["settings"] == {"learning_rate_micro_batches": 4}
-        assert run["recipe"]["overrides"] == {"ema_every_micro_batch": True}
-
-
 @pytest.mark.parametrize(
     ("values", "place"),
     [

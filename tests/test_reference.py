@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,17 +125,13 @@ def test_class_map_has_the_ties_of_numpy_1_24(largest, smallest, classes, expone
 
 def test_learning_rate(reference):
     values = reference["lr_schedule"]
-    rates = [
-        warmup_cosine(
-            epoch,
-            epochs=values["epochs"],
-            peak=values["base_lr_after_scaling"],
-            minimum=values["min_lr"],
-            warmup_epochs=values["warmup_epochs"],
-            warmup_start=values["warmup_lr"],
-        )
-        for epoch in values["at_epoch"]
-    ]
+    args = SimpleNamespace(
+        peak_learning_rate=values["base_lr_after_scaling"],
+        min_learning_rate=values["min_lr"],
+        warmup_epochs=values["warmup_epochs"],
+        warmup_learning_rate=values["warmup_lr"],
+    )
+    rates = [warmup_cosine(epoch, values["epochs"], args) for epoch in values["at_epoch"]]
     assert rates == pytest.approx(values["lr"], rel=1e-9)
 
 

@@ -318,17 +318,7 @@ def test_a_run_that_was_killed_before_its_model_was_saved_saves_it_once(finished
 
 
 def test_a_finished_run_without_checkpoints_has_nothing_to_do(finished, tmp_path, digits):
-    """A finished run without checkpoints has nothing to do.
-
-    Its record may be of 0.1.0, which did not count the steps.
-    """
     shutil.copytree(finished["student", "max_steps"], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
-    record = read_record(tmp_path / "run")
-    for name in ("steps", "schema"):
-        del record[name]
-    for name in ("classes", "images_sha256"):
-        del record["data"][name]
-    (tmp_path / "run" / "results.json").write_text(json.dumps(record))
     before = content_of(tmp_path / "run")
     short("student", tmp_path / "run", digits).train(resume_from_checkpoint="auto")
     assert content_of(tmp_path / "run") == before
@@ -469,30 +459,22 @@ def remove_image(place):
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "values", "what", "old"),
+    ("change", "options", "values", "what"),
     [
-        *((rename_class, {}, {}, "trained on other classes (label 0 was 'ant' and is 'bee')", old) for old in (0, 1)),
-        *((remove_image, {}, {}, "trained on other images (class 'bee' had 8, and has 7)", old) for old in (0, 1)),
-        (replace_image, {}, {}, "trained on other images (files, names or labels differ)", 0),  # 0.1.0: unnoticed
-        (rename_image, {}, {}, "trained on other images (files, names or labels differ)", 0),
-        (None, {"imbalance_ratio": 2}, {}, "trained on other images (class 'bee' had 8, and has 5)", 0),
-        *((None, {}, {"cls_loss": "bce"}, "began with cls_loss ce, not bce", old) for old in (0, 1)),
-        (None, {}, {"class_weights": "bee=2"}, "began with class_weights None, not {'bee': 2.0}", 0),
+        (rename_class, {}, {}, "trained on other classes (label 0 was 'ant' and is 'bee')"),
+        (remove_image, {}, {}, "trained on other images (class 'bee' had 8, and has 7)"),
+        (replace_image, {}, {}, "trained on other images (files, names or labels differ)"),
+        (rename_image, {}, {}, "trained on other images (files, names or labels differ)"),
+        (None, {"imbalance_ratio": 2}, {}, "trained on other images (class 'bee' had 8, and has 5)"),
+        (None, {}, {"cls_loss": "bce"}, "began with cls_loss ce, not bce"),
+        (None, {}, {"class_weights": "bee=2"}, "began with class_weights None, not {'bee': 2.0}"),
     ],
 )
 def test_another_run_is_refused_before_anything_is_written(
-    folder_data, cut_run, tmp_path, change, options, values, what, old
+    folder_data, cut_run, tmp_path, change, options, values, what
 ):
     shutil.copytree(folder_data, tmp_path / "data")
     shutil.copytree(cut_run, tmp_path / "run")
-    if old:  # as 0.1.0 wrote it
-        (tmp_path / "run" / "checkpoint-2" / "results.json").unlink()
-        manifest = json.loads((tmp_path / "run" / "checkpoint-2" / "manifest.json").read_text())
-        del manifest["results.json"]
-        (tmp_path / "run" / "checkpoint-2" / "manifest.json").write_text(json.dumps(manifest))
-        record = read_record(tmp_path / "run")
-        del record["data"]["classes"], record["data"]["images_sha256"], record["schema"]
-        (tmp_path / "run" / "results.json").write_text(json.dumps(record))
     if change is not None:
         change(tmp_path / "data")
     before = content_of(tmp_path / "run")

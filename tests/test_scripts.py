@@ -450,17 +450,6 @@ def test_distill_refuses_a_recipes_teacher_of_other_settings(tmp_path_factory, r
     assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == weights
 
 
-def test_an_old_record_without_architecture_is_accepted(trained, tmp_path, script):
-    folder, _ = trained
-    shutil.copytree(folder / "teacher", tmp_path / "teacher")
-    record = results(tmp_path / "teacher")
-    del record["architecture"]
-    record["settings"] = {"epochs": 12}
-    (tmp_path / "teacher" / "results.json").write_text(json.dumps(record))
-    command = ("--recipe", TINY, "--output_dir", tmp_path / "student", *SHORT)
-    assert "using the recipe's, trained before" in script("distill.py", *command)
-
-
 def test_overwriting_a_student_keeps_its_teacher(trained, tmp_path, script):
     """Overwriting a student keeps its teacher, which on real data took longer to train."""
     folder, _ = trained

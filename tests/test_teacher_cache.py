@@ -47,7 +47,7 @@ def test_the_weights_are_those_of_a_run_without_cache(tmp_path, digits, teacher,
     no_teacher()
     warm = trained(tmp_path / "warm", digits, teacher, **values)
     assert_same(weights(warm), expected)
-    assert warm.results.teacher["accuracies"] == cold.results.teacher["accuracies"]
+    assert warm.results.teachers["teacher"]["accuracies"] == cold.results.teachers["teacher"]["accuracies"]
     agreement = [[entry.get("teacher_agreement") for entry in run.state.log_history] for run in (cold, warm)]
     assert agreement[0] == agreement[1]
     # An ablation of the student has the same views.

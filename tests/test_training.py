@@ -204,7 +204,7 @@ def test_teacher_receives_images_in_its_size_and_normalisation(tmp_path, digits,
     trainer.teacher_logits(pixel_values)
     assert trainer.teacher.images[0].shape == (64, 3, 8, 8)
     teacher.config.image_mean, teacher.config.image_std = [0.5] * 3, [0.5] * 3
-    trainer.teacher_format = student_trainer(tmp_path, digits, teacher).teacher_format
+    trainer.formats = student_trainer(tmp_path, digits, teacher).formats
     trainer.teacher_logits(pixel_values)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     expected = (trainer.teacher.images[0] * std + mean - 0.5) / 0.5

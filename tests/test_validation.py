@@ -9,9 +9,8 @@ from deitlt_hf.cli import main
 from deitlt_hf.data import load_long_tailed, validation_split
 from deitlt_hf.recipes import DataArguments, TeacherArguments, fill_arguments
 from deitlt_hf.records import read_record
-from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments, experts
 from deitlt_hf.training.runs import evaluate, train_teacher
-from deitlt_hf.training.trainer import LongTailTrainer
 from helpers import TINY, results, student_trainer
 
 TEACHER = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
@@ -83,14 +82,14 @@ def run(tmp_path_factory):
         "num_train_epochs": 3,
     }
     arguments = fill_arguments("teacher", TEACHER, TINY, overrides)
-    measured = LongTailTrainer.expert_metrics
+    measured = experts.expert_table
 
-    def counted(self, columns, labels):
+    def counted(columns, labels, *others):
         seen.append(len(labels))
-        return measured(self, columns, labels)
+        return measured(columns, labels, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LongTailTrainer, "expert_metrics", counted)
+        patch.setattr(experts, "expert_table", counted)
         train_teacher(*arguments)
     return folder, arguments[0], seen
 

@@ -36,7 +36,7 @@ from .quickstart import (
     recipe_title,
 )
 from .recipes import DataArguments, StudentArguments, fill_arguments, load_recipe
-from .recipes.fit import SMALL, FittedRecipe, adamw_rate
+from .recipes.fit import SMALL, FittedRecipe, adamw_rate, drw_start
 from .records import find_record
 from .serving.classifiers import load_model, load_processor
 from .training.output_folder import check_output_dir
@@ -83,7 +83,7 @@ def _stretched(fitted: FittedRecipe, section: str) -> int:
 
 def _cnn(fitted: FittedRecipe) -> dict[str, Any]:
     epochs = _stretched(fitted, "teacher")
-    return {"num_train_epochs": epochs, "drw_start_epoch": epochs * 4 // 5 if epochs >= 5 else None}
+    return {"num_train_epochs": epochs, "drw_start_epoch": drw_start(epochs)}
 
 
 def _labels_only(fitted: FittedRecipe) -> dict[str, Any]:
@@ -92,15 +92,14 @@ def _labels_only(fitted: FittedRecipe) -> dict[str, Any]:
 
 def _deit_lt(fitted: FittedRecipe) -> dict[str, Any]:
     """The paper's method."""
-    is_small, epochs = fitted.image_size <= SMALL, fitted.student_epochs
     return {
         "optim": "adamw_torch",
         "distillation": "hard",
         "cls_loss": "ce",
         "mixup": 0.8,
         "cutmix": 1.0,
-        "drw_start_epoch": epochs * 4 // 5 if epochs >= 5 else None,
-        "mixing_in_drw": not is_small,
+        "drw_start_epoch": drw_start(fitted.student_epochs),
+        "mixing_in_drw": fitted.image_size > SMALL,
         "learning_rate": adamw_rate(fitted.image_size),
     }
 
@@ -214,9 +213,7 @@ def compare(
 def _replaced(output: Path) -> list[Path]:
     """Folders of an earlier comparison that a new one replaces. No other file or folder is ever replaced.
 
-    Raises:
-        FileExistsError: If the output folder holds a recipe, a page or a run that is not of a comparison.
-        ValueError: If it has a file with the name of the record that is none.
+    It raises `FileExistsError` if the output folder holds a recipe, a page or a run that is not of a comparison.
     """
     record_file = output / RECORD_FILE
     known = Prices(record_file).content["arms"] if record_file.is_file() else {}
@@ -326,23 +323,15 @@ def _probed(path: str, file: Path, data: Mapping, record: "Prices") -> list[int]
 class Prices:
     """The record of a comparison, `comparison.json`, which counts the seconds of each way over all of its parts.
 
-    They are seconds of the processor, over all its cores and the workers; with a GPU, seconds of the clock.
-
-    Args:
-        path: The file, which exists.
-
-    Raises:
-        ValueError: If it is not the record of a comparison.
+    They are seconds of the processor, over all its cores and the workers; with a GPU, seconds of the clock. The file
+    exists; it raises `ValueError` if it is not the record of a comparison.
     """
 
     def __init__(self, path: Path):
         self.path, self.content = path, read_json(path)
-        arms, kinds = self.content.get("arms"), {"seconds": float, "is_least": bool, "is_running": bool}
-        is_valid = isinstance(self.content.get("name"), str) and isinstance(arms, dict)
-        if not is_valid or not all(
-            isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
-            for entry in arms.values()
-        ):
+        arms = self.content.get("arms")
+        is_record = isinstance(arms, dict) and all(isinstance(entry, dict) for entry in arms.values())
+        if not is_record or not isinstance(self.content.get("name"), str):
             raise ValueError(f"{path} is not the record of a comparison; choose another --output_dir.")
 
     @contextlib.contextmanager

@@ -34,16 +34,10 @@ def check_can_be_folder(folder: str | PathLike) -> None:
 
 @contextlib.contextmanager
 def file_errors(source: str | PathLike) -> Iterator[None]:
-    """Turns a library's error about the content of a file into one sentence that names the file.
+    """Turns a library's error about the content of a file into one sentence that names the file, a `ValueError`.
 
     It covers the errors that json, csv, yaml, zip, tar, pickle, torch, safetensors, pyarrow, datasets and Pillow raise
     for a corrupt file. Errors of the system (a missing file, no permission) and programming errors pass unchanged.
-
-    Args:
-        source: The file or folder that is being read.
-
-    Raises:
-        ValueError: If the content cannot be read.
     """
     try:
         yield
@@ -87,9 +81,7 @@ def _content_errors() -> tuple[type[Exception], ...]:
 def read_text(path: str | PathLike) -> str:
     """Reads a UTF-8 text file, without its byte order mark.
 
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a regular file (reading a pipe may never end), or is not text in UTF-8.
+    It raises `ValueError` if it is not a regular file (reading a pipe may never end), or is not text in UTF-8.
     """
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is not a file.")
@@ -101,16 +93,7 @@ def read_text(path: str | PathLike) -> str:
 
 
 def read_json(path: str | PathLike, kind: type = dict) -> Any:
-    """Reads a JSON file.
-
-    Args:
-        path: The file, in UTF-8.
-        kind: The type that its content must have.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not JSON, or its content has another type.
-    """
+    """Reads a JSON file in UTF-8; `ValueError` if it is not JSON, or its content is not a `kind`."""
     with file_errors(path):
         content = json.loads(read_text(path))
     if not isinstance(content, kind):
@@ -206,18 +189,11 @@ def weight_files(folder: str | PathLike) -> list[Path]:
 
 
 def check_link(path: str | PathLike, folder: str | PathLike) -> None:
-    """Checks that a path in a model folder is not a link to a file outside the folder or to a file of another kind.
+    """Raises `ValueError` if a path in a model folder links to a file outside the folder or to a file of another kind.
 
     Pushing such a link would publish a file by mistake: a folder from a third party could publish any file of the
     user. The folder itself may be a link. In a snapshot of the Hub's cache all files are links to its blobs, which is
     allowed.
-
-    Args:
-        path: A file below the folder.
-        folder: The model folder.
-
-    Raises:
-        ValueError: If the path is such a link.
     """
     target, top = Path(path).resolve(), Path(folder).resolve()
     is_same_kind = target.is_relative_to(top) and target.suffix == Path(path).suffix
@@ -229,12 +205,9 @@ def check_link(path: str | PathLike, folder: str | PathLike) -> None:
 
 
 def weights_digest(folder: str | PathLike) -> str | None:
-    """The SHA-256 digest over all weight files of a model folder; None if it has no weights.
+    """The SHA-256 digest over all weight files of a model folder ([`weight_files`]); None if it has no weights.
 
     Records, cards, ONNX files and reports use it to identify the weights that they describe.
-
-    Args:
-        folder: Folder with the files that [`weight_files`] lists.
     """
     files = weight_files(folder)
     digest = hashlib.sha256()

@@ -45,6 +45,7 @@ from .recipes.fit import (
 )
 from .recipes.usage import refuse_unknown
 from .training import DeiTLTTrainer, DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from .training.arguments import PRECISIONS
 from .training.runs import distill, train_teacher
 from .training.schedule import low_peak
 from .training.starting import FREE_SIZES, SIZES, check_start
@@ -59,6 +60,17 @@ CHOSEN_ON_VALIDATION = (
     Choice("both", "load_best_model_at_end", True, "the validation images choose the best evaluation"),
     Choice("both", "metric_for_best_model", "balanced_accuracy"),
     Choice("both", "save_steps", 1 / EVALUATIONS),
+)
+# Fields that a user sets for teacher and student together.
+OF_BOTH = (
+    "image_size",
+    "global_batch_size",
+    "train_crop",
+    "use_cpu",
+    *PRECISIONS,
+    "seed",
+    "image_cache",
+    "save_minutes",
 )
 STUDENT = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
 TEACHER = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
@@ -132,9 +144,8 @@ def train(
 def check_places(data: str | Path, output: str | Path | None) -> tuple[Path, Path]:
     """The folder of the images and the output folder, by default `outputs/NAME`.
 
-    Raises:
-        FileExistsError: If the output folder cannot be created.
-        ValueError: If it is inside the folder of the images, or several processes run.
+    It raises `FileExistsError` if the output folder cannot be created, and `ValueError` if it is inside the folder of
+    the images, or several processes run.
     """
     source = Path(data).expanduser()
     output = Path("outputs") / source.resolve().name if output is None else Path(output).expanduser()
@@ -155,10 +166,8 @@ def check_places(data: str | Path, output: str | Path | None) -> tuple[Path, Pat
 def check_continues(path: Path, source: Path, minutes: float | None, given: Mapping[str, Any]) -> None:
     """Checks that a command continues with the recipe in its output folder, and says so.
 
-    The command can be the one that made the recipe, or the one without its values.
-
-    Raises:
-        ValueError: If the recipe is for other images, or the command has values that would change it.
+    The command can be the one that made the recipe, or the one without its values. It raises `ValueError` if the recipe
+    is for other images, or the command has values that would change it.
     """
     sections = load_recipe(str(path))
     known = sections["data"].get("data_dir")
@@ -249,17 +258,9 @@ def _fit_to_time(
     minutes: float | None,
     cost: Callable[[float, float], float],
 ) -> FittedRecipe:
-    """Chooses the share of the standard number of epochs by a trial.
+    """Chooses the share of the standard number of epochs by a trial; `cost` is as in [`fit`].
 
-    Args:
-        recipe: Makes the recipe for a share.
-        folder: The data set.
-        data: Its splits.
-        minutes: Time for training; None for the standard number.
-        cost: See [`fit`].
-
-    Returns:
-        The recipe, with the expected seconds of teacher and student.
+    Returns the recipe, which `recipe` makes for a share, with the expected seconds of teacher and student.
     """
     fitted = recipe(1.0)
     expected = _trial(fitted, folder, data)
@@ -271,11 +272,7 @@ def _fit_to_time(
 
 
 def _whole(choices: Sequence[Choice], section: str, name: str) -> int | None:
-    """A whole number that the user gives for a field; None if it is not given.
-
-    Raises:
-        ValueError: If the value is not a whole number above 0.
-    """
+    """A whole number above 0 that the user gives for a field, else a `ValueError`; None if it is not given."""
     value = next((choice.value for choice in choices if (choice.section, choice.name) == (section, name)), None)
     if value is not None and not (isinstance(value, int) and value > 0):
         raise ValueError(f"{name} must be a whole number above 0, got {one_line(value)}.")
@@ -334,17 +331,7 @@ def _given(name: str, value: Any) -> Choice:
     }
     if name in ("output_dir", "overwrite", "data_dir", "resume_from_checkpoint"):
         raise ValueError(f"{name} is not a field here; use the folder, output and overwrite of this command.")
-    if name in (
-        "image_size",
-        "global_batch_size",
-        "train_crop",
-        "use_cpu",
-        "bf16",
-        "fp16",
-        "seed",
-        "image_cache",
-        "save_minutes",
-    ):
+    if name in OF_BOTH:
         section = "both"
     else:
         refuse_unknown([name], set().union(*in_section.values()), "the options", listed_by="deitlt distill --help")
@@ -424,11 +411,7 @@ def _twice(sample: datasets.Dataset, decoded: Sequence[Decoded]) -> Iterator[str
 
 
 def _sizes_of_start(given: Sequence[Choice]) -> list[Choice]:
-    """The sizes of the model that a student starts from, if it does, since they replace those of a recipe.
-
-    Raises:
-        FileNotFoundError, ValueError: If a student cannot start from it.
-    """
+    """The sizes of the model that a student starts from, if it does, since they replace those of a recipe."""
     values = {choice.name: choice.value for choice in given if choice.section in ("student", "both")}
     start = values.get("init_from")
     if start is None:
@@ -520,15 +503,7 @@ def _logits(trainer: DeiTLTTrainer, test: datasets.Dataset) -> tuple[dict[str, n
 def comparison(
     student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, groups: Mapping[str, Sequence[int]], output: Path
 ) -> str:
-    """Compares student and teacher on the same test images, and says which to use.
-
-    Args:
-        student: Classes predicted by the student, (images,).
-        teacher: Classes predicted by the teacher, (images,).
-        labels: True classes, (images,).
-        groups: Class indices of head, mid and tail.
-        output: Folder of both models.
-    """
+    """Compares student and teacher by the classes that they predict for the same test images, and says which to use."""
     (lead,) = paired_leads({"student": student}, teacher, labels, groups, resamples=500).values()
     parts = [f"{name} {points(value, lead.ends[name])}" for name, value in lead.values.items() if not math.isnan(value)]
     low, high = lead.ends["overall"]

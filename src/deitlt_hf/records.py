@@ -9,9 +9,7 @@ from typing import Any, Required, TypedDict, Union, get_args, get_origin, get_ty
 from .io import one_line, read_json
 
 RESULTS_FILE = "results.json"
-SCHEMA = 1  # records of 0.1.0 lack the fields `schema`, `steps`, `images_sha256` and `classes`; all others are the same
-# Fields of training arguments with another name in earlier versions.
-FORMER_NAMES = {"ema_every_slice": "ema_every_micro_batch", "learning_rate_slices": "learning_rate_micro_batches"}
+SCHEMA = 1
 _LARGEST = 1e13  # bound of displayed numbers: `timedelta` cannot hold more seconds, and no model has more parameters
 
 
@@ -53,7 +51,6 @@ class Settings(TypedDict, total=False):
     """Settings that determine the result of a run. Only fields that this package reads are declared here."""
 
     num_train_epochs: float
-    epochs: float  # in records from before 0.1.0
     max_steps: int
     drw_start_epoch: float | None
     class_weights: dict[str, float] | None
@@ -141,10 +138,7 @@ class RunRecord(TypedDict, total=False):
 
 
 def read_record(path: str | PathLike) -> RunRecord:
-    """Reads the record of a run. Settings with a name of an earlier version get their current name.
-
-    Args:
-        path: The file, or the folder that contains it.
+    """Reads the record of a run from a file, or the folder that contains it.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -163,25 +157,11 @@ def read_record(path: str | PathLike) -> RunRecord:
         wrong = f"a newer version of deitlt-hf wrote it (schema {record['schema']}; this one knows {SCHEMA})"
     if wrong is not None:
         raise ValueError(f"{path} is not a valid record of a run: {wrong}; repair it or move it away.")
-    teachers = [(record.get(name) or {}).get("training") or {} for name in ("teacher", "tail_teacher")]
-    for run in (record, *teachers):
-        for holder, name in ((run, "settings"), (run.get("recipe") or {}, "overrides")):
-            if name in holder:
-                holder[name] = current_names(holder[name])
     return record
 
 
-def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names of their fields, with current names instead of those of earlier versions."""
-    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-
-
 def find_record(folder: str | PathLike) -> RunRecord | None:
-    """Reads the record of a run in a folder; None if the file does not exist or belongs to another program.
-
-    Raises:
-        ValueError: See [`read_record`].
-    """
+    """Reads the record of a run in a folder; None if the file does not exist or belongs to another program."""
     path = Path(folder) / RESULTS_FILE
     if not path.is_file() or not is_of_run(read_json(path, object)):
         return None
@@ -195,38 +175,31 @@ def is_of_run(record: Any) -> bool:
 
 def _mismatch(value: Any, wanted: Any, place: str) -> str | None:
     """Describes the first value that does not have its declared type; None if all values do."""
-    origin = get_origin(wanted)
+    origin, of = get_origin(wanted), get_args(wanted)
     if wanted is Any:
         return None
     if origin in (Union, types.UnionType):
-        found = [_mismatch(value, option, place) for option in get_args(wanted) if option is not type(None)]
+        found = [_mismatch(value, option, place) for option in of if option is not type(None)]
         return None if value is None or None in found else found[0]
-    if is_typeddict(wanted):
+    if is_typeddict(wanted) or origin is dict:
         if not isinstance(value, Mapping):
             return _of_type(value, "an object", place)
-        missing = sorted(wanted.__required_keys__ - value.keys())
+        hints = get_type_hints(wanted) if is_typeddict(wanted) else dict.fromkeys(value, of[1])
+        missing = sorted(getattr(wanted, "__required_keys__", set()) - value.keys())
         if missing:
             return f"{_inside(place, missing[0])} is missing"
-        hints = get_type_hints(wanted)
-        parts = ((value[name], hint, _inside(place, name)) for name, hint in hints.items() if name in value)
-    elif origin is dict:
-        if not isinstance(value, Mapping):
-            return _of_type(value, "an object", place)
-        parts = ((item, get_args(wanted)[1], _inside(place, one_line(name, 40))) for name, item in value.items())
+        parts = [(value[key], hint, _inside(place, one_line(key, 40))) for key, hint in hints.items() if key in value]
     elif origin is list:
         if not isinstance(value, list):
             return _of_type(value, "a list", place)
-        parts = ((item, get_args(wanted)[0], f"{place}[{index}]") for index, item in enumerate(value))
-    elif wanted in (int, float):
-        is_number = isinstance(value, int | wanted) and not isinstance(value, bool)
-        fits = is_number and abs(value) < _LARGEST  # the comparison is false for NaN, too
-        return None if fits else _of_type(value, "a whole number" if wanted is int else "a number", place)
+        parts = [(item, of[0], f"{place}[{index}]") for index, item in enumerate(value)]
     else:
-        return (
-            None
-            if isinstance(value, wanted)
-            else _of_type(value, {str: "a text", bool: "true or false"}[wanted], place)
-        )
+        is_number = wanted in (int, float)
+        fits = isinstance(value, int | wanted if is_number else wanted) and isinstance(value, bool) == (wanted is bool)
+        if fits and is_number:
+            fits = abs(value) < _LARGEST  # false for NaN, too
+        what = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[wanted]
+        return None if fits else _of_type(value, what, place)
     return next((wrong for part in parts if (wrong := _mismatch(*part)) is not None), None)
 
 

@@ -140,7 +140,7 @@ def _training_images(
         student_format = ImageFormat.of(trainer.processing_class)
         rows[f"student, {phase}"] = (student_format.visible(prepared["pixel_values"][:COLUMNS]), captions)
         if teacher.seen:
-            rows[f"teacher, {phase}"] = (trainer.teacher_format.visible(teacher.seen.pop()[:COLUMNS]), captions)
+            rows[f"teacher, {phase}"] = (trainer.formats["teacher"].visible(teacher.seen.pop()[:COLUMNS]), captions)
     return rows
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..recipes.usage import BriefParser, check_recipe, refuse_unknown
-from ..records import FORMER_NAMES
 
 RECIPE, OF_MODEL = ("--recipe",), ("--model", "--recipe")
 REQUIRED = {  # names of options and positional arguments, in the order of the command's own parser
@@ -44,7 +43,7 @@ def check_options(command: str, arguments: Sequence[str]) -> None:
     inherited = Path(library.origin).with_name("training_args.py").read_text(encoding="utf-8")
     text = "\n".join([inherited, *(file.read_text(encoding="utf-8") for file in files)])
     options = {field or literal for field, literal in _OPTIONS.findall(text)}
-    known = {"", *options, *FORMER_NAMES, *_ATTRIBUTES.findall(inherited)}  # in any form, in any version of the library
+    known = {"", *options, *_ATTRIBUTES.findall(inherited)}  # in any form, in any version of the library
     unknown = [name for name in given if name.replace("-", "_").removeprefix("no_") not in known]
     refuse_unknown(unknown, options, "the command line")
 

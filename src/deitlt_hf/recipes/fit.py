@@ -68,12 +68,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run can use.
-
-    Args:
-        has_gpu: Whether training runs on a GPU.
-        cores: Number of CPU cores.
-    """
+    """What a run can use: whether training runs on a GPU, and the number of CPU cores."""
 
     has_gpu: bool
     cores: int
@@ -94,6 +89,11 @@ class Choice:
     name: str
     value: Any
     reason: str = ""
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """Sections of the recipe that have the value."""
+        return ("teacher", "student") if self.section == "both" else (self.section,)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class FittedRecipe:
         """Values by section and field, as in a recipe file."""
         found: dict[str, dict[str, Any]] = {"data": {}, "teacher": {}, "teacher_losses": OTHER_LOSSES, "student": {}}
         for choice in self.choices:
-            for section in ("teacher", "student") if choice.section == "both" else (choice.section,):
+            for section in choice.sections:
                 found[section][choice.name] = choice.value
         return found
 
@@ -139,7 +139,7 @@ class FittedRecipe:
         twice = "it weights the classes itself, and DRW would do it a second time"
         reasons = {("teacher_losses", loss): twice for loss in OTHER_LOSSES}
         for choice in self.choices:
-            for section in ("teacher", "student") if choice.section == "both" else (choice.section,):
+            for section in choice.sections:
                 reasons[section, choice.name] = choice.reason
         lines = [yaml.safe_dump({"description": title}, width=110).strip()]
         for section, values in self.sections().items():
@@ -157,14 +157,16 @@ class FittedRecipe:
             file.write_text(self.text(title), encoding="utf-8")
 
 
-def sizes_for(folder: Folder, machine: Machine, wanted: int | None = None) -> list[int]:
-    """Sides of training images that suit a folder, the best first.
+RUNNING = (
+    Choice("both", "eval_strategy", "steps"),
+    Choice("both", "eval_steps", 1 / EVALUATIONS),
+    Choice("both", "save_steps", 0.1),
+    Choice("both", "save_minutes", 10),
+)
 
-    Args:
-        folder: The data set.
-        machine: A GPU affords larger images.
-        wanted: The side that a user wants; it is then the only one.
-    """
+
+def sizes_for(folder: Folder, machine: Machine, wanted: int | None = None) -> list[int]:
+    """Sides of training images that suit a folder, the best first, or the side that a user wants."""
     if wanted is not None:
         return [wanted]
     side = int(np.median(folder.shorter_sides))
@@ -209,7 +211,7 @@ def fit_recipe(
     choices = _data_choices(folder)
     choices += _image_choices(folder, machine, image_size, cache)
     choices += _teacher_choices(folder, machine, image_size, teacher_epochs, share)
-    choices += _student_choices(folder, machine, image_size, student_epochs, share)
+    choices += [*_student_choices(folder, machine, image_size, student_epochs, share), *RUNNING]
     return FittedRecipe(choices, image_size, teacher_epochs, student_epochs, share, _notes(folder, share))
 
 
@@ -230,6 +232,11 @@ def adamw_rate(image_size: int) -> float:
     """Peak learning rate of a student with AdamW: that of this package's recipes of the paper's method for images of
     such a size. The paper's rule is for larger batches."""
     return 1e-3 if image_size <= 64 else 5e-4
+
+
+def drw_start(epochs: int) -> int | None:
+    """Epoch at which deferred re-weighting starts; None for a run that is too short for it."""
+    return epochs * 4 // 5 if epochs >= 5 else None
 
 
 def _data_choices(folder: Folder) -> list[Choice]:
@@ -278,15 +285,6 @@ def _image_choices(folder: Folder, machine: Machine, image_size: int, cache: str
     return choices
 
 
-def _running(section: str) -> list[Choice]:
-    return [
-        Choice(section, "eval_strategy", "steps"),
-        Choice(section, "eval_steps", 1 / EVALUATIONS),
-        Choice(section, "save_steps", 0.1),
-        Choice(section, "save_minutes", 10),
-    ]
-
-
 def _epochs_reason(share: float, epochs: int) -> str:
     if share == 1:
         return "a standard number"
@@ -308,17 +306,15 @@ def _teacher_choices(folder: Folder, machine: Machine, image_size: int, epochs: 
         backbone, reason = "timm/resnet50", "as for ImageNet-LT in the paper"
     else:
         backbone, reason = "timm/resnet18", "a CNN that a few cores can train"
-    drw = epochs * 4 // 5 if epochs >= 5 else None
     return [
         Choice("teacher", "backbone", backbone, reason),
         Choice("teacher", "teacher_loss", "ce"),
         Choice("teacher", "num_train_epochs", epochs, _epochs_reason(share, epochs)),
-        Choice("teacher", "drw_start_epoch", drw),
+        Choice("teacher", "drw_start_epoch", drw_start(epochs)),
         Choice("teacher", "warmup_epochs", _warmup(epochs)),
         Choice("teacher", "learning_rate", 0.1),
         Choice("teacher", "weight_decay", 5e-4),
         Choice("teacher", "sam_rho", [0.1 if image_size <= SMALL else 0.05], "a flat teacher (SAM)"),
-        *_running("teacher"),
     ]
 
 
@@ -346,7 +342,6 @@ def _student_choices(folder: Folder, machine: Machine, image_size: int, epochs: 
         Choice("student", "repeated_augmentation", 1),
         Choice("student", "learning_rate", 3e-3),
         Choice("student", "warmup_epochs", _warmup(epochs)),
-        *_running("student"),
     ]
 
 

@@ -24,11 +24,7 @@ class PaperAccuracies:
 
     @classmethod
     def read(cls, section: Any, place: str) -> "PaperAccuracies":
-        """Reads a section of a recipe.
-
-        Args:
-            section: Content of the section.
-            place: Words for the recipe in error messages.
+        """Reads a section of a recipe; `place` names the recipe in errors.
 
         Raises:
             ValueError: If a key is missing or unknown, or a value is not a percentage.

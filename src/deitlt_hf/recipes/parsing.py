@@ -13,7 +13,6 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import DataClassType
 
 from ..losses import TEACHER_LOSSES
-from ..records import FORMER_NAMES, current_names
 from .recipe_files import load_recipe, own_loss, teacher_folder
 from .sections import (
     ArchitectureArguments,
@@ -34,7 +33,12 @@ _OF_PRETRAINING = (
     "dataloader_num_workers",
 )
 # Command whose help lists the fields of a section, for commands that accept the fields but do not list them.
-_LISTED_BY = {"data": "data", "teacher": "train-teacher", "pretraining": "pretrain", "student": "distill"}
+_LISTED_BY = {
+    "data": "deitlt data --help",
+    "teacher": "deitlt train-teacher --help",
+    "pretraining": "deitlt pretrain --help",
+    "student": "deitlt distill --help",
+}
 # Fields that only locate the data, or that are long. Records do not contain them as overrides.
 _OF_READING = {"data_dir", "class_names", "class_counts"}
 # Fields of transformers that have an effect only in scripts that read them.
@@ -101,7 +105,7 @@ def parse_arguments(
     parser.usage = parser.format_usage().removeprefix("usage: ")  # the short usage in the help, too
     listed_by = "--help"
     if description is None:
-        listed_by = parser.listed_by = _listed_by(section)
+        listed_by = parser.listed_by = _LISTED_BY[section]
     # argparse fills in the defaults only of what the namespace lacks. Here it lacks nothing, so the options that are
     # not on the command line stay `_ABSENT`, and the recipe's values can take their place.
     given = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
@@ -117,42 +121,26 @@ def parse_arguments(
 def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides: Mapping[str, Any]) -> tuple:
     """Fills dataclasses from a recipe's `data` section and one other section, as [`parse_arguments`] does.
 
-    Args:
-        section: `data`, `teacher`, `pretraining` or `student`.
-        classes: Dataclasses to fill.
-        recipe: Name or path of the recipe.
-        overrides: Values of fields, which override the recipe; a text is read as on the command line.
-
-    Returns:
-        One instance of each class.
+    The overrides are values of fields; a text is read as on the command line.
 
     Raises:
         FileNotFoundError: If the recipe does not exist.
         ValueError: As [`parse_arguments`].
     """
-    parser, overrides = _parser(classes), current_names(overrides)
-    listed_by = _listed_by(section)
+    parser, listed_by = _parser(classes), _LISTED_BY[section]
     refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
     given = {name: _read_value(value, parser, name, "the overrides") for name, value in overrides.items()}
     return tuple(_fill(parser, section, classes, recipe, given, listed_by))
 
 
-def _listed_by(section: str) -> str:
-    return f"deitlt {_LISTED_BY[section]} --help"
-
-
 def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeParser:
-    """A parser for the fields of dataclasses. It also accepts former names, which the help does not list."""
+    """A parser for the fields of dataclasses."""
     parser = _RecipeParser(
         map(DataClassType, classes),
         description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    options = parser._option_string_actions
-    for former, name in FORMER_NAMES.items():
-        if f"--{name}" in options:
-            options |= {f"--{spelling}": options[f"--{name}"] for spelling in (former, former.replace("_", "-"))}
     _allow_none(parser, classes)
     return parser
 

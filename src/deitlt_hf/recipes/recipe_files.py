@@ -8,7 +8,6 @@ import yaml
 
 from ..io import file_errors, one_line, read_text
 from ..losses import TEACHER_LOSSES
-from ..records import FORMER_NAMES
 from .paper import PaperAccuracies
 from .usage import check_recipe, recipe_names
 
@@ -23,11 +22,8 @@ def load_recipe(name_or_path: str, extending: tuple[str, ...] = ()) -> dict[str,
     """Loads the sections of a recipe, given the name of a recipe in the package or the path of a YAML file.
 
     A recipe can extend another: `extends` is a name, or a path relative to the recipe's folder. It inherits all fields
-    of that recipe; fields that it sets itself override them. It does not inherit the section `paper`.
-
-    Args:
-        name_or_path: The recipe.
-        extending: Recipes that extend this one; a circle is refused.
+    of that recipe; fields that it sets itself override them. It does not inherit the section `paper`. `extending` are
+    the recipes that extend this one, to refuse a circle.
 
     Raises:
         FileNotFoundError: If the recipe does not exist; the message suggests the most similar name.
@@ -80,12 +76,9 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which the base class keeps the last, and reads former names."""
+    """YAML loader that refuses duplicate keys, of which the base class keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                key.value = FORMER_NAMES.get(key.value, key.value)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
@@ -115,12 +108,7 @@ def recipe_description(name: str) -> str:
 
 
 def paper_accuracies(name_or_path: str) -> PaperAccuracies | None:
-    """The accuracies that the paper reports for the settings of a recipe, from its section `paper`; None without it.
-
-    Raises:
-        FileNotFoundError: If the recipe does not exist.
-        ValueError: If the file is not a recipe.
-    """
+    """The accuracies that the paper reports for the settings of a recipe, from its section `paper`; None without it."""
     return _read(name_or_path).get("paper")
 
 

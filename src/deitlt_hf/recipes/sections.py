@@ -24,77 +24,64 @@ _NEED_ALL_IMAGES = (
 _SUBSET = ("imbalance_ratio", "imbalance_type", "max_per_class", "subset_seed")
 
 
+def option(default, help: str):
+    """A field with a default (lists are copied) and a help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class DataArguments:
     """The data fields of a recipe; see [`load_source`] and [`long_tailed_splits`] for their meaning."""
 
-    dataset: str = field(
-        default="digits",
-        metadata={"help": "'digits' (embedded), the id of a Hub data set, or a name for the data in data_dir."},
+    dataset: str = option(
+        "digits", "'digits' (embedded), the id of a Hub data set, or a name for the data in data_dir."
     )
-    data_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Read images from this folder: class folders, Hugging Face's image folders with metadata, list "
-            "files, iNaturalist's JSON, tables (CSV, JSON lines, parquet), webdataset shards, CIFAR's or MNIST's "
-            "files, or a saved data set."
-        },
+    data_dir: str | None = option(
+        None,
+        "Read images from this folder: class folders, Hugging Face's image folders with metadata, list "
+        "files, iNaturalist's JSON, tables (CSV, JSON lines, parquet), webdataset shards, CIFAR's or MNIST's "
+        "files, or a saved data set.",
     )
-    imbalance_ratio: float | None = field(
-        default=None, metadata={"help": "Subsample the training images to this ratio n_max / n_min. None: keep all."}
+    imbalance_ratio: float | None = option(
+        None, "Subsample the training images to this ratio n_max / n_min. None: keep all."
     )
-    imbalance_type: str = field(default="exp", metadata={"help": "Shape of the long tail: exp or step."})
-    max_per_class: int | None = field(
-        default=None, metadata={"help": "Training images of the largest class after subsampling."}
+    imbalance_type: str = option("exp", "Shape of the long tail: exp or step.")
+    max_per_class: int | None = option(None, "Training images of the largest class after subsampling.")
+    subset_seed: int = option(0, "Seed of the long-tailed subset, of test_fraction and of validation_fraction.")
+    test_split: str | None = option(None, "Name of the test split.")
+    test_fraction: float | None = option(
+        None, "Share of each class to set apart for testing, for data without a test split."
     )
-    subset_seed: int = field(
-        default=0,
-        metadata={"help": "Seed of the long-tailed subset, of test_fraction and of validation_fraction."},
+    validation_fraction: float | None = option(
+        None,
+        "Share of each class of the training images to set apart: the best epoch, early stopping and "
+        "fusions are chosen on them, and the test images are used once, at the end.",
     )
-    test_split: str | None = field(default=None, metadata={"help": "Name of the test split."})
-    test_fraction: float | None = field(
-        default=None, metadata={"help": "Share of each class to set apart for testing, for data without a test split."}
+    train_list: str | None = option(None, "List file of the training images.")
+    test_list: str | None = option(None, "List file of the test images.")
+    image_column: str | None = option(None, "Column with the images.")
+    label_column: str | None = option(None, "Column with the labels.")
+    class_names: list[str] | None = option(None, "Names of the classes in label order, or a file with the names.")
+    background: str | None = option(
+        None,
+        "Background colour behind transparent pixels, such as white or #ff8000; the saved image processor "
+        "keeps it. None: transparency is ignored, as in transformers' pipeline.",
     )
-    validation_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of each class of the training images to set apart: the best epoch, early stopping and "
-            "fusions are chosen on them, and the test images are used once, at the end."
-        },
+    skip_bad_images: bool = option(False, "Leave out images that cannot be read.")
+    streaming: bool = option(False, "Stream the training images from shards (webdataset, parquet, a Hub data set).")
+    class_counts: str | None = option(
+        None, "JSON file with the images per class of a stream, from data check --counts FILE."
     )
-    train_list: str | None = field(default=None, metadata={"help": "List file of the training images."})
-    test_list: str | None = field(default=None, metadata={"help": "List file of the test images."})
-    image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
-    label_column: str | None = field(default=None, metadata={"help": "Column with the labels."})
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes in label order, or a file with the names."}
+    shuffle_buffer: int = option(2048, "Size of the shuffle window of a stream, in images.")
+    group_boundaries: list[int] | None = option(
+        None, "Ends of the head and the mid group among the classes sorted by count."
     )
-    background: str | None = field(
-        default=None,
-        metadata={
-            "help": "Background colour behind transparent pixels, such as white or #ff8000; the saved image processor "
-            "keeps it. None: transparency is ignored, as in transformers' pipeline."
-        },
-    )
-    skip_bad_images: bool = field(default=False, metadata={"help": "Leave out images that cannot be read."})
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Stream the training images from shards (webdataset, parquet, a Hub data set)."},
-    )
-    class_counts: str | None = field(
-        default=None,
-        metadata={"help": "JSON file with the images per class of a stream, from data check --counts FILE."},
-    )
-    shuffle_buffer: int = field(default=2048, metadata={"help": "Size of the shuffle window of a stream, in images."})
-    group_boundaries: list[int] | None = field(
-        default=None, metadata={"help": "Ends of the head and the mid group among the classes sorted by count."}
-    )
-    group_rule: str = field(
-        default="auto",
-        metadata={
-            "help": "Rule for groups without group_boundaries: shots (more than 100 images, 20 to 100, fewer), thirds "
-            "(of the sorted classes), or auto (shots, but thirds if a group would be empty)."
-        },
+    group_rule: str = option(
+        "auto",
+        "Rule for groups without group_boundaries: shots (more than 100 images, 20 to 100, fewer), thirds "
+        "(of the sorted classes), or auto (shots, but thirds if a group would be empty).",
     )
 
     def __post_init__(self):
@@ -118,11 +105,7 @@ class DataArguments:
         return load_source(**self._for(load_source))
 
     def load(self, source: Mapping | None = None) -> Mapping:
-        """Makes the splits for training, testing and, on request, validation.
-
-        Args:
-            source: Splits that [`source`] has loaded; None loads them first.
-        """
+        """Makes the splits for training, testing and, on request, validation, from those that [`source`] loads."""
         source = source if source is not None else self.source()[1]
         if self.streaming:
             return source
@@ -155,12 +138,12 @@ class DataArguments:
 class ArchitectureArguments:
     """The sizes of a student's transformer."""
 
-    image_size: int = field(default=224, metadata={"help": "Side of the images, in pixels."})
-    patch_size: int = field(default=16, metadata={"help": "Side of a patch, in pixels."})
-    hidden_size: int = field(default=768, metadata={"help": "Width of the transformer."})
-    num_hidden_layers: int = field(default=12, metadata={"help": "Number of blocks."})
-    num_attention_heads: int = field(default=12, metadata={"help": "Number of attention heads."})
-    intermediate_size: int | None = field(default=None, metadata={"help": "Width of the MLP. None: 4 x hidden_size."})
+    image_size: int = option(224, "Side of the images, in pixels.")
+    patch_size: int = option(16, "Side of a patch, in pixels.")
+    hidden_size: int = option(768, "Width of the transformer.")
+    num_hidden_layers: int = option(12, "Number of blocks.")
+    num_attention_heads: int = option(12, "Number of attention heads.")
+    intermediate_size: int | None = option(None, "Width of the MLP. None: 4 x hidden_size.")
 
     def sizes(self) -> dict[str, Any]:
         """The fields of a configuration of transformers."""
@@ -178,41 +161,31 @@ class ArchitectureArguments:
 class StudentArguments(ArchitectureArguments):
     """The student fields of a recipe: its teacher, initial weights and architecture."""
 
-    teacher: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a trained teacher. None: train the teacher of the recipe."}
+    teacher: str | None = option(None, "Folder or Hub id of a trained teacher. None: train the teacher of the recipe.")
+    tail_teacher: str | None = option(
+        None,
+        "Folder or Hub id of a second trained teacher, from which the DIST head learns the classes of the "
+        "tail; --teacher then teaches the other classes.",
     )
-    tail_teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub id of a second trained teacher, from which the DIST head learns the classes of the "
-            "tail; --teacher then teaches the other classes."
-        },
+    teacher_loss: str | None = option(
+        None,
+        f"Without --teacher: train the recipe's teacher with this loss ({', '.join(TEACHER_LOSSES)}), in a "
+        "separate folder.",
     )
-    teacher_loss: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Without --teacher: train the recipe's teacher with this loss ({', '.join(TEACHER_LOSSES)}), in a "
-            "separate folder."
-        },
+    init_from: str | None = option(
+        None,
+        "Start from the trunk of this model instead of from scratch: a student, or a ViT, DeiT, MAE or "
+        "DINOv2 of transformers or timm (folder or Hub id), or a file of weights in timm's layout.",
     )
-    init_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start from the trunk of this model instead of from scratch: a student, or a ViT, DeiT, MAE or "
-            "DINOv2 of transformers or timm (folder or Hub id), or a file of weights in timm's layout."
-        },
+    image_mean: list[float] | None = option(
+        None, "Mean for normalising images in [0, 1]. None: that of init_from, else ImageNet's."
     )
-    image_mean: list[float] | None = field(
-        default=None,
-        metadata={"help": "Mean for normalising images in [0, 1]. None: that of init_from, else ImageNet's."},
+    image_std: list[float] | None = option(
+        None, "Standard deviation for normalising images. None: that of init_from, else ImageNet's."
     )
-    image_std: list[float] | None = field(
-        default=None,
-        metadata={"help": "Standard deviation for normalising images. None: that of init_from, else ImageNet's."},
-    )
-    drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth rate of the last block."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ... None: the default of transformers."}
+    drop_path_rate: float = option(0.1, "Stochastic depth rate of the last block.")
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flash_attention_2, ... None: the default of transformers."
     )
 
     def config(self, **labels) -> DeiTLTConfig:
@@ -230,14 +203,11 @@ class StudentArguments(ArchitectureArguments):
 class PretrainingModelArguments(ArchitectureArguments):
     """The fields of masked pre-training: the student's sizes, the decoder, the mask and additional images."""
 
-    unlabelled: list[str] | None = field(
-        default=None,
-        metadata={"help": "Folders with further images, without labels, that pre-training also uses."},
+    unlabelled: list[str] | None = option(
+        None, "Folders with further images, without labels, that pre-training also uses."
     )
-    mask_ratio: float = field(default=0.75, metadata={"help": "Share of the patches that are hidden. MAE uses 0.75."})
-    decoder_layers: int = field(
-        default=2, metadata={"help": "Blocks of the decoder, as wide as the encoder is. MAE uses 8 of width 512."}
-    )
+    mask_ratio: float = option(0.75, "Share of the patches that are hidden. MAE uses 0.75.")
+    decoder_layers: int = option(2, "Blocks of the decoder, as wide as the encoder is. MAE uses 8 of width 512.")
 
     def config(self, **labels) -> ViTMAEConfig:
         """Configuration of the masked autoencoder, with the layer norm of a student. `labels` are label fields.
@@ -271,29 +241,23 @@ class PretrainingModelArguments(ArchitectureArguments):
 class TeacherArguments:
     """The teacher fields of a recipe: its architecture."""
 
-    backbone: str = field(
-        default="resnet32",
-        metadata={
-            "help": "resnet20/32/44/56 (CIFAR) or timm/NAME, trained from scratch. With tune heads: folder or Hub id "
-            "of a trained image model of transformers or timm."
-        },
+    backbone: str = option(
+        "resnet32",
+        "resnet20/32/44/56 (CIFAR) or timm/NAME, trained from scratch. With tune heads: folder or Hub id "
+        "of a trained image model of transformers or timm.",
     )
-    tune: str = field(
-        default="full",
-        metadata={
-            "help": "full: the whole teacher is trained. heads: the backbone is a trained model that stays as it is, "
-            "and a balanced logistic regression becomes its classifier."
-        },
+    tune: str = option(
+        "full",
+        "full: the whole teacher is trained. heads: the backbone is a trained model that stays as it is, "
+        "and a balanced logistic regression becomes its classifier.",
     )
-    classifier: str | None = field(default=None, metadata={"help": "linear or cosine. None: as teacher_loss requires."})
-    projection_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Size of the features that PaCo compares. None: as teacher_loss requires: 32 up to 64 pixels, else "
-            "128; 0 for losses that compare none."
-        },
+    classifier: str | None = option(None, "linear or cosine. None: as teacher_loss requires.")
+    projection_size: int | None = option(
+        None,
+        "Size of the features that PaCo compares. None: as teacher_loss requires: 32 up to 64 pixels, else "
+        "128; 0 for losses that compare none.",
     )
-    image_size: int = field(default=32, metadata={"help": "Side of the images, in pixels."})
+    image_size: int = option(32, "Side of the images, in pixels.")
 
     def __post_init__(self):
         is_named = self.backbone in CIFAR_RESNETS or self.backbone.startswith("timm/")

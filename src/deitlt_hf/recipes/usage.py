@@ -88,11 +88,7 @@ def recipe_names() -> list[str]:
 
 
 def check_recipe(name_or_path: str) -> None:
-    """Checks that a recipe exists, in the package or as a file.
-
-    Raises:
-        FileNotFoundError: If it does not; the message suggests the most similar name.
-    """
+    """Raises `FileNotFoundError`, with the most similar name, if a recipe is neither in the package nor a file."""
     names = recipe_names()
     if name_or_path not in names and not Path(name_or_path).is_file():
         nearest = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.5)
@@ -105,11 +101,7 @@ def check_recipe(name_or_path: str) -> None:
 def refuse_unknown(
     names: Iterable[str], known: Collection[str], place: str, kind: str = "field", listed_by: str = "--help"
 ) -> None:
-    """Checks that names are known.
-
-    Raises:
-        ValueError: If one is not; the message suggests this package's name for it, or the most similar one.
-    """
+    """Raises `ValueError` if a name is not known, with this package's name for it, or the most similar one."""
     for name in names:
         if name not in known:
             raise ValueError(f"unknown {kind} {name!r} in {place}{_nearest(name, known)}; {listed_by} lists all.")

@@ -17,6 +17,7 @@ from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import LossOptions
 from ..losses.class_weights import read_class_weights
 from ..losses.entry import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, Limit
+from ..recipes.sections import option
 from . import inherited
 from .optimizers import MUON
 
@@ -28,45 +29,16 @@ if torch.distributed.is_available():
 PRECISIONS = ("bf16", "fp16")
 # Fields that affect how a run is carried out, but not its result.
 _RUNNING = {
-    "recipe",
-    "overwrite",
-    "image_resize",
-    "image_cache",
-    "save_adapter",
-    "remove_unused_columns",
-    "logging_nan_inf_filter",
-    "report_to",
-    "eval_strategy",
-    "on_nonfinite",
-    "nonfinite_limit",
-    "save_minutes",
-    "save_total_limit",
+    *("recipe", "overwrite", "report_to", "hub_strategy", "remove_unused_columns", "image_resize"),
+    *("image_cache", "teacher_cache", "fold_teacher", "save_adapter", "keep_freed_memory", "eval_strategy"),
+    *("save_minutes", "save_total_limit", "logging_steps", "logging_nan_inf_filter", "on_nonfinite", "nonfinite_limit"),
     "ddp_find_unused_parameters",
-    "hub_strategy",
-    "keep_freed_memory",
-    "fold_teacher",
-    "teacher_cache",
-    "logging_steps",
 }
 # Unchanged fields of transformers that affect the result of a run, if only its last digits.
 _OF_TRANSFORMERS = {
-    "num_train_epochs",
-    "max_steps",
-    "data_seed",
-    "label_smoothing_factor",
-    *PRECISIONS,
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
+    *("num_train_epochs", "max_steps", "data_seed", "label_smoothing_factor", "optim"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", *PRECISIONS),
 }
-
-
-def option(default, help: str):
-    """A field with a default (lists are copied) and a help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 def increases(values: Sequence[float]) -> bool:
@@ -298,9 +270,6 @@ class LongTailTrainingArguments(TrainingArguments):
         self.learning_rate = given_learning_rate
         if given_optim == MUON:
             self.optim = MUON
-        # Starting workers in every epoch costs more than a small epoch itself.
-        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         # Without a terminal the output goes to a log file, where progress bars are noise.
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
         self.settle()
@@ -345,6 +314,9 @@ class LongTailTrainingArguments(TrainingArguments):
         inherited.check_values(self)
         if "optim" not in self.refused:
             inherited.check_optimizer(self)
+        # Starting workers in every epoch costs more than a small epoch itself.
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         batch = (self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         if batch != self._batch:
             if self._batch is not None and self.global_batch_size == self._batch[0]:
@@ -365,16 +337,6 @@ class LongTailTrainingArguments(TrainingArguments):
         if self.data_seed in (None, self._computed_data_seed):
             self.data_seed = self._computed_data_seed = self.seed
         return self
-
-    def set_training(self, *args, **kwargs):
-        """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
-        return super().set_training(*args, **kwargs).settle()
-
-    def set_dataloader(self, *args, **kwargs):
-        """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
-        super().set_dataloader(*args, **kwargs)
-        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        return self.settle()
 
     def set_push_to_hub(self, model_id: str, strategy: str | HubStrategy = "end", *args, **kwargs):
         """As in transformers. Only the strategy `end` is supported, which pushes the finished model."""
@@ -477,12 +439,7 @@ class LongTailTrainingArguments(TrainingArguments):
 
 
 def divide_batch(global_batch_size: int, processes: int, batch_size: int) -> tuple[int, int]:
-    """Divides the batch of an optimiser step into micro-batches of equal size.
-
-    Args:
-        global_batch_size: Images per optimiser step, over all processes.
-        processes: Number of processes.
-        batch_size: Largest allowed number of images per micro-batch.
+    """Divides the batch of an optimiser step into micro-batches of equal size, of at most `batch_size` images.
 
     Returns:
         Images per micro-batch, and micro-batches per process in an optimiser step (gradient-accumulation steps).

@@ -83,9 +83,7 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
 def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
     """Writes a model to a staging folder, then replaces the files of an existing model one by one, weights last.
 
-    Args:
-        output_dir: Folder of the model.
-        save: Function that writes all files into a given folder.
+    `save` writes all files into the folder that it gets.
 
     Raises:
         OSError: If the model cannot be written.
@@ -97,15 +95,13 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
             sync_to_disk(path)
             os.replace(path, Path(output_dir) / path.name)
         sync_to_disk(Path(output_dir))
-        shutil.rmtree(staged.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(
             f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and "
             f"{HOW_TO_RESUME}."
         ) from error
-    except KeyboardInterrupt:
+    finally:
         shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
-        raise
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
@@ -121,13 +117,9 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 def remove_old_checkpoints(
     output_dir: str | Path, limit: int | None, best: str | None, step: int | None = None
 ) -> None:
-    """Removes all but the latest checkpoints. The best checkpoint is always kept.
+    """Removes all but the latest `limit` checkpoints (None or 0: none), always keeping the latest and the best one.
 
-    Args:
-        output_dir: Folder of the checkpoints.
-        limit: Number of checkpoints to keep, at least one; None or 0 keeps all.
-        best: Path of the checkpoint with the best evaluation.
-        step: Current step of the run. Checkpoints of later steps belong to an earlier attempt and are removed.
+    Checkpoints of later steps than `step`, the current one, belong to an earlier attempt and are removed.
     """
     found = checkpoints_in(output_dir)
     if step is not None:
@@ -195,11 +187,8 @@ def _unreadable(checkpoint: Path) -> str | None:
 def newest_checkpoint(output_dir: str | Path) -> str | None:
     """Finds the latest intact checkpoint; None if the run did not reach its first checkpoint.
 
-    Corrupt checkpoints are skipped with a warning.
-
-    Raises:
-        ValueError: If all checkpoints are corrupt, or the folder has a finished model and no checkpoint. A new run
-            would overwrite the model.
+    Corrupt checkpoints are skipped with a warning. It raises `ValueError` if all are corrupt, or the folder has a
+    finished model and no checkpoint: a new run would overwrite the model.
     """
     folder = Path(output_dir)
     found = list(reversed(checkpoints_in(folder)))
@@ -221,12 +210,9 @@ def has_model(folder: str | Path) -> bool:
 
 
 def whole_checkpoint(path: str) -> str:
-    """Checks that a run can resume from a checkpoint, and returns its path.
+    """Returns the path of a checkpoint; `ValueError` if it is corrupt, is not a folder, or lacks weights or the step.
 
     A checkpoint of transformers has no manifest. It is accepted, with a warning that names missing parts.
-
-    Raises:
-        ValueError: If the checkpoint is corrupt, is not a folder, or lacks weights or the step.
     """
     folder = Path(path)
     wrong: str | None
@@ -250,12 +236,7 @@ def whole_checkpoint(path: str) -> str:
 
 
 def read_state(checkpoint: str | Path) -> TrainerState:
-    """Reads the `TrainerState` of a checkpoint: its step, logs and best evaluation.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If it cannot be read.
-    """
+    """Reads the `TrainerState` of a checkpoint: its step, logs and best evaluation. `ValueError` if it is damaged."""
     path = Path(checkpoint) / TRAINER_STATE_NAME
     content = read_json(path)
     try:

@@ -72,12 +72,9 @@ class DeiTLTTrainer(TaughtTrainer):
 
     def check_accelerator(self):
         super().check_accelerator()
-        shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if shards and (self.args.tune != FULL or self.args.starts_heads_at_means):
+        if self.is_sharded and (self.args.tune != FULL or self.args.starts_heads_at_means):
             raise ValueError("tune and heads_from_means need unsharded weights; leave out DeepSpeed and FSDP.")
-        if self.args.optim == MUON and (
-            self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
-        ):
+        if self.args.optim == MUON and self.is_sharded and not self.accelerator.is_fsdp2:
             raise ValueError(
                 "optim 'muon' needs whole matrices, which DeepSpeed and the first version of FSDP flatten; use FSDP 2 "
                 "(scripts/accelerate/fsdp2.yaml) or another optim."

@@ -16,10 +16,7 @@ EMA_FOLDER = "ema"
 class MovingAverage(TrainerCallback):
     """Callback that keeps timm's moving average of the trained weights, and saves it in every checkpoint.
 
-    Args:
-        decay: Share of the old average in an update.
-        every_micro_batch: Update the average after every micro-batch, as the authors do; by default after every
-            optimiser step.
+    The average is updated after every optimiser step, or after every micro-batch, as the authors do.
 
     Attributes:
         model: The averaged model; None before training.

@@ -20,7 +20,7 @@ OVER_CLASSES = ("balanced_accuracy", "macro_f1")  # metrics of the prediction th
 
 
 def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: torch.Tensor) -> torch.Tensor:
-    """Predicted class of each expert and the loss, as columns of one tensor with a row per image.
+    """Predicted class of each expert and the loss, as columns of one tensor: (images, models x experts + 1).
 
     The loss is the last column, one value per image. transformers would average the loss over batches, and count the
     images twice that pad the last batches of several processes.
@@ -29,9 +29,6 @@ def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: 
         outputs: Outputs of the evaluated models. The loss is that of the first.
         fields: Names of the output fields with the logits of the experts.
         labels: True classes; (images,).
-
-    Returns:
-        Tensor of shape (images, models x experts + 1).
     """
     loss = F.cross_entropy(outputs[0]["logits"].float(), labels, reduction="none")
     columns = [output[field].argmax(dim=1) for output in outputs for field in fields]
@@ -43,16 +40,16 @@ def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: 
 def expert_metrics_added(trainer, keeps_logits: bool) -> Iterator[None]:
     """Context in which the trainer's `compute_metrics` adds the metrics of the experts to those of the user.
 
-    Args:
-        trainer: A trainer with a method `expert_metrics`, whose predictions are the columns of the experts.
-        keeps_logits: Whether predictions are pairs of these columns and the logits, which the user's functions get.
+    The trainer's predictions are the columns of [`expert_columns`], with `keeps_logits` pairs of them and the logits,
+    which the user's functions get. It also sets the trainer's `last_table`.
     """
     compute, preprocess = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
 
     def all_metrics(prediction: EvalPrediction) -> dict[str, float]:
         parts: Sequence = tuple(prediction.predictions) if keeps_logits else [prediction.predictions]
         counted = np.asarray(parts[0])
-        metrics = trainer.expert_metrics(counted, np.asarray(prediction.label_ids))
+        labels, names = np.asarray(prediction.label_ids), trainer.expert_names(trainer.averaged_model is not None)
+        trainer.last_table, metrics = expert_table(counted, labels, names, trainer.groups, trainer.class_names)
         if compute is None:
             return metrics
         losses = counted[:, -1] if "loss" in trainer.args.include_for_metrics else None
@@ -75,22 +72,15 @@ def converted(models: Sequence[nn.Module], dtype: torch.dtype | None, device: to
 
     transformers does not restore them: later training steps and saved models would have the converted weights.
     """
-    if dtype is None:
-        yield
-        return
-    modules = [module for model in models for module in model.modules()]
-    held = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
-    data = [(tensor, tensor.data) for model in models for tensor in model.parameters()]
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())] if dtype else []
+    held = [tensor.data for tensor in tensors]
     try:
-        for model in models:
-            model.to(dtype=dtype, device=device)
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         yield
     finally:
-        for module, parameters, buffers in held:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
-        for parameter, values in data:
-            parameter.data = values
+        for tensor, values in zip(tensors, held, strict=True):
+            tensor.data = values
 
 
 def expert_table(

@@ -79,15 +79,7 @@ def check_frozen(
 
 
 def load_frozen(path: str, config: PreTrainedConfig, names: Sequence[str]) -> tuple[PreTrainedModel, nn.Linear]:
-    """Loads an image model as a classifier of other classes, with a new linear head.
-
-    Args:
-        path: Folder or Hub id of the model.
-        config: Its configuration.
-        names: Names of the classes, in label order.
-
-    Returns:
-        The classifier, and its head.
+    """Loads an image model as a classifier of other classes. Returns it and its new linear head.
 
     Raises:
         ValueError: If weights of the backbone are missing, or the classifier does not end in one linear layer.
@@ -137,14 +129,8 @@ class FrozenTeacherTrainer(FlatTeacherTrainer):
     """Fits the linear head of a frozen classifier: a balanced logistic regression on all training images.
 
     The images are those of an evaluation, without augmentation. The result is exact and needs no checkpoints: a run
-    that was interrupted is repeated.
-
-    Args:
-        model: Classifier of [`load_frozen`].
-        args: Training arguments; only those of evaluation and output have an effect.
-        head: Head of the model.
-        backbone: Folder or Hub id of the model, for the record.
-        **kwargs: Parameters of [`LongTailTrainer`].
+    that was interrupted is repeated. Of the arguments, only those of evaluation and output have an effect; `backbone`
+    is the folder or Hub id of the model, for the record.
 
     Raises:
         ValueError: If a class has no training image.
@@ -232,7 +218,7 @@ def frozen_trainer(
     model_args: TeacherArguments,
     args: FlatTeacherTrainingArguments,
 ) -> tuple[PreTrainedModel, FlatTeacherTrainingArguments, dict[str, Any]]:
-    """Loads the backbone that [`check_frozen`] has checked, and prepares the trainer's arguments.
+    """Loads the backbone that [`check_frozen`] has checked.
 
     Returns:
         The classifier, the training arguments, and further parameters of [`FrozenTeacherTrainer`].

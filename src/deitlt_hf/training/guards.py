@@ -23,13 +23,7 @@ class NonFiniteGuard(TrainerCallback):
 
     The trainer calls [`check`] at these points. On a CPU the callback also checks the loss of every step. On an
     accelerator that would synchronise the device in every step. With `on_nonfinite="skip"` it checks the gradient of
-    every step instead, and skips the update if the gradient is not finite.
-
-    Args:
-        trainer: The trainer to guard.
-
-    Attributes:
-        skipped: Number of skipped updates.
+    every step instead, and skips the update if the gradient is not finite. `skipped` counts these.
     """
 
     def __init__(self, trainer):
@@ -75,10 +69,9 @@ class NonFiniteGuard(TrainerCallback):
             self._look()
 
     def check(self) -> None:
-        """Checks the weights and the recorded losses. A gradient can be infinite although the loss is finite.
+        """Raises `FloatingPointError` if the weights or an earlier loss are not finite.
 
-        Raises:
-            FloatingPointError: If the weights or an earlier loss are not finite.
+        A gradient can be infinite although the loss is finite.
         """
         if self.trainer.args.on_nonfinite == "skip":  # the update of a loss that is not finite was skipped
             self.first_step.fill_(math.inf)
@@ -172,10 +165,7 @@ class StopOnSignal(Voter):
 
     A job scheduler or a preempted machine sends SIGTERM. Ctrl-C sends SIGINT to all processes of a terminal; a second
     one ends the process at once. All processes stop after the same step, even if the signal reaches them at different
-    times.
-
-    Attributes:
-        stopped: Whether this callback stopped the run.
+    times; the run is then `stopped`.
     """
 
     def __init__(self):
@@ -218,12 +208,7 @@ class StopOnSignal(Voter):
         return "Ctrl-C" if self._signal == signal.SIGINT else "SIGTERM"
 
     def end(self) -> NoReturn:
-        """Ends the process in the way that its signal normally does.
-
-        Raises:
-            KeyboardInterrupt: After Ctrl-C.
-            SystemExit: With code 143, after SIGTERM.
-        """
+        """Ends the process as its signal normally does: by `KeyboardInterrupt`, or `SystemExit` with code 143."""
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt(STOPPED)
         sys.exit(128 + self._signal)

@@ -140,8 +140,8 @@ def _optimizer_of(args: TrainingArguments, **changed) -> tuple:
         raise ValueError(f"optim {name!r} with optim_args {args.optim_args!r} cannot be made: {what}.") from error
 
 
-def check_parameters(given: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a parameter of `Trainer` was given that these trainers refuse."""
+def check_parameters(given: dict[str, Any]) -> None:
+    """Removes the parameters of `Trainer` that these trainers refuse. Raises `ValueError` if one is not None."""
     for name, why in PARAMETERS.items():
-        if given.get(name) is not None:
+        if given.pop(name, None) is not None:
             raise ValueError(f"{name} cannot be given: {why}.")

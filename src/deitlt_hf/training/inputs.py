@@ -33,10 +33,6 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
     """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
     batches: dict[str, Any] = {"batch_size": args.train_batch_size}
     if not isinstance(images, StreamedImages):
-        if args.sampling == "class_balanced" and not hasattr(images, "labels"):
-            raise ValueError(
-                "class_balanced sampling needs a datasets.Dataset, whose labels are known; leave out sampling."
-            )
         sampler = TrainBatches(
             len(images),
             args.train_batch_size,
@@ -68,29 +64,17 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
 
 def check_streaming(args) -> None:
     """Raises `ValueError` if a training argument needs the whole data set, which a stream does not have."""
-    if args.image_cache:
-        raise ValueError(f"image_cache {args.image_cache!r} does not work with --streaming; leave out one of them.")
-    if getattr(args, "teacher_cache", None) is not None:
-        raise ValueError(
-            f"teacher_cache {args.teacher_cache!r} does not work with --streaming, whose images have no digest; leave "
-            "out one of them."
-        )
-    if args.sampling != "uniform":
-        raise ValueError(f"sampling {args.sampling!r} does not work with --streaming; leave out one of them.")
-    if args.partial_steps:
-        raise ValueError(
-            "partial_steps does not work with --streaming; leave out one of them (as_published sets partial_steps)."
-        )
+    for name in ("image_cache", "teacher_cache", "sampling", "partial_steps"):
+        value = getattr(args, name, None)
+        if value not in (None, False, "", "uniform"):
+            by = " (as_published sets it)" if name == "partial_steps" else ""
+            raise ValueError(f"{name} {value!r}{by} does not work with --streaming; leave out one of them.")
 
 
 def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):
-    """Wraps a data set: its rows become model inputs. Data sets that already have such rows are returned unchanged.
+    """Wraps a data set or a mapping of them: rows become model inputs. Other data sets are returned unchanged.
 
-    Args:
-        dataset: A data set, or a mapping from names to data sets.
-        processor: Image processor of the model.
-        args: Training arguments.
-        views: Training transforms by model input; None for evaluation, by the processor.
+    `views` are the training transforms by model input; None for evaluation, by the processor.
     """
     background = getattr(processor, "background", None)
     if isinstance(dataset, StreamedSplit):
@@ -141,9 +125,8 @@ def first_difference(first: Sequence, second: Sequence) -> int:
 def common_classes(config: PreTrainedConfig, datasets: Iterable[Dataset]) -> list[str]:
     """Class names that a model and data sets have in common, in label order. Names from the data replace missing ones.
 
-    Raises:
-        ValueError: If the labels do not agree, the data are not a `datasets.Dataset`, or the model is not a
-            single-label classifier.
+    It raises `ValueError` if the labels do not agree, the data are not a `datasets.Dataset`, or the model is not a
+    single-label classifier.
     """
     names = label_names(config)
     for dataset in datasets:

@@ -26,10 +26,6 @@ def fit_balanced(train: Seen, validation: Seen | None = None) -> tuple[Pipeline,
     The regularisation is chosen on validation images, or without them on a part of the training images. The regression
     is then fitted to all training images.
 
-    Args:
-        train: Training images.
-        validation: Validation images.
-
     Returns:
         The regression on standardised features, its inverse regularisation, and the number of images that chose it.
     """
@@ -48,11 +44,7 @@ def fit_balanced(train: Seen, validation: Seen | None = None) -> tuple[Pipeline,
 def choose_strength(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, held_labels: np.ndarray) -> float:
     """The inverse regularisation with the lowest cross entropy on held-out images, with equal weight for every class.
 
-    Args:
-        features: Features to fit, (images, size).
-        labels: Their classes, (images,).
-        held_out: Features to choose on, (held-out images, size).
-        held_labels: Their classes, all of which are also in `labels`.
+    Features have shape (images, size). All classes of the held-out images are also in `labels`.
     """
     weights = compute_sample_weight("balanced", held_labels)
     losses = []
@@ -75,10 +67,6 @@ def fold(regression: Pipeline, head: torch.nn.Linear) -> None:
     """Sets a linear layer to a regression of [`fit_balanced`], so that its logits give the same probabilities.
 
     The layer reads the features as they are: the standardisation is folded into weights and biases.
-
-    Args:
-        regression: A regression of all classes of the layer.
-        head: The layer, with a bias.
     """
     scaler, classifier = regression.named_steps["standardscaler"], regression.named_steps["logisticregression"]
     weight, bias = classifier.coef_.astype(np.float64), classifier.intercept_.astype(np.float64)

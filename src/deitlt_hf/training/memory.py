@@ -16,15 +16,12 @@ def keep_freed_memory_of_command(args) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Makes the whole process keep freed memory for its next allocation instead of returning it to the system.
+    """Makes the whole process keep freed memory for its next allocation; returns whether the C library (glibc) can.
 
     By default glibc returns memory at the end of its heap to the system whenever a few tens of MiB of it are free. This
     happens after every backward pass. The next step requests the memory again, and the system has to clear every page.
     With this setting the process keeps its peak size. Tensors of more than 32 MiB are still returned: in the heap they
     would leave gaps that nothing fits. Child processes that are forked later inherit the setting.
-
-    Returns:
-        Whether the C library supports the setting. Only glibc does; other C libraries are not changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import GreedyLR, PreTrainedModel, TrainingArguments
 
-from .tuning import FULL, is_head, rate_factor
+from .tuning import FULL, is_head, parameter_groups
 
 MUON = "muon"  # value of the argument `optim`
 
@@ -47,43 +47,19 @@ def muon(model: nn.Module, args, decayed: Collection[str]) -> Muon:
 
     AdamW updates embeddings, tokens, norms, biases and classifiers, as in Jordan's code. Muon's updates are scaled to
     the size of AdamW's (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4).
-    Therefore both use the same learning rate and weight decay.
-
-    Args:
-        model: A student.
-        args: Training arguments with `learning_rate`, `layer_decay`, `weight_decay`, and the betas and epsilon of Adam.
-        decayed: Names of the parameters with weight decay.
-
-    Returns:
-        The optimiser, with up to four parameter groups for each learning rate.
+    Therefore both use the same learning rate and weight decay. `decayed` are the names of parameters with weight decay.
     """
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not is_head(name)
     }
-    config: Any = model.config
     # Heads are left to AdamW, and so is the patch projection, a convolution: Muon's orthogonal updates are for hidden
     # matrices, whose input and output are both features.
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            factor = rate_factor(name, config.num_hidden_layers, args.layer_decay)
-            groups.setdefault((name in matrices, name in decayed, factor), []).append(parameter)
-    return Muon(
-        [
-            {
-                "params": parameters,
-                "lr": args.learning_rate * factor,
-                "weight_decay": args.weight_decay if has_decay else 0.0,
-                "use_muon": is_matrix,
-                "nesterov": is_matrix,  # would turn the AdamW fallback into NAdamW
-            }
-            for (is_matrix, has_decay, factor), parameters in groups.items()
-        ],
-        lr=args.learning_rate,
-        **muon_settings(args),
-    )
+    groups = parameter_groups(model, decayed, args.weight_decay, args.learning_rate, args.layer_decay, matrices)
+    for group in groups:
+        group["nesterov"] = group["use_muon"]  # would turn the AdamW fallback into NAdamW
+    return Muon(groups, lr=args.learning_rate, **muon_settings(args))
 
 
 def muon_settings(args: TrainingArguments) -> dict[str, Any]:

@@ -42,11 +42,7 @@ def resumes_in(output_dir: str | Path, resume_from_checkpoint: str | bool | None
 
 
 def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) -> None:
-    """Checks that an output folder holds no other run, unless that run is overwritten or resumed.
-
-    Raises:
-        FileExistsError: If the folder holds another run, or the path cannot be a folder.
-    """
+    """Raises `FileExistsError` if a folder holds another run, neither overwritten nor resumed, or is a file."""
     check_can_be_folder(output_dir)
     found = run_files(output_dir)
     if found and not overwrite and not resuming and not is_abandoned(output_dir):
@@ -58,11 +54,7 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) ->
 
 @contextlib.contextmanager
 def run_lock(output_dir: str | Path) -> Iterator[None]:
-    """Locks a folder against other runs. The operating system releases the lock when the process ends.
-
-    Raises:
-        FileExistsError: If another run is writing there.
-    """
+    """Locks a folder against other runs, to the end of the process; `FileExistsError` if one is writing there."""
     path = Path(output_dir) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, blocking=False)

@@ -10,7 +10,8 @@ from transformers import ViTMAEForPreTraining, set_seed
 from ..data.transforms import model_processor
 from ..data.unlabelled import ONLY_CLASS, unlabelled_images
 from ..recipes import DataArguments, PretrainingModelArguments
-from .arguments import LongTailTrainingArguments, option
+from ..recipes.sections import option
+from .arguments import LongTailTrainingArguments
 from .optimizers import MUON
 from .runs import begin
 from .trainer import LongTailTrainer
@@ -52,12 +53,8 @@ class MaskedPretrainer(LongTailTrainer):
     """Trains a masked autoencoder of transformers (`ViTMAEForPreTraining`), whose encoder a student can start from.
 
     The encoder sees a random quarter of the patches, and a small decoder predicts the pixels of the others, normalised
-    in each patch. Masks depend only on seed and step: a resumed run ends with the result of an uninterrupted one.
-
-    Args:
-        model: A `ViTMAEForPreTraining`.
-        args: A [`PretrainingArguments`].
-        **kwargs: Parameters of [`LongTailTrainer`]. `train_dataset` is a data set as [`unlabelled_images`] returns.
+    in each patch. Masks depend only on seed and step: a resumed run ends with the result of an uninterrupted one. The
+    `train_dataset` is a data set as [`unlabelled_images`] returns.
     """
 
     arguments_class = PretrainingArguments

@@ -22,10 +22,10 @@ from ..io import one_line, read_json, weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .sam import SAM
 
-# Settings of a teacher that are recorded with its student. Records from before 0.1.0 use "epochs".
+# Settings of a teacher that are recorded with its student.
 _TEACHER_SETTINGS = (
     *("teacher_loss", "sam_rho", "sam_rho_epochs", "sam_adaptive"),
-    *("num_train_epochs", "epochs", "drw_start_epoch", "seed"),
+    *("num_train_epochs", "drw_start_epoch", "seed"),
 )
 
 
@@ -129,10 +129,8 @@ def started_from(model: nn.Module) -> str | None:
 def license_of_start(model: nn.Module) -> dict[str, Any] | None:
     """Licence of the model whose weights training starts from, from the metadata of its card; None if it names none.
 
-    The card is in the model's folder, or on the Hub if that can be reached.
-
-    Returns:
-        The fields `license`, `license_name` and `license_link`, as far as they are given.
+    The card is in the model's folder, or on the Hub if that can be reached. The fields are `license`, `license_name`
+    and `license_link`, as far as they are given.
     """
     path, card = str(getattr(model, "name_or_path", None) or ""), None
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
@@ -145,14 +143,9 @@ def license_of_start(model: nn.Module) -> dict[str, Any] | None:
 
 
 def teacher_record(teacher: PreTrainedModel, accuracies: Mapping[str, float] | None) -> dict:
-    """Describes the teacher of a student for the student's record.
+    """Describes the teacher of a student for the student's record: source, model, accuracies and training.
 
-    Args:
-        teacher: The model. Its `results.json` is read from the place it was loaded from, if the file exists.
-        accuracies: Accuracies of the teacher, measured in the student's run.
-
-    Returns:
-        Source, model, accuracies, and training of the teacher (None if it has no record).
+    Its training is None if there is no `results.json` in the place that it was loaded from.
     """
     path = teacher.name_or_path
     own = results_of(path)

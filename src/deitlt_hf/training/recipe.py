@@ -75,8 +75,7 @@ class Recipe:
     def data(self, **overrides: Any) -> DataArguments:
         """The arguments of the data; their `load()` gives a `DatasetDict` with `train` and `test`.
 
-        Raises:
-            ValueError: If an override is not a field of the data.
+        It raises `ValueError` if an override is not a field of the data.
         """
         (data,) = fill_arguments("data", (DataArguments,), self.name, overrides)
         return data

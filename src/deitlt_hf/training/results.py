@@ -29,21 +29,17 @@ class Results:
     Accuracies are fractions. A group without test images has null. If the run has validation images, the last and the
     best epoch are of these, and `test` has the accuracies of the saved weights on the test images.
 
-    Args:
-        output_dir: Folder of the file.
-
     Attributes:
         dataset: Facts that only the caller who loaded the images knows, such as their name and the requested ratio.
-        teacher: Record of a student's teacher, see [`teacher_record`].
-        tail_teacher: That of its second teacher, with the names of its classes (`classes`).
+        teachers: Records of a student's teachers, see [`teacher_record`]: `teacher`, and `tail_teacher` with the names
+            of its classes (`classes`).
     """
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir) / RESULTS_FILE
         self.content: dict = {}
         self.dataset: Mapping = {}
-        self.teacher: Mapping | None = None
-        self.tail_teacher: Mapping | None = None
+        self.teachers: dict[str, dict] = {}
         self._was_finished = False
 
     def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
@@ -78,8 +74,8 @@ class Results:
                 "group_rule": trainer.group_rule,
                 **trainer.images_of_evaluation,
             },
-            "teacher": self.teacher,
-            **({} if self.tail_teacher is None else {"tail_teacher": self.tail_teacher}),
+            "teacher": None,
+            **self.teachers,
             "settings": trainer.settings(),
             "architecture": architecture(config),
             "processes": {
@@ -112,7 +108,7 @@ class Results:
         digest = record.get("weights_sha256")
         if not record.get("finished") or digest is None or digest != weights_digest(self.path.parent):
             return None
-        return record.get("steps", record.get("last", {}).get("step"))  # 0.1.0 wrote no `steps`
+        return record.get("steps")
 
     def record(self, epoch: float | None, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
         """Records an evaluation as the last one, and as the best one if the first expert is best overall."""

@@ -1,14 +1,12 @@
 """Resuming a run: checks that it is the same run, restores its epoch, and repeats a missed evaluation."""
 
 import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
+from transformers import PreTrainedConfig, TrainerCallback
 
 from ..data.images import decoder_versions
 from ..data.streaming import StreamedImages
@@ -16,7 +14,6 @@ from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
 from .inputs import first_difference
-from .provenance import what_ran
 from .whole_checkpoints import model_name
 
 # Settings that cannot change during a run: the loss, the trained weights or the optimiser's state would not match.
@@ -34,13 +31,9 @@ _ADDED = {
 
 
 class Beginning(NamedTuple):
-    """Starting point of a run.
+    """Starting point of a run: the checkpoint and its step, both None for a new run.
 
-    Attributes:
-        checkpoint: Checkpoint to resume from; None for a new run.
-        step: Step of the checkpoint; None for a new run.
-        is_finished: Whether the run is complete and its model is in the output folder.
-        record: Earlier record of the run; None without a record.
+    `is_finished`: the run is complete and its model is in the output folder. `record`: the earlier record of the run.
     """
 
     checkpoint: str | None = None
@@ -57,10 +50,7 @@ def architecture(config: PreTrainedConfig) -> dict:
 def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginning:
     """Finds the checkpoint to resume from, and checks that it belongs to the same run.
 
-    Args:
-        trainer: Trainer of the resumed run, with its folder in `run_dir`.
-        wanted: Checkpoint, True or `auto`, as in [`LongTailTrainer.train`].
-        resuming: Whether the run to resume is the run in the trainer's folder.
+    `wanted` is as in [`LongTailTrainer.train`]; `resuming` says whether it is the run in the trainer's folder.
 
     Raises:
         ValueError: If no complete checkpoint exists, or it belongs to another run.
@@ -80,7 +70,8 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
             return Beginning()
     steps = finished if checkpoint is None else read_state(checkpoint).global_step
     assert steps is not None  # without a checkpoint, the run is finished
-    at_step, record = earlier_records(checkpoint or output_dir, output_dir if resuming else None)
+    at_step = earlier_record(checkpoint or output_dir)
+    record = (earlier_record(output_dir) if resuming and checkpoint is not None else None) or at_step
     check_same_run(checkpoint or output_dir, at_step, trainer, data, finished == steps == total)
     if steps > total:
         raise ValueError(
@@ -101,18 +92,15 @@ def check_same_run(
 ) -> None:
     """Checks that a run to resume has the same classes, images, model and loss; warns about other differences.
 
-    Args:
-        folder: Folder of the checkpoint, or of the finished model.
-        record: Record of the run at the checkpoint.
-        trainer: Trainer of the resumed run.
-        data: What [`Results.data_of`] says of its images.
-        is_finished: Whether nothing is left to train.
+    `folder` is that of the checkpoint, or of the finished model, `record` the record there, `data` what
+    [`Results.data_of`] says of the images.
 
     Raises:
         ValueError: If the checkpoint belongs to another run.
     """
     record = record or {}
-    other = next(_differences(read_configuration(folder), record, trainer, data), None)
+    path = Path(folder) / "config.json"
+    other = next(_differences(read_json(path) if path.is_file() else {}, record, trainer, data), None)
     if other is not None:
         raise ValueError(
             f"{folder} belongs to another run: {other}. Use the original data and settings, choose another "
@@ -138,8 +126,9 @@ def check_same_run(
             stacklevel=2,
         )
     if record:
-        _compare_teachers("teacher", record.get("teacher") or {}, trainer.results.teacher or {})
-        _compare_teachers("tail teacher", record.get("tail_teacher") or {}, trainer.results.tail_teacher or {})
+        known: Mapping[str, Any] = record
+        for who in ("teacher", "tail_teacher"):
+            _compare_teachers(who.replace("_", " "), known.get(who) or {}, trainer.results.teachers.get(who, {}))
 
 
 def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -160,7 +149,9 @@ def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any])
     """Yields, as text, each difference that makes a checkpoint belong to another run."""
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
-    yield from class_differences(class_names(config) or had.get("classes") or data["classes"], data["classes"])
+    labels = config.get("id2label", {})
+    names = [labels[str(label)] for label in range(len(labels))]
+    yield from class_differences(names or had.get("classes") or data["classes"], data["classes"])
     model, own = record.get("model"), model_name(trainer.model)
     if model not in (None, own, type(trainer.model).__name__):  # 0.2.0 recorded PEFT's class
         yield f"its model is a {one_line(model, 60)}, not a {own}"
@@ -175,9 +166,7 @@ def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any])
         if name in settings and before != settings[name]:
             yield f"it began with {name} {one_line(before, 60)}, not {one_line(settings[name], 60)}"
     counts = had.get("class_counts") or config.get("class_counts")
-    if isinstance(counts, list) and len(counts) != len(data["class_counts"]):
-        yield f"it was trained on {len(counts)} classes, and the data have {len(data['class_counts'])}"
-    elif isinstance(counts, list) and counts != data["class_counts"]:
+    if isinstance(counts, list) and counts != data["class_counts"]:
         label = first_difference(counts, data["class_counts"])
         yield (
             f"it was trained on other images (class {data['classes'][label]!r} had {counts[label]}, and has "
@@ -210,42 +199,16 @@ def class_differences(before: list[str], now: list[str]) -> Iterator[str]:
         yield f"it was trained on other classes (label {label} was {before[label]!r} and is {now[label]!r})"
 
 
-def earlier_records(folder: str | Path, output_dir: str | Path | None) -> tuple[RunRecord | None, RunRecord | None]:
-    """Reads the earlier records of a resumed run. Corrupt records are skipped with a warning.
-
-    Args:
-        folder: The checkpoint to resume from, or the folder of the finished model.
-        output_dir: Output folder of the run; None if the checkpoint belongs to another folder.
-
-    Returns:
-        Two records. First that of the checkpoint; checkpoints of 0.1.0 have none, and the record of the folder above is
-        used. Second that of the output folder, which may be newer; without one, the first record again.
-    """
-    folder, found = Path(folder), {}
-    above = folder if (folder / RESULTS_FILE).is_file() or folder == Path(output_dir or "") else folder.parent
-    for place in dict.fromkeys([folder, above, Path(output_dir or folder)]):
-        if (place / RESULTS_FILE).is_file():
-            try:
-                found[place] = read_record(place)
-            except ValueError as error:
-                warnings.warn(f"the run resumes without this record: {error}", stacklevel=2)
-    found = {place: record for place, record in found.items() if is_of_run(record)}
-    at_step = found.get(folder) or found.get(above)
-    return at_step, found.get(Path(output_dir or folder)) or at_step
-
-
-def read_configuration(folder: str | Path) -> dict:
-    """Content of `config.json` in a folder; empty if the file does not exist."""
-    path = Path(folder) / "config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def class_names(config: dict) -> list[str]:
-    """Class names of a configuration, in label order; empty if it has none."""
-    labels = config.get("id2label")
-    if not isinstance(labels, dict) or not all(str(label) in labels for label in range(len(labels))):
-        return []
-    return [str(labels[str(label)]) for label in range(len(labels))]
+def earlier_record(folder: str | Path) -> RunRecord | None:
+    """Reads the record of a run in a folder; None without one. A corrupt record is skipped with a warning."""
+    if not (Path(folder) / RESULTS_FILE).is_file():
+        return None
+    try:
+        record = read_record(folder)
+    except ValueError as error:
+        warnings.warn(f"the run resumes without this record: {error}", stacklevel=2)
+        return None
+    return record if is_of_run(record) else None
 
 
 def _without_weights(architecture: dict) -> dict:
@@ -253,32 +216,24 @@ def _without_weights(architecture: dict) -> dict:
 
 
 class BeginRun(TrainerCallback):
-    """Callback that starts the record after the checkpoint was read, so a refused run does not change the folder."""
+    """Callback that starts the record after the checkpoint was read, so a refused run does not change the folder.
+
+    Optimiser and scheduler, which are recorded, exist only now. It also sets the epoch of the training data, which
+    transformers 5.23 does not do in a resumed run.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin_record()
-        self.trainer.results.content["ran"] = what_ran(self.trainer)  # optimiser and scheduler exist only now
-        if state.is_world_process_zero:
-            self.trainer.results.write()
-
-
-def steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:
-    """Optimiser steps of one pass through a data loader."""
-    return math.ceil(len(loader) / args.gradient_accumulation_steps)
-
-
-class EpochOrder(TrainerCallback):
-    """Callback that sets the epoch of the training data. transformers 5.23 does not set it in a resumed run."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset
         order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
         # By the step, not by counting calls: the order of images depends on it, also in the middle of an epoch, where
         # transformers skips the batches of the steps before.
-        order.set_epoch(state.global_step // steps_per_epoch(train_dataloader, args))
+        order.set_epoch(state.global_step // self.trainer.steps_per_epoch())
 
 
 class MissedEvaluation(TrainerCallback):
@@ -287,10 +242,8 @@ class MissedEvaluation(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        steps = state.eval_steps
-        if args.eval_strategy == "epoch":
-            steps = steps_per_epoch(train_dataloader, args)
+    def on_train_begin(self, args, state, control, **kwargs):
+        steps = self.trainer.steps_per_epoch() if args.eval_strategy == "epoch" else state.eval_steps
         if state.global_step == 0 or args.eval_strategy == "no" or state.global_step % steps:
             return
         if not any(

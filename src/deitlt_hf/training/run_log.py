@@ -76,11 +76,7 @@ class RunLog(ProgressCallback):
 
 
 class WaitingNote(TrainerCallback):
-    """Callback that prints a note, once, if training waits for images during most of the time.
-
-    Args:
-        trainer: Trainer with `waited`, the seconds that its loop has waited for batches.
-    """
+    """Callback that prints a note, once, if training waits for images during most of the time."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -122,14 +118,7 @@ class RunFile(TrainerCallback):
 
     An evaluation within half a minute of the last picture or the start is drawn with a later one. The picture needs
     matplotlib; without it, only the log is written. A resumed run keeps the lines up to its checkpoint and removes
-    later ones.
-
-    Args:
-        output_dir: Folder of both files.
-        drw_start_epoch: Epoch at which the picture marks the start of re-weighting; None for no mark.
-
-    Attributes:
-        is_open: Whether logs are written: in the main process, from the start of training.
+    later ones. Logs are written while `is_open`: in the main process, from the start of training.
     """
 
     def __init__(self, output_dir: str | Path, drw_start_epoch: float | None = None):
@@ -208,13 +197,7 @@ def read_log(path: str | Path) -> list[dict]:
 
 
 def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: float | None = None) -> None:
-    """Draws loss, learning rate and the accuracies of each expert against the epoch.
-
-    Args:
-        entries: Lines of a `log.jsonl`.
-        file: Path of the PNG picture.
-        drw_start_epoch: Epoch to mark as the start of re-weighting; None for no mark.
-    """
+    """Draws loss, learning rate and the accuracies of each expert against the epoch, from lines of a `log.jsonl`."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory
 
     trained = [entry for entry in entries if "loss" in entry]
@@ -247,17 +230,12 @@ def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: f
         figure.savefig(part, dpi=110, format="png")
 
 
-def _is_number(value: object) -> bool:
-    """Whether a value of a log entry can be drawn. A line of the file may contain any JSON."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _draw_lines(axis, title: str, entries: Sequence[Mapping], names: Mapping[str, str], scale: float = 1) -> None:
     for name, label in names.items():
         points = [
             (entry["epoch"], scale * entry[name])
             for entry in entries
-            if _is_number(entry.get(name)) and _is_number(entry.get("epoch"))
+            if entry.get(name) is not None  # null for a number that is not finite
         ]
         marker = "." if len(points) < 40 else None
         axis.plot(*zip(*points, strict=True) if points else ((), ()), label=label, marker=marker, linewidth=1.2)

@@ -31,7 +31,7 @@ from .inputs import label_fields, label_names
 from .output_folder import check_output_dir, is_abandoned, resumes_in, run_files
 from .processes import check_same_images
 from .publishing import hub_options
-from .resuming import architecture, class_differences, class_names, read_configuration
+from .resuming import architecture, class_differences
 from .schedule import low_peak
 from .starting import Start, check_start, starting_student
 from .student_arguments import DeiTLTTrainingArguments
@@ -42,14 +42,8 @@ from .trainer import LongTailTrainer
 from .tuning import HEADS
 
 EVALUATION_FIELDS = (
-    "output_dir",
-    "per_device_eval_batch_size",
-    "dataloader_num_workers",
-    "use_cpu",
-    "bf16",
-    "bf16_full_eval",
-    "fp16",
-    "fp16_full_eval",
+    *("output_dir", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu"),
+    *("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"),
 )
 
 
@@ -282,27 +276,22 @@ def _check_same_teacher(
     config: FlatTeacherConfig,
 ) -> None:
     """Raises `ValueError` if the classes, images, settings or architecture of a teacher are not those of the recipe."""
-    known = record.get("data", {})
+    known: Mapping[str, Any] = record.get("data", {})
     classes = data["train"].features["label"].names
-    had_classes = known.get("classes") or class_names(read_configuration(folder)) or classes
-    other = next(class_differences(had_classes, classes), None)
+    other = next(class_differences(known.get("classes", classes), classes), None)
     if other is not None:
         raise ValueError(
             f"{folder} has a teacher of other classes: {other}; pass it as --teacher to use it anyway, or move it "
             "away to train the recipe's teacher."
         )
-    wanted = {"images (subset)": subset_hash(data["train"]), "images (content)": images_hash(data["train"])}
-    wanted |= {"background": data_args.background} | args.method_settings() | architecture(config)
-    for name in PRECISIONS:  # irrelevant for a teacher that is already trained
-        wanted.pop(name)
-    # Records of earlier versions lack some of these.
-    hashes = {"images (subset)": known.get("subset_sha256"), "images (content)": known.get("images_sha256")}
-    had: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
-    had |= {"background": known.get("background"), **record.get("settings", {}), **record.get("architecture", {})}
+    images = {"subset_sha256": subset_hash(data["train"]), "images_sha256": images_hash(data["train"])}
+    wanted = images | {"background": data_args.background} | args.method_settings() | architecture(config)
+    had = {"background": None, **known, **record.get("settings", {}), **record.get("architecture", {})}
     for name, value in wanted.items():
-        if had.get(name, value) != value:
+        # The precision does not matter for a teacher that is already trained.
+        if name not in PRECISIONS and had.get(name, value) != value:
             how = f"with {name} {had[name]}, but the recipe has {value}"
-            if name in hashes:
+            if name in images:
                 how = "on other images (since then, some were added, removed, changed or chosen in another way)"
             raise ValueError(
                 f"the teacher in {folder} was trained {how}; pass it as --teacher to use it anyway, or move it away to "

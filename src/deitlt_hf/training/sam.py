@@ -54,10 +54,7 @@ class SAM(Optimizer):
         """Saves the weights, moves them to the approximate worst point within `rho`, and clears the gradients.
 
         A gradient that is not finite, as after an overflow in half precision, does not move the weights: the second
-        backward pass produces the overflow again.
-
-        Raises:
-            RuntimeError: If the weights are already perturbed.
+        backward pass produces the overflow again. It raises `RuntimeError` if the weights are already perturbed.
         """
         if self._perturbed:
             raise RuntimeError("the weights are perturbed already; call step or restore before the next ascend.")

@@ -8,54 +8,40 @@ from typing import Any
 LEAST_PEAK = 1e-4  # smallest peak learning rate for a student that trains from scratch
 
 
-def warmup_cosine(
-    epoch: float,
-    *,
-    epochs: float,
-    peak: float,
-    minimum: float = 1e-5,
-    warmup_epochs: float = 5,
-    warmup_start: float = 1e-6,
-) -> float:
+def warmup_cosine(epoch: float, epochs: float, args) -> float:
     """Learning rate at `epoch` in the authors' schedule: linear warm-up, then a cosine that is counted from epoch 0."""
-    if epoch < warmup_epochs:
-        return warmup_start + (peak - warmup_start) * epoch / warmup_epochs
+    if epoch < args.warmup_epochs:
+        return _warmup(epoch, args)
+    peak, minimum = args.peak_learning_rate, args.min_learning_rate
     # As in timm without `warmup_prefix`: after the warm-up, the cosine is already below the peak.
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
+
+
+def warmup_drops(epoch: float, args) -> float:
+    """Learning rate at `epoch`: linear warm-up, then the peak times the factor of the most recent drop."""
+    if epoch < args.warmup_epochs:
+        return _warmup(epoch, args)
+    passed = bisect.bisect_right(args.lr_drop_epochs, epoch)
+    return args.peak_learning_rate * args.lr_drops[passed - 1] if passed else args.peak_learning_rate
+
+
+def _warmup(epoch: float, args) -> float:
+    start = args.warmup_learning_rate
+    return start + (args.peak_learning_rate - start) * epoch / args.warmup_epochs
 
 
 def published_epoch(step: int, batches: int, micro_batches: int) -> float:
     """Epoch that the authors' scheduler uses at an optimiser step (DeiT-LT, `engine.py` and `main.py`).
 
     Their code updates the scheduler at the first micro-batch of a step, and again at the last micro-batch of an epoch.
-    Without gradient accumulation it updates the scheduler after each epoch, with the number of that epoch.
-
-    Args:
-        step: Optimiser step, counted from 0 over all epochs.
-        batches: Micro-batches per epoch of one process.
-        micro_batches: Micro-batches per gradient-accumulation window.
+    Without gradient accumulation it updates the scheduler after each epoch, with the number of that epoch. The step
+    counts from 0 over all epochs; an epoch has `batches` micro-batches in one process, and a step `micro_batches`.
     """
     epoch, step = divmod(step, math.ceil(batches / micro_batches))
     if micro_batches == 1:
         return max(epoch - 1, 0)
     first = step * micro_batches
     return epoch + (first if first + micro_batches < batches else batches - 1) / batches
-
-
-def warmup_drops(
-    epoch: float,
-    *,
-    peak: float,
-    drop_epochs: Sequence[float],
-    factors: Sequence[float],
-    warmup_epochs: float = 5,
-    warmup_start: float = 0.0,
-) -> float:
-    """Learning rate at `epoch`: linear warm-up, then the peak times the factor of the most recent drop."""
-    if epoch < warmup_epochs:
-        return warmup_start + (peak - warmup_start) * epoch / warmup_epochs
-    passed = bisect.bisect_right(drop_epochs, epoch)
-    return peak * factors[passed - 1] if passed else peak
 
 
 def in_phase(values: Sequence, starts: Sequence[float], epoch: float) -> Any:

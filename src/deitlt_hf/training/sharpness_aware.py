@@ -35,7 +35,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
 
     def check_accelerator(self) -> None:
         """Raises `ValueError` if gradients are sharded under SAM."""
-        if max(self.args.sam_rho) > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if max(self.args.sam_rho) > 0 and self.is_sharded:
             raise ValueError("SAM needs unsharded gradients; leave out DeepSpeed and FSDP, or set sam_rho to 0.")
 
     def make_optimizer(self, model: PreTrainedModel) -> Optimizer:

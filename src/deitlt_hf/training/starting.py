@@ -38,11 +38,7 @@ FREE_SIZES = ("image_size", "patch_size")
 
 @dataclass(frozen=True)
 class Start(Trunk):
-    """The trunk that a student starts from.
-
-    Args:
-        content: What the file of weights contains, if the source is one.
-    """
+    """The trunk that a student starts from, and what its file of weights contains, if the source is one."""
 
     content: Mapping[str, Any] | None = None
 
@@ -50,10 +46,8 @@ class Start(Trunk):
 def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Start:
     """Checks that a student can start from `model_args.init_from`, before its weights are loaded.
 
-    Args:
-        model_args: Arguments of the student.
-        changed: Arguments of the command line. The model's sizes override those of the recipe; image size, patch size
-            and normalisation on the command line override those of the model.
+    The model's sizes override those of the recipe; image size, patch size and normalisation on the command line
+    (`changed`) override those of the model.
 
     Returns:
         The trunk with the final configuration. It is on the meta device, unless the source is a file, which is read.
@@ -128,11 +122,7 @@ def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
 
 
 def _check_plain_weights(path: str, content: Mapping[str, Any]) -> None:
-    """Checks that the weights of a model are there, in one piece, and not quantised.
-
-    Raises:
-        ValueError: If not. The text is the reason.
-    """
+    """Raises `ValueError` with the reason if weights are missing, adapters of PEFT, or quantised."""
     if "quantization_config" in content:
         raise ValueError("its weights are quantised; start from the model that they were made of")
     if cached_file(path, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:

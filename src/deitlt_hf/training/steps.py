@@ -22,7 +22,6 @@ from ..losses import effective_number_weights
 from ..losses.class_weights import named_weights, product_of_weights
 from .guards import NonFiniteGuard, SaveByMinutes, StopOnSignal, Voter
 from .inputs import train_loader
-from .resuming import steps_per_epoch
 from .schedule import published_epoch, warmup_cosine
 from .whole_checkpoints import WholeCheckpointTrainer
 
@@ -34,13 +33,8 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     """A [`~transformers.Trainer`] whose loss is normalised over the whole batch of an optimiser step.
 
     The batch consists of micro-batches, over all processes. Random numbers depend only on seed, step, micro-batch and
-    process. The learning rate follows the schedule of the method, unless a scheduler is given.
-
-    Args:
-        views: Training transforms, by the name of the model input that each creates.
-        optimizers: As in [`~transformers.Trainer`].
-        optimizer_cls_and_kwargs: As in [`~transformers.Trainer`].
-        **kwargs: Other parameters of [`~transformers.Trainer`].
+    process. The learning rate follows the schedule of the method, unless a scheduler is given. `views` are the training
+    transforms, by the name of the model input that each creates.
 
     Attributes:
         given: Which of "optimizer" and "scheduler" were passed in.
@@ -108,14 +102,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
         """Learning rate at a (fractional) epoch of a run of `epochs`."""
-        return warmup_cosine(
-            epoch,
-            epochs=epochs,
-            peak=self.args.peak_learning_rate,
-            minimum=self.args.min_learning_rate,
-            warmup_epochs=self.args.warmup_epochs,
-            warmup_start=self.args.warmup_learning_rate,
-        )
+        return warmup_cosine(epoch, epochs, self.args)
 
     # ---- Losses of the phases ----
 
@@ -160,7 +147,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     def steps_per_epoch(self) -> int:
         """Optimiser steps per epoch."""
-        return steps_per_epoch(self.get_train_dataloader(), self.args)
+        return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""

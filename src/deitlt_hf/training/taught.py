@@ -33,6 +33,7 @@ class TaughtTrainer(LongTailTrainer):
     """A [`LongTailTrainer`] with one or two frozen teachers; see [`DeiTLTTrainer`] for its parameters.
 
     Attributes:
+        formats: Sizes and normalisations of the teachers' images, by attribute.
         tail_classes: Classes whose images the tail teacher teaches.
         cache: Store of what the teachers predict, while training with `teacher_cache`.
     """
@@ -51,9 +52,10 @@ class TaughtTrainer(LongTailTrainer):
     ):
         if tail_teacher is not None and (teacher is None or tail_teacher is teacher):
             raise ValueError("tail_teacher is a second teacher: pass another model as teacher, too.")
-        self.teacher, self._teacher_processor = teacher, teacher_processor
-        self.tail_teacher, self._tail_processor = tail_teacher, tail_processor
-        self.tail_format: ImageFormat | None = None
+        self.teacher, self.tail_teacher = teacher, tail_teacher
+        self._processors = {"teacher": teacher_processor, "tail_teacher": tail_processor}
+        self.formats: dict[str, ImageFormat] = {}
+        self._orders: dict[str, torch.Tensor] = {}  # positions of the student's classes among the teacher's
         self.tail_classes: list[int] = []
         self.cache: TeacherCache | None = None  # while training
         self._teacher_digests: list[str] = []
@@ -87,19 +89,14 @@ class TaughtTrainer(LongTailTrainer):
 
     def check_model(self, model):
         super().check_model(model)
-        if self.teacher is not None:
-            self.student_format = ImageFormat.of(self.processing_class)
-            self.teacher_format = self._format_of(self.teacher, self._teacher_processor)
-            self._label_order = label_order(self.class_names, self.teacher.config).to(self.args.device)
-        if self.tail_teacher is not None:
-            self.tail_format = self._format_of(self.tail_teacher, self._tail_processor)
-            order = label_order(self.class_names, self.tail_teacher.config, "tail teacher")
-            self._tail_order = order.to(self.args.device)
-
-    def _format_of(self, teacher: PreTrainedModel, processor) -> ImageFormat:
-        if processor is None and isinstance(teacher.config, FlatTeacherConfig):
-            processor = model_processor(teacher.config)
-        return ImageFormat.of(processor or self.processing_class)
+        self.student_format = ImageFormat.of(self.processing_class)
+        for name, teacher in self._teachers().items():
+            processor = self._processors[name]
+            if processor is None and isinstance(teacher.config, FlatTeacherConfig):
+                processor = model_processor(teacher.config)
+            self.formats[name] = ImageFormat.of(processor or self.processing_class)
+            order = label_order(self.class_names, teacher.config, name.replace("_", " "))
+            self._orders[name] = order.to(self.args.device)
 
     def _count_images(self, config, groups):
         super()._count_images(config, groups)
@@ -121,39 +118,30 @@ class TaughtTrainer(LongTailTrainer):
     def routed_logits(self, views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Computes the logits of the teacher of each image: for an image of a class of the tail, the tail teacher.
 
-        The class of a mixed image is the one with the largest share in the mix; of two equal shares, the first.
-
-        Args:
-            views: Images, normalised for the student; (batch, 3, height, width).
-            labels: Class indices (batch,), or probabilities (batch, classes) after mixing.
+        The class of a mixed image is the one with the largest share in the mix; of two equal shares, the first. Labels
+        are class indices (batch,), or probabilities (batch, classes) after mixing.
         """
         if self.tail_teacher is None:
             return self.teacher_logits(views)
         dominating = labels if labels.dim() == 1 else labels.argmax(dim=1)
         is_tail = torch.isin(dominating, torch.tensor(self.tail_classes, device=dominating.device))
         rows = [(~is_tail).nonzero().flatten(), is_tail.nonzero().flatten()]
-        parts = [self.teacher_logits(views[mine], tail) for tail, mine in enumerate(rows) if len(mine)]
+        parts = [
+            self.teacher_logits(views[mine], name) for name, mine in zip(self.formats, rows, strict=True) if len(mine)
+        ]
         return torch.cat(parts)[torch.cat(rows).argsort()]  # in the order of the batch again
 
-    def teacher_logits(self, pixel_values: torch.Tensor, tail: bool | int = False) -> torch.Tensor:
-        """Computes a teacher's logits, in the student's label order, for images normalised for the student.
+    def teacher_logits(self, pixel_values: torch.Tensor, name: str = "teacher") -> torch.Tensor:
+        """Computes the logits of `teacher` or `tail_teacher`, in the student's label order.
 
-        The images are resized and re-normalised if the teacher's size or normalisation differs.
-
-        Args:
-            pixel_values: Images, normalised for the student; (batch, 3, height, width).
-            tail: Whether it is the tail teacher.
+        Images, (batch, 3, height, width), are normalised for the student, and resized and re-normalised as needed.
         """
         if not self._are_prepared:
             self._prepare_teachers()
         with torch.inference_mode(), self.accelerator.autocast():
-            teacher = self.tail_teacher if tail else self.teacher
-            target, order = (self.tail_format, self._tail_order) if tail else (self.teacher_format, self._label_order)
-            assert teacher is not None  # `train` requires one
-            assert target is not None
             antialias = bool(self.args.teacher_antialias)
-            images = resize_and_renormalize(pixel_values, self.student_format, target, antialias)
-            logits = teacher(images).logits[:, order]
+            images = resize_and_renormalize(pixel_values, self.student_format, self.formats[name], antialias)
+            logits = self._teachers()[name](images).logits[:, self._orders[name]]
         return logits.clone()  # autograd cannot save an inference tensor for the backward pass of the soft loss
 
     # ---- Before the first step ----
@@ -174,23 +162,23 @@ class TaughtTrainer(LongTailTrainer):
             self.cache = cache_of(self, self._teacher_digests)
             self._steps_per_epoch = self.steps_per_epoch()
         accuracies = self._accuracies_of_teachers()
-        self.results.teacher = teacher_record(self.teacher, accuracies.get("teacher"))
+        for name, teacher in self._teachers().items():
+            self.results.teachers[name] = teacher_record(teacher, accuracies.get(name))
         if self.tail_teacher is not None:
-            classes = {"classes": [self.class_names[label] for label in self.tail_classes]}
-            self.results.tail_teacher = teacher_record(self.tail_teacher, accuracies.get("tail_teacher")) | classes
+            self.results.teachers["tail_teacher"]["classes"] = [self.class_names[label] for label in self.tail_classes]
 
     def _accuracies_of_teachers(self) -> dict[str, dict[str, float]]:
         """Accuracies of the teachers on the images of the evaluations, which the cache keeps; empty without images."""
         if self.eval_dataset is None:
             return {}
         cache = self.cache
-        key = None if cache is None else evaluation_digest(self)
-        found = None
-        if cache is not None and key is not None:
-            found = of_first_process(lambda: cache.accuracies(key))
+        if cache is None:
+            return {name: self.check_teacher(name) for name in self._teachers()}
+        key = evaluation_digest(self)
+        found = of_first_process(lambda: cache.accuracies(key))
         if found is None:
-            found = {name: self.check_teacher(name == "tail_teacher") for name in self._teachers()}
-            if cache is not None and key is not None and self.is_world_process_zero():
+            found = {name: self.check_teacher(name) for name in self._teachers()}
+            if self.is_world_process_zero():
                 cache.put_accuracies(key, found)
         return found
 
@@ -214,20 +202,23 @@ class TaughtTrainer(LongTailTrainer):
         if not self.args.needs_teacher:
             return {"teacher": "none: both tokens learn from the labels"}
         kind = self.evaluated_on
-        accuracies = (self.results.teacher or {}).get("accuracies") or {}
-        untaught = [name for name in self.groups if accuracies.get(name) == 0]
+        accuracies = {name: record.get("accuracies") or {} for name, record in self.results.teachers.items()}
+        untaught = [name for name in self.groups if accuracies["teacher"].get(name) == 0]
         if untaught:
             lines["note"] = (
                 f"the teacher predicts no {' and no '.join(untaught)} {kind} image correctly; DIST can hardly learn "
                 "these classes from it. Train the teacher longer, or with another teacher_loss."
             )
-        if warning := self._loss_by_format(accuracies):
+        if warning := self._loss_by_format(accuracies["teacher"]):
             lines["warning"] = warning
-        lines["teacher"] = self._plan_of_teacher(self.teacher, self.teacher_format, accuracies)
+        for name, teacher in self._teachers().items():
+            known = [f"{group} {100 * value:.1f}" for group, value in accuracies[name].items() if not math.isnan(value)]
+            lines[name.replace("_", " ")] = (
+                f"{type(teacher).__name__}, {self.formats[name]}, sees the {self.args.teacher_view} view"
+                + (f"; {kind} accuracy in %: {', '.join(known)}" if known else "")
+            )
         if self.tail_teacher is not None:
-            own = (self.results.tail_teacher or {}).get("accuracies") or {}
-            text = self._plan_of_teacher(self.tail_teacher, self.tail_format, own)
-            lines["tail teacher"] = f"{text}; teaches {len(self.tail_classes)} of {len(self.class_names)} classes"
+            lines["tail teacher"] += f"; teaches {len(self.tail_classes)} of {len(self.class_names)} classes"
         if self.cache is not None:
             lines["teacher cache"] = cache_plan(self.cache, self)
         return lines
@@ -248,16 +239,11 @@ class TaughtTrainer(LongTailTrainer):
         return (
             f"the teacher classifies {100 * before:.1f} % of the {self.evaluated_on} images correctly as its own "
             f"processor makes them, but only {100 * accuracies['overall']:.1f} % as the student sees them, and DIST "
-            f"learns from the latter. Choose an image_size near the teacher's ({self.teacher_format})."
+            f"learns from the latter. Choose an image_size near the teacher's ({self.formats['teacher']})."
         )
 
-    def _plan_of_teacher(self, teacher, image_format, accuracies: Mapping[str, float]) -> str:
-        text = f"{type(teacher).__name__}, {image_format}, sees the {self.args.teacher_view} view"
-        known = [f"{name} {100 * value:.1f}" for name, value in accuracies.items() if not math.isnan(value)]
-        return f"{text}; {self.evaluated_on} accuracy in %: {', '.join(known)}" if known else text
-
     @torch.no_grad()
-    def check_teacher(self, tail: bool = False) -> dict[str, float]:
+    def check_teacher(self, name: str = "teacher") -> dict[str, float]:
         """Measures a teacher's accuracies on the images of the evaluations, preprocessed by the student's pipeline.
 
         Raises:
@@ -266,7 +252,7 @@ class TaughtTrainer(LongTailTrainer):
         predicted_parts, label_parts = [], []
         first = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
         for batch in self.get_eval_dataloader(first):
-            predicted = self.teacher_logits(batch["pixel_values"].to(self.args.device), tail).argmax(dim=1)
+            predicted = self.teacher_logits(batch["pixel_values"].to(self.args.device), name).argmax(dim=1)
             gathered = self.accelerator.gather_for_metrics((predicted, batch["labels"].to(self.args.device)))
             predicted_parts.append(gathered[0].cpu())
             label_parts.append(gathered[1].cpu())
@@ -279,7 +265,7 @@ class TaughtTrainer(LongTailTrainer):
         # Balanced, because a teacher that predicts a frequent class for everything can be accurate overall.
         if balanced < chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
             raise TeacherAtChanceError(
-                f"the {'tail ' * tail}teacher is no better than chance: {100 * balanced:.1f} % balanced accuracy on "
+                f"the {name.replace('_', ' ')} is no better than chance: {100 * balanced:.1f} % balanced accuracy on "
                 f"{len(labels)} {self.evaluated_on} images of {num_labels} classes. Check that it is trained, and that "
                 "its class order, image size and normalisation are correct."
             )

@@ -32,7 +32,6 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     Args:
         model: A [`FlatTeacherForImageClassification`], or any image classifier.
-        args: A [`FlatTeacherTrainingArguments`].
         **kwargs: Parameters of [`LongTailTrainer`]. A given optimiser keeps its groups and learning rates, and is
             wrapped in SAM if `sam_rho` is not 0. A given SAM optimiser is used unchanged.
 
@@ -80,17 +79,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         return "SGD"
 
     def learning_rate_at(self, epoch: float, epochs: float) -> float:
-        args = self.args
-        if not args.lr_drop_epochs:
-            return super().learning_rate_at(epoch, epochs)
-        return warmup_drops(
-            epoch,
-            peak=args.peak_learning_rate,
-            drop_epochs=args.lr_drop_epochs,
-            factors=args.lr_drops,
-            warmup_epochs=args.warmup_epochs,
-            warmup_start=args.warmup_learning_rate,
-        )
+        return warmup_drops(epoch, self.args) if self.args.lr_drop_epochs else super().learning_rate_at(epoch, epochs)
 
     def make_criterion(self, class_weights: torch.Tensor | None) -> nn.Module:
         return self.args.loss.build(self.args, self.class_counts, class_weights).to(self.args.device)

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from ..data.transforms import TRAIN_CROPS
 from ..losses import TEACHER_LOSSES, TeacherLoss
 from ..losses.entry import BELOW_1, Limit, find, listed
+from ..recipes.sections import option
 from . import inherited
-from .arguments import LongTailTrainingArguments, increases, option, require
+from .arguments import LongTailTrainingArguments, increases, require
 
 # Reversed, because a dataclass has the fields of its last base first.
 _LOSS_OPTIONS = [loss.options for loss in reversed(TEACHER_LOSSES.values()) if loss.options is not None]

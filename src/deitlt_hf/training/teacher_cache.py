@@ -5,13 +5,14 @@ import json
 import math
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.nn import functional as F
@@ -45,16 +46,10 @@ class _Part(NamedTuple):
 class TeacherCache:
     """The labels, or for soft distillation the logits, of one teacher on the views of one training, in files.
 
-    A subfolder has the digest of everything that decides views and labels as its name. It holds a file for each epoch
-    and process. A file holds the micro-batches that were computed so far, and a digest of its content. Files are
-    replaced atomically and under a lock, and keep what other runs have stored.
-
-    Args:
-        folder: Folder of all caches.
-        identity: Everything that decides the views and labels; JSON.
-        process: Index of this process.
-        classes: Number of classes.
-        is_hard: Whether only the predicted class of an image is needed.
+    A subfolder has the digest of everything that decides views and labels (`identity`) as its name. It holds a file for
+    each epoch and process. A file holds the micro-batches that were computed so far, and a digest of its content. Files
+    are replaced atomically and under a lock, and keep what other runs have stored. With `is_hard`, only the predicted
+    class of an image is stored.
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], process: int, classes: int, is_hard: bool):
@@ -76,14 +71,10 @@ class TeacherCache:
         return len([*self.folder.glob(self._name("*"))])
 
     def get(self, epoch: int, index: int, views: torch.Tensor) -> torch.Tensor | None:
-        """Returns the teacher's logits for a micro-batch, if they are stored.
+        """Returns the teacher's logits for a micro-batch of this process in an epoch, if they are stored.
 
-        For hard distillation these are 1 for the predicted class and 0 for others.
-
-        Args:
-            epoch: Counted from 0.
-            index: Index of the micro-batch of this process in the epoch.
-            views: Images that the teacher sees, (images, 3, height, width).
+        For hard distillation these are 1 for the predicted class and 0 for others. The views are the images that the
+        teacher sees, (images, 3, height, width).
         """
         if epoch != self._epoch:
             self.flush()
@@ -109,19 +100,26 @@ class TeacherCache:
         """Writes what is new. If the folder cannot be written to, the run continues without storing."""
         if not self._new or self._is_closed:
             return
+        self._store(self._write_epoch)
+        self._new = {}
+
+    def _write_epoch(self) -> None:
         assert self._epoch is not None  # set by `get`
+        if not (self.folder / IDENTITY_FILE).is_file():
+            write_json(self.folder / IDENTITY_FILE, self.identity)
+        self._stored = self._read(self._path(self._epoch)) | self._new
+        with atomic_write(self._path(self._epoch)) as part:
+            _write(part, self._stored)
+
+    def _store(self, write: Callable[[], None]) -> None:
+        """Calls a function under the lock of the folder. If the folder cannot be written to, nothing more is stored."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
-                if not (self.folder / IDENTITY_FILE).is_file():
-                    write_json(self.folder / IDENTITY_FILE, self.identity)
-                self._stored = self._read(self._path(self._epoch)) | self._new
-                with atomic_write(self._path(self._epoch)) as part:
-                    _write(part, self._stored)
+                write()
         except OSError as error:
             self._is_closed = True
-            warnings.warn(f"the teacher's labels cannot be stored in {self.folder}: {one_line(error)}.", stacklevel=2)
-        self._new = {}
+            warnings.warn(f"the teacher's labels cannot be stored in {self.folder}: {one_line(error)}.", stacklevel=3)
 
     def accuracies(self, evaluation: str) -> dict[str, Any] | None:
         """Accuracies of the teachers that an earlier run measured on the same images; None if there are none."""
@@ -137,12 +135,7 @@ class TeacherCache:
 
     def put_accuracies(self, evaluation: str, accuracies: Mapping[str, Any]) -> None:
         """Stores accuracies of the teachers. `evaluation` is a digest of the images and groups."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock"):
-                write_json(self._accuracies_path(evaluation), accuracies)
-        except OSError as error:
-            warnings.warn(f"the teacher's accuracies cannot be stored: {one_line(error)}.", stacklevel=2)
+        self._store(lambda: write_json(self._accuracies_path(evaluation), accuracies))
 
     def _accuracies_path(self, evaluation: str) -> Path:
         return self.folder / f"accuracies-{evaluation}.json"
@@ -230,7 +223,7 @@ def identity_of(trainer, teachers: list[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "teachers": teachers,
-        "teacher_formats": [repr(trainer.teacher_format), repr(trainer.tail_format)],
+        "teacher_formats": [repr(trainer.formats.get(name)) for name in ("teacher", "tail_teacher")],
         "classes": trainer.class_names,
         # Label smoothing does not change views, but could decide between equal shares of a mix.
         "tail": [trainer.tail_classes, args.label_smoothing_factor] if trainer.tail_classes else None,
@@ -247,28 +240,17 @@ def identity_of(trainer, teachers: list[str]) -> dict[str, Any]:
     }
 
 
-def evaluation_digest(trainer) -> str | None:
-    """Digest of the images and groups on which the teachers are checked; None for images of an unknown kind."""
+def evaluation_digest(trainer) -> str:
+    """Digest of the images and groups on which the teachers are checked."""
     images = trainer._datasets[1]
     content = images_hash(next(iter(images.values())) if isinstance(images, Mapping) else images)
-    if content is None:
-        return None
     facts = [content, trainer.groups, trainer.args.per_device_eval_batch_size, str(trainer.processing_class.to_dict())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def cache_of(trainer, teachers: list[str]) -> TeacherCache:
-    """The cache in `teacher_cache` for a run of a trainer.
-
-    Raises:
-        ValueError: If the views of the training cannot be identified.
-    """
+    """The cache in `teacher_cache` for a run of a trainer."""
     args = trainer.args
-    if images_hash(trainer._datasets[0]) is None:
-        raise ValueError(
-            "teacher_cache needs training images that can be identified: a datasets.Dataset, not rows of "
-            "another kind; leave out teacher_cache."
-        )
     identity, is_hard = identity_of(trainer, teachers), args.distillation == HARD
     return TeacherCache(args.teacher_cache, identity, args.process_index, len(trainer.class_names), is_hard)
 
@@ -281,15 +263,6 @@ def cache_plan(cache: TeacherCache, trainer) -> str:
     size = cache.bytes_per_image * images
     kind = "labels" if cache.is_hard else "logits (soft distillation needs all)"
     return (
-        f"{cache.folder}: {kind} of {cache.epochs()} epochs so far; about {_size(size)} an epoch, "
-        f"{_size(size * epochs)} for {epochs:g} epochs"
+        f"{cache.folder}: {kind} of {cache.epochs()} epochs so far; about {decimal(size)} an epoch, "
+        f"{decimal(round(size * epochs))} for {epochs:g} epochs"
     )
-
-
-def _size(number: float) -> str:
-    """A number of bytes in words."""
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"

@@ -40,7 +40,7 @@ from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import HOW_TO_RESUME
 from .ema import EMA_FOLDER, MovingAverage, save_average
-from .experts import check_best_metric, converted, expert_columns, expert_metrics_added, expert_table
+from .experts import check_best_metric, converted, expert_columns, expert_metrics_added
 from .inherited import check_parameters
 from .inputs import as_images, common_classes, ignoring_stop_signals, name_classes
 from .memory import keep_freed_memory
@@ -48,9 +48,10 @@ from .optimizers import check_given
 from .output_folder import check_output_dir, claim_output_dir, resumes_in, run_lock
 from .plan_lines import plan_lines, print_plan
 from .processes import check_same_images, of_first_process
+from .provenance import what_ran
 from .publishing import hub_options, push_trained
 from .results import Results
-from .resuming import Beginning, BeginRun, EpochOrder, MissedEvaluation, find_beginning
+from .resuming import Beginning, BeginRun, MissedEvaluation, find_beginning
 from .run_log import RunFile, RunLog, WaitingNote
 from .sharpness_aware import SharpnessAwareTrainer
 
@@ -184,7 +185,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
-        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), EpochOrder(), WaitingNote(self)]
+        callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), WaitingNote(self)]
         callbacks += [self.run_file, self.nonfinite_guard, *self.voters]
         callbacks += [] if self.ema is None else [self.ema]
         for callback in (*callbacks, MissedEvaluation(self)):
@@ -193,8 +194,6 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def _check_parameters(self, model, args, model_init, others: dict[str, Any]) -> None:
         """Checks the parameters of the constructor that need no data, and removes refused ones from `others`."""
         check_parameters(others)
-        for name in ("data_collator", "compute_loss_func"):
-            others.pop(name, None)
         if (model is None) == (model_init is None):
             raise ValueError("give either a model or model_init.")
         if not isinstance(args, self.arguments_class):
@@ -246,7 +245,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def check_accelerator(self) -> None:
         """Raises `ValueError` if arguments are not supported with the accelerator that was configured."""
         super().check_accelerator()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if not self.is_sharded:
             return
         if self.args.ema_decay is not None:
             raise ValueError("a moving average needs unsharded weights; leave out DeepSpeed and FSDP, or ema_decay.")
@@ -361,6 +360,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
         """Claims the output folder, starts `results.json` and prints the plan, before the first step."""
         claim_output_dir(self.run_dir, self.args.overwrite, self._resuming, self.accelerator)
         self.results.start(self, self.beginning.step, self.beginning.record)
+        if self.optimizer is not None:  # a frozen teacher has none
+            self.results.content["ran"] = what_ran(self)
         if self.is_world_process_zero():
             self.results.write()
             print_plan(self, self.steps_per_epoch(), self._plan)
@@ -464,9 +465,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def create_model_card(self, model_name: str | None = None, **metadata):  # type: ignore[override]
         """Writes the model card, `README.md`, from the record of this run; see [`write_card`].
 
-        Args:
-            model_name: Heading of the card; by default the name of the repository.
-            **metadata: Fields of huggingface_hub's `ModelCardData`, such as `license` or `tags`.
+        `model_name` is its heading, by default the name of the repository; `metadata` are fields of huggingface_hub's
+        `ModelCardData`, such as `license` or `tags`.
         """
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self.hub_model_id, model_name, **metadata)
@@ -477,8 +477,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         With `push_to_hub` in the arguments, the constructor calls it.
 
         Raises:
-            ValueError: If `hub_model_id` is not a valid repository name, or the repository holds a model of another
-                type.
+            ValueError: If the name is not valid, or the repository holds a model of another type.
             OSError: If the repository cannot be pushed to.
         """
         if self.is_world_process_zero():
@@ -497,18 +496,9 @@ class LongTailTrainer(SharpnessAwareTrainer):
     ) -> CommitInfo | None:
         """Saves the model in `args.output_dir`, and pushes it with its card, results and curves.
 
-        All processes must call it; only the main process pushes. Parameters that are None use the training arguments.
-
-        Args:
-            commit_message: First line of the commit message.
-            blocking: Must be True: the folder must not change while it is pushed.
-            token: Access token with write permission.
-            revision: Branch to push to.
-            private: Whether a new repository is private.
-            **card: Parameters of `create_model_card`.
-
-        Returns:
-            The commit in the main process; None in other processes.
+        All processes must call it; only the main process pushes, and returns the commit. Parameters that are None use
+        the training arguments; `blocking` must be True, because the folder must not change meanwhile; `card` has the
+        parameters of `create_model_card`.
 
         Raises:
             FileExistsError: If this trainer did not train, and the folder already holds a run or a model.
@@ -564,23 +554,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
             self._keeps_logits = False
         return output._replace(predictions=None if kept is None else tuple(kept)[1])  # type: ignore[arg-type]
 
-    def expert_metrics(self, counted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Computes the loss and the accuracies of each expert, overall and by group, and sets `last_table`.
-
-        Args:
-            counted: Columns of [`expert_columns`]; (images, experts + 1).
-            labels: True classes; (images,).
-        """
-        names = self.expert_names(self.averaged_model is not None)
-        self.last_table, metrics = expert_table(counted, labels, names, self.groups, self.class_names)
-        return metrics
-
     def get_eval_dataloader(self, eval_dataset=None):
-        """Data loader for evaluation. Accepts a `datasets.Dataset`, which is wrapped.
-
-        Raises:
-            ValueError: If the data set has other classes than the model, or another order of classes.
-        """
+        """Data loader for evaluation. A `datasets.Dataset` is wrapped, and must have the model's classes."""
         return ignoring_stop_signals(super().get_eval_dataloader(self._matching_images(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset):
@@ -595,10 +570,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert and prints the table. During training, results on the trainer's test set are recorded.
 
-        Args:
-            eval_dataset: Test images to use instead of the trainer's, or a mapping from names to several test sets.
-            ignore_keys: Fields of the model's output that are not passed to `compute_metrics`.
-            metric_key_prefix: Prefix of the metric names. With several test sets, the name of the set follows.
+        `eval_dataset` are test images to use instead of the trainer's, or a mapping from names to several test sets,
+        whose names follow the prefix. Fields in `ignore_keys` are not passed to `compute_metrics`.
         """
         if self.is_in_train:
             self.nonfinite_guard.check()

@@ -100,12 +100,8 @@ def is_head(name: str) -> bool:
 def rate_factor(name: str, depth: int, layer_decay: float) -> float:
     """Factor of the learning rate of a parameter: `layer_decay` to the number of layers above it, as in timm.
 
-    The heads have 1. The final norm has the factor of the last block, `layer_decay`.
-
-    Args:
-        name: Name of the parameter in a student, also with the prefixes of PEFT.
-        depth: Number of blocks.
-        layer_decay: Factor from one layer to the layer below it (Bao et al., BEiT, 2021, appendix H).
+    The heads have 1. The final norm has the factor of the last block, `layer_decay` (Bao et al., BEiT, 2021, appendix
+    H). The name of the parameter can have the prefixes of PEFT; `depth` is the number of blocks.
     """
     index = _BLOCK.search(name)
     layer = int(index[1]) + 1 if index else depth + 1 if is_head(name) else 0 if "embeddings." in name else depth
@@ -113,17 +109,26 @@ def rate_factor(name: str, depth: int, layer_decay: float) -> float:
 
 
 def parameter_groups(
-    model: PreTrainedModel, decayed: Collection[str], weight_decay: float, learning_rate: float, layer_decay: float
+    model: Any,
+    decayed: Collection[str],
+    weight_decay: float,
+    learning_rate: float,
+    layer_decay: float,
+    matrices: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups the trained parameters of a student by weight decay and learning rate, see [`rate_factor`]."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    """Groups the trained parameters of a student by weight decay and learning rate, see [`rate_factor`].
+
+    With the names of matrices, also by whether they are among these (`use_muon`).
+    """
+    groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (rate_factor(name, model.config.num_hidden_layers, layer_decay), name in decayed)
-            groups.setdefault(key, []).append(parameter)
+            factor = rate_factor(name, model.config.num_hidden_layers, layer_decay)
+            groups.setdefault((factor, name in decayed, name in (matrices or ())), []).append(parameter)
     return [
         {"params": parameters, "lr": learning_rate * factor, "weight_decay": weight_decay if has_decay else 0.0}
-        for (factor, has_decay), parameters in groups.items()
+        | ({} if matrices is None else {"use_muon": is_matrix})
+        for (factor, has_decay, is_matrix), parameters in groups.items()
     ]
 
 
@@ -132,14 +137,11 @@ def parameter_groups(
 
 @torch.no_grad()
 def begin_heads(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Sets both heads to the classifier of the nearest class mean; each class counts the same.
+    """Sets both heads of a student to the classifier of the nearest class mean; each class counts the same.
 
     With class means m_c, their mean m, and the mean squared distance s of an image to the mean of its class, the logits
-    for a feature x are ((m_c - m) x - (|m_c|^2 - |m|^2) / 2) / s. A class without images gets the logit 0.
-
-    Args:
-        model: A student.
-        batches: Features of both tokens, (images, 2, hidden_size), and labels, (images,), of all training images.
+    for a feature x are ((m_c - m) x - (|m_c|^2 - |m|^2) / 2) / s. A class without images gets the logit 0. The batches
+    have the features of both tokens, (images, 2, hidden_size), and labels, (images,), of all training images.
     """
     found = {name.rpartition(".")[2]: module for name, module in model.named_modules() if name.endswith(_HEADS)}
     # PEFT keeps a trained copy inside a wrapper.

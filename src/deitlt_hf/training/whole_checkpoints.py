@@ -27,6 +27,7 @@ from .checkpoints import (
     replace_model,
     step_in_name,
 )
+from .provenance import without_wrapper
 
 
 def class_without_shards(model: nn.Module) -> type[nn.Module]:
@@ -67,6 +68,11 @@ class WholeCheckpointTrainer(Trainer):
     _staging: Path | None = None  # folder of the checkpoint that is being written
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether weights, gradients or optimiser states are divided among the processes."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @property
     def saved_step(self) -> int:
         """Step of the weights that the model has after training."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
@@ -92,11 +98,10 @@ class WholeCheckpointTrainer(Trainer):
                 f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
                 f"{' '.join(str(error).split())}; earlier checkpoints are unchanged."
             ) from error
-        except KeyboardInterrupt:
-            shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
-            raise
         finally:
             self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
 
     def _finish_checkpoint(self, output_dir: str) -> None:
         staged = Path(output_dir) / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -154,7 +159,7 @@ class WholeCheckpointTrainer(Trainer):
                 f"the checkpoint {resume_from_checkpoint} is of a run without FSDP; resume it without FSDP, or start "
                 "with --init_from and another --output_dir."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
+        if self.is_sharded or not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         both: Any = type(model).from_pretrained(
@@ -175,7 +180,7 @@ class WholeCheckpointTrainer(Trainer):
         model.load_state_dict(loaded.state_dict())
 
     def _load_best_model(self):
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_sharded:
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -207,8 +212,7 @@ class WholeCheckpointTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Raises `ValueError` in one sentence if the states of a checkpoint belong to another optimiser or model."""
         try:
-            shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            if checkpoint and not shards and (Path(checkpoint) / OPTIMIZER_NAME_BIN).is_file():
+            if checkpoint and not self.is_sharded and (Path(checkpoint) / OPTIMIZER_NAME_BIN).is_file():
                 self._load_state_of_shards(checkpoint)
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
@@ -225,7 +229,8 @@ class WholeCheckpointTrainer(Trainer):
         assert self.lr_scheduler is not None
         # Accelerate has saved the whole state with names of parameters; that of a plain optimiser has numbers.
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
-        set_optimizer_state_dict(self.model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(
+            self.model, without_wrapper(self.optimizer), state, options=StateDictOptions(full_state_dict=True)
+        )
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
