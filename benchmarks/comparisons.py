@@ -591,7 +591,7 @@ COMPARISONS = {
         targets={
             "import deitlt_hf": "<= 0.1 s",
             "deitlt --help": "<= 0.3 s",
-            "to the end of digits_lt's first step": "<= 15 s",
+            "to the end of digits_lt's first step": "<= 4 s",
         },
         turns=5,
         warm_up=1,
