@@ -71,7 +71,10 @@ def model_processor(
 ) -> BitImageProcessor:
     """Makes the image processor for a model whose configuration has an image size and optionally mean and std.
 
-    The other parameters are those of [`image_processor`].
+    Args:
+        config: The model's configuration.
+        resize_size: See [`image_processor`].
+        background: See [`image_processor`].
 
     Raises:
         ValueError: If the resized image would be smaller than the model's, or `image_size` is not an integer.
@@ -88,11 +91,17 @@ def model_processor(
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """Size and normalisation of a model's input images."""
+    """Size and normalisation of a model's input images.
 
-    size: tuple[int, int]  # height and width in pixels
-    mean: tuple[float, ...]  # for images in [0, 1], one value per channel
-    std: tuple[float, ...]  # likewise
+    Args:
+        size: Height and width in pixels.
+        mean: Mean for normalising images in [0, 1], one value per channel.
+        std: Standard deviation for normalising images in [0, 1], one value per channel.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @classmethod
     def of(cls, processor: BaseImageProcessor) -> "ImageFormat":
@@ -181,9 +190,13 @@ class TrainTransform:
         self._memory = np.empty(0, np.float32)
 
     def __call__(self, image: EncodedImage | Image.Image | np.ndarray) -> torch.Tensor:
-        """Crops, flips and augments an encoded or decoded image: Pillow's in RGB, or uint8 of shape (height, width, 3).
+        """Crops, flips and augments an image.
 
-        Returns uint8 of shape (size, size, 3).
+        Args:
+            image: Encoded image, or a decoded one: a Pillow image in RGB, or uint8 of shape (height, width, 3).
+
+        Returns:
+            uint8 of shape (size, size, 3).
         """
         pixels = self.crop(np.asarray(image) if isinstance(image, Image.Image) else image, self.size)
         # Drawn from torch as RandomHorizontalFlip does, and not at all for 0, where timm leaves the flip out.
@@ -196,9 +209,13 @@ class TrainTransform:
         return _tensor(pixels).contiguous()
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalises and randomly erases a batch, uint8 of shape (batch, size, size, 3), on its device.
+        """Normalises and randomly erases a batch on its device.
 
-        Returns float32 of shape (batch, 3, size, size), in channels-last memory format.
+        Args:
+            pixels: uint8 of shape (batch, size, size, 3).
+
+        Returns:
+            float32 of shape (batch, 3, size, size), in channels-last memory format.
         """
         rows = pixels.flatten(2)
         mean, std = _channels(self.mean, pixels.device), _channels(self.std, pixels.device)
@@ -286,10 +303,14 @@ def weak_transform(processor: BitImageProcessor, hflip: float = 0.5) -> TrainTra
 def resize_and_renormalize(
     pixel_values: torch.Tensor, source: ImageFormat, target: ImageFormat, antialias: bool = True
 ) -> torch.Tensor:
-    """Converts normalised images, (batch, channels, height, width), from one model's format to another's.
+    """Converts a normalised batch from one model's format to another's: bicubic resizing, then renormalisation.
 
-    Resizing is bicubic. `antialias` smooths before downscaling, as Pillow does. The authors' environment did not: their
-    torchvision 0.15 resized tensors without.
+    Args:
+        pixel_values: Normalised images; (batch, channels, height, width), of any height and width.
+        source: Format of the given images.
+        target: Format of the result.
+        antialias: Smooth before downscaling, as Pillow does. The authors' environment did not: their torchvision 0.15
+            resized tensors without.
     """
     if pixel_values.shape[-2:] != target.size:
         pixel_values = resize(pixel_values, target.size, antialias)

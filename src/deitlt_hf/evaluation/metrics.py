@@ -153,7 +153,12 @@ def paired_leads(
     """Accuracies of models minus those of another model on the same test images, in points, overall and by group.
 
     Every bootstrap sample has the same images for all models, so what makes an image hard for all of them cancels out.
-    `predictions` and `reference` are predicted classes of each image; [`bootstrap_intervals`] describes the others.
+
+    Args:
+        predictions: Predicted class of each image, by model.
+        reference: Classes predicted by the other model.
+        labels: True class of each image; see [`bootstrap_intervals`] for the last two parameters.
+        groups: Class indices of each group.
     """
     classes = {name: np.asarray(found) for name, found in predictions.items()}
     other, labels = np.asarray(reference), np.asarray(labels)

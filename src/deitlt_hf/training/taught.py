@@ -89,8 +89,8 @@ class TaughtTrainer(LongTailTrainer):
 
     def check_model(self, model):
         super().check_model(model)
-        self.student_format = ImageFormat.of(self.processing_class)
         for name, teacher in self._teachers().items():
+            self.student_format = ImageFormat.of(self.processing_class)
             processor = self._processors[name]
             if processor is None and isinstance(teacher.config, FlatTeacherConfig):
                 processor = model_processor(teacher.config)

@@ -465,8 +465,9 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def create_model_card(self, model_name: str | None = None, **metadata):  # type: ignore[override]
         """Writes the model card, `README.md`, from the record of this run; see [`write_card`].
 
-        `model_name` is its heading, by default the name of the repository; `metadata` are fields of huggingface_hub's
-        `ModelCardData`, such as `license` or `tags`.
+        Args:
+            model_name: Heading of the card; by default the name of the repository.
+            **metadata: Fields of huggingface_hub's `ModelCardData`, such as `license` or `tags`.
         """
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self.hub_model_id, model_name, **metadata)
@@ -496,9 +497,18 @@ class LongTailTrainer(SharpnessAwareTrainer):
     ) -> CommitInfo | None:
         """Saves the model in `args.output_dir`, and pushes it with its card, results and curves.
 
-        All processes must call it; only the main process pushes, and returns the commit. Parameters that are None use
-        the training arguments; `blocking` must be True, because the folder must not change meanwhile; `card` has the
-        parameters of `create_model_card`.
+        All processes must call it; only the main process pushes. Parameters that are None use the training arguments.
+
+        Args:
+            commit_message: First line of the commit message.
+            blocking: Must be True: the folder must not change while it is pushed.
+            token: Access token with write permission.
+            revision: Branch to push to.
+            private: Whether a new repository is private.
+            **card: Parameters of `create_model_card`.
+
+        Returns:
+            The commit in the main process; None in other processes.
 
         Raises:
             FileExistsError: If this trainer did not train, and the folder already holds a run or a model.
@@ -570,8 +580,10 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluates every expert and prints the table. During training, results on the trainer's test set are recorded.
 
-        `eval_dataset` are test images to use instead of the trainer's, or a mapping from names to several test sets,
-        whose names follow the prefix. Fields in `ignore_keys` are not passed to `compute_metrics`.
+        Args:
+            eval_dataset: Test images to use instead of the trainer's, or a mapping from names to several test sets.
+            ignore_keys: Fields of the model's output that are not passed to `compute_metrics`.
+            metric_key_prefix: Prefix of the metric names. With several test sets, the name of the set follows.
         """
         if self.is_in_train:
             self.nonfinite_guard.check()
