@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import deitlt_hf
-from deitlt_hf import comparison, quickstart
+from deitlt_hf import comparison, fitting
 from deitlt_hf.analysis.verdict import Outcome, judge
 from deitlt_hf.cli import main
 from deitlt_hf.data import image_processor
@@ -140,7 +140,7 @@ def test_a_killed_part_makes_the_price_a_lower_bound(tmp_path):
 
 
 def test_time_is_for_all_ways_together(colours, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
+    monkeypatch.setattr(fitting, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
     assert deitlt_hf.compare(colours, tmp_path / "out", 60, dry_run=True, image_size=16) is None
     printed = capsys.readouterr().out
     assert "is expected to take 60 min" in printed
@@ -148,7 +148,7 @@ def test_time_is_for_all_ways_together(colours, tmp_path, monkeypatch, capsys):
 
 
 def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
+    monkeypatch.setattr(fitting, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
     make_student().save_pretrained(tmp_path / "start")
     image_processor(8).save_pretrained(tmp_path / "start")
     start = {"init_from": str(tmp_path / "start")}
@@ -165,7 +165,7 @@ def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, mo
         deitlt_hf.compare(colours, tmp_path / "out", dry_run=True, image_size=8, **start)
     (tmp_path / "start" / "config.json").write_text(config)
     (tmp_path / "processor.json").rename(tmp_path / "start" / "preprocessor_config.json")
-    fitted = quickstart.fit(colours, given=start)
+    fitted = fitting.fit(colours, given=start)
     assert [fitted.value("student", name) for name in ("image_size", "hidden_size", "num_hidden_layers")] == [8, 16, 3]
     assert fitted.value("teacher", "image_size") == 16
     monkeypatch.setattr(comparison, "_conclude", lambda output, record, outcomes, *_: outcomes)
@@ -184,8 +184,8 @@ def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, mo
 
 
 def test_validation_images_choose_the_best_evaluation_of_every_way(colours, monkeypatch):
-    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
-    fitted = quickstart.fit(colours, given={"validation_fraction": 0.2})
+    monkeypatch.setattr(fitting, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
+    fitted = fitting.fit(colours, given={"validation_fraction": 0.2})
     for section in ("teacher", "student"):
         assert fitted.value(section, "load_best_model_at_end") is True
         assert fitted.value(section, "save_steps") == fitted.value(section, "eval_steps")
@@ -249,7 +249,7 @@ def test_overwriting_removes_only_the_ways_of_the_comparison(colours, tmp_path, 
         folder.mkdir(parents=True)
         (folder / "file").touch()
     (output / "comparison.json").write_text(json.dumps({"name": "colours", "arms": arms}))
-    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
+    monkeypatch.setattr(fitting, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
     monkeypatch.setattr(comparison, "_run", lambda output: output)
     assert deitlt_hf.compare(colours, output, overwrite=True, image_size=16) == output
     assert [(output / "notes" / "file").exists(), (tmp_path / "photos" / "file").exists()] == [True, True]

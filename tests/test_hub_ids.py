@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from deitlt_hf import quickstart
+from deitlt_hf import fitting
 from deitlt_hf.cli import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.training.trial import StepTimes
@@ -59,7 +59,7 @@ def repositories(hub, tmp_path, monkeypatch):
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """Makes each command that takes the Hub id of a model, with a new output folder."""
-    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
+    monkeypatch.setattr(fitting, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
     for row in range(24):
         save_image(tmp_path / "images" / ("train", "test")[row // 16] / "ab"[row % 2] / f"{row}.png", row)
     recipe, brief = ["--recipe", TINY], ["--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]

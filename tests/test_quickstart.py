@@ -14,10 +14,11 @@ import yaml
 from PIL import Image
 
 import deitlt_hf
-from deitlt_hf import quickstart
+from deitlt_hf import fitting, quickstart
 from deitlt_hf.cli import main
 from deitlt_hf.console import duration
-from deitlt_hf.quickstart import check_continues, comparison, recipe_title, section_arguments
+from deitlt_hf.fitting import section_arguments
+from deitlt_hf.quickstart import check_continues, comparison, recipe_title
 from deitlt_hf.recipes import load_recipe
 from deitlt_hf.recipes.fit import Choice, Folder, Machine, fit_recipe, sizes_for, standard_epochs, with_given
 from deitlt_hf.training.trial import StepTimes
@@ -205,10 +206,10 @@ def test_refused_in_one_sentence(photos, arguments, message, capsys, monkeypatch
 
 
 def test_numbers_on_the_command_line_stay_texts_for_fields_of_text():
-    values = {name: quickstart._given(name, "64").value for name in ("hidden_size", "label_column", "background")}
+    values = {name: fitting.given_choice(name, "64").value for name in ("hidden_size", "label_column", "background")}
     assert values == {"hidden_size": 64, "label_column": "64", "background": "64"}
-    assert quickstart._given("streaming", "true").value is True
-    assert quickstart._given("background", "[#").value == "[#"  # nothing that a parser would choke on
+    assert fitting.given_choice("streaming", "true").value is True
+    assert fitting.given_choice("background", "[#").value == "[#"  # nothing that a parser would choke on
 
 
 def test_a_recipe_of_other_images_is_not_continued(trained, photos, tmp_path):
@@ -220,7 +221,7 @@ def test_notes_on_tables_name_no_files_and_no_missing_split(tmp_path):
     cells = [{"bytes": encoded(picture()), "path": None}] * 4
     rows = datasets.Dataset.from_dict({"image": cells, "label": [0, 0, 1, 1]}).cast_column("image", datasets.Image())
     datasets.DatasetDict(train=rows, extra=rows).save_to_disk(tmp_path)
-    unused, twice = quickstart._look(tmp_path, [])[0].notes
+    unused, twice = fitting._look(tmp_path, [])[0].notes
     assert unused == "The split extra is not used (images: 4); the test images are set apart from the training images."
     assert "of another class; 'deitlt data check --deep' names them" in twice
 
@@ -233,7 +234,7 @@ def test_unused_splits_and_images_of_several_classes_are_noted(tmp_path):
                 colour = (100 * number, 100 * label, 100 * image)
                 Image.new("RGB", (8, 8), colour).save(tmp_path / split / str(label) / f"{image}.png")
     shutil.copy(tmp_path / "train" / "0" / "1.png", tmp_path / "train" / "1" / "copy.png")
-    folder, _ = quickstart._look(tmp_path, [])
+    folder, _ = fitting._look(tmp_path, [])
     unused, twice = folder.notes
     assert unused == "The split val is not used (images: 4); the test images are those of test."
     assert twice.startswith("2 training images have the same bytes as one of another class, such as ")
@@ -265,10 +266,10 @@ def test_overwriting_trains_the_teacher_again(trained, photos, tmp_path, monkeyp
 
 def test_time_is_counted_for_all_images_of_a_batch(photos, monkeypatch):
     """The trial has steps of one micro-batch, and a batch can have several."""
-    monkeypatch.setattr(quickstart, "measure_steps", lambda *_: StepTimes(1, 1, 0, 0, 0, 0))
+    monkeypatch.setattr(fitting, "measure_steps", lambda *_: StepTimes(1, 1, 0, 0, 0, 0))
     epochs = {"teacher_epochs": 5, "num_train_epochs": 5}
     seconds = [
-        sum(quickstart.fit(photos, None, {"per_device_train_batch_size": size, **epochs}).seconds)
+        sum(fitting.fit(photos, None, {"per_device_train_batch_size": size, **epochs}).seconds)
         for size in (24, 12)  # images of a micro-batch, in a batch of 24
     ]
     assert seconds[1] - seconds[0] == 10 * (99 // 12 - 99 // 24)
@@ -385,8 +386,8 @@ def test_less_time_gives_fewer_epochs_and_then_smaller_images(photos, monkeypatc
         step = (student_model.image_size / 32) ** 2
         return StepTimes(step, step, 0, 0, 0, 0)
 
-    monkeypatch.setattr(quickstart, "measure_steps", measured)
-    fitted = [quickstart.fit(photos, minutes) for minutes in (60, 30, 20, 8, 0.05)]
+    monkeypatch.setattr(fitting, "measure_steps", measured)
+    fitted = [fitting.fit(photos, minutes) for minutes in (60, 30, 20, 8, 0.05)]
     assert [recipe.image_size for recipe in fitted] == [64, 64, 48, 32, 32]
     epochs = [recipe.student_epochs / standard_epochs(100)[1] for recipe in fitted]
     assert epochs[0] > epochs[1] >= 0.4

@@ -20,21 +20,12 @@ from .analysis.pictures import require_matplotlib
 from .analysis.probing import probe
 from .analysis.report_page import PAGE
 from .analysis.verdict import Outcome, Verdict, judge, table, write_page
-from .console import quiet_log, show
+from .console import duration, quiet_log, show
 from .data.images import ImageCollator
 from .data.long_tail import class_counts
+from .fitting import RECIPE_FILE, STUDENT, TEACHER, fit
 from .io import atomic_write, read_json, write_json
-from .quickstart import (
-    IMAGES_FOLDER,
-    RECIPE_FILE,
-    STUDENT,
-    TEACHER,
-    check_continues,
-    check_places,
-    duration,
-    fit,
-    recipe_title,
-)
+from .quickstart import IMAGES_FOLDER, check_continues, check_places, recipe_title
 from .recipes import DataArguments, StudentArguments, fill_arguments, load_recipe
 from .recipes.fit import SMALL, FittedRecipe, adamw_rate, drw_start
 from .records import find_record

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 
 import deitlt_hf
-from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer, quickstart
+from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer, fitting, quickstart
 from deitlt_hf.analysis.budget import PlanArguments
 from deitlt_hf.analysis.probing import ProbeArguments
 from deitlt_hf.analysis.reporting import AnalysisArguments
@@ -219,7 +219,7 @@ def test_commands_of_the_training_page_are_valid(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):  # the command line is valid, and DIR does not exist
             main([name, *words.split()])
         assert "data_dir 'DIR' is not a folder" in capsys.readouterr().err
-    for name in (quickstart.RECIPE_FILE, quickstart.PREDICTIONS_FILE, f"{quickstart.IMAGES_FOLDER}/"):
+    for name in (fitting.RECIPE_FILE, quickstart.PREDICTIONS_FILE, f"{quickstart.IMAGES_FOLDER}/"):
         assert f"| `{name}` |" in TRAINING
     for number in (*fit.TEACHER_EPOCHS, *fit.STUDENT_EPOCHS, f"{fit.TEACHER_IMAGES:,}", f"{fit.STUDENT_IMAGES:,}"):
         assert str(number) in TRAINING

@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="init: time for training; chooses image size and epochs")
     arguments = sys.argv[1:] if arguments is None else arguments
     if "init" in arguments:
-        from ..quickstart import IMAGES_FOLDER, STUDENT, TEACHER, fit, recipe_title
+        from ..fitting import STUDENT, TEACHER, fit
+        from ..quickstart import IMAGES_FOLDER, recipe_title
         from .train import fields_of
 
         args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)

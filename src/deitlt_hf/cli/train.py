@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..quickstart import STUDENT, TEACHER, train
+from ..fitting import STUDENT, TEACHER
+from ..quickstart import train
 from ..recipes.usage import refuse_unknown
 from ..training.memory import keep_freed_memory
 from .parser import command_parser, parse_with_fields
