@@ -209,6 +209,8 @@ def test_numbers_on_the_command_line_stay_texts_for_fields_of_text():
     values = {name: fitting.given_choice(name, "64").value for name in ("hidden_size", "label_column", "background")}
     assert values == {"hidden_size": 64, "label_column": "64", "background": "64"}
     assert fitting.given_choice("streaming", "true").value is True
+    assert fitting.given_choice("train_sizes", ["16", "28"]).value == [16, 28]
+    assert fitting.given_choice("class_names", ["1", "2"]).value == ["1", "2"]
     assert fitting.given_choice("background", "[#").value == "[#"  # nothing that a parser would choke on
 
 

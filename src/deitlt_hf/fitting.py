@@ -184,10 +184,8 @@ def section_arguments(section: str, path: str, overrides: Mapping[str, Any]) -> 
 
 def given_choice(name: str, value: Any) -> Choice:
     """A value of the user as a choice, with the section that its field belongs to."""
-    if isinstance(value, str):  # from the command line
-        with contextlib.suppress(ValueError):
-            plain = json.loads(value)
-            value = plain if isinstance(plain, int | float) and not _takes_text(name) else value
+    if not _takes_text(name):
+        value = [_number(item) for item in value] if isinstance(value, list) else _number(value)
     if name == "teacher_epochs":
         return Choice("teacher", "num_train_epochs", value, "given")
     in_section = {
@@ -205,6 +203,15 @@ def given_choice(name: str, value: Any) -> Choice:
     return Choice(section, name, value, "given")
 
 
+def _number(value: Any) -> Any:
+    """A number or truth value of the command line, which are texts there; other values are returned unchanged."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            plain = json.loads(value)
+            return plain if isinstance(plain, int | float) else value
+    return value
+
+
 def _names(classes: Sequence[type]) -> set[str]:
     return {item.name for cls in classes for item in dataclasses.fields(cls) if item.init}
 
@@ -212,7 +219,8 @@ def _names(classes: Sequence[type]) -> set[str]:
 def _takes_text(name: str) -> bool:
     """Whether a field takes a text, so that a number or a truth value on the command line is one."""
     hints = {name: hint for cls in (*STUDENT, *TEACHER) for name, hint in get_type_hints(cls).items()}
-    return str in (hints.get(name), *get_args(hints.get(name)))
+    kinds = [hints.get(name), *get_args(hints.get(name))]
+    return str in kinds or any(str in get_args(kind) for kind in kinds)
 
 
 def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
