@@ -16,7 +16,7 @@ from deitlt_hf.analysis.attention import patch_distances
 
 # Experts of a student, by their names in tables and figures.
 EXPERTS = {"cls": "CLS", "distillation": "DIST", "mean": "prediction"}
-NOT_RUN = "not run yet"
+NOT_RUN = "not complete yet"
 
 
 class Evidence:

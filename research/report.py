@@ -62,6 +62,8 @@ def checks_table(claim: Claim, evidence: Evidence) -> str:
         shown = [f"{value:+.{check.decimals}f}" for value in (*differences, differences.mean(), *ends)]
         mean = f"{shown[number]} {check.unit}".strip()
         interval_text = " to ".join(shown[number + 1 :]) if number > 1 else "-"
+        if said == NOT_RUN:
+            said = f"{number} of {len(evidence.runs.setting.seeds)} seeds"
         rows.append([check.what, ", ".join(shown[:number]), mean, interval_text, said])
     made = [table(["first less second", "by seed", "mean", "95 % interval", "verdict"], rows)] if rows else []
     return "\n\n".join(made + ([f"Without a run yet: {'; '.join(missing)}."] if missing else []))
