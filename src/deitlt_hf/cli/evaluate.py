@@ -77,9 +77,11 @@ def compare_fusions(path: str, data_args: DataArguments, args: FusionArguments) 
     fusion folded into its heads is saved in `args.fused_output`.
 
     Raises:
+        FileExistsError: If `args.fused_output` holds a model, or is a file.
         ValueError: If the model has only one expert, its classes have another order, or the training images are
             streamed.
     """
+    _check_free(args.fused_output)
     if data_args.streaming:
         raise ValueError("a fusion cannot be fitted on streamed training images; leave --streaming out.")
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
