@@ -276,8 +276,9 @@ def test_records_of_a_seed_belong_together(claims):
             if teacher is not None:
                 if name not in setting.later:
                     assert record["teacher_sha256"] == found[teacher]["weights_sha256"]
-                paths = evidence.runs.record(seed, teacher).parent.glob(f"fashion-{teacher}-*seed{seed}.json")
-                taught = [json.loads(path.read_text()) for path in paths]
+                of_teacher = re.compile(rf"fashion-{teacher}(-[0-9a-f]{{8}})?-seed{seed}\.json")
+                folder = evidence.runs.record(seed, teacher).parent
+                taught = [json.loads(path.read_text()) for path in folder.iterdir() if of_teacher.fullmatch(path.name)]
                 assert record["teacher_sha256"] in {teacher["weights_sha256"] for teacher in taught}
                 assert len({tuple(record["arguments"]) for record in taught}) == 1
     for seed, record in evidence.records(report.LABELS).items():
