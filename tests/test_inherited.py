@@ -228,10 +228,10 @@ def test_values_that_are_set_later_take_effect(tmp_path):
     args.per_device_train_batch_size, args.gradient_accumulation_steps = 16, 1
     args.settle()
     assert (args.global_batch_size, args.learning_rate) == (16, rate / 2)
-    args = args.set_training(batch_size=8, gradient_accumulation_steps=2, learning_rate=0.1).settle()
+    args = args.set_training(batch_size=8, gradient_accumulation_steps=2, learning_rate=0.1)
     assert (args.global_batch_size, args.learning_rate) == (16, 0.1)
     assert (args.seed, args.data_seed) == (42, 42)  # without a data_seed, the order follows the seed
-    assert args.set_dataloader(train_batch_size=4, num_workers=1).settle().global_batch_size == 8
+    assert args.set_dataloader(train_batch_size=4, num_workers=1).global_batch_size == 8
     assert args.set_push_to_hub("me/model").hub_strategy == "end"
     with pytest.raises(ValueError, match="set_lr_scheduler has no effect"):
         args.set_lr_scheduler("cosine")

@@ -338,6 +338,14 @@ class LongTailTrainingArguments(TrainingArguments):
             self.data_seed = self._computed_data_seed = self.seed
         return self
 
+    def set_training(self, *args, **kwargs):
+        """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
+        return super().set_training(*args, **kwargs).settle()
+
+    def set_dataloader(self, *args, **kwargs):
+        """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
+        return super().set_dataloader(*args, **kwargs).settle()
+
     def set_push_to_hub(self, model_id: str, strategy: str | HubStrategy = "end", *args, **kwargs):
         """As in transformers. Only the strategy `end` is supported, which pushes the finished model."""
         super().set_push_to_hub(model_id, strategy, *args, **kwargs)
