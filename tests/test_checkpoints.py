@@ -26,6 +26,7 @@ from deitlt_hf.training.checkpoints import (
     finish_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
+    replace_model,
     whole_checkpoint,
 )
 from helpers import Harm, make_student
@@ -54,6 +55,22 @@ def test_a_finished_checkpoint_is_complete_and_replaces_another(tmp_path):
     assert write_checkpoint(tmp_path, 3, 1.0) == first
     assert (first / "model.safetensors").read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_model_that_cannot_be_moved_into_place_is_kept(tmp_path, monkeypatch):
+    """The staged weights can be the only copy of a finished training."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def save(folder):
+        Path(folder).mkdir()
+        save_file({"weight": torch.ones(2)}, Path(folder) / "model.safetensors")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=r"the model cannot be written to .*Input/output error"):
+        replace_model(tmp_path, save)
+    assert (tmp_path / STAGING / "model" / "model.safetensors").is_file()
 
 
 def truncate(checkpoint):

@@ -234,7 +234,15 @@ def test_another_run_is_not_replaced(compared, colours, tmp_path):
         deitlt_hf.compare(colours, other, overwrite=True)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"name": "photos", "arms": {"../cnn": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"name": "photos", "arms": {"../cnn": 3}}',
+        '{"name": "photos", "arms": {"cnn": {"seconds": "12", "is_least": false, "is_running": false}}}',
+    ],
+)
 def test_a_file_of_another_program_is_not_continued(content, colours, tmp_path):
     (tmp_path / "comparison.json").write_text(content)
     with pytest.raises(ValueError, match=r"comparison\.json (is not the record|cannot be read)"):

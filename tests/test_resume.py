@@ -504,6 +504,11 @@ def test_hash_of_images_in_tables(digits):
     assert images_hash(labels.cast_column("label", datasets.ClassLabel(num_classes=10))) != images_hash(train)
 
 
+@pytest.mark.parametrize("labels", [None, ["ant"], {"0": "ant", "2": "bee"}])
+def test_class_names_of_a_damaged_configuration_are_unknown(labels):
+    assert resuming.class_names({"id2label": labels}) == []
+
+
 @pytest.mark.parametrize(
     "text", [b"", b'{"finished": fal', b"[1]", b"\xff\x00", b'{"settings": {"sam_rho": 1}, "data": {}}'],
     ids=["empty", "cut", "list", "binary", "odd"],

@@ -271,6 +271,17 @@ def test_every_log_is_a_line_and_a_resumed_run_appends(tmp_path, digits, monkeyp
     assert len(picture.getcolors(256)) > 50
 
 
+def test_curves_leave_out_values_that_are_no_numbers(tmp_path):
+    entries = [
+        {"epoch": 1, "loss": 2.0},
+        {"epoch": 2, "loss": "2"},
+        {"epoch": "3", "loss": 1.0},
+        {"epoch": 4, "loss": 1.0},
+    ]
+    draw_curves(entries, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 400
+
+
 @pytest.mark.parametrize(("pause", "pictures"), [(0, 3), (1000, 1)])
 def test_quick_evaluations_share_a_picture(tmp_path, monkeypatch, pause, pictures):
     """Evaluations within half a minute share a picture, and the last one is in it, wherever the run ends."""

@@ -320,9 +320,12 @@ class Prices:
 
     def __init__(self, path: Path):
         self.path, self.content = path, read_json(path)
-        arms = self.content.get("arms")
-        is_record = isinstance(arms, dict) and all(isinstance(entry, dict) for entry in arms.values())
-        if not is_record or not isinstance(self.content.get("name"), str):
+        arms, kinds = self.content.get("arms"), {"seconds": float, "is_least": bool, "is_running": bool}
+        is_valid = isinstance(self.content.get("name"), str) and isinstance(arms, dict)
+        if not is_valid or not all(
+            isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
+            for entry in arms.values()
+        ):
             raise ValueError(f"{path} is not the record of a comparison; choose another --output_dir.")
 
     @contextlib.contextmanager

@@ -95,13 +95,15 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
             sync_to_disk(path)
             os.replace(path, Path(output_dir) / path.name)
         sync_to_disk(Path(output_dir))
+        shutil.rmtree(staged.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(
             f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and "
             f"{HOW_TO_RESUME}."
         ) from error
-    finally:
+    except KeyboardInterrupt:
         shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+        raise
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
@@ -117,7 +119,7 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 def remove_old_checkpoints(
     output_dir: str | Path, limit: int | None, best: str | None, step: int | None = None
 ) -> None:
-    """Removes all but the latest `limit` checkpoints (None or 0: none), always keeping the latest and the best one.
+    """Removes all but the latest `limit` checkpoints (None or 0: keeps all). The latest and the best one stay.
 
     Checkpoints of later steps than `step`, the current one, belong to an earlier attempt and are removed.
     """

@@ -149,9 +149,7 @@ def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any])
     """Yields, as text, each difference that makes a checkpoint belong to another run."""
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
-    labels = config.get("id2label", {})
-    names = [labels[str(label)] for label in range(len(labels))]
-    yield from class_differences(names or had.get("classes") or data["classes"], data["classes"])
+    yield from class_differences(class_names(config) or had.get("classes") or data["classes"], data["classes"])
     model, own = record.get("model"), model_name(trainer.model)
     if model not in (None, own, type(trainer.model).__name__):  # 0.2.0 recorded PEFT's class
         yield f"its model is a {one_line(model, 60)}, not a {own}"
@@ -209,6 +207,14 @@ def earlier_record(folder: str | Path) -> RunRecord | None:
         warnings.warn(f"the run resumes without this record: {error}", stacklevel=2)
         return None
     return record if is_of_run(record) else None
+
+
+def class_names(config: dict) -> list[str]:
+    """Class names of a configuration, in label order; empty if it has none."""
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or not all(str(label) in labels for label in range(len(labels))):
+        return []
+    return [str(labels[str(label)]) for label in range(len(labels))]
 
 
 def _without_weights(architecture: dict) -> dict:

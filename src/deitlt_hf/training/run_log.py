@@ -230,12 +230,17 @@ def draw_curves(entries: Sequence[Mapping], file: str | Path, drw_start_epoch: f
         figure.savefig(part, dpi=110, format="png")
 
 
+def _is_number(value: object) -> bool:
+    """Whether a value of a log entry can be drawn. A line of the file may contain any JSON."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _draw_lines(axis, title: str, entries: Sequence[Mapping], names: Mapping[str, str], scale: float = 1) -> None:
     for name, label in names.items():
         points = [
             (entry["epoch"], scale * entry[name])
             for entry in entries
-            if entry.get(name) is not None  # null for a number that is not finite
+            if _is_number(entry.get(name)) and _is_number(entry.get("epoch"))
         ]
         marker = "." if len(points) < 40 else None
         axis.plot(*zip(*points, strict=True) if points else ((), ()), label=label, marker=marker, linewidth=1.2)

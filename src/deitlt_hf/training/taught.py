@@ -202,7 +202,8 @@ class TaughtTrainer(LongTailTrainer):
         if not self.args.needs_teacher:
             return {"teacher": "none: both tokens learn from the labels"}
         kind = self.evaluated_on
-        accuracies = {name: record.get("accuracies") or {} for name, record in self.results.teachers.items()}
+        found = self.results.teachers  # empty before the teachers were checked
+        accuracies = {name: found.get(name, {}).get("accuracies") or {} for name in ("teacher", "tail_teacher")}
         untaught = [name for name in self.groups if accuracies["teacher"].get(name) == 0]
         if untaught:
             lines["note"] = (

@@ -98,10 +98,11 @@ class WholeCheckpointTrainer(Trainer):
                 f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: "
                 f"{' '.join(str(error).split())}; earlier checkpoints are unchanged."
             ) from error
+        except KeyboardInterrupt:
+            shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+            raise
         finally:
             self._staging = None
-            if self.args.should_save:
-                shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
 
     def _finish_checkpoint(self, output_dir: str) -> None:
         staged = Path(output_dir) / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
