@@ -23,6 +23,7 @@ from deitlt_hf import (
     FlatTeacherForImageClassification,
 )
 from deitlt_hf.data import class_counts, shot_groups
+from deitlt_hf.data.transforms import resize
 from deitlt_hf.hub.card_facts import optimizer_name
 from deitlt_hf.losses import effective_number_weights
 from deitlt_hf.training import SAM
@@ -209,6 +210,12 @@ def test_teacher_receives_images_in_its_size_and_normalisation(tmp_path, digits,
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     expected = (trainer.teacher.images[0] * std + mean - 0.5) / 0.5
     torch.testing.assert_close(trainer.teacher.images[1], expected)
+
+
+def test_resizing_to_the_same_size_changes_nothing():
+    images = torch.rand(2, 3, 8, 8)
+    assert resize(images, (8, 8)) is images
+    assert resize(images, (4, 4)).shape == (2, 3, 4, 4)
 
 
 def test_students_images_grow_by_phase_and_the_teachers_do_not(tmp_path, digits, teacher):
@@ -459,6 +466,11 @@ def test_no_step_counts_labels(tmp_path, digits):
         trainer._get_num_items_in_batch = None  # a call would raise an error
         batches, counted = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
         assert (len(batches), counted) == (1, None)
+
+
+def test_the_plan_names_the_teacher_also_before_it_was_checked(tmp_path, digits, teacher):
+    plan = student_trainer(tmp_path, digits, teacher).plan()
+    assert plan["teacher"] == "FlatTeacherForImageClassification, 8 px, sees the student view"
 
 
 def test_the_plan_reports_a_phase_that_is_not_reached(tmp_path, digits):

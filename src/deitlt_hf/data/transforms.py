@@ -312,8 +312,7 @@ def resize_and_renormalize(
         antialias: Smooth before downscaling, as Pillow does. The authors' environment did not: their torchvision 0.15
             resized tensors without.
     """
-    if pixel_values.shape[-2:] != target.size:
-        pixel_values = resize(pixel_values, target.size, antialias)
+    pixel_values = resize(pixel_values, target.size, antialias)
     if (source.mean, source.std) != (target.mean, target.std):
         old_mean, old_std, new_mean, new_std = (
             _channels(values, pixel_values.device).to(pixel_values.dtype).view(-1, 1, 1)
@@ -335,6 +334,8 @@ def _tensor(pixels: np.ndarray) -> torch.Tensor:
 
 def resize(images: torch.Tensor, size: tuple[int, int], antialias: bool = True) -> torch.Tensor:
     """Resizes a batch of images (batch, channels, height, width) to a height and width; bicubic."""
+    if images.shape[-2:] == size:
+        return images
     return F.interpolate(images, size, mode="bicubic", antialias=antialias)
 
 

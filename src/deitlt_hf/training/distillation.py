@@ -21,7 +21,7 @@ from .adapters import inside_wrapper
 from .inputs import check_streaming
 from .optimizers import MUON, muon
 from .plan_lines import drw_start
-from .schedule import in_phase
+from .schedule import value_in_phase
 from .student_arguments import DeiTLTTrainingArguments
 from .taught import TaughtTrainer
 from .tuning import FULL, begin_heads, check_tunable, features_of, freeze, parameter_groups
@@ -156,7 +156,7 @@ class DeiTLTTrainer(TaughtTrainer):
             views = batch.get("teacher_pixel_values", pixel_values)
             prepared["teacher_logits"] = self.taught_logits(views, labels)
         if self.args.train_sizes:
-            size = in_phase(self.args.train_sizes, self.args.train_size_epochs, self.state.epoch or 0.0)
+            size = value_in_phase(self.args.train_sizes, self.args.train_size_epochs, self.state.epoch or 0.0)
             prepared["pixel_values"] = resize(pixel_values, (size, size))
         return prepared
 

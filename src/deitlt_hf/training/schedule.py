@@ -44,7 +44,7 @@ def published_epoch(step: int, batches: int, micro_batches: int) -> float:
     return epoch + (first if first + micro_batches < batches else batches - 1) / batches
 
 
-def in_phase(values: Sequence, starts: Sequence[float], epoch: float) -> Any:
+def value_in_phase(values: Sequence, starts: Sequence[float], epoch: float) -> Any:
     """The value of the phase of training that an epoch belongs to; the phases start at the epochs `starts`."""
     return values[bisect.bisect_right(starts, epoch) - 1]
 

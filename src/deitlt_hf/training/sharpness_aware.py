@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..hub.card_facts import in_phases, optimizer_name
 from .provenance import optimizer_record, without_wrapper
 from .sam import SAM
-from .schedule import in_phase
+from .schedule import value_in_phase
 from .steps import WholeBatchTrainer
 
 
@@ -73,7 +73,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
     @property
     def rho(self) -> float:
         """Radius of SAM in the current phase."""
-        return in_phase(self.args.sam_rho, self.args.sam_rho_epochs, self.state.epoch or 0.0)
+        return value_in_phase(self.args.sam_rho, self.args.sam_rho_epochs, self.state.epoch or 0.0)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         optimizer = without_wrapper(self.optimizer)
