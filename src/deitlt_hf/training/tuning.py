@@ -74,7 +74,7 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
     # CLS and DIST can begin as copies of each other: only trained tokens let them differ. PEFT saves whole modules.
     whole = ["deit.embeddings", *_HEADS]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_ADAPTED, modules_to_save=whole)
-    # Not transformers' `add_adapter`: version 5.24 requires PEFT 0.22 for it, which does not exist yet.
+    # Not transformers' `add_adapter`, for which version 5.24 requires PEFT 0.22: the newest release was 0.21.2.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute by a name that transformers deprecates
         adapted = get_peft_model(model, config)
