@@ -187,7 +187,7 @@ def start_together(contenders: Sequence[Contender]) -> None:
 def rows(name: str, record: dict) -> list[str]:
     """A comparison's rows of the table."""
     comparison, figures = ALL[name], record["contenders"]
-    peers = {peer: figures[peer]["median"] for peer in comparison.peers if peer in figures}  # a peer can be new
+    peers = {peer: figures[peer]["median"] for peer in comparison.peers}
     best = min(peers.values(), default=None)
     lines = []
     for index, (contender, values) in enumerate(figures.items()):

@@ -208,21 +208,8 @@ def test_time_on_this_machine_is_measured(capsys):
     assert found is not None, printed
     assert "402 training and 600 test images" in printed
     assert re.search(r"In bfloat16 .* \d+\.\d\d of its time: (add --bf16 true|float32 is the better)", printed)
-    print_plan(
-        [
-            *measured,
-            "--distillation",
-            "none",
-            "--bf16",
-            "true",
-            "--train_sizes",
-            "8",
-            "16",
-            "--train_size_epochs",
-            "0",
-            "9",
-        ]
-    )
+    others = "--distillation none --bf16 true --train_sizes 8 16 --train_size_epochs 0 9"
+    print_plan([*measured, *others.split()])
     printed = capsys.readouterr().out
     assert "teacher" not in printed
     assert "bfloat16" not in printed  # already used
