@@ -368,18 +368,35 @@ def wait_for(process, text):
     raise AssertionError(process.stderr.read()[-3000:])
 
 
+SLOW_TO_STOP = """
+import builtins, sys, time
+from deitlt_hf.cli import main
+
+def slow_print(*values, print=print, **options):
+    time.sleep(3 * str(values[0]).startswith("Stopped by"))
+    print(*values, **options)
+
+builtins.print = slow_print
+if __name__ == "__main__":
+    main(sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize(
     ("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)], ids=str
 )
 def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(tmp_path, processes, number):
     """A signal ends a run with a checkpoint to resume from, in real processes.
 
-    Either all processes of a group receive it twice, including data loaders, or only one rank does.
+    Either all processes of a group receive it twice, including data loaders, or only one rank does. The launcher kills
+    rank 0, which is slow to print, if the other one ends before it.
     """
     command = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
     ]  # fmt: skip
-    command += ["scripts/train_teacher.py", "--recipe", "digits_lt", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    script = tmp_path.with_suffix(".py")
+    script.write_text(SLOW_TO_STOP)
+    command += [str(script), "train-teacher", "--recipe", "digits_lt", "--output_dir", str(tmp_path), "--use_cpu", "true"]
     command += ["--logging_steps", "1", "--save_strategy", "no", "--num_train_epochs", "2000"]
     command += ["--eval_strategy", "steps", "--eval_steps", "2", "--dataloader_num_workers", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

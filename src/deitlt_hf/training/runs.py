@@ -198,8 +198,7 @@ def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args
         trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()  # other processes may load the saved model next
     if trainer.was_asked_to_stop():  # too late to stop training, but in time to start nothing else
-        _say(args, f"The stop signal came after the last step: the finished model is in {args.output_dir}.")
-        trainer.stop_signal.end()
+        trainer.end_on_signal(f"The stop signal came after the last step: the finished model is in {args.output_dir}.")
     return trainer
 
 

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import send_to_device
@@ -270,6 +270,14 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
     def was_asked_to_stop(self) -> bool:
         """Whether any process received SIGTERM or SIGINT in training, including after its last step."""
         return bool(self.accelerator.reduce(self.stop_signal.vote(self.args.device), "sum").item() > 0)
+
+    def end_on_signal(self, text: str) -> NoReturn:
+        """Prints how the run ended, and ends the process as its signal normally does."""
+        if self.is_world_process_zero():
+            print(text, flush=True)
+        # A launcher kills the other processes as soon as one has ended: the main process may still be writing.
+        self.accelerator.wait_for_everyone()
+        self.stop_signal.end()
 
     def end_workers(self) -> None:
         """Ends the worker processes of the data loaders.

@@ -407,13 +407,10 @@ class LongTailTrainer(SharpnessAwareTrainer):
             self.stop_signal.restore()
             self.end_workers()
         if self.stop_signal.stopped:
-            if self.is_world_process_zero():
-                print(
-                    f"Stopped by {self.stop_signal.name} after step {self.state.global_step}, with a checkpoint in "
-                    f"{self.args.output_dir}; {HOW_TO_RESUME}.",
-                    flush=True,
-                )
-            self.stop_signal.end()
+            self.end_on_signal(
+                f"Stopped by {self.stop_signal.name} after step {self.state.global_step}, with a checkpoint in "
+                f"{self.args.output_dir}; {HOW_TO_RESUME}."
+            )
         if self.is_world_process_zero():
             self.results.finish(time.perf_counter() - started, self.state.global_step, self.saved_step)
         return output
