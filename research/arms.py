@@ -114,9 +114,17 @@ BEYOND = {
     "ood-muon": Arm("out-of-distribution view, no DRW, Muon", (*MUON, *UNMIXED, *NO_DRW), "ce-sam"),
     "id-drw-muon": Arm("in-distribution view, DRW, Muon", (*MUON, *UNMIXED, *WEAK), "ce-sam"),
 }
-# The CNN that taught them, trained for as many epochs as CNN and student take together; it teaches no student.
+# The CNN that taught them, trained for as many epochs as CNN and student take together, and ours that learns from it:
+# as long as ours, or half as long, which with this teacher costs what ours costs.
 LONG_CNN = "ce-sam-90"
-BEYOND[LONG_CNN] = Arm("the CNN itself, 90 epochs", (*TEACHERS["ce-sam"].arguments, *length(90)), script=TEACH)
+TAUGHT_BY_LONG_CNN, SHORT_BY_LONG_CNN = "ours-long-cnn", "ours-long-cnn-30"
+BEYOND |= {
+    LONG_CNN: Arm("the CNN itself, 90 epochs", (*TEACHERS["ce-sam"].arguments, *length(90)), script=TEACH),
+    TAUGHT_BY_LONG_CNN: Arm("ours, taught by the CNN of 90 epochs", BEYOND["ours"].arguments, LONG_CNN),
+    SHORT_BY_LONG_CNN: Arm(
+        "ours, 30 epochs, taught by the CNN of 90 epochs", (*length(30), *BEYOND["ours"].arguments), LONG_CNN
+    ),
+}
 STUDENTS |= BEYOND
 # Arms by number of epochs.
 BY_LENGTH = dict(sorted({60: "deit-lt", **{epochs: f"deit-lt-{epochs}" for epochs in LENGTHS}}.items()))

@@ -1,6 +1,6 @@
 """The claims, with the checks that judge each claim and its figure."""
 
-from arms import BY_LENGTH, LONG_CNN, LONG_LABELS
+from arms import BY_LENGTH, LONG_CNN, LONG_LABELS, SHORT_BY_LONG_CNN, TAUGHT_BY_LONG_CNN
 from evidence import EXPERTS, Check, Claim, accuracy, fused, of_groups, rank, reach, reach_of_uniform, sharpness, taught
 from figures import draw_bars, draw_beside_teacher, draw_distances, draw_lengths, draw_prices, draw_teachers
 
@@ -298,6 +298,22 @@ CLAIMS = [
                     accuracy(LONG_CNN, "teacher", group),
                 )
                 for group in ("overall", "tail")
+            ),
+            *(
+                check
+                for arm, what in ((TAUGHT_BY_LONG_CNN, "taught by it"), (SHORT_BY_LONG_CNN, "30 epochs, taught by it"))
+                for check in (
+                    *of_groups(f"{what}, less ours", arm, "ours", ["overall", "tail"], is_claimed=False),
+                    *(
+                        Check(
+                            f"{what}, less the CNN after 90 epochs: {group}",
+                            accuracy(arm, "mean", group),
+                            accuracy(LONG_CNN, "teacher", group),
+                            is_claimed=False,
+                        )
+                        for group in ("overall", "tail")
+                    ),
+                )
             ),
         ],
         draw_bars(

@@ -54,7 +54,7 @@ class Evidence:
         teacher = self.runs.arm(arm).teacher
         seconds = 0.0
         for name in (arm, *([teacher] if teacher else [])):
-            like = re.sub(r"-\d+$", "", name)  # arms of other lengths have the same steps
+            like = re.sub(r"(-long-cnn)?(-\d+)?$", "", name)  # another length or a teacher like it: the same steps
             records = self.records(name)
             if like not in measured or not records:
                 return None

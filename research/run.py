@@ -21,14 +21,16 @@ def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) ->
     """Plans the runs of one seed: first the required teachers, then the students that have no record."""
     setting = runs.setting
     todo = [name for name in names if runs.recorded(seed, name) is None]
-    needed = {setting.students[name].teacher for name in todo if name in setting.students}
+    needed = {setting.students[name].teacher for name in todo if name in setting.students} - {None}
     all_teachers = set(setting.teachers)
     is_due = all_teachers & set(todo) or not runs.record(seed, LABELS).exists()
     compares = is_due and all_teachers <= set(names) and not setting.holds_out
     if compares:
         needed |= all_teachers
     teachers = {
-        name: pool.submit(tell, runs.teach, seed, name) for name in setting.teachers if name in needed or name in todo
+        name: pool.submit(tell, runs.teach, seed, name)
+        for name in (*setting.teachers, *(needed - set(setting.teachers)))
+        if name in needed or name in todo
     }
 
     def compare() -> None:
@@ -43,7 +45,8 @@ def submit(pool: ThreadPoolExecutor, runs: Runs, seed: int, names: list[str]) ->
         tell(runs.study, seed, name)
 
     compared = {LABELS: pool.submit(compare)} if compares else {}
-    return teachers | compared | {name: pool.submit(study, name) for name in todo if name in setting.students}
+    students = [name for name in todo if name in setting.students and name not in teachers]
+    return teachers | compared | {name: pool.submit(study, name) for name in students}
 
 
 def plan(pool: ThreadPoolExecutor, runs: Runs, seeds: list[int], names: list[str]) -> dict[tuple[int, str], Future]:

@@ -409,6 +409,21 @@ def test_every_arm_of_the_paper_has_possible_arguments(claims):
             assert recipe == (f"{setting}_fast" if name in ("ours", "labels-muon") else setting)
 
 
+def test_a_rival_can_teach(claims, tmp_path, monkeypatch, capsys):
+    run, done = claims("run"), []
+    arms = sys.modules["arms"]
+    monkeypatch.setattr(arms, "RESULTS", tmp_path)
+    for work in ("teach", "study"):
+        monkeypatch.setattr(arms.Runs, work, lambda self, seed, name, work=work: done.append((work, name)))
+    for named in ([arms.TAUGHT_BY_LONG_CNN], [arms.TAUGHT_BY_LONG_CNN, arms.LONG_CNN]):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "0", "--jobs", "1", "--arms", *named])
+        with pytest.raises(SystemExit) as ended:
+            run.main()
+        assert ended.value.code == 0, capsys.readouterr().out
+        assert done == [("teach", arms.LONG_CNN), ("study", arms.TAUGHT_BY_LONG_CNN)]
+        done.clear()
+
+
 def test_record_of_other_arguments_is_refused(claims, tmp_path, monkeypatch):
     """A record of other arguments is refused; one table would mix old and new hyperparameters."""
     claims("run")
