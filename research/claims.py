@@ -11,9 +11,9 @@ LONGEST = BY_LENGTH[EPOCHS]
 def beside_sgd(teacher: str, arm: str) -> list[Check]:
     """Rows without a verdict that compare a student of another teacher with that of the plain one."""
     return [
-        *of_groups(f"{teacher} teacher less CE-SGD", arm, "deit-lt-sgd", ["tail"], ("mean", "distillation"), False),
+        *of_groups(f"{teacher} teacher minus CE-SGD", arm, "deit-lt-sgd", ["tail"], ("mean", "distillation"), False),
         Check(
-            f"effective rank of DIST features, CE-SGD teacher less {teacher}",
+            f"effective rank of DIST features, CE-SGD teacher minus {teacher}",
             rank("deit-lt-sgd", "overall"),
             rank(arm, "overall"),
             unit="",
@@ -24,26 +24,26 @@ def beside_sgd(teacher: str, arm: str) -> list[Check]:
 
 CLAIMS = [
     Claim(
-        "The experts part: DIST is ahead on the tail, CLS on the head",
+        "The experts specialise: DIST is ahead on the tail, CLS on the head",
         [
             Check(
-                "DIST less CLS, tail",
+                "DIST minus CLS, tail",
                 accuracy("deit-lt", "distillation", "tail"),
                 accuracy("deit-lt", "cls", "tail"),
             ),
             Check(
-                "CLS less DIST, head",
+                "CLS minus DIST, head",
                 accuracy("deit-lt", "cls", "head"),
                 accuracy("deit-lt", "distillation", "head"),
             ),
             Check(
-                "without a teacher, labels with DRW: DIST less CLS, tail",
+                "without a teacher, labels with DRW: DIST minus CLS, tail",
                 accuracy("labels-drw", "distillation", "tail"),
                 accuracy("labels-drw", "cls", "tail"),
                 is_claimed=False,
             ),
             Check(
-                "without a teacher, labels with DRW: CLS less DIST, head",
+                "without a teacher, labels with DRW: CLS minus DIST, head",
                 accuracy("labels-drw", "cls", "head"),
                 accuracy("labels-drw", "distillation", "head"),
                 is_claimed=False,
@@ -54,12 +54,12 @@ CLAIMS = [
     Claim(
         "Deferred re-weighting lifts the tail",
         [
-            *of_groups("distilled, with less without", "deit-lt", "ood", ["tail"], ("mean", "distillation")),
+            *of_groups("distilled, with minus without", "deit-lt", "ood", ["tail"], ("mean", "distillation")),
             *of_groups(
-                "distilled, with less without", "deit-lt", "ood", ["head", "overall"], ("mean", "distillation"), False
+                "distilled, with minus without", "deit-lt", "ood", ["head", "overall"], ("mean", "distillation"), False
             ),
             *of_groups(
-                "labels only, with less without",
+                "labels only, with minus without",
                 "labels-drw",
                 "labels",
                 ["tail", "head", "overall"],
@@ -92,7 +92,7 @@ CLAIMS = [
             *of_groups("without DRW", "ood", "deit", ["overall", "tail"], ("mean", "distillation"), False),
             *of_groups("in distribution not mixed", "deit-lt", "id-unmixed", ["overall", "tail"], is_claimed=False),
             *of_groups("neither mixed", "ood-unmixed", "id-unmixed", ["overall", "tail"], is_claimed=False),
-            *of_groups("not mixed less mixed", "ood-unmixed", "deit-lt", ["overall", "tail"], is_claimed=False),
+            *of_groups("not mixed minus mixed", "ood-unmixed", "deit-lt", ["overall", "tail"], is_claimed=False),
         ],
         draw_bars(
             {
@@ -111,26 +111,26 @@ CLAIMS = [
         "SAM teachers are flatter, their students' DIST features of lower rank, and the students better on the tail",
         [
             Check(
-                "largest eigenvalue of the Hessian, SGD less SAM",
+                "largest eigenvalue of the Hessian, SGD minus SAM",
                 sharpness("ce-sgd", "eigenvalue"),
                 sharpness("ce-sam", "eigenvalue"),
                 unit="",
             ),
             Check(
-                "rise of the loss within 0.05, SGD less SAM",
+                "rise of the loss within 0.05, SGD minus SAM",
                 sharpness("ce-sgd", "loss_rise"),
                 sharpness("ce-sam", "loss_rise"),
                 unit="",
                 decimals=2,
             ),
             Check(
-                "effective rank of DIST features, SGD teacher less SAM",
+                "effective rank of DIST features, SGD teacher minus SAM",
                 rank("deit-lt-sgd", "overall"),
                 rank("deit-lt", "overall"),
                 unit="",
             ),
-            *of_groups("SAM teacher less SGD", "deit-lt", "deit-lt-sgd", ["tail"]),
-            *of_groups("SAM teacher less SGD", "deit-lt", "deit-lt-sgd", ["tail"], ("distillation",), False),
+            *of_groups("SAM teacher minus SGD", "deit-lt", "deit-lt-sgd", ["tail"]),
+            *of_groups("SAM teacher minus SGD", "deit-lt", "deit-lt-sgd", ["tail"], ("distillation",), False),
             *beside_sgd("LDAM-SAM", "deit-lt-ldam"),
             *beside_sgd("PaCo-SAM", "deit-lt-paco"),
         ],
@@ -140,7 +140,7 @@ CLAIMS = [
         "Early blocks of DeiT-LT attend more locally than those of training on labels",
         [
             Check(
-                "mean attention distance in the first half of the blocks, labels only less DeiT-LT",
+                "mean attention distance in the first half of the blocks, labels only minus DeiT-LT",
                 reach("labels"),
                 reach("deit-lt"),
                 unit="pixels",
@@ -148,7 +148,7 @@ CLAIMS = [
             ),
             *(
                 Check(
-                    f"attention to all patches alike less {title}",
+                    f"attention to all patches alike minus {title}",
                     reach_of_uniform(arm),
                     reach(arm),
                     is_claimed=False,
@@ -163,7 +163,7 @@ CLAIMS = [
                 )
             ),
             Check(
-                f"labels only less DeiT-LT, both after {EPOCHS} epochs",
+                f"labels only minus DeiT-LT, both after {EPOCHS} epochs",
                 reach(LONG_LABELS),
                 reach(LONGEST),
                 is_claimed=False,
@@ -176,21 +176,21 @@ CLAIMS = [
     Claim(
         "DeiT-LT is ahead of training on labels, of plain DeiT distillation and of timm's token distillation",
         [
-            *of_groups("less labels only", "deit-lt", "labels", ["overall", "tail"]),
-            *of_groups("less plain DeiT distillation", "deit-lt", "deit", ["overall", "tail"]),
-            *of_groups("less timm's token distillation", "deit-lt", "timm", ["overall", "tail"]),
+            *of_groups("minus labels only", "deit-lt", "labels", ["overall", "tail"]),
+            *of_groups("minus plain DeiT distillation", "deit-lt", "deit", ["overall", "tail"]),
+            *of_groups("minus timm's token distillation", "deit-lt", "timm", ["overall", "tail"]),
             *of_groups(
-                f"less labels only, both after {EPOCHS} epochs",
+                f"minus labels only, both after {EPOCHS} epochs",
                 LONGEST,
                 LONG_LABELS,
                 ["overall", "tail"],
                 is_claimed=False,
             ),
-            *of_groups("less labels with DRW", "deit-lt", "labels-drw", ["overall", "tail"], is_claimed=False),
-            *of_groups("less labels with DRW", "deit-lt", "labels-drw", ["overall", "tail"], ("distillation",), False),
-            *of_groups("less timm's", "deit-lt", "timm", ["overall", "tail"], ("distillation",), False),
+            *of_groups("minus labels with DRW", "deit-lt", "labels-drw", ["overall", "tail"], is_claimed=False),
+            *of_groups("minus labels with DRW", "deit-lt", "labels-drw", ["overall", "tail"], ("distillation",), False),
+            *of_groups("minus timm's", "deit-lt", "timm", ["overall", "tail"], ("distillation",), False),
             *of_groups(
-                "ours without DRW less timm's, the same method",
+                "ours without DRW minus timm's, the same method",
                 "ood",
                 "timm",
                 ["overall", "tail"],
@@ -213,29 +213,29 @@ CLAIMS = [
         "DeiT-LT's student reaches its teacher",
         [
             Check(
-                f"prediction after {EPOCHS} epochs less teacher, overall",
+                f"prediction after {EPOCHS} epochs minus teacher, overall",
                 accuracy(LONGEST, "mean", "overall"),
                 taught(LONGEST, "overall"),
             ),
             Check(
-                f"DIST after {EPOCHS} epochs less teacher, tail",
+                f"DIST after {EPOCHS} epochs minus teacher, tail",
                 accuracy(LONGEST, "distillation", "tail"),
                 taught(LONGEST, "tail"),
             ),
             Check(
-                f"experts fused by logit adjustment after {EPOCHS} epochs less teacher, overall",
+                f"experts fused by logit adjustment after {EPOCHS} epochs minus teacher, overall",
                 fused(LONGEST, "logit_adjustment", "overall"),
                 taught(LONGEST, "overall"),
                 is_claimed=False,
             ),
             Check(
-                "prediction after 60 epochs less teacher, overall",
+                "prediction after 60 epochs minus teacher, overall",
                 accuracy("deit-lt", "mean", "overall"),
                 taught("deit-lt", "overall"),
                 is_claimed=False,
             ),
             Check(
-                "DIST after 60 epochs less teacher, tail",
+                "DIST after 60 epochs minus teacher, tail",
                 accuracy("deit-lt", "distillation", "tail"),
                 taught("deit-lt", "tail"),
                 is_claimed=False,
@@ -248,7 +248,7 @@ CLAIMS = [
         "Ours is ahead of DeiT-LT at a lower price, and not behind on the head",
         [
             *of_groups("both after 60 epochs", "ours", "deit-lt", ["overall", "tail"]),
-            *of_groups(f"ours after 60 epochs less DeiT-LT after {EPOCHS}", "ours", LONGEST, ["overall", "tail"]),
+            *of_groups(f"ours after 60 epochs minus DeiT-LT after {EPOCHS}", "ours", LONGEST, ["overall", "tail"]),
             Check(
                 "both after 60 epochs: prediction, head; behind by less than a point",
                 accuracy("ours", "mean", "head"),
@@ -264,7 +264,7 @@ CLAIMS = [
         [
             *(
                 Check(
-                    f"prediction less teacher, {group}",
+                    f"prediction minus teacher, {group}",
                     accuracy("ours", "mean", group),
                     taught("ours", group),
                     is_claimed=group in ("overall", "tail"),
@@ -272,13 +272,13 @@ CLAIMS = [
                 for group in ("overall", "tail", "head", "mid")
             ),
             Check(
-                "experts fused by logit adjustment less teacher, overall",
+                "experts fused by logit adjustment minus teacher, overall",
                 fused("ours", "logit_adjustment", "overall"),
                 taught("ours", "overall"),
                 is_claimed=False,
             ),
             Check(
-                "DeiT-LT with Muon less teacher, overall",
+                "DeiT-LT with Muon minus teacher, overall",
                 accuracy("deit-lt-muon", "mean", "overall"),
                 taught("deit-lt-muon", "overall"),
                 is_claimed=False,
@@ -289,11 +289,11 @@ CLAIMS = [
     Claim(
         "Ours is ahead of labels only and of timm's token distillation with Muon, and of the CNN trained as long",
         [
-            *of_groups("less labels only, Muon", "ours", "labels-muon", ["overall", "tail"]),
-            *of_groups("less timm's, Muon", "ours", "timm-muon", ["overall", "tail"]),
+            *of_groups("minus labels only, Muon", "ours", "labels-muon", ["overall", "tail"]),
+            *of_groups("minus timm's, Muon", "ours", "timm-muon", ["overall", "tail"]),
             *(
                 Check(
-                    f"less the CNN after 90 epochs: {group}",
+                    f"minus the CNN after 90 epochs: {group}",
                     accuracy("ours", "mean", group),
                     accuracy(LONG_CNN, "teacher", group),
                 )
@@ -303,10 +303,10 @@ CLAIMS = [
                 check
                 for arm, what in ((TAUGHT_BY_LONG_CNN, "taught by it"), (SHORT_BY_LONG_CNN, "30 epochs, taught by it"))
                 for check in (
-                    *of_groups(f"{what}, less ours", arm, "ours", ["overall", "tail"], is_claimed=False),
+                    *of_groups(f"{what}, minus ours", arm, "ours", ["overall", "tail"], is_claimed=False),
                     *(
                         Check(
-                            f"{what}, less the CNN after 90 epochs: {group}",
+                            f"{what}, minus the CNN after 90 epochs: {group}",
                             accuracy(arm, "mean", group),
                             accuracy(LONG_CNN, "teacher", group),
                             is_claimed=False,
@@ -330,20 +330,20 @@ CLAIMS = [
     Claim(
         "Muon adds to each way of training, at a lower price",
         [
-            *of_groups("DeiT-LT, not mixed: Muon less AdamW", "deit-lt-muon", "ood-unmixed", ["overall", "tail"]),
+            *of_groups("DeiT-LT, not mixed: Muon minus AdamW", "deit-lt-muon", "ood-unmixed", ["overall", "tail"]),
             *of_groups(
-                f"DeiT-LT: Muon after 60 epochs less AdamW after {EPOCHS}",
+                f"DeiT-LT: Muon after 60 epochs minus AdamW after {EPOCHS}",
                 "deit-lt-muon",
                 LONGEST,
                 ["overall", "tail"],
             ),
             *of_groups(
-                f"labels only: Muon, balanced softmax after 60 epochs less AdamW after {EPOCHS}",
+                f"labels only: Muon, balanced softmax after 60 epochs minus AdamW after {EPOCHS}",
                 "labels-muon",
                 LONG_LABELS,
                 ["overall", "tail"],
             ),
-            *of_groups("timm's: Muon, not mixed less AdamW, mixed", "timm-muon", "timm", ["overall", "tail"]),
+            *of_groups("timm's: Muon, not mixed minus AdamW, mixed", "timm-muon", "timm", ["overall", "tail"]),
         ],
         draw_bars(
             {
@@ -357,21 +357,21 @@ CLAIMS = [
         ),
     ),
     Claim(
-        "With Muon the experts part, and re-weighting and the out-of-distribution view pay, as without",
+        "With Muon, too, the experts specialise, and re-weighting and the out-of-distribution view help",
         [
             Check(
-                "DIST less CLS, tail",
+                "DIST minus CLS, tail",
                 accuracy("deit-lt-muon", "distillation", "tail"),
                 accuracy("deit-lt-muon", "cls", "tail"),
             ),
             Check(
-                "CLS less DIST, head",
+                "CLS minus DIST, head",
                 accuracy("deit-lt-muon", "cls", "head"),
                 accuracy("deit-lt-muon", "distillation", "head"),
             ),
-            *of_groups("with DRW less without", "deit-lt-muon", "ood-muon", ["tail"]),
-            *of_groups("with DRW less without", "deit-lt-muon", "ood-muon", ["head", "overall"], is_claimed=False),
-            *of_groups("out of distribution less in distribution", "deit-lt-muon", "id-drw-muon", ["overall", "tail"]),
+            *of_groups("with DRW minus without", "deit-lt-muon", "ood-muon", ["tail"]),
+            *of_groups("with DRW minus without", "deit-lt-muon", "ood-muon", ["head", "overall"], is_claimed=False),
+            *of_groups("out of distribution minus in distribution", "deit-lt-muon", "id-drw-muon", ["overall", "tail"]),
         ],
         draw_bars(
             {

@@ -65,8 +65,8 @@ def checks_table(claim: Claim, evidence: Evidence) -> str:
         if said == NOT_RUN:
             said = f"{number} of {len(evidence.runs.setting.seeds)} seeds"
         rows.append([check.what, ", ".join(shown[:number]), mean, interval_text, said])
-    made = [table(["first less second", "by seed", "mean", "95 % interval", "verdict"], rows)] if rows else []
-    return "\n\n".join(made + ([f"Without a run yet: {'; '.join(missing)}."] if missing else []))
+    made = [table(["first minus second", "by seed", "mean", "95 % interval", "verdict"], rows)] if rows else []
+    return "\n\n".join(made + ([f"Not run yet: {'; '.join(missing)}."] if missing else []))
 
 
 def experts_table(evidence: Evidence, arms: Mapping[str, Arm]) -> str:

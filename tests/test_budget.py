@@ -164,7 +164,7 @@ def test_a_recipe_is_planned_without_its_data(capsys):
     output = capsys.readouterr().out
     assert "10,847 training images of 100 classes" in output
     assert "128 x 4" in output
-    assert "uneven shares" in output
+    assert "batch not divisible" in output
     assert "The paper reports 55.6 (72.8, 55.4, 31.4) % overall" in output
     assert "12,000" in output  # updates: 10 in each of 1,200 epochs
 

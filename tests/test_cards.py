@@ -357,7 +357,7 @@ def test_without_test_images_there_is_no_table(tmp_path, digits):
 def test_a_card_written_by_the_user_is_not_overwritten(student_folder):
     readme = student_folder / "README.md"
     readme.write_text("# Mine\n")
-    with pytest.warns(UserWarning, match="was not written by deitlt-hf, or was edited, and stays"):
+    with pytest.warns(UserWarning, match="edited or not written by deitlt-hf"):
         write_card(student_folder)
     assert readme.read_text() == "# Mine\n"
 
@@ -511,6 +511,10 @@ def test_foreign_text_is_escaped(student_folder, text):
     assert not any("Owned" in line for line in headings[1:])
     assert {len(row) for row in tables(section(card, "## Training"))} == {2}
     assert is_generated(card)
+    older = card.replace("which regenerates it unless", "which writes it again unless")  # as an earlier version did
+    assert older != card
+    assert is_generated(older)
+    assert not is_generated(older.replace("deitlt", "deit", 1))
 
 
 @pytest.mark.parametrize(

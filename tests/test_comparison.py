@@ -230,7 +230,7 @@ def test_another_run_is_not_replaced(compared, colours, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "recipe.yaml").write_text("data: {}")
-    with pytest.raises(FileExistsError, match=r"recipe\.yaml is not of a comparison"):
+    with pytest.raises(FileExistsError, match=r"recipe\.yaml does not belong to a comparison"):
         deitlt_hf.compare(colours, other, overwrite=True)
 
 

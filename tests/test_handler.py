@@ -184,14 +184,14 @@ def test_add_handler_refuses_models_that_endpoints_cannot_load(tmp_path):
 
 @pytest.mark.parametrize("path", ["nowhere", "/nowhere/model", "./nowhere"])
 def test_a_missing_model_is_named_in_the_error(path):
-    with pytest.raises(FileNotFoundError, match=f"'{path}' is no model folder"):
+    with pytest.raises(FileNotFoundError, match=f"'{path}' is not a model folder"):
         EndpointHandler(path)
 
 
 def test_a_mistyped_folder_is_not_requested_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
-    with pytest.raises(FileNotFoundError, match="'outputs/typo' is no model folder: it does not exist"):
+    with pytest.raises(FileNotFoundError, match="'outputs/typo' is not a model folder: it does not exist"):
         EndpointHandler("outputs/typo")
 
 

@@ -555,7 +555,7 @@ def original_student(**config):
     [
         (lambda s: s | {"head.bias": torch.ones(1).expand(10**11)}, "has no weights below .*'head.bias'"),
         (lambda s: s | {"norm.weight": s["norm.weight"].to_sparse()}, "has no weights below .*'norm.weight'"),
-        (lambda s: s | {"norm.weight": s["norm.weight"].int()}, r"no floating-point .*: 'norm.weight' \(torch.int32"),
+        (lambda s: s | {"norm.weight": s["norm.weight"].int()}, r"not floating-point .*: 'norm.weight' \(torch.int32"),
         (lambda s: s | {7: s["norm.weight"]}, "has no weights below .*'7'"),
         (lambda s: s | {"pos_embed": s["pos_embed"][:, :1]}, r"pos_embed is \(1, 1, 64\), without a patch"),
         (lambda s: s | {"patch_embed.proj.weight": torch.ones(64, 1, 4, 4)}, "images of 1 channels; only RGB"),

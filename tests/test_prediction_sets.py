@@ -160,7 +160,7 @@ def test_a_damaged_rule_is_refused_in_one_sentence(calibrated, tmp_path, value):
 
 
 def test_calibrate_refuses_what_it_cannot_change(calibrated, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no model folder"):
+    with pytest.raises(FileNotFoundError, match="is not a model folder"):
         calibrate(["--recipe", "digits_lt", "--model", "ORG/NAME"])
     with pytest.raises(ValueError, match="coverage must be between 0 and 1"):
         calibrate(["--recipe", "digits_lt", "--model", str(calibrated), "--coverage", "90"])

@@ -355,7 +355,7 @@ def test_files_added_on_the_hub_by_hand_stay(hub, folder):
     others = dict.fromkeys(("handler.py", "onnx/model_q4.onnx", "modeling_mine.py", "report/x/y.png"), b"mine")
     repository = put_by_hand(hub, "zoo/digits", {"README.md": card, **others})
     before = repository.files()
-    with pytest.warns(UserWarning, match="the card of zoo/digits was written or edited there and stays"):
+    with pytest.warns(UserWarning, match="the card of zoo/digits was written or edited there, so it is kept"):
         push_folder(folder, "zoo/digits")
     assert repository.files() == before
     push([str(folder), "zoo/digits", "--overwrite_card"])
@@ -456,10 +456,10 @@ def test_private_repository_and_branch(hub, folder):
     ("token", "repo_id", "message"),
     [
         ("hf_unknown", "ann/digits", "the token is not valid"),
-        (READER, "ann/digits", "the token may not write there"),
-        (WRITER, "bob/digits", "the token may not write there"),
-        (WRITER, "bob/theirs", "the token may not write there"),
-        (WRITER, "bob/hidden", "the token may not write there"),
+        (READER, "ann/digits", "the token has no write access"),
+        (WRITER, "bob/digits", "the token has no write access"),
+        (WRITER, "bob/theirs", "the token has no write access"),
+        (WRITER, "bob/hidden", "the token has no write access"),
         (WRITER, "zoo/my model", "'zoo/my model' is not a valid repository name; give it as ORG/NAME"),
         (WRITER, "zoo/a/b", "'zoo/a/b' is not a valid repository name"),
         (WRITER, None, "no repository is given"),
@@ -696,7 +696,7 @@ def test_training_that_may_not_push_does_not_start(hub, tmp_path):
     recipe = ("scripts/distill.py", "--recipe", TINY, "--output_dir", tmp_path / "run" / "student")
     process = start(hub, tmp_path, *recipe, "--push_to_hub", "--hub_model_id", "zoo/digits", token=READER)
     output, errors = finish(process, returncode=1)
-    assert errors.startswith("error: zoo/digits was not pushed: the token may not write there")
+    assert errors.startswith("error: zoo/digits was not pushed: the token has no write access")
     assert errors.count("\n") == 1
     assert "This will run" not in output
     assert not (tmp_path / "run" / "teacher").exists()
@@ -706,7 +706,7 @@ def test_training_that_may_not_push_does_not_start(hub, tmp_path):
 def test_trainer_checks_before_training(hub, tmp_path, digits):
     with pytest.raises(ValueError, match="--hub_model_id"):
         make_trainer(tmp_path, digits, push_to_hub=True)
-    with pytest.raises(OSError, match="may not write there"):
+    with pytest.raises(OSError, match="no write access"):
         make_trainer(tmp_path, digits, push_to_hub=True, hub_model_id="zoo/digits", hub_token=READER)
     with pytest.raises(ValueError, match="hub_strategy must be one of end"):
         make_trainer(tmp_path, digits, push_to_hub=True, hub_model_id="zoo/digits", hub_strategy="every_save")

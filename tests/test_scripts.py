@@ -394,7 +394,7 @@ def test_distill_refuses_invalid_starting_weights(refused, tmp_path_factory, kin
         expected = "cannot become a student: its attention has relative position biases"
     elif kind == "teacher":
         FlatTeacherForImageClassification(FlatTeacherConfig(image_size=8)).save_pretrained(folder)
-        expected = "a model of type 'flat_teacher' is no plain ViT"
+        expected = "a model of type 'flat_teacher' is not a plain ViT"
     else:
         make_student().save_pretrained(folder)
         expected, more = "has hidden_size 16, not 24; .* leave --hidden_size out", ["--hidden_size", "24"]

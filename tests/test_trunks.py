@@ -298,7 +298,7 @@ TIMM_REFUSALS = {
         {"img_size": 56, "embed_dim": 8, "depths": [1], "num_heads": [1]},
     ),
     "not those of a plain ViT": ("vit_small_patch16_18x2_224", TIMM),
-    "timm's ResNet is no plain ViT": ("resnet18", {}),
+    "timm's ResNet is not a plain ViT": ("resnet18", {}),
 }
 
 

@@ -141,7 +141,7 @@ def compare(
     overwrite: bool = False,
     **given: Any,
 ) -> Verdict | None:
-    """Trains a folder's images in several ways that cost about the same, and says which one pays.
+    """Trains a folder's images in several ways that cost about the same, and says which is worth its cost.
 
     The ways are the CNN alone, a ViT on labels only, DeiT-LT as in the paper, and this package's own recipe; with
     `init_from` also a linear probe and LoRA of that model. All see the same training and test images. The output folder
@@ -204,7 +204,7 @@ def compare(
 def _replaced(output: Path) -> list[Path]:
     """Folders of an earlier comparison that a new one replaces. No other file or folder is ever replaced.
 
-    It raises `FileExistsError` if the output folder holds a recipe, a page or a run that is not of a comparison.
+    It raises `FileExistsError` if the output folder holds a recipe, a page or a run of something else.
     """
     record_file = output / RECORD_FILE
     known = Prices(record_file).content["arms"] if record_file.is_file() else {}
@@ -213,7 +213,7 @@ def _replaced(output: Path) -> list[Path]:
         check_output_dir(output / name, overwrite=name in known, resuming=False)
     for name in (RECIPE_FILE, PAGE):
         if (output / name).exists() and not record_file.is_file():
-            raise FileExistsError(f"{output / name} is not of a comparison; choose another --output_dir.")
+            raise FileExistsError(f"{output / name} does not belong to a comparison; choose another --output_dir.")
     return [output / name for name in runs if name in known] + [output / RECIPES] * record_file.is_file()
 
 
@@ -254,7 +254,7 @@ def _run(output: Path) -> Verdict:
     (data_args,) = fill_arguments("data", (DataArguments,), recipe, {})
     data = data_args.load()
     if len(arms) < 2:
-        raise ValueError(f"{output / RECIPES} has recipes of fewer than two ways to compare; pass --overwrite.")
+        raise ValueError(f"{output / RECIPES} has fewer than two recipes; pass --overwrite.")
     outcomes = []
     for name, arm in arms.items():
         folder, own = output / name, str(output / RECIPES / f"{name}.yaml")
@@ -374,7 +374,7 @@ def _conclude(
     }
     if "validation" in data:
         facts["notes"].append(
-            f"{len(data['validation']):,} more images, apart from these, chose the best evaluation of each way."
+            f"The best evaluation of each way was chosen on {len(data['validation']):,} other images."
         )
     page = write_page(verdict, outcomes, groups, tested, facts, output)
     record.content |= {

@@ -224,7 +224,7 @@ def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, ar
             found = budget(model, GPUS[plan.gpu], gpus, images, utilisation, args)
         except ValueError as error:
             reasons.append(str(error))
-            table.add_row(f"{gpus:,}", "uneven shares")
+            table.add_row(f"{gpus:,}", "batch not divisible")
             continue
         table.add_row(
             f"{gpus:,}",

@@ -27,7 +27,9 @@ class CalibrationArguments:
     """The model, and the share of its sets that are to hold the true class."""
 
     model: str = field(metadata={"help": "Folder of a student, a teacher, or any classifier; its config.json changes."})
-    coverage: float = field(default=0.9, metadata={"help": "Wanted share of sets that hold the true class."})
+    coverage: float = field(
+        default=0.9, metadata={"help": "Target coverage: the share of prediction sets that contain the true class."}
+    )
     calibration_seed: int = field(
         default=0, metadata={"help": "Seed that divides the test images, if there is no validation split."}
     )
@@ -36,7 +38,7 @@ class CalibrationArguments:
         if not 0 < self.coverage < 1:
             raise ValueError(f"coverage must be between 0 and 1, such as 0.9, got {self.coverage}.")
         if not Path(self.model, "config.json").is_file():
-            raise FileNotFoundError(f"{self.model} is no model folder; its config.json stores the thresholds.")
+            raise FileNotFoundError(f"{self.model} is not a model folder; its config.json stores the thresholds.")
 
 
 def calibrate(args: CalibrationArguments, data_args: DataArguments) -> PredictionSets:

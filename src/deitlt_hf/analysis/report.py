@@ -126,8 +126,8 @@ def _confusion(observed: Observed, counts: Integers, names: Sequence[str]) -> Pi
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     figures.draw_confusion(figure.subplots(), matrix, counts, names)
     how = (
-        "Each row is a class, the most frequent first, and shows what its test images are taken for. Errors below the "
-        "diagonal are rare classes that are taken for more frequent ones."
+        "Each row is a class, the most frequent first, and shows how its test images are classified. Errors below the "
+        "diagonal are images of rare classes that are classified as more frequent ones."
     )
     return Picture("confusion_matrix", "Confusion matrix", how, figure)
 
@@ -211,7 +211,7 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
     )
     worst = np.argsort(-number, kind="stable")[:SHOWN]
     chosen = [int(np.flatnonzero((labels == pairs[at][0]) & (predictions == pairs[at][1]))[0]) for at in worst]
-    captions = [(names[pairs[at][0]], f"taken for {names[pairs[at][1]]}", f"{number[at]} times") for at in worst]
+    captions = [(names[pairs[at][0]], f"classified as {names[pairs[at][1]]}", f"{number[at]} times") for at in worst]
     pictures = []
     if chosen:
         how = "The pairs of classes that the prediction confuses most often, with one image of each pair."
@@ -223,7 +223,7 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
         if rows:
             cls = observed.predictions("cls")
             by_expert = [(names[labels[row]], f"CLS: {names[cls[row]]}") for row in rows]
-            how = "Test images of the rarest classes that the DIST expert classifies correctly and the CLS expert not."
+            how = "Test images of the rarest classes that DIST classifies correctly and CLS does not."
             pictures.append(_row("only_distillation", "Only DIST is correct", how, dataset, rows, by_expert))
     first = [int(np.flatnonzero(np.isin(labels, np.asarray(group)))[0]) for group in groups.values()
              if np.isin(labels, np.asarray(group)).any()]  # fmt: skip

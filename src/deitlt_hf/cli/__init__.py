@@ -13,7 +13,7 @@ from types import ModuleType
 
 COMMANDS = {  # command, its module, and its description; in the order of use in a project
     "train": ("train", "train on a folder of images, with a recipe that is fitted to it"),
-    "compare": ("compare", "train on a folder of images in several ways, and say which one pays"),
+    "compare": ("compare", "train on a folder of images in several ways, and say which is worth its cost"),
     "recipes": ("recipes", "list the recipes, print one, or fit one to a folder of images"),
     "data": ("data", "check or draw the images of a recipe before a run"),
     "plan": ("plan", "estimate the GPU time and memory of a recipe"),
@@ -24,7 +24,7 @@ COMMANDS = {  # command, its module, and its description; in the order of use in
     "probe": ("probe", "measure what the frozen features of a model give, with a linear classifier"),
     "analyze": ("analyze", "write an HTML report on the experts of a model"),
     "sharpness": ("sharpness", "measure the flatness of a model's loss"),
-    "calibrate": ("calibrate", "fit prediction sets that hold the true class with a wanted probability"),
+    "calibrate": ("calibrate", "fit prediction sets that contain the true class with a given probability"),
     "predict": ("predict", "classify image files"),
     "demo": ("demo", "serve a web page that classifies images"),
     "convert": ("convert", "convert a checkpoint of the DeiT-LT authors to a model folder"),

@@ -1,4 +1,4 @@
-"""Fits prediction sets, which hold the true class with a wanted probability in every group, and stores the rule.
+"""Fits prediction sets, which contain the true class with a given probability in every group, and stores the rule.
 
 deitlt calibrate --recipe digits_lt --model outputs/digits_lt_fast/student
 deitlt calibrate --recipe image_folder --data_dir DIR --model MODEL --coverage 0.95

@@ -1,4 +1,4 @@
-"""Compares ways to train on a folder of images at about the same cost, and says which one pays.
+"""Compares ways to train on a folder of images at about the same cost, and says which is worth its cost.
 
 deitlt compare photos --minutes 60
 deitlt compare photos --dry_run

@@ -50,6 +50,6 @@ def _check_address(host: str, port: int | None) -> None:
     except (OSError, OverflowError) as error:
         place = host if port is None else f"{host}:{port}"
         raise ValueError(
-            f"cannot serve on {place}: the port is taken or not permitted, or the address is not of this machine; "
-            "give another --host or --port."
+            f"cannot serve on {place}: the port is taken or not permitted, or the address does not belong to this "
+            "machine; give another --host or --port."
         ) from error

@@ -165,7 +165,7 @@ def _check(args: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"{given[0]} needs --output.")
         if several:
-            raise ValueError("several processes would print into each other; give --output, or start one process.")
+            raise ValueError("the output of several processes would be mixed; give --output, or start one process.")
     elif args.jsonl or args.csv:
         raise ValueError("--output writes tables; leave --jsonl and --csv out, or give --format csv.")
     elif several and "-" in args.images:

@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 
 # Not all formats that Pillow reads: for EPS, Pillow would run Ghostscript.
 FORMATS: tuple[str, ...] = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-with contextlib.suppress(ImportError):  # it decodes the pictures of telephones, which Pillow alone cannot
+with contextlib.suppress(ImportError):  # it decodes the photos from phones, which Pillow alone cannot
     import pillow_heif
 
     pillow_heif.register_heif_opener()

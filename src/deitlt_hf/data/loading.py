@@ -301,7 +301,7 @@ _readable_rows: dict[str, list[int]] = {}
 
 
 def readable(name: str, split: datasets.Dataset) -> datasets.Dataset:
-    """The rows of a split whose images (column `image`) can be decoded. The others are warned of, once in a process."""
+    """The rows of a split whose images (column `image`) can be decoded. Warns of the others once per process."""
     key = _files_digest(split)
     if key is None or key not in _readable_rows:
         errors = [found.error for found in decode_all(split)]

@@ -21,8 +21,9 @@ from .card_facts import LICENSE_FIELDS, CardFacts
 from .markdown import code, plain, quoted, table
 
 CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
-# Also identifies cards of earlier versions, see is_generated: it must not change.
-_MARKER = "<!-- Written by deitlt-hf, which writes it anew unless somebody edits it:"
+# The last line of a card holds the digest of the text before it. Earlier versions worded the rest differently.
+_MARKER = "<!-- Written by deitlt-hf, which regenerates it unless somebody edits it:"
+_LAST_LINE = re.compile(r"<!-- Written by deitlt-hf, [^:\n]*: (\w+) -->\n\Z")
 _TAGS = ("vision", "deit-lt", "long-tailed")
 _KIND_TAGS = {"teacher": "sam", "student": "distillation"}
 # Also identifies a licence that an earlier card took over, see given_metadata.
@@ -145,7 +146,8 @@ def save_card(card: ModelCard, path: Path) -> Path | None:
     """Writes a card and returns its path. If a user wrote or edited the file, warns, keeps it and returns None."""
     if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
         warnings.warn(
-            f"{path} was not written by deitlt-hf, or was edited, and stays; move it away for a new one.", stacklevel=2
+            f"{path} was edited or not written by deitlt-hf, so it is kept; move it to generate a new card.",
+            stacklevel=2,
         )
         return None
     with atomic_write(path) as part:
@@ -154,9 +156,9 @@ def save_card(card: ModelCard, path: Path) -> Path | None:
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card is exactly as this package wrote it: its marker holds the digest of the text before."""
-    body, marker, _ = text.rpartition(_MARKER)
-    return bool(marker) and text == body + _signature(body)
+    """Whether a card is exactly as this package wrote it: its last line holds the digest of the text before it."""
+    last = _LAST_LINE.search(text)
+    return last is not None and last[1] == _digest(text[: last.start()])
 
 
 def _render(facts: CardFacts, name: str, metadata: Mapping[str, Any], **about) -> ModelCard:
@@ -275,4 +277,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _signature(body: str) -> str:
-    return f"{_MARKER} {hashlib.sha256(body.encode()).hexdigest()[:16]} -->\n"
+    return f"{_MARKER} {_digest(body)} -->\n"
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Formats untrusted text as Markdown code, on one line of bounded length; backticks, which would end it, go."""
+    """Formats untrusted text as Markdown code, on one line of bounded length, without backticks, which would end it."""
     return f"`{_shown(text).replace('`', chr(39)) or ' '}`"
 
 

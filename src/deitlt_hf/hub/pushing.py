@@ -127,7 +127,8 @@ def push_folder(
     kept = {CARD_FILE} if is_of_others and not overwrite_card else set()
     if kept:
         warnings.warn(
-            f"the card of {repo_id} was written or edited there and stays; --overwrite_card replaces it.", stacklevel=2
+            f"the card of {repo_id} was written or edited there, so it is kept; --overwrite_card replaces it.",
+            stacklevel=2,
         )
     with _one_sentence(repo_id):
         stale = {name for name in api.list_repo_files(repo_id, revision=revision) if _matches(name, _REPLACED)}
@@ -378,7 +379,7 @@ def _reason(error: BaseException) -> str:
         if status == 401:
             return f"the token is not valid; create one at {_TOKENS}, and give it to 'hf auth login' or set HF_TOKEN"
         if status == 403:
-            return f"the token may not write there ({words}); give it write access at {_TOKENS}, or push elsewhere"
+            return f"the token has no write access ({words}); change that at {_TOKENS}, or push elsewhere"
         return f"the Hub answered {status} ({words}); uploaded files are not sent again if you repeat the push"
     if isinstance(error, HTTPError):
         return f"the Hub was not reached ({words}); uploaded files are not sent again if you repeat the push"

@@ -107,7 +107,7 @@ class Trunk:
 def check_type(model_type: str) -> None:
     """Raises `ValueError`, with the reason, if a student cannot start from models of a `model_type` of transformers."""
     if model_type not in (*NATIVE_TYPES, TIMM_TYPE):
-        raise ValueError(_REASONS.get(model_type, f"a model of type {model_type!r} is no plain ViT"))
+        raise ValueError(_REASONS.get(model_type, f"a model of type {model_type!r} is not a plain ViT"))
 
 
 def trunk_of(model: nn.Module) -> Trunk:
@@ -262,7 +262,7 @@ def _timm_fields(vit: nn.Module) -> dict[str, Any]:
     """Fields of a student's configuration, from a ViT of timm."""
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
         name = type(vit).__name__
-        raise ValueError(_REASONS.get(name, f"timm's {name} is no plain ViT"))
+        raise ValueError(_REASONS.get(name, f"timm's {name} is not a plain ViT"))
     assert isinstance(vit, VisionTransformer)
     blocks: list[Any] = list(vit.blocks)
     norms = [module for module in vit.modules() if "norm" in type(module).__name__.lower()]

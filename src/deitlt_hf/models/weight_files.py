@@ -85,7 +85,7 @@ def check_model_files(folder: str | PathLike) -> None:
     if not (folder / CONFIG_NAME).is_file():
         has_adapters = (folder / ADAPTER_CONFIG_NAME).is_file()
         hint = " It holds adapters of PEFT: merge them into their model, and save that." if has_adapters else ""
-        raise FileNotFoundError(f"{folder} is no model folder: there is no {CONFIG_NAME} in it.{hint}")
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no {CONFIG_NAME}.{hint}")
     for name in (CONFIG_NAME, "preprocessor_config.json"):
         if (folder / name).is_file():
             read_json(folder / name)
@@ -140,7 +140,7 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         start = file.read(16)
     code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
     if code is not None:
-        return f"it refers to {code[1]}, code that could do anything; nothing of it was run"
+        return f"it refers to {code[1]}, which could run arbitrary code; it was not executed"
     if not start:
         return "it is empty"
     if isinstance(error, SafetensorError):

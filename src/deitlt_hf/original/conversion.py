@@ -230,7 +230,7 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
     wrong = [key for key, tensor in state_dict.items() if not tensor.is_floating_point() and tensor.dim() > 0]
     if wrong:
         dtype = state_dict[wrong[0]].dtype
-        raise ValueError(f"{name} has weights that are no floating-point numbers: {_listed(wrong)} ({dtype}).")
+        raise ValueError(f"{name} has weights that are not floating-point numbers: {_listed(wrong)} ({dtype}).")
     return _Checkpoint(
         name=name,
         kind=kind,

@@ -94,7 +94,7 @@ class TeacherLayout:
         depths = depths if depths[3] else depths[:3]
         backbone = _RESNETS.get((depths, f"{self.prefix}layer1.0.conv3.weight" in state_dict))
         if backbone is None:
-            raise ValueError(f"its stages have {', '.join(map(str, depths))} blocks, like no ResNet that is known here")
+            raise ValueError(f"its stages have {', '.join(map(str, depths))} blocks, which matches no supported ResNet")
         num_channels = state_dict[f"{self.prefix}conv1.weight"].shape[1]
         if num_channels != 3:
             raise ValueError(f"it takes images of {num_channels} channels; only RGB is known here")

@@ -136,7 +136,7 @@ class FittedRecipe:
         Args:
             title: The description of the recipe.
         """
-        twice = "it weights the classes itself, and DRW would do it a second time"
+        twice = "it weights the classes itself, so DRW would weight them twice"
         reasons = {("teacher_losses", loss): twice for loss in OTHER_LOSSES}
         for choice in self.choices:
             for section in choice.sections:
@@ -289,7 +289,7 @@ def _epochs_reason(share: float, epochs: int) -> str:
     if share == 1:
         return "a standard number"
     if share == LONGEST:
-        return f"{share:g} times the standard number; more would hardly help, so the given time is not used up"
+        return f"{share:g} times the standard number; more are not expected to help, so the run ends earlier"
     if epochs == FEWEST_EPOCHS:
         return "the least number; the given time may be too short for it"
     return f"{100 * share:.0f} % of the standard number, for the given time"

@@ -1,6 +1,6 @@
 """Errors of command lines: an argument parser with short messages, unknown names, one sentence for any error.
 
-This module imports no heavy library: a wrong command line must not take seconds to say so.
+This module imports no heavy library: an error in a command line must be reported within a fraction of a second.
 """
 
 import argparse

@@ -54,7 +54,7 @@ def load_backbone(path: str) -> PreTrainedModel:
     if read_model_config(path).get("model_type") == FlatTeacherConfig.model_type:
         return load_classifier(path).eval()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a missing pooler is no news
+    logging.set_verbosity_error()  # a missing pooler does not matter
     try:
         with loading(path, "an image model"):
             config = native_config(path)
@@ -92,7 +92,7 @@ def check_weights(path: str, info: Mapping[str, Any], kind: str, new: tuple[str,
         if found:
             raise ValueError(
                 f"{path} {what.format(len(found))} of a {kind} with its config.json ({', '.join(found[:3])}); they "
-                "would be random, so take another copy of the model."
+                "would be initialised at random. Download or save the model again."
             )
 
 

@@ -200,8 +200,8 @@ class EndpointHandler:
 
 def _check_folder(folder: str | os.PathLike) -> None:
     if not (Path(folder) / "config.json").is_file():
-        why = "there is no config.json in it" if Path(folder).is_dir() else "it does not exist"
-        raise FileNotFoundError(f"{str(folder)!r} is no model folder: {why}.")
+        why = "it has no config.json" if Path(folder).is_dir() else "it does not exist"
+        raise FileNotFoundError(f"{str(folder)!r} is not a model folder: {why}.")
 
 
 def is_hub_id(name: str) -> bool:

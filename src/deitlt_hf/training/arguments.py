@@ -127,8 +127,9 @@ class LongTailTrainingArguments(TrainingArguments):
     drw_beta: float = option(0.9999, "Beta of the effective-number class weights of DRW, in [0, 1).")
     class_weights: dict | str | None = option(
         None,
-        "Weights of classes in the loss, such as melanoma=5,nevus=1; other classes weigh 1. They apply in all phases, "
-        "multiply the weights of DRW, and are scaled to mean 1 over the classes. For a student, they weigh both heads.",
+        "Weights of classes in the loss, such as melanoma=5,nevus=1; other classes have weight 1. They apply in all "
+        "phases, multiply the weights of DRW, and are scaled to mean 1 over the classes. For a student, they apply to "
+        "both heads.",
     )
     sam_rho: list[float] = option(
         [0.0],
@@ -149,7 +150,7 @@ class LongTailTrainingArguments(TrainingArguments):
     sampling: str = option(
         "uniform",
         "Choice of training images: uniform (each image once in an epoch), or class_balanced (each class equally "
-        "often, so images of rare classes appear several times). DRW weighs rare classes up in addition, unless "
+        "often, so images of rare classes appear several times). DRW also gives rare classes more weight, unless "
         "drw_start_epoch is inf.",
     )
     image_resize: int | None = option(

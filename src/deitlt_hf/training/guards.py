@@ -62,7 +62,10 @@ class NonFiniteGuard(TrainerCallback):
         self.in_a_row += 1
         self.skipped += 1
         if self.in_a_row > args.nonfinite_limit:
-            self._stop(state.global_step + 1, f"the gradient, {self.in_a_row} steps in a row (nonfinite_limit),")
+            self._stop(
+                state.global_step + 1,
+                f"the gradient is not finite in {self.in_a_row} steps in a row (nonfinite_limit), the last",
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cpu" and args.on_nonfinite == "stop":
@@ -84,13 +87,13 @@ class NonFiniteGuard(TrainerCallback):
     def _look(self) -> None:
         step = self.first_step.item()
         if math.isfinite(step):
-            self._stop(int(step), "loss or weights")
+            self._stop(int(step), "the loss or a weight is not finite")
 
     def _stop(self, step: int, what: str) -> None:
         trainer = self.trainer
         parts = "".join(f", {name} {value:.4g}" for name, value in trainer.logged_means().items())
         raise FloatingPointError(
-            f"{what} not finite at step {step} (epoch {trainer.state.epoch or 0:.2f}, learning rate "
+            f"{what} at step {step} (epoch {trainer.state.epoch or 0:.2f}, learning rate "
             f"{trainer.optimizer.param_groups[0]['lr']:.3g}{parts}); nothing was saved after that step, and the "
             f"checkpoints in {trainer.args.output_dir} are older. Lower the learning rate."
         )

@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     By default glibc returns memory at the end of its heap to the system whenever a few tens of MiB of it are free. This
     happens after every backward pass. The next step requests the memory again, and the system has to clear every page.
     With this setting the process keeps its peak size. Tensors of more than 32 MiB are still returned: in the heap they
-    would leave gaps that nothing fits. Child processes that are forked later inherit the setting.
+    would fragment it. Child processes that are forked later inherit the setting.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -20,7 +20,7 @@ def push_trained(trainer, message: str, options: Mapping[str, Any], card: Mappin
     args = trainer.args
     if trainer.state.global_step == 0 and run_files(args.output_dir):
         raise FileExistsError(
-            f"{args.output_dir} holds a model, and this trainer has not trained a new one; push the existing model "
+            f"{args.output_dir} holds a model, and this trainer trained no new one; push the existing model "
             f"with: {_command(args, options)}"
         )
     trainer.accelerator.wait_for_everyone()  # otherwise another process could find the model that the first one saves

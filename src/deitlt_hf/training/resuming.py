@@ -134,7 +134,8 @@ def check_same_run(
 def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warns if a run resumes with another teacher."""
     if who == "tail teacher" and bool(before) != bool(now):
-        warnings.warn(f"the run resumes with{'' if now else 'out'} a {who}; it began the other way.", stacklevel=2)
+        start, end = ("without", "with") if now else ("with", "without")
+        warnings.warn(f"the run started {start} a {who} and resumes {end} one.", stacklevel=2)
         return
     for name in ("model", "backbone", "weights_sha256", "classes"):
         if before.get(name, now.get(name)) != now.get(name):
@@ -158,7 +159,7 @@ def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any])
         if name not in _WITHOUT_WEIGHTS and then.get(name, value) != value:
             yield f"its {name} is {one_line(then[name], 60)}, not {one_line(value, 60)}"
     if had and had.get("background") != data.get("background"):
-        yield f"transparent pixels were {_shown(had.get('background'))}, and are {_shown(data.get('background'))}"
+        yield f"transparent pixels were {_shown(had.get('background'))} and are now {_shown(data.get('background'))}"
     for name in _FIXED:
         before = record.get("settings", {}).get(name, settings.get(name))
         if name in settings and before != settings[name]:

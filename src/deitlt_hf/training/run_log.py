@@ -42,7 +42,7 @@ class RunLog(ProgressCallback):
             seconds, steps = time.perf_counter() - self._begun[0], state.global_step - self._begun[1]
             if steps >= ESTIMATE_AFTER and seconds > ESTIMATE_SECONDS:
                 self._estimated = True
-                self._write(f"{seconds / steps:.3g} s a step: {self._left(state)} to go, and the time of evaluations")
+                self._write(f"{seconds / steps:.3g} s per step, {self._left(state)} left without evaluations")
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 

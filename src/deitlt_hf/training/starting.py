@@ -124,7 +124,7 @@ def _model_of(path: str, names: Sequence[str]) -> torch.nn.Module:
 def _check_plain_weights(path: str, content: Mapping[str, Any]) -> None:
     """Raises `ValueError` with the reason if weights are missing, adapters of PEFT, or quantised."""
     if "quantization_config" in content:
-        raise ValueError("its weights are quantised; start from the model that they were made of")
+        raise ValueError("its weights are quantised; start from the unquantised model")
     if cached_file(path, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
         raise ValueError("it has adapters of PEFT; merge them into the weights first (PEFT's merge_and_unload)")
     if Path(path).is_dir() and not weight_files(path):

@@ -114,7 +114,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
     )
     heads_from_means: bool | None = option(
         None,
-        "Begin both heads at the means of the classes' features, which a model with trained weights needs. By default "
+        "Initialise both heads with the mean features of the classes, which requires pretrained weights. By default "
         "only with tune heads.",
     )
     weight_decay: float = option(0.05, "Weight decay. Does not apply to biases, norms, tokens and position embeddings.")

@@ -21,7 +21,7 @@ from .student_arguments import DeiTLTTrainingArguments
 from .teacher_cache import TeacherCache, cache_of, cache_plan, evaluation_digest, model_digest
 from .trainer import LongTailTrainer
 
-# Difference of a teacher's accuracies, on the images of its own processor and on the student's, that is warned of.
+# Difference between a teacher's accuracies with its own preprocessing and with the student's that causes a warning.
 FAR_BELOW = 0.05
 
 
@@ -238,9 +238,9 @@ class TaughtTrainer(LongTailTrainer):
         if not is_same or before is None or before - accuracies.get("overall", before) < FAR_BELOW:
             return None
         return (
-            f"the teacher classifies {100 * before:.1f} % of the {self.evaluated_on} images correctly as its own "
-            f"processor makes them, but only {100 * accuracies['overall']:.1f} % as the student sees them, and DIST "
-            f"learns from the latter. Choose an image_size near the teacher's ({self.formats['teacher']})."
+            f"the teacher classifies {100 * before:.1f} % of the {self.evaluated_on} images correctly with its "
+            f"own preprocessing, but only {100 * accuracies['overall']:.1f} % with the student's, which distillation "
+            f"uses. Choose an image_size near the teacher's ({self.formats['teacher']})."
         )
 
     @torch.no_grad()

@@ -607,7 +607,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
                 is_validation = records and self.test_dataset is not None
                 title += ", validation images" * is_validation
                 table.title = f"{title}, {name}" if name else title
-                # Early in a run, the findings are no news.
+                # Early in a run, the findings are not informative.
                 if self.state.global_step >= self.state.max_steps and not is_validation:
                     _show_with_notes(table)
                 else:

@@ -144,7 +144,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
             return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(
-            f"it refers to {module}.{name}, code that could do anything; nothing of it was run"
+            f"it refers to {module}.{name}, which could run arbitrary code; it was not executed"
         )
 
 
