@@ -63,10 +63,12 @@ def trained_folder(tmp_path, monkeypatch, teacher_folder):
 
 
 def test_python_of_readme_and_training_page_runs(trained_folder, digits):
-    """The Python of docs/training.md runs with fewer epochs; both ways of the README to use the saved model work."""
-    (use_plain, use_package), (by_recipe, train) = blocks(README), blocks(TRAINING)
-    tiny = by_recipe.replace('"digits_lt_fast"', repr(str(ROOT / "tests" / "fixtures" / "tiny.yaml")))
-    exec(compile(tiny, "training.md", "exec"), {})
+    """The Python of both pages runs, on a tiny recipe or with fewer epochs."""
+    (use_plain, use_package, train_recipe), (by_recipe, train) = blocks(README), blocks(TRAINING)
+    for block, folder in ((train_recipe, "outputs/tiny"), (by_recipe, "outputs/python")):
+        tiny = block.replace('"digits_lt_fast"', repr(str(ROOT / "tests" / "fixtures" / "tiny.yaml")))
+        exec(compile(tiny, "page.md", "exec"), {})
+        assert (trained_folder / folder / "student" / "model.safetensors").is_file()
     assert (trained_folder / "outputs" / "python" / "teacher" / "model.safetensors").is_file()
     shutil.rmtree(trained_folder / "outputs" / "python")
     short = train.replace("num_train_epochs=260", "num_train_epochs=7").replace("start_epoch=180", "start_epoch=6")
@@ -143,11 +145,11 @@ def test_teachers_page(tmp_path, monkeypatch):
         exec(compile(block, "docs/teachers.md", "exec"), session)
     with pytest.raises(ValueError, match="no better than chance"):
         session["trainer"].train()
-    commands = re.findall(r"scripts/(train_teacher|distill)\.py (.*)$", page, flags=re.MULTILINE)
+    commands = re.findall(r"^[^`\n]*(train.teacher|distill)(?:\.py)? ([^\\\n]*)", page, flags=re.MULTILINE)
     assert len(commands) >= 4
-    for script, arguments in commands:
+    for command, arguments in commands:
         section, classes = "student", (DataArguments, StudentArguments, DeiTLTTrainingArguments)
-        if script == "train_teacher":
+        if command != "distill":
             section, classes = "teacher", (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
         parse_arguments(section, classes, [*arguments.split(), "--output_dir", str(tmp_path)])
 
@@ -210,7 +212,7 @@ def test_links_lead_to_files_and_headings(page):
 def test_commands_of_the_training_page_are_valid(tmp_path, monkeypatch, capsys):
     """The options of `deitlt train` and `deitlt recipes` on the page exist, and the files it names are written."""
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^deitlt (train|recipes)(.*?)(?:#.*|>.*)?$", README + TRAINING, flags=re.MULTILINE)
+    commands = re.findall(r"^deitlt (train|recipes)(?!-)(.*?)(?:#.*|>.*)?$", README + TRAINING, flags=re.MULTILINE)
     assert len(commands) >= 8
     for name, words in commands:
         if "DIR" not in words:

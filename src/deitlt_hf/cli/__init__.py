@@ -21,7 +21,7 @@ COMMANDS = {  # command, its module, and its description; in the order of use in
     "train-teacher": ("train_teacher", "train a flat CNN teacher with SAM, or fit a head on a frozen model"),
     "distill": ("distill", "train a DeiT-LT student, and its teacher first if none is given"),
     "evaluate": ("evaluate", "print the accuracy of each expert of a model on head, mid and tail classes"),
-    "probe": ("probe", "measure what the frozen features of a model give, with a linear classifier"),
+    "probe": ("probe", "evaluate the frozen features of a model with a linear classifier"),
     "analyze": ("analyze", "write an HTML report on the experts of a model"),
     "sharpness": ("sharpness", "measure the flatness of a model's loss"),
     "calibrate": ("calibrate", "fit prediction sets that contain the true class with a given probability"),

@@ -1,4 +1,4 @@
-"""What a table of accuracies means for a user, in sentences: only what is true of the evaluated model."""
+"""Notes on the accuracies of a model: classes never predicted, experts that agree, groups with few test images."""
 
 from collections.abc import Mapping, Sequence
 
