@@ -31,7 +31,13 @@ def parse_with_fields(
     rest: list[str] = []
 
     class CollectField(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: str | Sequence[Any] | None,
+            option_string: str | None = None,
+        ) -> None:
             words = values if isinstance(values, list) else [values]
             rest.extend([option_string, *(word for word in words if word is not None)])  # None: option without a value
 

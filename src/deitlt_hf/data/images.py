@@ -27,6 +27,8 @@ from ..io import one_line
 from .image_rule import FORMATS, is_transparent, open_encoded, orientation_of, upright_rgb
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
     from .copies import ReducedCopies
 
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
@@ -204,7 +206,7 @@ def source_rows(dataset: datasets.Dataset) -> np.ndarray:
 _job: tuple  # arguments of `_decode_some`, sent once to each worker process of `decode_all`
 
 
-def _set_job(*job) -> None:
+def _set_job(*job: Any) -> None:
     global _job
     _job = job
 
@@ -317,7 +319,7 @@ class ImageCollator:
         background: Background colour of the processor, for decoding; see [`EncodedImage`].
     """
 
-    def __init__(self, image_processor):
+    def __init__(self, image_processor: "BaseImageProcessor") -> None:
         self.image_processor = image_processor
         self.background = getattr(image_processor, "background", None)
 

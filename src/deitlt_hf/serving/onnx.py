@@ -184,7 +184,7 @@ class _Logits(nn.Module):
         return {name: outputs[name] for name in OUTPUTS if outputs.get(name) is not None}
 
 
-def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]):
+def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]) -> torch.onnx.ONNXProgram:
     """Exports the network to torch's `ONNXProgram`."""
     with torch.no_grad(), _quiet():
         try:

@@ -43,7 +43,7 @@ class Contents:
     format: str = "parquet"  # one of `FORMATS`
     shard_size: int = 5000  # images in a table
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.top_k, self.shard_size) < 1:
             raise ValueError(f"top_k and shard_size must be 1 or more, got {self.top_k} and {self.shard_size}.")
         if self.features is not None and self.format == "csv":

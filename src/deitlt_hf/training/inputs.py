@@ -5,15 +5,16 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig
+from transformers import BaseImageProcessor, PreTrainedConfig, TrainingArguments
 
 from ..data.columns import find_columns
 from ..data.copies import ReducedCopies
 from ..data.images import ImageDataset
-from ..data.sampling import SeededImages, TrainBatches
+from ..data.sampling import Rows, SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
+from .arguments import LongTailTrainingArguments
 from .guards import ignore_stop_signals
 
 
@@ -29,7 +30,7 @@ def ignoring_stop_signals(loader: DataLoader) -> DataLoader:
     return loader
 
 
-def train_loader(images, args, collate_fn: Callable) -> DataLoader:
+def train_loader(images: Rows | StreamedImages, args: LongTailTrainingArguments, collate_fn: Callable) -> DataLoader:
     """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
     batches: dict[str, Any] = {"batch_size": args.train_batch_size}
     if not isinstance(images, StreamedImages):
@@ -62,7 +63,7 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
     )
 
 
-def check_streaming(args) -> None:
+def check_streaming(args: TrainingArguments) -> None:
     """Raises `ValueError` if a training argument needs the whole data set, which a stream does not have."""
     for name in ("image_cache", "teacher_cache", "sampling", "partial_steps"):
         value = getattr(args, name, None)
@@ -71,7 +72,12 @@ def check_streaming(args) -> None:
             raise ValueError(f"{name} {value!r}{by} does not work with --streaming; leave out one of them.")
 
 
-def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):
+def as_images(
+    dataset: Any,
+    processor: BaseImageProcessor,
+    args: LongTailTrainingArguments,
+    views: Mapping[str, TrainTransform] | None = None,
+) -> Any:
     """Wraps a data set or a mapping of them: rows become model inputs. Other data sets are returned unchanged.
 
     `views` are the training transforms by model input; None for evaluation, by the processor.
@@ -168,7 +174,7 @@ def _matched(known: list[str], config: PreTrainedConfig, dataset: Dataset) -> li
     return names
 
 
-def _check_kind(dataset) -> None:
+def _check_kind(dataset: object) -> None:
     """Raises `ValueError` for what is no supported data set, or has a transform, which the trainer would ignore."""
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise ValueError(

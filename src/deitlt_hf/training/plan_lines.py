@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.panel import Panel
@@ -13,8 +14,12 @@ from ..io import one_line
 from .tuning import trained_parameters
 from .whole_checkpoints import model_name
 
+if TYPE_CHECKING:
+    from .arguments import LongTailTrainingArguments
+    from .trainer import LongTailTrainer
 
-def plan_lines(trainer) -> dict[str, str]:
+
+def plan_lines(trainer: "LongTailTrainer") -> dict[str, str]:
     """Lines of the plan by label, from the optimiser on, without those of [`print_plan`]."""
     args = trainer.args
     lines = {"optimiser": trainer.optimizer_plan()}
@@ -36,7 +41,7 @@ def plan_lines(trainer) -> dict[str, str]:
     return lines | trainer.plan()
 
 
-def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
+def print_plan(trainer: "LongTailTrainer", steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     """Prints the plan of a run: model, data, batch sizes, schedule and output folder."""
     args, model = trainer.args, trainer.model
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_per_epoch
@@ -66,7 +71,9 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     show(Panel(table, title="This will run", title_align="left", expand=False))
 
 
-def _step_lines(args, epochs: float, steps_per_epoch: int, total_steps: int) -> dict[str, str]:
+def _step_lines(
+    args: "LongTailTrainingArguments", epochs: float, steps_per_epoch: int, total_steps: int
+) -> dict[str, str]:
     """Lines about the optimiser's steps; none for a run without steps."""
     if not total_steps:
         return {}
@@ -78,7 +85,7 @@ def _step_lines(args, epochs: float, steps_per_epoch: int, total_steps: int) -> 
     }
 
 
-def drw_start(trainer) -> str:
+def drw_start(trainer: "LongTailTrainer") -> str:
     """Start epoch of deferred re-weighting, with a note if `max_steps` ends the run earlier."""
     start, steps = trainer.args.drw_start_epoch, trainer.args.max_steps
     is_cut_off = 0 < steps <= start * trainer.steps_per_epoch()

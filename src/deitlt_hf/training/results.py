@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..io import one_line, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
@@ -14,6 +15,9 @@ from .output_folder import EMISSIONS_FILE
 from .provenance import hardware, license_of_start, started_from
 from .resuming import architecture
 from .whole_checkpoints import model_name
+
+if TYPE_CHECKING:
+    from .trainer import LongTailTrainer
 
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
 
@@ -42,7 +46,7 @@ class Results:
         self.teachers: dict[str, dict] = {}
         self._was_finished = False
 
-    def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
+    def start(self, trainer: "LongTailTrainer", resumed_step: int | None, former: RunRecord | None = None) -> None:
         """Starts the record.
 
         Args:
@@ -87,7 +91,7 @@ class Results:
             "versions": installed_versions(),
         }
 
-    def data_of(self, trainer) -> dict:
+    def data_of(self, trainer: "LongTailTrainer") -> dict:
         """Facts that identify the training images of a run."""
         config = trainer.model.config
         return {

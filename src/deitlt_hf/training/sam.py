@@ -1,5 +1,8 @@
 """Sharpness-aware minimisation (SAM) as a wrapper of an optimiser."""
 
+from collections.abc import Callable
+from typing import overload
+
 import torch
 from torch.optim import Optimizer
 
@@ -92,7 +95,13 @@ class SAM(Optimizer):
             parameter.copy_(weight)
         self._perturbed.clear()
 
-    def step(self, closure=None):
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Restores the weights and takes the wrapped optimiser's step."""
         self.restore()
         return self.base_optimizer.step(closure)

@@ -7,6 +7,7 @@ names and shapes are exactly those of `DeiTForImageClassificationWithTeacher`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -110,7 +111,7 @@ def first_tokens_attend(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     num_queries: int | None,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Computes attention for the first tokens as queries, with all tokens as keys and values.
 
@@ -155,7 +156,7 @@ class DeiTLTLayer(DeiTLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         class_tokens_only: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         # Keys and values of the last block still come from all tokens; only queries, projection and MLP are saved.
         num_queries = 2 if class_tokens_only and self.is_last else None
@@ -256,7 +257,7 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         class_tokens_only: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> DeiTLTImageClassifierOutput:
         """Classifies images.
 

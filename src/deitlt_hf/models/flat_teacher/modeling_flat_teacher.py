@@ -8,6 +8,7 @@ import contextlib
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -175,7 +176,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> FlatTeacherOutput | tuple[torch.Tensor, ...]:
         """Classifies images.
 
