@@ -212,6 +212,7 @@ def print_budgets(
 
 
 def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, args: LongTailTrainingArguments) -> None:
+    assert args.global_batch_size is not None  # set by `settle`
     is_teacher = isinstance(args, FlatTeacherTrainingArguments)
     utilisation = plan.teacher_utilisation if is_teacher else plan.utilisation
     table = Table(title=title, title_justify="left", caption_justify="left")

@@ -38,7 +38,8 @@ def parse_with_fields(
             values: str | Sequence[Any] | None,
             option_string: str | None = None,
         ) -> None:
-            words = values if isinstance(values, list) else [values]
+            assert option_string is not None  # an option, which has no positional form
+            words: list[Any] = values if isinstance(values, list) else [values]
             rest.extend([option_string, *(word for word in words if word is not None)])  # None: option without a value
 
     recipe = argparse.ArgumentParser(add_help=False)

@@ -267,7 +267,7 @@ def _prediction_sets(config: PreTrainedConfig, group_of: dict[int, str]) -> tupl
     of_group, coverage = sets.get("thresholds"), sets.get("coverage")
     if not isinstance(of_group, dict) or sets.get("num_labels") != config.num_labels:
         return None, torch.empty(0)
-    thresholds = [of_group.get(group_of.get(label, "all")) for label in range(config.num_labels)]
+    thresholds = [of_group.get(group_of.get(label, "all")) for label in range(config.num_labels or 0)]
     if not isinstance(coverage, float) or not all(isinstance(value, (int, float)) for value in thresholds):
         return None, torch.empty(0)
     return coverage, torch.tensor(thresholds, dtype=torch.float32)

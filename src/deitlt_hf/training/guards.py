@@ -49,9 +49,9 @@ class NonFiniteGuard(TrainerCallback):
         # A gradient scaler does this check itself, and its occasional overflows are expected.
         if self.trainer.args.on_nonfinite == "stop" or self.trainer.accelerator.scaler is not None:
             return
-        parameters = [parameter for parameter in self.trainer.model.parameters() if parameter.grad is not None]
+        parameters = [*self.trainer.model.parameters()]
         # The norm of the whole gradient is the same in every process, so all processes skip the same updates.
-        if _norm([parameter.grad for parameter in parameters]).isfinite():
+        if _norm([parameter.grad for parameter in parameters if parameter.grad is not None]).isfinite():
             self.in_a_row = 0
             return
         for parameter in parameters:
@@ -97,6 +97,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def _stop(self, step: int, what: str) -> None:
         trainer = self.trainer
+        assert trainer.optimizer is not None  # only training calls this
         parts = "".join(f", {name} {value:.4g}" for name, value in trainer.logged_means().items())
         raise FloatingPointError(
             f"{what} not finite at step {step} (epoch {trainer.state.epoch or 0:.2f}, learning rate "
@@ -161,10 +162,10 @@ class SaveByMinutes(Voter):
         self, args: "LongTailTrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._votes.clear()
-        self._due = time.monotonic() + 60 * args.save_minutes if state.is_world_process_zero else math.inf
+        self._due = time.monotonic() + 60 * (args.save_minutes or math.inf) if state.is_world_process_zero else math.inf
 
     # Every save counts, in all processes; a vote from before it is void.
-    on_save = on_train_begin
+    on_save = on_train_begin  # type: ignore[assignment]  # for the same reason
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.decided(args.world_size):

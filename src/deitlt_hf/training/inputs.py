@@ -5,12 +5,13 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from transformers import BaseImageProcessor, PreTrainedConfig, TrainingArguments
 
 from ..data.columns import find_columns
 from ..data.copies import ReducedCopies
 from ..data.images import ImageDataset
-from ..data.sampling import Rows, SeededImages, TrainBatches
+from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
@@ -30,8 +31,11 @@ def ignoring_stop_signals(loader: DataLoader) -> DataLoader:
     return loader
 
 
-def train_loader(images: Rows | StreamedImages, args: LongTailTrainingArguments, collate_fn: Callable) -> DataLoader:
+def train_loader(
+    images: ImageDataset | StreamedImages, args: LongTailTrainingArguments, collate_fn: Callable
+) -> DataLoader:
     """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
+    loaded: TorchDataset = images
     batches: dict[str, Any] = {"batch_size": args.train_batch_size}
     if not isinstance(images, StreamedImages):
         sampler = TrainBatches(
@@ -45,11 +49,11 @@ def train_loader(images: Rows | StreamedImages, args: LongTailTrainingArguments,
             bool(args.partial_steps),
             images.labels if args.sampling == "class_balanced" else None,
         )
-        images, batches = SeededImages(images), {"batch_sampler": sampler}
+        loaded, batches = SeededImages(images), {"batch_sampler": sampler}
     context = getattr(args, "dataloader_multiprocessing_context", None)
     # Not prepared by Accelerate, which would split the batches over the processes a second time.
     return DataLoader(
-        images,
+        loaded,
         **batches,
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
@@ -92,7 +96,7 @@ def as_images(
             args.process_index,
             args.world_size,
             args.repeats,
-            args.data_seed,
+            args.seed if args.data_seed is None else args.data_seed,
             args.gradient_accumulation_steps,
             background,
         )

@@ -52,6 +52,7 @@ def muon(model: nn.Module, args: "DeiTLTTrainingArguments", decayed: Collection[
     the size of AdamW's (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4).
     Therefore both use the same learning rate and weight decay. `decayed` are the names of parameters with weight decay.
     """
+    assert args.learning_rate is not None  # set by `settle`
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()

@@ -52,6 +52,7 @@ def processor_name() -> str:
 
 def what_ran(trainer: "LongTailTrainer") -> dict[str, Any]:
     """The objects that a trainer trains with (dtypes, optimiser, scheduler), which can differ from the arguments."""
+    assert trainer.optimizer is not None  # created before the run is recorded
     args, optimizer = trainer.args, optimizer_record(trainer.optimizer)
     if optimizer["sam"] is not None and not trainer.rho_is_given:  # later phases have other radii
         optimizer["sam"] |= {"rho": args.sam_rho, "epochs": args.sam_rho_epochs}

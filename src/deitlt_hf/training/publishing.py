@@ -36,6 +36,7 @@ def push_trained(
     try:
         if trainer.hub_model_id is None:
             trainer.init_hf_repo(options["token"], options["private"])
+        assert trainer.hub_model_id is not None  # set by `init_hf_repo`
         trainer.create_model_card(**card)
         # `push_folder` writes the card again, with the licence and tags of the card in the repository.
         name = card.get("model_name")

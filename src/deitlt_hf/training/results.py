@@ -93,11 +93,11 @@ class Results:
 
     def data_of(self, trainer: "LongTailTrainer") -> dict:
         """Facts that identify the training images of a run."""
-        config = trainer.model.config
+        assert trainer.class_counts is not None  # of the training images
         return {
             **self.dataset,
             "train_images": sum(trainer.class_counts),
-            "classes": [config.id2label[label] for label in range(config.num_labels)],
+            "classes": label_names(trainer.model.config),
             "class_counts": trainer.class_counts,
             "subset_sha256": trainer.subset_sha256,
             "images_sha256": trainer.images_sha256,

@@ -252,8 +252,9 @@ class BeginRun(TrainerCallback):
         train_dataloader: DataLoader | None = None,
         **kwargs: Any,
     ) -> None:
+        assert train_dataloader is not None  # transformers passes that of the trainer
         dataset = train_dataloader.dataset
-        order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
+        order: Any = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
         # By the step, not by counting calls: the order of images depends on it, also in the middle of an epoch, where
         # transformers skips the batches of the steps before.
         order.set_epoch(state.global_step // self.trainer.steps_per_epoch())

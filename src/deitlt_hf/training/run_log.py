@@ -75,7 +75,7 @@ class RunLog(ProgressCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
         values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "grad_norm"))
         left = f"  {self._left(state)} left" if self._estimated else ""

@@ -337,11 +337,12 @@ def begin(args: LongTailTrainingArguments, model_type: str) -> None:
     check_output_dir(args.output_dir, args.overwrite, resumes_in(args.output_dir, args.resume_from_checkpoint))
     if args.resume_from_checkpoint not in (None, "auto"):
         whole_checkpoint(args.resume_from_checkpoint)
+    trackers = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     for callback in get_reporting_integration_callbacks(args.report_to):
         try:
             callback()
         except (ImportError, RuntimeError) as error:
-            raise ValueError(f"cannot report to {', '.join(args.report_to)}: {error}") from error
+            raise ValueError(f"cannot report to {', '.join(trackers)}: {error}") from error
     if args.push_to_hub and args.process_index == 0:
         prepare_repository(args.hub_model_id, model_type=model_type, **hub_options(args))
 

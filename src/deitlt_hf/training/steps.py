@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from ..data.sampling import Rows, seed_streams
+from ..data.images import ImageDataset
+from ..data.sampling import seed_streams
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform
 from ..losses import effective_number_weights
@@ -46,7 +47,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         waited: Seconds that the training loop has waited for batches.
     """
 
-    train_dataset: Rows | StreamedImages | None
+    train_dataset: ImageDataset | StreamedImages | None
     class_counts: list[int] | None
     class_names: list[str]
     given_weights: torch.Tensor | None

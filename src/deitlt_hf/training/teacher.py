@@ -62,7 +62,8 @@ class FlatTeacherTrainer(LongTailTrainer):
         if self._datasets[0] is not None and args.loss.logit_scale is not None:
             model.config.logit_scale = getattr(args, args.loss.logit_scale)
         if self._datasets[0] is not None and args.loss.contrast:
-            self.contrast = MomentumContrast(model.to(args.device), args.paco_queue, args.paco_momentum)
+            on_device = model.to(args.device)  # type: ignore[arg-type]  # its decorator in transformers hides `self`
+            self.contrast = MomentumContrast(on_device, args.paco_queue, args.paco_momentum)
 
     def train_views(self, args: LongTailTrainingArguments, processor: BaseImageProcessor) -> dict[str, TrainTransform]:
         views = super().train_views(args, processor)
@@ -118,6 +119,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         """Saves the model, and in checkpoints also the momentum encoder and queue of PaCo."""
         super().save_model(output_dir, _internal_call)
         if self.contrast is not None and self._staging is not None and self.args.should_save:
+            assert output_dir is not None  # the folder of a checkpoint
             save_file(self.contrast.state_dict(), Path(output_dir) / CONTRAST_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -254,6 +254,7 @@ def evaluation_digest(trainer: "TaughtTrainer") -> str:
 def cache_of(trainer: "TaughtTrainer", teachers: list[str]) -> TeacherCache:
     """The cache in `teacher_cache` for a run of a trainer."""
     args = trainer.args
+    assert args.teacher_cache is not None  # called for a run with it
     identity, is_hard = identity_of(trainer, teachers), args.distillation == HARD
     return TeacherCache(args.teacher_cache, identity, args.process_index, len(trainer.class_names), is_hard)
 
@@ -262,6 +263,7 @@ def cache_plan(cache: TeacherCache, trainer: "TaughtTrainer") -> str:
     """Describes a cache in the plan of a run: its folder, what it has, and its size."""
     args = trainer.args
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / trainer.steps_per_epoch()
+    assert args.global_batch_size is not None  # set by `settle`
     images = trainer.steps_per_epoch() * args.global_batch_size
     size = cache.bytes_per_image * images
     kind = "labels" if cache.is_hard else "logits (soft distillation needs all)"

@@ -454,6 +454,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
                 shutil.rmtree(Path(folder) / EMA_FOLDER, ignore_errors=True)
             self.results.saved(folder)
         elif self.args.should_save:
+            assert output_dir is not None  # the folder of a checkpoint
             self.results.write(output_dir)
             if self.ema is not None:
                 self.ema.save_checkpoint(output_dir)

@@ -142,15 +142,14 @@ def _fits(values: dict[str, list[int]] | list[int], num_labels: int) -> bool:
 
 
 def _check_classes(config: DeiTLTConfig) -> None:
-    if config.class_counts is not None and len(config.class_counts) != config.num_labels:
+    num_labels = config.num_labels or 0  # None without classes
+    if config.class_counts is not None and len(config.class_counts) != num_labels:
+        raise ValueError(f"class_counts has {len(config.class_counts)} entries but the model has {num_labels} labels.")
+    if config.class_groups is not None and not _fits(config.class_groups, num_labels):
+        raise ValueError(f"class_groups has classes beyond the {num_labels} labels of the model.")
+    if config.class_map is not None and sorted(config.class_map) != list(range(num_labels)):
         raise ValueError(
-            f"class_counts has {len(config.class_counts)} entries but the model has {config.num_labels} labels."
-        )
-    if config.class_groups is not None and not _fits(config.class_groups, config.num_labels):
-        raise ValueError(f"class_groups has classes beyond the {config.num_labels} labels of the model.")
-    if config.class_map is not None and sorted(config.class_map) != list(range(config.num_labels)):
-        raise ValueError(
-            f"class_map must hold each of 0 to {config.num_labels - 1} once; it begins with {config.class_map[:5]}."
+            f"class_map must hold each of 0 to {num_labels - 1} once; it begins with {config.class_map[:5]}."
         )
 
 
