@@ -150,7 +150,7 @@ def _without_warning() -> Iterator[None]:
 
 
 class _Logits(nn.Module):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 

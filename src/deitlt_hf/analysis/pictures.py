@@ -96,7 +96,7 @@ def _draw_classes(train: Dataset, groups: ShotGroups, title: str, file: Path) ->
 class _RecordingTeacher(PreTrainedModel):
     """Stand-in for the teacher that records its input images."""
 
-    def __init__(self, config: FlatTeacherConfig):
+    def __init__(self, config: FlatTeacherConfig) -> None:
         super().__init__(config)
         self.seen: list[torch.Tensor] = []
 

@@ -59,7 +59,7 @@ class EncodedImage:
         ValueError: If it is not an image, or exceeds the size limits of `image_rule`; the message names it.
     """
 
-    def __init__(self, source: bytes | str, name: str, background: str | None = None):
+    def __init__(self, source: bytes | str, name: str, background: str | None = None) -> None:
         self.name, self.background = name, background
         with self._errors():
             # A copy that can be written to: torch warns of read-only memory for every image.
@@ -255,7 +255,7 @@ class ImageDataset(Dataset):
         views: Mapping[str, Callable[[EncodedImage | np.ndarray], torch.Tensor]] | None = None,
         background: str | None = None,
         copies: "ReducedCopies | None" = None,
-    ):
+    ) -> None:
         # `datasets` would decode without naming the corrupt file in its error.
         images = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.images = images.with_format("arrow")  # the fastest format for single rows

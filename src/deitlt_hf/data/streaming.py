@@ -50,7 +50,7 @@ class StreamedSplit:
         counts: Mapping,
         shuffle_buffer: int = 2048,
         skip_bad_images: bool = False,
-    ):
+    ) -> None:
         feature = (stream.features or {}).get(label_column)
         self.label_of: dict[Any, int]
         self._indices: dict[str, int] = {}
@@ -139,7 +139,7 @@ class StreamedImages(IterableDataset):
         seed: int = 0,
         micro_batches: int = 1,
         background: str | None = None,
-    ):
+    ) -> None:
         self.split, self.views, self.batch_size, self.num_repeats = split, views, batch_size, num_repeats
         self.background = background
         images = images_of_epoch(len(split), num_repeats)

@@ -180,7 +180,7 @@ class TrainTransform:
         mean: Sequence[float],
         std: Sequence[float],
         erasing: RandomErasing | None,
-    ):
+    ) -> None:
         self.size = size
         self.crop = _random_resized_crop if crop == "random_resized" else _padded_crop
         self.hflip = hflip

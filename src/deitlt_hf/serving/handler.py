@@ -48,7 +48,7 @@ class EndpointHandler:
         ValueError: If the path holds no image classifier that transformers knows, or the Hub has no such model.
     """
 
-    def __init__(self, path: str | os.PathLike = "", device: str | None = None):
+    def __init__(self, path: str | os.PathLike = "", device: str | None = None) -> None:
         self.processor, model = _load(path)
         self.background = getattr(self.processor, "background", None)  # as in training
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

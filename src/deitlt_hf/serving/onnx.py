@@ -150,7 +150,7 @@ class OnnxClassifier(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, path: str | PathLike):
+    def __init__(self, path: str | PathLike) -> None:
         super().__init__()
         import onnxruntime
 
@@ -169,7 +169,7 @@ class OnnxClassifier(nn.Module):
 class _Logits(nn.Module):
     """The module to export: a copy of a model, on the CPU and in float32, that returns only logits."""
 
-    def __init__(self, model: PreTrainedModel, dynamic_size: bool):
+    def __init__(self, model: PreTrainedModel, dynamic_size: bool) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).cpu().float()
         if isinstance(model, DeiTPreTrainedModel):
@@ -209,7 +209,7 @@ def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]) ->
             ) from error
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:  # torch makes the inputs of the node of these
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:  # torch reads these: no constraint
     """Translates a linear layer into one `Gemm`, which includes the bias, instead of a product and a sum."""
     from onnxscript import opset20 as op
 

@@ -33,7 +33,7 @@ class MovingAverage(TrainerCallback):
             weights.
     """
 
-    def __init__(self, decay: float, every_micro_batch: bool = False):
+    def __init__(self, decay: float, every_micro_batch: bool = False) -> None:
         self.decay, self.every_micro_batch = decay, every_micro_batch
         self.model: PreTrainedModel | None = None
         self.checkpoint: str | None = None

@@ -39,7 +39,7 @@ class Results:
             of its classes (`classes`).
     """
 
-    def __init__(self, output_dir: str | Path):
+    def __init__(self, output_dir: str | Path) -> None:
         self.path = Path(output_dir) / RESULTS_FILE
         self.content: dict = {}
         self.dataset: Mapping = {}

@@ -151,7 +151,7 @@ class RunFile(TrainerCallback):
     later ones. Logs are written while `is_open`: in the main process, from the start of training.
     """
 
-    def __init__(self, output_dir: str | Path, drw_start_epoch: float | None = None):
+    def __init__(self, output_dir: str | Path, drw_start_epoch: float | None = None) -> None:
         self.folder = Path(output_dir)
         self.drw_start_epoch = drw_start_epoch
         self.is_open = False

@@ -36,7 +36,7 @@ class SAM(Optimizer):
         ValueError: If rho is negative.
     """
 
-    def __init__(self, base_optimizer: Optimizer, rho: float = 0.05, adaptive: bool = False):
+    def __init__(self, base_optimizer: Optimizer, rho: float = 0.05, adaptive: bool = False) -> None:
         for group in base_optimizer.param_groups:
             if group.setdefault("rho", rho) < 0:
                 raise ValueError(f"rho must not be negative, got {group['rho']}.")

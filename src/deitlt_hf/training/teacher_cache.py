@@ -55,7 +55,9 @@ class TeacherCache:
     class of an image is stored.
     """
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any], process: int, classes: int, is_hard: bool):
+    def __init__(
+        self, folder: str | Path, identity: Mapping[str, Any], process: int, classes: int, is_hard: bool
+    ) -> None:
         content = json.dumps(identity, sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(content.encode()).hexdigest()[:32]
         self.identity, self.process, self.classes, self.is_hard = json.loads(content), process, classes, is_hard

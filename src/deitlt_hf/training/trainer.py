@@ -454,9 +454,9 @@ class LongTailTrainer(SharpnessAwareTrainer):
                 shutil.rmtree(Path(folder) / EMA_FOLDER, ignore_errors=True)
             self.results.saved(folder)
         elif self.args.should_save:
-            assert output_dir is not None  # the folder of a checkpoint
             self.results.write(output_dir)
             if self.ema is not None:
+                assert output_dir is not None  # the folder of a checkpoint
                 self.ema.save_checkpoint(output_dir)
         if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
             self.push_to_hub()
@@ -578,11 +578,11 @@ class LongTailTrainer(SharpnessAwareTrainer):
             self._keeps_logits = False
         return output._replace(predictions=None if kept is None else tuple(kept)[1])  # type: ignore[arg-type]
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Data loader for evaluation. A `datasets.Dataset` is wrapped, and must have the model's classes."""
         return ignoring_stop_signals(super().get_eval_dataloader(self._matching_images(eval_dataset)))
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """Data loader for prediction, like [`get_eval_dataloader`]."""
         return ignoring_stop_signals(super().get_test_dataloader(self._matching_images(test_dataset)))
 
@@ -592,7 +592,10 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return as_images(dataset, self.processing_class, self.args)
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Evaluates every expert and prints the table. During training, results on the trainer's test set are recorded.
 

@@ -71,7 +71,7 @@ class DeiTLTDropPath(nn.Module):
     The branch is computed only for the samples that keep it.
     """
 
-    def __init__(self, drop_prob: float = 0.0):
+    def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
@@ -146,7 +146,7 @@ class DeiTLTLayer(DeiTLayer):
     On request the last block computes only the two tokens that the heads use.
     """
 
-    def __init__(self, config: DeiTLTConfig, drop_path_rate: float, is_last: bool):
+    def __init__(self, config: DeiTLTConfig, drop_path_rate: float, is_last: bool) -> None:
         super().__init__(config)
         self.drop_path = DeiTLTDropPath(drop_path_rate)
         self.is_last = is_last
@@ -213,7 +213,7 @@ class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
         ValueError: If the configuration is a plain `DeiTConfig`.
     """
 
-    def __init__(self, config: DeiTLTConfig):
+    def __init__(self, config: DeiTLTConfig) -> None:
         if not hasattr(config, "drop_path_rate"):
             raise ValueError(
                 f"a student needs a DeiTLTConfig, got a {type(config).__name__}; load it with "
@@ -241,7 +241,7 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
 
     accepts_loss_kwargs = False  # the loss is a mean, so transformers' Trainer must divide by accumulation steps
 
-    def __init__(self, config: DeiTLTConfig):
+    def __init__(self, config: DeiTLTConfig) -> None:
         super().__init__(config)
         assert config.num_labels is not None  # never None: transformers' default is two labels
         self.num_labels = config.num_labels
