@@ -36,6 +36,7 @@ from deitlt_hf.hub.card_facts import CardFacts
 from deitlt_hf.hub.cards import make_card
 from deitlt_hf.training import SAM
 from deitlt_hf.training.inherited import ARGUMENTS, PARAMETERS, TEACHER_ARGUMENTS
+from deitlt_hf.training.runs import begin
 from helpers import fixed_batch, make_student, student_arguments
 
 OTHER = torch.optim.SGD([torch.zeros(1)])  # an optimiser of another model's parameters
@@ -540,3 +541,11 @@ def test_a_run_logs_losses_by_default(tmp_path, digits):
     trainer = trainer_of(tmp_path, digits, logging_steps=values["logging_steps"], max_steps=5)
     trainer.train()
     assert sum("loss" in entry for entry in trainer.state.log_history) == 5
+
+
+def test_a_tracker_that_is_assigned_as_text_is_named_in_the_error(tmp_path):
+    """transformers makes a list of trackers at construction only."""
+    args = student_arguments(tmp_path, use_cpu=True)
+    args.report_to = "wandb"
+    with pytest.raises(ValueError, match="cannot report to wandb: WandbCallback requires wandb"):
+        begin(args, "deit")

@@ -1,6 +1,7 @@
 """DeiT-LT: Vision Transformers trained from scratch on long-tailed images, as a Hugging Face package."""
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.2.0"
 
@@ -22,11 +23,11 @@ _MODULES = {
 __all__ = [*_MODULES, "__version__"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULES])

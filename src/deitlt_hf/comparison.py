@@ -318,7 +318,7 @@ class Prices:
     exists; it raises `ValueError` if it is not the record of a comparison.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path, self.content = path, read_json(path)
         arms, kinds = self.content.get("arms"), {"seconds": float, "is_least": bool, "is_running": bool}
         is_valid = isinstance(self.content.get("name"), str) and isinstance(arms, dict)

@@ -5,7 +5,7 @@ import sys
 import datasets
 import huggingface_hub.utils
 import transformers
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 
 def quiet_log(quiet: bool | None = None) -> None:
@@ -16,7 +16,7 @@ def quiet_log(quiet: bool | None = None) -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
-def show(renderable) -> None:
+def show(renderable: RenderableType) -> None:
     """Prints a rich renderable to the terminal, or as plain text of a fixed width if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:

@@ -14,7 +14,7 @@ from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, paper_accuracies
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
-from ..training.arguments import divide_batch
+from ..training.arguments import LongTailTrainingArguments, divide_batch
 from ..training.schedule import low_peak
 from ..training.starting import FREE_SIZES, SIZES, check_start
 from .model_cost import Model, frozen_model, student_model, teacher_model
@@ -161,7 +161,7 @@ class PlanArguments:
         metadata={"help": "Instead, measure a few steps on this machine, and print the expected time of the run here."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.gpu not in GPUS:
             raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {self.gpu!r}.")
         for name in ("utilisation", "teacher_utilisation"):
@@ -211,7 +211,8 @@ def print_budgets(
     _show_budgets(f"student, {student_args.image_size} px", student, plan, images, args)
 
 
-def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, args) -> None:
+def _show_budgets(title: str, model: Model, plan: PlanArguments, images: int, args: LongTailTrainingArguments) -> None:
+    assert args.global_batch_size is not None  # set by `settle`
     is_teacher = isinstance(args, FlatTeacherTrainingArguments)
     utilisation = plan.teacher_utilisation if is_teacher else plan.utilisation
     table = Table(title=title, title_justify="left", caption_justify="left")

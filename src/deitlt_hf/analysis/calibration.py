@@ -34,7 +34,7 @@ class CalibrationArguments:
         default=0, metadata={"help": "Seed that divides the test images, if there is no validation split."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.coverage < 1:
             raise ValueError(f"coverage must be between 0 and 1, such as 0.9, got {self.coverage}.")
         if not Path(self.model, "config.json").is_file():

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.long_tail import Groups, Integers
 from ..evaluation.accuracy import COLOURS
 from ..io import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GROUP_COLOURS = ("#4c72b0", "#8172b3", "#c44e52", "#937860", "#64b5cd")
 WAY_COLOURS = ("#937860", "#4c72b0", "#dd8452", "#8172b3", "#c44e52", "#55a868")
@@ -25,7 +29,7 @@ def _short(names: Sequence[str], order: Integers) -> list[str]:
     return [literal(one_line(names[label], 24)) for label in order]
 
 
-def draw_counts(axis, counts: Integers, groups: Groups, names: Sequence[str]) -> None:
+def draw_counts(axis: "Axes", counts: Integers, groups: Groups, names: Sequence[str]) -> None:
     """Draws the number of training images of each class, the most frequent first, coloured by group."""
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")
@@ -43,7 +47,7 @@ def draw_counts(axis, counts: Integers, groups: Groups, names: Sequence[str]) ->
 
 
 def draw_accuracies(
-    axis, figures: Mapping[str, Mapping], intervals: Mapping[str, Mapping], groups: Sequence[str]
+    axis: "Axes", figures: Mapping[str, Mapping], intervals: Mapping[str, Mapping], groups: Sequence[str]
 ) -> None:
     """Draws the accuracy of each expert overall and by group, with intervals."""
     names = ["overall", *groups]
@@ -55,7 +59,7 @@ def draw_accuracies(
 
 
 def draw_prices(
-    axis, prices: Sequence[float], rows: Mapping[str, tuple[float, tuple[float, float]]], group: str, unit: str
+    axis: "Axes", prices: Sequence[float], rows: Mapping[str, tuple[float, tuple[float, float]]], group: str, unit: str
 ) -> None:
     """Draws the accuracy of several ways to train in a group of classes over their price, with intervals.
 
@@ -79,7 +83,7 @@ def draw_prices(
         axis.legend(fontsize=8)
 
 
-def draw_confusion(axis, matrix: np.ndarray, counts: Integers, names: Sequence[str]) -> None:
+def draw_confusion(axis: "Axes", matrix: np.ndarray, counts: Integers, names: Sequence[str]) -> None:
     """Draws the share of each class's test images that is predicted as each class, the most frequent class first.
 
     `matrix` has test images by true and predicted class, (classes, classes). Names are written if they fit.
@@ -96,7 +100,7 @@ def draw_confusion(axis, matrix: np.ndarray, counts: Integers, names: Sequence[s
     axis.figure.colorbar(image, ax=axis, label="test images of the class in %")
 
 
-def draw_gains(axis, gains: np.ndarray, counts: Integers) -> None:
+def draw_gains(axis: "Axes", gains: np.ndarray, counts: Integers) -> None:
     """Draws the accuracy of DIST minus that of CLS for each class, against its number of training images."""
     counts = np.asarray(counts)
     axis.axhline(0, color="grey", linewidth=1)
@@ -106,7 +110,7 @@ def draw_gains(axis, gains: np.ndarray, counts: Integers) -> None:
     axis.set_ylabel("DIST minus CLS, points")
 
 
-def draw_outcomes(axis, outcomes: Mapping[str, Mapping[str, float]]) -> None:
+def draw_outcomes(axis: "Axes", outcomes: Mapping[str, Mapping[str, float]]) -> None:
     """Draws the shares of images that both experts classify correctly, only one, or neither."""
     below = np.zeros(len(outcomes))
     for outcome, colour in OUTCOME_COLOURS.items():
@@ -119,7 +123,7 @@ def draw_outcomes(axis, outcomes: Mapping[str, Mapping[str, float]]) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(OUTCOME_COLOURS), fontsize=8)
 
 
-def draw_agreement(axis, agreement: Mapping[str, Mapping[str, float]]) -> None:
+def draw_agreement(axis: "Axes", agreement: Mapping[str, Mapping[str, float]]) -> None:
     """Draws how often the prediction of each expert is the same as the teacher's."""
     experts = next(iter(agreement.values()))
     heights = {expert: [100 * shares[expert] for shares in agreement.values()] for expert in experts}
@@ -127,7 +131,7 @@ def draw_agreement(axis, agreement: Mapping[str, Mapping[str, float]]) -> None:
     axis.set_ylabel("agreement with the teacher in %")
 
 
-def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Sequence[str]) -> None:
+def draw_distances(axis: "Axes", distances: np.ndarray, spreads: np.ndarray, tokens: Sequence[str]) -> None:
     """Draws the mean attention distance of each head, and the spread of the tokens' attention, by block."""
     blocks = np.arange(1, len(distances) + 1)
     axis.plot(blocks, distances, ".", color="grey", alpha=0.5)
@@ -140,7 +144,7 @@ def draw_distances(axis, distances: np.ndarray, spreads: np.ndarray, tokens: Seq
     axis.legend()
 
 
-def draw_loss_rises(axis, rises: Mapping[str, Sequence[float]], rhos: Sequence[float]) -> None:
+def draw_loss_rises(axis: "Axes", rises: Mapping[str, Sequence[float]], rhos: Sequence[float]) -> None:
     """Draws the rise of the loss at the worst point within each radius around the weights, overall and by group."""
     for colour, (name, values) in zip(cycle(("black", *GROUP_COLOURS)), rises.items(), strict=False):
         axis.plot([0, *rhos], [0, *values], marker=".", label=literal(name), color=colour)
@@ -149,7 +153,7 @@ def draw_loss_rises(axis, rises: Mapping[str, Sequence[float]], rhos: Sequence[f
     axis.legend()
 
 
-def draw_by_block(axis, values: Mapping[str, Sequence[float]], label: str) -> None:
+def draw_by_block(axis: "Axes", values: Mapping[str, Sequence[float]], label: str) -> None:
     """Draws one line for each entry, over the blocks."""
     for name, points in values.items():
         axis.plot(np.arange(1, len(points) + 1), points, marker=".", label=name, color=COLOURS.get(name))
@@ -158,7 +162,7 @@ def draw_by_block(axis, values: Mapping[str, Sequence[float]], label: str) -> No
     axis.legend()
 
 
-def draw_group_ranks(axis, ranks: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+def draw_group_ranks(axis: "Axes", ranks: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """Draws the effective rank over the blocks, with a colour for each group and a line style for each token."""
     for style, (token, of_groups) in zip(("--", "-"), ranks.items(), strict=False):
         for colour, (name, points) in zip(cycle(GROUP_COLOURS), of_groups.items(), strict=False):
@@ -169,7 +173,7 @@ def draw_group_ranks(axis, ranks: Mapping[str, Mapping[str, Sequence[float]]]) -
     axis.legend(fontsize=8)
 
 
-def draw_spectra(axis, spectra: Mapping[str, np.ndarray]) -> None:
+def draw_spectra(axis: "Axes", spectra: Mapping[str, np.ndarray]) -> None:
     """Draws the singular values of the last block's features, as shares of the largest value."""
     for name, values in spectra.items():
         axis.plot(np.arange(1, len(values) + 1), values / max(values[0], 1e-12), label=name, color=COLOURS.get(name))
@@ -180,7 +184,7 @@ def draw_spectra(axis, spectra: Mapping[str, np.ndarray]) -> None:
     axis.legend()
 
 
-def draw_images(axes, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+def draw_images(axes: np.ndarray, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
     """Draws a row of images with captions; axes without an image stay empty."""
     for axis in axes:
         axis.set_axis_off()
@@ -189,7 +193,7 @@ def draw_images(axes, images: Sequence[np.ndarray], captions: Sequence[str]) -> 
         axis.set_title(literal(caption), fontsize=7)
 
 
-def draw_attention(axes, image: np.ndarray, maps: Mapping[str, np.ndarray], caption: str) -> None:
+def draw_attention(axes: np.ndarray, image: np.ndarray, maps: Mapping[str, np.ndarray], caption: str) -> None:
     """Draws an image, and next to it the image with the map of each token over it."""
     draw_images(axes[:1], [image], [caption])
     height, width = image.shape[:2]
@@ -201,7 +205,10 @@ def draw_attention(axes, image: np.ndarray, maps: Mapping[str, np.ndarray], capt
 
 
 def _draw_bars(
-    axis, heights: Mapping[str, Sequence[float] | np.ndarray], names: Sequence[str], errors: Mapping | None = None
+    axis: "Axes",
+    heights: Mapping[str, Sequence[float] | np.ndarray],
+    names: Sequence[str],
+    errors: Mapping | None = None,
 ) -> None:
     """Draws a bar in % for each expert above each name, with errors if they are given."""
     width = 0.8 / len(heights)
@@ -215,7 +222,7 @@ def _draw_bars(
     axis.legend(loc="upper center", ncols=len(heights))
 
 
-def _label_blocks(axis) -> None:
+def _label_blocks(axis: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlabel("block")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..data.images import ImageDataset
+from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import Groups
 from .attention import eager_attention
 from .observe import BATCH
@@ -90,7 +90,7 @@ def loss_rises(model: nn.Module, batches: Batches, rhos: Sequence[float]) -> lis
 def images_of_groups(
     model: nn.Module,
     dataset: ImageDataset,
-    collate,
+    collate: ImageCollator,
     groups: Groups,
     num_images: int,
     label_order: torch.Tensor | None = None,
@@ -150,7 +150,7 @@ def _without_warning() -> Iterator[None]:
 
 
 class _Logits(nn.Module):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 

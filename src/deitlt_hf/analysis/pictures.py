@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
 from ..data.loading import training_counts
+from ..data.long_tail import ShotGroups
 from ..data.transforms import ImageFormat, model_processor
 from ..io import check_can_be_folder
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
@@ -61,7 +63,7 @@ def require_matplotlib() -> None:
         raise ValueError("pictures need matplotlib: pip install 'deitlt-hf[analysis]'.") from error
 
 
-def _draw_classes(train, groups, title: str, file: Path) -> None:
+def _draw_classes(train: Dataset, groups: ShotGroups, title: str, file: Path) -> None:
     from matplotlib.figure import Figure
 
     names = train.features["label"].names
@@ -94,7 +96,7 @@ def _draw_classes(train, groups, title: str, file: Path) -> None:
 class _RecordingTeacher(PreTrainedModel):
     """Stand-in for the teacher that records its input images."""
 
-    def __init__(self, config: FlatTeacherConfig):
+    def __init__(self, config: FlatTeacherConfig) -> None:
         super().__init__(config)
         self.seen: list[torch.Tensor] = []
 
@@ -104,7 +106,12 @@ class _RecordingTeacher(PreTrainedModel):
 
 
 def _training_images(
-    recipe: str, data, groups, model_args: StudentArguments, args, background: str | None
+    recipe: str,
+    data: DatasetDict,
+    groups: ShotGroups,
+    model_args: StudentArguments,
+    args: DeiTLTTrainingArguments,
+    background: str | None,
 ) -> dict[str, tuple]:
     """Returns rows of images in [0, 1] with captions, prepared by the trainer itself."""
     names = data["train"].features["label"].names

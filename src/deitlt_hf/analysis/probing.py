@@ -39,7 +39,7 @@ class ProbeArguments:
         default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the table."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.resamples < 1:
             raise ValueError(f"resamples must be 1 or more, got {self.resamples}.")
 

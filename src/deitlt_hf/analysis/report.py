@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 
-from ..data.images import ImageCollator
+from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import Groups, Integers
 from ..data.transforms import ImageFormat
 from ..evaluation.accuracy import class_accuracies
@@ -99,7 +99,13 @@ def _estimates(observed: Observed, groups: Groups, resamples: int) -> dict[str, 
     return with_intervals(of, observed.labels, resamples=resamples)
 
 
-def _of_classes(found, intervals, counts: Integers, groups: Groups, names: Sequence[str]) -> list[Picture]:
+def _of_classes(
+    found: Mapping[str, Mapping],
+    intervals: Mapping[str, Mapping],
+    counts: Integers,
+    groups: Groups,
+    names: Sequence[str],
+) -> list[Picture]:
     return [
         _picture("classes", "Training images", "Each bar is a class; colours are the groups of the tables.",
                  figures.draw_counts, counts, groups, names),
@@ -132,7 +138,7 @@ def _confusion(observed: Observed, counts: Integers, names: Sequence[str]) -> Pi
     return Picture("confusion_matrix", "Confusion matrix", how, figure)
 
 
-def _of_experts(observed: Observed, counts, groups, findings: dict) -> list[Picture]:
+def _of_experts(observed: Observed, counts: Integers, groups: Groups, findings: dict) -> list[Picture]:
     cls, distillation = observed.predictions("cls"), observed.predictions("distillation")
     outcomes = expert_outcomes(cls, distillation, observed.labels, groups)
     gains = gain_by_class(cls, distillation, observed.labels, len(counts))
@@ -148,7 +154,7 @@ def _of_experts(observed: Observed, counts, groups, findings: dict) -> list[Pict
     ]  # fmt: skip
 
 
-def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
+def _of_tokens(observed: Observed, groups: Groups, findings: dict) -> list[Picture]:
     features = {token: [block[:, index] for block in observed.features] for index, token in enumerate(observed.tokens)}
     ranks = {token: [effective_rank(block) for block in blocks] for token, blocks in features.items()}
     spectra = {token: [singular_values(block) for block in blocks] for token, blocks in features.items()}
@@ -194,7 +200,7 @@ def _of_tokens(observed: Observed, groups, findings: dict) -> list[Picture]:
     return pictures
 
 
-def _of_weights(model, images: Iterable[tuple[str, Batches]], findings: dict) -> Picture:
+def _of_weights(model: PreTrainedModel, images: Iterable[tuple[str, Batches]], findings: dict) -> Picture:
     rises = {name: loss_rises(model, batches, RHOS) for name, batches in images}
     findings["loss_rises"] = {"rho": RHOS, **rises}
     how = (
@@ -204,7 +210,14 @@ def _of_weights(model, images: Iterable[tuple[str, Batches]], findings: dict) ->
     return _picture("flatness", "Flatness of the loss", how, figures.draw_loss_rises, rises, RHOS)
 
 
-def _of_images(model, observed: Observed, dataset, collate, names, groups) -> list[Picture]:
+def _of_images(
+    model: PreTrainedModel,
+    observed: Observed,
+    dataset: ImageDataset,
+    collate: ImageCollator,
+    names: Sequence[str],
+    groups: Groups,
+) -> list[Picture]:
     predictions, labels = observed.predictions("mean"), observed.labels
     pairs, number = np.unique(
         np.stack([labels, predictions], axis=1)[labels != predictions], axis=0, return_counts=True
@@ -232,7 +245,14 @@ def _of_images(model, observed: Observed, dataset, collate, names, groups) -> li
 
 
 @torch.no_grad()
-def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Sequence[int]) -> Picture:
+def _attention_maps(
+    model: PreTrainedModel,
+    observed: Observed,
+    dataset: ImageDataset,
+    collate: ImageCollator,
+    names: Sequence[str],
+    rows: Sequence[int],
+) -> Picture:
     from matplotlib.figure import Figure
 
     batch = collate([dataset[row] for row in rows])
@@ -254,7 +274,9 @@ def _attention_maps(model, observed: Observed, dataset, collate, names, rows: Se
     return Picture("attention", "Attention maps of the tokens", how, figure)
 
 
-def _row(name: str, title: str, how: str, dataset, rows: Sequence[int], captions: Sequence[Sequence[str]]) -> Picture:
+def _row(
+    name: str, title: str, how: str, dataset: ImageDataset, rows: Sequence[int], captions: Sequence[Sequence[str]]
+) -> Picture:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * SHOWN, 2.1), layout="constrained")
@@ -264,7 +286,7 @@ def _row(name: str, title: str, how: str, dataset, rows: Sequence[int], captions
     return Picture(name, title, how, figure, [", ".join(lines) for lines in captions])
 
 
-def _picture(name: str, title: str, how_to_read: str, draw: Callable, *values) -> Picture:
+def _picture(name: str, title: str, how_to_read: str, draw: Callable, *values: Any) -> Picture:
     """Draws a figure with one axis; `values` are the arguments of `draw` after the axis."""
     from matplotlib.figure import Figure
 

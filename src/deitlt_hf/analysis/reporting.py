@@ -44,7 +44,7 @@ class AnalysisArguments:
         default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the tables."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("num_images", 2), ("resamples", 1), ("sharpness_images", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")

@@ -63,7 +63,7 @@ class FusionArguments:
         default=None, metadata={"help": "Folder for the model with the fusion folded into its heads."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.fusion not in (None, "all", *RULES):
             raise ValueError(f"fusion must be one of all, {', '.join(RULES)}, got {self.fusion!r}.")
         if (self.fused_output is not None) != (self.fusion in RULES):

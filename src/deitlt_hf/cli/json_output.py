@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..io import nan_to_null
 
@@ -36,7 +37,7 @@ def json_output(target: str | None) -> Iterator[Callable]:
     file = None if target in (None, "-") else check_file("--json", target)
     stdout = sys.stdout
 
-    def write(content) -> None:
+    def write(content: Any) -> None:
         text = json.dumps(nan_to_null(content), indent=2) + "\n"
         if target == "-":
             stdout.write(text)

@@ -31,8 +31,15 @@ def parse_with_fields(
     rest: list[str] = []
 
     class CollectField(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
-            words = values if isinstance(values, list) else [values]
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: str | Sequence[Any] | None,
+            option_string: str | None = None,
+        ) -> None:
+            assert option_string is not None  # an option, which has no positional form
+            words: list[Any] = values if isinstance(values, list) else [values]
             rest.extend([option_string, *(word for word in words if word is not None)])  # None: option without a value
 
     recipe = argparse.ArgumentParser(add_help=False)

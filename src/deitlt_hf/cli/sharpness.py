@@ -33,7 +33,7 @@ class SharpnessArguments:
         default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the table."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_images", "num_vectors"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")

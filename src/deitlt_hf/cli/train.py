@@ -6,6 +6,7 @@ deitlt train photos --dry_run
 deitlt train photos --image_size 96 --teacher_epochs 50 --num_train_epochs 100
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | N
     work(args.folder, args.output_dir, args.minutes, args.dry_run, args.overwrite, **given)
 
 
-def fields_of(words: Sequence[str], parser) -> dict[str, Any]:
+def fields_of(words: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Fields and their values, as texts, from the remaining words of a command line; an unknown field is refused."""
     fields: dict[str, Any] = {}
     for word in words:

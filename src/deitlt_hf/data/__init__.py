@@ -1,6 +1,7 @@
 """Data: loading image data sets, making long-tailed subsets, and turning images into batches."""
 
 from importlib import import_module
+from typing import Any
 
 # Imported on first use: the functions that need only labels then do not import torch.
 _MODULES = {
@@ -25,7 +26,7 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -7,6 +7,7 @@ for RGB images as uint8 arrays of shape (height, width, 3). `tests/test_augment.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def on_arrays(augmentation: Callable) -> Callable[[np.ndarray], np.ndarray]:
     return augmentation
 
 
-def _with_pillow(operation: Callable, pixels: np.ndarray, *args, **kwargs) -> np.ndarray:
+def _with_pillow(operation: Callable, pixels: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
     return _array(operation(_image(pixels), *args, **kwargs))
 
 
@@ -52,29 +53,29 @@ def _array(image: Image.Image) -> np.ndarray:
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
 
 
-def invert(pixels: np.ndarray, **_) -> np.ndarray:
+def invert(pixels: np.ndarray, **_: Any) -> np.ndarray:
     """Inverts the colours: 255 minus each value."""
     return ~pixels
 
 
-def posterize(pixels: np.ndarray, bits: int, **_) -> np.ndarray:
+def posterize(pixels: np.ndarray, bits: int, **_: Any) -> np.ndarray:
     """Keeps the highest bits of each value. Values of 0 or less, which timm draws and Pillow 13 refuses, give black."""
     return pixels if bits >= 8 else pixels & np.uint8(256 - 2 ** (8 - max(bits, 0)))
 
 
-def solarize(pixels: np.ndarray, threshold: int, **_) -> np.ndarray:
+def solarize(pixels: np.ndarray, threshold: int, **_: Any) -> np.ndarray:
     """Inverts values at or above the threshold."""
     if threshold > 255:
         return pixels
     return pixels ^ (np.uint8(255) * (pixels >= np.uint8(threshold)).view(np.uint8))
 
 
-def solarize_add(pixels: np.ndarray, add: int, threshold: int = 128, **_) -> np.ndarray:
+def solarize_add(pixels: np.ndarray, add: int, threshold: int = 128, **_: Any) -> np.ndarray:
     """Adds a constant to values below the threshold. timm adds at most 128, so no sum exceeds 255."""
     return pixels + np.uint8(add) * (pixels < np.uint8(threshold)).view(np.uint8)
 
 
-def auto_contrast(pixels: np.ndarray, **_) -> np.ndarray:
+def auto_contrast(pixels: np.ndarray, **_: Any) -> np.ndarray:
     """Stretches each channel to the full range of values."""
     if pixels.size >= 3 * SMALL:
         return _with_pillow(ImageOps.autocontrast, pixels)
@@ -84,7 +85,7 @@ def auto_contrast(pixels: np.ndarray, **_) -> np.ndarray:
     return _look_up(pixels, np.where(high > low, stretched, LEVELS))  # as in Pillow, a constant channel stays
 
 
-def equalize(pixels: np.ndarray, **_) -> np.ndarray:
+def equalize(pixels: np.ndarray, **_: Any) -> np.ndarray:
     """Equalizes the histogram of each channel."""
     if pixels.size >= 3 * SMALL:
         return _with_pillow(ImageOps.equalize, pixels)
@@ -102,7 +103,7 @@ def _look_up(pixels: np.ndarray, tables: np.ndarray) -> np.ndarray:
     return tables.astype(np.uint8).take(pixels + CHANNELS)
 
 
-def sharpness(pixels: np.ndarray, factor: float, **_) -> np.ndarray:
+def sharpness(pixels: np.ndarray, factor: float, **_: Any) -> np.ndarray:
     """Blends the smoothed image (factor 0) with the image (factor 1); larger factors sharpen."""
     image = _image(pixels)
     if image.width * image.height < SMALL:
@@ -115,23 +116,23 @@ def sharpness(pixels: np.ndarray, factor: float, **_) -> np.ndarray:
     return _array(Image.blend(_image(smooth), image, factor))
 
 
-def shear_x(pixels: np.ndarray, factor: float, **kwargs) -> np.ndarray:
+def shear_x(pixels: np.ndarray, factor: float, **kwargs: Any) -> np.ndarray:
     """Shears horizontally: shifts each row in proportion to its distance from the top."""
     return _move(pixels, 1, factor * (np.arange(pixels.shape[0]) + 0.5), (1, factor, 0, 0, 1, 0), **kwargs)
 
 
-def shear_y(pixels: np.ndarray, factor: float, **kwargs) -> np.ndarray:
+def shear_y(pixels: np.ndarray, factor: float, **kwargs: Any) -> np.ndarray:
     """Shears vertically: shifts each column in proportion to its distance from the left."""
     return _move(pixels, 0, factor * (np.arange(pixels.shape[1]) + 0.5), (1, 0, 0, factor, 1, 0), **kwargs)
 
 
-def translate_x(pixels: np.ndarray, share: float, **kwargs) -> np.ndarray:
+def translate_x(pixels: np.ndarray, share: float, **kwargs: Any) -> np.ndarray:
     """Translates the image horizontally by a share of its width."""
     distance = share * pixels.shape[1]
     return _move(pixels, 1, np.full(pixels.shape[0], distance), (1, 0, distance, 0, 1, 0), **kwargs)
 
 
-def translate_y(pixels: np.ndarray, share: float, **kwargs) -> np.ndarray:
+def translate_y(pixels: np.ndarray, share: float, **kwargs: Any) -> np.ndarray:
     """Translates the image vertically by a share of its height."""
     distance = share * pixels.shape[0]
     return _move(pixels, 0, np.full(pixels.shape[1], distance), (1, 0, 0, 0, 1, distance), **kwargs)

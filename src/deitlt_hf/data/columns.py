@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
+from datasets.features.features import FeatureType
 
 from ..io import one_line
 from .sources.files import find_split
@@ -50,7 +51,7 @@ def find_image_column(dataset: datasets.Dataset, given: str | None = None) -> st
     return named_so or found[0]
 
 
-def _image_kind(feature) -> int | None:
+def _image_kind(feature: FeatureType) -> int | None:
     """Classifies a column: 0 for type `Image`, 1 for a structure with bytes, 2 for plain bytes, None for no images."""
     if isinstance(feature, datasets.Image):
         return 0
@@ -101,7 +102,7 @@ def as_image_column(rows: datasets.Dataset, column: str) -> datasets.Dataset:
     return rows.cast_column(column, datasets.Image())
 
 
-def _without_views(feature):
+def _without_views(feature: FeatureType) -> FeatureType:
     if isinstance(feature, dict):
         return {name: _without_views(part) for name, part in feature.items()}
     return datasets.Value(feature.dtype.removesuffix("_view"))

@@ -34,7 +34,7 @@ class ReducedCopies:
         kind: Name of the reduction; copies of one kind and side are the same.
     """
 
-    def __init__(self, folder: str | Path, side: int, reduce: Callable[[EncodedImage], np.ndarray], kind: str):
+    def __init__(self, folder: str | Path, side: int, reduce: Callable[[EncodedImage], np.ndarray], kind: str) -> None:
         self.folder, self.side, self.kind = Path(folder), side, kind
         self._reduce = reduce
         self._can_write = True

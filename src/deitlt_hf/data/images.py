@@ -27,6 +27,8 @@ from ..io import one_line
 from .image_rule import FORMATS, is_transparent, open_encoded, orientation_of, upright_rgb
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
     from .copies import ReducedCopies
 
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
@@ -57,7 +59,7 @@ class EncodedImage:
         ValueError: If it is not an image, or exceeds the size limits of `image_rule`; the message names it.
     """
 
-    def __init__(self, source: bytes | str, name: str, background: str | None = None):
+    def __init__(self, source: bytes | str, name: str, background: str | None = None) -> None:
         self.name, self.background = name, background
         with self._errors():
             # A copy that can be written to: torch warns of read-only memory for every image.
@@ -204,7 +206,7 @@ def source_rows(dataset: datasets.Dataset) -> np.ndarray:
 _job: tuple  # arguments of `_decode_some`, sent once to each worker process of `decode_all`
 
 
-def _set_job(*job) -> None:
+def _set_job(*job: Any) -> None:
     global _job
     _job = job
 
@@ -253,7 +255,7 @@ class ImageDataset(Dataset):
         views: Mapping[str, Callable[[EncodedImage | np.ndarray], torch.Tensor]] | None = None,
         background: str | None = None,
         copies: "ReducedCopies | None" = None,
-    ):
+    ) -> None:
         # `datasets` would decode without naming the corrupt file in its error.
         images = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.images = images.with_format("arrow")  # the fastest format for single rows
@@ -317,7 +319,7 @@ class ImageCollator:
         background: Background colour of the processor, for decoding; see [`EncodedImage`].
     """
 
-    def __init__(self, image_processor):
+    def __init__(self, image_processor: "BaseImageProcessor") -> None:
         self.image_processor = image_processor
         self.background = getattr(image_processor, "background", None)
 

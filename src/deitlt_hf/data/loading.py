@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ from .sources.folders import load_class_folders, split_folders
 from .sources.labels import check_training_counts
 from .sources.lists import find_annotations, find_lists, load_annotations, load_lists
 from .sources.tables import find_metadata, find_shards, find_tables, load_tables
+from .streaming import StreamedSplit
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ FOLDER_ONLY = ("imagefolder", "imagenet_lt", "inat18", "places_lt")
 SORTED_BY_AUTHORS = ("imagenet_lt", "inat18")
 
 
-def load_long_tailed(dataset: str = "digits", data_dir: str | None = None, **options) -> datasets.DatasetDict:
+def load_long_tailed(dataset: str = "digits", data_dir: str | None = None, **options: Any) -> datasets.DatasetDict:
     """Loads a data set and, on request, makes its training split long-tailed. The test split stays complete.
 
     Args:
@@ -227,7 +229,7 @@ def long_tailed_splits(
     return splits
 
 
-def training_counts(split) -> np.ndarray:
+def training_counts(split: datasets.Dataset | StreamedSplit) -> np.ndarray:
     """Training images of each class, in label order; int64 of shape (num_classes,).
 
     A split is a `datasets.Dataset` with one `ClassLabel` column, or a [`StreamedSplit`], which stores its counts.
@@ -238,7 +240,7 @@ def training_counts(split) -> np.ndarray:
     return class_counts(split.with_format(None)[column][:], split.features[column].num_classes)
 
 
-def subset_hash(split) -> str | None:
+def subset_hash(split: datasets.Dataset | StreamedSplit) -> str | None:
     """SHA-256 of the source rows that a split contains, or of a stream's class counts; None if the rows are unknown.
 
     Equal hashes mean that two runs chose the same rows of the same source, or of a copy on another machine.
@@ -249,7 +251,7 @@ def subset_hash(split) -> str | None:
     return indices_hash(split["source_index"][:]) if "source_index" in split.column_names else None
 
 
-def images_hash(split, contents: int = 4096) -> str | None:
+def images_hash(split: datasets.Dataset | StreamedSplit, contents: int = 4096) -> str | None:
     """SHA-256 of the content of a training split: checks that a resumed run sees the same images. None for a stream.
 
     The hash covers, in order, the label and the file name (with the name of its folder) of every image, the size of

@@ -205,7 +205,7 @@ class ShotGroups(dict[str, np.ndarray]):
         rule: Description of the rule that defines the groups.
     """
 
-    def __init__(self, groups: Mapping[str, np.ndarray], rule: str):
+    def __init__(self, groups: Mapping[str, np.ndarray], rule: str) -> None:
         super().__init__(groups)
         self.rule = rule
 

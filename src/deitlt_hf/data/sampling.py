@@ -158,7 +158,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         partial: bool = False,
         balanced_labels: Integers | None = None,
-    ):
+    ) -> None:
         if balanced_labels is not None and num_repeats > 1:
             raise ValueError("sampling class_balanced needs --repeated_augmentation 1.")
         self.balanced_labels = balanced_labels
@@ -211,7 +211,7 @@ class SeededImages(Dataset):
         dataset: Data set with an index. Its transforms draw from the global random streams of Python, numpy or torch.
     """
 
-    def __init__(self, dataset: Rows):
+    def __init__(self, dataset: Rows) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:

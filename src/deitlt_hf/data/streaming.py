@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.features.features import FeatureType
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..io import file_errors, read_json
@@ -49,7 +50,7 @@ class StreamedSplit:
         counts: Mapping,
         shuffle_buffer: int = 2048,
         skip_bad_images: bool = False,
-    ):
+    ) -> None:
         feature = (stream.features or {}).get(label_column)
         self.label_of: dict[Any, int]
         self._indices: dict[str, int] = {}
@@ -95,7 +96,7 @@ def _counts_of_indices(names: list[str], counts: Mapping) -> np.ndarray:
     return np.array([counts.get(key, 0) for key in keys])
 
 
-def _counts_of_values(feature, counts: Mapping) -> tuple[list[str], dict[Any, int], np.ndarray]:
+def _counts_of_values(feature: FeatureType, counts: Mapping) -> tuple[list[str], dict[Any, int], np.ndarray]:
     """Class names, class index by label, and images of each class of a column of any labels."""
     if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
         others = [key for key in counts if not re.fullmatch(r"-?\d+", str(key))]
@@ -138,7 +139,7 @@ class StreamedImages(IterableDataset):
         seed: int = 0,
         micro_batches: int = 1,
         background: str | None = None,
-    ):
+    ) -> None:
         self.split, self.views, self.batch_size, self.num_repeats = split, views, batch_size, num_repeats
         self.background = background
         images = images_of_epoch(len(split), num_repeats)
@@ -192,7 +193,7 @@ class StreamedImages(IterableDataset):
                     "--dataloader_num_workers, or make more shards."
                 )
 
-    def _open(self, image: Mapping | None, label) -> np.ndarray | EncodedImage | None:
+    def _open(self, image: Mapping | None, label: object) -> np.ndarray | EncodedImage | None:
         try:
             opened = open_image(image, f"an image of the stream with the label {label!r}", self.background)
             # Decode once here if several transforms or copies use the image, or if errors must be caught.

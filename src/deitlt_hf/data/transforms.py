@@ -180,7 +180,7 @@ class TrainTransform:
         mean: Sequence[float],
         std: Sequence[float],
         erasing: RandomErasing | None,
-    ):
+    ) -> None:
         self.size = size
         self.crop = _random_resized_crop if crop == "random_resized" else _padded_crop
         self.hflip = hflip
@@ -244,7 +244,7 @@ class TrainTransform:
 
 
 def train_transform(
-    processor: BitImageProcessor,
+    processor: BaseImageProcessor,
     crop: str = "random_resized",
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     hflip: float = 0.5,
@@ -295,7 +295,7 @@ def train_transform(
     return TrainTransform(size, crop, hflip, augmentations, images.mean, images.std, erasing)
 
 
-def weak_transform(processor: BitImageProcessor, hflip: float = 0.5) -> TrainTransform:
+def weak_transform(processor: BaseImageProcessor, hflip: float = 0.5) -> TrainTransform:
     """Makes the weak transform for the in-distribution ablation: a padded random crop and a flip only."""
     return train_transform(processor, crop="padded", auto_augment=None, hflip=hflip, random_erasing=0.0)
 

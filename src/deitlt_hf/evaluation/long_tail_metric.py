@@ -1,9 +1,14 @@
 """The long-tail metric as a module of Hugging Face evaluate, for `evaluate.load(deitlt_hf.evaluation.METRIC_PATH)`."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import datasets
 import evaluate
 import numpy
+from numpy.typing import ArrayLike
 
+from deitlt_hf.data.long_tail import Groups
 from deitlt_hf.evaluation.accuracy import class_accuracies, number_of_classes
 from deitlt_hf.evaluation.metrics import bootstrap_intervals, long_tail_figures
 
@@ -28,7 +33,7 @@ Returns:
 class LongTailMetric(evaluate.Metric):
     """Metric that computes [`long_tail_figures`] for several experts on the same images."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features(
             {
                 "predictions": datasets.Sequence(datasets.Value("int64")),
@@ -40,7 +45,15 @@ class LongTailMetric(evaluate.Metric):
             description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
         )
 
-    def _compute(self, predictions, confidences, references, groups, experts=EXPERTS, resamples=0):
+    def _compute(
+        self,
+        predictions: ArrayLike,
+        confidences: ArrayLike,
+        references: ArrayLike,
+        groups: Groups,
+        experts: Sequence[str] = EXPERTS,
+        resamples: int = 0,
+    ) -> dict[str, Any]:
         predictions, confidences = numpy.asarray(predictions), numpy.asarray(confidences)
         if predictions.ndim != 2 or predictions.shape[1] != len(experts):
             raise ValueError(f"predictions have shape {predictions.shape}, but there are {len(experts)} experts.")
@@ -53,8 +66,14 @@ class LongTailMetric(evaluate.Metric):
         }
 
 
-def _figures(predictions, references, groups, confidences, resamples):
-    def of(rows):
+def _figures(
+    predictions: numpy.ndarray,
+    references: numpy.ndarray,
+    groups: Groups,
+    confidences: numpy.ndarray,
+    resamples: int,
+) -> dict[str, Any]:
+    def of(rows: numpy.ndarray) -> dict[str, float]:
         known = None if numpy.isnan(confidences).any() else confidences[rows]
         return long_tail_figures(predictions[rows], references[rows], groups, known)
 

@@ -26,7 +26,7 @@ class CardFacts:
         config: Content of a `config.json`; may be empty if there are results.
     """
 
-    def __init__(self, results: Mapping[str, Any], config: Mapping[str, Any]):
+    def __init__(self, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         self.results = results
         self.data: Mapping[str, Any] = results.get("data", {})
         self.settings: Mapping[str, Any] = results.get("settings", {})

@@ -32,7 +32,7 @@ _OF_START = "This is the licence of the model from which the training started"
 _OF_WEIGHTS = ("base_model", "base_model_relation", "co2_eq_emissions", "datasets", "metrics", "model-index")
 
 
-def make_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> ModelCard:
+def make_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata: Any) -> ModelCard:
     """Makes the card of a saved student or teacher.
 
     The numbers are from `results.json`. The card has no numbers if that file is missing, or does not belong to the
@@ -108,7 +108,7 @@ def recipe_card(recipe: str, name: str, results: Mapping[str, Any] | None = None
     )
 
 
-def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata) -> Path | None:
+def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None, **metadata: Any) -> Path | None:
     """Writes the card of [`make_card`] into the folder, unless a user wrote or edited the card there.
 
     Metadata that were given for an earlier card, such as licence and tags, stay unless other values are given; a
@@ -161,7 +161,7 @@ def is_generated(text: str) -> bool:
     return last is not None and last[1] == _digest(text[: last.start()])
 
 
-def _render(facts: CardFacts, name: str, metadata: Mapping[str, Any], **about) -> ModelCard:
+def _render(facts: CardFacts, name: str, metadata: Mapping[str, Any], **about: Any) -> ModelCard:
     template = files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8")
     words = {"plain": plain, "code": code, "quoted": quoted, "table": table}
     values = {"facts": facts, "heading": plain(name), "is_recipe": False, **words, **about}

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
 
@@ -73,7 +74,7 @@ def push_folder(
     card: bool = True,
     overwrite_card: bool = False,
     handler: bool = False,
-    **metadata,
+    **metadata: Any,
 ) -> CommitInfo:
     """Pushes a model folder to the Hub in one commit: if the push fails, the repository is not changed.
 

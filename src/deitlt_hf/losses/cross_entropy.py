@@ -1,12 +1,16 @@
 """Cross entropy with class indices or probabilities, and binary cross entropy."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .entry import ClsLoss, Counts, DistillationTarget, TeacherLoss
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def cross_entropy_sum(
@@ -30,7 +34,7 @@ def _build_cls(class_counts: Counts, class_weights: torch.Tensor | None) -> nn.M
     return nn.CrossEntropyLoss(class_weights, reduction="sum")
 
 
-def _build_teacher(args, class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
+def _build_teacher(args: "TrainingArguments", class_counts: Counts, class_weights: torch.Tensor | None) -> nn.Module:
     return nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing_factor)
 
 

@@ -52,7 +52,7 @@ class LDAMLoss(nn.Module):
         scale: float = 30.0,
         class_weights: torch.Tensor | None = None,
         reduction: str = "mean",
-    ):
+    ) -> None:
         super().__init__()
         margins = positive_counts(class_counts) ** -0.25
         self.scale = scale

@@ -35,7 +35,7 @@ class LogitAdjustedLoss(nn.Module):
         tau: float = 1.0,
         class_weights: torch.Tensor | None = None,
         reduction: str = "mean",
-    ):
+    ) -> None:
         super().__init__()
         counts = positive_counts(class_counts)
         self.reduction = reduction

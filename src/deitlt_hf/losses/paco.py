@@ -72,7 +72,7 @@ class PaCoLoss(nn.Module):
         temperature: float = 0.05,
         class_weights: torch.Tensor | None = None,
         reduction: str = "mean",
-    ):
+    ) -> None:
         super().__init__()
         if beta <= 0 or gamma <= 0:
             raise ValueError(f"beta and gamma must be above 0, got {beta} and {gamma}.")

@@ -61,7 +61,7 @@ class DistillationLoss(nn.Module):
         reweight_cls: bool = False,
         class_counts: Sequence[int] | torch.Tensor | None = None,
         cls_weights: torch.Tensor | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}.")

@@ -174,7 +174,7 @@ def student_with_weights_of(native: DeiTForImageClassificationWithTeacher) -> De
     return student.train(native.training)
 
 
-def student_of(trunk: Trunk, attn_implementation: str | None = None, **config) -> DeiTLTForImageClassification:
+def student_of(trunk: Trunk, attn_implementation: str | None = None, **config: Any) -> DeiTLTForImageClassification:
     """Makes a student of a trunk, which is not on the meta device, with new heads.
 
     `config` are further fields of [`DeiTLTConfig`]: `image_size` and `patch_size` resize the trunk.

@@ -61,7 +61,7 @@ def load_original_student(
     class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
     like: DeiTLTConfig | None = None,
-    **config,
+    **config: Any,
 ) -> DeiTLTForImageClassification:
     """Loads a student from a file of the authors, or a distilled DeiT of timm. Sizes are read from the tensors.
 
@@ -116,7 +116,7 @@ def convert_original(
     class_map: Sequence[int] | None = None,
     class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
-    **config,
+    **config: Any,
 ) -> PreTrainedModel:
     """Converts a file of the authors to a folder with a model and its image processor, for `from_pretrained`.
 
@@ -283,7 +283,12 @@ def _kind(name: str, state_dict: StateDict) -> str:
 
 
 def _student(
-    checkpoint: _Checkpoint, class_map, class_counts, class_names, like=None, **config
+    checkpoint: _Checkpoint,
+    class_map: Sequence[int] | None,
+    class_counts: Sequence[int] | None,
+    class_names: Sequence[str] | None,
+    like: DeiTLTConfig | None = None,
+    **config: Any,
 ) -> DeiTLTForImageClassification:
     sizes, num_labels = _sizes(checkpoint, student_sizes)
     if like is not None and like.hidden_size == sizes["hidden_size"]:
@@ -303,7 +308,12 @@ def _student(
     return _fill(model, checkpoint, student_to_ours, student_to_original, new)
 
 
-def _teacher(checkpoint: _Checkpoint, class_map, class_counts, class_names) -> FlatTeacherForImageClassification:
+def _teacher(
+    checkpoint: _Checkpoint,
+    class_map: Sequence[int] | None,
+    class_counts: Sequence[int] | None,
+    class_names: Sequence[str] | None,
+) -> FlatTeacherForImageClassification:
     layout = PACO_LAYOUT if checkpoint.kind == PACO_TEACHER else LDAM_LAYOUT
     if checkpoint.kind == LDAM_TEACHER and "linear.weight" not in checkpoint.state_dict:
         layout = LDAM_RESNET50_LAYOUT

@@ -1,7 +1,7 @@
 """Recipes: one YAML file per benchmark with all settings of a run, in the sections data, teacher and student."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .usage import command_line_errors, recipe_names
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """Imports a name on first use: a wrong command line is then reported without the heavy libraries."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

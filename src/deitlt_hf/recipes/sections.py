@@ -1,10 +1,12 @@
 """Dataclasses of a recipe's data and model fields. The other fields are training arguments."""
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import ViTMAEConfig
 
@@ -17,6 +19,8 @@ from ..losses.entry import find
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.flat_teacher.configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
 
+T = TypeVar("T")
+
 _NEED_ALL_IMAGES = (
     *("imbalance_ratio", "max_per_class", "test_fraction", "validation_fraction"),
     *("train_list", "test_list", "class_names"),
@@ -24,10 +28,11 @@ _NEED_ALL_IMAGES = (
 _SUBSET = ("imbalance_ratio", "imbalance_type", "max_per_class", "subset_seed")
 
 
-def option(default, help: str):
+def option(default: T, help: str) -> T:
     """A field with a default (lists are copied) and a help text."""
+    copied = partial(copy, default)
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+        return field(default_factory=copied, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -84,7 +89,7 @@ class DataArguments:
         "(of the sorted classes), or auto (shots, but thirds if a group would be empty).",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.background is not None:
             self.background = colour(self.background)
         if self.group_boundaries is not None and self.group_rule != "auto":
@@ -188,7 +193,7 @@ class StudentArguments(ArchitectureArguments):
         None, "eager, sdpa, flash_attention_2, ... None: the default of transformers."
     )
 
-    def config(self, **labels) -> DeiTLTConfig:
+    def config(self, **labels: Any) -> DeiTLTConfig:
         """Configuration of a student that starts from scratch. `labels` are label fields such as `num_labels`."""
         return DeiTLTConfig(
             **self.sizes(),
@@ -209,7 +214,7 @@ class PretrainingModelArguments(ArchitectureArguments):
     mask_ratio: float = option(0.75, "Share of the patches that are hidden. MAE uses 0.75.")
     decoder_layers: int = option(2, "Blocks of the decoder, as wide as the encoder is. MAE uses 8 of width 512.")
 
-    def config(self, **labels) -> ViTMAEConfig:
+    def config(self, **labels: Any) -> ViTMAEConfig:
         """Configuration of the masked autoencoder, with the layer norm of a student. `labels` are label fields.
 
         Raises:
@@ -259,7 +264,7 @@ class TeacherArguments:
     )
     image_size: int = option(32, "Side of the images, in pixels.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         is_named = self.backbone in CIFAR_RESNETS or self.backbone.startswith("timm/")
         if self.tune not in ("full", "heads"):
             raise ValueError(f"tune must be full or heads for a teacher, got {self.tune!r}.")
@@ -274,7 +279,7 @@ class TeacherArguments:
                 "has no trained weights; leave out tune, or give another backbone."
             )
 
-    def config(self, teacher_loss: str, **labels) -> FlatTeacherConfig:
+    def config(self, teacher_loss: str, **labels: Any) -> FlatTeacherConfig:
         """Configuration of a teacher for training with a loss. `labels` are label fields such as `num_labels`.
 
         Raises:

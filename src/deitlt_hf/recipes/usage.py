@@ -148,7 +148,9 @@ def command_line_errors() -> Iterator[None]:
         warnings.formatwarning = formatwarning
 
 
-def _format_warning(message, category, filename, lineno, line=None) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Formats a warning on one line. Warnings of this package omit the code location, which does not help users."""
     place = "" if Path(filename).is_relative_to(Path(__file__).parents[1]) else f"{filename}:{lineno}: "
     return f"{place}warning: {message}\n"

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -23,6 +23,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.image_rule import MAX_PIXELS, check_size, open_encoded, upright_rgb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig  # only since transformers 5
 
 MAX_BATCH = 64
 MAX_REQUEST_PIXELS = 2**27  # decoded pixels of all images of a request together
@@ -45,7 +48,7 @@ class EndpointHandler:
         ValueError: If the path holds no image classifier that transformers knows, or the Hub has no such model.
     """
 
-    def __init__(self, path: str | os.PathLike = "", device: str | None = None):
+    def __init__(self, path: str | os.PathLike = "", device: str | None = None) -> None:
         self.processor, model = _load(path)
         self.background = getattr(self.processor, "background", None)  # as in training
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -257,14 +260,14 @@ def _parameters(parameters: dict[str, Any]) -> tuple[int, bool]:
     return top_k, attention
 
 
-def _prediction_sets(config, group_of: dict[int, str]) -> tuple[float | None, torch.Tensor]:
+def _prediction_sets(config: PreTrainedConfig, group_of: dict[int, str]) -> tuple[float | None, torch.Tensor]:
     """Coverage of the prediction sets in a configuration (None without valid ones), and the threshold of each class."""
     sets = getattr(config, "prediction_sets", None)
     sets = sets if isinstance(sets, dict) else {}
     of_group, coverage = sets.get("thresholds"), sets.get("coverage")
     if not isinstance(of_group, dict) or sets.get("num_labels") != config.num_labels:
         return None, torch.empty(0)
-    thresholds = [of_group.get(group_of.get(label, "all")) for label in range(config.num_labels)]
+    thresholds = [of_group.get(group_of.get(label, "all")) for label in range(config.num_labels or 0)]
     if not isinstance(coverage, float) or not all(isinstance(value, (int, float)) for value in thresholds):
         return None, torch.empty(0)
     return coverage, torch.tensor(thresholds, dtype=torch.float32)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ class OnnxClassifier(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, path: str | PathLike):
+    def __init__(self, path: str | PathLike) -> None:
         super().__init__()
         import onnxruntime
 
@@ -168,7 +169,7 @@ class OnnxClassifier(nn.Module):
 class _Logits(nn.Module):
     """The module to export: a copy of a model, on the CPU and in float32, that returns only logits."""
 
-    def __init__(self, model: PreTrainedModel, dynamic_size: bool):
+    def __init__(self, model: PreTrainedModel, dynamic_size: bool) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).cpu().float()
         if isinstance(model, DeiTPreTrainedModel):
@@ -184,11 +185,11 @@ class _Logits(nn.Module):
         return {name: outputs[name] for name in OUTPUTS if outputs.get(name) is not None}
 
 
-def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]):
+def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]) -> "torch.onnx.ONNXProgram":
     """Exports the network to torch's `ONNXProgram`."""
     with torch.no_grad(), _quiet():
         try:
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 network,
                 (images,),
                 input_names=[INPUT],
@@ -199,6 +200,8 @@ def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]):
                 dynamo=True,
                 verbose=False,
             )
+            assert program is not None  # with `dynamo`
+            return program
         except (AssertionError, RuntimeError, ValueError) as error:  # the exporter raises RuntimeErrors
             raise ValueError(
                 f"{type(network.model).__name__} cannot be exported with any {', '.join(axes.values())}: "
@@ -206,7 +209,7 @@ def _translated(network: _Logits, images: torch.Tensor, axes: dict[int, str]):
             ) from error
 
 
-def _linear(x, weight, bias=None):
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:  # torch reads these: no constraint
     """Translates a linear layer into one `Gemm`, which includes the bias, instead of a product and a sum."""
     from onnxscript import opset20 as op
 

@@ -160,7 +160,7 @@ class BatchReader:
     size before the next is decoded: images of more than `TOGETHER` pixels are not in memory at the same time.
     """
 
-    def __init__(self, classifier: EndpointHandler, read: ImageReader):
+    def __init__(self, classifier: EndpointHandler, read: ImageReader) -> None:
         self.processor, self.background, self.read = classifier.processor, classifier.background, read
 
     def __getitem__(self, paths: list[str]) -> ReadBatch:

@@ -30,7 +30,7 @@ class DatasetImages:
         ValueError: If there is no column with images, or several and none is given.
     """
 
-    def __init__(self, rows: datasets.Dataset, split: str, image_column: str | None = None):
+    def __init__(self, rows: datasets.Dataset, split: str, image_column: str | None = None) -> None:
         column = find_image_column(rows, image_column)
         rows = as_image_column(rows.with_format(None).select_columns(column), column)
         self.rows = rows.rename_columns({column: "image"} if column != "image" else {}).cast_column(

@@ -43,7 +43,7 @@ class Contents:
     format: str = "parquet"  # one of `FORMATS`
     shard_size: int = 5000  # images in a table
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.top_k, self.shard_size) < 1:
             raise ValueError(f"top_k and shard_size must be 1 or more, got {self.top_k} and {self.shard_size}.")
         if self.features is not None and self.format == "csv":
@@ -60,7 +60,7 @@ class Shards:
         source: Digest of what the paths alone do not identify.
     """
 
-    def __init__(self, folder: str | PathLike, paths: Sequence[str], contents: Contents, source: str = ""):
+    def __init__(self, folder: str | PathLike, paths: Sequence[str], contents: Contents, source: str = "") -> None:
         self.folder, self.paths, self.contents, self.source = Path(folder), paths, contents, source
         self.number = math.ceil(len(paths) / contents.shard_size)
 
@@ -149,7 +149,7 @@ class Tabulator:
         ValueError: If the model has no features of the wanted name.
     """
 
-    def __init__(self, classifier: EndpointHandler, contents: Contents):
+    def __init__(self, classifier: EndpointHandler, contents: Contents) -> None:
         self.classifier, self.model = classifier, classifier.model
         self.is_csv = contents.format == "csv"
         classes = range(self.model.config.num_labels)

@@ -125,7 +125,7 @@ class Explanation:
         OSError, ValueError: If the model does not exist, or has no attention over patches.
     """
 
-    def __init__(self, model: str | PathLike):
+    def __init__(self, model: str | PathLike) -> None:
         from jinja2 import Environment
 
         self._handler = load_classifier(model)

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from transformers import TrainingArguments
@@ -253,7 +253,7 @@ class LongTailTrainingArguments(TrainingArguments):
     )
     seed: int = option(0, "Random seed of initialisation, augmentation and order of the images.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.check()
         inherited.check_needs(self)
         if self.report_to is None:
@@ -339,21 +339,23 @@ class LongTailTrainingArguments(TrainingArguments):
             self.data_seed = self._computed_data_seed = self.seed
         return self
 
-    def set_training(self, *args, **kwargs):
+    def set_training(self, *args: Any, **kwargs: Any) -> "LongTailTrainingArguments":
         """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
         return super().set_training(*args, **kwargs).settle()
 
-    def set_dataloader(self, *args, **kwargs):
+    def set_dataloader(self, *args: Any, **kwargs: Any) -> "LongTailTrainingArguments":
         """As in transformers. The global batch size is then computed from batch size and accumulation steps."""
         return super().set_dataloader(*args, **kwargs).settle()
 
-    def set_push_to_hub(self, model_id: str, strategy: str | HubStrategy = "end", *args, **kwargs):
+    def set_push_to_hub(
+        self, model_id: str, strategy: str | HubStrategy = "end", *args: Any, **kwargs: Any
+    ) -> "LongTailTrainingArguments":
         """As in transformers. Only the strategy `end` is supported, which pushes the finished model."""
         super().set_push_to_hub(model_id, strategy, *args, **kwargs)
         self.check()
         return self
 
-    def set_lr_scheduler(self, *args, **kwargs):
+    def set_lr_scheduler(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises `ValueError`: the learning-rate schedule of the method cannot be exchanged here."""
         raise ValueError(
             "set_lr_scheduler has no effect: the method defines its schedule; set num_train_epochs, warmup_epochs and "

@@ -9,15 +9,16 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from transformers import DeiTForImageClassificationWithTeacher, PreTrainedModel
+from transformers import BaseImageProcessor, DeiTForImageClassificationWithTeacher, PreTrainedModel
 
 from ..data.streaming import StreamedSplit
-from ..data.transforms import resize, weak_transform
+from ..data.transforms import TrainTransform, resize, weak_transform
 from ..hub.card_facts import in_phases
 from ..losses import DistillationLoss
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.trunks import student_with_weights_of
 from .adapters import inside_wrapper
+from .arguments import LongTailTrainingArguments
 from .inputs import check_streaming
 from .optimizers import MUON, muon
 from .plan_lines import drw_start
@@ -62,15 +63,15 @@ class DeiTLTTrainer(TaughtTrainer):
     criterion: DistillationLoss
     drw_criterion: DistillationLoss
 
-    def convert_model(self, model):
+    def convert_model(self, model: PreTrainedModel) -> PreTrainedModel:
         return as_student(model)
 
-    def check_model(self, model):
+    def check_model(self, model: PreTrainedModel) -> None:
         super().check_model(model)
         if self._datasets[0] is not None:
             check_student(model, self.args, self._datasets[0])
 
-    def check_accelerator(self):
+    def check_accelerator(self) -> None:
         super().check_accelerator()
         if self.is_sharded and (self.args.tune != FULL or self.args.starts_heads_at_means):
             raise ValueError("tune and heads_from_means need unsharded weights; leave out DeepSpeed and FSDP.")
@@ -80,17 +81,17 @@ class DeiTLTTrainer(TaughtTrainer):
                 "(scripts/accelerate/fsdp2.yaml) or another optim."
             )
 
-    def set_up_model(self, model):
+    def set_up_model(self, model: PreTrainedModel) -> None:
         super().set_up_model(model)
         if self._datasets[0] is not None:
             self.model = self.model_wrapped = freeze(model, self.args.tune, self.args.lora_rank)  # type: ignore[assignment]
 
-    def begin_record(self):
+    def begin_record(self) -> None:
         super().begin_record()
         if self.args.starts_heads_at_means and self.beginning.checkpoint is None:
             begin_heads(self.model, features_of(self, self._datasets[0]))
 
-    def make_losses(self):
+    def make_losses(self) -> None:
         super().make_losses()
         args = self.args
         self.mixup = Mixup(
@@ -116,9 +117,9 @@ class DeiTLTTrainer(TaughtTrainer):
         )
         return criterion.to(args.device)
 
-    def train_views(self, args, processor):
+    def train_views(self, args: LongTailTrainingArguments, processor: BaseImageProcessor) -> dict[str, TrainTransform]:
         views = super().train_views(args, processor)
-        if args.teacher_view == "weak" and args.needs_teacher:
+        if self.args.teacher_view == "weak" and self.args.needs_teacher:
             views["teacher_pixel_values"] = weak_transform(processor, args.hflip)
         return views
 

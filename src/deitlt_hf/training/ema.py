@@ -1,10 +1,19 @@
 """Exponential moving average of the weights, kept during training."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
-from transformers import PreTrainedModel, TrainerCallback
+from torch import nn
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from .adapters import merged
 from .checkpoints import replace_model
@@ -24,12 +33,19 @@ class MovingAverage(TrainerCallback):
             weights.
     """
 
-    def __init__(self, decay: float, every_micro_batch: bool = False):
+    def __init__(self, decay: float, every_micro_batch: bool = False) -> None:
         self.decay, self.every_micro_batch = decay, every_micro_batch
         self.model: PreTrainedModel | None = None
         self.checkpoint: str | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._average = ModelEmaV3(model, decay=self.decay)
         self.model = self._average.module
         if self.checkpoint is not None:
@@ -41,10 +57,24 @@ class MovingAverage(TrainerCallback):
             assert self.model is not None  # in training
             load_model(self.model, Path(checkpoint) / EMA_FILE, device=str(self.model.device))
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._average.update(model)
 
-    def on_substep_end(self, args, state, control, model=None, **kwargs):
+    def on_substep_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.every_micro_batch:  # with 4 micro-batches, a decay of 0.99996 is one of 0.99984 for a step
             self._average.update(model)
 
@@ -54,7 +84,7 @@ class MovingAverage(TrainerCallback):
         save_model(self.model, str(Path(folder) / EMA_FILE))
 
 
-def save_average(model: PreTrainedModel, output_dir: str | Path, processor) -> None:
+def save_average(model: PreTrainedModel, output_dir: str | Path, processor: BaseImageProcessor) -> None:
     """Saves an averaged model and its image processor in the subfolder `ema` of a model folder."""
 
     def save(folder: str) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from ..data.long_tail import Integers, class_counts
 from ..evaluation import ExpertTable, group_accuracies
 from ..evaluation.findings import findings
 from ..evaluation.metrics import long_tail_figures
+
+if TYPE_CHECKING:
+    from .trainer import LongTailTrainer
 
 OVER_CLASSES = ("balanced_accuracy", "macro_f1")  # metrics of the prediction that weight all classes equally
 
@@ -37,7 +40,7 @@ def expert_columns(outputs: Sequence[Mapping], fields: Collection[str], labels: 
 
 
 @contextlib.contextmanager
-def expert_metrics_added(trainer, keeps_logits: bool) -> Iterator[None]:
+def expert_metrics_added(trainer: "LongTailTrainer", keeps_logits: bool) -> Iterator[None]:
     """Context in which the trainer's `compute_metrics` adds the metrics of the experts to those of the user.
 
     The trainer's predictions are the columns of [`expert_columns`], with `keeps_logits` pairs of them and the logits,

@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoModel,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.trainer_utils import TrainOutput
 
 from ..data.images import decoder_versions
-from ..data.transforms import ImageFormat
+from ..data.transforms import ImageFormat, TrainTransform
 from ..losses.class_weights import positive_counts
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.trunks import TIMM_TYPE
@@ -24,6 +26,7 @@ from ..recipes import DataArguments, TeacherArguments
 from ..recipes.sections import without_folders
 from ..serving.classifiers import check_weights, load_processor, loading, read_model_config
 from ..serving.handler import native_config
+from .arguments import LongTailTrainingArguments
 from .inputs import name_classes
 from .linear_head import Seen, fit_balanced, fold
 from .provenance import dtype_of
@@ -137,13 +140,13 @@ class FrozenTeacherTrainer(FlatTeacherTrainer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, args: FlatTeacherTrainingArguments, head: nn.Linear, backbone: str, **kw
-    ):
+        self, model: PreTrainedModel, args: FlatTeacherTrainingArguments, head: nn.Linear, backbone: str, **kw: Any
+    ) -> None:
         self.head, self.backbone = head, backbone
         super().__init__(model=model, args=args, **kw)
         positive_counts(self.class_counts or [])
 
-    def train_views(self, args, processor):
+    def train_views(self, args: LongTailTrainingArguments, processor: BaseImageProcessor) -> dict[str, TrainTransform]:
         return {}  # the images of an evaluation
 
     def settings(self) -> dict[str, Any]:
@@ -158,7 +161,9 @@ class FrozenTeacherTrainer(FlatTeacherTrainer):
     def plan(self) -> dict[str, str]:
         return {"backbone": f"{self.backbone}, {self.head.in_features} features"}
 
-    def _train_and_evaluate(self, checkpoint, trial, ignore_keys_for_eval) -> TrainOutput:
+    def _train_and_evaluate(
+        self, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         started = time.perf_counter()
         self.begin_record()
         self._recording = True
@@ -191,7 +196,7 @@ class FrozenTeacherTrainer(FlatTeacherTrainer):
         }
 
     @torch.no_grad()
-    def _features(self, images) -> Seen:
+    def _features(self, images: Dataset) -> Seen:
         """What the head reads for the images of a split, in every process; and the classes."""
         read: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))

@@ -7,11 +7,16 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import Any, NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from .arguments import LongTailTrainingArguments
+    from .steps import WholeBatchTrainer
 
 # SIGINTs within this many seconds count as one Ctrl-C: the terminal sends one, and torchrun another to its processes.
 SAME_SECONDS = 1.0
@@ -26,11 +31,11 @@ class NonFiniteGuard(TrainerCallback):
     every step instead, and skips the update if the gradient is not finite. `skipped` counts these.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: "WholeBatchTrainer") -> None:
         self.trainer = trainer
         self.on_train_begin(trainer.args)
 
-    def on_train_begin(self, args, *_, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         self.first_step = torch.tensor(math.inf, device=args.device)
         self.in_a_row = self.skipped = 0
 
@@ -38,37 +43,41 @@ class NonFiniteGuard(TrainerCallback):
         """Records the step if `value` is not finite, without synchronising the device."""
         self.first_step = torch.minimum(self.first_step, torch.where(value.detach().isfinite(), math.inf, float(step)))
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # A gradient scaler does this check itself, and its occasional overflows are expected.
-        if args.on_nonfinite == "stop" or self.trainer.accelerator.scaler is not None:
+        if self.trainer.args.on_nonfinite == "stop" or self.trainer.accelerator.scaler is not None:
             return
-        parameters = [parameter for parameter in self.trainer.model.parameters() if parameter.grad is not None]
+        parameters = [*self.trainer.model.parameters()]
         # The norm of the whole gradient is the same in every process, so all processes skip the same updates.
-        if _norm([parameter.grad for parameter in parameters]).isfinite():
+        if _norm([parameter.grad for parameter in parameters if parameter.grad is not None]).isfinite():
             self.in_a_row = 0
             return
         for parameter in parameters:
             parameter.grad = None  # optimisers skip parameters without a gradient
-        self._count(args, state)
+        self._count(state)
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if args.on_nonfinite == "skip" and self.trainer.accelerator.scaler is not None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.args.on_nonfinite == "skip" and self.trainer.accelerator.scaler is not None:
             if self.trainer.accelerator.optimizer_step_was_skipped:
-                self._count(args, state)
+                self._count(state)
             else:
                 self.in_a_row = 0
 
-    def _count(self, args, state) -> None:
+    def _count(self, state: TrainerState) -> None:
         self.in_a_row += 1
         self.skipped += 1
-        if self.in_a_row > args.nonfinite_limit:
+        if self.in_a_row > self.trainer.args.nonfinite_limit:
             self._stop(
                 state.global_step + 1,
                 f"the gradient is not finite in {self.in_a_row} steps in a row (nonfinite_limit), the last",
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.device.type == "cpu" and args.on_nonfinite == "stop":
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.device.type == "cpu" and self.trainer.args.on_nonfinite == "stop":
             self._look()
 
     def check(self) -> None:
@@ -91,6 +100,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def _stop(self, step: int, what: str) -> None:
         trainer = self.trainer
+        assert trainer.optimizer is not None  # only training calls this
         parts = "".join(f", {name} {value:.4g}" for name, value in trainer.logged_means().items())
         raise FloatingPointError(
             f"{what} at step {step} (epoch {trainer.state.epoch or 0:.2f}, learning rate "
@@ -106,7 +116,7 @@ class Voter(TrainerCallback, ABC):
     has to wait for a value.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._votes: list[tuple[torch.Tensor, torch.Event | None]] = []
 
     @abstractmethod
@@ -144,21 +154,23 @@ class SaveByMinutes(Voter):
     The clock of the main process decides. Other checkpoints, such as those of epochs, are saved as without it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._due = math.inf
 
     def wants(self) -> bool:
         return time.monotonic() >= self._due
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(  # type: ignore[override]  # the trainer passes its own arguments
+        self, args: "LongTailTrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._votes.clear()
-        self._due = time.monotonic() + 60 * args.save_minutes if state.is_world_process_zero else math.inf
+        self._due = time.monotonic() + 60 * (args.save_minutes or math.inf) if state.is_world_process_zero else math.inf
 
     # Every save counts, in all processes; a vote from before it is void.
-    on_save = on_train_begin
+    on_save = on_train_begin  # type: ignore[assignment]  # for the same reason
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.decided(args.world_size):
             control.should_save = True
 
@@ -171,7 +183,7 @@ class StopOnSignal(Voter):
     times; the run is then `stopped`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.requested = self.stopped = False
         self._signal = signal.SIGTERM
@@ -182,7 +194,9 @@ class StopOnSignal(Voter):
     def wants(self) -> bool:
         return self.requested
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.requested = self.stopped = False
         self._signal = signal.SIGTERM
         self._prints = state.is_world_process_zero
@@ -193,7 +207,7 @@ class StopOnSignal(Voter):
                 for number in (signal.SIGTERM, signal.SIGINT)
             }
 
-    def _request(self, signum, frame) -> None:
+    def _request(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if signum == signal.SIGINT and self.requested and now - self._requested_at > SAME_SECONDS:
             raise KeyboardInterrupt
@@ -216,13 +230,15 @@ class StopOnSignal(Voter):
             raise KeyboardInterrupt(STOPPED)
         sys.exit(128 + self._signal)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stopped = self.decided(args.world_size)
         if self.stopped:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # the machine may shut down within seconds
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.stopped:
             control.should_evaluate = control.should_save = False
 

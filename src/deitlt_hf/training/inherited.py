@@ -125,7 +125,7 @@ def check_optimizer(args: TrainingArguments) -> None:
             raise ValueError(f"{field.name} has no effect on optim {name!r}; leave it out.")
 
 
-def _optimizer_of(args: TrainingArguments, **changed) -> tuple:
+def _optimizer_of(args: TrainingArguments, **changed: Any) -> tuple:
     """Class and settings of the optimiser that transformers creates from the arguments."""
     args = copy.copy(args)
     for name, value in changed.items():

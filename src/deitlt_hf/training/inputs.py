@@ -5,7 +5,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig
+from torch.utils.data import Dataset as TorchDataset
+from transformers import BaseImageProcessor, PreTrainedConfig, TrainingArguments
 
 from ..data.columns import find_columns
 from ..data.copies import ReducedCopies
@@ -14,6 +15,7 @@ from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
+from .arguments import LongTailTrainingArguments
 from .guards import ignore_stop_signals
 
 
@@ -29,8 +31,11 @@ def ignoring_stop_signals(loader: DataLoader) -> DataLoader:
     return loader
 
 
-def train_loader(images, args, collate_fn: Callable) -> DataLoader:
+def train_loader(
+    images: ImageDataset | StreamedImages, args: LongTailTrainingArguments, collate_fn: Callable
+) -> DataLoader:
     """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
+    loaded: TorchDataset = images
     batches: dict[str, Any] = {"batch_size": args.train_batch_size}
     if not isinstance(images, StreamedImages):
         sampler = TrainBatches(
@@ -44,11 +49,11 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
             bool(args.partial_steps),
             images.labels if args.sampling == "class_balanced" else None,
         )
-        images, batches = SeededImages(images), {"batch_sampler": sampler}
+        loaded, batches = SeededImages(images), {"batch_sampler": sampler}
     context = getattr(args, "dataloader_multiprocessing_context", None)
     # Not prepared by Accelerate, which would split the batches over the processes a second time.
     return DataLoader(
-        images,
+        loaded,
         **batches,
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
@@ -62,7 +67,7 @@ def train_loader(images, args, collate_fn: Callable) -> DataLoader:
     )
 
 
-def check_streaming(args) -> None:
+def check_streaming(args: TrainingArguments) -> None:
     """Raises `ValueError` if a training argument needs the whole data set, which a stream does not have."""
     for name in ("image_cache", "teacher_cache", "sampling", "partial_steps"):
         value = getattr(args, name, None)
@@ -71,7 +76,12 @@ def check_streaming(args) -> None:
             raise ValueError(f"{name} {value!r}{by} does not work with --streaming; leave out one of them.")
 
 
-def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | None = None):
+def as_images(
+    dataset: Any,
+    processor: BaseImageProcessor,
+    args: LongTailTrainingArguments,
+    views: Mapping[str, TrainTransform] | None = None,
+) -> Any:
     """Wraps a data set or a mapping of them: rows become model inputs. Other data sets are returned unchanged.
 
     `views` are the training transforms by model input; None for evaluation, by the processor.
@@ -86,7 +96,7 @@ def as_images(dataset, processor, args, views: Mapping[str, TrainTransform] | No
             args.process_index,
             args.world_size,
             args.repeats,
-            args.data_seed,
+            args.seed if args.data_seed is None else args.data_seed,
             args.gradient_accumulation_steps,
             background,
         )
@@ -168,7 +178,7 @@ def _matched(known: list[str], config: PreTrainedConfig, dataset: Dataset) -> li
     return names
 
 
-def _check_kind(dataset) -> None:
+def _check_kind(dataset: object) -> None:
     """Raises `ValueError` for what is no supported data set, or has a transform, which the trainer would ignore."""
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise ValueError(

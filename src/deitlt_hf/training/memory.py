@@ -2,6 +2,10 @@
 
 import ctypes
 import platform
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .arguments import LongTailTrainingArguments
 
 # Parameters of glibc's mallopt (malloc.h), and the largest threshold that every version of glibc accepts.
 _TRIM_THRESHOLD = -1
@@ -9,7 +13,7 @@ _MMAP_THRESHOLD = -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
-def keep_freed_memory_of_command(args) -> None:
+def keep_freed_memory_of_command(args: "LongTailTrainingArguments") -> None:
     """Keeps freed memory in a command, whose process is its own, on a CPU and unless the arguments say otherwise."""
     if args.keep_freed_memory is not False and args.device.type == "cpu":
         keep_freed_memory()

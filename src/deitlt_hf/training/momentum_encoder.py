@@ -23,7 +23,7 @@ class MomentumContrast(nn.Module):
     labels: torch.Tensor
     added: torch.Tensor
 
-    def __init__(self, model: PreTrainedModel, queue_size: int = 1024, momentum: float = 0.999):
+    def __init__(self, model: PreTrainedModel, queue_size: int = 1024, momentum: float = 0.999) -> None:
         super().__init__()
         self.momentum = momentum
         # In training mode, as in MoCo: keys are normalised by the statistics of their own batch, like queries.

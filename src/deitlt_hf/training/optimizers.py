@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm.optim
 import torch
@@ -14,6 +14,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import GreedyLR, PreTrainedModel, TrainingArguments
 
 from .tuning import FULL, is_head, parameter_groups
+
+if TYPE_CHECKING:
+    from .student_arguments import DeiTLTTrainingArguments
 
 MUON = "muon"  # value of the argument `optim`
 
@@ -42,13 +45,14 @@ class Muon(timm.optim.Muon):
             return super().step(closure)
 
 
-def muon(model: nn.Module, args, decayed: Collection[str]) -> Muon:
+def muon(model: nn.Module, args: "DeiTLTTrainingArguments", decayed: Collection[str]) -> Muon:
     """Creates Muon (Jordan et al., 2024) for the linear layers of the blocks, with AdamW for all other parameters.
 
     AdamW updates embeddings, tokens, norms, biases and classifiers, as in Jordan's code. Muon's updates are scaled to
     the size of AdamW's (0.2 times the square root of the longer side, Liu et al., arXiv 2502.16982, equation 4).
     Therefore both use the same learning rate and weight decay. `decayed` are the names of parameters with weight decay.
     """
+    assert args.learning_rate is not None  # set by `settle`
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -77,7 +81,7 @@ def check_given(
     optimizer: Optimizer | None,
     scheduler: Any,
     class_and_settings: Any,
-    args,
+    args: TrainingArguments,
     makes_models: bool,
 ) -> None:
     """Raises `ValueError` if a given optimiser and scheduler do not match the model, the arguments or each other.

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from ..io import check_can_be_folder
@@ -72,7 +73,7 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator) -> None:
+def claim_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool, accelerator: Accelerator) -> None:
     """Removes checkpoints, results and log of a run that is replaced, after every process has checked the folder.
 
     The files of a run that was interrupted before its first checkpoint are also removed. A finished model stays until

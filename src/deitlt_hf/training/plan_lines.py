@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.panel import Panel
@@ -13,8 +14,12 @@ from ..io import one_line
 from .tuning import trained_parameters
 from .whole_checkpoints import model_name
 
+if TYPE_CHECKING:
+    from .arguments import LongTailTrainingArguments
+    from .trainer import LongTailTrainer
 
-def plan_lines(trainer) -> dict[str, str]:
+
+def plan_lines(trainer: "LongTailTrainer") -> dict[str, str]:
     """Lines of the plan by label, from the optimiser on, without those of [`print_plan`]."""
     args = trainer.args
     lines = {"optimiser": trainer.optimizer_plan()}
@@ -24,6 +29,7 @@ def plan_lines(trainer) -> dict[str, str]:
         rates = sorted({group["lr"] for group in trainer.optimizer.param_groups})
         lines["learning rate"] = f"{', '.join(f'{rate:.3g}' for rate in rates)} of the optimiser at its peak"
     if args.class_weights:
+        assert isinstance(args.class_weights, Mapping)  # `check` reads a text
         named = ", ".join(f"{name} {weight:g}" for name, weight in args.class_weights.items())
         lines["class weights"] = f"{one_line(named, 200)}, other classes 1; scaled to mean 1, in all phases"
     if args.save_only_model and (args.save_strategy != "no" or args.save_minutes):
@@ -36,20 +42,21 @@ def plan_lines(trainer) -> dict[str, str]:
     return lines | trainer.plan()
 
 
-def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
+def print_plan(trainer: "LongTailTrainer", steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     """Prints the plan of a run: model, data, batch sizes, schedule and output folder."""
     args, model = trainer.args, trainer.model
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_per_epoch
+    counts = trainer.class_counts
+    assert counts is not None  # of the training images
     groups = (
-        f"{name} {len(group)} ({sum(trainer.class_counts[label] for label in group):,})"
-        for name, group in trainer.groups.items()
+        f"{name} {len(group)} ({sum(counts[label] for label in group):,})" for name, group in trainer.groups.items()
     )
     parameters, trained = sum(parameter.numel() for parameter in model.parameters()), trained_parameters(model)
     part = "" if trained == parameters else f" ({trained:,} trained)"
     image_format = ImageFormat.of(trainer.processing_class)
     lines = {
         "model": f"{model_name(model)}, {parameters / 1e6:.2f} M parameters{part}, {image_format}",
-        "classes (images)": f"{len(trainer.class_counts)} ({sum(trainer.class_counts):,}): {', '.join(groups)}",
+        "classes (images)": f"{len(counts)} ({sum(counts):,}): {', '.join(groups)}",
         "groups": trainer.group_rule,
         "subset": f"sha256 {trainer.subset_sha256}" if trainer.subset_sha256 else "as given",
         **{
@@ -66,7 +73,9 @@ def print_plan(trainer, steps_per_epoch: int, extra: Mapping[str, str]) -> None:
     show(Panel(table, title="This will run", title_align="left", expand=False))
 
 
-def _step_lines(args, epochs: float, steps_per_epoch: int, total_steps: int) -> dict[str, str]:
+def _step_lines(
+    args: "LongTailTrainingArguments", epochs: float, steps_per_epoch: int, total_steps: int
+) -> dict[str, str]:
     """Lines about the optimiser's steps; none for a run without steps."""
     if not total_steps:
         return {}
@@ -78,8 +87,9 @@ def _step_lines(args, epochs: float, steps_per_epoch: int, total_steps: int) -> 
     }
 
 
-def drw_start(trainer) -> str:
+def drw_start(trainer: "LongTailTrainer") -> str:
     """Start epoch of deferred re-weighting, with a note if `max_steps` ends the run earlier."""
     start, steps = trainer.args.drw_start_epoch, trainer.args.max_steps
+    assert start is not None  # called for a run with it
     is_cut_off = 0 < steps <= start * trainer.steps_per_epoch()
     return f"{start:g}" + (" (max_steps ends the run before it)" if is_cut_off else "")

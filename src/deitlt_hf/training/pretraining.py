@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import ViTMAEForPreTraining, set_seed
+from transformers import PreTrainedModel, ViTMAEForPreTraining, set_seed
 
 from ..data.transforms import model_processor
 from ..data.unlabelled import ONLY_CLASS, unlabelled_images
@@ -59,7 +59,7 @@ class MaskedPretrainer(LongTailTrainer):
 
     arguments_class = PretrainingArguments
 
-    def set_up_model(self, model):
+    def set_up_model(self, model: PreTrainedModel) -> None:
         model.float()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -5,7 +5,7 @@ import platform
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -21,6 +21,9 @@ from ..hub.cards import CARD_FILE
 from ..io import one_line, read_json, weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .sam import SAM
+
+if TYPE_CHECKING:
+    from .trainer import LongTailTrainer
 
 # Settings of a teacher that are recorded with its student.
 _TEACHER_SETTINGS = (
@@ -47,8 +50,9 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def what_ran(trainer) -> dict[str, Any]:
+def what_ran(trainer: "LongTailTrainer") -> dict[str, Any]:
     """The objects that a trainer trains with (dtypes, optimiser, scheduler), which can differ from the arguments."""
+    assert trainer.optimizer is not None  # created before the run is recorded
     args, optimizer = trainer.args, optimizer_record(trainer.optimizer)
     if optimizer["sam"] is not None and not trainer.rho_is_given:  # later phases have other radii
         optimizer["sam"] |= {"rho": args.sam_rho, "epochs": args.sam_rho_epochs}
@@ -72,7 +76,7 @@ def what_ran(trainer) -> dict[str, Any]:
     }
 
 
-def without_wrapper(optimizer):
+def without_wrapper(optimizer: Any) -> Any:
     """Returns the optimiser or scheduler inside a wrapper of Accelerate."""
     for name in ("optimizer", "scheduler"):
         if type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, name):

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 
@@ -10,8 +10,13 @@ from ..hub.pushing import push_folder
 from .arguments import LongTailTrainingArguments
 from .output_folder import run_files
 
+if TYPE_CHECKING:
+    from .trainer import LongTailTrainer
 
-def push_trained(trainer, message: str, options: Mapping[str, Any], card: Mapping[str, Any]) -> CommitInfo | None:
+
+def push_trained(
+    trainer: "LongTailTrainer", message: str, options: Mapping[str, Any], card: Mapping[str, Any]
+) -> CommitInfo | None:
     """Saves the model of a trainer, and pushes it in one commit with its card, without checkpoints.
 
     Every process must call it; see [`LongTailTrainer.push_to_hub`] for results and errors. `options` are those of
@@ -31,6 +36,7 @@ def push_trained(trainer, message: str, options: Mapping[str, Any], card: Mappin
     try:
         if trainer.hub_model_id is None:
             trainer.init_hf_repo(options["token"], options["private"])
+        assert trainer.hub_model_id is not None  # set by `init_hf_repo`
         trainer.create_model_card(**card)
         # `push_folder` writes the card again, with the licence and tags of the card in the repository.
         name = card.get("model_name")

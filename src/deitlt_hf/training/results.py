@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..io import one_line, weights_digest, write_json
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
@@ -14,6 +15,9 @@ from .output_folder import EMISSIONS_FILE
 from .provenance import hardware, license_of_start, started_from
 from .resuming import architecture
 from .whole_checkpoints import model_name
+
+if TYPE_CHECKING:
+    from .trainer import LongTailTrainer
 
 LIBRARIES = ("deitlt-hf", "torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow")
 
@@ -35,14 +39,14 @@ class Results:
             of its classes (`classes`).
     """
 
-    def __init__(self, output_dir: str | Path):
+    def __init__(self, output_dir: str | Path) -> None:
         self.path = Path(output_dir) / RESULTS_FILE
         self.content: dict = {}
         self.dataset: Mapping = {}
         self.teachers: dict[str, dict] = {}
         self._was_finished = False
 
-    def start(self, trainer, resumed_step: int | None, former: RunRecord | None = None) -> None:
+    def start(self, trainer: "LongTailTrainer", resumed_step: int | None, former: RunRecord | None = None) -> None:
         """Starts the record.
 
         Args:
@@ -87,13 +91,13 @@ class Results:
             "versions": installed_versions(),
         }
 
-    def data_of(self, trainer) -> dict:
+    def data_of(self, trainer: "LongTailTrainer") -> dict:
         """Facts that identify the training images of a run."""
-        config = trainer.model.config
+        assert trainer.class_counts is not None  # of the training images
         return {
             **self.dataset,
             "train_images": sum(trainer.class_counts),
-            "classes": [config.id2label[label] for label in range(config.num_labels)],
+            "classes": label_names(trainer.model.config),
             "class_counts": trainer.class_counts,
             "subset_sha256": trainer.subset_sha256,
             "images_sha256": trainer.images_sha256,

@@ -4,9 +4,10 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import PreTrainedConfig, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.images import decoder_versions
 from ..data.streaming import StreamedImages
@@ -15,6 +16,9 @@ from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
 from .inputs import first_difference
 from .whole_checkpoints import model_name
+
+if TYPE_CHECKING:
+    from .trainer import LongTailTrainer
 
 # Settings that cannot change during a run: the loss, the trained weights or the optimiser's state would not match.
 _FIXED = (
@@ -47,7 +51,7 @@ def architecture(config: PreTrainedConfig) -> dict:
     return {name: value for name, value in config.to_diff_dict().items() if name not in _ADDED}
 
 
-def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginning:
+def find_beginning(trainer: "LongTailTrainer", wanted: str | bool | None, resuming: bool) -> Beginning:
     """Finds the checkpoint to resume from, and checks that it belongs to the same run.
 
     `wanted` is as in [`LongTailTrainer.train`]; `resuming` says whether it is the run in the trainer's folder.
@@ -88,7 +92,11 @@ def find_beginning(trainer, wanted: str | bool | None, resuming: bool) -> Beginn
 
 
 def check_same_run(
-    folder: str | Path, record: RunRecord | None, trainer, data: dict[str, Any], is_finished: bool
+    folder: str | Path,
+    record: RunRecord | None,
+    trainer: "LongTailTrainer",
+    data: dict[str, Any],
+    is_finished: bool,
 ) -> None:
     """Checks that a run to resume has the same classes, images, model and loss; warns about other differences.
 
@@ -146,7 +154,7 @@ def _compare_teachers(who: str, before: Mapping[str, Any], now: Mapping[str, Any
             return
 
 
-def _differences(config: dict, record: RunRecord, trainer, data: dict[str, Any]) -> Iterator[str]:
+def _differences(config: dict, record: RunRecord, trainer: "LongTailTrainer", data: dict[str, Any]) -> Iterator[str]:
     """Yields, as text, each difference that makes a checkpoint belong to another run."""
     had: Mapping[str, Any] = record.get("data", {})
     settings = trainer.settings()
@@ -229,15 +237,25 @@ class BeginRun(TrainerCallback):
     transformers 5.23 does not do in a resumed run.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: "LongTailTrainer") -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.begin_record()
 
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert train_dataloader is not None  # transformers passes that of the trainer
         dataset = train_dataloader.dataset
-        order = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
+        order: Any = dataset if isinstance(dataset, StreamedImages) else train_dataloader.batch_sampler
         # By the step, not by counting calls: the order of images depends on it, also in the middle of an epoch, where
         # transformers skips the batches of the steps before.
         order.set_epoch(state.global_step // self.trainer.steps_per_epoch())
@@ -246,10 +264,12 @@ class BeginRun(TrainerCallback):
 class MissedEvaluation(TrainerCallback):
     """Callback that evaluates at the resumed step, if the run was interrupted before that evaluation."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: "LongTailTrainer") -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         steps = self.trainer.steps_per_epoch() if args.eval_strategy == "epoch" else state.eval_steps
         if state.global_step == 0 or args.eval_strategy == "no" or state.global_step % steps:
             return

@@ -8,11 +8,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import ProgressCallback, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.images import usable_cores
 from ..io import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .arguments import LongTailTrainingArguments
+    from .trainer import LongTailTrainer
 
 LOG_FILE = "log.jsonl"
 CURVES_FILE = "training_curves.png"
@@ -29,13 +37,15 @@ class RunLog(ProgressCallback):
     prints them as tables.
     """
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._begun: tuple[float, int] | None = None
         self._estimated = False
         if not args.disable_tqdm:
             super().on_train_begin(args, state, control, **kwargs)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._begun is None:
             self._begun = time.perf_counter(), state.global_step
         elif not self._estimated and state.is_world_process_zero:
@@ -46,22 +56,38 @@ class RunLog(ProgressCallback):
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not args.disable_tqdm:
             super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
         values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "grad_norm"))
         left = f"  {self._left(state)} left" if self._estimated else ""
         self._write(f"epoch {state.epoch:.2f}  step {state.global_step}/{state.max_steps}  {values}{left}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
 
-    def _left(self, state) -> str:
+    def _left(self, state: TrainerState) -> str:
         """Remaining time at the average speed so far."""
         assert self._begun is not None  # set at the first step; called only later
         begun, first = self._begun
@@ -78,14 +104,18 @@ class RunLog(ProgressCallback):
 class WaitingNote(TrainerCallback):
     """Callback that prints a note, once, if training waits for images during most of the time."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: "LongTailTrainer") -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._begun: tuple[float, float, int] | None = None
         self._is_printed = False
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(  # type: ignore[override]  # the trainer passes its own arguments
+        self, args: "LongTailTrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._is_printed:
             return
         now = time.perf_counter(), self.trainer.waited, state.global_step
@@ -101,7 +131,7 @@ class WaitingNote(TrainerCallback):
             print(f"Note: {waiting_advice(args, waited / seconds)}", flush=True)
 
 
-def waiting_advice(args, share: float) -> str:
+def waiting_advice(args: "LongTailTrainingArguments", share: float) -> str:
     """A sentence that says how much of the time training waits for images, and what to do."""
     workers, cores = args.dataloader_num_workers, usable_cores()
     ways = []
@@ -121,14 +151,16 @@ class RunFile(TrainerCallback):
     later ones. Logs are written while `is_open`: in the main process, from the start of training.
     """
 
-    def __init__(self, output_dir: str | Path, drw_start_epoch: float | None = None):
+    def __init__(self, output_dir: str | Path, drw_start_epoch: float | None = None) -> None:
         self.folder = Path(output_dir)
         self.drw_start_epoch = drw_start_epoch
         self.is_open = False
         self.draws = importlib.util.find_spec("matplotlib") is not None
         self._drawn_at, self._has_new_points = 0.0, False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         self._drawn_at = time.monotonic()
@@ -140,20 +172,29 @@ class RunFile(TrainerCallback):
             part.write_text("".join(_line(entry) for entry in kept))
         self.is_open = True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not self.is_open:
             return
         entry = {"step": state.global_step, **(logs or {})}
         with (self.folder / LOG_FILE).open("a") as file:
             file.write(_line(entry))
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._has_new_points = self.is_open and self.draws
         is_last = state.global_step >= state.max_steps
         if is_last or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN_PICTURES:
             self._draw()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._draw()
 
     def _draw(self) -> None:
@@ -235,7 +276,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _draw_lines(axis, title: str, entries: Sequence[Mapping], names: Mapping[str, str], scale: float = 1) -> None:
+def _draw_lines(
+    axis: "Axes", title: str, entries: Sequence[Mapping], names: Mapping[str, str], scale: float = 1
+) -> None:
     for name, label in names.items():
         points = [
             (entry["epoch"], scale * entry[name])

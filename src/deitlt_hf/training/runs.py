@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import ClassLabel, Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
@@ -24,7 +24,7 @@ from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClass
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
 from ..serving.classifiers import load_classifier, load_model, load_processor, read_model_config
-from .arguments import PRECISIONS
+from .arguments import PRECISIONS, LongTailTrainingArguments
 from .checkpoints import has_model, newest_checkpoint, whole_checkpoint
 from .distillation import DeiTLTTrainer, check_student
 from .inputs import label_fields, label_names
@@ -40,6 +40,8 @@ from .teacher import FlatTeacherTrainer
 from .teacher_arguments import FlatTeacherTrainingArguments
 from .trainer import LongTailTrainer
 from .tuning import HEADS
+
+AnyTrainer = TypeVar("AnyTrainer", bound=LongTailTrainer)
 
 EVALUATION_FIELDS = (
     *("output_dir", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu"),
@@ -176,7 +178,14 @@ def evaluate(path: str, data_args: DataArguments, args: DeiTLTTrainingArguments)
     return trainer
 
 
-def _train(trainer_class, model: PreTrainedModel, args, data: Mapping, data_args: DataArguments, **kwargs):
+def _train(
+    trainer_class: type[AnyTrainer],
+    model: PreTrainedModel,
+    args: LongTailTrainingArguments,
+    data: Mapping,
+    data_args: DataArguments,
+    **kwargs: Any,
+) -> AnyTrainer:
     if trainer_class is DeiTLTTrainer and data_args.dataset in SORTED_BY_AUTHORS:  # for an export in their class order
         model.config.class_map = decreasing_count_map(training_counts(data["train"])).tolist()
     if "processing_class" not in kwargs:
@@ -311,12 +320,12 @@ def _record_of_teacher(folder: Path) -> RunRecord:
         ) from error
 
 
-def _say(args, text: str) -> None:
+def _say(args: LongTailTrainingArguments, text: str) -> None:
     if args.process_index == 0:
         print(text, flush=True)
 
 
-def begin(args, model_type: str) -> None:
+def begin(args: LongTailTrainingArguments, model_type: str) -> None:
     """Makes the checks of a run that need neither data nor model: its folder, checkpoint, trackers and repository.
 
     Raises:
@@ -328,11 +337,12 @@ def begin(args, model_type: str) -> None:
     check_output_dir(args.output_dir, args.overwrite, resumes_in(args.output_dir, args.resume_from_checkpoint))
     if args.resume_from_checkpoint not in (None, "auto"):
         whole_checkpoint(args.resume_from_checkpoint)
+    trackers = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     for callback in get_reporting_integration_callbacks(args.report_to):
         try:
             callback()
         except (ImportError, RuntimeError) as error:
-            raise ValueError(f"cannot report to {', '.join(args.report_to)}: {error}") from error
+            raise ValueError(f"cannot report to {', '.join(trackers)}: {error}") from error
     if args.push_to_hub and args.process_index == 0:
         prepare_repository(args.hub_model_id, model_type=model_type, **hub_options(args))
 

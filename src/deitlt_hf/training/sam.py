@@ -1,5 +1,8 @@
 """Sharpness-aware minimisation (SAM) as a wrapper of an optimiser."""
 
+from collections.abc import Callable
+from typing import overload
+
 import torch
 from torch.optim import Optimizer
 
@@ -33,7 +36,7 @@ class SAM(Optimizer):
         ValueError: If rho is negative.
     """
 
-    def __init__(self, base_optimizer: Optimizer, rho: float = 0.05, adaptive: bool = False):
+    def __init__(self, base_optimizer: Optimizer, rho: float = 0.05, adaptive: bool = False) -> None:
         for group in base_optimizer.param_groups:
             if group.setdefault("rho", rho) < 0:
                 raise ValueError(f"rho must not be negative, got {group['rho']}.")
@@ -92,7 +95,13 @@ class SAM(Optimizer):
             parameter.copy_(weight)
         self._perturbed.clear()
 
-    def step(self, closure=None):
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Restores the weights and takes the wrapped optimiser's step."""
         self.restore()
         return self.base_optimizer.step(closure)

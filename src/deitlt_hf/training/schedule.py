@@ -3,12 +3,16 @@
 import bisect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .arguments import LongTailTrainingArguments
+    from .teacher_arguments import FlatTeacherTrainingArguments
 
 LEAST_PEAK = 1e-4  # smallest peak learning rate for a student that trains from scratch
 
 
-def warmup_cosine(epoch: float, epochs: float, args) -> float:
+def warmup_cosine(epoch: float, epochs: float, args: "LongTailTrainingArguments") -> float:
     """Learning rate at `epoch` in the authors' schedule: linear warm-up, then a cosine that is counted from epoch 0."""
     if epoch < args.warmup_epochs:
         return _warmup(epoch, args)
@@ -17,7 +21,7 @@ def warmup_cosine(epoch: float, epochs: float, args) -> float:
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
 
 
-def warmup_drops(epoch: float, args) -> float:
+def warmup_drops(epoch: float, args: "FlatTeacherTrainingArguments") -> float:
     """Learning rate at `epoch`: linear warm-up, then the peak times the factor of the most recent drop."""
     if epoch < args.warmup_epochs:
         return _warmup(epoch, args)
@@ -25,7 +29,7 @@ def warmup_drops(epoch: float, args) -> float:
     return args.peak_learning_rate * args.lr_drops[passed - 1] if passed else args.peak_learning_rate
 
 
-def _warmup(epoch: float, args) -> float:
+def _warmup(epoch: float, args: "LongTailTrainingArguments") -> float:
     start = args.warmup_learning_rate
     return start + (args.peak_learning_rate - start) * epoch / args.warmup_epochs
 

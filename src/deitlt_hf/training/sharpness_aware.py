@@ -3,7 +3,9 @@
 import contextlib
 from abc import ABC
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -28,7 +30,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
         rho_is_given: Whether the optimiser is a given SAM optimiser.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.optimizer is not None:
             self.optimizer = self._under_sam(self.optimizer)
@@ -42,7 +44,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
         """Creates the optimiser of the arguments, without SAM."""
         return super().create_optimizer(model)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> Optimizer:
         if self.optimizer is None:
             self.optimizer = self._under_sam(self.make_optimizer(self.model if model is None else model))
         return self.optimizer
@@ -75,7 +77,9 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
         """Radius of SAM in the current phase."""
         return value_in_phase(self.args.sam_rho, self.args.sam_rho_epochs, self.state.epoch or 0.0)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         optimizer = without_wrapper(self.optimizer)
         if isinstance(optimizer, SAM) and not self.rho_is_given:
             for group in optimizer.param_groups:

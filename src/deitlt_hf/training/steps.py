@@ -12,10 +12,11 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from ..data.sampling import Rows, seed_streams
+from ..data.images import ImageDataset
+from ..data.sampling import seed_streams
 from ..data.streaming import StreamedImages
 from ..data.transforms import TrainTransform
 from ..losses import effective_number_weights
@@ -46,7 +47,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         waited: Seconds that the training loop has waited for batches.
     """
 
-    train_dataset: Rows | StreamedImages | None
+    train_dataset: ImageDataset | StreamedImages | None
     class_counts: list[int] | None
     class_names: list[str]
     given_weights: torch.Tensor | None
@@ -58,8 +59,8 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         views: Mapping[str, TrainTransform],
         optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
@@ -154,7 +155,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         args = self.args
         return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch())
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         started = time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))  # the parent's method also synchronises the device
         self.waited += time.perf_counter() - started
@@ -163,7 +164,9 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
             self._prepare_window()
         return batches, None
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         self.seed_micro_batch(self._micro_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_guard.note(loss, self.state.global_step + 1)
@@ -175,7 +178,13 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         """Replaces values that are not finite by 0 if updates may be skipped, for the means in the logs."""
         return torch.where(value.isfinite(), value, 0.0) if self.args.on_nonfinite == "skip" else value
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         # DistributedDataParallel averages gradients over processes, but the loss is normalised for a sum. Nothing
         # divides by the micro-batches: transformers does not with `compute_loss_func`, and gives Accelerate 1 of them.
         return self.compute_training_loss(model, inputs) * self.accelerator.num_processes * self._window_weight
@@ -220,7 +229,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
             batch["denominators"] = total if is_global else denominators * micro_batches
         self._steps_logged += 1
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Creates the learning-rate schedule of the method, a function of the epoch that is updated at every step."""
         if self.lr_scheduler is None:
             micro_batches, batches = self.args.gradient_accumulation_steps, len(self.get_train_dataloader())
@@ -242,7 +251,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
             self._created_lr_scheduler = True  # otherwise a second `train()` would continue with this schedule
         return self.lr_scheduler
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         optimizer, scheduler = self.optimizer, self.lr_scheduler
@@ -262,7 +271,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
             group["initial_lr"] = rate
             group["lr"] = rate * factor(scheduler.last_epoch)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # With `save_total_limit`, checkpoints with NaN would push out the good ones.
         self.nonfinite_guard.check()
         super()._save_checkpoint(model, trial)
@@ -311,7 +320,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         finally:
             self._logged = logged
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.nonfinite_guard.check()  # a log waits for the device anyway
             logs = {**logs, **self.logged_means(over_processes=True)}

@@ -82,7 +82,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
         "default; the authors' version of torchvision did not smooth tensors.",
     )
     # Not `bool | None`: HfArgumentParser would then reject --fp16 without a value.
-    fp16: bool = option(
+    fp16: bool = option(  # type: ignore[assignment]
         None, "Train in fp16 mixed precision with loss scaling, on a GPU, as the authors do. Off by default."
     )
     label_smoothing_factor: float = option(

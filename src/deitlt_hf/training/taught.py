@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 
 from ..data.long_tail import Integers, class_counts
 from ..data.transforms import ImageFormat, model_processor, resize_and_renormalize
@@ -45,11 +47,11 @@ class TaughtTrainer(LongTailTrainer):
         model: PreTrainedModel | None = None,
         args: DeiTLTTrainingArguments | None = None,
         teacher: PreTrainedModel | None = None,
-        teacher_processor=None,
+        teacher_processor: BaseImageProcessor | None = None,
         tail_teacher: PreTrainedModel | None = None,
-        tail_processor=None,
-        **kwargs,
-    ):
+        tail_processor: BaseImageProcessor | None = None,
+        **kwargs: Any,
+    ) -> None:
         if tail_teacher is not None and (teacher is None or tail_teacher is teacher):
             raise ValueError("tail_teacher is a second teacher: pass another model as teacher, too.")
         self.teacher, self.tail_teacher = teacher, tail_teacher
@@ -87,7 +89,7 @@ class TaughtTrainer(LongTailTrainer):
                 setattr(self, name, model.folded())
         self._are_prepared = True
 
-    def check_model(self, model):
+    def check_model(self, model: PreTrainedModel) -> None:
         super().check_model(model)
         for name, teacher in self._teachers().items():
             self.student_format = ImageFormat.of(self.processing_class)
@@ -98,7 +100,7 @@ class TaughtTrainer(LongTailTrainer):
             order = label_order(self.class_names, teacher.config, name.replace("_", " "))
             self._orders[name] = order.to(self.args.device)
 
-    def _count_images(self, config, groups):
+    def _count_images(self, config: PreTrainedConfig, groups: Mapping[str, Integers] | None) -> None:
         super()._count_images(config, groups)
         if self._datasets[0] is not None and self.tail_teacher is not None:
             self.tail_classes = tail_classes(self.groups, self.class_counts, self.args.tail_below)
@@ -182,7 +184,7 @@ class TaughtTrainer(LongTailTrainer):
                 cache.put_accuracies(key, found)
         return found
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains as the parent class does. What the teachers predicted is stored also if the run is interrupted."""
         try:
             return super().train(*args, **kwargs)
@@ -191,7 +193,7 @@ class TaughtTrainer(LongTailTrainer):
                 self.cache.flush()
                 self.cache = None
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.cache is not None:
             self.cache.flush()
         super()._save_checkpoint(model, trial)

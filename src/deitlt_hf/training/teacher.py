@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from ..data.transforms import TrainTransform
 from ..losses import TEACHER_LOSSES
+from .arguments import LongTailTrainingArguments
 from .momentum_encoder import MomentumContrast
 from .plan_lines import drw_start
 from .schedule import warmup_drops
@@ -43,26 +45,29 @@ class FlatTeacherTrainer(LongTailTrainer):
     experts = {"teacher": "logits"}
     args: FlatTeacherTrainingArguments
 
-    def __init__(self, model=None, args: FlatTeacherTrainingArguments | None = None, **kwargs):
+    def __init__(
+        self, model: PreTrainedModel | None = None, args: FlatTeacherTrainingArguments | None = None, **kwargs: Any
+    ) -> None:
         self.contrast: MomentumContrast | None = None
         super().__init__(model=model, args=args, **kwargs)
 
-    def check_model(self, model):
+    def check_model(self, model: PreTrainedModel) -> None:
         super().check_model(model)
         if self._datasets[0] is not None:
             _check_heads(self.args.teacher_loss, model.config)
 
-    def set_up_model(self, model):
+    def set_up_model(self, model: PreTrainedModel) -> None:
         super().set_up_model(model)
         args = self.args
         if self._datasets[0] is not None and args.loss.logit_scale is not None:
             model.config.logit_scale = getattr(args, args.loss.logit_scale)
         if self._datasets[0] is not None and args.loss.contrast:
-            self.contrast = MomentumContrast(model.to(args.device), args.paco_queue, args.paco_momentum)
+            on_device = model.to(args.device)  # type: ignore[arg-type]  # its decorator in transformers hides `self`
+            self.contrast = MomentumContrast(on_device, args.paco_queue, args.paco_momentum)
 
-    def train_views(self, args, processor):
+    def train_views(self, args: LongTailTrainingArguments, processor: BaseImageProcessor) -> dict[str, TrainTransform]:
         views = super().train_views(args, processor)
-        if args.loss.contrast:
+        if self.args.loss.contrast:
             views["key_pixel_values"] = views["pixel_values"]  # the same transform, with other random draws
         return views
 
@@ -110,13 +115,14 @@ class FlatTeacherTrainer(LongTailTrainer):
         # Every process keeps the keys of all, so that the queue is the same everywhere.
         self.contrast.enqueue(*self.accelerator.gather((keys, labels)))
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, and in checkpoints also the momentum encoder and queue of PaCo."""
         super().save_model(output_dir, _internal_call)
         if self.contrast is not None and self._staging is not None and self.args.should_save:
+            assert output_dir is not None  # the folder of a checkpoint
             save_file(self.contrast.state_dict(), Path(output_dir) / CONTRAST_FILE)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.contrast is not None and checkpoint is not None:
             self.contrast.load_state_dict(load_file(Path(checkpoint) / CONTRAST_FILE, str(self.args.device)))

@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ..data.loading import images_hash, subset_hash
 from ..io import atomic_write, one_line, read_json, write_json
 from .provenance import class_name, hardware
 from .results import installed_versions
+
+if TYPE_CHECKING:
+    from .taught import TaughtTrainer
 
 HARD = "hard"  # the target that needs only the predicted class
 FORMAT = 1  # of the files; another one is another cache
@@ -52,7 +55,9 @@ class TeacherCache:
     class of an image is stored.
     """
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any], process: int, classes: int, is_hard: bool):
+    def __init__(
+        self, folder: str | Path, identity: Mapping[str, Any], process: int, classes: int, is_hard: bool
+    ) -> None:
         content = json.dumps(identity, sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(content.encode()).hexdigest()[:32]
         self.identity, self.process, self.classes, self.is_hard = json.loads(content), process, classes, is_hard
@@ -213,7 +218,7 @@ def model_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def identity_of(trainer, teachers: list[str]) -> dict[str, Any]:
+def identity_of(trainer: "TaughtTrainer", teachers: list[str]) -> dict[str, Any]:
     """Everything that decides the views of a student's training and the labels of its teachers (their digests).
 
     Libraries and hardware belong to it: others round differently, which can change the label of an image.
@@ -240,7 +245,7 @@ def identity_of(trainer, teachers: list[str]) -> dict[str, Any]:
     }
 
 
-def evaluation_digest(trainer) -> str:
+def evaluation_digest(trainer: "TaughtTrainer") -> str:
     """Digest of the images and groups on which the teachers are checked."""
     images = trainer._datasets[1]
     content = images_hash(next(iter(images.values())) if isinstance(images, Mapping) else images)
@@ -248,17 +253,19 @@ def evaluation_digest(trainer) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def cache_of(trainer, teachers: list[str]) -> TeacherCache:
+def cache_of(trainer: "TaughtTrainer", teachers: list[str]) -> TeacherCache:
     """The cache in `teacher_cache` for a run of a trainer."""
     args = trainer.args
+    assert args.teacher_cache is not None  # called for a run with it
     identity, is_hard = identity_of(trainer, teachers), args.distillation == HARD
     return TeacherCache(args.teacher_cache, identity, args.process_index, len(trainer.class_names), is_hard)
 
 
-def cache_plan(cache: TeacherCache, trainer) -> str:
+def cache_plan(cache: TeacherCache, trainer: "TaughtTrainer") -> str:
     """Describes a cache in the plan of a run: its folder, what it has, and its size."""
     args = trainer.args
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / trainer.steps_per_epoch()
+    assert args.global_batch_size is not None  # set by `settle`
     images = trainer.steps_per_epoch() * args.global_batch_size
     size = cache.bytes_per_image * images
     kind = "labels" if cache.is_hard else "logits (soft distillation needs all)"

@@ -12,8 +12,10 @@ import torch
 from accelerate.utils import broadcast
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import (
     BaseImageProcessor,
     PreTrainedConfig,
@@ -23,7 +25,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..console import show
 from ..data.images import ImageCollator
@@ -121,8 +123,8 @@ class LongTailTrainer(SharpnessAwareTrainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         test_dataset: Dataset | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         self._check_parameters(model, args, model_init, kwargs)
         assert args is not None  # checked above
         self.args = args.settle()
@@ -191,7 +193,13 @@ class LongTailTrainer(SharpnessAwareTrainer):
         for callback in (*callbacks, MissedEvaluation(self)):
             self.add_callback(callback)
 
-    def _check_parameters(self, model, args, model_init, others: dict[str, Any]) -> None:
+    def _check_parameters(
+        self,
+        model: PreTrainedModel | None,
+        args: LongTailTrainingArguments | None,
+        model_init: Callable[..., PreTrainedModel] | None,
+        others: dict[str, Any],
+    ) -> None:
         """Checks the parameters of the constructor that need no data, and removes refused ones from `others`."""
         check_parameters(others)
         if (model is None) == (model_init is None):
@@ -238,7 +246,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.group_rule: str = getattr(groups, "rule", "as given")
         self.groups = {name: np.asarray(group, dtype=np.int64).tolist() for name, group in groups.items()}
 
-    def create_accelerator_and_postprocess(self):
+    def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.check_accelerator()  # here, before the parent's constructor changes the model
 
@@ -261,13 +269,13 @@ class LongTailTrainer(SharpnessAwareTrainer):
             model.config.return_dict = True
             model.float()  # transformers 5 loads the dtype of the file; half precision loses small updates
 
-    def call_model_init(self, trial=None):
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = self.convert_model(super().call_model_init(trial))  # type: ignore[arg-type]
         self.check_model(model)
         self.set_up_model(model)
         return model
 
-    def _hp_search_setup(self, trial):
+    def _hp_search_setup(self, trial: Any) -> None:
         """Applies the values of a trial, and recreates everything that depends on the arguments."""
         super()._hp_search_setup(trial)
         if trial is None or self.hp_search_backend is None:
@@ -279,7 +287,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
     # ---- For subclasses ----
 
-    def train_views(self, args: LongTailTrainingArguments, processor) -> dict[str, TrainTransform]:
+    def train_views(self, args: LongTailTrainingArguments, processor: BaseImageProcessor) -> dict[str, TrainTransform]:
         """Training transforms, by the name of the model input that each creates."""
         transform = train_transform(
             processor, args.train_crop, args.auto_augment, args.hflip, args.random_erasing, args.color_jitter
@@ -432,7 +440,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         """Model with the moving average of the weights; None without `ema_decay` or before training."""
         return None if self.ema is None else self.ema.model
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model with its image processor, and the moving average, if one is kept, in the subfolder `ema`.
 
         With `push_to_hub` in the arguments it also pushes the model, unless a process was asked to stop by a signal.
@@ -448,18 +456,21 @@ class LongTailTrainer(SharpnessAwareTrainer):
         elif self.args.should_save:
             self.results.write(output_dir)
             if self.ema is not None:
+                assert output_dir is not None  # the folder of a checkpoint
                 self.ema.save_checkpoint(output_dir)
         if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
             self.push_to_hub()
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.ema is not None and self.state.best_model_checkpoint is not None:
             self.ema.load(self.state.best_model_checkpoint)
 
     # ---- Publishing ----
 
-    def create_model_card(self, model_name: str | None = None, **metadata):  # type: ignore[override]
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, **metadata: Any
+    ) -> None:
         """Writes the model card, `README.md`, from the record of this run; see [`write_card`].
 
         Args:
@@ -490,7 +501,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **card,
+        **card: Any,
     ) -> CommitInfo | None:
         """Saves the model in `args.output_dir`, and pushes it with its card, results and curves.
 
@@ -524,7 +535,13 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return [*self.experts, *(f"ema_{expert}" for expert in self.experts if has_average)]
 
     @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Any, torch.Tensor]:
         """Returns the columns of [`expert_columns`]; if logits are needed, a pair of the columns and the logits."""
         inputs = self._prepare_inputs(inputs)
         models = [model] if self.averaged_model is None else [model, self.averaged_model]
@@ -538,7 +555,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         kept = tuple(value for name, value in outputs[0].items() if name not in (*ignore_keys, "loss"))
         return None, (counted, kept[0] if len(kept) == 1 else kept), inputs["labels"]
 
-    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Runs the parent's loop, and adds the metrics of the experts to those of `compute_metrics`.
 
         The predictions are the same as in transformers: the logits and the other output fields that are not in
@@ -561,20 +578,25 @@ class LongTailTrainer(SharpnessAwareTrainer):
             self._keeps_logits = False
         return output._replace(predictions=None if kept is None else tuple(kept)[1])  # type: ignore[arg-type]
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Data loader for evaluation. A `datasets.Dataset` is wrapped, and must have the model's classes."""
         return ignoring_stop_signals(super().get_eval_dataloader(self._matching_images(eval_dataset)))
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """Data loader for prediction, like [`get_eval_dataloader`]."""
         return ignoring_stop_signals(super().get_test_dataloader(self._matching_images(test_dataset)))
 
-    def _matching_images(self, dataset):
+    def _matching_images(self, dataset: Any) -> Any:
         if isinstance(dataset, Dataset | IterableDataset):
             name_classes(self.model.config, common_classes(self.model.config, [dataset]))
         return as_images(dataset, self.processing_class, self.args)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Evaluates every expert and prints the table. During training, results on the trainer's test set are recorded.
 
         Args:

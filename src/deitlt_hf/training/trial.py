@@ -120,7 +120,7 @@ class _Steps:
         student_model: StudentArguments,
         student_args: DeiTLTTrainingArguments,
         num_labels: int,
-    ):
+    ) -> None:
         self.device = device = student_args.device
         self.needs_teacher = student_args.needs_teacher
         self.teacher: nn.Module = FlatTeacherForImageClassification(

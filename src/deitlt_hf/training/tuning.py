@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from .adapters import has_adapter
+
+if TYPE_CHECKING:
+    from .trainer import LongTailTrainer
 
 FULL, HEADS, LORA = "full", "heads", "lora"
 TUNE_CHOICES = f"{FULL}, {HEADS}, {LORA} or last_N, such as last_4"
@@ -166,7 +169,7 @@ def begin_heads(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, to
         head.bias.copy_((centre[token].square().sum() - means[:, token].square().sum(dim=1)) / (2 * spread[token]))
 
 
-def features_of(trainer, images: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+def features_of(trainer: "LongTailTrainer", images: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Yields features of both tokens and labels of all images, preprocessed as in evaluation, to every process."""
     model = trainer.model
     was_training = model.training

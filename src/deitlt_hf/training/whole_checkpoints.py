@@ -78,7 +78,7 @@ class WholeCheckpointTrainer(Trainer):
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         return self.state.global_step if best is None else step_in_name(best)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint to the staging folder, and moves it into place when it is complete on disk."""
         output_dir = super()._get_output_dir(trial)
         try:
@@ -117,10 +117,10 @@ class WholeCheckpointTrainer(Trainer):
         best = self.state.best_model_checkpoint
         remove_old_checkpoints(output_dir, self.args.save_total_limit, best, self.state.global_step)
 
-    def _get_output_dir(self, trial):
+    def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Writes the model. An existing model in the folder is replaced only after the new one is complete."""
         output_dir = self.args.output_dir if output_dir is None else output_dir
         # The parent also pickles the arguments; the token must not be written to a file.
@@ -143,7 +143,7 @@ class WholeCheckpointTrainer(Trainer):
         merged(self.model).save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the weights of a checkpoint by way of `from_pretrained`, which translates the names in files.
 
         transformers 5.23 does not translate the names here, and continues without the weights.
@@ -180,13 +180,15 @@ class WholeCheckpointTrainer(Trainer):
         # Copied into the parameters, which the optimiser and the wrapped model refer to.
         model.load_state_dict(loaded.state_dict())
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
         if self.is_sharded:
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
         """Sets the state of a resumed run. A run that is already at its last step has no epoch left.
 
         Works around four problems of transformers 5.23. At the last step, the parent starts its epoch again and takes
@@ -210,7 +212,7 @@ class WholeCheckpointTrainer(Trainer):
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Raises `ValueError` in one sentence if the states of a checkpoint belong to another optimiser or model."""
         try:
             if checkpoint and not self.is_sharded and (Path(checkpoint) / OPTIMIZER_NAME_BIN).is_file():

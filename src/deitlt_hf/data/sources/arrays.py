@@ -135,7 +135,7 @@ def _get(path: Path, batch: dict, key: str) -> Any:
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickler for plain values and numpy arrays; it refuses any other object, so no code is run."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy._core", "numpy.core")
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
             return multiarray._reconstruct

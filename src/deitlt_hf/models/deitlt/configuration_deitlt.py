@@ -3,6 +3,9 @@
 This file is copied into every saved folder and Hub repository, so it imports transformers only.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import DeiTConfig, __version__
 from transformers.utils import logging
 
@@ -57,7 +60,7 @@ class DeiTLTConfig(DeiTConfig):
     class_map: list[int] | None = None
     prediction_sets: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for field in _COUNTED:
             value = getattr(self, field)
@@ -86,13 +89,13 @@ class DeiTLTConfig(DeiTConfig):
         _check_classes(self)
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DeiTLTConfig":
         """Makes a configuration from a dictionary, without class facts that do not apply to the wanted classes."""
         result = super().from_dict(_of_its_classes(config_dict, kwargs), **kwargs)
         _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` are set after the first check
         return result
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Serializes with the native architecture name, by which plain transformers picks the two-headed DeiT."""
         output = super().to_dict()
         if output.get("architectures") == ["DeiTLTForImageClassification"]:
@@ -106,14 +109,14 @@ class DeiTLTConfig(DeiTConfig):
         return output
 
 
-def _pair(size):
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 # ---- Identical block in configuration_flat_teacher.py: each file is saved without the other. ----
 
 
-def _of_its_classes(config_dict, kwargs):
+def _of_its_classes(config_dict: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Drops facts about classes that do not fit the stored classes, or if `kwargs` ask for other classes."""
     stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
     num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
@@ -132,22 +135,21 @@ def _of_its_classes(config_dict, kwargs):
     return {key: value for key, value in config_dict.items() if key not in dropped}
 
 
-def _fits(values, num_labels):
+def _fits(values: dict[str, list[int]] | list[int], num_labels: int) -> bool:
     if isinstance(values, dict):
         return all(0 <= label < num_labels for group in values.values() for label in group)
     return len(values) == num_labels
 
 
-def _check_classes(config):
-    if config.class_counts is not None and len(config.class_counts) != config.num_labels:
+def _check_classes(config: DeiTLTConfig) -> None:
+    num_labels = config.num_labels or 0  # None without classes
+    if config.class_counts is not None and len(config.class_counts) != num_labels:
+        raise ValueError(f"class_counts has {len(config.class_counts)} entries but the model has {num_labels} labels.")
+    if config.class_groups is not None and not _fits(config.class_groups, num_labels):
+        raise ValueError(f"class_groups has classes beyond the {num_labels} labels of the model.")
+    if config.class_map is not None and sorted(config.class_map) != list(range(num_labels)):
         raise ValueError(
-            f"class_counts has {len(config.class_counts)} entries but the model has {config.num_labels} labels."
-        )
-    if config.class_groups is not None and not _fits(config.class_groups, config.num_labels):
-        raise ValueError(f"class_groups has classes beyond the {config.num_labels} labels of the model.")
-    if config.class_map is not None and sorted(config.class_map) != list(range(config.num_labels)):
-        raise ValueError(
-            f"class_map must hold each of 0 to {config.num_labels - 1} once; it begins with {config.class_map[:5]}."
+            f"class_map must hold each of 0 to {num_labels - 1} once; it begins with {config.class_map[:5]}."
         )
 
 

@@ -7,6 +7,7 @@ names and shapes are exactly those of `DeiTForImageClassificationWithTeacher`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -70,7 +71,7 @@ class DeiTLTDropPath(nn.Module):
     The branch is computed only for the samples that keep it.
     """
 
-    def __init__(self, drop_prob: float = 0.0):
+    def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
@@ -110,7 +111,7 @@ def first_tokens_attend(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     num_queries: int | None,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Computes attention for the first tokens as queries, with all tokens as keys and values.
 
@@ -145,7 +146,7 @@ class DeiTLTLayer(DeiTLayer):
     On request the last block computes only the two tokens that the heads use.
     """
 
-    def __init__(self, config: DeiTLTConfig, drop_path_rate: float, is_last: bool):
+    def __init__(self, config: DeiTLTConfig, drop_path_rate: float, is_last: bool) -> None:
         super().__init__(config)
         self.drop_path = DeiTLTDropPath(drop_path_rate)
         self.is_last = is_last
@@ -155,7 +156,7 @@ class DeiTLTLayer(DeiTLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         class_tokens_only: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         # Keys and values of the last block still come from all tokens; only queries, projection and MLP are saved.
         num_queries = 2 if class_tokens_only and self.is_last else None
@@ -212,7 +213,7 @@ class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
         ValueError: If the configuration is a plain `DeiTConfig`.
     """
 
-    def __init__(self, config: DeiTLTConfig):
+    def __init__(self, config: DeiTLTConfig) -> None:
         if not hasattr(config, "drop_path_rate"):
             raise ValueError(
                 f"a student needs a DeiTLTConfig, got a {type(config).__name__}; load it with "
@@ -240,7 +241,7 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
 
     accepts_loss_kwargs = False  # the loss is a mean, so transformers' Trainer must divide by accumulation steps
 
-    def __init__(self, config: DeiTLTConfig):
+    def __init__(self, config: DeiTLTConfig) -> None:
         super().__init__(config)
         assert config.num_labels is not None  # never None: transformers' default is two labels
         self.num_labels = config.num_labels
@@ -256,7 +257,7 @@ class DeiTLTForImageClassification(DeiTLTPreTrainedModel):
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         class_tokens_only: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> DeiTLTImageClassifierOutput:
         """Classifies images.
 

@@ -4,6 +4,9 @@ This file is copied into every saved folder and Hub repository, so it imports tr
 4.41 and newer: no version of transformers contains code for this model.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from transformers.utils import logging
 
 try:
@@ -50,20 +53,20 @@ class FlatTeacherConfig(PreTrainedConfig):
     # An explicit constructor: configurations are dataclasses from transformers 5.4 on only.
     def __init__(
         self,
-        backbone="resnet32",
-        classifier="linear",
-        image_size=32,
-        num_channels=3,
-        image_mean=(0.485, 0.456, 0.406),
-        image_std=(0.229, 0.224, 0.225),
-        projection_size=0,
-        logit_scale=None,
-        class_counts=None,
-        class_groups=None,
-        class_map=None,
-        prediction_sets=None,
-        **kwargs,
-    ):
+        backbone: str = "resnet32",
+        classifier: str = "linear",
+        image_size: int = 32,
+        num_channels: int = 3,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        projection_size: int = 0,
+        logit_scale: float | None = None,
+        class_counts: list[int] | None = None,
+        class_groups: dict[str, list[int]] | None = None,
+        class_map: list[int] | None = None,
+        prediction_sets: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if backbone not in CIFAR_RESNETS and not backbone.startswith("timm/"):
             raise ValueError(
@@ -96,7 +99,7 @@ class FlatTeacherConfig(PreTrainedConfig):
         _check_classes(self)
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "FlatTeacherConfig":
         """Makes a configuration from a dictionary, without class facts that do not apply to the wanted classes."""
         result = super().from_dict(_of_its_classes(config_dict, kwargs), **kwargs)
         _check_classes(result[0] if isinstance(result, tuple) else result)  # `kwargs` are set after the first check
@@ -106,7 +109,7 @@ class FlatTeacherConfig(PreTrainedConfig):
 # ---- Identical block in configuration_deitlt.py: each file is saved without the other. ----
 
 
-def _of_its_classes(config_dict, kwargs):
+def _of_its_classes(config_dict: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Drops facts about classes that do not fit the stored classes, or if `kwargs` ask for other classes."""
     stored = {int(label): name for label, name in (config_dict.get("id2label") or {}).items()}
     num_labels = len(stored) or 2  # two unnamed labels are transformers' default, which it does not store
@@ -125,22 +128,21 @@ def _of_its_classes(config_dict, kwargs):
     return {key: value for key, value in config_dict.items() if key not in dropped}
 
 
-def _fits(values, num_labels):
+def _fits(values: dict[str, list[int]] | list[int], num_labels: int) -> bool:
     if isinstance(values, dict):
         return all(0 <= label < num_labels for group in values.values() for label in group)
     return len(values) == num_labels
 
 
-def _check_classes(config):
-    if config.class_counts is not None and len(config.class_counts) != config.num_labels:
+def _check_classes(config: FlatTeacherConfig) -> None:
+    num_labels = config.num_labels or 0  # None without classes
+    if config.class_counts is not None and len(config.class_counts) != num_labels:
+        raise ValueError(f"class_counts has {len(config.class_counts)} entries but the model has {num_labels} labels.")
+    if config.class_groups is not None and not _fits(config.class_groups, num_labels):
+        raise ValueError(f"class_groups has classes beyond the {num_labels} labels of the model.")
+    if config.class_map is not None and sorted(config.class_map) != list(range(num_labels)):
         raise ValueError(
-            f"class_counts has {len(config.class_counts)} entries but the model has {config.num_labels} labels."
-        )
-    if config.class_groups is not None and not _fits(config.class_groups, config.num_labels):
-        raise ValueError(f"class_groups has classes beyond the {config.num_labels} labels of the model.")
-    if config.class_map is not None and sorted(config.class_map) != list(range(config.num_labels)):
-        raise ValueError(
-            f"class_map must hold each of 0 to {config.num_labels - 1} once; it begins with {config.class_map[:5]}."
+            f"class_map must hold each of 0 to {num_labels - 1} once; it begins with {config.class_map[:5]}."
         )
 
 

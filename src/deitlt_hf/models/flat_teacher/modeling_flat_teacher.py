@@ -8,6 +8,7 @@ import contextlib
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ except ImportError:  # transformers 4 uses torch's; the module of transformers 5
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a parameter-free shortcut: subsampled and zero-padded (He et al., 2016, option A)."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int):
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -49,7 +50,7 @@ class CifarResNet(nn.Module):
 
     num_features = 64
 
-    def __init__(self, depth: int, in_channels: int = 3):
+    def __init__(self, depth: int, in_channels: int = 3) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
@@ -73,7 +74,7 @@ class CifarResNet(nn.Module):
 class CosineClassifier(nn.Module):
     """Cosine between features and class weights: (batch, features) to (batch, classes), in [-1, 1]."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
@@ -104,7 +105,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     accepts_loss_kwargs = False  # the loss is a mean, so transformers' Trainer must divide by accumulation steps
 
-    def __init__(self, config: FlatTeacherConfig):
+    def __init__(self, config: FlatTeacherConfig) -> None:
         super().__init__(config)
         assert config.num_labels is not None  # never None: transformers' default is two labels
         self.num_labels = config.num_labels
@@ -175,7 +176,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> FlatTeacherOutput | tuple[torch.Tensor, ...]:
         """Classifies images.
 
