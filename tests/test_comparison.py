@@ -14,6 +14,7 @@ from deitlt_hf.cli import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.recipes import fit, load_recipe
 from deitlt_hf.recipes.fit import Choice
+from deitlt_hf.training import runs
 from deitlt_hf.training.taught import TeacherAtChanceError
 from deitlt_hf.training.trial import StepTimes
 from helpers import make_student
@@ -42,7 +43,7 @@ def colours(tmp_path_factory):
 def compared(colours, tmp_path_factory):
     """Output folder of a comparison that was interrupted before DeiT-LT, with the record of that moment."""
     output = tmp_path_factory.mktemp("out") / "run"
-    distill = comparison.distill
+    distill = runs.distill
     # Runs of a second: neither checkpoints nor workers.
     running = {"eval_strategy": "no", "save_strategy": "no", "dataloader_num_workers": 0, "logging_steps": 100}
 
@@ -52,7 +53,7 @@ def compared(colours, tmp_path_factory):
         return distill(recipe, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "distill", interrupted)
+        patch.setattr(runs, "distill", interrupted)
         patch.setattr(fit, "RUNNING", [Choice("both", *value) for value in running.items()])
         with pytest.raises(SystemExit):
             main(["compare", str(colours), "--output_dir", str(output), *SHORT])
@@ -81,7 +82,7 @@ def test_a_way_whose_teacher_is_at_chance_is_left_out(compared, colours, tmp_pat
     def refused(*_):
         raise TeacherAtChanceError("the teacher is no better than chance.")
 
-    monkeypatch.setattr(comparison, "distill", refused)
+    monkeypatch.setattr(runs, "distill", refused)
     main(["compare", str(colours), "--output_dir", str(output)])
     assert "Note: the teacher is no better than chance. ours is left out." in capsys.readouterr().out
     assert list(json.loads((output / "comparison.json").read_text())["ways"]) == ["cnn", "labels", "deit_lt"]

@@ -12,9 +12,10 @@ from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, paper_accuracies
+from ..recipes import DataArguments, StudentArguments, own_loss, paper_accuracies
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
+from ..training.recipe import Recipe
 from ..training.schedule import low_peak
 from ..training.starting import FREE_SIZES, SIZES, check_start
 from .model_cost import Model, frozen_model, student_model, teacher_model
@@ -196,11 +197,9 @@ def print_budgets(
         teacher = frozen_model(student_args.teacher)
     elif args.needs_teacher:
         loss = student_args.teacher_loss or own_loss(recipe)
-        overrides = {"teacher_loss": loss, "output_dir": args.output_dir}
-        kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-        _, teacher_args, teacher_run = fill_arguments("teacher", kinds, recipe, overrides)
-        teacher = teacher_model(teacher_args.config(loss, num_labels=classes), teacher_run)
-        _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, teacher_run)
+        run = Recipe(recipe).teacher(loss, output_dir=args.output_dir)
+        teacher = teacher_model(run.model.config(loss, num_labels=classes), run.args)
+        _show_budgets(f"teacher, {run.model.backbone}, {loss}", teacher, plan, images, run.args)
     if teacher is not None and student_args.tail_teacher is not None:  # an image goes to one of them
         second = frozen_model(student_args.tail_teacher)
         flops = max(teacher.flops, second.flops)

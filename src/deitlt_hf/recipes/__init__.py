@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from .usage import command_line_errors, recipe_names
 
 if TYPE_CHECKING:
-    from .parsing import data_help, fill_arguments, parse_arguments
+    from .parsing import data_help, field_names, fill_arguments, parse_arguments
     from .recipe_files import load_recipe, own_loss, paper_accuracies, recipe_description, teacher_folder
     from .sections import DataArguments, PretrainingModelArguments, StudentArguments, TeacherArguments
 
@@ -17,6 +17,7 @@ __all__ = [
     "TeacherArguments",
     "command_line_errors",
     "data_help",
+    "field_names",
     "fill_arguments",
     "load_recipe",
     "own_loss",
@@ -32,6 +33,6 @@ def __getattr__(name):
     """Imports a name on first use: a wrong command line is then reported without the heavy libraries."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    of_parsing = ("data_help", "fill_arguments", "parse_arguments")
+    of_parsing = ("data_help", "field_names", "fill_arguments", "parse_arguments")
     module = "sections" if name.endswith("Arguments") else "parsing" if name in of_parsing else "recipe_files"
     return getattr(import_module(f".{module}", __name__), name)

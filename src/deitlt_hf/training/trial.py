@@ -14,11 +14,11 @@ from ..data.images import ImageDataset
 from ..data.transforms import image_processor, resize, train_transform
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import StudentArguments, TeacherArguments
+from ..recipes import StudentArguments
 from .inputs import as_images
 from .optimizers import MUON, muon
+from .recipe import StudentRun, TeacherRun
 from .student_arguments import DeiTLTTrainingArguments
-from .teacher_arguments import FlatTeacherTrainingArguments
 
 STEPS = 2
 DECODED = 32  # images
@@ -73,35 +73,33 @@ class StepTimes:
         return teacher + START_SECONDS, student + START_SECONDS
 
 
-def measure_steps(
-    teacher_model: TeacherArguments,
-    teacher_args: FlatTeacherTrainingArguments,
-    student_model: StudentArguments,
-    student_args: DeiTLTTrainingArguments,
-    data: Mapping,
-    compare_bfloat16: bool = False,
-) -> StepTimes:
+def measure_steps(teacher: TeacherRun, student: StudentRun, data: Mapping, compare_bfloat16: bool = False) -> StepTimes:
     """Runs a few steps of teacher and student on random images, and reads a few images of the data.
 
     The models are new and are dropped afterwards; the random state is restored. `compare_bfloat16` also measures a step
     of the student in bfloat16.
+
+    Raises:
+        ValueError: If the teacher or the student cannot be trained on so few images.
     """
-    device = student_args.device
+    for args in (student.args, teacher.args):
+        args.check_data(len(data["train"]))
+    device = student.args.device
     num_labels = data["train"].features["label"].num_classes
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        steps = _Steps(teacher_model, teacher_args, student_model, student_args, num_labels)
+        steps = _Steps(teacher, student, num_labels)
 
         def student_step(bfloat16: bool) -> float:
-            shares = student_args.size_shares(student_model.image_size)
+            shares = student.args.size_shares(student.model.image_size)
             return sum(
                 share * _seconds(partial(steps.of_student, bfloat16, size), device) for size, share in shares.items()
             )
 
-        first_read, read = _reading(student_args, student_model, data)
-        batch = student_args.per_device_train_batch_size
+        first_read, read = _reading(student.args, student.model, data)
+        batch = student.args.per_device_train_batch_size
         return StepTimes(
             _seconds(steps.of_teacher, device),
-            student_step(student_args.mixed_precision == "bf16"),
+            student_step(student.args.mixed_precision == "bf16"),
             _seconds(lambda: steps.forward(steps.teacher, steps.teacher_images), device) / batch,
             _seconds(lambda: steps.forward(steps.student, steps.student_images), device) / batch,
             first_read,
@@ -113,39 +111,30 @@ def measure_steps(
 class _Steps:
     """Steps of a new teacher and a new student on random images."""
 
-    def __init__(
-        self,
-        teacher_model: TeacherArguments,
-        teacher_args: FlatTeacherTrainingArguments,
-        student_model: StudentArguments,
-        student_args: DeiTLTTrainingArguments,
-        num_labels: int,
-    ):
-        self.device = device = student_args.device
-        self.needs_teacher = student_args.needs_teacher
+    def __init__(self, teacher: TeacherRun, student: StudentRun, num_labels: int):
+        self.device = device = student.args.device
+        self.needs_teacher = student.args.needs_teacher
         self.teacher: nn.Module = FlatTeacherForImageClassification(
-            teacher_model.config(teacher_args.teacher_loss, num_labels=num_labels)
+            teacher.model.config(teacher.args.teacher_loss, num_labels=num_labels)
         )
-        self.student: nn.Module = DeiTLTForImageClassification(student_model.config(num_labels=num_labels))
+        self.student: nn.Module = DeiTLTForImageClassification(student.model.config(num_labels=num_labels))
         for model in (self.teacher, self.student):
             nn.Module.to(model, device)
         self.sgd = torch.optim.SGD(self.teacher.parameters(), lr=1e-4, momentum=0.9)
         is_matrix = {name for name, parameter in self.student.named_parameters() if parameter.ndim > 1}
         self.optimizer: torch.optim.Optimizer = (
-            muon(self.student, student_args, is_matrix)
-            if student_args.optim == MUON
+            muon(self.student, student.args, is_matrix)
+            if student.args.optim == MUON
             else torch.optim.AdamW(self.student.parameters(), lr=1e-4)
         )
-        batch = student_args.per_device_train_batch_size
+        batch = student.args.per_device_train_batch_size
         self.teacher_images, self.student_images = (
-            torch.randn(batch, 3, model.image_size, model.image_size, device=device)
-            for model in (teacher_model, student_model)
+            torch.randn(batch, 3, run.model.image_size, run.model.image_size, device=device)
+            for run in (teacher, student)
         )
         self.labels = torch.randint(num_labels, (batch,), device=device)
         # SAM takes two gradients in a step.
-        self.teacher_passes, self.student_passes = (
-            2 if max(args.sam_rho) > 0 else 1 for args in (teacher_args, student_args)
-        )
+        self.teacher_passes, self.student_passes = (2 if max(run.args.sam_rho) > 0 else 1 for run in (teacher, student))
 
     def of_teacher(self) -> None:
         """A training step of the teacher."""
