@@ -14,12 +14,21 @@ import yaml
 from PIL import Image
 
 import deitlt_hf
-from deitlt_hf import Recipe, fitting, quickstart
+from deitlt_hf import Recipe
 from deitlt_hf.cli import main
 from deitlt_hf.console import duration
-from deitlt_hf.quickstart import check_continues, comparison, recipe_title
+from deitlt_hf.quickstart import fitting, folder_training
+from deitlt_hf.quickstart.fitted_recipe import (
+    Choice,
+    Folder,
+    Machine,
+    fit_recipe,
+    sizes_for,
+    standard_epochs,
+    with_given,
+)
+from deitlt_hf.quickstart.folder_training import check_continues, comparison, recipe_title
 from deitlt_hf.recipes import load_recipe
-from deitlt_hf.recipes.fit import Choice, Folder, Machine, fit_recipe, sizes_for, standard_epochs, with_given
 from deitlt_hf.training import runs
 from deitlt_hf.training.trial import StepTimes
 from helpers import encoded, picture
@@ -89,7 +98,7 @@ def test_a_folder_becomes_models_predictions_and_a_report(trained, photos):
 
 def test_a_teacher_at_chance_is_not_used(photos, tmp_path, capsys, monkeypatch):
     """The time for the teacher's training is not lost: the student learns from the labels."""
-    monkeypatch.setattr(quickstart, "report", lambda *_, **__: None)
+    monkeypatch.setattr(folder_training, "report", lambda *_, **__: None)
     brief = ["--image_size", "16", "--teacher_epochs", "1", "--num_train_epochs", "1", "--hidden_size", "64"]
     arguments = ["train", str(photos), "--output_dir", str(tmp_path / "run")]
     main([*arguments, *brief])
@@ -118,7 +127,7 @@ def test_the_recipe_says_why(trained, photos):
 
 
 def test_the_same_command_continues_or_finds_a_finished_run(trained, photos, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart, "report", lambda *_, tables: print(f"The report is written again, {tables}."))
+    monkeypatch.setattr(folder_training, "report", lambda *_, tables: print(f"The report is written again, {tables}."))
     main(["train", str(photos), "--output_dir", str(trained), *SHORT])
     printed = capsys.readouterr().out
     assert "Continuing with" in printed

@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="init: time for training; chooses image size and epochs")
     arguments = sys.argv[1:] if arguments is None else arguments
     if "init" in arguments:
-        from ..fitting import fit
-        from ..quickstart import IMAGES_FOLDER, recipe_title
+        from ..quickstart.fitting import fit
+        from ..quickstart.folder_training import IMAGES_FOLDER, recipe_title
         from .train import parse_for_folder
 
         args, given = parse_for_folder(parser, arguments)

@@ -15,27 +15,27 @@ import torch
 import yaml
 from transformers.utils import is_peft_available
 
-from .analysis.observe import predict
-from .analysis.pictures import require_matplotlib
-from .analysis.probing import probe
-from .analysis.report_page import PAGE
-from .analysis.verdict import Outcome, Verdict, judge, table, write_page
-from .console import duration, quiet_log, show
-from .data.images import ImageCollator
-from .data.long_tail import class_counts
-from .fitting import RECIPE_FILE, fit
-from .io import atomic_write, read_json, write_json
-from .quickstart import IMAGES_FOLDER, check_continues, check_places, recipe_title
-from .recipes import DataArguments, StudentArguments, load_recipe
-from .recipes.fit import SMALL, FittedRecipe, adamw_rate, drw_start
-from .records import find_record
-from .serving.classifiers import load_model, load_processor
-from .training.output_folder import check_output_dir
-from .training.recipe import Recipe
-from .training.results import Results
-from .training.starting import check_start, image_format_of, starting_student
-from .training.taught import TeacherAtChanceError
-from .training.tuning import LORA
+from ..analysis.observe import predict
+from ..analysis.pictures import require_matplotlib
+from ..analysis.probing import probe
+from ..analysis.report_page import PAGE
+from ..console import duration, quiet_log, show
+from ..data.images import ImageCollator
+from ..data.long_tail import class_counts
+from ..io import atomic_write, read_json, write_json
+from ..quickstart.fitted_recipe import SMALL, FittedRecipe, adamw_rate, drw_start
+from ..quickstart.fitting import RECIPE_FILE, fit
+from ..quickstart.folder_training import IMAGES_FOLDER, check_continues, check_places, recipe_title
+from ..recipes import DataArguments, StudentArguments, load_recipe
+from ..records import find_record
+from ..serving.classifiers import load_model, load_processor
+from ..training.output_folder import check_output_dir
+from ..training.recipe import Recipe
+from ..training.results import Results
+from ..training.starting import check_start, image_format_of, starting_student
+from ..training.taught import TeacherAtChanceError
+from ..training.tuning import LORA
+from .verdict import Outcome, Verdict, judge, table, write_page
 
 RECORD_FILE, RECIPES, SHARED_TEACHER, PROBE = "comparison.json", "recipes", "teacher", "probe"
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 import yaml
 
-from .analysis.reporting import AnalysisArguments, report
-from .console import quiet_log
-from .data.loading import training_counts
-from .evaluation.metrics import paired_leads, points
-from .evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
+from ..analysis.reporting import AnalysisArguments, report
+from ..console import quiet_log
+from ..data.loading import training_counts
+from ..evaluation.metrics import paired_leads, points
+from ..evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
+from ..io import check_can_be_folder, read_text
+from ..recipes import DataArguments, load_recipe
+from ..training import DeiTLTTrainer
+from ..training.recipe import Recipe
+from ..training.taught import TeacherAtChanceError
+from .fitted_recipe import Choice
 from .fitting import RECIPE_FILE, fit, given_choice
-from .io import check_can_be_folder, read_text
-from .recipes import DataArguments, load_recipe
-from .recipes.fit import Choice
-from .training import DeiTLTTrainer
-from .training.recipe import Recipe
-from .training.taught import TeacherAtChanceError
 
 IMAGES_FOLDER = "images"  # of reduced copies
 

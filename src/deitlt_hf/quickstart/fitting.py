@@ -14,15 +14,21 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from .console import duration, show
-from .data.images import Decoded, decode_all, open_image, under_several_labels, usable_cores
-from .data.loading import training_counts
-from .data.long_tail import class_counts
-from .data.sources.files import TEST_NAMES, TRAIN_NAMES, find_split
-from .io import one_line
-from .losses.class_weights import named_weights
-from .recipes import DataArguments, StudentArguments, field_names
-from .recipes.fit import (
+from ..console import duration, show
+from ..data.images import Decoded, decode_all, open_image, under_several_labels, usable_cores
+from ..data.loading import training_counts
+from ..data.long_tail import class_counts
+from ..data.sources.files import TEST_NAMES, TRAIN_NAMES, find_split
+from ..io import one_line
+from ..losses.class_weights import named_weights
+from ..recipes import DataArguments, StudentArguments, field_names
+from ..recipes.usage import refuse_unknown
+from ..training.arguments import PRECISIONS
+from ..training.recipe import STUDENT, TEACHER, Recipe
+from ..training.schedule import low_peak
+from ..training.starting import FREE_SIZES, SIZES, check_start
+from ..training.trial import StepTimes, measure_steps
+from .fitted_recipe import (
     EVALUATIONS,
     LONGEST,
     SHORTEST,
@@ -35,12 +41,6 @@ from .recipes.fit import (
     sizes_for,
     with_given,
 )
-from .recipes.usage import refuse_unknown
-from .training.arguments import PRECISIONS
-from .training.recipe import STUDENT, TEACHER, Recipe
-from .training.schedule import low_peak
-from .training.starting import FREE_SIZES, SIZES, check_start
-from .training.trial import StepTimes, measure_steps
 
 RECIPE_FILE = "recipe.yaml"
 BASE = "image_folder"  # recipe that gives the fields of the data before the folder's own recipe exists
