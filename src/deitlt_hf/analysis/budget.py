@@ -1,7 +1,7 @@
 """Estimates the cost of a training run on GPUs in advance: steps, memory, hours and communication."""
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
 from ..recipes import DataArguments, StudentArguments, own_loss, paper_accuracies
+from ..recipes.sections import option
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
 from ..training.recipe import Recipe
@@ -144,22 +145,15 @@ def budget(
 class PlanArguments:
     """Hardware assumptions of an estimate."""
 
-    gpu: str = field(default="h100", metadata={"help": f"Type of the GPUs: one of {', '.join(GPUS)}."})
-    gpus: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Numbers of GPUs; the table has a row for each."}
-    )
-    utilisation: float = field(
-        default=0.35,
-        metadata={"help": "Share of the vendor's peak that a student reaches; measure it on your hardware."},
-    )
-    teacher_utilisation: float = field(
-        default=0.08,
-        metadata={"help": "Share of the peak that a teacher reaches; a ResNet waits for memory most of the time."},
+    gpu: str = option("h100", f"Type of the GPUs: one of {', '.join(GPUS)}.")
+    gpus: list[int] = option([1, 2, 4, 8], "Numbers of GPUs; the table has a row for each.")
+    utilisation: float = option(0.35, "Share of the vendor's peak that a student reaches; measure it on your hardware.")
+    teacher_utilisation: float = option(
+        0.08, "Share of the peak that a teacher reaches; a ResNet waits for memory most of the time."
     )
 
-    measure: bool = field(
-        default=False,
-        metadata={"help": "Instead, measure a few steps on this machine, and print the expected time of the run here."},
+    measure: bool = option(
+        False, "Instead, measure a few steps on this machine, and print the expected time of the run here."
     )
 
     def __post_init__(self):

@@ -21,7 +21,7 @@ REQUIRED = {  # names of options and positional arguments, in the order of the c
 WITH_FIELDS = {name for name, required in REQUIRED.items() if "--recipe" in required} | {"train", "compare", "recipes"}
 ROOMS = ("analysis", "losses", "recipes", "training")  # subpackages that define fields
 # Options in source text: fields of dataclasses, and literal options.
-_OPTIONS = re.compile(r'^    (\w+): .*= (?:field|option)\(|"--(\w+)"', re.MULTILINE)
+_OPTIONS = re.compile(r'^    (\w+): .*= option\(|"--(\w+)"', re.MULTILINE)
 _ATTRIBUTES = re.compile(r"^    (\w+): ", re.MULTILINE)
 
 

@@ -1,7 +1,7 @@
 """Entries of the registry of losses: what training, models and recipes need to know of a loss."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +15,13 @@ AT_LEAST_0: Limit = (lambda value: value is None or value >= 0, "0 or more")
 AT_LEAST_1: Limit = (lambda value: value is None or value >= 1, "1 or more")
 SHARE: Limit = (lambda value: 0 <= value <= 1, "in [0, 1]")
 BELOW_1: Limit = (lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def option(default: Any = MISSING, help: str = "") -> Any:
+    """A field with a default (lists are copied) and the help text of its option; without a default it is required."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 class LossOptions:

@@ -1,7 +1,7 @@
 """Dataclasses of a recipe's data and model fields. The other fields are training arguments."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..data.loading import load_source, long_tailed_splits, training_counts
 from ..data.long_tail import ShotGroups, shot_groups
 from ..data.streaming import load_streamed
 from ..losses import TEACHER_LOSSES
-from ..losses.entry import find
+from ..losses.entry import find, option
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.flat_teacher.configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
 
@@ -22,13 +22,6 @@ _NEED_ALL_IMAGES = (
     *("train_list", "test_list", "class_names"),
 )
 _SUBSET = ("imbalance_ratio", "imbalance_type", "max_per_class", "subset_seed")
-
-
-def option(default, help: str):
-    """A field with a default (lists are copied) and a help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
