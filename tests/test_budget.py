@@ -8,11 +8,11 @@ import torch
 
 from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.analysis.budget import GPUS, PlanArguments, budget, reduce_seconds, training_images
-from deitlt_hf.analysis.measured_time import evaluations
 from deitlt_hf.analysis.model_cost import Model, activation_bytes, counted_flops, student_model
 from deitlt_hf.cli.plan import main as print_plan
 from deitlt_hf.recipes import DataArguments, StudentArguments
 from deitlt_hf.training import DeiTLTTrainingArguments
+from deitlt_hf.training.trial import evaluations
 from helpers import make_student
 
 

@@ -1,11 +1,8 @@
 """Time of a recipe's runs on this machine, from a trial of a few steps of teacher and student."""
 
-import math
-
 from ..console import duration, show
 from ..data.loading import training_counts
 from ..recipes import own_loss
-from ..training.arguments import LongTailTrainingArguments
 from ..training.provenance import processor_name
 from ..training.recipe import Recipe, StudentRun
 from ..training.trial import measure_steps
@@ -27,18 +24,7 @@ def print_measured_time(run: StudentRun) -> None:
     overrides = {name: getattr(args, name) for name in ("output_dir", "use_cpu", "dataloader_num_workers")}
     taught_by = Recipe(run.recipe).teacher(run.model.teacher_loss or own_loss(run.recipe), **overrides)
     times = measure_steps(taught_by, run, data, compare_bfloat16=args.mixed_precision == "no")
-    teacher, student = (
-        times.seconds(
-            num_images,
-            num_test,
-            each.per_device_train_batch_size,
-            taught_by.args.num_train_epochs,
-            args.num_train_epochs,
-            evaluations(each),
-            each.dataloader_num_workers,
-        )[which]
-        for which, each in enumerate((taught_by.args, args))
-    )
+    teacher, student = times.seconds(taught_by, run, num_images, num_test)
     device = processor_name() if args.device.type == "cpu" else str(args.device)
     parts = [f"student {duration(student)}"]
     if args.needs_teacher and run.model.teacher is None:
@@ -49,13 +35,3 @@ def print_measured_time(run: StudentRun) -> None:
         share = times.student_step_bfloat16 / times.student_step
         advice = "add --bf16 true" if share < WORTH_BFLOAT16 else "float32 is the better choice here"
         show(f"In bfloat16 mixed precision a step of the student takes {share:.2f} of its time: {advice}.")
-
-
-def evaluations(args: LongTailTrainingArguments) -> int:
-    """Number of evaluations of a run, of which the last is made at the end in any case."""
-    strategy, steps = getattr(args.eval_strategy, "value", args.eval_strategy), args.eval_steps
-    if strategy == "epoch":
-        return math.ceil(args.num_train_epochs)
-    if strategy == "steps" and steps is not None and steps < 1:
-        return math.ceil(1 / steps)
-    return 1

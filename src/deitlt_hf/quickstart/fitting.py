@@ -154,15 +154,8 @@ def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[Fit
         times: StepTimes = measure_steps(teacher, student, data)
 
     def expected(recipe: FittedRecipe) -> tuple[float, float]:
-        return times.seconds(
-            len(folder.labels),
-            sum(folder.test_counts),
-            student.args.per_device_train_batch_size,  # the trial has steps of one micro-batch
-            recipe.teacher_epochs,
-            recipe.student_epochs,
-            EVALUATIONS + 1,
-            student.args.dataloader_num_workers,
-        )
+        num_images, epochs = len(folder.labels), (recipe.teacher_epochs, recipe.student_epochs)
+        return times.seconds(teacher, student, num_images, sum(folder.test_counts), epochs, more_evaluations=1)
 
     return expected
 

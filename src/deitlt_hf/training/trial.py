@@ -1,5 +1,6 @@
 """Measures the time of a run in a trial of a few steps, before the run."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from ..data.transforms import image_processor, resize, train_transform
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..recipes import StudentArguments
+from .arguments import LongTailTrainingArguments
 from .inputs import as_images
 from .optimizers import MUON, muon
 from .recipe import StudentRun, TeacherRun
@@ -49,28 +51,49 @@ class StepTimes:
 
     def seconds(
         self,
+        teacher: TeacherRun,
+        student: StudentRun,
         num_images: int,
         test_images: int,
-        batch_size: int,
-        teacher_epochs: float,
-        student_epochs: float,
-        evaluations: int,
-        workers: int,
+        epochs: tuple[float, float] | None = None,
+        more_evaluations: int = 0,
     ) -> tuple[float, float]:
-        """Estimates the seconds of the teacher's and of the student's run, with `evaluations` in each.
+        """Estimates the seconds of the teacher's and of the student's run.
 
-        The times of reading (by `workers` processes) and of training are added, as if they did not overlap.
+        The times of reading and of training are added, as if they did not overlap.
+
+        Args:
+            teacher: The run of the teacher that was measured.
+            student: The run of the student that was measured.
+            num_images: Training images.
+            test_images: Images of an evaluation.
+            epochs: Epochs of teacher and student, instead of those of the runs.
+            more_evaluations: Evaluations of each model after its run.
         """
-        steps, readers = num_images // batch_size, max(workers, 1)
+        teacher_epochs, student_epochs = epochs or (teacher.args.num_train_epochs, student.args.num_train_epochs)
+        # The measured steps have one micro-batch of the student's size.
+        steps = num_images // student.args.per_device_train_batch_size
+        readers = max(student.args.dataloader_num_workers, 1)
         epoch, evaluation = num_images * self.read / readers, test_images * self.read / readers
         # Reduced copies of all images are made in the first run.
         first = (num_images + test_images) * max(self.first_read - self.read, 0) / readers
-        teacher = first + teacher_epochs * (steps * self.teacher_step + epoch)
-        teacher += evaluations * (test_images * self.teacher_forward + evaluation)
-        student = student_epochs * (steps * self.student_step + epoch)
-        student += evaluations * (test_images * self.student_forward + evaluation)
-        student += test_images * self.teacher_forward + evaluation  # the check of the teacher
-        return teacher + START_SECONDS, student + START_SECONDS
+        tested = [test_images * forward + evaluation for forward in (self.teacher_forward, self.student_forward)]
+        of_teacher = first + teacher_epochs * (steps * self.teacher_step + epoch)
+        of_teacher += (evaluations(teacher.args) + more_evaluations) * tested[0]
+        of_student = student_epochs * (steps * self.student_step + epoch)
+        of_student += (evaluations(student.args) + more_evaluations) * tested[1]
+        of_student += tested[0]  # the check of the teacher
+        return of_teacher + START_SECONDS, of_student + START_SECONDS
+
+
+def evaluations(args: LongTailTrainingArguments) -> int:
+    """Number of evaluations of a run, of which the last is made at the end in any case."""
+    strategy, steps = getattr(args.eval_strategy, "value", args.eval_strategy), args.eval_steps
+    if strategy == "epoch":
+        return math.ceil(args.num_train_epochs)
+    if strategy == "steps" and steps is not None and steps < 1:
+        return math.ceil(1 / steps)
+    return 1
 
 
 def measure_steps(teacher: TeacherRun, student: StudentRun, data: Mapping, compare_bfloat16: bool = False) -> StepTimes:
