@@ -103,9 +103,7 @@ def parse_arguments(
     _hide(parser, refused.union(_FOR_SCRIPTS))
     _group(parser, classes)
     parser.usage = parser.format_usage().removeprefix("usage: ")  # the short usage in the help, too
-    listed_by = "--help"
-    if description is None:
-        listed_by = parser.listed_by = _LISTED_BY[section]
+    listed_by = _LISTED_BY[section] if description is None else "--help"
     # argparse fills in the defaults only of what the namespace lacks. Here it lacks nothing, so the options that are
     # not on the command line stay `_ABSENT`, and the recipe's values can take their place.
     given = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
