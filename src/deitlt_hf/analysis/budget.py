@@ -12,7 +12,7 @@ from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
-from ..recipes import DataArguments, StudentArguments, own_loss, paper_accuracies
+from ..recipes import DataArguments, StudentArguments, paper_accuracies
 from ..recipes.sections import option
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
@@ -190,8 +190,8 @@ def print_budgets(
     if args.needs_teacher and student_args.teacher is not None:
         teacher = frozen_model(student_args.teacher)
     elif args.needs_teacher:
-        loss = student_args.teacher_loss or own_loss(recipe)
-        run = Recipe(recipe).teacher(loss, output_dir=args.output_dir)
+        run = Recipe(recipe).teacher(student_args.teacher_loss, output_dir=args.output_dir)
+        loss = run.args.teacher_loss
         teacher = teacher_model(run.model.config(loss, num_labels=classes), run.args)
         _show_budgets(f"teacher, {run.model.backbone}, {loss}", teacher, plan, images, run.args)
     if teacher is not None and student_args.tail_teacher is not None:  # an image goes to one of them

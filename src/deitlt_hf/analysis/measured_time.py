@@ -2,7 +2,6 @@
 
 from ..console import duration, show
 from ..data.loading import training_counts
-from ..recipes import own_loss
 from ..training.provenance import processor_name
 from ..training.recipe import Recipe, StudentRun
 from ..training.trial import measure_steps
@@ -22,7 +21,7 @@ def print_measured_time(run: StudentRun) -> None:
     data, args = run.data.load(), run.args
     num_images, num_test = int(training_counts(data["train"]).sum()), len(data["test"])
     overrides = {name: getattr(args, name) for name in ("output_dir", "use_cpu", "dataloader_num_workers")}
-    taught_by = Recipe(run.recipe).teacher(run.model.teacher_loss or own_loss(run.recipe), **overrides)
+    taught_by = Recipe(run.recipe).teacher(run.model.teacher_loss, **overrides)
     times = measure_steps(taught_by, run, data, compare_bfloat16=args.mixed_precision == "no")
     teacher, student = times.seconds(taught_by, run, num_images, num_test)
     device = processor_name() if args.device.type == "cpu" else str(args.device)

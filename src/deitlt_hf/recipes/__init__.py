@@ -7,7 +7,7 @@ from .usage import command_line_errors, recipe_names
 
 if TYPE_CHECKING:
     from .parsing import data_help, field_names, fill_arguments, parse_arguments
-    from .recipe_files import load_recipe, own_loss, paper_accuracies, recipe_description, teacher_folder
+    from .recipe_files import load_recipe, paper_accuracies, recipe_description, teacher_folder
     from .sections import DataArguments, PretrainingModelArguments, StudentArguments, TeacherArguments
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "field_names",
     "fill_arguments",
     "load_recipe",
-    "own_loss",
     "paper_accuracies",
     "parse_arguments",
     "recipe_description",

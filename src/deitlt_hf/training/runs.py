@@ -21,7 +21,7 @@ from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, own_loss, teacher_folder
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
 from ..serving.classifiers import load_classifier, load_model, load_processor, read_model_config
 from .arguments import PRECISIONS
@@ -259,7 +259,7 @@ def _teacher_run(
     }
     # A process cannot change its precision.
     overrides |= {name: getattr(student_args, name) for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers")}
-    teacher = Recipe(recipe).teacher(loss or own_loss(recipe), **overrides)
+    teacher = Recipe(recipe).teacher(loss, **overrides)
     own = teacher.args.recipe
     if student_args.recipe is not None and own is not None:  # both use the images of the student's command line
         changed = student_args.recipe["overrides"]
