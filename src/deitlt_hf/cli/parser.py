@@ -17,6 +17,15 @@ def command_parser(description: str, epilog: str | None = None) -> argparse.Argu
     )
 
 
+class _CollectField(argparse.Action):
+    """Collects the values of fields in the attribute `fields` of the arguments."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if isinstance(values, list):
+            values = values[0] if len(values) == 1 else values or self.const
+        namespace.fields[self.dest] = values
+
+
 def parse_with_fields(
     parser: argparse.ArgumentParser, classes: Sequence[type], arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -32,14 +41,6 @@ def parse_with_fields(
     from transformers import HfArgumentParser
     from transformers.hf_argparser import DataClassType
 
-    given: dict[str, Any] = {}
-
-    class CollectField(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
-            if isinstance(values, list):
-                values = values[0] if len(values) == 1 else values or self.const
-            given[self.dest] = values
-
     # One parser for each class: teacher and student share fields, and a parser accepts a name only once.
     for cls in classes:
         for field in HfArgumentParser(DataClassType(cls), add_help=False)._actions:
@@ -50,11 +51,12 @@ def parse_with_fields(
                     dest=field.dest,
                     nargs=field.nargs,
                     const=field.const,
-                    action=CollectField,
+                    action=_CollectField,
                     default=argparse.SUPPRESS,
                     help=argparse.SUPPRESS,
                 )
-    known, unknown = parser.parse_known_args(arguments)
+    known, unknown = parser.parse_known_args(arguments, argparse.Namespace(fields={}))
+    given = vars(known).pop("fields")
     options = [word.removeprefix("--").partition("=")[0] for word in unknown if word.startswith("--")]
     if getattr(known, "recipe", "") is None:
         unknown = [*(f"--{name}" for name in given), *unknown]
