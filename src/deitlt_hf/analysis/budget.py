@@ -12,11 +12,11 @@ from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
-from ..recipes import DataArguments, StudentArguments, paper_accuracies
+from ..recipes import DataArguments, paper_accuracies
 from ..recipes.sections import option
-from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from ..training import FlatTeacherTrainingArguments
 from ..training.arguments import divide_batch
-from ..training.recipe import Recipe
+from ..training.recipe import Recipe, StudentRun
 from ..training.schedule import low_peak
 from ..training.starting import FREE_SIZES, SIZES, check_start
 from .model_cost import Model, frozen_model, student_model, teacher_model
@@ -166,34 +166,29 @@ class PlanArguments:
             raise ValueError(f"gpus must be 1 or more, got {min(self.gpus)}.")
 
 
-def print_budgets(
-    recipe: str,
-    plan: PlanArguments,
-    data_args: DataArguments,
-    student_args: StudentArguments,
-    args: DeiTLTTrainingArguments,
-) -> None:
-    """Prints the estimated cost of a recipe's teacher and student, with a row for each number of GPUs.
+def print_budgets(run: StudentRun, plan: PlanArguments) -> None:
+    """Prints the estimated cost of a student's run, and of its teacher's, with a row for each number of GPUs.
 
     Raises:
         ValueError: If a batch cannot be divided among any of the numbers of GPUs.
     """
+    student_args, args = run.model, run.args
     if student_args.init_from is not None:
         start = check_start(student_args, (args.recipe or {}).get("overrides", {}))
         student_args = replace(student_args, **{name: start.config[name] for name in (*SIZES, *FREE_SIZES)})
-    classes, images = training_images(data_args)
-    show(f"{recipe}: {images:,} training images of {classes:,} classes")
-    paper, changed = paper_accuracies(recipe), {*(args.recipe or {}).get("overrides", {})}
+    classes, images = training_images(run.data)
+    show(f"{run.recipe}: {images:,} training images of {classes:,} classes")
+    paper, changed = paper_accuracies(run.recipe), {*(args.recipe or {}).get("overrides", {})}
     if paper is not None and changed <= {field.name for field in fields(plan)}:  # not the paper's with other settings
         show(paper.sentence())
     teacher = None
     if args.needs_teacher and student_args.teacher is not None:
         teacher = frozen_model(student_args.teacher)
     elif args.needs_teacher:
-        run = Recipe(recipe).teacher(student_args.teacher_loss, output_dir=args.output_dir)
-        loss = run.args.teacher_loss
-        teacher = teacher_model(run.model.config(loss, num_labels=classes), run.args)
-        _show_budgets(f"teacher, {run.model.backbone}, {loss}", teacher, plan, images, run.args)
+        taught_by = Recipe(run.recipe).teacher(student_args.teacher_loss, output_dir=args.output_dir)
+        loss = taught_by.args.teacher_loss
+        teacher = teacher_model(taught_by.model.config(loss, num_labels=classes), taught_by.args)
+        _show_budgets(f"teacher, {taught_by.model.backbone}, {loss}", teacher, plan, images, taught_by.args)
     if teacher is not None and student_args.tail_teacher is not None:  # an image goes to one of them
         second = frozen_model(student_args.tail_teacher)
         flops = max(teacher.flops, second.flops)

@@ -15,8 +15,9 @@ from ..training.recipe import STUDENT, StudentRun
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    recipe, plan, *rest = parse_arguments("student", (PlanArguments, *STUDENT), arguments, __doc__)
+    recipe, plan, *parts = parse_arguments("student", (PlanArguments, *STUDENT), arguments, __doc__)
+    run = StudentRun(recipe, *parts)
     if plan.measure:
-        print_measured_time(StudentRun(recipe, *rest))
+        print_measured_time(run)
     else:
-        print_budgets(recipe, plan, *rest)
+        print_budgets(run, plan)
