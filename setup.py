@@ -29,6 +29,7 @@ setup(
         "deitlt_hf.data.sources": ["*.npz"],
         "deitlt_hf.recipes": ["*.yaml"],
         "deitlt_hf.analysis": ["*.html"],
+        "deitlt_hf.comparison": ["*.html"],
         "deitlt_hf.hub": ["*.md"],
         "deitlt_hf.serving": ["*.html"],
     },

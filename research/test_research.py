@@ -26,10 +26,10 @@ from deitlt_hf.cli.distill import main as distill
 from deitlt_hf.data.sampling import seed_streams
 from deitlt_hf.data.sources.arrays import load_idx
 from deitlt_hf.data.transforms import TrainTransform
-from deitlt_hf.fitting import STUDENT, TEACHER
 from deitlt_hf.hub import load_original_student
 from deitlt_hf.losses import DistillationLoss
 from deitlt_hf.recipes import StudentArguments, parse_arguments
+from deitlt_hf.training.recipe import STUDENT, TEACHER
 
 ROOT = Path(__file__).parent.parent
 

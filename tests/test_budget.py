@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification, Recipe
 from deitlt_hf.analysis.budget import GPUS, PlanArguments, budget, reduce_seconds, training_images
-from deitlt_hf.analysis.measured_time import evaluations
 from deitlt_hf.analysis.model_cost import Model, activation_bytes, counted_flops, student_model
 from deitlt_hf.cli.plan import main as print_plan
 from deitlt_hf.recipes import DataArguments, StudentArguments
 from deitlt_hf.training import DeiTLTTrainingArguments
-from helpers import make_student
+from deitlt_hf.training.trial import START_SECONDS, StepTimes, evaluations
+from helpers import TINY, make_student
 
 
 def test_published_figures_of_known_models():
@@ -213,6 +213,14 @@ def test_time_on_this_machine_is_measured(capsys):
     printed = capsys.readouterr().out
     assert "teacher" not in printed
     assert "bfloat16" not in printed  # already used
+
+
+def test_steps_are_counted_in_batches_of_the_measured_size(tmp_path):
+    """The trial measures both models with the student's batch, also if the teacher's is larger."""
+    recipe, options = Recipe.load(TINY), {"output_dir": str(tmp_path), "use_cpu": True}
+    teacher, student = recipe.teacher(**options), recipe.student(**options, per_device_train_batch_size=8)
+    seconds = StepTimes(2, 3, 0, 0, 0, 0).seconds(teacher, student, num_images=80, test_images=0, epochs=(1, 1))
+    assert seconds == (START_SECONDS + 10 * 2, START_SECONDS + 10 * 3)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 
 import deitlt_hf
-from deitlt_hf import comparison, fitting
-from deitlt_hf.analysis.verdict import Outcome, judge
 from deitlt_hf.cli import main
+from deitlt_hf.comparison import comparing
+from deitlt_hf.comparison.verdict import Outcome, judge
 from deitlt_hf.data import image_processor
-from deitlt_hf.recipes import fit, load_recipe
-from deitlt_hf.recipes.fit import Choice
+from deitlt_hf.quickstart import fitted_recipe, fitting
+from deitlt_hf.quickstart.fitted_recipe import Choice
+from deitlt_hf.recipes import load_recipe
+from deitlt_hf.training import runs
 from deitlt_hf.training.taught import TeacherAtChanceError
 from deitlt_hf.training.trial import StepTimes
 from helpers import make_student
@@ -42,7 +44,7 @@ def colours(tmp_path_factory):
 def compared(colours, tmp_path_factory):
     """Output folder of a comparison that was interrupted before DeiT-LT, with the record of that moment."""
     output = tmp_path_factory.mktemp("out") / "run"
-    distill = comparison.distill
+    distill = runs.distill
     # Runs of a second: neither checkpoints nor workers.
     running = {"eval_strategy": "no", "save_strategy": "no", "dataloader_num_workers": 0, "logging_steps": 100}
 
@@ -52,8 +54,8 @@ def compared(colours, tmp_path_factory):
         return distill(recipe, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "distill", interrupted)
-        patch.setattr(fit, "RUNNING", [Choice("both", *value) for value in running.items()])
+        patch.setattr(runs, "distill", interrupted)
+        patch.setattr(fitted_recipe, "RUNNING", [Choice("both", *value) for value in running.items()])
         with pytest.raises(SystemExit):
             main(["compare", str(colours), "--output_dir", str(output), *SHORT])
     earlier = json.loads((output / "comparison.json").read_text())
@@ -81,7 +83,7 @@ def test_a_way_whose_teacher_is_at_chance_is_left_out(compared, colours, tmp_pat
     def refused(*_):
         raise TeacherAtChanceError("the teacher is no better than chance.")
 
-    monkeypatch.setattr(comparison, "distill", refused)
+    monkeypatch.setattr(runs, "distill", refused)
     main(["compare", str(colours), "--output_dir", str(output)])
     assert "Note: the teacher is no better than chance. ours is left out." in capsys.readouterr().out
     assert list(json.loads((output / "comparison.json").read_text())["ways"]) == ["cnn", "labels", "deit_lt"]
@@ -132,10 +134,10 @@ def test_a_killed_part_makes_the_price_a_lower_bound(tmp_path):
     file.write_text(
         json.dumps({"name": "photos", "arms": {"cnn": {"seconds": 5.0, "is_least": False, "is_running": True}}})
     )
-    prices = comparison.Prices(file)
+    prices = comparing.Prices(file)
     with pytest.raises(ValueError, match="an error"), prices.measured("cnn"):
         raise ValueError("an error")
-    outcome = comparison.Prices(file).outcome("cnn", comparison.ARMS["cnn"], [0])
+    outcome = comparing.Prices(file).outcome("cnn", comparing.ARMS["cnn"], [0])
     assert outcome.price.startswith("at least 5")
 
 
@@ -168,9 +170,9 @@ def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, mo
     fitted = fitting.fit(colours, given=start)
     assert [fitted.value("student", name) for name in ("image_size", "hidden_size", "num_hidden_layers")] == [8, 16, 3]
     assert fitted.value("teacher", "image_size") == 16
-    monkeypatch.setattr(comparison, "_conclude", lambda output, record, outcomes, *_: outcomes)
-    monkeypatch.setattr(comparison, "_train", lambda *_: None)
-    monkeypatch.setattr(comparison, "_predictions", lambda folder, data: [0] * len(data["test"]))
+    monkeypatch.setattr(comparing, "_conclude", lambda output, record, outcomes, *_: outcomes)
+    monkeypatch.setattr(comparing, "_train", lambda *_: None)
+    monkeypatch.setattr(comparing, "_predictions", lambda folder, data: [0] * len(data["test"]))
     first, *others = deitlt_hf.compare(colours, tmp_path / "out", image_size=8, **start)
     assert (first.title, len(first.predictions), [way.name for way in others]) == (
         "linear probe",
@@ -179,7 +181,7 @@ def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, mo
     )
     lora = load_recipe(str(tmp_path / "out" / "recipes" / "lora.yaml"))["student"]
     assert (lora["tune"], lora["init_from"], lora["distillation"]) == ("lora", start["init_from"], "none")
-    record = comparison.Prices(tmp_path / "out" / "comparison.json")
+    record = comparing.Prices(tmp_path / "out" / "comparison.json")
     assert record.content["arms"]["probe"]["seconds"] > 0
 
 
@@ -258,7 +260,7 @@ def test_overwriting_removes_only_the_ways_of_the_comparison(colours, tmp_path, 
         (folder / "file").touch()
     (output / "comparison.json").write_text(json.dumps({"name": "colours", "arms": arms}))
     monkeypatch.setattr(fitting, "measure_steps", lambda *_: StepTimes(1.0, 2.0, 0, 0, 0, 0))
-    monkeypatch.setattr(comparison, "_run", lambda output: output)
+    monkeypatch.setattr(comparing, "_run", lambda output: output)
     assert deitlt_hf.compare(colours, output, overwrite=True, image_size=16) == output
     assert [(output / "notes" / "file").exists(), (tmp_path / "photos" / "file").exists()] == [True, True]
     assert not (output / "cnn").exists()

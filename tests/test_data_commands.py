@@ -131,6 +131,7 @@ def test_check_without_problems_and_with_missing_images(tmp_path, data):
         (("--recipe", "inat18"), "error: inat18 has no public copy to load; give data_dir"),
         (("--recipe", "inat"), "error: no recipe 'inat' (did you mean 'inat18'?)"),
         (("--recipe", "digits_lt", "--data_dri", "x"), "error: unknown field 'data_dri' in the command line (did"),
+        (("--recipe", "digits_lt", "--max_per_class", "x"), "error: max_per_class cannot be 'x': invalid literal"),
         (("--recipe", "digits_lt", "--group_rule", "halves"), "error: group_rule must be one of auto, shots, thirds"),
         (("--recipe", "digits_lt", "--counts", "nowhere/c.json"), "error: there is no folder for the file --counts"),
         (("--recipe", "digits_lt", "--counts", "."), "error: --counts . is a folder; name a file"),
@@ -217,7 +218,7 @@ def test_check_reports_what_training_would_refuse(tmp_path, monkeypatch, capsys,
     sections = "\n".join(f"{name}: {text}" for name, text in (SECTIONS | changed).items())
     (tmp_path / "mine.yaml").write_text(sections + "\n")
     monkeypatch.chdir(tmp_path)
-    code = check(["--recipe", "mine.yaml", "--data_dir", "images"], deep=False, counts_file=None)
+    code = check("mine.yaml", {"data_dir": "images"}, deep=False, counts_file=None)
     output = " ".join(capsys.readouterr().out.split())
     assert code == bool(problems)
     assert (f"mine.yaml: {len(problems)} problem(s)" if problems else "mine.yaml: ready to train on") in output
@@ -256,8 +257,8 @@ def test_the_papers_cifar_counts(tmp_path, monkeypatch, capsys):
     """The recipe makes the paper's class counts from balanced data in the layout of CIFAR's pickles."""
     write_cifar(tmp_path, images=80)
     monkeypatch.setitem(BENCHMARKS, "uoft-cs/cifar10", Benchmark(10, 800, 800))
-    argv = ["--recipe", "cifar10_lt_rho50", "--data_dir", str(tmp_path), "--imbalance_ratio", "5"]
-    assert check(argv, deep=False, counts_file=None) == 0
+    given = {"data_dir": str(tmp_path), "imbalance_ratio": "5"}
+    assert check("cifar10_lt_rho50", given, deep=False, counts_file=None) == 0
     assert "CIFAR's python version" in capsys.readouterr().out
 
 
@@ -274,9 +275,7 @@ def test_show_draws_class_counts_and_images(tmp_path, data):
     assert {path.name for path in tmp_path.iterdir()} == {"new"}
 
 
-@pytest.mark.parametrize(
-    "options", [("--teacher_view", "weak"), ("--drw_start_epoch", "inf", "--distillation", "none")]
-)
+@pytest.mark.parametrize("options", [{"teacher_view": "weak"}, {"drw_start_epoch": "inf", "distillation": "none"}])
 def test_show_uses_the_options(tmp_path, options):
     from deitlt_hf.analysis import pictures
 
@@ -287,10 +286,10 @@ def test_show_uses_the_options(tmp_path, options):
 
     original, pictures._draw_images = pictures._draw_images, keep
     try:
-        pictures.draw_data(["--recipe", "digits_lt", *options], tmp_path)
+        pictures.draw_data("digits_lt", options, tmp_path)
     finally:
         pictures._draw_images = original
-    if "weak" in options:
+    if "teacher_view" in options:
         assert list(drawn)[0::2] == ["student, before epoch 180", "student, from epoch 180, re-weighted"]
         student, teacher = (drawn[f"{who}, before epoch 180"][0] for who in ("student", "teacher"))
         assert np.abs(student - teacher).mean() > 0.05
@@ -304,7 +303,7 @@ def test_show_refuses_a_file_before_it_reads_images(tmp_path):
     file = tmp_path / "pictures"
     file.touch()
     with pytest.raises(FileExistsError, match="pictures is a file; choose another folder"):
-        draw_data(["--recipe", "image_folder", "--data_dir", str(tmp_path / "nowhere")], file)
+        draw_data("image_folder", {"data_dir": str(tmp_path / "nowhere")}, file)
 
 
 def test_a_deep_check_handles_unusual_file_names(tmp_path):
@@ -347,10 +346,10 @@ def test_check_counts_empty_cells_transparency_and_frames(tmp_path, capsys):
     for split in ("train", "test"):
         datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / f"{split}.parquet"))
     for options, shown, flat_images in (
-        ((), "ignored; use --background white to composite over white", 4),
-        (("--background", "white"), "over #ffffff", 0),
+        ({}, "ignored; use --background white to composite over white", 4),
+        ({"background": "white"}, "over #ffffff", 0),
     ):
-        assert check(["--recipe", "image_folder", "--data_dir", str(tmp_path), *options], True, None) == 1
+        assert check("image_folder", {"data_dir": str(tmp_path), **options}, True, None) == 1
         output = " ".join(capsys.readouterr().out.split())
         assert "1 train images are empty, without bytes and path: rows 5" in output
         assert "1 of 6 train images: row 5 of the column image is empty" in output
@@ -370,27 +369,31 @@ def test_check_accepts_the_fields_that_it_recommends(tmp_path, capsys):
         "teacher: {num_train_epochs: 4, lr_drop_epochs: 5.0, lr_drops: 0.1}\n"
         "student: {num_train_epochs: 4, per_device_train_batch_size: 32}\n"
     )
-    words = ["--recipe", str(tmp_path / "mine.yaml"), "--data_dir", str(tmp_path / "images")]
+    words = ["check", "--recipe", str(tmp_path / "mine.yaml"), "--data_dir", str(tmp_path / "images")]
     advised: list[str] = []
+
+    def code(*options):
+        with pytest.raises(SystemExit) as ended:
+            main_of_data([*words, *advised, *options])
+        return ended.value.code
+
     for advice, fields in (
         ("pass --repeated_augmentation 1", ["--repeated-augmentation=1"]),
         ("lower per_device_train_batch_size", ["--per_device_train_batch_size", "8"]),
         ("warmup_epochs 0 for none", ["--warmup_epochs", "0"]),
         ("lr_drop_epochs [5.0] are not all before", ["--lr_drop_epochs", "2"]),
     ):
-        assert check([*words, *advised], deep=False, counts_file=None) == 1
+        assert code() == 1
         assert advice in " ".join(capsys.readouterr().out.split())
         advised += fields
-    with pytest.raises(SystemExit) as ended:
-        main(["data", "check", *words, *advised])
-    assert ended.value.code == 0
+    assert code() == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "mine.yaml: ready to train on" in output
     assert "note deitlt distill: the peak learning rate 7.81e-06 is too small" in output
-    assert check([*words, *advised, "--learning_rate", "1e-3"], deep=False, counts_file=None) == 0
+    assert code("--learning_rate", "1e-3") == 0
     assert "note" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="unknown field 'repeated_augmentations'"):
-        check([*words, "--repeated_augmentations", "1"], deep=False, counts_file=None)
+        main_of_data([*words, "--repeated_augmentations", "1"])
 
 
 @pytest.mark.parametrize(
@@ -407,7 +410,7 @@ def test_check_detects_linked_files_and_shared_classes(tmp_path, capsys):
     (tmp_path / "train" / "cat" / "1.png").symlink_to(tmp_path / "test" / "cat" / "0.png")
     (tmp_path / "train" / "cat" / "2.png").hardlink_to(tmp_path / "train" / "dog" / "0.png")
     save_image(tmp_path / "train" / "Cat" / "0.png")
-    assert check(["--recipe", "image_folder", "--data_dir", str(tmp_path)], deep=True, counts_file=None) == 1
+    assert check("image_folder", {"data_dir": str(tmp_path)}, deep=True, counts_file=None) == 1
     output = " ".join(capsys.readouterr().out.split())
     for text in (
         "1 images are in both the training and the test split: ",

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from deitlt_hf import fitting
 from deitlt_hf.cli import main
 from deitlt_hf.data import image_processor
+from deitlt_hf.quickstart import fitting
 from deitlt_hf.training.trial import StepTimes
 from helpers import TINY, picture, save_image
 from hub_server import WRITER, Entry, HubError, Repository

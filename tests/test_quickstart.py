@@ -14,13 +14,22 @@ import yaml
 from PIL import Image
 
 import deitlt_hf
-from deitlt_hf import fitting, quickstart
+from deitlt_hf import Recipe
 from deitlt_hf.cli import main
 from deitlt_hf.console import duration
-from deitlt_hf.fitting import section_arguments
-from deitlt_hf.quickstart import check_continues, comparison, recipe_title
+from deitlt_hf.quickstart import fitting, folder_training
+from deitlt_hf.quickstart.fitted_recipe import (
+    Choice,
+    Folder,
+    Machine,
+    fit_recipe,
+    sizes_for,
+    standard_epochs,
+    with_given,
+)
+from deitlt_hf.quickstart.folder_training import check_continues, comparison, recipe_title
 from deitlt_hf.recipes import load_recipe
-from deitlt_hf.recipes.fit import Choice, Folder, Machine, fit_recipe, sizes_for, standard_epochs, with_given
+from deitlt_hf.training import runs
 from deitlt_hf.training.trial import StepTimes
 from helpers import encoded, picture
 
@@ -89,7 +98,7 @@ def test_a_folder_becomes_models_predictions_and_a_report(trained, photos):
 
 def test_a_teacher_at_chance_is_not_used(photos, tmp_path, capsys, monkeypatch):
     """The time for the teacher's training is not lost: the student learns from the labels."""
-    monkeypatch.setattr(quickstart, "report", lambda *_, **__: None)
+    monkeypatch.setattr(folder_training, "report", lambda *_, **__: None)
     brief = ["--image_size", "16", "--teacher_epochs", "1", "--num_train_epochs", "1", "--hidden_size", "64"]
     arguments = ["train", str(photos), "--output_dir", str(tmp_path / "run")]
     main([*arguments, *brief])
@@ -118,7 +127,7 @@ def test_the_recipe_says_why(trained, photos):
 
 
 def test_the_same_command_continues_or_finds_a_finished_run(trained, photos, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart, "report", lambda *_, tables: print(f"The report is written again, {tables}."))
+    monkeypatch.setattr(folder_training, "report", lambda *_, tables: print(f"The report is written again, {tables}."))
     main(["train", str(photos), "--output_dir", str(trained), *SHORT])
     printed = capsys.readouterr().out
     assert "Continuing with" in printed
@@ -257,8 +266,8 @@ def test_the_output_does_not_go_among_the_images(photos, monkeypatch):
 def test_overwriting_trains_the_teacher_again(trained, photos, tmp_path, monkeypatch):
     """The teacher of the replaced recipe would otherwise be used, or refused, for the new one."""
     calls = []
-    monkeypatch.setattr(quickstart, "train_teacher", lambda data, model, args: calls.append(args))
-    monkeypatch.setattr(quickstart, "distill", lambda *_: sys.exit("not trained here"))
+    monkeypatch.setattr(runs, "train_teacher", lambda data, model, args: calls.append(args))
+    monkeypatch.setattr(runs, "distill", lambda *_: sys.exit("not trained here"))
     shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(SystemExit):
         deitlt_hf.train(photos, tmp_path / "run", overwrite=True, image_size=16, hidden_size=64)
@@ -317,9 +326,9 @@ def test_every_recipe_can_be_trained(num_images, has_gpu, share, tmp_path):
     for size in sizes_for(images, Machine(has_gpu, 4)):
         path = tmp_path / "recipe.yaml"
         path.write_text(fit_recipe(images, Machine(has_gpu, 4), size, share).text("a test"))
-        for kind in ("teacher", "student"):
-            _, args = section_arguments(kind, str(path), {"output_dir": str(tmp_path / "run"), "use_cpu": True})
-            args.check_data(num_images)
+        recipe = Recipe.load(str(path))
+        for make in (recipe.teacher, recipe.student):
+            make(output_dir=str(tmp_path / "run"), use_cpu=True).args.check_data(num_images)
 
 
 @pytest.mark.parametrize(
@@ -364,9 +373,9 @@ def test_the_packaged_recipe_for_small_folders_is_the_fitted_one():
 def test_a_fitted_recipe_weights_the_classes_once(tmp_path, loss, drw):
     fitted = fit_recipe(folder(2500, 256), Machine(False, 4), 64)
     with_given(fitted, [Choice("teacher", "teacher_loss", loss)]).write(tmp_path / "mine.yaml", "Mine")
-    assert section_arguments("teacher", str(tmp_path / "mine.yaml"), {})[1].drw_start_epoch == drw
+    assert Recipe.load(str(tmp_path / "mine.yaml")).teacher().args.drw_start_epoch == drw
     fitted.write(tmp_path / "mine.yaml", "Mine")
-    assert section_arguments("teacher", str(tmp_path / "mine.yaml"), {"teacher_loss": loss})[1].drw_start_epoch == drw
+    assert Recipe.load(str(tmp_path / "mine.yaml")).teacher(loss).args.drw_start_epoch == drw
 
 
 def test_the_learning_rate_is_of_the_optimiser():
@@ -384,8 +393,8 @@ def test_given_epochs_change_what_depends_on_them():
 
 
 def test_less_time_gives_fewer_epochs_and_then_smaller_images(photos, monkeypatch):
-    def measured(teacher_model, teacher_args, student_model, student_args, data):
-        step = (student_model.image_size / 32) ** 2
+    def measured(teacher, student, data):
+        step = (student.model.image_size / 32) ** 2
         return StepTimes(step, step, 0, 0, 0, 0)
 
     monkeypatch.setattr(fitting, "measure_steps", measured)

@@ -149,8 +149,8 @@ def test_a_label_without_a_count_is_refused(streamed):
 def test_counts_written_by_check_are_read(shards, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: {dataset: shards}\nstudent: {}\n")
-    argv = ["--recipe", str(recipe), "--data_dir", str(shards), "--streaming", "true"]
-    assert check(argv, deep=False, counts_file=str(tmp_path / "counts.json")) == 0
+    given = {"data_dir": str(shards), "streaming": "true"}
+    assert check(str(recipe), given, deep=False, counts_file=str(tmp_path / "counts.json")) == 0
     assert "36 of 3 classes" in capsys.readouterr().out
     monkeypatch.setattr("deitlt_hf.data.streaming.count_classes", lambda *_: pytest.fail("counted again"))
     arguments = DataArguments(data_dir=str(shards), streaming=True, class_counts=str(tmp_path / "counts.json"))

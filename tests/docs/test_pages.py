@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 
 import deitlt_hf
-from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer, fitting, quickstart
+from deitlt_hf import DeiTLTTrainer, FlatTeacherTrainer
 from deitlt_hf.analysis.budget import PlanArguments
 from deitlt_hf.analysis.probing import ProbeArguments
 from deitlt_hf.analysis.reporting import AnalysisArguments
@@ -33,7 +33,8 @@ from deitlt_hf.data import image_processor
 from deitlt_hf.evaluation.fusion import RULES
 from deitlt_hf.hub.cards import is_generated
 from deitlt_hf.original.layouts import student_to_original
-from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, fit, parse_arguments, recipe_names
+from deitlt_hf.quickstart import fitted_recipe, fitting, folder_training
+from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments, recipe_names
 from deitlt_hf.records import RunRecord
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from helpers import ROOT, filled_state_dict, make_student, save_image
@@ -221,9 +222,14 @@ def test_commands_of_the_training_page_are_valid(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):  # the command line is valid, and DIR does not exist
             main([name, *words.split()])
         assert "data_dir 'DIR' is not a folder" in capsys.readouterr().err
-    for name in (fitting.RECIPE_FILE, quickstart.PREDICTIONS_FILE, f"{quickstart.IMAGES_FOLDER}/"):
+    for name in (fitting.RECIPE_FILE, folder_training.PREDICTIONS_FILE, f"{folder_training.IMAGES_FOLDER}/"):
         assert f"| `{name}` |" in TRAINING
-    for number in (*fit.TEACHER_EPOCHS, *fit.STUDENT_EPOCHS, f"{fit.TEACHER_IMAGES:,}", f"{fit.STUDENT_IMAGES:,}"):
+    for number in (
+        *fitted_recipe.TEACHER_EPOCHS,
+        *fitted_recipe.STUDENT_EPOCHS,
+        f"{fitted_recipe.TEACHER_IMAGES:,}",
+        f"{fitted_recipe.STUDENT_IMAGES:,}",
+    ):
         assert str(number) in TRAINING
 
 

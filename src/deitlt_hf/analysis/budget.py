@@ -1,7 +1,7 @@
 """Estimates the cost of a training run on GPUs in advance: steps, memory, hours and communication."""
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
 from ..data.sampling import ROUND, batches_of_epoch
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, paper_accuracies
-from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
+from ..options import option
+from ..recipes import DataArguments, paper_accuracies
+from ..training import FlatTeacherTrainingArguments
 from ..training.arguments import LongTailTrainingArguments, divide_batch
+from ..training.recipe import Recipe, StudentRun
 from ..training.schedule import low_peak
 from ..training.starting import FREE_SIZES, SIZES, check_start
 from .model_cost import Model, frozen_model, student_model, teacher_model
@@ -143,22 +145,15 @@ def budget(
 class PlanArguments:
     """Hardware assumptions of an estimate."""
 
-    gpu: str = field(default="h100", metadata={"help": f"Type of the GPUs: one of {', '.join(GPUS)}."})
-    gpus: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Numbers of GPUs; the table has a row for each."}
-    )
-    utilisation: float = field(
-        default=0.35,
-        metadata={"help": "Share of the vendor's peak that a student reaches; measure it on your hardware."},
-    )
-    teacher_utilisation: float = field(
-        default=0.08,
-        metadata={"help": "Share of the peak that a teacher reaches; a ResNet waits for memory most of the time."},
+    gpu: str = option("h100", f"Type of the GPUs: one of {', '.join(GPUS)}.")
+    gpus: list[int] = option([1, 2, 4, 8], "Numbers of GPUs; the table has a row for each.")
+    utilisation: float = option(0.35, "Share of the vendor's peak that a student reaches; measure it on your hardware.")
+    teacher_utilisation: float = option(
+        0.08, "Share of the peak that a teacher reaches; a ResNet waits for memory most of the time."
     )
 
-    measure: bool = field(
-        default=False,
-        metadata={"help": "Instead, measure a few steps on this machine, and print the expected time of the run here."},
+    measure: bool = option(
+        False, "Instead, measure a few steps on this machine, and print the expected time of the run here."
     )
 
     def __post_init__(self) -> None:
@@ -171,36 +166,29 @@ class PlanArguments:
             raise ValueError(f"gpus must be 1 or more, got {min(self.gpus)}.")
 
 
-def print_budgets(
-    recipe: str,
-    plan: PlanArguments,
-    data_args: DataArguments,
-    student_args: StudentArguments,
-    args: DeiTLTTrainingArguments,
-) -> None:
-    """Prints the estimated cost of a recipe's teacher and student, with a row for each number of GPUs.
+def print_budgets(run: StudentRun, plan: PlanArguments) -> None:
+    """Prints the estimated cost of a student's run, and of its teacher's, with a row for each number of GPUs.
 
     Raises:
         ValueError: If a batch cannot be divided among any of the numbers of GPUs.
     """
+    student_args, args = run.model, run.args
     if student_args.init_from is not None:
         start = check_start(student_args, (args.recipe or {}).get("overrides", {}))
         student_args = replace(student_args, **{name: start.config[name] for name in (*SIZES, *FREE_SIZES)})
-    classes, images = training_images(data_args)
-    show(f"{recipe}: {images:,} training images of {classes:,} classes")
-    paper, changed = paper_accuracies(recipe), {*(args.recipe or {}).get("overrides", {})}
+    classes, images = training_images(run.data)
+    show(f"{run.recipe}: {images:,} training images of {classes:,} classes")
+    paper, changed = paper_accuracies(run.recipe), {*(args.recipe or {}).get("overrides", {})}
     if paper is not None and changed <= {field.name for field in fields(plan)}:  # not the paper's with other settings
         show(paper.sentence())
     teacher = None
     if args.needs_teacher and student_args.teacher is not None:
         teacher = frozen_model(student_args.teacher)
     elif args.needs_teacher:
-        loss = student_args.teacher_loss or own_loss(recipe)
-        overrides = {"teacher_loss": loss, "output_dir": args.output_dir}
-        kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-        _, teacher_args, teacher_run = fill_arguments("teacher", kinds, recipe, overrides)
-        teacher = teacher_model(teacher_args.config(loss, num_labels=classes), teacher_run)
-        _show_budgets(f"teacher, {teacher_args.backbone}, {loss}", teacher, plan, images, teacher_run)
+        taught_by = Recipe(run.recipe).teacher(student_args.teacher_loss, output_dir=args.output_dir)
+        loss = taught_by.args.teacher_loss
+        teacher = teacher_model(taught_by.model.config(loss, num_labels=classes), taught_by.args)
+        _show_budgets(f"teacher, {taught_by.model.backbone}, {loss}", teacher, plan, images, taught_by.args)
     if teacher is not None and student_args.tail_teacher is not None:  # an image goes to one of them
         second = frozen_model(student_args.tail_teacher)
         flops = max(teacher.flops, second.flops)

@@ -1,6 +1,6 @@
 """Prediction sets of a saved model: fitted on images that it did not learn, measured, and stored in its folder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..data.long_tail import Groups
 from ..evaluation.prediction_sets import ALL, PredictionSets, fit_prediction_sets, needed_images
 from ..hub.cards import CARD_FILE, write_card
 from ..io import read_json, write_json
+from ..options import option
 from ..recipes import DataArguments
 from ..serving.classifiers import load_model, load_processor
 from ..training.taught import check_class_order
@@ -26,13 +27,9 @@ from .observe import predict
 class CalibrationArguments:
     """The model, and the share of its sets that are to hold the true class."""
 
-    model: str = field(metadata={"help": "Folder of a student, a teacher, or any classifier; its config.json changes."})
-    coverage: float = field(
-        default=0.9, metadata={"help": "Target coverage: the share of prediction sets that contain the true class."}
-    )
-    calibration_seed: int = field(
-        default=0, metadata={"help": "Seed that divides the test images, if there is no validation split."}
-    )
+    model: str = option(help="Folder of a student, a teacher, or any classifier; its config.json changes.")
+    coverage: float = option(0.9, "Target coverage: the share of prediction sets that contain the true class.")
+    calibration_seed: int = option(0, "Seed that divides the test images, if there is no validation split.")
 
     def __post_init__(self) -> None:
         if not 0 < self.coverage < 1:

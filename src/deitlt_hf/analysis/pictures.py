@@ -1,7 +1,7 @@
 """Draws a recipe's data: the class counts, and the training images of student and teacher after augmentation."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,19 +19,21 @@ from ..io import check_can_be_folder
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
+from ..recipes import StudentArguments, TeacherArguments, load_recipe
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.inputs import label_names
+from ..training.recipe import Recipe
 from .figures import GROUP_COLOURS, draw_images
 
 COLUMNS = 8
 
 
-def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
+def draw_data(recipe: str, overrides: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Draws the class histogram, `classes.png`, and training images before and after the DRW epoch, `images.png`.
 
     Args:
-        argv: A command line of `deitlt distill`; its errors are those of the command.
+        recipe: Name or path of a recipe.
+        overrides: Fields of its data and student; see [`Recipe`].
         folder: Folder to write to. It is created if it does not exist.
 
     Returns:
@@ -41,16 +43,13 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
     folder = Path(folder).expanduser()
     check_can_be_folder(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
-        recipe, data_args, model_args, args = parse_arguments(
-            "student", classes, [*argv, "--output_dir", scratch, "--dataloader_num_workers", "0"]
-        )
-        data = data_args.load()
-        groups = data_args.groups(data)
+        run = Recipe.load(recipe).student(**{**overrides, "output_dir": scratch, "dataloader_num_workers": 0})
+        data = run.data.load()
+        groups = run.data.groups(data)
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "classes.png", folder / "images.png"]
         _draw_classes(data["train"], groups, recipe, files[0])
-        rows = _training_images(recipe, data, groups, model_args, args, data_args.background)
+        rows = _training_images(recipe, data, groups, run.model, run.args, run.data.background)
         _draw_images(rows, recipe, files[1])
     return files
 

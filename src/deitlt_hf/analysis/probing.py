@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_class
 from ..evaluation.findings import few_images
 from ..evaluation.metrics import with_intervals
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from ..options import option
 from ..serving.classifiers import load_backbone, load_processor
 from ..training.linear_head import fit_balanced
 from .observe import BATCH
@@ -28,16 +29,12 @@ CLS_TOKENS = ("cls_token", "class_embedding")  # names of the parameter in the m
 class ProbeArguments:
     """The backbone to probe, and the output."""
 
-    model: str = field(
-        metadata={
-            "help": "Folder or Hub id of a student, a teacher, or any image model of transformers or timm. Its weights "
-            "are not changed."
-        }
+    model: str = option(
+        help="Folder or Hub id of a student, a teacher, or any image model of transformers or timm. Its weights "
+        "are not changed."
     )
-    resamples: int = field(default=1000, metadata={"help": "Bootstrap samples for the intervals."})
-    json: str | None = field(
-        default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the table."}
-    )
+    resamples: int = option(1000, "Bootstrap samples for the intervals.")
+    json: str | None = option(None, "Also write the figures to this file; - prints them instead of the table.")
 
     def __post_init__(self) -> None:
         if self.resamples < 1:

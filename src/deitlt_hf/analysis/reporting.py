@@ -1,7 +1,7 @@
 """Complete analysis of one or two models: figures, tables and the report page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable
 from ..io import weights_digest
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
+from ..options import option
 from ..recipes import DataArguments
 from ..serving.classifiers import load_model
 from ..training.taught import label_order
@@ -27,22 +28,18 @@ from .teaching import teacher_agreement
 class AnalysisArguments:
     """Options of the analysis: models, sample sizes and the folder of the report."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a DeiT-LT, or a DeiT or ViT of transformers."})
-    output: str = field(default="report", metadata={"help": "Folder of the report."})
-    compare: str | None = field(default=None, metadata={"help": "Another model, shown next to the first."})
-    teacher: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of the first model's teacher; the report then shows how often they agree."},
+    model: str = option(help="Folder or Hub id of a DeiT-LT, or a DeiT or ViT of transformers.")
+    output: str = option("report", "Folder of the report.")
+    compare: str | None = option(None, "Another model, shown next to the first.")
+    teacher: str | None = option(
+        None, "Folder or Hub id of the first model's teacher; the report then shows how often they agree."
     )
-    num_images: int = field(default=512, metadata={"help": "Number of images for attention and features."})
-    resamples: int = field(default=200, metadata={"help": "Bootstrap samples for the confidence intervals."})
-    sharpness_images: int = field(
-        default=128,
-        metadata={"help": "Training images, overall and of each group, for the flatness of the loss; 0 leaves it out."},
+    num_images: int = option(512, "Number of images for attention and features.")
+    resamples: int = option(200, "Bootstrap samples for the confidence intervals.")
+    sharpness_images: int = option(
+        128, "Training images, overall and of each group, for the flatness of the loss; 0 leaves it out."
     )
-    json: str | None = field(
-        default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the tables."}
-    )
+    json: str | None = option(None, "Also write the figures to this file; - prints them instead of the tables.")
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 2), ("resamples", 1), ("sharpness_images", 0)):

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from ..data.long_tail import Groups
 from ..data.transforms import model_processor
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import DataArguments, StudentArguments, fill_arguments
 from ..serving.classifiers import load_classifier, load_processor
-from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
+from ..training import DeiTLTTrainer
 from ..training.provenance import results_of
+from ..training.recipe import Recipe
 from .observe import HEADS, spread_rows
 
 # Settings of a run that determine the training images of student and teacher.
@@ -54,11 +54,10 @@ def teacher_agreement(
         For `in distribution` (test images) and `out of distribution` (training images as the student sees them), the
         share of each expert.
     """
-    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
     with tempfile.TemporaryDirectory() as folder:
         # Repeated copies of an image add no information, and would require a whole round of repeated augmentation.
         overrides = {"output_dir": folder, "report_to": "none", "distillation": "hard", "repeated_augmentation": 1}
-        _, _, args = fill_arguments("student", classes, recipe, overrides)
+        args = Recipe(recipe).student(**overrides).args
         record = results_of(model.name_or_path)
         settings, background = record.get("settings", {}), record.get("data", {}).get("background")
         for name in _VIEW_SETTINGS:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from ..data import class_counts, read_class_map, read_class_names
 from ..original import convert_original
-from ..recipes import DataArguments, parse_arguments
+from ..recipes import DataArguments
 from ..training.inputs import label_names
+from ..training.recipe import Recipe
 from .parser import command_parser, parse_with_fields
 
 
@@ -36,16 +37,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _parser()
-    args, rest = parse_with_fields(parser, (DataArguments,), arguments)
+    args, fields = parse_with_fields(_parser(), (DataArguments,), arguments)
     classes = {}
     if args.recipe is not None:
-        _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
-        labels = data_args.load()["train"]
+        labels = Recipe.load(args.recipe).data(**fields).load()["train"]
         classes["class_names"] = labels.features["label"].names
         classes["class_counts"] = class_counts(labels["label"][:], len(classes["class_names"])).tolist()
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.class_names is not None:
         classes["class_names"] = read_class_names(args.class_names)
     if args.class_map is not None:

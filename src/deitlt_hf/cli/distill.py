@@ -7,22 +7,20 @@ deitlt distill --recipe digits_lt --distillation none --output_dir outputs/label
 
 from collections.abc import Sequence
 
-from ..recipes import DataArguments, StudentArguments, parse_arguments
-from ..training import DeiTLTTrainingArguments
+from ..recipes import parse_arguments
 from ..training.memory import keep_freed_memory_of_command
-from ..training.runs import distill
+from ..training.recipe import STUDENT, StudentRun
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
-    recipe, data_args, model_args, args = parse_arguments("student", classes, arguments, __doc__)
-    keep_freed_memory_of_command(args)
-    trainer = distill(recipe, data_args, model_args, args)
+    run = StudentRun(*parse_arguments("student", STUDENT, arguments, __doc__))
+    keep_freed_memory_of_command(run.args)
+    trainer = run.train()
     if trainer.is_world_process_zero():
         print(f"""
-The student is in {args.output_dir}. To use it, you need only transformers:
+The student is in {run.args.output_dir}. To use it, you need only transformers:
 
     from transformers import pipeline
-    classifier = pipeline("image-classification", model="{args.output_dir}")
+    classifier = pipeline("image-classification", model="{run.args.output_dir}")
     print(classifier("image.png"))
 """)

@@ -6,7 +6,7 @@ deitlt evaluate --recipe digits_lt --model outputs/digits_lt_fast/student --fusi
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 
 import torch
 
@@ -18,6 +18,7 @@ from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
 from ..evaluation.fusion import RULES, balanced_rows, fit_fusion, fold
 from ..io import check_can_be_folder
+from ..options import option
 from ..recipes import DataArguments, parse_arguments
 from ..serving.classifiers import load_model, load_processor
 from ..training import DeiTLTTrainingArguments
@@ -41,27 +42,21 @@ RunArguments = make_dataclass(
 class EvaluationArguments:
     """The model to evaluate, and the output."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a student, a teacher, or any classifier."})
-    json: str | None = field(
-        default=None, metadata={"help": "Also write the accuracies to this file; - prints them instead of the tables."}
-    )
+    model: str = option(help="Folder or Hub id of a student, a teacher, or any classifier.")
+    json: str | None = option(None, "Also write the accuracies to this file; - prints them instead of the tables.")
 
 
 @dataclass
 class FusionArguments:
     """Options to combine the experts of a student by a fitted rule."""
 
-    fusion: str | None = field(
-        default=None,
-        metadata={
-            "help": "Rule to combine the experts, fitted on the training images, or with --validation_fraction on the "
-            f"validation images: one of {', '.join(RULES)}. The model in fused_output has the rule folded into its "
-            "heads. 'all' compares all rules."
-        },
+    fusion: str | None = option(
+        None,
+        "Rule to combine the experts, fitted on the training images, or with --validation_fraction on the "
+        f"validation images: one of {', '.join(RULES)}. The model in fused_output has the rule folded into its "
+        "heads. 'all' compares all rules.",
     )
-    fused_output: str | None = field(
-        default=None, metadata={"help": "Folder for the model with the fusion folded into its heads."}
-    )
+    fused_output: str | None = option(None, "Folder for the model with the fusion folded into its heads.")
 
     def __post_init__(self) -> None:
         if self.fusion not in (None, "all", *RULES):

@@ -19,7 +19,7 @@ from ..data.images import ImageCollator
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
 from ..io import check_can_be_folder, weights_digest
-from ..recipes import DataArguments, data_help, parse_arguments
+from ..recipes import DataArguments, data_help
 from ..serving.classifiers import load_model, load_processor
 from ..serving.onnx import (
     MODEL_FILE,
@@ -31,8 +31,9 @@ from ..serving.onnx import (
     require_libraries,
 )
 from ..training.output_folder import run_files
+from ..training.recipe import Recipe
 from ..training.taught import check_class_order
-from .parser import command_parser
+from .parser import command_parser, parse_with_fields
 
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
 
@@ -54,7 +55,7 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args, rest = _parse(arguments)
+    args, fields = parse_with_fields(_parser(), (DataArguments,), arguments)
     require_libraries()
     quiet_log()
     folder = _output_folder(args.model, args.output)
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_quantizable(model)
     found = [] if args.output is None else [cached_file(args.model, name) for name in _CONFIGURATIONS]
     if args.recipe is not None:
-        _, data_args = parse_arguments("data", (DataArguments,), ["--recipe", args.recipe, *rest])
+        data_args = Recipe.load(args.recipe).data(**fields)
         data = data_args.load()
         check_class_order(data["test"].features["label"].names, model.config, f"model {args.model}")
     config_file = cached_file(args.model, "config.json")
@@ -80,8 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Parses the arguments of the command; returns them, and the rest of the command line, which are recipe fields."""
+def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, data_help())
     parser.add_argument("--model", required=True, help="folder or Hub id of a student, a teacher, or a DeiT or ViT")
     parser.add_argument(
@@ -92,10 +92,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument(
         "--recipe", help="compare the accuracy of torch and the files on this recipe's test images, see below"
     )
-    args, rest = parser.parse_known_args(arguments)
-    if rest and args.recipe is None:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args, rest
+    return parser
 
 
 def _output_folder(model: str, output: str | None) -> Path:

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 from ..analysis.budget import PlanArguments, print_budgets
 from ..analysis.measured_time import print_measured_time
-from ..recipes import DataArguments, StudentArguments, parse_arguments
-from ..training import DeiTLTTrainingArguments
+from ..recipes import parse_arguments
+from ..training.recipe import STUDENT, StudentRun
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    classes = (PlanArguments, DataArguments, StudentArguments, DeiTLTTrainingArguments)
-    recipe, plan, *rest = parse_arguments("student", classes, arguments, __doc__)
+    recipe, plan, *parts = parse_arguments("student", (PlanArguments, *STUDENT), arguments, __doc__)
+    run = StudentRun(recipe, *parts)
     if plan.measure:
-        print_measured_time(recipe, *rest)
+        print_measured_time(run)
     else:
-        print_budgets(recipe, plan, *rest)
+        print_budgets(run, plan)

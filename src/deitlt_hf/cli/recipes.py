@@ -15,7 +15,7 @@ import yaml
 
 from ..recipes import recipe_names
 from ..recipes.usage import check_recipe
-from .parser import command_parser, parse_with_fields
+from .parser import command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,15 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="init: time for training; chooses image size and epochs")
     arguments = sys.argv[1:] if arguments is None else arguments
     if "init" in arguments:
-        from ..fitting import STUDENT, TEACHER, fit
-        from ..quickstart import IMAGES_FOLDER, recipe_title
-        from .train import fields_of
+        from ..quickstart.fitting import fit
+        from ..quickstart.folder_training import IMAGES_FOLDER, recipe_title
+        from .train import parse_for_folder
 
-        args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
+        args, given = parse_for_folder(parser, arguments)
     else:
         args, rest = parser.parse_known_args(arguments)
-    if args.command != "init" and (rest or args.minutes is not None):
-        parser.error(f"{args.command} takes no options, got {rest[0] if rest else '--minutes'}")
+        given = dict.fromkeys(rest)
+    if args.command != "init" and (given or args.minutes is not None):
+        parser.error(f"{args.command} takes no options, got {next(iter(given), '--minutes')}")
     if (args.command == "list") != (args.name is None):
         parser.error("give 'show NAME' or 'init FOLDER', or nothing for the list")
     if args.command == "show":
@@ -57,6 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(args.name)
         with contextlib.redirect_stdout(sys.stderr):  # the plan; standard output is the recipe alone
             cache = str(Path("outputs") / folder.resolve().name / IMAGES_FOLDER)
-            fitted = fit(folder, args.minutes, fields_of(rest, parser), cache)
+            fitted = fit(folder, args.minutes, given, cache)
             print("To train with this recipe, save it in a FILE and run deitlt distill --recipe FILE.")
         print(fitted.text(recipe_title(folder, args.minutes)), end="")

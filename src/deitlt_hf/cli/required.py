@@ -1,4 +1,4 @@
-"""The arguments of the commands, as far as they can be checked before heavy libraries are imported."""
+"""Checks of a command line for the commands whose parsers need heavy libraries, before these are imported."""
 
 import importlib.util
 import re
@@ -13,15 +13,14 @@ REQUIRED = {  # names of options and positional arguments, in the order of the c
     "data": ("{check,show}", "--recipe"),
     **dict.fromkeys(("plan", "pretrain", "train-teacher", "distill"), RECIPE),
     **dict.fromkeys(("evaluate", "probe", "analyze", "sharpness", "calibrate"), OF_MODEL),
-    **dict.fromkeys(("predict", "demo", "export"), ("--model",)),
+    **dict.fromkeys(("predict", "export"), ("--model",)),
     "convert": ("file", "folder"),
-    "push": ("folder", "ORG/NAME"),
 }
 # Commands that take fields of a recipe.
 WITH_FIELDS = {name for name, required in REQUIRED.items() if "--recipe" in required} | {"train", "compare", "recipes"}
 ROOMS = ("analysis", "losses", "recipes", "training")  # subpackages that define fields
 # Options in source text: fields of dataclasses, and literal options.
-_OPTIONS = re.compile(r'^    (\w+): .*= (?:field|option)\(|"--(\w+)"', re.MULTILINE)
+_OPTIONS = re.compile(r'^    (\w+): .*= option\(|"--(\w+)"', re.MULTILINE)
 _ATTRIBUTES = re.compile(r"^    (\w+): ", re.MULTILINE)
 
 

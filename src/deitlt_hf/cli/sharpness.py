@@ -5,7 +5,7 @@ deitlt sharpness --recipe digits_lt --model outputs/digits_lt_fast/teacher
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from rich.markup import escape
@@ -14,6 +14,7 @@ from rich.table import Table
 from ..analysis.flatness import images_of_groups, sharpness
 from ..console import quiet_log, show
 from ..data.images import ImageCollator
+from ..options import option
 from ..recipes import DataArguments, parse_arguments
 from ..serving.classifiers import load_classifier, load_processor
 from ..training.taught import label_order
@@ -24,14 +25,12 @@ from .json_output import json_output
 class SharpnessArguments:
     """Options of the measurement."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a teacher, a student, or any classifier."})
-    num_images: int = field(default=512, metadata={"help": "Maximum number of images overall, and of each group."})
-    rho: float = field(default=0.05, metadata={"help": "Radius around the weights for the rise of the loss."})
-    num_vectors: int = field(default=32, metadata={"help": "Random vectors for the estimate of the trace."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choice of images and of the random vectors."})
-    json: str | None = field(
-        default=None, metadata={"help": "Also write the figures to this file; - prints them instead of the table."}
-    )
+    model: str = option(help="Folder or Hub id of a teacher, a student, or any classifier.")
+    num_images: int = option(512, "Maximum number of images overall, and of each group.")
+    rho: float = option(0.05, "Radius around the weights for the rise of the loss.")
+    num_vectors: int = option(32, "Random vectors for the estimate of the trace.")
+    seed: int = option(0, "Seed of the choice of images and of the random vectors.")
+    json: str | None = option(None, "Also write the figures to this file; - prints them instead of the table.")
 
     def __post_init__(self) -> None:
         for name in ("num_images", "num_vectors"):

@@ -7,16 +7,14 @@ deitlt train photos --image_size 96 --teacher_epochs 50 --num_train_epochs 100
 """
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..fitting import STUDENT, TEACHER
 from ..quickstart import train
-from ..recipes.usage import refuse_unknown
 from ..training.memory import keep_freed_memory
+from ..training.recipe import STUDENT, TEACHER
 from .parser import command_parser, parse_with_fields
 
 
@@ -37,8 +35,7 @@ def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | N
         "Any field of the data or of the student overrides the fitted value: --field value. 'deitlt distill --help' "
         "lists them. To change more, edit a copy of recipe.yaml, and train with deitlt distill --recipe COPY.yaml."
     )
-    args, rest = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
-    given = fields_of(rest, parser)
+    args, given = parse_for_folder(parser, arguments)
     if args.teacher_epochs is not None:
         given["teacher_epochs"] = args.teacher_epochs
     if not torch.cuda.is_available():
@@ -46,20 +43,12 @@ def run_on_folder(work: Callable, description: str, arguments: Sequence[str] | N
     work(args.folder, args.output_dir, args.minutes, args.dry_run, args.overwrite, **given)
 
 
-def fields_of(words: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Fields and their values, as texts, from the remaining words of a command line; an unknown field is refused."""
-    fields: dict[str, Any] = {}
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word.removeprefix("--").partition("=")
-            name = name.replace("-", "_")
-            fields[name] = [value] if equals else []
-        elif not fields:
-            parser.error(f"unrecognized argument {word!r}")
-        else:
-            fields[name].append(word)
-    if "recipe" in fields:
+def parse_for_folder(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parses a command that fits a recipe to a folder. Returns its arguments, and the texts of the given fields."""
+    parser.add_argument("--recipe", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    args, given = parse_with_fields(parser, (*STUDENT, *TEACHER[1:]), arguments)
+    if "recipe" in args:
         raise ValueError("this command fits a recipe to the folder; for another, use deitlt distill --recipe FILE.")
-    known = {field.name for cls in (*STUDENT, *TEACHER) for field in dataclasses.fields(cls) if field.init}
-    refuse_unknown(fields, known, "the command line", listed_by="deitlt distill --help")
-    return {name: values[0] if len(values) == 1 else values or "true" for name, values in fields.items()}
+    return args, given

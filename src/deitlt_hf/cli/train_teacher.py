@@ -7,14 +7,13 @@ accelerate launch --no_python deitlt train-teacher --recipe fashion_mnist_lt_tin
 
 from collections.abc import Sequence
 
-from ..recipes import DataArguments, TeacherArguments, parse_arguments
-from ..training import FlatTeacherTrainingArguments
+from ..recipes import parse_arguments
 from ..training.memory import keep_freed_memory_of_command
-from ..training.runs import train_teacher
+from ..training.recipe import TEACHER, TeacherRun
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-    _, data_args, model_args, args = parse_arguments("teacher", classes, arguments, __doc__)
-    keep_freed_memory_of_command(args)
-    train_teacher(data_args, model_args, args)
+    _, *parts = parse_arguments("teacher", TEACHER, arguments, __doc__)
+    run = TeacherRun(*parts)
+    keep_freed_memory_of_command(run.args)
+    run.train()

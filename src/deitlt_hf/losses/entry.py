@@ -6,15 +6,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-Counts = Sequence[int] | torch.Tensor | None
-Limit = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the allowed values in words
+from ..options import Limit
 
-# Limits of numbers; None, the default of some of them, is allowed.
-ABOVE_0: Limit = (lambda value: value is None or value > 0, "above 0")
-AT_LEAST_0: Limit = (lambda value: value is None or value >= 0, "0 or more")
-AT_LEAST_1: Limit = (lambda value: value is None or value >= 1, "1 or more")
-SHARE: Limit = (lambda value: 0 <= value <= 1, "in [0, 1]")
-BELOW_1: Limit = (lambda value: 0 <= value < 1, "in [0, 1)")
+Counts = Sequence[int] | torch.Tensor | None
 
 
 class LossOptions:

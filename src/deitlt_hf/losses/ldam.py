@@ -1,15 +1,16 @@
 """LDAM loss: label-distribution-aware margins."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..options import ABOVE_0, option
 from .class_weights import positive_counts
-from .entry import ABOVE_0, Counts, LossOptions, TeacherLoss
+from .entry import Counts, LossOptions, TeacherLoss
 
 
 @dataclass
@@ -17,12 +18,8 @@ class LDAMOptions(LossOptions):
     """Training arguments of LDAM."""
 
     limits: ClassVar = dict.fromkeys(("ldam_margin", "ldam_scale"), ABOVE_0)
-    ldam_margin: float = field(
-        default=0.5, metadata={"help": "LDAM: margin of the rarest class, which is the largest margin."}
-    )
-    ldam_scale: float = field(
-        default=30.0, metadata={"help": "LDAM: factor by which the cosine classifier multiplies the cosines."}
-    )
+    ldam_margin: float = option(0.5, "LDAM: margin of the rarest class, which is the largest margin.")
+    ldam_scale: float = option(30.0, "LDAM: factor by which the cosine classifier multiplies the cosines.")
 
 
 class LDAMLoss(nn.Module):

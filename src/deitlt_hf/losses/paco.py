@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from ..options import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, option
 from .class_weights import positive_counts
-from .entry import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Counts, LossOptions, TeacherLoss
+from .entry import Counts, LossOptions, TeacherLoss
 
 
 @dataclass
@@ -22,20 +23,15 @@ class PaCoOptions(LossOptions):
         "paco_queue": AT_LEAST_1,
         "paco_momentum": SHARE,
     }
-    paco_alpha: float = field(
-        default=0.01, metadata={"help": "PaCo: weight of an image of the same class as a positive."}
+    paco_alpha: float = option(0.01, "PaCo: weight of an image of the same class as a positive.")
+    paco_temperature: float = option(
+        0.05, "PaCo: temperature, by which similarities are divided. 0.05 for CIFAR, 0.2 for others."
     )
-    paco_temperature: float = field(
-        default=0.05,
-        metadata={"help": "PaCo: temperature, by which similarities are divided. 0.05 for CIFAR, 0.2 for others."},
+    paco_queue: int = option(
+        1024, "PaCo: number of keys of earlier batches in the queue. 1024 for CIFAR, 8192 for others."
     )
-    paco_queue: int = field(
-        default=1024,
-        metadata={"help": "PaCo: number of keys of earlier batches in the queue. 1024 for CIFAR, 8192 for others."},
-    )
-    paco_momentum: float = field(
-        default=0.999,
-        metadata={"help": "PaCo: share of the old weights in an update of the momentum encoder, in [0, 1]."},
+    paco_momentum: float = option(
+        0.999, "PaCo: share of the old weights in an update of the momentum encoder, in [0, 1]."
     )
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from .usage import command_line_errors, recipe_names
 
 if TYPE_CHECKING:
-    from .parsing import data_help, fill_arguments, parse_arguments
-    from .recipe_files import load_recipe, own_loss, paper_accuracies, recipe_description, teacher_folder
+    from .parsing import data_help, field_names, fill_arguments, parse_arguments
+    from .recipe_files import load_recipe, paper_accuracies, recipe_description, teacher_folder
     from .sections import DataArguments, PretrainingModelArguments, StudentArguments, TeacherArguments
 
 __all__ = [
@@ -17,9 +17,9 @@ __all__ = [
     "TeacherArguments",
     "command_line_errors",
     "data_help",
+    "field_names",
     "fill_arguments",
     "load_recipe",
-    "own_loss",
     "paper_accuracies",
     "parse_arguments",
     "recipe_description",
@@ -32,6 +32,6 @@ def __getattr__(name: str) -> Any:
     """Imports a name on first use: a wrong command line is then reported without the heavy libraries."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    of_parsing = ("data_help", "fill_arguments", "parse_arguments")
+    of_parsing = ("data_help", "field_names", "fill_arguments", "parse_arguments")
     module = "sections" if name.endswith("Arguments") else "parsing" if name in of_parsing else "recipe_files"
     return getattr(import_module(f".{module}", __name__), name)

@@ -103,9 +103,7 @@ def parse_arguments(
     _hide(parser, refused.union(_FOR_SCRIPTS))
     _group(parser, classes)
     parser.usage = parser.format_usage().removeprefix("usage: ")  # the short usage in the help, too
-    listed_by = "--help"
-    if description is None:
-        listed_by = parser.listed_by = _LISTED_BY[section]
+    listed_by = _LISTED_BY[section] if description is None else "--help"
     # argparse fills in the defaults only of what the namespace lacks. Here it lacks nothing, so the options that are
     # not on the command line stay `_ABSENT`, and the recipe's values can take their place.
     given = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
@@ -115,22 +113,30 @@ def parse_arguments(
     refuse_unknown(names, options, "the command line", listed_by=listed_by)
     overrides = {name: value for name, value in vars(given).items() if value is not _ABSENT}
     recipe = overrides.pop("recipe")
-    return recipe, *_fill(parser, section, classes, recipe, overrides, listed_by, partly)
+    return recipe, *_fill(parser, section, classes, recipe, load_recipe(recipe), overrides, listed_by, partly)
 
 
-def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides: Mapping[str, Any]) -> tuple:
+def fill_arguments(
+    section: str,
+    classes: Sequence[type],
+    recipe: str,
+    overrides: Mapping[str, Any],
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple:
     """Fills dataclasses from a recipe's `data` section and one other section, as [`parse_arguments`] does.
 
-    The overrides are values of fields; a text is read as on the command line.
+    The overrides are values of fields; a text is read as on the command line. `sections` are those of a recipe that is
+    in no file.
 
     Raises:
         FileNotFoundError: If the recipe does not exist.
         ValueError: As [`parse_arguments`].
     """
     parser, listed_by = _parser(classes), _LISTED_BY[section]
-    refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
+    refuse_unknown(overrides, field_names(classes), "the overrides", listed_by=listed_by)
     given = {name: _read_value(value, parser, name, "the overrides") for name, value in overrides.items()}
-    return tuple(_fill(parser, section, classes, recipe, given, listed_by))
+    sections = load_recipe(recipe) if sections is None else sections
+    return tuple(_fill(parser, section, classes, recipe, sections, given, listed_by))
 
 
 def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeParser:
@@ -145,7 +151,8 @@ def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeP
     return parser
 
 
-def _field_names(classes: Iterable[type]) -> set[str]:
+def field_names(classes: Iterable[type]) -> set[str]:
+    """Names of the fields of dataclasses that their constructors take."""
     return {field.name for cls in classes for field in fields(cls) if field.init}
 
 
@@ -154,6 +161,7 @@ def _fill(
     section: str,
     classes: Sequence[type],
     recipe: str,
+    sections: Mapping[str, Mapping[str, Any]],
     given: Mapping[str, Any],
     listed_by: str,
     partly: bool = False,
@@ -162,7 +170,7 @@ def _fill(
 
     Training arguments get the recipe's name and the overrides, for the record of the run.
     """
-    values = _recipe_values(parser, section, classes, recipe, given.get("teacher_loss"), listed_by, partly)
+    values = _recipe_values(parser, section, classes, recipe, sections, given.get("teacher_loss"), listed_by, partly)
     if given.get("group_rule") is not None:
         values.pop("group_boundaries", None)
     changed = {name: value for name, value in given.items() if value != values.get(name, parser.get_default(name))}
@@ -170,7 +178,7 @@ def _fill(
         if name in changed or name in values:
             raise ValueError(f"{name} has no effect here; it is for scripts that read it themselves. Leave it out.")
     values |= given
-    filled = [cls(**{name: values[name] for name in _field_names([cls]) & values.keys()}) for cls in classes]
+    filled = [cls(**{name: values[name] for name in field_names([cls]) & values.keys()}) for cls in classes]
     for arguments in filled:
         if hasattr(arguments, "method_settings"):
             arguments.recipe = {"name": Path(recipe).name, "overrides": _deciding(changed, filled)}
@@ -182,23 +190,24 @@ def _recipe_values(
     section: str,
     classes: Sequence[type],
     name: str,
+    sections: Mapping[str, Mapping[str, Any]],
     teacher_loss: str | None,
     listed_by: str,
     partly: bool,
 ) -> dict[str, Any]:
     """The values of a recipe for a section, as its fields take them, and the default output folder."""
-    recipe, known = load_recipe(name), _field_names(classes)
-    own = {key: value for key, value in recipe[section].items() if key in known or not partly}
+    known = field_names(classes)
+    own = {key: value for key, value in sections[section].items() if key in known or not partly}
     if section == "pretraining":
-        own = {key: value for key, value in recipe["student"].items() if key in _OF_PRETRAINING} | own
-    values = recipe["data"] | own
+        own = {key: value for key, value in sections["student"].items() if key in _OF_PRETRAINING} | own
+    values = {**sections["data"], **own}
     if section == "teacher":
-        for loss, overlay in recipe["teacher_losses"].items():
+        for loss, overlay in sections["teacher_losses"].items():
             refuse_unknown([loss], TEACHER_LOSSES, f"teacher_losses of recipe {name!r}", "loss", listed_by)
             refuse_unknown(overlay or {}, known, f"teacher_losses of recipe {name!r}", listed_by=listed_by)
-        values |= recipe["teacher_losses"].get(teacher_loss or own_loss(name)) or {}
+        values |= sections["teacher_losses"].get(teacher_loss or own_loss(sections)) or {}
     refuse_unknown(values, known, f"recipe {name!r}", listed_by=listed_by)
-    folders = {"teacher": teacher_folder(name, teacher_loss), "pretraining": "pretrained"}
+    folders = {"teacher": teacher_folder(sections, teacher_loss), "pretraining": "pretrained"}
     output_dir = os.path.join("outputs", Path(name).name.removesuffix(".yaml"), folders.get(section, section))
     read = {key: _read_value(value, parser, key, f"recipe {name!r}") for key, value in values.items()}
     return {"output_dir": output_dir} | read

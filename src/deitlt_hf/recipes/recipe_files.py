@@ -1,5 +1,6 @@
 """Reads recipe files: the sections of a recipe, what it inherits with `extends`, and what it says of itself."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
             f"{place} has the sections {one_line(list(sections))}; they can be {', '.join(SECTIONS)}, each with fields "
             "and their values."
         )
-    for section, values in sections.items():
-        _check_values(values if section == "teacher_losses" else {section: values}, place)
+    check_values(sections, place)
     paper = {"paper": PaperAccuracies.read(content["paper"], place)} if "paper" in content else {}
     return content | sections | paper
 
@@ -86,9 +86,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_values(sections: dict[str, Any], recipe: str) -> None:
+def check_values(sections: Mapping[str, Any], recipe: str) -> None:
     """Refuses nested values: no field takes them, and YAML aliases can expand them beyond any memory."""
-    for section, values in sections.items():
+    losses = sections.get("teacher_losses", {})  # its values are one level deeper
+    for section, values in [*(item for item in sections.items() if item[1] is not losses), *losses.items()]:
         if not isinstance(values, dict | None):
             raise ValueError(f"{recipe}: {one_line(section, 60)} must have fields and their values.")
         for name, value in (values or {}).items():
@@ -112,11 +113,12 @@ def paper_accuracies(name_or_path: str) -> PaperAccuracies | None:
     return _read(name_or_path).get("paper")
 
 
-def own_loss(recipe: str) -> str:
-    """The default loss of a recipe's teacher."""
-    return load_recipe(recipe)["teacher"].get("teacher_loss", next(iter(TEACHER_LOSSES)))
+def own_loss(recipe: str | Mapping) -> str:
+    """The default loss of a recipe's teacher, by the name of the recipe or its sections."""
+    sections = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    return sections["teacher"].get("teacher_loss", next(iter(TEACHER_LOSSES)))
 
 
-def teacher_folder(recipe: str, loss: str | None) -> str:
+def teacher_folder(recipe: str | Mapping, loss: str | None) -> str:
     """Folder name of a recipe's teacher: `teacher`, or `teacher_LOSS` for another loss than the recipe's default."""
     return "teacher" if loss in (None, own_loss(recipe)) else f"teacher_{loss}"

@@ -1,9 +1,7 @@
 """Dataclasses of a recipe's data and model fields. The other fields are training arguments."""
 
 from collections.abc import Callable, Mapping
-from copy import copy
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +16,7 @@ from ..losses import TEACHER_LOSSES
 from ..losses.entry import find
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.flat_teacher.configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
+from ..options import option
 
 T = TypeVar("T")
 
@@ -26,14 +25,6 @@ _NEED_ALL_IMAGES = (
     *("train_list", "test_list", "class_names"),
 )
 _SUBSET = ("imbalance_ratio", "imbalance_type", "max_per_class", "subset_seed")
-
-
-def option(default: T, help: str) -> T:
-    """A field with a default (lists are copied) and a help text."""
-    copied = partial(copy, default)
-    if isinstance(default, list):
-        return field(default_factory=copied, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

@@ -16,8 +16,7 @@ from ..data.sampling import SAMPLINGS
 from ..data.transforms import TRAIN_CROPS, image_processor, train_transform
 from ..losses import LossOptions
 from ..losses.class_weights import read_class_weights
-from ..losses.entry import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, Limit
-from ..recipes.sections import option
+from ..options import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, Limit, option
 from . import inherited
 from .optimizers import MUON
 

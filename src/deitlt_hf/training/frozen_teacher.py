@@ -27,7 +27,7 @@ from ..recipes.sections import without_folders
 from ..serving.classifiers import check_weights, load_processor, loading, read_model_config
 from ..serving.handler import native_config
 from .arguments import LongTailTrainingArguments
-from .inputs import name_classes
+from .inputs import name_classes, outputs_of
 from .linear_head import Seen, fit_balanced, fold
 from .provenance import dtype_of
 from .starting import without_report
@@ -200,20 +200,21 @@ class FrozenTeacherTrainer(FlatTeacherTrainer):
         """What the head reads for the images of a split, in every process; and the classes."""
         read: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-        features, labels = [], []
         model = self.model.eval()
+
+        def of_head(pixel_values: torch.Tensor) -> torch.Tensor:
+            model(pixel_values=pixel_values)
+            if read[-1].ndim != 2:
+                raise ValueError(f"the head of {self.backbone} reads several features of an image; choose another.")
+            return read.pop()
+
         try:
-            for batch in self.get_test_dataloader(images):
-                model(pixel_values=batch["pixel_values"].to(self.args.device))
-                pair = read.pop(), batch["labels"].to(self.args.device)
-                if pair[0].ndim != 2:
-                    raise ValueError(f"the head of {self.backbone} reads several features of an image; choose another.")
-                pair = self.accelerator.gather_for_metrics(pair)
-                features.append(pair[0].cpu().numpy())
-                labels.append(pair[1].cpu().numpy())
+            found = outputs_of(of_head, self.get_test_dataloader(images), self)
+            parts = [(features.cpu().numpy(), labels.cpu().numpy()) for features, labels in found]
         finally:
             hook.remove()
-        return np.concatenate(features), np.concatenate(labels)
+        features, labels = map(np.concatenate, zip(*parts, strict=True))
+        return features, labels
 
 
 def frozen_trainer(

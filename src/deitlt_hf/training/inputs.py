@@ -1,8 +1,9 @@
 """Converts `datasets` data sets to the inputs of the trainers, and checks their labels against the model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -23,6 +24,19 @@ def label_names(config: PreTrainedConfig) -> list[str]:
     """Class names of a model, in label order."""
     names = {int(label): name for label, name in (config.id2label or {}).items()}
     return [names[label] for label in range(len(names))]
+
+
+def outputs_of(
+    function: Callable[[torch.Tensor], torch.Tensor], loader: Iterable, trainer: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields, for each batch of a trainer's loader, a function's output for the images, and the labels.
+
+    Every process gets the batches of all processes.
+    """
+    device = trainer.args.device
+    for batch in loader:
+        found = function(batch["pixel_values"].to(device))
+        yield trainer.accelerator.gather_for_metrics((found, batch["labels"].to(device)))
 
 
 def ignoring_stop_signals(loader: DataLoader) -> DataLoader:

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, ViTMAEForPreTraining, set_seed
 
 from ..data.transforms import model_processor
 from ..data.unlabelled import ONLY_CLASS, unlabelled_images
+from ..options import option
 from ..recipes import DataArguments, PretrainingModelArguments
-from ..recipes.sections import option
 from .arguments import LongTailTrainingArguments
 from .optimizers import MUON
 from .runs import begin

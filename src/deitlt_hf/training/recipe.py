@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, load_recipe
-from .distillation import DeiTLTTrainer
-from .runs import distill, train_teacher
+from ..recipes.recipe_files import check_values
 from .student_arguments import DeiTLTTrainingArguments
-from .teacher import FlatTeacherTrainer
 from .teacher_arguments import FlatTeacherTrainingArguments
+
+if TYPE_CHECKING:
+    from .distillation import DeiTLTTrainer
+    from .teacher import FlatTeacherTrainer
+
+# The dataclasses that hold every value of a run.
+STUDENT = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
+TEACHER = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,8 @@ class TeacherRun:
 
     def train(self) -> FlatTeacherTrainer:
         """Trains the teacher, saves it in `args.output_dir` and returns its trainer, as `deitlt train-teacher`."""
+        from .runs import train_teacher  # which makes the teacher's arguments with this module
+
         return train_teacher(self.data, self.model, self.args)
 
 
@@ -40,6 +49,8 @@ class StudentRun:
 
         Without `teacher` the recipe's teacher is trained first, unless it exists next to `args.output_dir`.
         """
+        from .runs import distill
+
         return distill(self.recipe, self.data, self.model, self.args)
 
 
@@ -57,9 +68,15 @@ class Recipe:
 
     Args:
         name: Name of a recipe of the package, or path of a YAML file. Use [`Recipe.load`], which checks it.
+        sections: Values by section and field, for a recipe that is in no file.
     """
 
     name: str
+    sections: Mapping[str, Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sections is not None:
+            check_values(self.sections, f"recipe {self.name!r}")
 
     @classmethod
     def load(cls, name_or_path: str) -> Recipe:
@@ -77,7 +94,7 @@ class Recipe:
 
         It raises `ValueError` if an override is not a field of the data.
         """
-        (data,) = fill_arguments("data", (DataArguments,), self.name, overrides)
+        (data,) = fill_arguments("data", (DataArguments,), self.name, overrides, self.sections)
         return data
 
     def teacher(self, loss: str | None = None, **overrides: Any) -> TeacherRun:
@@ -92,8 +109,7 @@ class Recipe:
         """
         if loss is not None:
             overrides["teacher_loss"] = loss
-        classes = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-        return TeacherRun(*fill_arguments("teacher", classes, self.name, overrides))
+        return TeacherRun(*fill_arguments("teacher", TEACHER, self.name, overrides, self.sections))
 
     def student(self, **overrides: Any) -> StudentRun:
         """The arguments of the student's training; its `train()` starts it.
@@ -101,5 +117,4 @@ class Recipe:
         Raises:
             ValueError: If an override is not a field, or a value is not possible.
         """
-        classes = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
-        return StudentRun(self.name, *fill_arguments("student", classes, self.name, overrides))
+        return StudentRun(self.name, *fill_arguments("student", STUDENT, self.name, overrides, self.sections))

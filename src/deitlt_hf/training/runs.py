@@ -21,7 +21,7 @@ from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments, own_loss, teacher_folder
+from ..recipes import DataArguments, StudentArguments, TeacherArguments, teacher_folder
 from ..records import RESULTS_FILE, RunRecord, read_record
 from ..serving.classifiers import load_classifier, load_model, load_processor, read_model_config
 from .arguments import PRECISIONS, LongTailTrainingArguments
@@ -31,6 +31,7 @@ from .inputs import label_fields, label_names
 from .output_folder import check_output_dir, is_abandoned, resumes_in, run_files
 from .processes import check_same_images
 from .publishing import hub_options
+from .recipe import Recipe, TeacherRun
 from .resuming import architecture, class_differences
 from .schedule import low_peak
 from .starting import Start, check_start, starting_student
@@ -231,8 +232,9 @@ def _teacher_of_recipe(
             f"{folder} holds a model ({found[0]}) without a record of its training; pass it as --teacher, or move it "
             "away to train the recipe's teacher."
         )
-    model_args, args = _teacher_arguments(recipe, folder, data_args, student_args, loss)
-    config = model_args.config(args.teacher_loss, num_labels=_num_labels(data))
+    teacher = _teacher_run(recipe, folder, data_args, student_args, loss)
+    args = teacher.args
+    config = teacher.model.config(args.teacher_loss, num_labels=_num_labels(data))
     if began:
         args.resume_from_checkpoint = "auto"
         record = _record_of_teacher(folder)
@@ -250,29 +252,29 @@ def _teacher_of_recipe(
                 f"the teacher cannot be trained: {error} To change that, train the teacher first: deitlt "
                 f"train-teacher --recipe {recipe} --output_dir {folder} ..."
             ) from error
-    train_teacher(data_args, model_args, args, data)
+    train_teacher(data_args, teacher.model, args, data)
     gc.collect()  # frees communication between processes now; at interpreter exit it would abort
     return str(folder)
 
 
-def _teacher_arguments(
+def _teacher_run(
     recipe: str, folder: Path, data_args: DataArguments, student_args: DeiTLTTrainingArguments, loss: str | None
-) -> tuple[TeacherArguments, FlatTeacherTrainingArguments]:
+) -> TeacherRun:
     """Arguments of the recipe's teacher, with the seed, the hardware and the data of the student."""
     overrides: dict[str, Any] = {
         "output_dir": str(folder),
         "seed": student_args.seed,
-        "teacher_loss": loss or own_loss(recipe),
         "report_to": student_args.report_to or ["none"],
     }
     # A process cannot change its precision.
     overrides |= {name: getattr(student_args, name) for name in ("use_cpu", *PRECISIONS, "dataloader_num_workers")}
-    kinds = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
-    _, model_args, args = fill_arguments("teacher", kinds, recipe, overrides)
-    if student_args.recipe is not None:  # both use the images of the student's command line
+    teacher = Recipe(recipe).teacher(loss, **overrides)
+    own = teacher.args.recipe
+    if student_args.recipe is not None and own is not None:  # both use the images of the student's command line
         changed = student_args.recipe["overrides"]
-        args.recipe["overrides"] |= {name: changed[name] for name in changed if hasattr(data_args, name)}
-    return model_args, args
+        of_data = {name: changed[name] for name in changed if hasattr(data_args, name)}
+        teacher.args.recipe = {**own, "overrides": own["overrides"] | of_data}
+    return teacher
 
 
 def _check_same_teacher(

@@ -11,8 +11,8 @@ from transformers.training_args import OptimizerNames
 from ..data.sampling import ROUND, check_repeats
 from ..io import check_can_be_folder
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, DistillationLoss
-from ..losses.entry import AT_LEAST_0, AT_LEAST_1, SHARE, Limit, listed
-from ..recipes.sections import option
+from ..losses.entry import listed
+from ..options import AT_LEAST_0, AT_LEAST_1, SHARE, Limit, option
 from .arguments import LongTailTrainingArguments, increases, one_of, require
 from .optimizers import MUON
 from .tuning import FULL, HEADS, LORA, TUNE_CHOICES, check_tune

@@ -16,7 +16,7 @@ from ..evaluation import group_accuracies
 from ..losses import DISTILLATION_TARGETS
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from .inputs import label_names
+from .inputs import label_names, outputs_of
 from .processes import of_first_process
 from .provenance import results_of, teacher_record
 from .student_arguments import DeiTLTTrainingArguments
@@ -252,14 +252,12 @@ class TaughtTrainer(LongTailTrainer):
         Raises:
             TeacherAtChanceError: If its balanced accuracy is below chance plus two standard errors.
         """
-        predicted_parts, label_parts = [], []
         first = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
-        for batch in self.get_eval_dataloader(first):
-            predicted = self.teacher_logits(batch["pixel_values"].to(self.args.device), name).argmax(dim=1)
-            gathered = self.accelerator.gather_for_metrics((predicted, batch["labels"].to(self.args.device)))
-            predicted_parts.append(gathered[0].cpu())
-            label_parts.append(gathered[1].cpu())
-        predictions, labels = torch.cat(predicted_parts).numpy(), torch.cat(label_parts).numpy()
+        found = outputs_of(
+            lambda images: self.teacher_logits(images, name).argmax(dim=1), self.get_eval_dataloader(first), self
+        )
+        parts = [(predicted.cpu(), true.cpu()) for predicted, true in found]
+        predictions, labels = (torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True))
         accuracies = group_accuracies(predictions, labels, self.groups)
         tested = class_counts(labels).nonzero()[0]
         balanced = group_accuracies(predictions, labels, {"tested": tested})["tested"]

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from ..data.transforms import TRAIN_CROPS
 from ..losses import TEACHER_LOSSES, TeacherLoss
-from ..losses.entry import BELOW_1, Limit, find, listed
-from ..recipes.sections import option
+from ..losses.entry import find, listed
+from ..options import BELOW_1, Limit, option
 from . import inherited
 from .arguments import LongTailTrainingArguments, increases, require
 

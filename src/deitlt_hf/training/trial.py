@@ -1,5 +1,6 @@
 """Measures the time of a run in a trial of a few steps, before the run."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,11 +15,12 @@ from ..data.images import ImageDataset
 from ..data.transforms import image_processor, resize, train_transform
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..recipes import StudentArguments, TeacherArguments
+from ..recipes import StudentArguments
+from .arguments import LongTailTrainingArguments
 from .inputs import as_images
 from .optimizers import MUON, muon
+from .recipe import StudentRun, TeacherRun
 from .student_arguments import DeiTLTTrainingArguments
-from .teacher_arguments import FlatTeacherTrainingArguments
 
 STEPS = 2
 DECODED = 32  # images
@@ -49,59 +51,78 @@ class StepTimes:
 
     def seconds(
         self,
+        teacher: TeacherRun,
+        student: StudentRun,
         num_images: int,
         test_images: int,
-        batch_size: int,
-        teacher_epochs: float,
-        student_epochs: float,
-        evaluations: int,
-        workers: int,
+        epochs: tuple[float, float] | None = None,
+        more_evaluations: int = 0,
     ) -> tuple[float, float]:
-        """Estimates the seconds of the teacher's and of the student's run, with `evaluations` in each.
+        """Estimates the seconds of the teacher's and of the student's run.
 
-        The times of reading (by `workers` processes) and of training are added, as if they did not overlap.
+        The times of reading and of training are added, as if they did not overlap.
+
+        Args:
+            teacher: The run of the teacher that was measured.
+            student: The run of the student that was measured.
+            num_images: Training images.
+            test_images: Images of an evaluation.
+            epochs: Epochs of teacher and student, instead of those of the runs.
+            more_evaluations: Evaluations of each model after its run.
         """
-        steps, readers = num_images // batch_size, max(workers, 1)
+        teacher_epochs, student_epochs = epochs or (teacher.args.num_train_epochs, student.args.num_train_epochs)
+        # The measured steps have one micro-batch of the student's size.
+        steps = num_images // student.args.per_device_train_batch_size
+        readers = max(student.args.dataloader_num_workers, 1)
         epoch, evaluation = num_images * self.read / readers, test_images * self.read / readers
         # Reduced copies of all images are made in the first run.
         first = (num_images + test_images) * max(self.first_read - self.read, 0) / readers
-        teacher = first + teacher_epochs * (steps * self.teacher_step + epoch)
-        teacher += evaluations * (test_images * self.teacher_forward + evaluation)
-        student = student_epochs * (steps * self.student_step + epoch)
-        student += evaluations * (test_images * self.student_forward + evaluation)
-        student += test_images * self.teacher_forward + evaluation  # the check of the teacher
-        return teacher + START_SECONDS, student + START_SECONDS
+        tested = [test_images * forward + evaluation for forward in (self.teacher_forward, self.student_forward)]
+        of_teacher = first + teacher_epochs * (steps * self.teacher_step + epoch)
+        of_teacher += (evaluations(teacher.args) + more_evaluations) * tested[0]
+        of_student = student_epochs * (steps * self.student_step + epoch)
+        of_student += (evaluations(student.args) + more_evaluations) * tested[1]
+        of_student += tested[0]  # the check of the teacher
+        return of_teacher + START_SECONDS, of_student + START_SECONDS
 
 
-def measure_steps(
-    teacher_model: TeacherArguments,
-    teacher_args: FlatTeacherTrainingArguments,
-    student_model: StudentArguments,
-    student_args: DeiTLTTrainingArguments,
-    data: Mapping,
-    compare_bfloat16: bool = False,
-) -> StepTimes:
+def evaluations(args: LongTailTrainingArguments) -> int:
+    """Number of evaluations of a run, of which the last is made at the end in any case."""
+    strategy, steps = getattr(args.eval_strategy, "value", args.eval_strategy), args.eval_steps
+    if strategy == "epoch":
+        return math.ceil(args.num_train_epochs)
+    if strategy == "steps" and steps is not None and steps < 1:
+        return math.ceil(1 / steps)
+    return 1
+
+
+def measure_steps(teacher: TeacherRun, student: StudentRun, data: Mapping, compare_bfloat16: bool = False) -> StepTimes:
     """Runs a few steps of teacher and student on random images, and reads a few images of the data.
 
     The models are new and are dropped afterwards; the random state is restored. `compare_bfloat16` also measures a step
     of the student in bfloat16.
+
+    Raises:
+        ValueError: If the teacher or the student cannot be trained on so few images.
     """
-    device = student_args.device
+    for args in (student.args, teacher.args):
+        args.check_data(len(data["train"]))
+    device = student.args.device
     num_labels = data["train"].features["label"].num_classes
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        steps = _Steps(teacher_model, teacher_args, student_model, student_args, num_labels)
+        steps = _Steps(teacher, student, num_labels)
 
         def student_step(bfloat16: bool) -> float:
-            shares = student_args.size_shares(student_model.image_size)
+            shares = student.args.size_shares(student.model.image_size)
             return sum(
                 share * _seconds(partial(steps.of_student, bfloat16, size), device) for size, share in shares.items()
             )
 
-        first_read, read = _reading(student_args, student_model, data)
-        batch = student_args.per_device_train_batch_size
+        first_read, read = _reading(student.args, student.model, data)
+        batch = student.args.per_device_train_batch_size
         return StepTimes(
             _seconds(steps.of_teacher, device),
-            student_step(student_args.mixed_precision == "bf16"),
+            student_step(student.args.mixed_precision == "bf16"),
             _seconds(lambda: steps.forward(steps.teacher, steps.teacher_images), device) / batch,
             _seconds(lambda: steps.forward(steps.student, steps.student_images), device) / batch,
             first_read,
@@ -113,39 +134,30 @@ def measure_steps(
 class _Steps:
     """Steps of a new teacher and a new student on random images."""
 
-    def __init__(
-        self,
-        teacher_model: TeacherArguments,
-        teacher_args: FlatTeacherTrainingArguments,
-        student_model: StudentArguments,
-        student_args: DeiTLTTrainingArguments,
-        num_labels: int,
-    ) -> None:
-        self.device = device = student_args.device
-        self.needs_teacher = student_args.needs_teacher
+    def __init__(self, teacher: TeacherRun, student: StudentRun, num_labels: int):
+        self.device = device = student.args.device
+        self.needs_teacher = student.args.needs_teacher
         self.teacher: nn.Module = FlatTeacherForImageClassification(
-            teacher_model.config(teacher_args.teacher_loss, num_labels=num_labels)
+            teacher.model.config(teacher.args.teacher_loss, num_labels=num_labels)
         )
-        self.student: nn.Module = DeiTLTForImageClassification(student_model.config(num_labels=num_labels))
+        self.student: nn.Module = DeiTLTForImageClassification(student.model.config(num_labels=num_labels))
         for model in (self.teacher, self.student):
             nn.Module.to(model, device)
         self.sgd = torch.optim.SGD(self.teacher.parameters(), lr=1e-4, momentum=0.9)
         is_matrix = {name for name, parameter in self.student.named_parameters() if parameter.ndim > 1}
         self.optimizer: torch.optim.Optimizer = (
-            muon(self.student, student_args, is_matrix)
-            if student_args.optim == MUON
+            muon(self.student, student.args, is_matrix)
+            if student.args.optim == MUON
             else torch.optim.AdamW(self.student.parameters(), lr=1e-4)
         )
-        batch = student_args.per_device_train_batch_size
+        batch = student.args.per_device_train_batch_size
         self.teacher_images, self.student_images = (
-            torch.randn(batch, 3, model.image_size, model.image_size, device=device)
-            for model in (teacher_model, student_model)
+            torch.randn(batch, 3, run.model.image_size, run.model.image_size, device=device)
+            for run in (teacher, student)
         )
         self.labels = torch.randint(num_labels, (batch,), device=device)
         # SAM takes two gradients in a step.
-        self.teacher_passes, self.student_passes = (
-            2 if max(args.sam_rho) > 0 else 1 for args in (teacher_args, student_args)
-        )
+        self.teacher_passes, self.student_passes = (2 if max(run.args.sam_rho) > 0 else 1 for run in (teacher, student))
 
     def of_teacher(self) -> None:
         """A training step of the teacher."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from .adapters import has_adapter
+from .inputs import outputs_of
 
 if TYPE_CHECKING:
     from .trainer import LongTailTrainer
@@ -174,9 +175,11 @@ def features_of(trainer: "LongTailTrainer", images: Any) -> Iterable[tuple[torch
     model = trainer.model
     was_training = model.training
     model.eval()
-    # Not the evaluation loader: transformers would keep its workers for the next evaluation, of other images.
-    for batch in trainer.get_test_dataloader(images):
+
+    def tokens(pixel_values: torch.Tensor) -> torch.Tensor:
         with trainer.accelerator.autocast():
-            features = model(pixel_values=batch["pixel_values"].to(trainer.args.device)).token_features
-        yield trainer.accelerator.gather_for_metrics((features, batch["labels"].to(trainer.args.device)))
+            return model(pixel_values=pixel_values).token_features
+
+    # Not the evaluation loader: transformers would keep its workers for the next evaluation, of other images.
+    yield from outputs_of(tokens, trainer.get_test_dataloader(images), trainer)
     model.train(was_training)

@@ -14,15 +14,21 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from .console import duration, show
-from .data.images import Decoded, decode_all, open_image, under_several_labels, usable_cores
-from .data.loading import training_counts
-from .data.long_tail import class_counts
-from .data.sources.files import TEST_NAMES, TRAIN_NAMES, find_split
-from .io import one_line
-from .losses.class_weights import named_weights
-from .recipes import DataArguments, StudentArguments, TeacherArguments, fill_arguments
-from .recipes.fit import (
+from ..console import duration, show
+from ..data.images import Decoded, decode_all, open_image, under_several_labels, usable_cores
+from ..data.loading import training_counts
+from ..data.long_tail import class_counts
+from ..data.sources.files import TEST_NAMES, TRAIN_NAMES, find_split
+from ..io import one_line
+from ..losses.class_weights import named_weights
+from ..recipes import DataArguments, StudentArguments, field_names
+from ..recipes.usage import refuse_unknown
+from ..training.arguments import PRECISIONS
+from ..training.recipe import STUDENT, TEACHER, Recipe
+from ..training.schedule import low_peak
+from ..training.starting import FREE_SIZES, SIZES, check_start
+from ..training.trial import StepTimes, measure_steps
+from .fitted_recipe import (
     EVALUATIONS,
     LONGEST,
     SHORTEST,
@@ -35,12 +41,6 @@ from .recipes.fit import (
     sizes_for,
     with_given,
 )
-from .recipes.usage import refuse_unknown
-from .training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
-from .training.arguments import PRECISIONS
-from .training.schedule import low_peak
-from .training.starting import FREE_SIZES, SIZES, check_start
-from .training.trial import StepTimes, measure_steps
 
 RECIPE_FILE = "recipe.yaml"
 BASE = "image_folder"  # recipe that gives the fields of the data before the folder's own recipe exists
@@ -62,8 +62,6 @@ OF_BOTH = (
     "image_cache",
     "save_minutes",
 )
-STUDENT = (DataArguments, StudentArguments, DeiTLTTrainingArguments)
-TEACHER = (DataArguments, TeacherArguments, FlatTeacherTrainingArguments)
 
 
 def fit(
@@ -148,50 +146,32 @@ def _whole(choices: Sequence[Choice], section: str, name: str) -> int | None:
 def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[FittedRecipe], tuple[float, float]]:
     """Measures the steps of a recipe. Returns a function from the recipe to the seconds of teacher and student."""
     with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / RECIPE_FILE
-        path.write_text(fitted.text("trial"), encoding="utf-8")
         cached = {"image_cache": str(Path(place) / "images")} if fitted.value("student", "image_cache") else {}
-        options = {"output_dir": place, **cached}
-        student_model, student_args = section_arguments("student", str(path), options)
-        teacher_model, teacher_args = section_arguments(
-            "teacher", str(path), options | {"use_cpu": student_args.use_cpu}
-        )
-        num_images = len(folder.labels)
-        student_args.check_data(num_images)
-        teacher_args.check_data(num_images)
-        named_weights(student_args.class_weights, data["train"].features["label"].names)  # refuses unknown names
-        times: StepTimes = measure_steps(teacher_model, teacher_args, student_model, student_args, data)
+        options, recipe = {"output_dir": place, **cached}, Recipe("of the folder", fitted.sections())
+        student = recipe.student(**options)
+        teacher = recipe.teacher(**options, use_cpu=student.args.use_cpu)
+        named_weights(student.args.class_weights, data["train"].features["label"].names)  # refuses unknown names
+        times: StepTimes = measure_steps(teacher, student, data)
 
     def expected(recipe: FittedRecipe) -> tuple[float, float]:
-        return times.seconds(
-            num_images,
-            sum(folder.test_counts),
-            student_args.per_device_train_batch_size,  # the trial has steps of one micro-batch
-            recipe.teacher_epochs,
-            recipe.student_epochs,
-            EVALUATIONS + 1,
-            student_args.dataloader_num_workers,
-        )
+        num_images, epochs = len(folder.labels), (recipe.teacher_epochs, recipe.student_epochs)
+        return times.seconds(teacher, student, num_images, sum(folder.test_counts), epochs, more_evaluations=1)
 
     return expected
 
 
-def section_arguments(section: str, path: str, overrides: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Model and training arguments of a section of a recipe file, `teacher` or `student`."""
-    _, model, args = fill_arguments(section, STUDENT if section == "student" else TEACHER, path, overrides)
-    return model, args
-
-
 def given_choice(name: str, value: Any) -> Choice:
     """A value of the user as a choice, with the section that its field belongs to."""
+    if isinstance(value, tuple):
+        value = list(value)
     if not _takes_text(name):
         value = [_number(item) for item in value] if isinstance(value, list) else _number(value)
     if name == "teacher_epochs":
         return Choice("teacher", "num_train_epochs", value, "given")
     in_section = {
-        "data": _names((DataArguments,)),
-        "student": _names(STUDENT[1:]),
-        "teacher": _names(TEACHER[1:]),
+        "data": field_names([DataArguments]),
+        "student": field_names(STUDENT[1:]),
+        "teacher": field_names(TEACHER[1:]),
     }
     if name in ("output_dir", "overwrite", "data_dir", "resume_from_checkpoint"):
         raise ValueError(f"{name} is not a field here; use the folder, output and overwrite of this command.")
@@ -212,10 +192,6 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _names(classes: Sequence[type]) -> set[str]:
-    return {item.name for cls in classes for item in dataclasses.fields(cls) if item.init}
-
-
 def _takes_text(name: str) -> bool:
     """Whether a field takes a text, so that a number or a truth value on the command line is one."""
     hints = {name: hint for cls in (*STUDENT, *TEACHER) for name, hint in get_type_hints(cls).items()}
@@ -226,7 +202,7 @@ def _takes_text(name: str) -> bool:
 def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
     """Looks at a data set. Returns what a recipe depends on, and its splits."""
     fields = {choice.name: choice.value for choice in given if choice.section == "data"}
-    (args,) = fill_arguments("data", (DataArguments,), BASE, {"data_dir": str(source), **fields})
+    args = Recipe(BASE).data(**{"data_dir": str(source), **fields})
     splits = args.source()[1]
     if args.streaming:
         raise ValueError("a stream cannot be examined before a run; write a recipe for it, see docs/data.md.")

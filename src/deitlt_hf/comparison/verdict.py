@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
+from ..analysis.figures import draw_prices
+from ..analysis.report_page import PAGE, Picture, percent
 from ..data.long_tail import Groups, Integers, class_counts
 from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
 from ..evaluation.metrics import Estimate, paired_leads, points, with_intervals
 from ..io import atomic_write
-from .figures import draw_prices
-from .report_page import PAGE, Picture, percent
 
 ERROR = 0.05  # probability that any claim of the advice is wrong
 RESAMPLES = 2000  # the ends of the intervals of the claims are quantiles near 0.5 %

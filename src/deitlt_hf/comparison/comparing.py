@@ -15,27 +15,27 @@ import torch
 import yaml
 from transformers.utils import is_peft_available
 
-from .analysis.observe import predict
-from .analysis.pictures import require_matplotlib
-from .analysis.probing import probe
-from .analysis.report_page import PAGE
-from .analysis.verdict import Outcome, Verdict, judge, table, write_page
-from .console import duration, quiet_log, show
-from .data.images import ImageCollator
-from .data.long_tail import class_counts
-from .fitting import RECIPE_FILE, STUDENT, TEACHER, fit
-from .io import atomic_write, read_json, write_json
-from .quickstart import IMAGES_FOLDER, check_continues, check_places, recipe_title
-from .recipes import DataArguments, StudentArguments, fill_arguments, load_recipe
-from .recipes.fit import SMALL, FittedRecipe, adamw_rate, drw_start
-from .records import find_record
-from .serving.classifiers import load_model, load_processor
-from .training.output_folder import check_output_dir
-from .training.results import Results
-from .training.runs import distill, train_teacher
-from .training.starting import check_start, image_format_of, starting_student
-from .training.taught import TeacherAtChanceError
-from .training.tuning import LORA
+from ..analysis.observe import predict
+from ..analysis.pictures import require_matplotlib
+from ..analysis.probing import probe
+from ..analysis.report_page import PAGE
+from ..console import duration, quiet_log, show
+from ..data.images import ImageCollator
+from ..data.long_tail import class_counts
+from ..io import atomic_write, read_json, write_json
+from ..quickstart.fitted_recipe import SMALL, FittedRecipe, adamw_rate, drw_start
+from ..quickstart.fitting import RECIPE_FILE, fit
+from ..quickstart.folder_training import IMAGES_FOLDER, check_continues, check_places, recipe_title
+from ..recipes import DataArguments, StudentArguments, load_recipe
+from ..records import find_record
+from ..serving.classifiers import load_model, load_processor
+from ..training.output_folder import check_output_dir
+from ..training.recipe import Recipe
+from ..training.results import Results
+from ..training.starting import check_start, image_format_of, starting_student
+from ..training.taught import TeacherAtChanceError
+from ..training.tuning import LORA
+from .verdict import Outcome, Verdict, judge, table, write_page
 
 RECORD_FILE, RECIPES, SHARED_TEACHER, PROBE = "comparison.json", "recipes", "teacher", "probe"
 
@@ -251,7 +251,7 @@ def _run(output: Path) -> Verdict:
     """Trains what is not finished, and judges."""
     recipe, record = str(output / RECIPE_FILE), Prices(output / RECORD_FILE)
     arms = {name: arm for name, arm in ARMS.items() if (output / RECIPES / f"{name}.yaml").is_file()}
-    (data_args,) = fill_arguments("data", (DataArguments,), recipe, {})
+    data_args = Recipe.load(recipe).data()
     data = data_args.load()
     if len(arms) < 2:
         raise ValueError(f"{output / RECIPES} has fewer than two recipes; pass --overwrite.")
@@ -279,12 +279,9 @@ def _train(recipe: str, section: str, folder: Path, record: "Prices") -> None:
     if Results(folder).finished_steps() is not None:
         return
     print(f"\nTraining {folder.name}.", flush=True)
-    options = {"output_dir": str(folder), "resume_from_checkpoint": "auto"}
+    make = Recipe.load(recipe).teacher if section == "teacher" else Recipe.load(recipe).student
     with record.measured(folder.name):
-        if section == "teacher":
-            train_teacher(*fill_arguments(section, TEACHER, recipe, options))
-        else:
-            distill(recipe, *fill_arguments(section, STUDENT, recipe, options))
+        make(output_dir=str(folder), resume_from_checkpoint="auto").train()
 
 
 def _predictions(folder: Path, data: Mapping) -> list[int]:

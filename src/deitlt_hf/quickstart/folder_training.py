@@ -12,18 +12,18 @@ import numpy as np
 import torch
 import yaml
 
-from .analysis.reporting import AnalysisArguments, report
-from .console import quiet_log
-from .data.loading import training_counts
-from .evaluation.metrics import paired_leads, points
-from .evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
-from .fitting import RECIPE_FILE, STUDENT, TEACHER, fit, given_choice
-from .io import check_can_be_folder, read_text
-from .recipes import DataArguments, fill_arguments, load_recipe
-from .recipes.fit import Choice
-from .training import DeiTLTTrainer
-from .training.runs import distill, train_teacher
-from .training.taught import TeacherAtChanceError
+from ..analysis.reporting import AnalysisArguments, report
+from ..console import quiet_log
+from ..data.loading import training_counts
+from ..evaluation.metrics import paired_leads, points
+from ..evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
+from ..io import check_can_be_folder, read_text
+from ..recipes import DataArguments, load_recipe
+from ..training import DeiTLTTrainer
+from ..training.recipe import Recipe
+from ..training.taught import TeacherAtChanceError
+from .fitted_recipe import Choice
+from .fitting import RECIPE_FILE, fit, given_choice
 
 IMAGES_FOLDER = "images"  # of reduced copies
 
@@ -78,18 +78,17 @@ def train(
     overrides: dict[str, Any] = {"output_dir": str(output / "student"), "overwrite": overwrite}
     if not overwrite:
         overrides["resume_from_checkpoint"] = "auto"
-    data_args, model_args, args = fill_arguments("student", STUDENT, str(path), overrides)
-    if overwrite and args.needs_teacher:  # `distill` would find the teacher of the replaced recipe
-        of_teacher = overrides | {"output_dir": str(output / "teacher")}
-        train_teacher(*fill_arguments("teacher", TEACHER, str(path), of_teacher))
+    recipe = Recipe.load(str(path))
+    student = recipe.student(**overrides)
+    if overwrite and student.args.needs_teacher:  # the student would find the teacher of the replaced recipe
+        recipe.teacher(**overrides | {"output_dir": str(output / "teacher")}).train()
     try:
-        trainer = distill(str(path), data_args, model_args, args)
+        trainer = student.train()
     except TeacherAtChanceError as error:
         print(f"Note: {error} Therefore the student learns from the labels only.\n", flush=True)
-        parts = fill_arguments("student", STUDENT, str(path), overrides | {"distillation": "none"})
-        trainer = distill(str(path), *parts)
+        trainer = recipe.student(**overrides, distillation="none").train()
     if trainer.is_world_process_zero():
-        conclude(trainer, output, path, data_args)
+        conclude(trainer, output, path, student.data)
     return trainer
 
 
@@ -147,9 +146,8 @@ def recipe_title(source: Path, minutes: float | None) -> str:
 
 def _is_in(sections: Mapping[str, Mapping], choice: Choice) -> bool:
     """Whether a recipe has the value of a choice."""
-    value = list(choice.value) if isinstance(choice.value, tuple) else choice.value
     section = "student" if choice.section == "both" else choice.section
-    return choice.name in sections[section] and sections[section][choice.name] == value
+    return choice.name in sections[section] and sections[section][choice.name] == choice.value
 
 
 def conclude(trainer: DeiTLTTrainer, output: Path, recipe: Path, data_args: DataArguments) -> None:
