@@ -17,7 +17,7 @@ from ..data.sources.files import is_image
 from ..evaluation.accuracy import COLOURS
 from ..io import check_link
 from .handler import read_image
-from .prediction import load_classifier
+from .prediction import load_handler
 
 if TYPE_CHECKING:
     import gradio
@@ -128,7 +128,7 @@ class Explanation:
     def __init__(self, model: str | PathLike):
         from jinja2 import Environment
 
-        self._handler = load_classifier(model)
+        self._handler = load_handler(model)
         self.has_experts = self._check_model(model)
         self._most_frequent = max(filter(None, self._handler.training_images), default=None)
         page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
