@@ -35,11 +35,12 @@ from .recipes.fit import (
     sizes_for,
     with_given,
 )
+from .recipes.parsing import field_names
 from .recipes.usage import refuse_unknown
 from .training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from .training.arguments import PRECISIONS
 from .training.schedule import low_peak
-from .training.starting import FREE_SIZES, SIZES, check_start
+from .training.starting import FIXED_SIZE_FIELDS, FREE_SIZE_FIELDS, check_start
 from .training.trial import StepTimes, measure_steps
 
 RECIPE_FILE = "recipe.yaml"
@@ -189,9 +190,9 @@ def given_choice(name: str, value: Any) -> Choice:
     if name == "teacher_epochs":
         return Choice("teacher", "num_train_epochs", value, "given")
     in_section = {
-        "data": _names((DataArguments,)),
-        "student": _names(STUDENT[1:]),
-        "teacher": _names(TEACHER[1:]),
+        "data": field_names((DataArguments,)),
+        "student": field_names(STUDENT[1:]),
+        "teacher": field_names(TEACHER[1:]),
     }
     if name in ("output_dir", "overwrite", "data_dir", "resume_from_checkpoint"):
         raise ValueError(f"{name} is not a field here; use the folder, output and overwrite of this command.")
@@ -210,10 +211,6 @@ def _number(value: Any) -> Any:
             plain = json.loads(value)
             return plain if isinstance(plain, int | float) else value
     return value
-
-
-def _names(classes: Sequence[type]) -> set[str]:
-    return {item.name for cls in classes for item in dataclasses.fields(cls) if item.init}
 
 
 def _takes_text(name: str) -> bool:
@@ -291,7 +288,7 @@ def _sizes_of_start(given: Sequence[Choice]) -> list[Choice]:
     if start is None:
         return []
     config = check_start(StudentArguments(init_from=start), values).config
-    return [Choice("student", name, config[name], f"as {start}") for name in (*SIZES, *FREE_SIZES)]
+    return [Choice("student", name, config[name], f"as {start}") for name in (*FIXED_SIZE_FIELDS, *FREE_SIZE_FIELDS)]
 
 
 def _sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:

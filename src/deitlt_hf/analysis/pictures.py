@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..recipes import DataArguments, StudentArguments, TeacherArguments, load_recipe, parse_arguments
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.inputs import label_names
-from .figures import GROUP_COLOURS, draw_images
+from .figures import draw_counts, draw_images, literal
 
 COLUMNS = 8
 
@@ -64,29 +63,10 @@ def require_matplotlib() -> None:
 def _draw_classes(train, groups, title: str, file: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = train.features["label"].names
-    counts = training_counts(train)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    position = 0
-    for colour, (group, members) in zip(GROUP_COLOURS, groups.items(), strict=False):
-        if len(members) == 0:
-            continue
-        places = np.arange(position, position + len(members))
-        label = f"{group}: {len(members):,} classes, {counts[members].sum():,} images"
-        # With thousands of classes, bars would be thinner than a pixel, so the counts are drawn as an area.
-        step = np.append(counts[members], counts[members][-1])
-        axes.fill_between(np.append(places, places[-1] + 1) - 0.5, step, step="post", color=colour, label=label)
-        position += len(members)
-    order = np.concatenate(list(groups.values()))
-    if len(names) <= 20:
-        axes.set_xticks(range(len(names)), [names[label] for label in order], rotation=45, ha="right")
-    axes.set(xlabel="classes, sorted by count", ylabel="training images", title=f"{title} ({groups.rule})")
-    axes.set_xlim(-0.5, len(names) - 0.5)
-    if counts.max() > 10 * counts.min():
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=max(0.8 * counts.min(), 0.5))
-    axes.legend(frameon=False)
+    draw_counts(axes, training_counts(train), groups, train.features["label"].names)
+    axes.set_title(literal(f"{title} ({groups.rule})"))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 

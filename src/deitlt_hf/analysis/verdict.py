@@ -11,11 +11,12 @@ import numpy as np
 from jinja2 import Environment
 
 from ..data.long_tail import Groups, Integers, class_counts
-from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
+from ..evaluation.accuracy import group_accuracies, number_of_classes
+from ..evaluation.expert_table import ExpertTable, percent
 from ..evaluation.metrics import Estimate, paired_leads, points, with_intervals
 from ..io import atomic_write
 from .figures import draw_prices
-from .report_page import PAGE, Picture, percent
+from .report_page import PAGE, Picture
 
 ERROR = 0.05  # probability that any claim of the advice is wrong
 RESAMPLES = 2000  # the ends of the intervals of the claims are quantiles near 0.5 %

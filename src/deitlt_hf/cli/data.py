@@ -13,7 +13,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import fields
 
 from ..console import quiet_log
 from ..losses.class_weights import named_weights
@@ -25,6 +24,7 @@ from ..recipes import (
     load_recipe,
     parse_arguments,
 )
+from ..recipes.parsing import field_names
 from ..training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from ..training.schedule import low_peak
 from .json_output import check_file
@@ -57,9 +57,9 @@ def check(argv: list[str], deep: bool, counts_file: str | None) -> int:
     from ..data.check import check_data, class_table
     from ..data.loading import training_counts
 
-    of_training = _names(STUDENT) | _names(TEACHER)
+    of_training = field_names((*STUDENT, *TEACHER)) - field_names((DataArguments,))
     # Fields of training are left out here: training_problems checks them. The data refuse unknown fields.
-    name, arguments = parse_arguments("data", (DataArguments,), _without(of_training - _names((DataArguments,)), argv))
+    name, arguments = parse_arguments("data", (DataArguments,), _without(of_training, argv))
     file = None if counts_file is None else check_file("--counts", counts_file)
     kind, source = arguments.source()
     data = arguments.load(source)
@@ -94,7 +94,7 @@ def training_problems(recipe: str, argv: Sequence[str], num_images: int, class_n
     for section, command, classes in (("teacher", "train-teacher", TEACHER), ("student", "distill", STUDENT)):
         if not sections[section]:
             continue
-        others = (_names(STUDENT) | _names(TEACHER)) - _names(classes)
+        others = (field_names(STUDENT) | field_names(TEACHER)) - field_names(classes)
         found = dict.fromkeys(_refusals(section, classes, _without(others, argv), num_images, class_names))
         yield from (f"deitlt {command}: {problem}" for problem in found)
 
@@ -102,7 +102,7 @@ def training_problems(recipe: str, argv: Sequence[str], num_images: int, class_n
 def training_notes(recipe: str, argv: Sequence[str]) -> Iterator[str]:
     """Yields notes on valid settings with which the student of a recipe would hardly learn."""
     if load_recipe(recipe)["student"]:
-        argv = _without(_names(TEACHER) - _names(STUDENT), argv)
+        argv = _without(field_names(TEACHER) - field_names(STUDENT), argv)
         with contextlib.suppress(ValueError):  # training_problems reports these errors
             _, _, student, args = parse_arguments("student", STUDENT, [*argv, "--use_cpu", "true"])
             if note := low_peak(args.learning_rate, student.init_from):
@@ -125,10 +125,6 @@ def _refusals(
             yield str(error)
         # check_data checks the rounds of repeated augmentation first; without them, a second call finds other errors.
         args.repeated_augmentation = 1
-
-
-def _names(classes: Sequence[type]) -> set[str]:
-    return {item.name for cls in classes for item in fields(cls) if item.init}
 
 
 def _without(names: Collection[str], argv: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from ..data.long_tail import class_counts, shot_groups
 from ..io import atomic_write
 
 # Sides of training images from which to choose: on a CPU, and on a GPU.
-SIZES = {False: (64, 48, 32), True: (224, 160, 128, 96, 64)}
+TRAIN_SIDES = {False: (64, 48, 32), True: (224, 160, 128, 96, 64)}
 # Changes for other losses of the teacher, which weight the classes themselves.
 OTHER_LOSSES: dict[str, Any] = {
     "paco": {"drw_start_epoch": None, "learning_rate": 0.05},
@@ -172,8 +172,8 @@ def sizes_for(folder: Folder, machine: Machine, wanted: int | None = None) -> li
     side = int(np.median(folder.shorter_sides))
     if side <= SMALL:
         return [max(side // 4 * 4, 8)]
-    sizes = [size for size in SIZES[machine.has_gpu] if size <= side * 1.5]
-    return sizes or [SIZES[machine.has_gpu][-1]]
+    sizes = [size for size in TRAIN_SIDES[machine.has_gpu] if size <= side * 1.5]
+    return sizes or [TRAIN_SIDES[machine.has_gpu][-1]]
 
 
 def standard_epochs(num_images: int) -> tuple[int, int]:

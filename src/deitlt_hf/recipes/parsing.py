@@ -128,7 +128,7 @@ def fill_arguments(section: str, classes: Sequence[type], recipe: str, overrides
         ValueError: As [`parse_arguments`].
     """
     parser, listed_by = _parser(classes), _LISTED_BY[section]
-    refuse_unknown(overrides, _field_names(classes), "the overrides", listed_by=listed_by)
+    refuse_unknown(overrides, field_names(classes), "the overrides", listed_by=listed_by)
     given = {name: _read_value(value, parser, name, "the overrides") for name, value in overrides.items()}
     return tuple(_fill(parser, section, classes, recipe, given, listed_by))
 
@@ -145,7 +145,8 @@ def _parser(classes: Sequence[type], description: str | None = None) -> _RecipeP
     return parser
 
 
-def _field_names(classes: Iterable[type]) -> set[str]:
+def field_names(classes: Iterable[type]) -> set[str]:
+    """Names of the options of dataclasses: the fields that their constructors take."""
     return {field.name for cls in classes for field in fields(cls) if field.init}
 
 
@@ -170,7 +171,7 @@ def _fill(
         if name in changed or name in values:
             raise ValueError(f"{name} has no effect here; it is for scripts that read it themselves. Leave it out.")
     values |= given
-    filled = [cls(**{name: values[name] for name in _field_names([cls]) & values.keys()}) for cls in classes]
+    filled = [cls(**{name: values[name] for name in field_names([cls]) & values.keys()}) for cls in classes]
     for arguments in filled:
         if hasattr(arguments, "method_settings"):
             arguments.recipe = {"name": Path(recipe).name, "overrides": _deciding(changed, filled)}
@@ -187,7 +188,7 @@ def _recipe_values(
     partly: bool,
 ) -> dict[str, Any]:
     """The values of a recipe for a section, as its fields take them, and the default output folder."""
-    recipe, known = load_recipe(name), _field_names(classes)
+    recipe, known = load_recipe(name), field_names(classes)
     own = {key: value for key, value in recipe[section].items() if key in known or not partly}
     if section == "pretraining":
         own = {key: value for key, value in recipe["student"].items() if key in _OF_PRETRAINING} | own

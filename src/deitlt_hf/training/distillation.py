@@ -20,7 +20,7 @@ from ..models.trunks import student_with_weights_of
 from .adapters import inside_wrapper
 from .inputs import check_streaming
 from .optimizers import MUON, muon
-from .plan_lines import drw_start
+from .plan_lines import drw_start_text
 from .schedule import value_in_phase
 from .student_arguments import DeiTLTTrainingArguments
 from .taught import TaughtTrainer
@@ -187,7 +187,7 @@ class DeiTLTTrainer(TaughtTrainer):
             phases = f"one, {mixing}, no re-weighting"
         else:
             after = mixing if args.mixing_in_drw else "no mixing"
-            phases = f"to epoch {drw_start(self)}: {mixing}; from there: re-weighted, {after}"
+            phases = f"to epoch {drw_start_text(self)}: {mixing}; from there: re-weighted, {after}"
         lines = {"phases": phases}
         if args.train_sizes:
             lines["image sizes"] = f"{in_phases(args.train_sizes, args.train_size_epochs)} (px, training only)"

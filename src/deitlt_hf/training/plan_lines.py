@@ -78,7 +78,7 @@ def _step_lines(args, epochs: float, steps_per_epoch: int, total_steps: int) -> 
     }
 
 
-def drw_start(trainer) -> str:
+def drw_start_text(trainer) -> str:
     """Start epoch of deferred re-weighting, with a note if `max_steps` ends the run earlier."""
     start, steps = trainer.args.drw_start_epoch, trainer.args.max_steps
     is_cut_off = 0 < steps <= start * trainer.steps_per_epoch()

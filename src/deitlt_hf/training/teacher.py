@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..losses import TEACHER_LOSSES
 from .momentum_encoder import MomentumContrast
-from .plan_lines import drw_start
+from .plan_lines import drw_start_text
 from .schedule import warmup_drops
 from .teacher_arguments import FlatTeacherTrainingArguments
 from .trainer import LongTailTrainer
@@ -140,7 +140,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         args = self.args
         lines = {"loss": args.teacher_loss}
         if args.drw_start_epoch is not None:
-            lines["phases"] = f"re-weighted from epoch {drw_start(self)}"
+            lines["phases"] = f"re-weighted from epoch {drw_start_text(self)}"
         return lines
 
 
