@@ -17,7 +17,7 @@ from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherCon
 from deitlt_hf.cli.export import main
 from deitlt_hf.cli.predict import main as predict
 from deitlt_hf.data import image_processor
-from deitlt_hf.io import weights_digest
+from deitlt_hf.model_folder import weights_digest
 from deitlt_hf.serving.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
 from deitlt_hf.serving.prediction import load_handler
 from helpers import make_student

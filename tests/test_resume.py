@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from deitlt_hf.data import load_long_tailed
 from deitlt_hf.data.loading import images_hash
-from deitlt_hf.io import file_sha256, weights_digest
+from deitlt_hf.io import file_sha256
+from deitlt_hf.model_folder import weights_digest
 from deitlt_hf.records import read_record
 from deitlt_hf.training import resuming
 from deitlt_hf.training.run_log import read_log

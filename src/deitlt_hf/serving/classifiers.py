@@ -15,7 +15,7 @@ from ..io import one_line
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..models.weight_files import check_model_files
+from ..models.safe_loading import check_model_files
 from .handler import is_hub_id, load_native, native_config
 
 # Architecture names of a student: the name that is saved, and the name of the package's class.

@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 
 from ..data.sources.files import is_image
 from ..evaluation.expert_table import COLOURS, percent
-from ..io import check_link
+from ..model_folder import check_link
 from .handler import read_image
 from .prediction import load_handler
 

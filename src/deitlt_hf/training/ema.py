@@ -6,11 +6,11 @@ from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..model_folder import EMA_FOLDER
 from .adapters import merged
 from .checkpoints import replace_model
 
 EMA_FILE = "ema.safetensors"
-EMA_FOLDER = "ema"
 
 
 class MovingAverage(TrainerCallback):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from ..io import one_line, weights_digest, write_json
+from ..io import one_line, write_json
+from ..model_folder import weights_digest
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
 from .inputs import label_names
 from .output_folder import EMISSIONS_FILE

@@ -13,9 +13,8 @@ from transformers import ProgressCallback, TrainerCallback
 
 from ..data.images import usable_cores
 from ..io import atomic_write
+from ..model_folder import CURVES_FILE, LOG_FILE
 
-LOG_FILE = "log.jsonl"
-CURVES_FILE = "training_curves.png"
 ESTIMATE_AFTER = 5  # steps, not counting the first one, which starts workers and fills caches
 ESTIMATE_SECONDS = 2.0
 WAITING_STEPS, WAITING_SECONDS, WAITING_SHARE = 20, 20.0, 0.5  # for a note that training waits for images

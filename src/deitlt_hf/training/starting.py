@@ -18,12 +18,12 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import ADAPTER_CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from ..data.transforms import ImageFormat
-from ..io import weight_files
+from ..model_folder import weight_files
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
+from ..models.safe_loading import read_checkpoint, strip_wrappers
 from ..models.trunks import TIMM_TYPE, Trunk, check_type, student_of, trunk_of, vit_of_file
-from ..models.weight_files import read_checkpoint, strip_wrappers
 from ..original import load_original_student
 from ..recipes import StudentArguments
 from ..serving.classifiers import check_weights, loading, read_model_config

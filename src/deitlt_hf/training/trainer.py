@@ -36,10 +36,11 @@ from ..evaluation import ExpertTable
 from ..hub.cards import write_card
 from ..hub.pushing import prepare_repository
 from ..losses.class_weights import named_weights
+from ..model_folder import EMA_FOLDER
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import HOW_TO_RESUME
-from .ema import EMA_FOLDER, MovingAverage, save_average
+from .ema import MovingAverage, save_average
 from .experts import check_best_metric, converted, expert_columns, expert_metrics_added
 from .inherited import check_parameters
 from .inputs import as_images, common_classes, ignoring_stop_signals, name_classes

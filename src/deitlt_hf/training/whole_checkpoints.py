@@ -17,10 +17,10 @@ from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STA
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io import one_line
+from ..model_folder import STAGING
 from .adapters import ADAPTER_FOLDER, has_adapter, inside_wrapper, load_adapter, merged, save_adapter
 from .arguments import LongTailTrainingArguments
 from .checkpoints import (
-    STAGING,
     begin_checkpoint,
     finish_checkpoint,
     remove_old_checkpoints,
