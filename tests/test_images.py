@@ -123,6 +123,17 @@ def test_files_that_cannot_be_decoded_are_named(tmp_path, data, message):
         decode(data)
 
 
+def test_a_missing_decoder_is_not_reported_as_a_bad_image(monkeypatch):
+    """torchvision without its JPEG decoder raises this; no image is to be repaired or skipped for it."""
+
+    def missing(*_):
+        raise NotImplementedError("no operator image::decode_jpeg")
+
+    monkeypatch.setattr(images, "decode_jpeg", missing)
+    with pytest.raises(NotImplementedError, match="decode_jpeg"):
+        decode(encoded(picture(8, 8), "JPEG"))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True, "quality": 60}], ids=["baseline", "progressive"])
 def test_jpegs_are_decoded_alike_without_torchvision(monkeypatch, mode, options):

@@ -126,10 +126,16 @@ class EncodedImage:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turns any exception of a decoder into one sentence that names the image."""
+        """Turns an exception of a decoder into one sentence that names the image.
+
+        Mistakes in code and incomplete installations, such as a torchvision without its JPEG decoder, pass unchanged:
+        they are not the image's fault.
+        """
         try:
             yield
-        except Exception as error:
+        except (ImportError, NameError, NotImplementedError):
+            raise
+        except Exception as error:  # Pillow's readers raise SyntaxError, TypeError, struct.error and others, too
             what = (getattr(error, "strerror", None) or str(error)).strip().rstrip(".") or type(error).__name__
             if "decode_jpeg" in what:
                 what = what.split(", ")[-1]

@@ -363,6 +363,7 @@ def _one_sentence(repo_id: str) -> Iterator[None]:
     """
     try:
         yield
+    # ValueError: huggingface_hub raises it for answers that it cannot use (its `lfs.py`), json for a proxy's page.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         cause: BaseException = error
         # huggingface_hub wraps the cause in a RuntimeError, "Error while uploading ...".

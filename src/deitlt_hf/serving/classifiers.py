@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -111,11 +112,14 @@ def loading(path: str, kind: str = "an image classifier") -> Iterator[None]:
     Raises:
         OSError: If a file is missing, or cannot be downloaded.
         ValueError: If the model cannot be loaded.
+        torch.OutOfMemoryError: If it does not fit into the memory of the device.
     """
     try:
         yield
     except OSError as error:
         raise _readable(path, error) from error
+    except torch.OutOfMemoryError:  # of a GPU that other programs use, for example: the model is not damaged
+        raise
     except Exception as error:  # configuration fields of a wrong type can raise any exception
         unknown = "its config.json has the unknown value " * isinstance(error, KeyError)
         raise ValueError(f"{path} cannot be loaded as {kind}: {unknown}{one_line(error).rstrip('.')}.") from error

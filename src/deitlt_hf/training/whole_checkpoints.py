@@ -217,6 +217,10 @@ class WholeCheckpointTrainer(Trainer):
                 self._load_state_of_shards(checkpoint)
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
+        except torch.OutOfMemoryError:  # the state may still be of this run
+            raise
+        # What torch raises for other parameters (ValueError, KeyError), shapes (RuntimeError) and other content, such
+        # as a number in place of a group or of a tensor (TypeError, AttributeError).
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"the state of the optimiser or of the schedule in {checkpoint} is not of this run: {one_line(error)}."
