@@ -20,7 +20,7 @@ from deitlt_hf.console import duration
 from deitlt_hf.fitting import section_arguments
 from deitlt_hf.quickstart import check_continues, comparison, recipe_title
 from deitlt_hf.recipes import load_recipe
-from deitlt_hf.recipes.fit import Choice, Folder, Machine, fit_recipe, sizes_for, standard_epochs, with_given
+from deitlt_hf.recipes.fit import Choice, FolderFacts, Machine, fit_recipe, sizes_for, standard_epochs, with_given
 from deitlt_hf.training.trial import StepTimes
 from helpers import encoded, picture
 
@@ -286,7 +286,7 @@ def test_several_processes_need_a_recipe_first(photos, tmp_path, monkeypatch):
 # ---- The choice ----
 
 
-def folder(num_images: int, side: int, **changed) -> Folder:
+def folder(num_images: int, side: int, **changed) -> FolderFacts:
     facts = {
         "labels": [row % 4 for row in range(num_images)],
         "num_classes": 4,
@@ -295,7 +295,7 @@ def folder(num_images: int, side: int, **changed) -> Folder:
         "shorter_sides": [side],
         "longer_sides": [2 * side],
     }
-    return Folder(**facts | changed)
+    return FolderFacts(**facts | changed)
 
 
 @pytest.mark.parametrize(

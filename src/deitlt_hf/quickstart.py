@@ -17,7 +17,7 @@ from .console import quiet_log
 from .data.loading import training_counts
 from .evaluation.metrics import paired_leads, points
 from .evaluation.prediction_files import CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE, write_predictions
-from .fitting import RECIPE_FILE, STUDENT, TEACHER, fit, given_choice
+from .fitting import RECIPE_FILE, STUDENT, TEACHER, fit, given_choice, print_plan
 from .io import check_can_be_folder, read_text
 from .recipes import DataArguments, fill_arguments, load_recipe
 from .recipes.fit import Choice
@@ -71,6 +71,7 @@ def train(
         check_continues(path, source, minutes, given)
     else:
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER))
+        print_plan(fitted)
         if dry_run:
             return None
         fitted.write(path, recipe_title(source, minutes))

@@ -128,7 +128,7 @@ def write_page(
         outcomes: What was compared.
         groups: Class indices of each group.
         tested: Test images overall and of each group.
-        facts: What the page says of data and machine: `name`, `images`, `classes`, `unit` (of the price), `notes`.
+        facts: What the page says of data and machine: `name`, `images`, `unit` (of the price), `notes`.
         output: Folder of the page.
     """
     from matplotlib.figure import Figure

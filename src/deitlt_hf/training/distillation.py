@@ -67,8 +67,8 @@ class DeiTLTTrainer(TaughtTrainer):
 
     def check_model(self, model):
         super().check_model(model)
-        if self._datasets[0] is not None:
-            check_student(model, self.args, self._datasets[0])
+        if self.given_train is not None:
+            check_student(model, self.args, self.given_train)
 
     def check_accelerator(self):
         super().check_accelerator()
@@ -82,13 +82,13 @@ class DeiTLTTrainer(TaughtTrainer):
 
     def set_up_model(self, model):
         super().set_up_model(model)
-        if self._datasets[0] is not None:
+        if self.given_train is not None:
             self.model = self.model_wrapped = freeze(model, self.args.tune, self.args.lora_rank)  # type: ignore[assignment]
 
     def begin_record(self):
         super().begin_record()
         if self.args.starts_heads_at_means and self.beginning.checkpoint is None:
-            begin_heads(self.model, features_of(self, self._datasets[0]))
+            begin_heads(self.model, features_of(self, self.given_train))
 
     def make_losses(self):
         super().make_losses()

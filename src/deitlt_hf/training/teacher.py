@@ -49,15 +49,15 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def check_model(self, model):
         super().check_model(model)
-        if self._datasets[0] is not None:
+        if self.given_train is not None:
             _check_heads(self.args.teacher_loss, model.config)
 
     def set_up_model(self, model):
         super().set_up_model(model)
         args = self.args
-        if self._datasets[0] is not None and args.loss.logit_scale is not None:
+        if self.given_train is not None and args.loss.logit_scale is not None:
             model.config.logit_scale = getattr(args, args.loss.logit_scale)
-        if self._datasets[0] is not None and args.loss.contrast:
+        if self.given_train is not None and args.loss.contrast:
             self.contrast = MomentumContrast(model.to(args.device), args.paco_queue, args.paco_momentum)
 
     def train_views(self, args, processor):
