@@ -33,6 +33,11 @@ def draw_data(argv: Sequence[str], folder: str | Path) -> list[Path]:
 
     Returns:
         Paths of the two files.
+
+    Raises:
+        FileExistsError: If `folder` is a file.
+        ValueError: If matplotlib is not installed, or data and arguments do not fit.
+        SystemExit: If the command line cannot be parsed.
     """
     require_matplotlib()
     folder = Path(folder).expanduser()

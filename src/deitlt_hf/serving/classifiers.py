@@ -24,7 +24,16 @@ STUDENTS = ("DeiTForImageClassificationWithTeacher", "DeiTLTForImageClassificati
 
 
 def load_model(path: str) -> PreTrainedModel:
-    """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does."""
+    """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does.
+
+    Args:
+        path: Folder of the model, or its Hub id.
+
+    Raises:
+        FileNotFoundError: If the path is local and has no model.
+        OSError: If the model cannot be downloaded.
+        ValueError: If a file is corrupt, or holds no image classifier.
+    """
     config = read_model_config(path)
     if not any(name in STUDENTS for name in config.get("architectures") or []):
         return load_classifier(path, config)
@@ -35,7 +44,14 @@ def load_model(path: str) -> PreTrainedModel:
 def load_classifier(path: str, config: dict[str, Any] | None = None) -> PreTrainedModel:
     """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm.
 
-    `config` is the content of its `config.json`, if it has been read and checked.
+    Args:
+        path: Folder of the model, or its Hub id.
+        config: The content of its `config.json`, if it has been read and checked.
+
+    Raises:
+        FileNotFoundError: If the path is local and has no model.
+        OSError: If the model cannot be downloaded.
+        ValueError: If a file is corrupt, or holds no image classifier.
     """
     is_flat_teacher = (config or read_model_config(path)).get("model_type") == FlatTeacherConfig.model_type
     with loading(path):
@@ -98,7 +114,13 @@ def check_weights(path: str, info: Mapping[str, Any], kind: str, new: tuple[str,
 
 
 def load_processor(path: str) -> BaseImageProcessor:
-    """Loads the image processor of a model folder or Hub repository."""
+    """Loads the image processor of a model folder or Hub repository.
+
+    Raises:
+        FileNotFoundError: If the folder has no configuration, or a file of its weights is missing.
+        OSError: If there is no image processor, or it cannot be downloaded.
+        ValueError: If a file of the folder is corrupt.
+    """
     if Path(path).is_dir():
         check_model_files(path)
     with loading(path):
