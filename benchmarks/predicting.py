@@ -81,9 +81,9 @@ class Predict:
         from accelerate import PartialState
 
         from deitlt_hf.cli.predict import default_workers
-        from deitlt_hf.serving.prediction import load_classifier
+        from deitlt_hf.serving.prediction import load_handler
 
-        self.classifier, self.batch_size = load_classifier(model), batch_size
+        self.classifier, self.batch_size = load_handler(model), batch_size
         self.workers = default_workers(PartialState())
 
     def __call__(self, paths: list[str]) -> tuple[list[str], np.ndarray]:

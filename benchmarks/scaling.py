@@ -42,7 +42,7 @@ from deitlt_hf import (
 )
 from deitlt_hf.analysis.model_cost import counted_flops
 from deitlt_hf.data import load_long_tailed
-from deitlt_hf.evaluation.accuracy import COLOURS
+from deitlt_hf.evaluation.expert_table import COLOURS
 from deitlt_hf.losses import DistillationLoss, effective_number_weights
 
 RECORD = RESULTS / "scaling.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from deitlt_hf.io import weights_digest
+from deitlt_hf.model_folder import weights_digest
 from deitlt_hf.records import read_record
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from deitlt_hf import DeiTLTTrainer, DeiTLTTrainingArguments
+from deitlt_hf.model_folder import STAGING
 from deitlt_hf.training.checkpoints import (
     MANIFEST,
-    STAGING,
     begin_checkpoint,
     checkpoints_in,
     find_corruption,

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from deitlt_hf.cli import COMMANDS, main
+from deitlt_hf.cli.errors import command_line_errors
 from deitlt_hf.cli.required import REQUIRED, check_options
 from deitlt_hf.original.layouts import student_to_original
-from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, command_line_errors, parse_arguments
+from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from helpers import TINY, make_student
 

@@ -134,10 +134,10 @@ def test_a_killed_part_makes_the_price_a_lower_bound(tmp_path):
     file.write_text(
         json.dumps({"name": "photos", "arms": {"cnn": {"seconds": 5.0, "is_least": False, "is_running": True}}})
     )
-    prices = comparing.Prices(file)
+    prices = comparing.ComparisonRecord(file)
     with pytest.raises(ValueError, match="an error"), prices.measured("cnn"):
         raise ValueError("an error")
-    outcome = comparing.Prices(file).outcome("cnn", comparing.ARMS["cnn"], [0])
+    outcome = comparing.ComparisonRecord(file).outcome("cnn", comparing.ARMS["cnn"], [0])
     assert outcome.price.startswith("at least 5")
 
 
@@ -181,7 +181,7 @@ def test_a_start_is_probed_and_gives_the_student_its_sizes(colours, tmp_path, mo
     )
     lora = load_recipe(str(tmp_path / "out" / "recipes" / "lora.yaml"))["student"]
     assert (lora["tune"], lora["init_from"], lora["distillation"]) == ("lora", start["init_from"], "none")
-    record = comparing.Prices(tmp_path / "out" / "comparison.json")
+    record = comparing.ComparisonRecord(tmp_path / "out" / "comparison.json")
     assert record.content["arms"]["probe"]["seconds"] > 0
 
 

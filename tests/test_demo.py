@@ -21,7 +21,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 from deitlt_hf.cli.demo import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.serving.handler import EndpointHandler
-from deitlt_hf.serving.web_demo import Explanation, attention_over, build_demo, model_view, percent
+from deitlt_hf.serving.web_demo import Explanation, attention_over, build_demo, model_view, with_sign
 from helpers import CHROMIUM, make_student
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -122,15 +122,15 @@ def test_an_uploaded_image_shows_the_handlers_answer(page, model_folder, tmp_pat
     (answer,) = EndpointHandler(model_folder)({"inputs": draw(1)})
     best = answer["predictions"][0]
     assert shown_table(page) == [
-        [row["label"], *(percent(row[key]) for key in ("cls_score", "distillation_score", "score"))]
+        [row["label"], *(with_sign(row[key]) for key in ("cls_score", "distillation_score", "score"))]
         for row in answer["predictions"]
     ]
     text = page.locator(".experts").inner_text()
-    assert text.startswith(f"{best['label']} {percent(best['score'])}")
+    assert text.startswith(f"{best['label']} {with_sign(best['score'])}")
     assert f"{best['group'].capitalize()} class: {best['training_images']:,} training image" in text
-    assert f"{percent(best['training_images'] / 1200)} of the most frequent class's 1,200" in text
+    assert f"{with_sign(best['training_images'] / 1200)} of the most frequent class's 1,200" in text
     for expert, name in (("cls", "CLS"), ("distillation", "DIST")):
-        said = rf"{name} says\s+{re.escape(answer[expert]['label'])}\s+{percent(answer[expert]['score'])} sure"
+        said = rf"{name} says\s+{re.escape(answer[expert]['label'])}\s+{with_sign(answer[expert]['score'])} sure"
         assert re.search(said, text)
     pictures = page.locator(".experts img")
     assert [picture.evaluate("image => image.naturalWidth") for picture in pictures.all()] == [224, 224, 224]

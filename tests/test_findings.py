@@ -71,7 +71,7 @@ def test_the_plan_warns_of_a_teacher_that_knows_less_about_the_students_images(t
 
     def warning():
         trainer = student_trainer(tmp_path, digits, FlatTeacherForImageClassification.from_pretrained(folder))
-        trainer.check_before_training()
+        trainer.prepare_training()
         return trainer.plan_of_teachers().get("warning")
 
     assert warning() is None

@@ -26,7 +26,7 @@ from deitlt_hf.hub import (
     read_class_map,
     read_class_names,
 )
-from deitlt_hf.models.weight_files import read_checkpoint
+from deitlt_hf.models.safe_loading import read_checkpoint
 from deitlt_hf.original.layouts import student_to_original
 from helpers import filled_state_dict, make_student
 

@@ -29,7 +29,7 @@ from deitlt_hf.data.columns import standard_columns
 from deitlt_hf.data.image_rule import open_encoded, upright_rgb
 from deitlt_hf.data.images import EncodedImage, decoder_versions, open_image
 from deitlt_hf.data.sources.files import is_image, not_read
-from deitlt_hf.serving.prediction import load_classifier
+from deitlt_hf.serving.prediction import load_handler
 from helpers import bomb, cut, encoded, picture
 
 RANDOM = np.random.RandomState(0)
@@ -121,6 +121,17 @@ def test_files_that_cannot_be_decoded_are_named(tmp_path, data, message):
         open_image({"bytes": None, "path": str(path)}).decode()
     with pytest.raises(ValueError, match=rf"the image \(embedded in the data set\): .*{message}"):
         decode(data)
+
+
+def test_a_missing_decoder_is_not_reported_as_a_bad_image(monkeypatch):
+    """torchvision without its JPEG decoder raises this; no image is to be repaired or skipped for it."""
+
+    def missing(*_):
+        raise NotImplementedError("no operator image::decode_jpeg")
+
+    monkeypatch.setattr(images, "decode_jpeg", missing)
+    with pytest.raises(NotImplementedError, match="decode_jpeg"):
+        decode(encoded(picture(8, 8), "JPEG"))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -541,7 +552,7 @@ def test_training_evaluation_and_serving_use_the_same_background(tmp_path, backg
     assert trainer.train_dataset._image(0)[0, 0].tolist() == colour
     assert trainer.eval_dataset[0]["image"][0, 0].tolist() == colour
     trainer.save_model()
-    shown = load_classifier(str(tmp_path)).prepare(encoded(image), "image")
+    shown = load_handler(str(tmp_path)).prepare(encoded(image), "image")
     assert shown[0, :, 0, 0].tolist() == pytest.approx([value / 255 for value in colour])
 
 

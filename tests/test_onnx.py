@@ -17,9 +17,9 @@ from deitlt_hf import DeiTLTConfig, DeiTLTForImageClassification, FlatTeacherCon
 from deitlt_hf.cli.export import main
 from deitlt_hf.cli.predict import main as predict
 from deitlt_hf.data import image_processor
-from deitlt_hf.io import weights_digest
+from deitlt_hf.model_folder import weights_digest
 from deitlt_hf.serving.onnx import OUTPUTS, OnnxClassifier, export_onnx, quantize
-from deitlt_hf.serving.prediction import load_classifier
+from deitlt_hf.serving.prediction import load_handler
 from helpers import make_student
 
 pytestmark = pytest.mark.slow  # an export takes seconds
@@ -139,7 +139,7 @@ def test_every_way_gives_the_same_scores(tmp_path, kind, capsys):
 
     classify = pipeline("image-classification", model=folder, trust_remote_code=kind != "student")
     answers = {"pipeline": classify(str(image), top_k=10)}
-    answers["handler"] = load_classifier(folder)({"inputs": image.read_bytes(), "parameters": {"top_k": 10}})
+    answers["handler"] = load_handler(folder)({"inputs": image.read_bytes(), "parameters": {"top_k": 10}})
     predict(["--model", folder, "--jsonl", "--top_k", "10", str(image)])
     answers["predict"] = [json.loads(capsys.readouterr().out)]
     found = {way: answer if way == "pipeline" else answer[0]["predictions"] for way, answer in answers.items()}

@@ -24,7 +24,7 @@ from deitlt_hf.data import image_processor
 from deitlt_hf.recipes import StudentArguments
 from deitlt_hf.serving import classifiers
 from deitlt_hf.serving.handler import is_hub_id
-from deitlt_hf.serving.prediction import find_images, load_classifier, predict_images
+from deitlt_hf.serving.prediction import find_images, load_handler, predict_images
 from deitlt_hf.training.starting import check_start
 from helpers import ROOT, make_student
 
@@ -123,7 +123,7 @@ def test_names_from_standard_input_as_json_lines(model, images, tmp_path):
         os.fsencode(images / "sub/[5].png"),
         os.fsencode(images / "sub/deep/c.PNG"),
     ]
-    (expected,) = load_classifier(model)({"inputs": (images / "b.png").read_bytes()})
+    (expected,) = load_handler(model)({"inputs": (images / "b.png").read_bytes()})
     for expert in ("cls", "distillation"):
         assert lines[0][expert] == pytest.approx(expected[expert], abs=1e-6)
     for ours, one in zip(lines[0]["predictions"], expected["predictions"], strict=True):
@@ -328,7 +328,7 @@ def test_files_are_opened_one_batch_at_a_time(model, images):
             taken.append(f"{images}/b.png")
             yield taken[-1]
 
-    results = predict_images(load_classifier(model), paths(), batch_size=4)
+    results = predict_images(load_handler(model), paths(), batch_size=4)
     next(results)
     assert len(taken) == 4
     assert len(list(results)) == 9
@@ -355,7 +355,7 @@ def test_a_path_is_not_requested_from_the_hub(tmp_path, monkeypatch, name):
     def start(path):
         check_start(StudentArguments(init_from=path), {})
 
-    for load in (load_classifier, classifiers.load_model, classifiers.load_classifier, start):
+    for load in (load_handler, classifiers.load_model, classifiers.load_classifier, start):
         with pytest.raises(FileNotFoundError, match=r"not a model folder"):
             load(name)
 

@@ -18,7 +18,7 @@ from deitlt_hf.evaluation.fusion import RULES, fit_fusion, fold
 from deitlt_hf.evaluation.prediction_sets import fit_prediction_sets, needed_images
 from deitlt_hf.hub.cards import write_card
 from deitlt_hf.serving.classifiers import load_model
-from deitlt_hf.serving.prediction import load_classifier
+from deitlt_hf.serving.prediction import load_handler
 from deitlt_hf.serving.web_demo import Explanation
 from helpers import make_student, save_image
 
@@ -116,7 +116,7 @@ def test_calibrate_stores_a_rule_that_all_answers_use(calibrated, tmp_path, caps
     assert stored["coverage"] == 0.805
     assert sum(stored["images"].values()) == 300  # half of the test images
     assert AutoConfig.from_pretrained(calibrated).prediction_sets == stored
-    classifier = load_classifier(calibrated)
+    classifier = load_handler(calibrated)
     path = save_image(tmp_path / "a.png", 90)
     (answer,) = classifier({"inputs": path.read_bytes(), "parameters": {"top_k": 10}})
     expected = [
@@ -143,7 +143,7 @@ def test_sets_end_with_the_weights_or_classes_that_they_were_fitted_for(calibrat
     other.save_pretrained(tmp_path)
     shutil.copy(calibrated / "preprocessor_config.json", tmp_path)
     assert "prediction_sets" in json.loads((tmp_path / "config.json").read_text())
-    assert load_classifier(tmp_path).coverage is None
+    assert load_handler(tmp_path).coverage is None
     student = load_model(str(calibrated))
     logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
     fusion = fit_fusion(next(iter(RULES)), logits, logits, torch.arange(50) % 10, COUNTS, GROUPS)
@@ -156,7 +156,7 @@ def test_a_damaged_rule_is_refused_in_one_sentence(calibrated, tmp_path, value):
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"prediction_sets": value}))
     with pytest.raises(ValueError, match="has a prediction_sets that is not valid"):
-        load_classifier(folder)
+        load_handler(folder)
 
 
 def test_calibrate_refuses_what_it_cannot_change(calibrated, tmp_path):

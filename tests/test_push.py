@@ -22,7 +22,7 @@ from deitlt_hf import DeiTLTForImageClassification, DeiTLTTrainer, DeiTLTTrainin
 from deitlt_hf.cli.push import main as push
 from deitlt_hf.data import image_processor
 from deitlt_hf.hub.pushing import EVAL_FILE, prepare_repository, push_folder
-from deitlt_hf.io import weights_digest
+from deitlt_hf.model_folder import weights_digest
 from helpers import IMAGES, ROOT, TINY, make_student
 from hub_server import READER, WRITER, Entry, Hub, HubError, Repository, once
 

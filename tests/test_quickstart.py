@@ -20,7 +20,7 @@ from deitlt_hf.console import duration
 from deitlt_hf.quickstart import fitting, folder_training
 from deitlt_hf.quickstart.fitted_recipe import (
     Choice,
-    Folder,
+    FolderFacts,
     Machine,
     fit_recipe,
     sizes_for,
@@ -295,7 +295,7 @@ def test_several_processes_need_a_recipe_first(photos, tmp_path, monkeypatch):
 # ---- The choice ----
 
 
-def folder(num_images: int, side: int, **changed) -> Folder:
+def folder(num_images: int, side: int, **changed) -> FolderFacts:
     facts = {
         "labels": [row % 4 for row in range(num_images)],
         "num_classes": 4,
@@ -304,7 +304,7 @@ def folder(num_images: int, side: int, **changed) -> Folder:
         "shorter_sides": [side],
         "longer_sides": [2 * side],
     }
-    return Folder(**facts | changed)
+    return FolderFacts(**facts | changed)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from deitlt_hf.hub.cards import make_card
 from deitlt_hf.records import find_record, is_of_run, read_record
-from deitlt_hf.serving.classifiers import load_classifier, load_model, load_processor
+from deitlt_hf.serving.classifiers import load_classifier, load_model, load_processor, loading
 from helpers import ROOT, Harm, make_student
 
 RECORD = {"settings": {"num_train_epochs": 2}, "data": {"class_counts": [3, 2]}, "finished": True}
@@ -96,3 +96,8 @@ def test_a_damaged_model_folder_gives_one_message(tmp_path, monkeypatch, harm, n
         assert "weights_only" not in str(raised.value)
         assert "\n" not in str(raised.value)
     assert not Path("harm").exists()
+
+
+def test_a_full_gpu_is_not_reported_as_a_damaged_model():
+    with pytest.raises(torch.OutOfMemoryError), loading("outputs/model"):
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from deitlt_hf.data import load_long_tailed
 from deitlt_hf.data.loading import images_hash
-from deitlt_hf.io import file_sha256, weights_digest
+from deitlt_hf.io import file_sha256
+from deitlt_hf.model_folder import weights_digest
 from deitlt_hf.records import read_record
 from deitlt_hf.training import resuming
 from deitlt_hf.training.run_log import read_log
@@ -562,3 +563,23 @@ def test_an_interrupted_run_without_weights_is_replaced(folder_data, tmp_path, c
     assert read_record(tmp_path)["settings"]["alpha"] == 0.3
     with pytest.raises(FileExistsError, match=r"holds another run \(results.json\)"):
         make_small(tmp_path, folder_data).train()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("optimizer.pt", {}),
+        ("optimizer.pt", {"param_groups": 3, "state": {}}),
+        ("optimizer.pt", {"param_groups": [{"params": []}], "state": 5}),
+        ("scheduler.pt", {"lr_lambdas": 3}),
+    ],
+)
+def test_states_of_other_content_are_refused_in_one_sentence(tmp_path, digits, file, content):
+    """States whose files are intact, but hold something else, as of another program: no stack trace."""
+    trainer = student_trainer(tmp_path / "run", digits, distillation="none")
+    trainer.create_optimizer_and_scheduler(10)
+    states = {"optimizer.pt": trainer.optimizer.state_dict(), "scheduler.pt": trainer.lr_scheduler.state_dict()}
+    for name, state in (states | {file: content}).items():
+        torch.save(state, tmp_path / name)
+    with pytest.raises(ValueError, match=r"the state of the optimiser or of the schedule in .* is not of this run: "):
+        trainer._load_optimizer_and_scheduler(str(tmp_path))

@@ -20,7 +20,7 @@ from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
 from deitlt_hf.cli.predict import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.serving.classifiers import load_model
-from deitlt_hf.serving.prediction import load_classifier, read_batches
+from deitlt_hf.serving.prediction import load_handler, read_batches
 from deitlt_hf.serving.shards import MANIFEST, Contents, Shards, Tabulator, predict_shards
 from helpers import ROOT, make_student, picture
 
@@ -66,7 +66,7 @@ def test_a_folder_holds_the_answers_of_the_native_pipeline(model, images, tmp_pa
     rows = write(model, images, tmp_path / "out", "--top_k", "3", "--experts", "--num_workers", "2")
     assert [row["image"] for row in rows] == sorted(f"{images}/{name}" for name in os.listdir(images))
     assert len(list((tmp_path / "out").glob("predictions-*-of-00003.parquet"))) == 3
-    native, classifier = pipeline("image-classification", model=model), load_classifier(model)
+    native, classifier = pipeline("image-classification", model=model), load_handler(model)
     for row in rows:
         if row["image"].endswith(UNREADABLE):
             assert "broken.png' cannot be read as an image" in row.pop("error")
@@ -153,7 +153,7 @@ def test_an_interrupted_folder_is_completed_and_nothing_is_computed_twice(model,
     capsys.readouterr()
     folder = tmp_path / "parts"
     paths = sorted(f"{images}/{name}" for name in os.listdir(images))
-    classifier, contents = load_classifier(model), Contents(shard_size=4)
+    classifier, contents = load_handler(model), Contents(shard_size=4)
     shards = Shards(folder, paths, contents)
     shards.claim(classifier)
     batches = predict_shards(Tabulator(classifier, contents), shards, shards.missing(), batch_size=2)
@@ -216,7 +216,7 @@ def test_options_that_do_not_fit_are_refused(model, images, tmp_path, monkeypatc
 @pytest.mark.parametrize(("name", "columns"), [("tokens", ("cls", "distillation")), ("mean", ("mean",))])
 def test_features_of_a_student_are_its_final_tokens(model, images, tmp_path, name, columns):
     rows = write(model, images, tmp_path / "out", "--features", name)
-    classifier, student = load_classifier(model), load_model(model).eval()
+    classifier, student = load_handler(model), load_model(model).eval()
     paths = [row["image"] for row in rows if row["error"] is None]
     for batch in read_batches(classifier, [[path] for path in paths]):
         with torch.no_grad():

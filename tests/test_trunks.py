@@ -39,7 +39,7 @@ from transformers import (
 
 from deitlt_hf import DeiTLTConfig
 from deitlt_hf.data.transforms import ImageFormat, model_processor
-from deitlt_hf.models import weight_files
+from deitlt_hf.models import safe_loading
 from deitlt_hf.models.trunks import resized, student_of, trunk_of
 from deitlt_hf.recipes import StudentArguments
 from deitlt_hf.training.starting import check_start, starting_student
@@ -152,7 +152,7 @@ def test_a_model_of_timm_keeps_its_cls_feature(tmp_path, monkeypatch, kind, plac
         path.parent.mkdir()
         torch.save({"model": {f"module.{name}": tensor for name, tensor in source.state_dict().items()}}, path)
     reads = []
-    monkeypatch.setattr(weight_files, "_load", lambda path, load=weight_files._load: reads.append(path) or load(path))
+    monkeypatch.setattr(safe_loading, "_load", lambda path, load=safe_loading._load: reads.append(path) or load(path))
     if place == "file" and "act_layer" in values:
         source.blocks.apply(lambda module: isinstance(module, timm.layers.Mlp) and setattr(module, "act", nn.GELU()))
     student = started(path, num_attention_heads=2, hidden_size=16)

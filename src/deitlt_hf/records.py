@@ -21,7 +21,7 @@ class Evaluation(TypedDict):
     accuracies: dict[str, dict[str, float | None]]
 
 
-class Recipe(TypedDict, total=False):
+class RecipeOfRun(TypedDict, total=False):
     """The recipe of a run, and the fields that the command line overrides."""
 
     name: str
@@ -73,7 +73,7 @@ class Settings(TypedDict, total=False):
 class Training(TypedDict, total=False):
     """How a student's teacher was trained."""
 
-    recipe: Recipe | None
+    recipe: RecipeOfRun | None
     settings: Required[Settings]
     finished: bool | None
     subset_sha256: str | None
@@ -122,7 +122,7 @@ class RunRecord(TypedDict, total=False):
     train_seconds: float
     emissions: Emissions | None
     weights_sha256: str
-    recipe: Recipe | None
+    recipe: RecipeOfRun | None
     data: Data
     teacher: Teacher | None
     tail_teacher: Teacher | None

@@ -11,14 +11,14 @@ from ..console import show
 from ..data.check import BENCHMARKS
 from ..data.loading import training_counts
 from ..data.long_tail import long_tailed_indices
-from ..data.sampling import ROUND, batches_of_epoch
+from ..data.sampling import batches_of_epoch, images_of_epoch
 from ..options import option
 from ..recipes import DataArguments, paper_accuracies
 from ..training import FlatTeacherTrainingArguments
 from ..training.arguments import LongTailTrainingArguments, divide_batch
 from ..training.recipe import Recipe, StudentRun
 from ..training.schedule import low_peak
-from ..training.starting import FREE_SIZES, SIZES, check_start
+from ..training.starting import FIXED_SIZE_FIELDS, FREE_SIZE_FIELDS, check_start
 from .model_cost import Model, frozen_model, student_model, teacher_model
 
 OVERHEAD_BYTES = 2**30  # approximate memory of a GPU's context and libraries
@@ -113,7 +113,7 @@ def budget(
     batch_size, accumulation = divide_batch(args.global_batch_size, gpus, args.per_device_train_batch_size)
     if batch_size % 2 and getattr(args, "mixes", False):
         raise ValueError(f"mixing needs an even batch on each GPU, but {gpus} GPUs have {batch_size} image(s) each.")
-    drawn = images // ROUND * ROUND if args.repeats > 1 else images  # as `images_of_epoch`, but without its refusal
+    drawn = images_of_epoch(images, args.repeats)
     sizes = batches_of_epoch(drawn, batch_size, gpus, accumulation, args.partial_steps)
     batches = len(sizes)
     if batches == 0:
@@ -175,7 +175,9 @@ def print_budgets(run: StudentRun, plan: PlanArguments) -> None:
     student_args, args = run.model, run.args
     if student_args.init_from is not None:
         start = check_start(student_args, (args.recipe or {}).get("overrides", {}))
-        student_args = replace(student_args, **{name: start.config[name] for name in (*SIZES, *FREE_SIZES)})
+        student_args = replace(
+            student_args, **{name: start.config[name] for name in (*FIXED_SIZE_FIELDS, *FREE_SIZE_FIELDS)}
+        )
     classes, images = training_images(run.data)
     show(f"{run.recipe}: {images:,} training images of {classes:,} classes")
     paper, changed = paper_accuracies(run.recipe), {*(args.recipe or {}).get("overrides", {})}

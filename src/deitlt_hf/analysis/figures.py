@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.long_tail import Groups, Integers
-from ..evaluation.accuracy import COLOURS
+from ..evaluation.expert_table import COLOURS
 from ..io import one_line
 
 if TYPE_CHECKING:
@@ -30,15 +30,26 @@ def _short(names: Sequence[str], order: Integers) -> list[str]:
 
 
 def draw_counts(axis: "Axes", counts: Integers, groups: Groups, names: Sequence[str]) -> None:
-    """Draws the number of training images of each class, the most frequent first, coloured by group."""
+    """Draws the number of training images of each class, the most frequent first, coloured by group.
+
+    The axis of counts is logarithmic if the largest class has more than 10 times as many images as the smallest.
+    """
     counts = np.asarray(counts)
     order = np.argsort(-counts, kind="stable")
     edges = np.arange(len(counts) + 1) - 0.5
+    is_log = counts.max() > 10 * counts.min()
     for colour, (name, group) in zip(cycle(GROUP_COLOURS), groups.items(), strict=False):
+        if len(group) == 0:
+            continue
+        members = np.asarray(group)
+        label = literal(f"{name}: {len(members):,} classes, {counts[members].sum():,} images")
         # One shape per group: thousands of separate bars would take seconds to draw.
-        heights = np.where(np.isin(order, np.asarray(group)), counts[order], np.nan)
-        axis.stairs(heights, edges, baseline=0.5, fill=True, color=colour, label=literal(name))
-    axis.set_yscale("log")
+        heights = np.where(np.isin(order, members), counts[order], np.nan)
+        axis.stairs(heights, edges, baseline=0.5 if is_log else 0, fill=True, color=colour, label=label)
+    if is_log:
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=max(0.8 * counts.min(), 0.5))
+    axis.set_xlim(edges[0], edges[-1])
     if len(names) <= MOST_NAMES:
         axis.set_xticks(range(len(names)), _short(names, order), rotation=90, fontsize=8)
     axis.set_xlabel("class, by training images")

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
@@ -23,7 +22,7 @@ from ..recipes import StudentArguments, TeacherArguments, load_recipe
 from ..training import DeiTLTTrainer, DeiTLTTrainingArguments
 from ..training.inputs import label_names
 from ..training.recipe import Recipe
-from .figures import GROUP_COLOURS, draw_images
+from .figures import draw_counts, draw_images, literal
 
 COLUMNS = 8
 
@@ -38,6 +37,11 @@ def draw_data(recipe: str, overrides: Mapping[str, Any], folder: str | Path) -> 
 
     Returns:
         Paths of the two files.
+
+    Raises:
+        FileExistsError: If `folder` is a file.
+        ValueError: If matplotlib is not installed, or data and arguments do not fit.
+        SystemExit: If the command line cannot be parsed.
     """
     require_matplotlib()
     folder = Path(folder).expanduser()
@@ -65,29 +69,10 @@ def require_matplotlib() -> None:
 def _draw_classes(train: Dataset, groups: ShotGroups, title: str, file: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = train.features["label"].names
-    counts = training_counts(train)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    position = 0
-    for colour, (group, members) in zip(GROUP_COLOURS, groups.items(), strict=False):
-        if len(members) == 0:
-            continue
-        places = np.arange(position, position + len(members))
-        label = f"{group}: {len(members):,} classes, {counts[members].sum():,} images"
-        # With thousands of classes, bars would be thinner than a pixel, so the counts are drawn as an area.
-        step = np.append(counts[members], counts[members][-1])
-        axes.fill_between(np.append(places, places[-1] + 1) - 0.5, step, step="post", color=colour, label=label)
-        position += len(members)
-    order = np.concatenate(list(groups.values()))
-    if len(names) <= 20:
-        axes.set_xticks(range(len(names)), [names[label] for label in order], rotation=45, ha="right")
-    axes.set(xlabel="classes, sorted by count", ylabel="training images", title=f"{title} ({groups.rule})")
-    axes.set_xlim(-0.5, len(names) - 0.5)
-    if counts.max() > 10 * counts.min():
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=max(0.8 * counts.min(), 0.5))
-    axes.legend(frameon=False)
+    draw_counts(axes, training_counts(train), groups, train.features["label"].names)
+    axes.set_title(literal(f"{title} ({groups.rule})"))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 

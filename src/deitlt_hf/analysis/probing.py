@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from ..data.images import ImageCollator, ImageDataset
 from ..data.long_tail import Groups, Integers, class_counts
-from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
+from ..evaluation.accuracy import group_accuracies, number_of_classes
+from ..evaluation.expert_table import ExpertTable
 from ..evaluation.findings import few_images
 from ..evaluation.metrics import with_intervals
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from jinja2 import Environment
 
 from ..data.long_tail import Groups
+from ..evaluation.expert_table import percent
 from ..io import check_can_be_folder, nan_to_null
 
 PAGE, REPORT_FILE = "index.html", "report.json"
@@ -141,8 +141,3 @@ def _pictures_of(sections: Sequence[Section]) -> list[tuple[str, str, str, list[
             rows.setdefault(picture.name, (picture.name, picture.title, picture.how_to_read))
     by_name = [{picture.name: picture for picture in section.pictures} for section in sections]
     return [(*row, [pictures.get(name) for pictures in by_name]) for name, row in rows.items()]
-
-
-def percent(value: float) -> str:
-    """Formats a fraction in %; a dash for NaN."""
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"

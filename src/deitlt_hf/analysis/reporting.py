@@ -11,7 +11,7 @@ from ..console import quiet_log, show
 from ..data.loading import training_counts
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable
-from ..io import weights_digest
+from ..model_folder import weights_digest
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..options import option
 from ..recipes import DataArguments

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"deitlt-hf {version('deitlt-hf')}")
     elif name in COMMANDS:
         sys.argv = [f"deitlt {name}", *rest]  # the usage line in the help of the command shows this name
-        from ..recipes import command_line_errors
+        from .errors import command_line_errors
         from .required import check_options, check_required
 
         with command_line_errors():

@@ -18,7 +18,8 @@ from ..console import quiet_log, show
 from ..data.images import ImageCollator
 from ..data.long_tail import class_counts
 from ..evaluation import ExpertTable, group_accuracies
-from ..io import check_can_be_folder, weights_digest
+from ..io import check_can_be_folder
+from ..model_folder import weights_digest
 from ..recipes import DataArguments, data_help
 from ..serving.classifiers import load_model, load_processor
 from ..serving.onnx import (

@@ -31,7 +31,7 @@ from ..data.sources.files import not_read
 from ..io import one_line
 from ..serving.classifiers import read_model_config
 from ..serving.handler import EXPERTS
-from ..serving.prediction import find_images, load_classifier, predict_images, read_file
+from ..serving.prediction import find_images, load_handler, predict_images, read_file
 from ..serving.rows import DatasetImages, dataset_images
 from ..serving.shards import FEATURES, FORMATS, Contents, Shards, Tabulator, predict_shards
 from .parser import command_parser
@@ -192,7 +192,7 @@ def _write_folder(args: argparse.Namespace, paths: Sequence[str], rows: DatasetI
     quiet_log()
     state = PartialState(cpu=args.device == "cpu")
     own_device = str(state.device) if state.num_processes > 1 else None
-    classifier = load_classifier(args.model, args.device or own_device)
+    classifier = load_handler(args.model, args.device or own_device)
     contents = _contents(args)
     tabulate = Tabulator(classifier, contents)  # refuses options that do not suit the model, before the folder exists
     shards = Shards(args.output, paths, contents, "" if rows is None else rows.sha256)
@@ -229,7 +229,7 @@ def default_workers(state: PartialState) -> int:
 def _classify(args: argparse.Namespace, paths: Iterable[str], total: int | None, rows: DatasetImages | None) -> bool:
     """Prints each result as soon as it is ready; returns whether all images could be read."""
     quiet_log()
-    classifier = load_classifier(args.model, args.device)
+    classifier = load_handler(args.model, args.device)
     write = _writer(args, classifier.coverage is not None)
     done = unreadable = 0
     # A progress bar would mix with results on the same terminal.

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="init: time for training; chooses image size and epochs")
     arguments = sys.argv[1:] if arguments is None else arguments
     if "init" in arguments:
-        from ..quickstart.fitting import fit
+        from ..quickstart.fitting import fit, print_fitted
         from ..quickstart.folder_training import IMAGES_FOLDER, recipe_title
         from .train import parse_for_folder
 
@@ -56,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=110), end="")
     else:
         folder = Path(args.name)
+        cache = str(Path("outputs") / folder.resolve().name / IMAGES_FOLDER)
+        fitted = fit(folder, args.minutes, given, cache)
         with contextlib.redirect_stdout(sys.stderr):  # the plan; standard output is the recipe alone
-            cache = str(Path("outputs") / folder.resolve().name / IMAGES_FOLDER)
-            fitted = fit(folder, args.minutes, given, cache)
+            print_fitted(fitted)
             print("To train with this recipe, save it in a FILE and run deitlt distill --recipe FILE.")
         print(fitted.text(recipe_title(folder, args.minutes)), end="")

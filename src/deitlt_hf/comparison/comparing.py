@@ -24,7 +24,7 @@ from ..data.images import ImageCollator
 from ..data.long_tail import class_counts
 from ..io import atomic_write, read_json, write_json
 from ..quickstart.fitted_recipe import SMALL, FittedRecipe, adamw_rate, drw_start
-from ..quickstart.fitting import RECIPE_FILE, fit
+from ..quickstart.fitting import RECIPE_FILE, fit, print_fitted
 from ..quickstart.folder_training import IMAGES_FOLDER, check_continues, check_places, recipe_title
 from ..recipes import DataArguments, StudentArguments, load_recipe
 from ..records import find_record
@@ -185,6 +185,7 @@ def compare(
             print("PEFT is not installed, so LoRA is left out; install it with pip install peft.")
             del arms["lora"]
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER), lambda *both: _cost(arms, *both))
+        print_fitted(fitted)
         if PROBE in arms and image_format_of(str(start)) is None:
             print(f"{start} has no image processor, so the linear probe is left out.")
             del arms[PROBE]
@@ -207,7 +208,7 @@ def _replaced(output: Path) -> list[Path]:
     It raises `FileExistsError` if the output folder holds a recipe, a page or a run of something else.
     """
     record_file = output / RECORD_FILE
-    known = Prices(record_file).content["arms"] if record_file.is_file() else {}
+    known = ComparisonRecord(record_file).content["arms"] if record_file.is_file() else {}
     runs = [*ARMS, SHARED_TEACHER]
     for name in runs:
         check_output_dir(output / name, overwrite=name in known, resuming=False)
@@ -249,7 +250,7 @@ def _write_recipes(fitted: FittedRecipe, arms: Mapping[str, Arm], output: Path, 
 
 def _run(output: Path) -> Verdict:
     """Trains what is not finished, and judges."""
-    recipe, record = str(output / RECIPE_FILE), Prices(output / RECORD_FILE)
+    recipe, record = str(output / RECIPE_FILE), ComparisonRecord(output / RECORD_FILE)
     arms = {name: arm for name, arm in ARMS.items() if (output / RECIPES / f"{name}.yaml").is_file()}
     data_args = Recipe.load(recipe).data()
     data = data_args.load()
@@ -274,7 +275,7 @@ def _run(output: Path) -> Verdict:
     return _conclude(output, record, outcomes, data, data_args)
 
 
-def _train(recipe: str, section: str, folder: Path, record: "Prices") -> None:
+def _train(recipe: str, section: str, folder: Path, record: "ComparisonRecord") -> None:
     """Trains a way, or continues its training; a finished one is not trained again."""
     if Results(folder).finished_steps() is not None:
         return
@@ -298,7 +299,7 @@ def _epochs(folder: Path) -> float | None:
     return None if record is None else record["settings"]["num_train_epochs"]
 
 
-def _probed(path: str, file: Path, data: Mapping, record: "Prices") -> list[int]:
+def _probed(path: str, file: Path, data: Mapping, record: "ComparisonRecord") -> list[int]:
     """Classes that a linear probe of a model predicts for the test images."""
     if not file.is_file():
         print(f"Probing {path}.", flush=True)
@@ -308,7 +309,7 @@ def _probed(path: str, file: Path, data: Mapping, record: "Prices") -> list[int]
     return read_json(file)["predictions"]
 
 
-class Prices:
+class ComparisonRecord:
     """The record of a comparison, `comparison.json`, which counts the seconds of each way over all of its parts.
 
     They are seconds of the processor, over all its cores and the workers; with a GPU, seconds of the clock. The file
@@ -356,7 +357,7 @@ def _clock() -> float:
 
 
 def _conclude(
-    output: Path, record: Prices, outcomes: Sequence[Outcome], data: Mapping, data_args: DataArguments
+    output: Path, record: ComparisonRecord, outcomes: Sequence[Outcome], data: Mapping, data_args: DataArguments
 ) -> Verdict:
     """Judges the ways on the test images, writes page and record, and prints table and advice."""
     labels, groups = np.asarray(data["test"]["label"][:]), data_args.groups(data)

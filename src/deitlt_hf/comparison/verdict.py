@@ -11,9 +11,10 @@ import numpy as np
 from jinja2 import Environment
 
 from ..analysis.figures import draw_prices
-from ..analysis.report_page import PAGE, Picture, percent
+from ..analysis.report_page import PAGE, Picture
 from ..data.long_tail import Groups, Integers, class_counts
-from ..evaluation.accuracy import ExpertTable, group_accuracies, number_of_classes
+from ..evaluation.accuracy import group_accuracies, number_of_classes
+from ..evaluation.expert_table import ExpertTable, percent
 from ..evaluation.metrics import Estimate, paired_leads, points, with_intervals
 from ..io import atomic_write
 
@@ -127,7 +128,7 @@ def write_page(
         outcomes: What was compared.
         groups: Class indices of each group.
         tested: Test images overall and of each group.
-        facts: What the page says of data and machine: `name`, `images`, `classes`, `unit` (of the price), `notes`.
+        facts: What the page says of data and machine: `name`, `images`, `unit` (of the price), `notes`.
         output: Folder of the page.
     """
     from matplotlib.figure import Figure

@@ -114,7 +114,23 @@ def standard_columns(
     label_column: str | None,
     class_names: Sequence[str] | str | None = None,
 ) -> datasets.DatasetDict:
-    """Reduces all splits to the columns `image`, `label` (with the same classes) and `source_index`."""
+    """Reduces all splits to the columns `image`, `label` (with the same classes) and `source_index`.
+
+    Args:
+        splits: Splits with any columns, by name.
+        image_column: Name of the column of images; None finds it.
+        label_column: Name of the column of labels; None finds it.
+        class_names: Names of the classes in the order of their indices, or a file of [`read_class_names`]; None keeps
+            the names of the data.
+
+    Returns:
+        The splits; `label` is a `ClassLabel` with the classes of the training split.
+
+    Raises:
+        FileNotFoundError: If the file of the names does not exist.
+        ValueError: If a column is missing or ambiguous, a label is missing or out of range, the names do not fit the
+            classes, or another split has classes that the training split does not have.
+    """
     standard = {}
     for name, split in splits.items():
         columns = find_columns(split, image_column, label_column)

@@ -131,7 +131,7 @@ class EncodedImage:
         """Turns any exception of a decoder into one sentence that names the image."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # Pillow's readers raise NameError, NotImplementedError, TypeError and others, too
             what = (getattr(error, "strerror", None) or str(error)).strip().rstrip(".") or type(error).__name__
             if "decode_jpeg" in what:
                 what = what.split(", ")[-1]

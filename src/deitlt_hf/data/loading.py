@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Data sets that must be given as a folder, since no public copy can be loaded.
 FOLDER_ONLY = ("imagefolder", "imagenet_lt", "inat18", "places_lt")
-# Data sets whose classes are ordered by decreasing training count in the authors' heads.
-SORTED_BY_AUTHORS = ("imagenet_lt", "inat18")
+# Data sets whose classes the authors' student code sorts by decreasing training count, and its names for them.
+SORTED_BY_AUTHORS = {"imagenet_lt": "IMAGENETLT", "inat18": "INAT18"}
 
 
 def load_long_tailed(dataset: str = "digits", data_dir: str | None = None, **options: Any) -> datasets.DatasetDict:

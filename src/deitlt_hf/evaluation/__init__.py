@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .accuracy import ExpertTable, group_accuracies
+from .accuracy import group_accuracies
+from .expert_table import ExpertTable
 
 METRIC_PATH = str(Path(__file__).parent / "long_tail_metric.py")
 

@@ -1,18 +1,10 @@
-"""Accuracies of groups of classes, and a table that shows them."""
+"""Accuracies of groups of classes."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from ..data.long_tail import Groups, Integers
-
-# Colours of the experts, the same in all figures and pages.
-COLOURS = {"mean": "#4c72b0", "cls": "#dd8452", "distillation": "#55a868"}
 
 
 def class_accuracies(predictions: Integers, labels: Integers, num_classes: int) -> np.ndarray:
@@ -52,48 +44,3 @@ def group_accuracies(predictions: Integers, labels: Integers, groups: Groups) ->
         tested = tested[~np.isnan(tested)]
         accuracies[name] = float(tested.mean()) if len(tested) else math.nan
     return accuracies
-
-
-@dataclass
-class ExpertTable:
-    """Table of the accuracies of several experts or models on the same test images; the best of a column is green."""
-
-    title: str
-    accuracies: Mapping[str, Mapping[str, float]]  # fractions by expert, then by `overall` and group
-    groups: Groups
-    test_counts: Integers  # test images of each class
-    notes: Sequence[str] = ()  # sentences about the evaluation, see [`findings`]
-    # the ends of each, by expert and group
-    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
-    of: str = "expert"  # what the rows are
-
-    def __rich__(self) -> Table:
-        caption = "accuracy in %" + ", with 95 % bootstrap intervals" * bool(self.intervals)
-        table = Table(title=escape(self.title), title_justify="left", caption=caption, caption_justify="left")
-        table.add_column(self.of)
-        for name in ("overall", *self.groups):
-            table.add_column(escape(name), justify="right")
-        best = {
-            name: max((row[name] for row in self.accuracies.values() if not math.isnan(row[name])), default=math.inf)
-            for name in ("overall", *self.groups)
-        }
-        several = len(self.accuracies) > 1
-        for expert, accuracies in self.accuracies.items():
-            cells = (
-                "-"
-                if math.isnan(value)
-                else Text(
-                    f"{100 * value:.1f}{self._interval(expert, name)}",
-                    "bold green" if several and value == best[name] else "",
-                )
-                for name, value in accuracies.items()
-            )
-            table.add_row(escape(expert), *cells)
-        table.add_section()
-        images = [sum(self.test_counts), *(sum(self.test_counts[c] for c in group) for group in self.groups.values())]
-        table.add_row("test images", *map(str, images))
-        return table
-
-    def _interval(self, expert: str, name: str) -> str:
-        low, high = self.intervals.get(expert, {}).get(name, (math.nan, math.nan))
-        return "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"

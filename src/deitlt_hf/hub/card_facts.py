@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+from ..evaluation.expert_table import percent
 from ..losses import DISTILLATION_TARGETS
 from ..recipes import recipe_names
-from .markdown import code, percent, plain, visible
+from .markdown import code, plain, visible
 
 TEACHER = "FlatTeacherForImageClassification"
 EXPERTS = {"mean": "mean (the prediction)", "cls": "CLS token", "distillation": "DIST token"}

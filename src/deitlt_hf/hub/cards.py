@@ -13,14 +13,15 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
 
-from ..io import atomic_write, one_line, read_json, weights_digest
+from ..io import atomic_write, one_line, read_json
+from ..model_folder import CURVES_FILE, weights_digest
 from ..recipes import DataArguments, StudentArguments, load_recipe, paper_accuracies
 from ..records import RESULTS_FILE, RunRecord, find_record
 from ..serving.classifiers import check_config
 from .card_facts import LICENSE_FIELDS, CardFacts
 from .markdown import code, plain, quoted, table
 
-CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
+CARD_FILE = "README.md"
 # The last line of a card holds the digest of the text before it. Earlier versions worded the rest differently.
 _MARKER = "<!-- Written by deitlt-hf, which regenerates it unless somebody edits it:"
 _LAST_LINE = re.compile(r"<!-- Written by deitlt-hf, [^:\n]*: (\w+) -->\n\Z")

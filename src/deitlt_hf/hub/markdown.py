@@ -10,11 +10,6 @@ from ..io import one_line
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-def percent(fraction: float | None) -> str:
-    """Formats a fraction in %; a dash for a group without test images."""
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
-
-
 def plain(text: object) -> str:
     """Escapes untrusted text, which Markdown, its tables and HTML then show literally; one line of bounded length."""
     return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(_shown(text), quote=False))

@@ -15,12 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoun
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..io import check_link, one_line, read_json, weight_files, weights_digest
+from ..io import one_line, read_json
+from ..model_folder import CURVES_FILE, EMA_FOLDER, LOG_FILE, STAGING, check_link, weight_files, weights_digest
 from ..records import RESULTS_FILE, find_record
 from ..serving.onnx import MODEL_FILE, QUANTIZED_FILE
 from .cards import (
     CARD_FILE,
-    CURVES_FILE,
     eval_results_file,
     given_metadata,
     is_generated,
@@ -37,12 +37,12 @@ _WEIGHTS = ("model.safetensors", _INDEX, "model-*-of-*.safetensors")
 _CODE = ("configuration_*.py", "modeling_*.py")
 _OWN_CODE = tuple(pattern.replace("*", name) for pattern in _CODE for name in ("deitlt", "flat_teacher"))
 EVAL_FILE = ".eval_results/deitlt-hf.yaml"
-_RUN = (RESULTS_FILE, "log.jsonl", CURVES_FILE)
+_RUN = (RESULTS_FILE, LOG_FILE, CURVES_FILE)
 _REPORT = ("report/index.html", "report/report.json", "report/*.png")
 # The only files that are pushed, in addition to the weights that the model loads. Checkpoints, optimiser states,
 # pickles and hidden files are not in this list, so they are never uploaded.
 PUBLISHED = (
-    *(place + name for place in ("", "ema/") for name in _MODEL + _CODE),
+    *(place + name for place in ("", f"{EMA_FOLDER}/") for name in _MODEL + _CODE),
     CARD_FILE,
     *_RUN,
     "handler.py",
@@ -52,7 +52,7 @@ PUBLISHED = (
 # Files that a push removes from the repository if the folder does not have them. The list has only names that this
 # package writes: such a file is left from a push of another model.
 _REPLACED = (
-    *(place + name for place in ("", "ema/") for name in _MODEL + _WEIGHTS + _OWN_CODE),
+    *(place + name for place in ("", f"{EMA_FOLDER}/") for name in _MODEL + _WEIGHTS + _OWN_CODE),
     CARD_FILE,
     *_RUN,
     MODEL_FILE,
@@ -218,14 +218,14 @@ def check_folder(folder: str | Path) -> None:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Returns the folders with a model: the folder itself, and `ema` in it if it holds the moving average."""
-    average = folder / "ema"
+    """Returns the folders with a model: the folder itself, and [`EMA_FOLDER`] in it if it holds the moving average."""
+    average = folder / EMA_FOLDER
     return [folder, average] if (average / "config.json").exists() or weight_files(average) else [folder]
 
 
 def _check_model(folder: Path) -> None:
     # While files are replaced, or after a process was killed meanwhile, the folder mixes files of two models.
-    staged = folder / ".saving" / "model"
+    staged = folder / STAGING / "model"
     if staged.exists():
         raise ValueError(
             f"a model is being saved in {folder}, or its saving was interrupted; wait for it, or save the model there "
@@ -365,6 +365,7 @@ def _one_sentence(repo_id: str) -> Iterator[None]:
     """
     try:
         yield
+    # ValueError: huggingface_hub raises it for answers that it cannot use (its `lfs.py`), json for a proxy's page.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         cause: BaseException = error
         # huggingface_hub wraps the cause in a RuntimeError, "Error while uploading ...".

@@ -4,7 +4,7 @@ A trunk is a ViT without its head. A student computes the same CLS feature as it
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -305,13 +305,19 @@ def _side(size: int | Iterable[int]) -> int:
 # ---- Weights ----
 
 
-def _timm_names(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def split_qkv(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields timm's weights by name, with queries, keys and values apart; timm computes them by one matrix."""
     for name, tensor in state_dict.items():
         if ".attn.qkv." in name:
             for part, values in zip("qkv", tensor.chunk(3), strict=True):
-                yield _renamed(name.replace("qkv", part), TIMM_MODULES, TIMM_BLOCK_MODULES), values
+                yield name.replace("qkv", part), values
         else:
-            yield _renamed(name, TIMM_MODULES, TIMM_BLOCK_MODULES), tensor
+            yield name, tensor
+
+
+def _timm_names(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in split_qkv(state_dict):
+        yield _renamed(name, TIMM_MODULES, TIMM_BLOCK_MODULES), tensor
 
 
 def _renamed(name: str, modules: dict[str, str], block_modules: dict[str, str]) -> str:

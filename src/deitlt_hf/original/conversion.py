@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..data.loading import SORTED_BY_AUTHORS
 from ..data.long_tail import decreasing_count_map
 from ..data.sources.labels import check_class_names
 from ..data.transforms import model_processor
@@ -28,7 +29,7 @@ from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..models.weight_files import read_checkpoint, strip_wrappers
+from ..models.safe_loading import read_checkpoint, strip_wrappers
 from .layouts import (
     LDAM_LAYOUT,
     LDAM_RESNET50_LAYOUT,
@@ -50,8 +51,6 @@ STUDENT, PACO_TEACHER, LDAM_TEACHER = "a student", "a PaCo teacher", "an LDAM te
 _PACO_TRAINING_ONLY = ("queue", "encoder_k.", "linear_k.", "encoder_q.fc.")
 # Fields of a student's configuration that cannot be read from its tensors.
 _NOT_IN_TENSORS = ("num_attention_heads", "layer_norm_eps")
-# Data sets whose classes the authors' student code sorts by decreasing training count.
-_SORTED_DATA_SETS = ("IMAGENETLT", "INAT18")
 
 
 def load_original_student(
@@ -238,7 +237,7 @@ def _open(source: Source, ema: bool = False) -> _Checkpoint:
         class_map=_integers(about.get("class_map"), f"class_map of {name}"),
         class_counts=_integers(about.get("cls_num_list"), f"cls_num_list of {name}"),
         config=content["config"] if isinstance(content.get("config"), dict) else {},
-        is_sorted=about.get("data_set") in _SORTED_DATA_SETS
+        is_sorted=about.get("data_set") in SORTED_BY_AUTHORS.values()
         if kind == STUDENT
         else kind == LDAM_TEACHER and any(key.startswith("layer4.") for key in state_dict),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models.trunks import TIMM_BLOCK_MODULES, TIMM_MODULES
+from ..models.trunks import TIMM_BLOCK_MODULES, TIMM_MODULES, split_qkv
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -51,13 +51,7 @@ def student_sizes(state_dict: StateDict) -> dict[str, Any]:
 def student_to_ours(state_dict: StateDict) -> dict[str, torch.Tensor]:
     """Renames the authors' student parameters to the names of this package, and splits queries, keys and values."""
     modules = _student_modules(_depth(state_dict, "blocks."))
-    converted: dict[str, torch.Tensor] = {}
-    for name, tensor in state_dict.items():
-        parts = {name: tensor}
-        if ".attn.qkv." in name:
-            parts = {name.replace("qkv", part): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
-        converted |= {_renamed(part, modules): values for part, values in parts.items()}
-    return converted
+    return {_renamed(name, modules): tensor for name, tensor in split_qkv(state_dict)}
 
 
 def student_to_original(state_dict: StateDict) -> dict[str, torch.Tensor]:

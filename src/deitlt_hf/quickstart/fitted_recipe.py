@@ -15,7 +15,7 @@ from ..data.long_tail import class_counts, shot_groups
 from ..io import atomic_write
 
 # Sides of training images from which to choose: on a CPU, and on a GPU.
-SIZES = {False: (64, 48, 32), True: (224, 160, 128, 96, 64)}
+TRAIN_SIDES = {False: (64, 48, 32), True: (224, 160, 128, 96, 64)}
 # Changes for other losses of the teacher, which weight the classes themselves.
 OTHER_LOSSES: dict[str, Any] = {
     "paco": {"drw_start_epoch": None, "learning_rate": 0.05},
@@ -35,7 +35,7 @@ TEST_FRACTION = 0.2  # of each class, in data without a test split
 
 
 @dataclass(frozen=True)
-class Folder:
+class FolderFacts:
     """What is known about a data set before a run.
 
     Args:
@@ -108,6 +108,7 @@ class FittedRecipe:
         share: Number of epochs relative to [`standard_epochs`].
         notes: What to know before the run, in sentences.
         seconds: Expected seconds of teacher and student; NaN without a trial.
+        data: A sentence about the images for the printed plan.
     """
 
     choices: list[Choice]
@@ -117,6 +118,7 @@ class FittedRecipe:
     share: float = 1.0
     notes: list[str] = field(default_factory=list)
     seconds: tuple[float, float] = (math.nan, math.nan)
+    data: str = ""
 
     def value(self, section: str, name: str) -> Any:
         """Value of a field; None if the recipe does not set it."""
@@ -165,15 +167,15 @@ RUNNING = (
 )
 
 
-def sizes_for(folder: Folder, machine: Machine, wanted: int | None = None) -> list[int]:
+def sizes_for(folder: FolderFacts, machine: Machine, wanted: int | None = None) -> list[int]:
     """Sides of training images that suit a folder, the best first, or the side that a user wants."""
     if wanted is not None:
         return [wanted]
     side = int(np.median(folder.shorter_sides))
     if side <= SMALL:
         return [max(side // 4 * 4, 8)]
-    sizes = [size for size in SIZES[machine.has_gpu] if size <= side * 1.5]
-    return sizes or [SIZES[machine.has_gpu][-1]]
+    sizes = [size for size in TRAIN_SIDES[machine.has_gpu] if size <= side * 1.5]
+    return sizes or [TRAIN_SIDES[machine.has_gpu][-1]]
 
 
 def standard_epochs(num_images: int) -> tuple[int, int]:
@@ -185,7 +187,7 @@ def standard_epochs(num_images: int) -> tuple[int, int]:
 
 
 def fit_recipe(
-    folder: Folder,
+    folder: FolderFacts,
     machine: Machine,
     image_size: int,
     share: float = 1.0,
@@ -235,11 +237,14 @@ def adamw_rate(image_size: int) -> float:
 
 
 def drw_start(epochs: int) -> int | None:
-    """Epoch at which deferred re-weighting starts; None for a run that is too short for it."""
+    """Epoch at which deferred re-weighting starts; None for a run that is too short for it.
+
+    The share is that of `fashion_mnist_lt_tiny`. The paper's much longer runs start at 6/7 to 11/12.
+    """
     return epochs * 4 // 5 if epochs >= 5 else None
 
 
-def _data_choices(folder: Folder) -> list[Choice]:
+def _data_choices(folder: FolderFacts) -> list[Choice]:
     choices = [Choice("data", "dataset", "imagefolder")]
     if not folder.has_test:
         choices.append(
@@ -259,7 +264,7 @@ def _data_choices(folder: Folder) -> list[Choice]:
     return choices
 
 
-def _image_choices(folder: Folder, machine: Machine, image_size: int, cache: str | None) -> list[Choice]:
+def _image_choices(folder: FolderFacts, machine: Machine, image_size: int, cache: str | None) -> list[Choice]:
     side = int(np.median(folder.shorter_sides))
     where = "a GPU" if machine.has_gpu else f"{machine.cores} CPU core{'s' * (machine.cores != 1)}"
     reason = f"the images have a median shorter side of {side} pixels; training runs on {where}"
@@ -273,6 +278,7 @@ def _image_choices(folder: Folder, machine: Machine, image_size: int, cache: str
     if cache is not None and pixels > max(2 * (SIDE_OF_CROP * image_size) ** 2, CACHED_SIDE**2):
         reason = f"the images have {pixels / 1e6:.2g} megapixels on average; reduced copies are read faster"
         choices.append(Choice("both", "image_cache", cache, reason))
+    # 128 is the batch of fashion_mnist_lt_tiny, chosen on images apart (docs/claims.md). An epoch has at least 4 steps.
     batch_size = 64 if len(folder.labels) < 2000 else 128 if len(folder.labels) < 20_000 else 256
     batch_size = min(batch_size, max(len(folder.labels) // 4 // 2 * 2, 2))
     choices += [
@@ -299,13 +305,16 @@ def _warmup(epochs: int) -> int | float:
     return min(5, epochs // 10) if epochs >= 10 else 0
 
 
-def _teacher_choices(folder: Folder, machine: Machine, image_size: int, epochs: int, share: float) -> list[Choice]:
+def _teacher_choices(folder: FolderFacts, machine: Machine, image_size: int, epochs: int, share: float) -> list[Choice]:
     if image_size <= SMALL:
         backbone, reason = "resnet20", "a CNN for small images"
     elif machine.has_gpu and image_size >= 160:
         backbone, reason = "timm/resnet50", "as for ImageNet-LT in the paper"
     else:
         backbone, reason = "timm/resnet18", "a CNN that a few cores can train"
+    # Of fashion_mnist_lt_tiny, where it is the largest rho without a visible loss of accuracy (docs/claims.md), and of
+    # image_folder, which follows the paper's ImageNet-LT.
+    rho = 0.1 if image_size <= SMALL else 0.05
     return [
         Choice("teacher", "backbone", backbone, reason),
         Choice("teacher", "teacher_loss", "ce"),
@@ -314,12 +323,13 @@ def _teacher_choices(folder: Folder, machine: Machine, image_size: int, epochs: 
         Choice("teacher", "warmup_epochs", _warmup(epochs)),
         Choice("teacher", "learning_rate", 0.1),
         Choice("teacher", "weight_decay", 5e-4),
-        Choice("teacher", "sam_rho", [0.1 if image_size <= SMALL else 0.05], "a flat teacher (SAM)"),
+        Choice("teacher", "sam_rho", [rho], "a flat teacher (SAM)"),
     ]
 
 
-def _student_choices(folder: Folder, machine: Machine, image_size: int, epochs: int, share: float) -> list[Choice]:
+def _student_choices(folder: FolderFacts, machine: Machine, image_size: int, epochs: int, share: float) -> list[Choice]:
     patch = 16 if image_size >= 160 else max(image_size // PATCHES, 2) if image_size > SMALL else 4
+    # Widths: of ViT-S, of fashion_mnist_lt_tiny (not tuned, docs/claims.md), and between.
     if machine.has_gpu:
         width, blocks, heads, reason = 384, 12, 6, "ViT-S"
     elif image_size <= SMALL or len(folder.labels) < 20_000:
@@ -345,7 +355,7 @@ def _student_choices(folder: Folder, machine: Machine, image_size: int, epochs: 
     ]
 
 
-def _notes(folder: Folder, share: float) -> list[str]:
+def _notes(folder: FolderFacts, share: float) -> list[str]:
     notes = list(folder.notes)
     tested = int(np.asarray(folder.test_counts)[shot_groups(folder.counts)["tail"]].sum())
     if tested < 200:

@@ -26,7 +26,7 @@ from ..recipes.usage import refuse_unknown
 from ..training.arguments import PRECISIONS
 from ..training.recipe import STUDENT, TEACHER, Recipe
 from ..training.schedule import low_peak
-from ..training.starting import FREE_SIZES, SIZES, check_start
+from ..training.starting import FIXED_SIZE_FIELDS, FREE_SIZE_FIELDS, check_start
 from ..training.trial import StepTimes, measure_steps
 from .fitted_recipe import (
     EVALUATIONS,
@@ -35,7 +35,7 @@ from .fitted_recipe import (
     TEST_FRACTION,
     Choice,
     FittedRecipe,
-    Folder,
+    FolderFacts,
     Machine,
     fit_recipe,
     sizes_for,
@@ -71,7 +71,7 @@ def fit(
     cache: str | None = None,
     cost: Callable[[float, float], float] = operator.add,
 ) -> FittedRecipe:
-    """Fits a recipe to a folder, and prints it with its reasons and the expected time.
+    """Fits a recipe to a folder, with the reasons and the expected time; [`print_fitted`] prints it.
 
     Args:
         source: The folder.
@@ -111,13 +111,12 @@ def fit(
     rate, start = (fitted.value("student", name) for name in ("learning_rate", "init_from"))
     if isinstance(rate, int | float) and (note := low_peak(rate, start)):
         fitted.notes.append(note)
-    _print_plan(fitted, folder, data)
-    return fitted
+    return dataclasses.replace(fitted, data=_data_line(folder, data))
 
 
 def _fit_to_time(
     recipe: Callable[[float], FittedRecipe],
-    folder: Folder,
+    folder: FolderFacts,
     data: Mapping,
     minutes: float | None,
     cost: Callable[[float, float], float],
@@ -143,7 +142,7 @@ def _whole(choices: Sequence[Choice], section: str, name: str) -> int | None:
     return value
 
 
-def _trial(fitted: FittedRecipe, folder: Folder, data: Mapping) -> Callable[[FittedRecipe], tuple[float, float]]:
+def _trial(fitted: FittedRecipe, folder: FolderFacts, data: Mapping) -> Callable[[FittedRecipe], tuple[float, float]]:
     """Measures the steps of a recipe. Returns a function from the recipe to the seconds of teacher and student."""
     with tempfile.TemporaryDirectory() as place:
         cached = {"image_cache": str(Path(place) / "images")} if fitted.value("student", "image_cache") else {}
@@ -199,7 +198,7 @@ def _takes_text(name: str) -> bool:
     return str in kinds or any(str in get_args(kind) for kind in kinds)
 
 
-def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
+def _look(source: Path, given: Sequence[Choice]) -> tuple[FolderFacts, Mapping]:
     """Looks at a data set. Returns what a recipe depends on, and its splits."""
     fields = {choice.name: choice.value for choice in given if choice.section == "data"}
     args = Recipe(BASE).data(**{"data_dir": str(source), **fields})
@@ -225,7 +224,7 @@ def _look(source: Path, given: Sequence[Choice]) -> tuple[Folder, Mapping]:
     if unreadable:
         args.skip_bad_images = True
         data = args.load(splits)
-    folder = Folder(
+    folder = FolderFacts(
         labels=data["train"]["label"][:],
         num_classes=num_classes,
         test_counts=class_counts(data["test"]["label"][:], num_classes).tolist(),
@@ -267,7 +266,7 @@ def _sizes_of_start(given: Sequence[Choice]) -> list[Choice]:
     if start is None:
         return []
     config = check_start(StudentArguments(init_from=start), values).config
-    return [Choice("student", name, config[name], f"as {start}") for name in (*SIZES, *FREE_SIZES)]
+    return [Choice("student", name, config[name], f"as {start}") for name in (*FIXED_SIZE_FIELDS, *FREE_SIZE_FIELDS)]
 
 
 def _sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
@@ -276,16 +275,21 @@ def _sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
     return [open_image(cell["image"]).size for cell in cells]
 
 
-def _print_plan(fitted: FittedRecipe, folder: Folder, data: Mapping) -> None:
+def _data_line(folder: FolderFacts, data: Mapping) -> str:
     names = data["train"].features["label"].names
     counts = training_counts(data["train"])
     largest, smallest = f"{counts.max():,}", f"{counts.min():,}"
     if largest != smallest:
         largest += f" ({names[int(counts.argmax())]}) to {smallest} ({names[int(counts.argmin())]})"
-    print(
+    return (
         f"{counts.sum():,} training and {sum(folder.test_counts):,} test images of {len(names):,} classes, {largest} "
-        "training images a class.\n"
+        "training images a class."
     )
+
+
+def print_fitted(fitted: FittedRecipe) -> None:
+    """Prints a recipe of [`fit`]: a sentence about the data, values with reasons, notes, and the expected time."""
+    print(f"{fitted.data}\n")
     table = Table(title="Recipe: the values that depend on the folder", title_justify="left")
     for column in ("for", "field", "value", "reason"):
         table.add_column(column, overflow="fold", no_wrap=column in ("for", "field"))

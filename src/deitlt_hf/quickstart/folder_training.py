@@ -23,7 +23,7 @@ from ..training import DeiTLTTrainer
 from ..training.recipe import Recipe
 from ..training.taught import TeacherAtChanceError
 from .fitted_recipe import Choice
-from .fitting import RECIPE_FILE, fit, given_choice
+from .fitting import RECIPE_FILE, fit, given_choice, print_fitted
 
 IMAGES_FOLDER = "images"  # of reduced copies
 
@@ -71,6 +71,7 @@ def train(
         check_continues(path, source, minutes, given)
     else:
         fitted = fit(source, minutes, given, str(output / IMAGES_FOLDER))
+        print_fitted(fitted)
         if dry_run:
             return None
         fitted.write(path, recipe_title(source, minutes))
@@ -199,7 +200,18 @@ def _logits(trainer: DeiTLTTrainer, test: datasets.Dataset) -> tuple[dict[str, n
 def comparison(
     student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, groups: Mapping[str, Sequence[int]], output: Path
 ) -> str:
-    """Compares student and teacher by the classes that they predict for the same test images, and says which to use."""
+    """Compares student and teacher by the classes that they predict for the same test images, and says which to use.
+
+    Args:
+        student: Predicted classes; (images,).
+        teacher: Predicted classes; (images,).
+        labels: True classes; (images,).
+        groups: Class indices of each group.
+        output: Folder of the run, which the advice names.
+
+    Returns:
+        Two sentences: the differences in points with their intervals, and the advice.
+    """
     (lead,) = paired_leads({"student": student}, teacher, labels, groups, resamples=500).values()
     parts = [f"{name} {points(value, lead.ends[name])}" for name, value in lead.values.items() if not math.isnan(value)]
     low, high = lead.ends["overall"]

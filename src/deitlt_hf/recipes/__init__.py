@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .usage import command_line_errors, recipe_names
+from .usage import recipe_names
 
 if TYPE_CHECKING:
     from .parsing import data_help, field_names, fill_arguments, parse_arguments
@@ -15,7 +15,6 @@ __all__ = [
     "PretrainingModelArguments",
     "StudentArguments",
     "TeacherArguments",
-    "command_line_errors",
     "data_help",
     "field_names",
     "fill_arguments",

@@ -90,7 +90,12 @@ class DataArguments:
             )
 
     def source(self) -> tuple[str, Mapping]:
-        """Loads the unchanged splits. Returns a description of the source, and the splits."""
+        """Loads the unchanged splits. Returns a description of the source, and the splits.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist or has no supported layout.
+            ValueError: If the files do not have the expected content, or a field needs all images of a stream.
+        """
         if self.streaming:
             for name in _NEED_ALL_IMAGES:
                 if getattr(self, name) is not None:
@@ -101,7 +106,12 @@ class DataArguments:
         return load_source(**self._for(load_source))
 
     def load(self, source: Mapping | None = None) -> Mapping:
-        """Makes the splits for training, testing and, on request, validation, from those that [`source`] loads."""
+        """Makes the splits for training, testing and, on request, validation, from those that [`source`] loads.
+
+        Raises:
+            FileNotFoundError: As [`source`].
+            ValueError: As [`source`], or if a split, column or class is missing, or the imbalance cannot be made.
+        """
         source = source if source is not None else self.source()[1]
         if self.streaming:
             return source
@@ -126,7 +136,11 @@ class DataArguments:
         return {field: getattr(self, field) for field in names} | {"dataset": name, "local_files": is_local}
 
     def groups(self, data: Mapping) -> ShotGroups:
-        """Groups the classes into head, mid and tail by their training images."""
+        """Groups the classes into head, mid and tail by their training images.
+
+        Raises:
+            ValueError: If the boundaries are not two increasing positions among the classes.
+        """
         return shot_groups(training_counts(data["train"]), self.group_boundaries, self.group_rule)
 
 

@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -15,7 +16,7 @@ from ..io import one_line
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
-from ..models.weight_files import check_model_files
+from ..models.safe_loading import check_model_files
 from .handler import is_hub_id, load_native, native_config
 
 # Architecture names of a student: the name that is saved, and the name of the package's class.
@@ -23,7 +24,16 @@ STUDENTS = ("DeiTForImageClassificationWithTeacher", "DeiTLTForImageClassificati
 
 
 def load_model(path: str) -> PreTrainedModel:
-    """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does."""
+    """Loads a student with all its experts, or any other image classifier as [`load_classifier`] does.
+
+    Args:
+        path: Folder of the model, or its Hub id.
+
+    Raises:
+        FileNotFoundError: If the path is local and has no model.
+        OSError: If the model cannot be downloaded.
+        ValueError: If a file is corrupt, or holds no image classifier.
+    """
     config = read_model_config(path)
     if not any(name in STUDENTS for name in config.get("architectures") or []):
         return load_classifier(path, config)
@@ -34,7 +44,14 @@ def load_model(path: str) -> PreTrainedModel:
 def load_classifier(path: str, config: dict[str, Any] | None = None) -> PreTrainedModel:
     """Loads a [`FlatTeacherForImageClassification`], or any image classifier of transformers or timm.
 
-    `config` is the content of its `config.json`, if it has been read and checked.
+    Args:
+        path: Folder of the model, or its Hub id.
+        config: The content of its `config.json`, if it has been read and checked.
+
+    Raises:
+        FileNotFoundError: If the path is local and has no model.
+        OSError: If the model cannot be downloaded.
+        ValueError: If a file is corrupt, or holds no image classifier.
     """
     is_flat_teacher = (config or read_model_config(path)).get("model_type") == FlatTeacherConfig.model_type
     with loading(path):
@@ -97,7 +114,13 @@ def check_weights(path: str, info: Mapping[str, Any], kind: str, new: tuple[str,
 
 
 def load_processor(path: str) -> BaseImageProcessor:
-    """Loads the image processor of a model folder or Hub repository."""
+    """Loads the image processor of a model folder or Hub repository.
+
+    Raises:
+        FileNotFoundError: If the folder has no configuration, or a file of its weights is missing.
+        OSError: If there is no image processor, or it cannot be downloaded.
+        ValueError: If a file of the folder is corrupt.
+    """
     if Path(path).is_dir():
         check_model_files(path)
     with loading(path):
@@ -111,11 +134,14 @@ def loading(path: str, kind: str = "an image classifier") -> Iterator[None]:
     Raises:
         OSError: If a file is missing, or cannot be downloaded.
         ValueError: If the model cannot be loaded.
+        torch.OutOfMemoryError: If it does not fit into the memory of the device.
     """
     try:
         yield
     except OSError as error:
         raise _readable(path, error) from error
+    except torch.OutOfMemoryError:  # of a GPU that other programs use, for example: the model is not damaged
+        raise
     except Exception as error:  # configuration fields of a wrong type can raise any exception
         unknown = "its config.json has the unknown value " * isinstance(error, KeyError)
         raise ValueError(f"{path} cannot be loaded as {kind}: {unknown}{one_line(error).rstrip('.')}.") from error

@@ -40,7 +40,7 @@ def read_file(path: str, background: str | None) -> Image.Image:
         raise ValueError(f"{path!r} cannot be read: {error.strerror}.") from error
 
 
-def load_classifier(path: str | PathLike, device: str | None = None) -> EndpointHandler:
+def load_handler(path: str | PathLike, device: str | None = None) -> EndpointHandler:
     """Loads a student, a flat teacher, or any image classifier of transformers, from a folder or the Hub.
 
     Raises:

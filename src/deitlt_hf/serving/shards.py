@@ -74,7 +74,12 @@ class Shards:
         check_can_be_folder(self.folder)
         listed = "\0".join(self.paths) + self.source
         files = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
-        wanted = {"model": model_digest(classifier), "images": len(self.paths), "files": files, **asdict(self.contents)}
+        wanted = {
+            "model": handler_digest(classifier),
+            "images": len(self.paths),
+            "files": files,
+            **asdict(self.contents),
+        }
         path = self.folder / MANIFEST
         if not path.is_file():
             if self.folder.is_dir() and any(not name.endswith(".part") for name in os.listdir(self.folder)):
@@ -243,7 +248,7 @@ def last_layer(model: PreTrainedModel) -> torch.nn.Module:
     raise ValueError(f"a {model.config.model_type} has no linear layer as its last; leave --features out.")
 
 
-def model_digest(classifier: EndpointHandler) -> str:
+def handler_digest(classifier: EndpointHandler) -> str:
     """SHA-256 over everything that decides an answer: weights, classes, groups and image processor."""
     about = [
         {str(label): name for label, name in classifier.model.config.id2label.items()},

@@ -14,10 +14,10 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from ..data.sources.files import is_image
-from ..evaluation.accuracy import COLOURS
-from ..io import check_link
+from ..evaluation.expert_table import COLOURS, percent
+from ..model_folder import check_link
 from .handler import read_image
-from .prediction import load_classifier
+from .prediction import load_handler
 
 if TYPE_CHECKING:
     import gradio
@@ -128,11 +128,11 @@ class Explanation:
     def __init__(self, model: str | PathLike) -> None:
         from jinja2 import Environment
 
-        self._handler = load_classifier(model)
+        self._handler = load_handler(model)
         self.has_experts = self._check_model(model)
         self._most_frequent = max(filter(None, self._handler.training_images), default=None)
         page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        page.filters["percent"] = percent
+        page.filters["percent"] = with_sign
         self._page = page.from_string(files(__package__).joinpath("demo.html").read_text(encoding="utf-8"))
         self.empty = self._page.render()
 
@@ -207,6 +207,6 @@ def png_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def percent(score: float) -> str:
-    """Formats a score in [0, 1] in per cent, with one decimal."""
-    return f"{100 * score:.1f}\N{NO-BREAK SPACE}%"
+def with_sign(score: float) -> str:
+    """Formats a score in [0, 1] in per cent, with one decimal and the sign."""
+    return f"{percent(score)}\N{NO-BREAK SPACE}%"

@@ -1,4 +1,4 @@
-"""Training arguments of both trainers, in addition to those of transformers. Defaults come from the paper."""
+"""Training arguments of all trainers, in addition to those of transformers. Defaults come from the paper."""
 
 import importlib.util
 import itertools

@@ -15,11 +15,11 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..io import file_sha256, one_line, read_json, sync_to_disk, weight_files
-from ..models.weight_files import check_readable
+from ..io import file_sha256, one_line, read_json, sync_to_disk
+from ..model_folder import STAGING, weight_files
+from ..models.safe_loading import check_readable
 
 MANIFEST = "manifest.json"
-STAGING = ".saving"
 HOW_TO_RESUME = (
     "resume with --resume_from_checkpoint auto (deitlt train and compare: with the same command, without --overwrite)"
 )

@@ -21,7 +21,7 @@ from .adapters import inside_wrapper
 from .arguments import LongTailTrainingArguments
 from .inputs import check_streaming
 from .optimizers import MUON, muon
-from .plan_lines import drw_start
+from .plan_lines import drw_start_text
 from .schedule import value_in_phase
 from .student_arguments import DeiTLTTrainingArguments
 from .taught import TaughtTrainer
@@ -68,8 +68,8 @@ class DeiTLTTrainer(TaughtTrainer):
 
     def check_model(self, model: PreTrainedModel) -> None:
         super().check_model(model)
-        if self._datasets[0] is not None:
-            check_student(model, self.args, self._datasets[0])
+        if self.given_train is not None:
+            check_student(model, self.args, self.given_train)
 
     def check_accelerator(self) -> None:
         super().check_accelerator()
@@ -83,13 +83,13 @@ class DeiTLTTrainer(TaughtTrainer):
 
     def set_up_model(self, model: PreTrainedModel) -> None:
         super().set_up_model(model)
-        if self._datasets[0] is not None:
+        if self.given_train is not None:
             self.model = self.model_wrapped = freeze(model, self.args.tune, self.args.lora_rank)  # type: ignore[assignment]
 
     def begin_record(self) -> None:
         super().begin_record()
         if self.args.starts_heads_at_means and self.beginning.checkpoint is None:
-            begin_heads(self.model, features_of(self, self._datasets[0]))
+            begin_heads(self.model, features_of(self, self.given_train))
 
     def make_losses(self) -> None:
         super().make_losses()
@@ -188,7 +188,7 @@ class DeiTLTTrainer(TaughtTrainer):
             phases = f"one, {mixing}, no re-weighting"
         else:
             after = mixing if args.mixing_in_drw else "no mixing"
-            phases = f"to epoch {drw_start(self)}: {mixing}; from there: re-weighted, {after}"
+            phases = f"to epoch {drw_start_text(self)}: {mixing}; from there: re-weighted, {after}"
         lines = {"phases": phases}
         if args.train_sizes:
             lines["image sizes"] = f"{in_phases(args.train_sizes, args.train_size_epochs)} (px, training only)"

@@ -15,11 +15,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..model_folder import EMA_FOLDER
 from .adapters import merged
 from .checkpoints import replace_model
 
 EMA_FILE = "ema.safetensors"
-EMA_FOLDER = "ema"
 
 
 class MovingAverage(TrainerCallback):

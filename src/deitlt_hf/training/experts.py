@@ -102,7 +102,7 @@ def expert_table(
         counted: Columns of [`expert_columns`].
         labels: True classes; (images,).
         experts: Names of the experts, in the order of the columns. The first is the model's prediction.
-        groups: Class indices of the head, medium and tail classes.
+        groups: Class indices of the head, mid and tail classes.
         names: Names of the classes.
     """
     classes, losses = counted[:, :-1].astype(np.int64), counted[:, -1]

@@ -181,8 +181,8 @@ class FrozenTeacherTrainer(FlatTeacherTrainer):
 
     def _fit(self) -> None:
         """Fits the head, and records how."""
-        validation = None if self.test_dataset is None else self._features(self._datasets[1])
-        regression, strength, held_out = fit_balanced(self._features(self._datasets[0]), validation)
+        validation = None if self.test_dataset is None else self._features(self.given_eval)
+        regression, strength, held_out = fit_balanced(self._features(self.given_train), validation)
         fold(regression, self.head)
         self.results.content["ran"] = {
             "dtype": dtype_of(self.model),

@@ -69,7 +69,7 @@ def muon(model: nn.Module, args: "DeiTLTTrainingArguments", decayed: Collection[
 def muon_settings(args: TrainingArguments) -> dict[str, Any]:
     """Settings of Muon and of its AdamW fallback, except learning rate and weight decay."""
     return {
-        "momentum": 0.95,
+        "momentum": 0.95,  # default of torch.optim.Muon, and of its author
         "adjust_lr_fn": "match_rms_adamw",
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,

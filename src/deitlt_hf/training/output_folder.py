@@ -9,10 +9,9 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from ..io import check_can_be_folder
+from ..model_folder import CURVES_FILE, EMA_FOLDER, LOG_FILE
 from ..records import RESULTS_FILE, is_of_run, read_record
 from .checkpoints import MODEL_FILES, checkpoints_in, has_model
-from .ema import EMA_FOLDER
-from .run_log import CURVES_FILE, LOG_FILE
 
 LOCK_FILE = ".lock"
 EMISSIONS_FILE = "emissions.csv"  # codecarbon's name

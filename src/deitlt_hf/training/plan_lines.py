@@ -87,7 +87,7 @@ def _step_lines(
     }
 
 
-def drw_start(trainer: "LongTailTrainer") -> str:
+def drw_start_text(trainer: "LongTailTrainer") -> str:
     """Start epoch of deferred re-weighting, with a note if `max_steps` ends the run earlier."""
     start, steps = trainer.args.drw_start_epoch, trainer.args.max_steps
     assert start is not None  # called for a run with it

@@ -18,7 +18,8 @@ from transformers.utils import cached_file
 from ..data.images import decoder_versions
 from ..hub.card_facts import HUB_ID, LICENSE_FIELDS
 from ..hub.cards import CARD_FILE
-from ..io import one_line, read_json, weights_digest
+from ..io import one_line, read_json
+from ..model_folder import weights_digest
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
 from .sam import SAM
 

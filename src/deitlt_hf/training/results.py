@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..io import one_line, weights_digest, write_json
+from ..io import one_line, write_json
+from ..model_folder import weights_digest
 from ..records import RESULTS_FILE, SCHEMA, Emissions, RunRecord, read_record
 from .inputs import label_names
 from .output_folder import EMISSIONS_FILE

@@ -15,6 +15,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from ..data.images import usable_cores
 from ..io import atomic_write
+from ..model_folder import CURVES_FILE, LOG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from .arguments import LongTailTrainingArguments
     from .trainer import LongTailTrainer
 
-LOG_FILE = "log.jsonl"
-CURVES_FILE = "training_curves.png"
 ESTIMATE_AFTER = 5  # steps, not counting the first one, which starts workers and fills caches
 ESTIMATE_SECONDS = 2.0
 WAITING_STEPS, WAITING_SECONDS, WAITING_SHARE = 20, 20.0, 0.5  # for a note that training waits for images

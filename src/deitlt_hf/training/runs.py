@@ -59,6 +59,18 @@ def train_teacher(
     """Trains the teacher of a recipe and saves it in `args.output_dir`.
 
     With `tune` heads, the teacher is a frozen model with a fitted head.
+
+    Args:
+        data_args: The images.
+        model_args: The teacher's backbone.
+        args: Its training.
+        data: What `data_args.load()` returned, if it was loaded before.
+
+    Raises:
+        FileExistsError: If the output folder holds another run.
+        FileNotFoundError: If the images or the frozen model do not exist.
+        ValueError: If data, arguments or the checkpoint to resume from do not fit.
+        FloatingPointError: If the loss is not finite.
     """
     if model_args.tune == HEADS:
         return _fit_frozen(data_args, model_args, args, data)
@@ -90,6 +102,19 @@ def distill(
     If no teacher is given, it uses the teacher in the folder `teacher` next to `args.output_dir` (`teacher_LOSS` for a
     loss other than the recipe's). That teacher must have been trained on the same images. If the folder has no teacher,
     the recipe's teacher is trained there first.
+
+    Args:
+        recipe: Name or path of the recipe, from which a missing teacher is trained.
+        data_args: The images.
+        model_args: The student's sizes, the model that it starts from, and its teachers.
+        args: The student's training.
+
+    Raises:
+        FileExistsError: If the output folder, or that of the teacher, holds another run.
+        FileNotFoundError: If the images, a teacher or the model to start from do not exist.
+        ValueError: If data, arguments, a teacher or the checkpoint to resume from do not fit. A teacher no better than
+            chance raises [`TeacherAtChanceError`].
+        FloatingPointError: If the loss is not finite.
     """
     # All checks come first: an error must not appear after hours of teacher training.
     if model_args.teacher is not None and model_args.teacher_loss is not None:

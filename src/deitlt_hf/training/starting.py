@@ -18,22 +18,22 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import ADAPTER_CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from ..data.transforms import ImageFormat
-from ..io import weight_files
+from ..model_folder import weight_files
 from ..models.deitlt.configuration_deitlt import DeiTLTConfig
 from ..models.deitlt.modeling_deitlt import DeiTLTForImageClassification
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
+from ..models.safe_loading import read_checkpoint, strip_wrappers
 from ..models.trunks import TIMM_TYPE, Trunk, check_type, student_of, trunk_of, vit_of_file
-from ..models.weight_files import read_checkpoint, strip_wrappers
 from ..original import load_original_student
 from ..recipes import StudentArguments
 from ..serving.classifiers import check_weights, loading, read_model_config
 from ..serving.handler import native_config
 from .inputs import label_fields
 
-# Sizes that a student takes over from the model that it starts from.
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# Sizes that the command line can change: the weights are interpolated.
-FREE_SIZES = ("image_size", "patch_size")
+# Configuration fields: sizes that a student takes over from the model that it starts from.
+FIXED_SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# Configuration fields: sizes that the command line can change, since the weights are interpolated.
+FREE_SIZE_FIELDS = ("image_size", "patch_size")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def check_start(model_args: StudentArguments, changed: Mapping[str, Any]) -> Sta
                 source = AutoModel.from_config(config)
         with _as_student(path):
             trunk = trunk_of(source)
-    for name in SIZES:
+    for name in FIXED_SIZE_FIELDS:
         if changed.get(name, trunk.config[name]) not in (None, trunk.config[name]):
             raise ValueError(
                 f"{path} has {name} {trunk.config[name]}, not {changed[name]}; a student that starts from it has "
@@ -152,7 +152,7 @@ def _of_file(
 def _image_fields(path: str, trunk: Trunk, model_args: StudentArguments, changed: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and normalisation of the student's images: of the command line, else of the source."""
     found = image_format_of(path)
-    fields = {name: trunk.config[name] for name in FREE_SIZES}
+    fields = {name: trunk.config[name] for name in FREE_SIZE_FIELDS}
     if found is not None:
         # A model of timm has a fixed size, but timm before 1.0.31 writes the size of the architecture beside it.
         if not _is_of_timm(path):
@@ -163,7 +163,7 @@ def _image_fields(path: str, trunk: Trunk, model_args: StudentArguments, changed
             fields["image_size"] = found.size[0]
         if (found.mean, found.std) != (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)):
             fields |= {"image_mean": list(found.mean), "image_std": list(found.std)}
-    given = {name: changed[name] for name in FREE_SIZES if name in changed}
+    given = {name: changed[name] for name in FREE_SIZE_FIELDS if name in changed}
     normalisation = {name: getattr(model_args, name) for name in ("image_mean", "image_std")}
     return fields | given | {name: values for name, values in normalisation.items() if values is not None}
 

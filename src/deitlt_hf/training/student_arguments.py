@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..data.sampling import ROUND, check_repeats
+from ..data.sampling import images_of_epoch
 from ..io import check_can_be_folder
 from ..losses import CLS_LOSSES, DISTILLATION_TARGETS, DistillationLoss
 from ..losses.entry import listed
@@ -159,10 +159,7 @@ class DeiTLTTrainingArguments(LongTailTrainingArguments):
 
     def check_data(self, num_images: int) -> None:
         """As in the parent class. Repeated augmentation uses whole rounds of images."""
-        if self.repeated_augmentation > 1:
-            check_repeats(num_images)
-            num_images -= num_images % ROUND
-        super().check_data(num_images)
+        super().check_data(images_of_epoch(num_images, self.repeated_augmentation))
 
     def published_values(self) -> dict[str, tuple[Any, Any]]:
         on_gpu = torch.cuda.is_available() and not self.use_cpu  # a CPU does not train in half precision

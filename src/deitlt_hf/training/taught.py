@@ -102,7 +102,7 @@ class TaughtTrainer(LongTailTrainer):
 
     def _count_images(self, config: PreTrainedConfig, groups: Mapping[str, Integers] | None) -> None:
         super()._count_images(config, groups)
-        if self._datasets[0] is not None and self.tail_teacher is not None:
+        if self.given_train is not None and self.tail_teacher is not None:
             self.tail_classes = tail_classes(self.groups, self.class_counts, self.args.tail_below)
 
     def taught_logits(self, views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -148,18 +148,11 @@ class TaughtTrainer(LongTailTrainer):
 
     # ---- Before the first step ----
 
-    def check_before_training(self) -> None:
-        """Checks the teachers on the images of the evaluations, and records their accuracies."""
+    def prepare_training(self) -> None:
+        """Opens the cache, checks the teachers on the images of the evaluations, and records their accuracies."""
         if not self.args.needs_teacher:
             return
-        if self.teacher is None:
-            alone = " or ".join(repr(name) for name, target in DISTILLATION_TARGETS.items() if not target.needs_teacher)
-            raise ValueError(
-                f"distillation={self.args.distillation!r} needs a teacher; pass one, or set distillation={alone} to "
-                "train both tokens on the labels."
-            )
-        if self.args.tail_below is not None and self.tail_teacher is None:
-            raise ValueError("tail_below has no effect without a tail teacher; pass one, or leave tail_below out.")
+        self._check_given_teachers()
         if self.args.teacher_cache is not None:
             self.cache = cache_of(self, self._teacher_digests)
             self._steps_per_epoch = self.steps_per_epoch()
@@ -168,6 +161,17 @@ class TaughtTrainer(LongTailTrainer):
             self.results.teachers[name] = teacher_record(teacher, accuracies.get(name))
         if self.tail_teacher is not None:
             self.results.teachers["tail_teacher"]["classes"] = [self.class_names[label] for label in self.tail_classes]
+
+    def _check_given_teachers(self) -> None:
+        """Raises `ValueError` if a teacher is missing that the arguments need."""
+        if self.teacher is None:
+            alone = " or ".join(repr(name) for name, target in DISTILLATION_TARGETS.items() if not target.needs_teacher)
+            raise ValueError(
+                f"distillation={self.args.distillation!r} needs a teacher; pass one, or set distillation={alone} to "
+                "train both tokens on the labels."
+            )
+        if self.args.tail_below is not None and self.tail_teacher is None:
+            raise ValueError("tail_below has no effect without a tail teacher; pass one, or leave tail_below out.")
 
     def _accuracies_of_teachers(self) -> dict[str, dict[str, float]]:
         """Accuracies of the teachers on the images of the evaluations, which the cache keeps; empty without images."""

@@ -15,7 +15,7 @@ from ..data.transforms import TrainTransform
 from ..losses import TEACHER_LOSSES
 from .arguments import LongTailTrainingArguments
 from .momentum_encoder import MomentumContrast
-from .plan_lines import drw_start
+from .plan_lines import drw_start_text
 from .schedule import warmup_drops
 from .teacher_arguments import FlatTeacherTrainingArguments
 from .trainer import LongTailTrainer
@@ -53,15 +53,15 @@ class FlatTeacherTrainer(LongTailTrainer):
 
     def check_model(self, model: PreTrainedModel) -> None:
         super().check_model(model)
-        if self._datasets[0] is not None:
+        if self.given_train is not None:
             _check_heads(self.args.teacher_loss, model.config)
 
     def set_up_model(self, model: PreTrainedModel) -> None:
         super().set_up_model(model)
         args = self.args
-        if self._datasets[0] is not None and args.loss.logit_scale is not None:
+        if self.given_train is not None and args.loss.logit_scale is not None:
             model.config.logit_scale = getattr(args, args.loss.logit_scale)
-        if self._datasets[0] is not None and args.loss.contrast:
+        if self.given_train is not None and args.loss.contrast:
             on_device = model.to(args.device)  # type: ignore[arg-type]  # its decorator in transformers hides `self`
             self.contrast = MomentumContrast(on_device, args.paco_queue, args.paco_momentum)
 
@@ -146,7 +146,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         args = self.args
         lines = {"loss": args.teacher_loss}
         if args.drw_start_epoch is not None:
-            lines["phases"] = f"re-weighted from epoch {drw_start(self)}"
+            lines["phases"] = f"re-weighted from epoch {drw_start_text(self)}"
         return lines
 
 

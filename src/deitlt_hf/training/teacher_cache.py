@@ -223,7 +223,7 @@ def identity_of(trainer: "TaughtTrainer", teachers: list[str]) -> dict[str, Any]
 
     Libraries and hardware belong to it: others round differently, which can change the label of an image.
     """
-    args, images = trainer.args, trainer._datasets[0]
+    args, images = trainer.args, trainer.given_train
     ends_mixing = args.mixes and not args.mixing_in_drw
     return {
         "format": FORMAT,
@@ -247,7 +247,7 @@ def identity_of(trainer: "TaughtTrainer", teachers: list[str]) -> dict[str, Any]
 
 def evaluation_digest(trainer: "TaughtTrainer") -> str:
     """Digest of the images and groups on which the teachers are checked."""
-    images = trainer._datasets[1]
+    images = trainer.given_eval
     content = images_hash(next(iter(images.values())) if isinstance(images, Mapping) else images)
     facts = [content, trainer.groups, trainer.args.per_device_eval_batch_size, str(trainer.processing_class.to_dict())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -38,10 +38,11 @@ from ..evaluation import ExpertTable
 from ..hub.cards import write_card
 from ..hub.pushing import prepare_repository
 from ..losses.class_weights import named_weights
+from ..model_folder import EMA_FOLDER
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import HOW_TO_RESUME
-from .ema import EMA_FOLDER, MovingAverage, save_average
+from .ema import MovingAverage, save_average
 from .experts import check_best_metric, converted, expert_columns, expert_metrics_added
 from .inherited import check_parameters
 from .inputs import as_images, common_classes, ignoring_stop_signals, name_classes
@@ -68,7 +69,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
       run that is resumed ends with the same result as an uninterrupted one;
     - a loss that is not finite stops the run before a checkpoint is written; SIGTERM and Ctrl-C stop it after one;
     - a resumed run must have the same classes, images, model and loss as before; resuming a finished run does nothing;
-    - every evaluation reports head, medium and tail classes for each expert, as metrics, as a table and in
+    - every evaluation reports head, mid and tail classes for each expert, as metrics, as a table and in
       `results.json`, with separate entries for the last and the best epoch; every log is also a line of `log.jsonl`;
     - `ema_decay` keeps a moving average of the weights, which is evaluated with the model and saved in `ema`;
     - a folder that holds another run is not written to;
@@ -83,7 +84,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         eval_dataset: Test images, or a mapping from names to several test sets. `results.json` and checks use the first
             set. With a `test_dataset`, these are validation images.
         processing_class: Image processor for evaluation; by default created from the model's image size.
-        groups: Class indices of head, medium and tail classes; by default those of [`shot_groups`].
+        groups: Class indices of head, mid and tail classes; by default those of [`shot_groups`].
         model_init: Function that creates the model, instead of `model`. Each call of `train` then starts with a new
             model, as `hyperparameter_search` requires.
         optimizers: An optimiser of the model's parameters or None, and its scheduler or None. None as scheduler uses
@@ -95,8 +96,9 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
     Attributes:
         experts: Output field with the logits of each expert, by the expert's name. The first is the model's prediction.
-        groups: Class indices of the head, medium and tail classes.
+        groups: Class indices of the head, mid and tail classes.
         last_table: Accuracies of the last evaluation.
+        given_train, given_eval: The data sets of the constructor; `train_dataset` and `eval_dataset` transform them.
 
     Raises:
         ValueError: If data, model and optimiser do not match, or a parameter has no effect (`inherited.py`). The model
@@ -130,7 +132,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.args = args.settle()
 
         # Data and model are checked completely before the model is changed.
-        self._datasets = (train_dataset, eval_dataset)
+        self.given_train, self.given_eval = train_dataset, eval_dataset
         self.test_dataset = test_dataset
         if model_init is not None:
             self.model_init = model_init
@@ -215,7 +217,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises `ValueError` if a model does not fit the data and arguments. The model is not changed."""
-        train = self._datasets[0]
+        train = self.given_train
         self.class_names = common_classes(model.config, [*([] if train is None else [train]), *self._evaluated()])
         if train is not None:
             named_weights(self.args.class_weights, self.class_names)  # refuses unknown names
@@ -228,13 +230,13 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
     def _evaluated(self) -> list:
         """The data sets that this trainer evaluates on."""
-        test = self._datasets[1]
+        test = self.given_eval
         datasets = [*(test.values() if isinstance(test, dict) else [test]), self.test_dataset]
         return [dataset for dataset in datasets if dataset is not None]
 
     def _count_images(self, config: PreTrainedConfig, groups: Mapping[str, Integers] | None) -> None:
         """Counts the training images of each class, and divides the classes into groups."""
-        train_dataset = self._datasets[0]
+        train_dataset = self.given_train
         self.class_counts = getattr(config, "class_counts", None)
         self.subset_sha256: str | None = None
         if train_dataset is not None:
@@ -263,7 +265,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
     def set_up_model(self, model: PreTrainedModel) -> None:
         """Changes a checked model for training: float32 weights, class names and class counts from the data."""
         name_classes(model.config, self.class_names)
-        if self._datasets[0] is not None:
+        if self.given_train is not None:
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
             model.config.prediction_sets = None  # thresholds of a model to start from hold for its weights only
             model.config.return_dict = True
@@ -282,7 +284,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
             return
         self.args.settle()
         self.views = self.train_views(self.args, self.processing_class)
-        self.train_dataset = as_images(self._datasets[0], self.processing_class, self.args, self.views)
+        self.train_dataset = as_images(self.given_train, self.processing_class, self.args, self.views)
         self.make_losses()
 
     # ---- For subclasses ----
@@ -295,11 +297,11 @@ class LongTailTrainer(SharpnessAwareTrainer):
         return {"pixel_values": transform}
 
     def plan(self) -> dict[str, str]:
-        """Lines of the printed plan, by label, in addition to those of both trainers."""
+        """Lines of the printed plan, by label, in addition to those of every trainer."""
         return {}
 
-    def check_before_training(self) -> None:
-        """Hook for checks that take long. They are made before the first step, and before the plan is printed."""
+    def prepare_training(self) -> None:
+        """Hook for checks and other work that takes long, before the first step and before the plan is printed."""
 
     def settings(self) -> dict[str, Any]:
         """Arguments that affect the result of this run, without those that a given optimiser or scheduler replaces."""
@@ -351,14 +353,14 @@ class LongTailTrainer(SharpnessAwareTrainer):
         # All checks come before the first change in the folder: a refused run must not damage another run.
         self._resuming = resumes_in(self.run_dir, resume_from_checkpoint)
         check_output_dir(self.run_dir, self.args.overwrite, self._resuming)
-        check_same_images([self._datasets[0], *self._evaluated()])
+        check_same_images([self.given_train, *self._evaluated()])
         images = self.train_dataset
         # `len` of streamed images counts the share of this process only.
         self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
         with run_lock(self.run_dir) if self.args.should_save else contextlib.nullcontext():
-            self.check_before_training()
+            self.prepare_training()
             self._plan = plan_lines(self)
-            self.images_sha256 = of_first_process(lambda: images_hash(self._datasets[0]))
+            self.images_sha256 = of_first_process(lambda: images_hash(self.given_train))
             self.beginning = of_first_process(lambda: find_beginning(self, resume_from_checkpoint, self._resuming))
             if self.beginning.is_finished:
                 return self._load_finished()

@@ -22,7 +22,7 @@ from .optimizers import MUON, muon
 from .recipe import StudentRun, TeacherRun
 from .student_arguments import DeiTLTTrainingArguments
 
-STEPS = 2
+STEPS = 2  # that are timed; a step of a large student takes seconds on a CPU
 DECODED = 32  # images
 START_SECONDS = 5.0  # imports, checks and saving of a run, on a CPU
 
@@ -206,7 +206,7 @@ def _reading(args: DeiTLTTrainingArguments, model: StudentArguments, data: Mappi
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Median time of a few calls, after one that is not counted."""
+    """Mean time of `STEPS` calls, after one that is not counted."""
 
     def timed() -> float:
         started = time.perf_counter()
@@ -216,4 +216,4 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
         return time.perf_counter() - started
 
     timed()
-    return statistics.median(timed() for _ in range(STEPS))
+    return statistics.fmean(timed() for _ in range(STEPS))

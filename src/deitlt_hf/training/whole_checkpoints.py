@@ -17,10 +17,10 @@ from transformers.trainer import OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STA
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io import one_line
+from ..model_folder import STAGING
 from .adapters import ADAPTER_FOLDER, has_adapter, inside_wrapper, load_adapter, merged, save_adapter
 from .arguments import LongTailTrainingArguments
 from .checkpoints import (
-    STAGING,
     begin_checkpoint,
     finish_checkpoint,
     remove_old_checkpoints,
@@ -219,6 +219,10 @@ class WholeCheckpointTrainer(Trainer):
                 self._load_state_of_shards(checkpoint)
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
+        except torch.OutOfMemoryError:  # the state may still be of this run
+            raise
+        # What torch raises for other parameters (ValueError, KeyError), shapes (RuntimeError) and other content, such
+        # as a number in place of a group or of a tensor (TypeError, AttributeError).
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"the state of the optimiser or of the schedule in {checkpoint} is not of this run: {one_line(error)}."

@@ -4,7 +4,6 @@ This file is copied into every saved folder and Hub repository, so it imports tr
 timm backbones.
 """
 
-import contextlib
 import math
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.utils import logging
 
 from .configuration_flat_teacher import CIFAR_RESNETS, FlatTeacherConfig
 
@@ -22,6 +22,8 @@ try:
     from transformers import initialization as init
 except ImportError:  # transformers 4 uses torch's; the module of transformers 5 skips weights that are already loaded
     from torch.nn import init  # type: ignore[no-redef]
+
+logger = logging.get_logger(__name__)
 
 
 class BasicBlock(nn.Module):
@@ -160,15 +162,16 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         """
         copied = deepcopy(self).eval().requires_grad_(False)
         if any(isinstance(module, nn.BatchNorm2d) for module in copied.backbone.modules()):
-            # Tracing runs third-party code on symbols instead of tensors, which can raise any exception.
-            with contextlib.suppress(Exception):
+            try:
                 from torch.fx.experimental.optimization import fuse  # if it moves, only the folding is lost
 
-                fused, size = fuse(copied.backbone), self.config.image_size
-                images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
-                expected = copied.backbone(images)
+                shape = (2, self.config.num_channels, self.config.image_size, self.config.image_size)
+                images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+                fused, expected = fuse(copied.backbone), copied.backbone(images)
                 if torch.allclose(fused(images), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()):
                     copied.backbone = fused
+            except Exception as error:  # tracing runs third-party code on symbols instead of tensors: any exception
+                logger.info(f"batch norms are not folded: {type(error).__name__}: {error}")
         return copied.to(memory_format=torch.channels_last)
 
     def forward(

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from ..io import read_json, weight_files
+from ..io import read_json
+from ..model_folder import weight_files
 
 # Objects in the authors' files other than tensors and plain values: the command line (with a path) and numpy's numbers.
 # A pair also gives the name in the file: numpy 1 and 2 keep the same function in different modules.
