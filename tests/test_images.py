@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -123,15 +124,10 @@ def test_files_that_cannot_be_decoded_are_named(tmp_path, data, message):
         decode(data)
 
 
-def test_a_missing_decoder_is_not_reported_as_a_bad_image(monkeypatch):
-    """torchvision without its JPEG decoder raises this; no image is to be repaired or skipped for it."""
-
-    def missing(*_):
-        raise NotImplementedError("no operator image::decode_jpeg")
-
-    monkeypatch.setattr(images, "decode_jpeg", missing)
-    with pytest.raises(NotImplementedError, match="decode_jpeg"):
-        decode(encoded(picture(8, 8), "JPEG"))
+def test_pillow_decodes_if_torchvision_was_built_without_jpeg(monkeypatch):
+    assert images._jpeg_decoder() is not None
+    monkeypatch.setattr(torch.ops, "image", SimpleNamespace())
+    assert images._jpeg_decoder() is None
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

@@ -356,7 +356,7 @@ def test_a_path_is_not_requested_from_the_hub(tmp_path, monkeypatch, name):
         check_start(StudentArguments(init_from=path), {})
 
     for load in (load_handler, classifiers.load_model, classifiers.load_classifier, start):
-        with pytest.raises(FileNotFoundError, match=r"not a model folder"):
+        with pytest.raises(FileNotFoundError, match=r"no model folder"):
             load(name)
 
 

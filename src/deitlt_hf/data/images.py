@@ -8,6 +8,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,11 +19,6 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg  # a third faster than Pillow
-except ImportError:  # torchvision 0.29 announces that a later version will not decode images: then Pillow does
-    decode_jpeg = None
-
 from ..io import one_line
 from .image_rule import FORMATS, is_transparent, open_encoded, orientation_of, upright_rgb
 
@@ -31,6 +27,20 @@ if TYPE_CHECKING:
 
     from .copies import ReducedCopies
 
+
+def _jpeg_decoder() -> Callable[..., torch.Tensor] | None:
+    """torchvision's decoder of JPEGs, a third faster than Pillow's; None if there is none, and Pillow decodes.
+
+    torchvision may be built without it, and version 0.29 announces that a later one will not decode images.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+    return partial(decode_jpeg, mode=ImageReadMode.RGB) if hasattr(torch.ops.image, "decode_jpeg") else None
+
+
+decode_jpeg = _jpeg_decoder()
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 # Pillow's warnings (palettes, corrupt EXIF, TIFF tags) do not concern pixels, and would repeat per image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -81,7 +91,7 @@ class EncodedImage:
         with self._errors():
             if self._is_jpeg and decode_jpeg is not None:
                 data = torch.frombuffer(self.data, dtype=torch.uint8)
-                pixels = decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+                pixels = decode_jpeg(data).permute(1, 2, 0).numpy()
             else:
                 pixels = np.asarray(upright_rgb(self._opened, self.background))
             height, width, _ = pixels.shape

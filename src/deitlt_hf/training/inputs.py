@@ -1,7 +1,7 @@
 """Converts `datasets` data sets to the inputs of the trainers, and checks their labels against the model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -16,8 +16,10 @@ from ..data.sampling import SeededImages, TrainBatches
 from ..data.sources.labels import check_indices
 from ..data.streaming import StreamedImages, StreamedSplit
 from ..data.transforms import TrainTransform
-from .arguments import LongTailTrainingArguments
 from .guards import ignore_stop_signals
+
+if TYPE_CHECKING:
+    from .arguments import LongTailTrainingArguments
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:
@@ -46,7 +48,7 @@ def ignoring_stop_signals(loader: DataLoader) -> DataLoader:
 
 
 def train_loader(
-    images: ImageDataset | StreamedImages, args: LongTailTrainingArguments, collate_fn: Callable
+    images: ImageDataset | StreamedImages, args: "LongTailTrainingArguments", collate_fn: Callable
 ) -> DataLoader:
     """Data loader of this process's training batches. All batches are full, because mixing pairs their images."""
     loaded: TorchDataset = images
@@ -93,7 +95,7 @@ def check_streaming(args: TrainingArguments) -> None:
 def as_images(
     dataset: Any,
     processor: BaseImageProcessor,
-    args: LongTailTrainingArguments,
+    args: "LongTailTrainingArguments",
     views: Mapping[str, TrainTransform] | None = None,
 ) -> Any:
     """Wraps a data set or a mapping of them: rows become model inputs. Other data sets are returned unchanged.
