@@ -213,5 +213,5 @@ class Claim:
         if NOT_RUN in found:
             return NOT_RUN
         if "holds" in found and len(found) > 1:
-            return "holds in part, not in part" if "does not hold" in found else "holds in part"
+            return "some parts hold, others do not" if "does not hold" in found else "holds in part"
         return next(said for said in ("holds", "does not hold", "cannot tell") if said in found)

@@ -113,7 +113,7 @@ def test_only_seeds_that_both_have_are_compared(evidence, tmp_path):
     [
         ([0.1, 0.11, 0.12], [0.1, 0.11, 0.12], "holds"),
         ([0.1, 0.11, 0.12], [-0.1, 0.1, 0.2], "holds in part"),
-        ([0.1, 0.11, 0.12], [-0.1, -0.11, -0.12], "holds in part, not in part"),
+        ([0.1, 0.11, 0.12], [-0.1, -0.11, -0.12], "some parts hold, others do not"),
         ([-0.1, -0.11, -0.12], [-0.1, 0.1, 0.2], "does not hold"),
         ([-0.1, -0.11, -0.12], [-0.1, -0.11, -0.12], "does not hold"),
     ],
