@@ -106,6 +106,16 @@ def test_every_command_describes_itself(name, capsys):
         assert command in COMMANDS
 
 
+def test_help_of_plan_refers_to_distill_for_the_options_of_transformers(capsys):
+    for name in ("plan", "distill"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        text = capsys.readouterr().out
+        assert ("--logging_dir" in text or "--hub_token" in text) == (name == "distill")
+        assert ("deitlt distill --help" in text) == (name == "plan")
+        assert "--drw_beta" in text
+
+
 @pytest.mark.parametrize("name", ["data", "sharpness", "analyze", "evaluate", "distill"])
 def test_help_lists_the_fields_of_a_recipes_data(name, capsys):
     with pytest.raises(SystemExit):

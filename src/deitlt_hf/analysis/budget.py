@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.table import Table
@@ -143,7 +143,13 @@ def budget(
 
 @dataclass
 class PlanArguments:
-    """Hardware assumptions of an estimate."""
+    """Hardware assumptions of an estimate.
+
+    Attributes:
+        listed_by: Command whose help lists the options of transformers.
+    """
+
+    listed_by: ClassVar[str] = "deitlt distill --help"
 
     gpu: str = option("h100", f"Type of the GPUs: one of {', '.join(GPUS)}.")
     gpus: list[int] = option([1, 2, 4, 8], "Numbers of GPUs; the table has a row for each.")

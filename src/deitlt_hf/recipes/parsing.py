@@ -253,7 +253,10 @@ def _hide(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 
 
 def _group(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
-    """Sorts the options of the help into groups: this package's own first, those inherited from transformers last."""
+    """Sorts the options of the help into groups: this package's own first, those inherited from transformers last.
+
+    A command whose dataclass has the attribute `listed_by` does not list the last group, and refers to that command.
+    """
     models = (StudentArguments, PretrainingModelArguments, TeacherArguments)
     titles: dict[type, str] = {DataArguments: "data", **dict.fromkeys(models, "model")}
     inherited = "training: options of transformers"
@@ -268,7 +271,12 @@ def _group(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
                 group_of[field.name] = title if any(field.name in names for names in own) else inherited
     actions = list(parser._actions)
     parser._action_groups.clear()
-    for title in ("options", "this command", "method and training", "data", "model", inherited):
+    titles_shown = ["options", "this command", "method and training", "data", "model", inherited]
+    lister = next((cls.listed_by for cls in classes if hasattr(cls, "listed_by")), None)
+    if lister is not None:
+        titles_shown.remove(inherited)
+        parser.epilog = f"The options of transformers, which {lister} lists, can be given, too."
+    for title in titles_shown:
         members = [action for action in actions if group_of.get(action.dest, "options") == title]
         if members:
             parser.add_argument_group(title)._group_actions.extend(members)
