@@ -379,7 +379,7 @@ def test_only_an_unedited_card_is_rewritten(student_folder):
     assert is_generated(readme.read_text())
     edited = readme.read_text().replace("license: apache-2.0", "license: mit")
     readme.write_text(edited)
-    with pytest.warns(UserWarning, match="stays"):
+    with pytest.warns(UserWarning, match="is kept"):
         write_card(student_folder, "org/name")
     assert readme.read_text() == edited
 
@@ -557,7 +557,7 @@ def test_command_writes_the_card_of_a_folder(student_folder, capsys):
 
 def test_command_does_not_report_a_card_that_it_did_not_write(student_folder, capsys):
     (student_folder / "README.md").write_text("# Mine\n")
-    with pytest.warns(UserWarning, match="stays; move it away for a new one"):
+    with pytest.warns(UserWarning, match="it is kept; move it"):
         make_model_cards(["--model", str(student_folder)])
     assert capsys.readouterr().out == ""
 

@@ -173,7 +173,7 @@ def test_only_commands_set_the_whole_process(tmp_path, digits, monkeypatch):
     calls = []
     monkeypatch.setattr("deitlt_hf.training.trainer.keep_freed_memory", lambda: calls.append("trainer"))
     monkeypatch.setattr("deitlt_hf.training.memory.keep_freed_memory", lambda: calls.append("command"))
-    monkeypatch.setattr("deitlt_hf.cli.distill.distill", lambda *_: sys.exit("not trained here"))
+    monkeypatch.setattr("deitlt_hf.cli.distill.StudentRun.train", lambda *_: sys.exit("not trained here"))
     student_trainer(tmp_path, digits)
     assert calls == []
     student_trainer(tmp_path, digits, keep_freed_memory=True)

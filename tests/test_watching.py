@@ -309,7 +309,7 @@ def test_lines_show_the_remaining_time(tmp_path, digits, capsys, monkeypatch):
     monkeypatch.setattr(run_log, "time", watch)
     student_trainer(tmp_path, digits, distillation="none", num_train_epochs=2).train()
     lines = capsys.readouterr().out.splitlines()
-    estimate = next(line for line in lines if "s a step" in line)
+    estimate = next(line for line in lines if "s per step" in line)
     assert estimate.endswith("left without evaluations")
     assert any(line.startswith("epoch 2.00  step 14/14") and line.endswith("  0:00:00 left") for line in lines)
     assert any(line.startswith("epoch 1.00  step 7/14") and "0:01:" in line for line in lines)
