@@ -24,7 +24,7 @@ FOLDER = Path(tempfile.gettempdir()) / "deitlt_tutorials"
 TOKEN = "hf_tutorial"
 # What a training prints between its first line and its last table of accuracies.
 TRAINING = re.compile(
-    r"(^epoch .* step .*\n)(?:^(?:epoch |[┏┃┡│├└]|accuracy in %|[\d.]+ s a step).*\n)+(?=^epoch \S+\n)", re.M
+    r"(^epoch .* step .*\n)(?:^(?:epoch |[┏┃┡│├└]|accuracy in %|[\d.]+ s per step).*\n)+(?=^epoch \S+\n)", re.M
 )
 
 
