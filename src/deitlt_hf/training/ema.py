@@ -46,6 +46,7 @@ class MovingAverage(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        # Not before training: the average begins as a copy of the weights, which a resumed run has loaded by now.
         self._average = ModelEmaV3(model, decay=self.decay)
         self.model = self._average.module
         if self.checkpoint is not None:

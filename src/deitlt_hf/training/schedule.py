@@ -43,7 +43,7 @@ def published_epoch(step: int, batches: int, micro_batches: int) -> float:
     """
     epoch, step = divmod(step, math.ceil(batches / micro_batches))
     if micro_batches == 1:
-        return max(epoch - 1, 0)
+        return max(epoch - 1, 0)  # set after epoch e to the value of e, which epoch e + 1 trains with
     first = step * micro_batches
     return epoch + (first if first + micro_batches < batches else batches - 1) / batches
 
