@@ -70,6 +70,7 @@ class TaughtTrainer(LongTailTrainer):
         if self.args.teacher_cache is None:
             self._prepare_teachers()
         else:
+            # Before any folding, which depends on the device: the same teacher has one digest everywhere.
             self._teacher_digests = [model_digest(model) for model in self._teachers().values()]
 
     def _teachers(self) -> dict[str, PreTrainedModel]:
@@ -138,7 +139,7 @@ class TaughtTrainer(LongTailTrainer):
 
         Images, (batch, 3, height, width), are normalised for the student, and resized and re-normalised as needed.
         """
-        if not self._are_prepared:
+        if not self._are_prepared:  # with a cache, they may never be needed
             self._prepare_teachers()
         with torch.inference_mode(), self.accelerator.autocast():
             antialias = bool(self.args.teacher_antialias)
@@ -199,6 +200,7 @@ class TaughtTrainer(LongTailTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.cache is not None:
+            # Before the checkpoint: a run that resumes from it never sees the earlier views again.
             self.cache.flush()
         super()._save_checkpoint(model, trial)
 

@@ -132,7 +132,7 @@ class WholeCheckpointTrainer(Trainer):
         save = super()._save
         try:
             with saved_as_own_class(self.model):
-                # A checkpoint moves into place as a whole anyway. Its adapters stay apart from the weights, to train on.
+                # A checkpoint moves into place as a whole. Its adapters stay apart from the weights, to train on.
                 if self._staging is not None or not self.args.should_save:
                     save(output_dir, state_dict)
                 elif not has_adapter(self.model):
