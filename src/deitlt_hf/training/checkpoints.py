@@ -97,6 +97,7 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
             sync_to_disk(path)
             os.replace(path, Path(output_dir) / path.name)
         sync_to_disk(Path(output_dir))
+        # Last: while it exists, a push refuses the folder, whose files can be of two models (hub/pushing.py).
         shutil.rmtree(staged.parent)
     # The staging folder stays: its weights can be the only copy of a finished training.
     except (OSError, RuntimeError, SafetensorError) as error:

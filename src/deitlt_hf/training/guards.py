@@ -143,6 +143,7 @@ class Voter(TrainerCallback, ABC):
         """Whether all processes act after this step."""
         if processes == 1:
             return self.wants()  # nobody else has to agree, so without a step's delay
+        # Only those of this step, whose sum may be on its way.
         if len(self._votes) < 2:
             return False
         votes, event = self._votes.pop(0)

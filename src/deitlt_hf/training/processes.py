@@ -39,6 +39,7 @@ def of_first_process(find: Callable[[], Any]) -> Any:
     if PartialState().is_main_process:
         try:
             outcome = [find(), None]
+        # The others wait in the broadcast below: without it they would wait for ever.
         except (ValueError, OSError) as error:
             outcome = [None, error]
     found, raised = broadcast_object_list(outcome)

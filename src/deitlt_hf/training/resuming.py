@@ -183,6 +183,7 @@ def _differences(config: dict, record: RunRecord, trainer: "LongTailTrainer", da
             f"{data['class_counts'][label]})"
         )
     for name, what in (("subset_sha256", "other rows were chosen"), ("images_sha256", "files, names or labels differ")):
+        # None is not another value: a stream has no hash of images, and some data sets no source rows.
         if had.get(name) is not None and data[name] is not None and had[name] != data[name]:
             chosen = [
                 f"{field} was {had[field]} and is {value}"

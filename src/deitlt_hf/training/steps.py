@@ -149,6 +149,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
 
     def steps_per_epoch(self) -> int:
         """Optimiser steps per epoch."""
+        # A loader starts no worker before it is iterated, so one that is made for its length costs nothing.
         return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
 
     def total_steps(self) -> int:
@@ -300,7 +301,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         """
         self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
         self.__dict__.get("_eval_dataloaders", {}).clear()
-        self.accelerator._dataloaders.clear()
+        self.accelerator._dataloaders.clear()  # `free_memory` would also drop the model
 
     # ---- Logging ----
 

@@ -182,6 +182,7 @@ class TaughtTrainer(LongTailTrainer):
         if cache is None:
             return {name: self.check_teacher(name) for name in self._teachers()}
         key = evaluation_digest(self)
+        # Read by one process: `check_teacher` gathers, so all must run it or none.
         found = of_first_process(lambda: cache.accuracies(key))
         if found is None:
             found = {name: self.check_teacher(name) for name in self._teachers()}

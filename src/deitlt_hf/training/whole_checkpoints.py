@@ -157,6 +157,7 @@ class WholeCheckpointTrainer(Trainer):
             ValueError: If weights are missing, unexpected, or of another size, or a run with FSDP resumes one without.
         """
         model = self.model if model is None else model
+        # A PeftModel is left to the parent; an adapter of `add_adapter` is saved by it but not loaded.
         if isinstance(model, PreTrainedModel) and has_adapter(model):
             load_adapter(model, resume_from_checkpoint)
             return
