@@ -127,7 +127,7 @@ class Voter(TrainerCallback, ABC):
 
     def vote(self, device: torch.device) -> torch.Tensor:
         """1 if this process wants the action, else 0. The trainer sums it over the processes."""
-        return torch.full((1,), float(self.wants()), device=device)
+        return torch.full((1,), float(self.wants()), device=device)  # a float, to be reduced with the denominators
 
     def count(self, votes: torch.Tensor) -> None:
         """Stores the sum of the votes of a step, without waiting for its value."""

@@ -50,7 +50,7 @@ def published_epoch(step: int, batches: int, micro_batches: int) -> float:
 
 def value_in_phase(values: Sequence, starts: Sequence[float], epoch: float) -> Any:
     """The value of the phase of training that an epoch belongs to; the phases start at the epochs `starts`."""
-    return values[bisect.bisect_right(starts, epoch) - 1]
+    return values[bisect.bisect_right(starts, epoch) - 1]  # right: a phase begins at its epoch
 
 
 def low_peak(learning_rate: float, init_from: str | None) -> str | None:

@@ -162,6 +162,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         batches = list(islice(epoch_iterator, num_batches))  # the parent's method also synchronises the device
         self.waited += time.perf_counter() - started
         self._window, self._micro_batch = batches, 0
+        # Here, because only here transformers has all micro-batches of a step before its first forward pass.
         if batches:
             self._prepare_window()
         return batches, None  # no number of items: `denominators` normalises the loss

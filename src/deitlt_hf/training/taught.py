@@ -54,6 +54,7 @@ class TaughtTrainer(LongTailTrainer):
     ) -> None:
         if tail_teacher is not None and (teacher is None or tail_teacher is teacher):
             raise ValueError("tail_teacher is a second teacher: pass another model as teacher, too.")
+        # Set before the parent's constructor, which calls `check_model`.
         self.teacher, self.tail_teacher = teacher, tail_teacher
         self._processors = {"teacher": teacher_processor, "tail_teacher": tail_processor}
         self.formats: dict[str, ImageFormat] = {}

@@ -48,7 +48,7 @@ class FlatTeacherTrainer(LongTailTrainer):
     def __init__(
         self, model: PreTrainedModel | None = None, args: FlatTeacherTrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        self.contrast: MomentumContrast | None = None
+        self.contrast: MomentumContrast | None = None  # before the parent's constructor, which calls `set_up_model`
         super().__init__(model=model, args=args, **kwargs)
 
     def check_model(self, model: PreTrainedModel) -> None:

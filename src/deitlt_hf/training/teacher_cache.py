@@ -99,7 +99,7 @@ class TeacherCache:
         if self.is_hard:
             values = logits.argmax(dim=1).cpu().numpy().astype(self._label_type())
         else:
-            values = logits.float().cpu().numpy()
+            values = logits.float().cpu().numpy()  # numpy has no bfloat16, as of autocast
         self._new[index] = _Part(_digest_of(views), values)
 
     def flush(self) -> None:

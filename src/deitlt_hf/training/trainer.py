@@ -129,7 +129,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
     ) -> None:
         self._check_parameters(model, args, model_init, kwargs)
         assert args is not None  # checked above
-        self.args = args.settle()
+        self.args = args.settle()  # now, since the checks below read it before the parent's constructor sets it
 
         # Data and model are checked completely before the model is changed.
         self.given_train, self.given_eval = train_dataset, eval_dataset
@@ -363,6 +363,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
         # One process holds the lock of the run: the others of this run would find the folder locked.
         with run_lock(self.run_dir) if self.args.should_save else contextlib.nullcontext():
+            # In this order: `find_beginning` compares the teachers and the hash of the images, which come first.
             self.prepare_training()
             self._plan = plan_lines(self)
             # Hashed by one process: `check_same_images` has compared what the processes read.
@@ -389,7 +390,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         assert record is not None
         self._load_from_checkpoint(output_dir)
         if self.ema is not None and (Path(output_dir) / EMA_FOLDER).is_dir():
-            # Creates the average, which is loaded next.
+            # Training, which would create the average, does not begin.
             self.ema.on_train_begin(self.args, self.state, self.control, model=self.model)
             self._load_from_checkpoint(str(Path(output_dir) / EMA_FOLDER), self.ema.model)
         self.state.global_step = self.state.max_steps = steps
@@ -404,7 +405,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
     ) -> TrainOutput:
         started = time.perf_counter()
         self._recording = True
-        self._logged.clear()
+        self._logged.clear()  # of a `train` that was interrupted
         self._steps_logged = 0
         if self.ema is not None:
             self.ema.checkpoint = checkpoint

@@ -129,7 +129,7 @@ class WholeCheckpointTrainer(Trainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         # The parent also pickles the arguments; the token must not be written to a file.
         token, self.args.hub_token = self.args.hub_token, None
-        save = super()._save
+        save = super()._save  # `super()` would not work in the lambda below
         try:
             with saved_as_own_class(self.model):
                 # A checkpoint moves into place as a whole. Its adapters stay apart from the weights, to train on.
