@@ -370,6 +370,7 @@ def _read(
 
 def _decode(text: str, name: str) -> bytes:
     """Decodes base64, with or without line breaks and `data:image/...;base64,`."""
+    # A server that fetches any URL would let strangers reach its internal network.
     if text.startswith(("http://", "https://")):
         raise ValueError(
             f"{name} is a URL; send the bytes of the image or base64 text; this endpoint does not download URLs."

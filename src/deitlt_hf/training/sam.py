@@ -43,7 +43,7 @@ class SAM(Optimizer):
         self.base_optimizer = base_optimizer
         self.adaptive = adaptive
         self._perturbed: dict[torch.nn.Parameter, torch.Tensor] = {}
-        # Schedulers of torch and Accelerate take subclasses of Optimizer only, with groups and defaults.
+        # torch's schedulers and Accelerate take subclasses of Optimizer only.
         super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, "rho": rho})
         # Both optimisers share groups and state: schedulers, checkpoints and `add_param_group` then affect both.
         self.param_groups = base_optimizer.param_groups

@@ -90,7 +90,7 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
             return super().training_step(model, inputs, num_items_in_batch)
         # First pass: gradients accumulate over the micro-batches. DDP averages them over the processes in the last one,
         # so that `ascend` sees the gradient of the whole batch, in every process the same.
-        # With `sam_per_process`, a gradient that was averaged would point all processes in one direction.
+        # With `sam_per_process`, each process ascends along its own gradient, as in Foret et al.; it saves a reduction.
         with self._gradients_stay(model, self.args.sam_per_process):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last micro-batch

@@ -62,7 +62,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         if self.given_train is not None and args.loss.logit_scale is not None:
             model.config.logit_scale = getattr(args, args.loss.logit_scale)
         if self.given_train is not None and args.loss.contrast:
-            # Moved before the parent would: the encoder and its queue are created where the model is.
+            # On the device first: the encoder and its queue are created where the model is.
             on_device = model.to(args.device)  # type: ignore[arg-type]  # its decorator in transformers hides `self`
             self.contrast = MomentumContrast(on_device, args.paco_queue, args.paco_momentum)
 

@@ -584,7 +584,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         try:
             with (
                 expert_metrics_added(self, self._keeps_logits),
-                # Not during training, as in transformers: the optimiser needs the float32 weights.
+                # As in transformers, which converts weights only outside of training.
                 converted(models, None if self.is_in_train else dtype, self.args.device),
             ):
                 output = super().evaluation_loop(dataloader, description, *args, **kwargs)
