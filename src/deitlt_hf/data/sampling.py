@@ -36,7 +36,7 @@ def seed_streams(*key: int, device: torch.device | None = None) -> None:
     if device is None or device.type == "cpu":
         torch.default_generator.manual_seed(seed)  # 100 times faster than `torch.manual_seed`, which seeds all devices
     else:
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # the CPU, too, where dropped paths are drawn
 
 
 def class_balanced_order(labels: Integers, epoch: int, seed: int = 0) -> np.ndarray:

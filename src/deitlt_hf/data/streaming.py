@@ -161,7 +161,7 @@ class StreamedImages(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # Workers deliver whole batches in turn.
+        # The loader takes whole batches from its workers in turn, so the first ones deliver those that remain.
         wanted = (self.num_batches // workers + (index < self.num_batches % workers)) * self.batch_size
         seeds = image_seeds(wanted, self.seed, int(self.epoch), self.rank, index)
         for seed, (image, label) in zip(seeds.tolist(), self._rows(), strict=False):  # the rows are infinite
