@@ -133,6 +133,7 @@ def _measurable(model: nn.Module) -> Iterator[nn.Module]:
     was_training, flags = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.eval().requires_grad_(True)
     try:
+        # On a CPU, torch's fast attention has no second derivatives.
         with eager_attention(model):
             yield _Logits(model)
     finally:

@@ -111,8 +111,9 @@ def student_model(
     weight_bytes = 4 + 4 * (args.ema_decay is not None)
     return Model(
         parameters=parameters,
-        flops=flops,
+        flops=flops,  # of the last size, which is the image size
         training_flops=args.gradients_per_step * (1 + _backward_share(args.tune, config)) * trained + teacher_flops,
+        # Frozen weights have no gradient and no state of the optimiser.
         state_bytes=weight_bytes * parameters + (STATE_BYTES - 4) * tuned + frozen_bytes,
         activation_bytes=activation_bytes(model, student_args.image_size, half=True),
         trained=tuned,

@@ -106,9 +106,11 @@ def observe(
             num_tokens = layers[0].shape[-1] - grid[0] * grid[1]
             arguments = (grid, patch_size, num_tokens)
             number = len(batch["labels"])
+            # Weighted by images: the last batch can be smaller.
             distances = distances + number * np.stack([attention_distances(layer, *arguments) for layer in layers])
             spreads = spreads + number * np.stack([token_spreads(layer, *arguments) for layer in layers])
             seen += number
+            # The first hidden states are the embeddings, before any block.
             hidden = [state[:, :num_tokens].float().cpu().numpy() for state in outputs.hidden_states[1:]]
             parts.append(np.stack(hidden))
     tokens = ["cls", "distillation"][:num_tokens]

@@ -137,6 +137,7 @@ def standard_columns(
         renamed = {old: new for old, new in zip(columns, ("image", "label"), strict=True) if old != new}
         split = split.with_format(None).select_columns(list(columns)).rename_columns(renamed)
         split = as_image_column(split, "image")
+        # Before rows are chosen: errors and `subset_hash` refer to rows of the source.
         standard[name] = split.add_column("source_index", np.arange(len(split)))
     if class_names is not None:
         class_names = read_class_names(class_names) if isinstance(class_names, str) else list(class_names)

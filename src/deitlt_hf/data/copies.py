@@ -73,7 +73,7 @@ class ReducedCopies:
         """
         path = self._path(cell or {}, background)
         if path is not None and path.is_file():
-            return EncodedImage(str(path), str((cell or {}).get("path") or place))
+            return EncodedImage(str(path), str((cell or {}).get("path") or place))  # the copy has the background
         image = open_image(cell, place, background)
         if min(image.size) <= self.side or path is None:
             return image
@@ -97,6 +97,7 @@ class ReducedCopies:
                 status = os.stat(path or "")
             except (OSError, ValueError):
                 return None
+            # Not the content, which would have to be read again in every epoch.
             data = f"{os.path.realpath(str(path))} {status.st_size} {status.st_mtime_ns}".encode()
         # Copies of another kind, size or background have other names, so runs with other settings can share the folder.
         digest = hashlib.blake2b(

@@ -266,6 +266,7 @@ def images_hash(split: datasets.Dataset | StreamedSplit, contents: int = 4096) -
     # Select the path column alone: this does not read the bytes of the images.
     paths = images.flatten().with_format(None)[f"{image}.path"][:]
     for path in paths:
+        # Folder and name only: the same data may lie elsewhere.
         digest.update(repr(path and os.path.normpath(path).split(os.sep)[-2:]).encode())
         with contextlib.suppress(OSError, TypeError):  # images inside a table or an archive have no file
             digest.update(os.stat(path).st_size.to_bytes(8, "little"))

@@ -80,6 +80,7 @@ def _kept_counts(
     Raises:
         ValueError: If a class would get no image or has too few.
     """
+    # The authors' flag and their order of operations: another order can round to an image less.
     factor = 1.0 / imbalance_ratio
     wanted = [int(n_max * factor**exponent) for exponent in exponents]
     for label in range(len(counts)):
@@ -164,6 +165,7 @@ def _set_apart(labels: np.ndarray, counts: np.ndarray, fraction: float, seed: in
 
 def random_ranks(labels: np.ndarray, seed: int) -> np.ndarray:
     """Rank of each image in a random order of its class, from 0; int64 of shape (images,)."""
+    # RandomState, whose stream numpy has frozen: a seed gives the same split with every version.
     order = np.random.RandomState(seed).permutation(len(labels))
     # A stable sort by class keeps the random order within each class.
     order = order[np.argsort(labels[order], kind="stable")]
@@ -245,4 +247,5 @@ def shot_groups(counts: Integers, boundaries: Sequence[int] | None = None, rule:
 
 def indices_hash(indices: Integers) -> str:
     """SHA-256 of the int64 indices of a subset, for checking that two runs used the same images."""
+    # Little-endian on every machine, so that hashes can be compared between machines.
     return hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()

@@ -29,13 +29,14 @@ def seed_streams(*key: int, device: torch.device | None = None) -> None:
         *key: One number, or several numbers that are hashed together; none may be negative.
         device: Device whose random stream is seeded, too.
     """
+    # Hashed, because sums would give neighbouring seeds and steps the same stream. A single key is random already.
     seed = key[0] if len(key) == 1 else int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
+    np.random.seed(seed & 0xFFFFFFFF)  # numpy takes 32 bits
     if device is None or device.type == "cpu":
         torch.default_generator.manual_seed(seed)  # 100 times faster than `torch.manual_seed`, which seeds all devices
     else:
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # the CPU, too, where dropped paths are drawn
 
 
 def class_balanced_order(labels: Integers, epoch: int, seed: int = 0) -> np.ndarray:

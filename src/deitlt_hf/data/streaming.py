@@ -62,6 +62,7 @@ class StreamedSplit:
             names, self.label_of, self.class_counts = _counts_of_values(feature, counts)
             self._indices = {name: label for label, name in enumerate(names)}  # a counts file has class names
         check_training_counts(names, self.class_counts)
+        # Not decoded by `datasets`, whose error would not name the image.
         self.stream = stream.select_columns([image_column, label_column]).cast_column(
             image_column, datasets.Image(decode=False)
         )
@@ -160,7 +161,7 @@ class StreamedImages(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # Workers deliver whole batches in turn.
+        # The loader takes whole batches from its workers in turn, so the first ones deliver those that remain.
         wanted = (self.num_batches // workers + (index < self.num_batches % workers)) * self.batch_size
         seeds = image_seeds(wanted, self.seed, int(self.epoch), self.rank, index)
         for seed, (image, label) in zip(seeds.tolist(), self._rows(), strict=False):  # the rows are infinite
@@ -185,6 +186,7 @@ class StreamedImages(IterableDataset):
                     continue
                 found = True
                 yield from itertools.repeat((image, label), self.num_repeats)
+            # Without these errors, the loop over turns would never end.
             if seen and not found:
                 raise ValueError("none of the images that a worker has read can be decoded.")
             if not found:

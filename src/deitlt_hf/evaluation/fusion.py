@@ -82,6 +82,7 @@ def fit_fusion(
     """
     if rule not in RULES:
         raise ValueError(f"fusion must be one of {', '.join(RULES)}, got {rule!r}.")
+    # In float64: the gradient tolerance of LBFGS below, 1e-9, is under the rounding of float32.
     cls_logits, distillation_logits = cls_logits.double(), distillation_logits.double()
     log_counts = torch.as_tensor(class_counts, dtype=torch.float64).clamp(min=1).log()
     log_counts = log_counts - log_counts.mean()

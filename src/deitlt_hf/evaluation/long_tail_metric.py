@@ -8,6 +8,7 @@ import evaluate
 import numpy
 from numpy.typing import ArrayLike
 
+# Absolute, and a module a line: `evaluate` copies this file elsewhere, and reads its imports by lines.
 from deitlt_hf.data.long_tail import Groups
 from deitlt_hf.evaluation.accuracy import class_accuracies, number_of_classes
 from deitlt_hf.evaluation.metrics import bootstrap_intervals, long_tail_figures

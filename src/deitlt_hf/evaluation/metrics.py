@@ -32,6 +32,7 @@ def calibration_error(correct: Sequence[bool] | np.ndarray, confidences: Sequenc
         ValueError: If a confidence is outside [0, 1].
     """
     correct, confidences = np.asarray(correct, dtype=float), np.asarray(confidences, dtype=float)
+    # A softmax in float32 can round to a little more than 1.
     if len(confidences) and not (confidences.min() >= 0 and confidences.max() <= 1 + 1e-6):
         raise ValueError(f"confidences must be in [0, 1], got {confidences.min():g} to {confidences.max():g}.")
     # The upper edge belongs to the bin, as in the original definition.
@@ -63,7 +64,7 @@ def long_tail_figures(
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     accuracies = class_accuracies(predictions, labels, number_of_classes(labels, groups))
     tested = np.flatnonzero(~np.isnan(accuracies))
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # log 0 is meant: the mean is then 0
         geometric_mean = float(np.exp(np.log(accuracies[tested]).mean()))
     figures = {
         **group_accuracies(predictions, labels, groups),

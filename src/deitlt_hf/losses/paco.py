@@ -111,6 +111,7 @@ class PaCoLoss(nn.Module):
 
         same_class = (labels[:, None] == torch.cat([labels, key_labels])) & ~itself
         of_centre = centres.gather(1, labels[:, None]) - log_denominator
+        # Filled, not multiplied by the mask: for the image itself, -inf times 0 would be NaN.
         of_images = (similarities - log_denominator).masked_fill(~same_class, 0.0).sum(dim=1)
         # A weighted mean over the positives: images of a frequent class have more of them, in batch and queue.
         positives = self.beta + self.alpha * same_class.sum(dim=1)

@@ -124,6 +124,7 @@ class DistillationLoss(nn.Module):
 
         The weights of the DIST head are those of its targets, the classes that the teacher predicts, not of the labels.
         """
+        # Made on the device: a copy from the host would wait for it in every step.
         batch_size = torch.full((), float(labels.shape[0]), device=labels.device)
         cls_total = batch_size if self.cls_weights is None else _weight_sum(self.cls_weights, labels)
         # Re-weighted soft targets are a distribution again, so each image counts once.

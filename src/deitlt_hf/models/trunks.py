@@ -125,10 +125,11 @@ def trunk_of(model: nn.Module) -> Trunk:
         check_type(vit.config.model_type)
         config = _native_fields(vit.config)
         named = {_renamed(name, {}, _NATIVE_BLOCK_MODULES): tensor for name, tensor in vit.state_dict().items()}
+        # The only one of these models whose position embeddings transformers reduces with antialiasing.
         antialias = vit.config.model_type == "dinov2_with_registers"
     else:
         config, named = _timm_fields(vit), dict(_timm_names(vit.state_dict()))
-        antialias = True
+        antialias = True  # the default of timm's `resample_abs_pos_embed`
     named = {name: tensor.float() for name, tensor in named.items()}  # half precision would lose digits in folding
     if config["num_channels"] != 3:
         channels = config["num_channels"]
@@ -184,6 +185,7 @@ def student_of(trunk: Trunk, attn_implementation: str | None = None, **config: A
     """
     made = DeiTLTConfig(**trunk.config | config)
     trunk = resized(trunk, _side(made.image_size), _side(made.patch_size))
+    # The constructor takes no attention, and the automatic classes make the native DeiT.
     student = DeiTLTForImageClassification._from_config(made, attn_implementation=attn_implementation)
     student.deit.load_state_dict(trunk.weights)
     return student
@@ -260,6 +262,7 @@ def _native_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _timm_fields(vit: nn.Module) -> dict[str, Any]:
     """Fields of a student's configuration, from a ViT of timm."""
+    # Not `isinstance`: a subclass can compute something else from weights of the same names.
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
         name = type(vit).__name__
         raise ValueError(_REASONS.get(name, f"timm's {name} is not a plain ViT"))

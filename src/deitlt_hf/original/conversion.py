@@ -256,7 +256,7 @@ def _integers(values: Any, name: str) -> list[int] | None:
         return None
     try:
         if not isinstance(values, Mapping):
-            return [operator.index(value) for value in values]
+            return [operator.index(value) for value in values]  # takes numpy's integers, and refuses floats
     except TypeError:
         pass
     raise ValueError(f"{name} must be a list of whole numbers, got {str(values)[:60]}.")
@@ -271,6 +271,7 @@ def _kind(name: str, state_dict: StateDict) -> str:
     ):
         if typical <= modules:
             return kind
+    # LDAM's cosine classifier has no bias; the `fc` of a plain ResNet has one.
     if {"layer1", "fc"} <= modules and "fc.bias" not in state_dict:
         return LDAM_TEACHER
     raise ValueError(
@@ -301,6 +302,7 @@ def _student(
     if config.get("num_labels", num_labels) != num_labels:
         num_labels, new = config["num_labels"], ("head.", "head_dist.")
         kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if not name.startswith(new)}
+        # Without its class map and counts, which are of the classes of the file.
         checkpoint = _Checkpoint(checkpoint.name, checkpoint.kind, kept, config=checkpoint.config)
     classes = _classes(checkpoint, num_labels, class_map, class_counts, class_names)
     model = DeiTLTForImageClassification(DeiTLTConfig(**sizes | checkpoint.config | classes | config))

@@ -85,7 +85,7 @@ class TeacherLayout:
             IndexError: If a tensor has too few dimensions.
         """
         depths = tuple(_depth(state_dict, f"{self.prefix}layer{stage}.") for stage in range(1, 5))
-        depths = depths if depths[3] else depths[:3]
+        depths = depths if depths[3] else depths[:3]  # those for CIFAR have three stages
         backbone = _RESNETS.get((depths, f"{self.prefix}layer1.0.conv3.weight" in state_dict))
         if backbone is None:
             raise ValueError(f"its stages have {', '.join(map(str, depths))} blocks, which matches no supported ResNet")

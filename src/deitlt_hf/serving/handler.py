@@ -351,7 +351,7 @@ def _read(
         raise ValueError(f"{name} is of type {type(source).__name__}; give an image, its bytes or base64.")
     try:
         image = source if isinstance(source, Image.Image) else open_encoded(source)
-        check_size(*image.size)
+        check_size(*image.size)  # of a PIL image, too, which `open_encoded` has not checked
         step = next((step for step in (1, 2, 4) if image.width * image.height <= step**2 * REDUCED_FROM), 8)
         if step > 1 and isinstance(source, bytes) and image.format in ("JPEG", "MPO"):
             image.draft(image.mode, (image.width // step, image.height // step))  # JPEG decodes at the smaller size
@@ -370,6 +370,7 @@ def _read(
 
 def _decode(text: str, name: str) -> bytes:
     """Decodes base64, with or without line breaks and `data:image/...;base64,`."""
+    # A server that fetches any URL would let strangers reach its internal network.
     if text.startswith(("http://", "https://")):
         raise ValueError(
             f"{name} is a URL; send the bytes of the image or base64 text; this endpoint does not download URLs."

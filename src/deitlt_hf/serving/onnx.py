@@ -74,6 +74,7 @@ def export_onnx(
     other = (2 * height, width * 3 // 2) if dynamic_size else (height, width)
     network = _Logits(model, dynamic_size)
     axes = {0: "batch_size"} | ({2: "height", 3: "width"} if dynamic_size else {})
+    # Two images: `torch.export` makes a constant of a dimension of size 1.
     program = _translated(network, _random_images(model, 2, *other), axes)
     ClearMetadataAndDocStringPass()(program.model)  # the metadata of nodes contain paths of this machine
     program.model.metadata_props["id2label"] = json.dumps(model.config.id2label)
@@ -82,6 +83,7 @@ def export_onnx(
     path = Path(output) / MODEL_FILE
     with atomic_write(path) as part:
         program.save(part, external_data=False)
+        # Other numbers of images than the traced two, and another size: the graph could hold these as constants.
         for images in (_random_images(model, 1, height, width), _random_images(model, 3, *other)):
             _compare(network, part, images)
     _quantized_path(path).unlink(missing_ok=True)

@@ -72,7 +72,8 @@ class Shards:
             ValueError: If the folder is of a run with another model, other images or options.
         """
         check_can_be_folder(self.folder)
-        listed = "\0".join(self.paths) + self.source
+        listed = "\0".join(self.paths) + self.source  # no path contains NUL
+        # A file name is bytes that need not be UTF-8.
         files = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
         wanted = {
             "model": handler_digest(classifier),
@@ -82,6 +83,7 @@ class Shards:
         }
         path = self.folder / MANIFEST
         if not path.is_file():
+            # `.part` is an unfinished file of `atomic_write`, of a run that was ended here.
             if self.folder.is_dir() and any(not name.endswith(".part") for name in os.listdir(self.folder)):
                 raise FileExistsError(f"{self.folder} is not empty; choose a new folder for --output.")
             write_json(path, wanted)
@@ -260,6 +262,7 @@ def handler_digest(classifier: EndpointHandler) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in classifier.model.state_dict().items():
         digest.update(name.encode())
+        # As bytes: numpy has no bfloat16.
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -26,6 +26,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 def inside_wrapper(model: nn.Module) -> nn.Module:
     """The model inside a `PeftModel`, where its adapters stay. Another model is returned itself."""
+    # By the method, not by PEFT's class: PEFT need not be installed.
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
@@ -39,7 +40,8 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    whole = copy.deepcopy(model)
+    whole = copy.deepcopy(model)  # training goes on with the unmerged adapters
+    # `merge_and_unload` is of PeftModel only; with `add_adapter`, transformers has no method that merges.
     if not isinstance(whole, PreTrainedModel):
         return whole.merge_and_unload()
     for name, module in list(whole.named_modules()):
@@ -59,6 +61,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     from peft import set_peft_model_state_dict
 
     weights = load_file(Path(folder) / "adapter_model.safetensors")
+    # transformers adds PEFT's prefix when it saves (`save_peft_format`), but its model has no such modules.
     named = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
     set_peft_model_state_dict(model, named, adapter_name=model.active_adapters()[0])
 

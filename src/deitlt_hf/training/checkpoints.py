@@ -41,6 +41,7 @@ _FOR_EXACT_RESUME = {
 def begin_checkpoint(output_dir: str | Path) -> Path:
     """Creates an empty staging folder next to the checkpoints, in which the next checkpoint is written."""
     staging = Path(output_dir) / STAGING
+    # What an interrupted save left here would become part of this checkpoint and its manifest.
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
@@ -67,6 +68,7 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
     }
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     sync_to_disk(staged / MANIFEST)
+    # The names of files are in their folders: these must reach the disk, too.
     for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
         sync_to_disk(folder)
     place = Path(output_dir) / staged.name
@@ -75,7 +77,7 @@ def finish_checkpoint(staged: Path, output_dir: str | Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         place.rename(replaced)
     staged.rename(place)
-    sync_to_disk(place.parent)
+    sync_to_disk(place.parent)  # the replaced checkpoint may go only after the rename is on the disk
     shutil.rmtree(replaced, ignore_errors=True)
     shutil.rmtree(staged.parent)
 
@@ -95,7 +97,9 @@ def replace_model(output_dir: str | Path, save: Callable[[str], None]) -> None:
             sync_to_disk(path)
             os.replace(path, Path(output_dir) / path.name)
         sync_to_disk(Path(output_dir))
+        # Last: while it exists, a push refuses the folder, whose files can be of two models (hub/pushing.py).
         shutil.rmtree(staged.parent)
+    # The staging folder stays: its weights can be the only copy of a finished training.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(
             f"the model cannot be written to {output_dir}: {' '.join(str(error).split())}; make room there, and "
@@ -112,7 +116,7 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         match = _NAME.fullmatch(path.name)
         if match and path.is_dir():
-            found[path] = (int(match[1]), match[2] is None)
+            found[path] = (int(match[1]), match[2] is None)  # of two with one step, the replaced one is older
     return sorted(found, key=found.__getitem__)
 
 
@@ -125,10 +129,12 @@ def remove_old_checkpoints(
     """
     found = checkpoints_in(output_dir)
     if step is not None:
+        # Otherwise the next `auto` would resume the earlier attempt, at its later step.
         for path in [path for path in found if step_in_name(path) > step]:
             found.remove(path)
             shutil.rmtree(path)
     protected = {*found[-1:], *([] if best is None else [Path(best)])}
+    # With limit 1 these can be two, if the best checkpoint is not the latest.
     surplus = len(found) - max(limit, len(protected & set(found))) if limit else 0
     for path in [path for path in found if path not in protected][: max(surplus, 0)]:
         shutil.rmtree(path)
@@ -149,6 +155,7 @@ def find_corruption(checkpoint: str | Path) -> str | None:
     except ValueError:
         return f"its {MANIFEST} is not a JSON object"
     for name, entry in manifest.items():
+        # A foreign manifest must not make this read files outside of the checkpoint.
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             return f"its {MANIFEST} names a file outside of it, {one_line(name, 80)}"
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
@@ -160,10 +167,12 @@ def find_corruption(checkpoint: str | Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {one_line(entry['size'], 40)}"
         if file_sha256(path) != entry["sha256"]:
             return f"{name} has changed since it was written"
+    # transformers resumes without a state that is missing, silently, and the run would end differently.
     for what in (*_NEEDED, *_FOR_EXACT_RESUME):
         if not _has(what, manifest):
             why = " (save_only_model leaves it out)" if what in _FOR_EXACT_RESUME else ""
             return f"its {MANIFEST} does not list {what}{why}"
+    # Files with the right hashes can still hold something else, if another program wrote the checkpoint.
     return _unreadable(checkpoint)
 
 
@@ -246,6 +255,7 @@ def read_state(checkpoint: str | Path) -> TrainerState:
     except TypeError as error:  # fields that this version of transformers does not have
         raise ValueError(f"{path} cannot be read: {one_line(error)}.") from error
     wanted = {"global_step": int, "train_batch_size": int, "log_history": list}
+    # Not `isinstance`, for which True is an integer.
     wrong = next((name for name, kind in wanted.items() if type(getattr(state, name)) is not kind), None)
     if wrong is None and not all(isinstance(entry, dict) and "step" in entry for entry in state.log_history):
         wrong = "log_history"

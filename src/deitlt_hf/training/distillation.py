@@ -84,10 +84,12 @@ class DeiTLTTrainer(TaughtTrainer):
     def set_up_model(self, model: PreTrainedModel) -> None:
         super().set_up_model(model)
         if self.given_train is not None:
+            # Both: the parent has set them to the model before LoRA wrapped it.
             self.model = self.model_wrapped = freeze(model, self.args.tune, self.args.lora_rank)  # type: ignore[assignment]
 
     def begin_record(self) -> None:
         super().begin_record()
+        # Not in a resumed run, whose heads are trained already.
         if self.args.starts_heads_at_means and self.beginning.checkpoint is None:
             begin_heads(self.model, features_of(self, self.given_train))
 
@@ -156,6 +158,7 @@ class DeiTLTTrainer(TaughtTrainer):
             # DeiT. The ablation `teacher_view weak` shows it a weakly augmented image of the same row instead.
             views = batch.get("teacher_pixel_values", pixel_values)
             prepared["teacher_logits"] = self.taught_logits(views, labels)
+        # Last: mixing and the teacher see the full size, and a cache of its labels serves every `train_sizes`.
         if self.args.train_sizes:
             size = value_in_phase(self.args.train_sizes, self.args.train_size_epochs, self.state.epoch or 0.0)
             prepared["pixel_values"] = resize(pixel_values, (size, size))
@@ -176,7 +179,7 @@ class DeiTLTTrainer(TaughtTrainer):
         if teacher_logits is not None:
             agreement = outputs.distillation_logits.argmax(dim=1) == teacher_logits.argmax(dim=1)
             self.log_mean("teacher_agreement", agreement.float().mean())
-        tokens = outputs.token_features.detach().float()
+        tokens = outputs.token_features.detach().float()  # a log needs no graph
         self.log_mean("token_similarity", F.cosine_similarity(tokens[:, 0], tokens[:, 1]).mean())
         return parts.loss
 

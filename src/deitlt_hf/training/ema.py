@@ -46,6 +46,7 @@ class MovingAverage(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        # Not before training: the average begins as a copy of the weights, which a resumed run has loaded by now.
         self._average = ModelEmaV3(model, decay=self.decay)
         self.model = self._average.module
         if self.checkpoint is not None:
@@ -75,6 +76,7 @@ class MovingAverage(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        # transformers calls this after every micro-batch of a step but the last, and `on_step_end` after that one.
         if self.every_micro_batch:  # with 4 micro-batches, a decay of 0.99996 is one of 0.99984 for a step
             self._average.update(model)
 

@@ -79,6 +79,7 @@ def converted(models: Sequence[nn.Module], dtype: torch.dtype | None, device: to
     held = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:
+            # By `data`: optimiser and wrappers refer to the parameter objects, which stay.
             tensor.data = tensor.data.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         yield
     finally:

@@ -199,6 +199,7 @@ class FrozenTeacherTrainer(FlatTeacherTrainer):
     def _features(self, images: Dataset) -> Seen:
         """What the head reads for the images of a split, in every process; and the classes."""
         read: list[torch.Tensor] = []
+        # By a hook: classifiers return what the head makes of its input, not the input.
         hook = self.head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
         model = self.model.eval()
 

@@ -90,6 +90,7 @@ class NonFiniteGuard(TrainerCallback):
         model = self.trainer.model
         # Batch-norm statistics too: one bad batch spoils them.
         statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        # Their sum is not finite if one is not: one number to wait for.
         self.note(_norm([*model.parameters()]) + _norm(statistics), self.trainer.state.global_step)
         self._look()
 
@@ -101,6 +102,7 @@ class NonFiniteGuard(TrainerCallback):
     def _stop(self, step: int, what: str) -> None:
         trainer = self.trainer
         assert trainer.optimizer is not None  # only training calls this
+        # Of this process: one that stops alone must not wait for the others in a reduction.
         parts = "".join(f", {name} {value:.4g}" for name, value in trainer.logged_means().items())
         raise FloatingPointError(
             f"{what} at step {step} (epoch {trainer.state.epoch or 0:.2f}, learning rate "
@@ -125,12 +127,13 @@ class Voter(TrainerCallback, ABC):
 
     def vote(self, device: torch.device) -> torch.Tensor:
         """1 if this process wants the action, else 0. The trainer sums it over the processes."""
-        return torch.full((1,), float(self.wants()), device=device)
+        return torch.full((1,), float(self.wants()), device=device)  # a float, to be reduced with the denominators
 
     def count(self, votes: torch.Tensor) -> None:
         """Stores the sum of the votes of a step, without waiting for its value."""
         event = None
         if votes.device.type != "cpu":
+            # Pinned, because a copy into pageable memory waits for the device.
             pinned = torch.empty_like(votes, device="cpu", pin_memory=True)
             votes, event = pinned.copy_(votes, non_blocking=True), torch.Event(votes.device)
             event.record()
@@ -139,12 +142,13 @@ class Voter(TrainerCallback, ABC):
     def decided(self, processes: int) -> bool:
         """Whether all processes act after this step."""
         if processes == 1:
-            return self.wants()
+            return self.wants()  # nobody else has to agree, so without a step's delay
+        # Only those of this step, whose sum may be on its way.
         if len(self._votes) < 2:
             return False
         votes, event = self._votes.pop(0)
         if event is not None:
-            event.synchronize()
+            event.synchronize()  # of the step before: the copy has had a whole step of time
         return votes.item() > 0
 
 
@@ -203,6 +207,7 @@ class StopOnSignal(Voter):
         self._votes.clear()
         if threading.current_thread() is threading.main_thread():  # Python sets signal handlers in the main thread only
             self._former = {
+                # None stands for a handler that was not set from Python, which cannot be given back.
                 number: signal.signal(number, self._request) or signal.SIG_DFL
                 for number in (signal.SIGTERM, signal.SIGINT)
             }
@@ -228,7 +233,7 @@ class StopOnSignal(Voter):
         """Ends the process as its signal normally does: by `KeyboardInterrupt`, or `SystemExit` with code 143."""
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt(STOPPED)
-        sys.exit(128 + self._signal)
+        sys.exit(128 + self._signal)  # as shells report a process that a signal ended
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stopped = self.decided(args.world_size)
@@ -240,6 +245,7 @@ class StopOnSignal(Voter):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.stopped:
+            # The end of an epoch asks for both again (DefaultFlowCallback), and the step has saved already.
             control.should_evaluate = control.should_save = False
 
     def restore(self) -> None:
@@ -256,6 +262,7 @@ def ignore_stop_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux only; other systems do not report the sender of a signal
+        # A handler does not learn who sent a signal; `sigwaitinfo` does, and needs it blocked.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey_parent, daemon=True).start()
 
@@ -263,7 +270,7 @@ def ignore_stop_signals(worker: int) -> None:
 def _obey_parent() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
-    os._exit(0)
+    os._exit(0)  # `sys.exit` would end this thread only
 
 
 @torch.no_grad()

@@ -115,6 +115,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     made = _optimizer_of(args)
     given = [part for part in (args.optim_args or "").replace(" ", "").split(",") if part]
     for part in given:
+        # transformers ignores options that an optimiser does not read: such a one changes nothing in what it creates.
         others = ",".join(other for other in given if other != part)
         if _optimizer_of(args, optim_args=others or None) == made:
             raise ValueError(f"optim_args {part!r} has no effect on optim {name!r}; leave it out.")

@@ -38,11 +38,13 @@ def outputs_of(
     device = trainer.args.device
     for batch in loader:
         found = function(batch["pixel_values"].to(device))
+        # Not `gather`, which keeps the images that were repeated to fill the last batch.
         yield trainer.accelerator.gather_for_metrics((found, batch["labels"].to(device)))
 
 
 def ignoring_stop_signals(loader: DataLoader) -> DataLoader:
     """Makes the workers of a data loader ignore signals meant for the main process, and returns the loader."""
+    # The loader inside Accelerate's wrapper is the one that starts the workers.
     getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_stop_signals
     return loader
 
@@ -122,7 +124,7 @@ def as_images(
         return {name: as_images(images, processor, args) for name, images in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
-    dataset = dataset.with_format(None)
+    dataset = dataset.with_format(None)  # a format of the user, such as torch, would change what cells hold
     copies = None
     if args.image_cache and views:
         copies = ReducedCopies.for_training(args.image_cache, max(view.size for view in views.values()))

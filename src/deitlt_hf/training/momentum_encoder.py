@@ -46,16 +46,18 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """L2-normalised projections of the encoder; (batch, projection_size)."""
+        # In float32: under autocast, projections have half precision.
         return F.normalize(self.encoder(pixel_values=pixel_values).projections.float(), dim=1)
 
     def queue(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys in the queue and their labels: (keys, projection_size) and (keys,)."""
         filled = min(int(self.added), len(self.keys))
-        return self.keys[:filled].clone(), self.labels[:filled].clone()
+        return self.keys[:filled].clone(), self.labels[:filled].clone()  # `enqueue` changes the buffers in place
 
     def enqueue(self, keys: torch.Tensor, labels: torch.Tensor) -> None:
         """Replaces the oldest keys with new ones. Of more than `queue_size` new keys, only the last ones are kept."""
         size = len(self.keys)
+        # Cut to the size first: with repeated places, an indexed assignment has no defined winner.
         places = (int(self.added) + torch.arange(len(keys), device=keys.device))[-size:] % size
         self.keys[places] = keys[-size:]
         self.labels[places] = labels[-size:]

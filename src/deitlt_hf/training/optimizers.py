@@ -25,6 +25,7 @@ MUON = "muon"  # value of the argument `optim`
 def float32_iteration() -> Iterator[None]:
     """Context in which timm's Muon orthogonalises in float32. timm itself always uses bfloat16."""
     original = timm_muon.zeropower_via_newtonschulz
+    # By replacement: timm's step calls the function with its default dtype, and has no option for it.
     timm_muon.zeropower_via_newtonschulz = functools.partial(original, dtype=torch.float32)
     try:
         yield

@@ -60,7 +60,7 @@ class MaskedPretrainer(LongTailTrainer):
     arguments_class = PretrainingArguments
 
     def set_up_model(self, model: PreTrainedModel) -> None:
-        model.float()
+        model.float()  # without the parent's class facts: there are no classes
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Excludes tokens from weight decay, as MAE does."""

@@ -39,7 +39,7 @@ def of_first_process(find: Callable[[], Any]) -> Any:
     if PartialState().is_main_process:
         try:
             outcome = [find(), None]
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError) as error:  # raised below: the other processes wait in the broadcast
             outcome = [None, error]
     found, raised = broadcast_object_list(outcome)
     if raised is not None:

@@ -110,6 +110,7 @@ def optimizer_record(optimizer: Optimizer) -> dict[str, Any]:
     for name in names:
         if name in ("params", "param_names", "initial_lr", "rho"):
             continue
+        # `lr` is the rate of the current step; the schedule keeps the peak in `initial_lr`.
         key = "initial_lr" if name == "lr" and "initial_lr" in optimizer.param_groups[0] else name
         values = [_plain(group.get(key)) for group in optimizer.param_groups]
         settings[name] = values[0] if all(value == values[0] for value in values) else values

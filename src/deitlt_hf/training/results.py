@@ -61,6 +61,7 @@ class Results:
             if resumed_step is not None and self.content.get(name, {}).get("step", 0) > resumed_step:
                 del self.content[name]
         self._was_finished = self.content.get("finished", False) and self.content.get("saved_step") == resumed_step
+        # Of weights that are trained again, and of a teacher that may be left out now.
         for name in ("weights_sha256", "test", "tail_teacher"):
             self.content.pop(name, None)
         names = label_names(config)

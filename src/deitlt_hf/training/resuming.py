@@ -66,6 +66,7 @@ def find_beginning(trainer: "LongTailTrainer", wanted: str | bool | None, resumi
     data = trainer.results.data_of(trainer)
     finished = trainer.results.finished_steps() if resuming else None
     checkpoint = None
+    # A finished run needs no checkpoint: its model is in the folder, and its checkpoints may be deleted.
     if finished is None or given is not None:
         checkpoint = newest_checkpoint(output_dir) if given is None else whole_checkpoint(given)
         if checkpoint is None and wanted is True:
@@ -75,6 +76,7 @@ def find_beginning(trainer: "LongTailTrainer", wanted: str | bool | None, resumi
     steps = finished if checkpoint is None else read_state(checkpoint).global_step
     assert steps is not None  # without a checkpoint, the run is finished
     at_step = earlier_record(checkpoint or output_dir)
+    # The folder's record is the newer one, but a power loss can damage it; the checkpoint has a copy.
     record = (earlier_record(output_dir) if resuming and checkpoint is not None else None) or at_step
     check_same_run(checkpoint or output_dir, at_step, trainer, data, finished == steps == total)
     if steps > total:
@@ -162,6 +164,7 @@ def _differences(config: dict, record: RunRecord, trainer: "LongTailTrainer", da
     model, own = record.get("model"), model_name(trainer.model)
     if model not in (None, own, type(trainer.model).__name__):  # 0.2.0 recorded PEFT's class
         yield f"its model is a {one_line(model, 60)}, not a {own}"
+    # A checkpoint of plain transformers has no record, only the configuration.
     then = record.get("architecture") or {name: value for name, value in config.items() if name not in _ADDED}
     for name, value in json.loads(json.dumps(architecture(trainer.model.config))).items():
         if name not in _WITHOUT_WEIGHTS and then.get(name, value) != value:
@@ -180,6 +183,7 @@ def _differences(config: dict, record: RunRecord, trainer: "LongTailTrainer", da
             f"{data['class_counts'][label]})"
         )
     for name, what in (("subset_sha256", "other rows were chosen"), ("images_sha256", "files, names or labels differ")):
+        # None is not another value: a stream has no hash of images, and some data sets no source rows.
         if had.get(name) is not None and data[name] is not None and had[name] != data[name]:
             chosen = [
                 f"{field} was {had[field]} and is {value}"
@@ -280,5 +284,6 @@ class MissedEvaluation(TrainerCallback):
             trainer = self.trainer
             # Without this, a kill between a checkpoint and its evaluation would change which epoch is the best one.
             checkpoint = trainer.beginning.checkpoint
+            # In this order: the best metric must be updated also without a checkpoint.
             if trainer._determine_best_metric(trainer.evaluate(), trial=None) and checkpoint is not None:
                 state.best_model_checkpoint = checkpoint

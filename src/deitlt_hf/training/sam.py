@@ -43,12 +43,14 @@ class SAM(Optimizer):
         self.base_optimizer = base_optimizer
         self.adaptive = adaptive
         self._perturbed: dict[torch.nn.Parameter, torch.Tensor] = {}
+        # torch's schedulers and Accelerate take subclasses of Optimizer only.
         super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, "rho": rho})
         # Both optimisers share groups and state: schedulers, checkpoints and `add_param_group` then affect both.
         self.param_groups = base_optimizer.param_groups
         self.state = base_optimizer.state
 
     def __getstate__(self) -> dict:
+        # torch's method returns groups, state and defaults only: a copy would lack these.
         own = ("base_optimizer", "adaptive", "_perturbed")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
@@ -63,12 +65,15 @@ class SAM(Optimizer):
             raise RuntimeError("the weights are perturbed already; call step or restore before the next ascend.")
         perturbed = [(group["rho"], parameter) for group in self.param_groups for parameter in group["params"]]
         perturbed = [(rho, parameter) for rho, parameter in perturbed if parameter.grad is not None]
+        # A generator: ASAM's scaled gradients exist one at a time, not as a second set of all gradients.
         directions = (self._direction(parameter, scaled=True) for _, parameter in perturbed)
         # Norms in float32 or wider: squares of gradients overflow or underflow in half precision.
         norms = [torch.linalg.vector_norm(d, dtype=torch.promote_types(d.dtype, torch.float32)) for d in directions]
         if norms:
+            # Parameters can be on several devices.
             norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
         for rho, parameter in perturbed:
+            # A group of radius 0 stays: without a copy, it costs no memory.
             if rho == 0:
                 continue
             # A copy: subtracting the perturbation again would leave rounding errors in the weights.
@@ -112,8 +117,9 @@ class SAM(Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads the state of the wrapped optimiser, also one from a run without SAM."""
-        rhos = [group["rho"] for group in self.param_groups]
+        rhos = [group["rho"] for group in self.param_groups]  # before the groups are replaced
         self.base_optimizer.load_state_dict(state_dict)
+        # torch's `load_state_dict` replaces groups and state by new objects, so they are shared again.
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         for group, rho in zip(self.param_groups, rhos, strict=True):

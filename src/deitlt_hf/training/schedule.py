@@ -43,14 +43,14 @@ def published_epoch(step: int, batches: int, micro_batches: int) -> float:
     """
     epoch, step = divmod(step, math.ceil(batches / micro_batches))
     if micro_batches == 1:
-        return max(epoch - 1, 0)
+        return max(epoch - 1, 0)  # set after epoch e to the value of e, which epoch e + 1 trains with
     first = step * micro_batches
     return epoch + (first if first + micro_batches < batches else batches - 1) / batches
 
 
 def value_in_phase(values: Sequence, starts: Sequence[float], epoch: float) -> Any:
     """The value of the phase of training that an epoch belongs to; the phases start at the epochs `starts`."""
-    return values[bisect.bisect_right(starts, epoch) - 1]
+    return values[bisect.bisect_right(starts, epoch) - 1]  # right: a phase begins at its epoch
 
 
 def low_peak(learning_rate: float, init_from: str | None) -> str | None:

@@ -80,14 +80,17 @@ class SharpnessAwareTrainer(WholeBatchTrainer, ABC):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        optimizer = without_wrapper(self.optimizer)
+        optimizer = without_wrapper(self.optimizer)  # Accelerate's wrapper has no `ascend`
         if isinstance(optimizer, SAM) and not self.rho_is_given:
+            # In every step: the radius follows from the epoch. A resumed run begins with that of the first phase.
             for group in optimizer.param_groups:
                 group["rho"] = self.rho
+        # A phase of radius 0 is the plain optimiser: no second gradient, half the cost.
         if not isinstance(optimizer, SAM) or all(group["rho"] == 0 for group in optimizer.param_groups):
             return super().training_step(model, inputs, num_items_in_batch)
         # First pass: gradients accumulate over the micro-batches. DDP averages them over the processes in the last one,
         # so that `ascend` sees the gradient of the whole batch, in every process the same.
+        # With `sam_per_process`, each process ascends along its own gradient, as in Foret et al.; it saves a reduction.
         with self._gradients_stay(model, self.args.sam_per_process):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last micro-batch

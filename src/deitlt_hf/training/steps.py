@@ -143,11 +143,13 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         The seeds depend only on seed, step, micro-batch and process: a resumed run draws the same numbers whatever was
         drawn before, and both passes of SAM drop the same paths.
         """
+        # With `purpose`: from one stream, the same numbers would choose the mix and the dropped paths.
         key = (self.args.seed, self.state.global_step, index, self.args.process_index, purpose)
         seed_streams(*key, device=self.args.device)
 
     def steps_per_epoch(self) -> int:
         """Optimiser steps per epoch."""
+        # A loader starts no worker before it is iterated, so one that is made for its length costs nothing.
         return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
 
     def total_steps(self) -> int:
@@ -160,22 +162,24 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         batches = list(islice(epoch_iterator, num_batches))  # the parent's method also synchronises the device
         self.waited += time.perf_counter() - started
         self._window, self._micro_batch = batches, 0
+        # Here, because only here transformers has all micro-batches of a step before its first forward pass.
         if batches:
             self._prepare_window()
-        return batches, None
+        return batches, None  # no number of items: `denominators` normalises the loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         self.seed_micro_batch(self._micro_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.nonfinite_guard.note(loss, self.state.global_step + 1)
+        self.nonfinite_guard.note(loss, self.state.global_step + 1)  # the counter has finished steps only
         self._micro_batch += 1
         # The logged loss is without this factor of `compute_loss`, which only the gradient needs.
         return self._finite(loss) / self._window_weight
 
     def _finite(self, value: torch.Tensor) -> torch.Tensor:
         """Replaces values that are not finite by 0 if updates may be skipped, for the means in the logs."""
+        # One NaN would spoil the mean of a whole log interval; an `if` would wait for the device.
         return torch.where(value.isfinite(), value, 0.0) if self.args.on_nonfinite == "skip" else value
 
     def compute_loss(
@@ -219,6 +223,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         # One reduction for denominators and votes: each reduction costs a round trip.
         total = torch.cat([own.sum(dim=0), *(voter.vote(own.device) for voter in self.voters)])
         total, votes = self.accelerator.reduce(total, "sum").split([own.shape[1], len(self.voters)])
+        # A single process acts on its own vote at once, see `Voter.decided`.
         if self.accelerator.num_processes > 1:
             for voter, number in zip(self.voters, votes, strict=True):
                 voter.count(number)
@@ -234,6 +239,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         if self.lr_scheduler is None:
             micro_batches, batches = self.args.gradient_accumulation_steps, len(self.get_train_dataloader())
             steps_per_epoch = self.steps_per_epoch()
+            # Not `num_train_epochs`: with `max_steps`, too, the cosine ends at the last step.
             epochs = num_training_steps / steps_per_epoch
 
             def epoch_of(step: int) -> float:
@@ -257,8 +263,9 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         optimizer, scheduler = self.optimizer, self.lr_scheduler
         assert optimizer is not None  # both are created before
         assert scheduler is not None
+        # Read before the state is loaded, which replaces groups and base rates.
         wanted = [{name: group[name] for name in _SET_BY_ARGUMENTS & group.keys()} for group in optimizer.param_groups]
-        rates = list(getattr(scheduler, "base_lrs", ()))
+        rates = list(getattr(scheduler, "base_lrs", ()))  # a given ReduceLROnPlateau has none
         super()._load_optimizer_and_scheduler(checkpoint)
         # `load_state_dict` also restores the hyperparameters of the groups, but the current arguments override them.
         for group, values in zip(optimizer.param_groups, wanted, strict=True):
@@ -268,7 +275,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         # Another learning rate was requested: rescale the schedule at the step of the checkpoint.
         scheduler.base_lrs = rates
         for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"] = rate
+            group["initial_lr"] = rate  # from which the record takes the peak (`optimizer_record`)
             group["lr"] = rate * factor(scheduler.last_epoch)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -295,13 +302,13 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         """
         self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
         self.__dict__.get("_eval_dataloaders", {}).clear()
-        self.accelerator._dataloaders.clear()
+        self.accelerator._dataloaders.clear()  # `free_memory` would also drop the model
 
     # ---- Logging ----
 
     def log_sum(self, name: str, value: torch.Tensor) -> None:
         """Logs the sum over the batch of an optimiser step, of which `value` is the part of one micro-batch."""
-        self._log_part(name, value.detach() * self.accelerator.num_processes)
+        self._log_part(name, value.detach() * self.accelerator.num_processes)  # the log averages over processes
 
     def log_mean(self, name: str, value: torch.Tensor) -> None:
         """Logs the mean over the micro-batches of an optimiser step, of which `value` is that of one micro-batch."""
@@ -334,6 +341,7 @@ class WholeBatchTrainer(WholeCheckpointTrainer, ABC):
         """Means per step of the values passed to `log_sum` and `log_mean` since the last log."""
         if not self._logged:
             return {}
+        # One tensor: one reduction and one wait for the device, whatever the number of values.
         means = torch.stack(list(self._logged.values())) / self._steps_logged
         if over_processes:
             means = self.accelerator.reduce(means, "mean")

@@ -54,6 +54,7 @@ class TaughtTrainer(LongTailTrainer):
     ) -> None:
         if tail_teacher is not None and (teacher is None or tail_teacher is teacher):
             raise ValueError("tail_teacher is a second teacher: pass another model as teacher, too.")
+        # Set before the parent's constructor, which calls `check_model`.
         self.teacher, self.tail_teacher = teacher, tail_teacher
         self._processors = {"teacher": teacher_processor, "tail_teacher": tail_processor}
         self.formats: dict[str, ImageFormat] = {}
@@ -70,6 +71,7 @@ class TaughtTrainer(LongTailTrainer):
         if self.args.teacher_cache is None:
             self._prepare_teachers()
         else:
+            # Before any folding, which depends on the device: the same teacher has one digest everywhere.
             self._teacher_digests = [model_digest(model) for model in self._teachers().values()]
 
     def _teachers(self) -> dict[str, PreTrainedModel]:
@@ -138,7 +140,7 @@ class TaughtTrainer(LongTailTrainer):
 
         Images, (batch, 3, height, width), are normalised for the student, and resized and re-normalised as needed.
         """
-        if not self._are_prepared:
+        if not self._are_prepared:  # with a cache, they may never be needed
             self._prepare_teachers()
         with torch.inference_mode(), self.accelerator.autocast():
             antialias = bool(self.args.teacher_antialias)
@@ -181,6 +183,7 @@ class TaughtTrainer(LongTailTrainer):
         if cache is None:
             return {name: self.check_teacher(name) for name in self._teachers()}
         key = evaluation_digest(self)
+        # Read by one process: `check_teacher` gathers, so all must run it or none.
         found = of_first_process(lambda: cache.accuracies(key))
         if found is None:
             found = {name: self.check_teacher(name) for name in self._teachers()}
@@ -199,6 +202,7 @@ class TaughtTrainer(LongTailTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.cache is not None:
+            # Before the checkpoint: a run that resumes from it never sees the earlier views again.
             self.cache.flush()
         super()._save_checkpoint(model, trial)
 

@@ -48,7 +48,7 @@ class FlatTeacherTrainer(LongTailTrainer):
     def __init__(
         self, model: PreTrainedModel | None = None, args: FlatTeacherTrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        self.contrast: MomentumContrast | None = None
+        self.contrast: MomentumContrast | None = None  # before the parent's constructor, which calls `set_up_model`
         super().__init__(model=model, args=args, **kwargs)
 
     def check_model(self, model: PreTrainedModel) -> None:
@@ -62,6 +62,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         if self.given_train is not None and args.loss.logit_scale is not None:
             model.config.logit_scale = getattr(args, args.loss.logit_scale)
         if self.given_train is not None and args.loss.contrast:
+            # On the device first: the encoder and its queue are created where the model is.
             on_device = model.to(args.device)  # type: ignore[arg-type]  # its decorator in transformers hides `self`
             self.contrast = MomentumContrast(on_device, args.paco_queue, args.paco_momentum)
 
@@ -93,6 +94,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         """Adds the keys of PaCo to the batch: those of the second views, and those of the queue."""
         if self.contrast is None:
             return batch
+        # As the queries, whose forward pass the trainer runs under autocast.
         with self.accelerator.autocast():
             keys = self.contrast.encode(batch["key_pixel_values"])
         queued, queued_labels = self.contrast.queue()
@@ -109,6 +111,7 @@ class FlatTeacherTrainer(LongTailTrainer):
         super()._prepare_window()
         for batch in self._window:
             del batch["key_pixel_values"]  # frees half of the images on the device
+        # Own keys come first in `keys`. Queued only now: all micro-batches compare with the same queue.
         sizes = [len(batch["labels"]) for batch in self._window]
         keys = torch.cat([batch["keys"][:size] for batch, size in zip(self._window, sizes, strict=True)])
         labels = torch.cat([batch["labels"] for batch in self._window])
@@ -130,7 +133,7 @@ class FlatTeacherTrainer(LongTailTrainer):
     def loss_denominators(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         labels, weights = batch["labels"], self.drw_weights if self.in_drw else self.given_weights
         if weights is None:
-            return torch.full((1,), float(len(labels)), device=labels.device)
+            return torch.full((1,), float(len(labels)), device=labels.device)  # a copy from the host would wait
         return weights[labels].sum().unsqueeze(0)
 
     def compute_training_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -81,12 +81,13 @@ class TeacherCache:
         For hard distillation these are 1 for the predicted class and 0 for others. The views are the images that the
         teacher sees, (images, 3, height, width).
         """
-        if epoch != self._epoch:
+        if epoch != self._epoch:  # one epoch at a time is in memory
             self.flush()
             self._epoch, self._stored = epoch, self._read(self._path(epoch))
         part = self._stored.get(index)
         if part is None:
             return None
+        # The identity has hashes of a sample of the images; this notices other pixels in any micro-batch.
         if part.views != _digest_of(views) or len(part.values) != len(views):
             self._warn(f"{self._path(epoch)} is of other images")
             return None
@@ -98,7 +99,7 @@ class TeacherCache:
         if self.is_hard:
             values = logits.argmax(dim=1).cpu().numpy().astype(self._label_type())
         else:
-            values = logits.float().cpu().numpy()
+            values = logits.float().cpu().numpy()  # numpy has no bfloat16, as of autocast
         self._new[index] = _Part(_digest_of(views), values)
 
     def flush(self) -> None:
@@ -112,6 +113,7 @@ class TeacherCache:
         assert self._epoch is not None  # set by `get`
         if not (self.folder / IDENTITY_FILE).is_file():
             write_json(self.folder / IDENTITY_FILE, self.identity)
+        # Read again, under the lock: another run may have stored more of this epoch since `get`.
         self._stored = self._read(self._path(self._epoch)) | self._new
         with atomic_write(self._path(self._epoch)) as part:
             _write(part, self._stored)
@@ -152,7 +154,7 @@ class TeacherCache:
         return self.folder / self._name(f"{epoch:05d}")
 
     def _label_type(self) -> np.dtype:
-        return np.min_scalar_type(self.classes - 1)
+        return np.min_scalar_type(self.classes - 1)  # up to 256 classes, a byte for each image
 
     def _read(self, path: Path) -> dict[int, _Part]:
         if not path.is_file():
@@ -201,7 +203,9 @@ def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
 def _digest_of(views: torch.Tensor) -> int:
     """Digest of a grid of pixels of each image, which other images, draws or mixes change."""
     height, width = views.shape[-2:]
+    # A grid: all pixels would be copied from the device and hashed in every step.
     pixels = views[:, :, :: max(height // 8, 1), :: max(width // 8, 1)].contiguous().cpu().numpy()
+    # Signed, because the file has int64.
     return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
@@ -214,6 +218,7 @@ def model_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps([class_name(type(model)), config], sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes: numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -129,14 +129,15 @@ class LongTailTrainer(SharpnessAwareTrainer):
     ) -> None:
         self._check_parameters(model, args, model_init, kwargs)
         assert args is not None  # checked above
-        self.args = args.settle()
+        self.args = args.settle()  # now, since the checks below read it before the parent's constructor sets it
 
         # Data and model are checked completely before the model is changed.
         self.given_train, self.given_eval = train_dataset, eval_dataset
         self.test_dataset = test_dataset
         if model_init is not None:
             self.model_init = model_init
-            set_seed(args.seed)
+            set_seed(args.seed)  # as the parent's constructor does, which is too late here
+            # Not the own method: it would change the model before the data are checked.
             model = super().call_model_init()  # type: ignore[assignment]
         assert model is not None  # checked above
         model = self.convert_model(model)
@@ -187,11 +188,14 @@ class LongTailTrainer(SharpnessAwareTrainer):
         self._resuming = self._recording = False
         self._plan: dict[str, str] = {}
 
+        # `RunLog` prints in their place, see `run_log.py`.
         for kind in (PrinterCallback, ProgressCallback):
             self.remove_callback(kind)
+        # `BeginRun` first: it claims the folder, and removes the files of an earlier run, before others write there.
         callbacks: list[TrainerCallback] = [BeginRun(self), RunLog(), WaitingNote(self)]
         callbacks += [self.run_file, self.nonfinite_guard, *self.voters]
         callbacks += [] if self.ema is None else [self.ema]
+        # `MissedEvaluation` last: it evaluates at once, and needs the record and the moving average of those before.
         for callback in (*callbacks, MissedEvaluation(self)):
             self.add_callback(callback)
 
@@ -268,7 +272,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         if self.given_train is not None:
             model.config.class_counts, model.config.class_groups = self.class_counts, self.groups
             model.config.prediction_sets = None  # thresholds of a model to start from hold for its weights only
-            model.config.return_dict = True
+            model.config.return_dict = True  # the losses read outputs by name
             model.float()  # transformers 5 loads the dtype of the file; half precision loses small updates
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
@@ -357,9 +361,12 @@ class LongTailTrainer(SharpnessAwareTrainer):
         images = self.train_dataset
         # `len` of streamed images counts the share of this process only.
         self.args.check_data(len(images.split) if isinstance(images, StreamedImages) else len(images))
+        # One process holds the lock of the run: the others of this run would find the folder locked.
         with run_lock(self.run_dir) if self.args.should_save else contextlib.nullcontext():
+            # In this order: `find_beginning` compares the teachers and the hash of the images, which come first.
             self.prepare_training()
             self._plan = plan_lines(self)
+            # Hashed by one process: `check_same_images` has compared what the processes read.
             self.images_sha256 = of_first_process(lambda: images_hash(self.given_train))
             self.beginning = of_first_process(lambda: find_beginning(self, resume_from_checkpoint, self._resuming))
             if self.beginning.is_finished:
@@ -383,6 +390,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         assert record is not None
         self._load_from_checkpoint(output_dir)
         if self.ema is not None and (Path(output_dir) / EMA_FOLDER).is_dir():
+            # Training, which would create the average, does not begin.
             self.ema.on_train_begin(self.args, self.state, self.control, model=self.model)
             self._load_from_checkpoint(str(Path(output_dir) / EMA_FOLDER), self.ema.model)
         self.state.global_step = self.state.max_steps = steps
@@ -397,7 +405,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
     ) -> TrainOutput:
         started = time.perf_counter()
         self._recording = True
-        self._logged.clear()
+        self._logged.clear()  # of a `train` that was interrupted
         self._steps_logged = 0
         if self.ema is not None:
             self.ema.checkpoint = checkpoint
@@ -405,6 +413,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
             output = super().train(
                 resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
             )
+            # No log, save or evaluation need follow the last step, and only these check it.
             self.nonfinite_guard.check()
             evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
             if evaluates and self.results.content.get("last", {}).get("step") != self.state.global_step:
@@ -447,6 +456,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
 
         With `push_to_hub` in the arguments it also pushes the model, unless a process was asked to stop by a signal.
         """
+        # As an internal call: the parent would push here, before the average and the record are written.
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save and self._staging is None:
             folder = output_dir or self.args.output_dir
@@ -455,11 +465,13 @@ class LongTailTrainer(SharpnessAwareTrainer):
             else:  # an average of an earlier run does not belong to this model
                 shutil.rmtree(Path(folder) / EMA_FOLDER, ignore_errors=True)
             self.results.saved(folder)
+        # A checkpoint has the record, too: a power loss can damage that of the folder.
         elif self.args.should_save:
             self.results.write(output_dir)
             if self.ema is not None:
                 assert output_dir is not None  # the folder of a checkpoint
                 self.ema.save_checkpoint(output_dir)
+        # A machine that was asked to stop may shut down within seconds, in the middle of an upload.
         if self.args.push_to_hub and not _internal_call and not self.was_asked_to_stop():
             self.push_to_hub()
 
@@ -545,13 +557,13 @@ class LongTailTrainer(SharpnessAwareTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Any, torch.Tensor]:
         """Returns the columns of [`expert_columns`]; if logits are needed, a pair of the columns and the logits."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(inputs)  # not `to`: DeepSpeed also needs its dtype
         models = [model] if self.averaged_model is None else [model, self.averaged_model]
         with self.compute_loss_context_manager():
             outputs = [each(pixel_values=inputs["pixel_values"]) for each in models]
         counted = expert_columns(outputs, self.experts.values(), inputs["labels"])
         if not self._keeps_logits:
-            return None, counted, inputs["labels"]
+            return None, counted, inputs["labels"]  # the loss is a column, see `expert_columns`
         if ignore_keys is None:
             ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
         kept = tuple(value for name, value in outputs[0].items() if name not in (*ignore_keys, "loss"))
@@ -572,6 +584,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         try:
             with (
                 expert_metrics_added(self, self._keeps_logits),
+                # As in transformers, which converts weights only outside of training.
                 converted(models, None if self.is_in_train else dtype, self.args.device),
             ):
                 output = super().evaluation_loop(dataloader, description, *args, **kwargs)

@@ -215,5 +215,6 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
+    # The first step also creates the optimiser's state.
     timed()
     return statistics.fmean(timed() for _ in range(STEPS))

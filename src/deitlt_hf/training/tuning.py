@@ -152,6 +152,7 @@ def begin_heads(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, to
     heads: list[Any] = [getattr(found[name], "modules_to_save", {"default": found[name]})["default"] for name in _HEADS]
     num_labels, width = heads[0].weight.shape
     device = heads[0].weight.device
+    # In float64: the spread is a small difference of sums over all images.
     sums = torch.zeros(num_labels, 2, width, dtype=torch.float64, device=device)
     squares = torch.zeros(2, dtype=torch.float64, device=device)
     counts = torch.zeros(num_labels, dtype=torch.float64, device=device)

@@ -84,14 +84,17 @@ class WholeCheckpointTrainer(Trainer):
         try:
             if self.args.should_save:
                 begin_checkpoint(output_dir)
+            # Other processes write into the staging folder, too: first it must be emptied of an interrupted save.
             self.accelerator.wait_for_everyone()
             # While this is set, `_get_output_dir` leads the parent into the staging folder: also other processes, which
             # write their random states.
             self._staging = Path(output_dir) / STAGING
             super()._save_checkpoint(model, trial)
+            # The main process moves the folder only when the random states of all processes are in it.
             self.accelerator.wait_for_everyone()
             self._staging = None
             self._finish_checkpoint(output_dir)
+            # Each process may load it next, as the best model.
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
             raise OSError(
@@ -113,6 +116,7 @@ class WholeCheckpointTrainer(Trainer):
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         if not self.args.should_save:
             return
+        # Old checkpoints go only after the new one is in place: at any time, one is complete.
         finish_checkpoint(staged, output_dir)
         best = self.state.best_model_checkpoint
         remove_old_checkpoints(output_dir, self.args.save_total_limit, best, self.state.global_step)
@@ -125,9 +129,10 @@ class WholeCheckpointTrainer(Trainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         # The parent also pickles the arguments; the token must not be written to a file.
         token, self.args.hub_token = self.args.hub_token, None
-        save = super()._save
+        save = super()._save  # `super()` would not work in the lambda below
         try:
             with saved_as_own_class(self.model):
+                # A checkpoint moves into place as a whole. Its adapters stay apart from the weights, to train on.
                 if self._staging is not None or not self.args.should_save:
                     save(output_dir, state_dict)
                 elif not has_adapter(self.model):
@@ -152,6 +157,7 @@ class WholeCheckpointTrainer(Trainer):
             ValueError: If weights are missing, unexpected, or of another size, or a run with FSDP resumes one without.
         """
         model = self.model if model is None else model
+        # A PeftModel is left to the parent; an adapter of `add_adapter` is saved by it but not loaded.
         if isinstance(model, PreTrainedModel) and has_adapter(model):
             load_adapter(model, resume_from_checkpoint)
             return
@@ -201,12 +207,15 @@ class WholeCheckpointTrainer(Trainer):
         for name in ("logging_steps", "eval_steps", "save_steps"):
             share = getattr(given, name)
             if share is not None and share < 1:
+                # Absolute, as in the checkpoint, with which `compare_trainer_and_checkpoint_args` compares it.
                 setattr(self.args, name, math.ceil(max_steps * share))
         try:
             begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
         finally:
             self.args = given
+        # The parent computes the intervals before it loads the state of the checkpoint, which overrides them.
         self.state.compute_steps(given, max_steps)
+        # The parent drops a path that does not exist; in a moved folder, the checkpoint has the same name.
         if self.state.best_model_checkpoint is None and self.state.best_global_step:
             best = Path(given.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None

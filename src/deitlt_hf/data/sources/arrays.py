@@ -151,6 +151,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _read_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
+            # Python 2 wrote the files: its strings, as of array data, are bytes and not text.
             return _ArrayUnpickler(file, encoding="bytes").load()
     except OSError:
         raise

@@ -99,6 +99,7 @@ class DeiTLTDropPath(nn.Module):
             scale = (is_kept / keep_prob).to(hidden_states, non_blocking=True)
             return residual + branch(hidden_states, None) * scale.view(-1, *(1,) * (residual.dim() - 1))
         kept = is_kept.nonzero().squeeze(1).to(hidden_states.device, non_blocking=True)
+        # Under autocast the branch has half precision, and `index_add` takes one dtype.
         added = branch(hidden_states.index_select(0, kept), kept).to(residual.dtype)
         return residual.index_add(0, kept, added, alpha=1.0 / keep_prob)
 
@@ -228,7 +229,7 @@ class DeiTLTModel(DeiTLTPreTrainedModel, DeiTModel):
             for index in range(depth)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.pooler = None
+        self.pooler = None  # `DeiTModel.forward` asks for it
         self.post_init()
 
 

@@ -166,8 +166,10 @@ class FlatTeacherForImageClassification(PreTrainedModel):
                 from torch.fx.experimental.optimization import fuse  # if it moves, only the folding is lost
 
                 shape = (2, self.config.num_channels, self.config.image_size, self.config.image_size)
+                # With a generator of its own: a run with folding draws the same numbers as one without.
                 images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
                 fused, expected = fuse(copied.backbone), copied.backbone(images)
+                # A wrong fold would give plausible labels, but those of another teacher.
                 if torch.allclose(fused(images), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()):
                     copied.backbone = fused
             except Exception as error:  # tracing runs third-party code on symbols instead of tensors: any exception
@@ -195,6 +197,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
         if labels is not None and self.config.problem_type not in (None, "single_label_classification"):
             problem = self.config.problem_type
             raise ValueError(f"problem_type {problem!r} has no loss here: an image has one class. Set it to None.")
+        # An evaluation in half precision casts weights only.
         features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
         if self.config.logit_scale != 1.0:  # cosines alone would give almost the same probability to every class
