@@ -166,7 +166,7 @@ class FlatTeacherForImageClassification(PreTrainedModel):
                 from torch.fx.experimental.optimization import fuse  # if it moves, only the folding is lost
 
                 shape = (2, self.config.num_channels, self.config.image_size, self.config.image_size)
-                # With a generator of its own: a run with folding draws the same numbers as one without.
+                # With a separate generator: a run with folding draws the same numbers as one without.
                 images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
                 fused, expected = fuse(copied.backbone), copied.backbone(images)
                 # A wrong fold would give plausible labels, but those of another teacher.
