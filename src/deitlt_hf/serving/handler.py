@@ -351,7 +351,7 @@ def _read(
         raise ValueError(f"{name} is of type {type(source).__name__}; give an image, its bytes or base64.")
     try:
         image = source if isinstance(source, Image.Image) else open_encoded(source)
-        check_size(*image.size)  # of a PIL image, too, which `open_encoded` has not checked
+        check_size(*image.size)  # a PIL image did not go through `open_encoded`
         step = next((step for step in (1, 2, 4) if image.width * image.height <= step**2 * REDUCED_FROM), 8)
         if step > 1 and isinstance(source, bytes) and image.format in ("JPEG", "MPO"):
             image.draft(image.mode, (image.width // step, image.height // step))  # JPEG decodes at the smaller size
