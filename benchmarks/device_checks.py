@@ -6,8 +6,8 @@
 
 Half precision, SAM under a GradScaler, flash attention, torch.compile, steps that wait for nothing, resuming to the
 same bytes, DDP, FSDP2 and DeepSpeed through Accelerate's configuration files, and the memory of a ViT-B/16 step
-compared with the estimate of `deitlt plan`. Runs use the digits recipe, shortened; they pass if they end with code 0
-and a decreased loss. `gpu_first.py` runs most of them first of all things on a new machine.
+compared with the estimate of `deitlt plan`; and one command from a folder of images to a student. Runs use the digits
+recipe, shortened; they pass if they end with code 0 and a decreased loss. `gpu_first.py` runs most of them first of all things on a new machine.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import pandas
 import torch
 from series import RESULTS, ROOT, run, slug, write_record
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -144,6 +145,32 @@ def check_flash(place: Path) -> dict:
     return {"passed": difference < 0.02, "relative_difference_of_the_gradient": difference}
 
 
+def check_folder(place: Path) -> dict:
+    """`deitlt train` on a folder of images ends with a student, whose predictions are the same on GPU and CPU."""
+    folder, output = place / "digits", place / "folder"
+    for path in (folder, output):
+        shutil.rmtree(path, ignore_errors=True)
+    data = load_long_tailed("digits", imbalance_ratio=20)
+    for split in ("train", "test"):
+        for number, example in enumerate(data[split]):
+            path = folder / split / f"digit {example['label']}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            example["image"].save(path)
+    deitlt = ("-m", "deitlt_hf.cli")
+    run(*deitlt, "train", folder, "--minutes", 1, "--output_dir", output, *adapted([]))
+    tables = []
+    for device in (DEVICE, "cpu"):
+        written = output / f"predicted on {device}"
+        run(*deitlt, "predict", "--model", output / "student", "--device", device, "--output", written, folder / "test")
+        tables.append(pandas.concat(map(pandas.read_parquet, sorted(written.glob("*.parquet")))))
+    here, on_cpu = tables
+    same = float((here["label"] == on_cpu["label"]).mean())
+    difference = float((here["score"] - on_cpu["score"]).abs().max())
+    accuracies = read_record(output / "student")["last"]["accuracies"]
+    passed = same > 0.99 and difference < 0.01 and accuracies["mean"]["overall"] > 0.2  # twice chance
+    return {"passed": passed, "difference_of_scores": difference, "same_class": same, "accuracies": accuracies}
+
+
 def check_memory(place: Path) -> dict:
     """Peak memory of ViT-B/16 steps in bfloat16, and the estimate of the plan."""
     batch_size = 128
@@ -197,6 +224,7 @@ CHECKS = {
     "flash attention": check_flash,
     "waiting": check_waiting,
     "resume": check_resume,
+    "folder": check_folder,
     "memory": check_memory,
 }
 NEED_A_GPU = ("waiting", "memory")

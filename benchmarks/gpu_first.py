@@ -303,9 +303,9 @@ def main():
     # The teacher of the first check teaches the students of the others.
     session.run([check(session, "SAM", 90)])
     checks = {"bf16": 90, "fp16": 90, "flash attention": 60, "compiled": 150, "waiting": 60, "resume": 120}
-    checks |= {"all GPUs": 90, "FSDP2": 90, "memory": 60}
+    checks |= {"all GPUs": 90, "FSDP2": 90, "DeepSpeed": 90, "folder": 150, "memory": 60}
     session.run([check(session, name, limit) for name, limit in checks.items()], jobs)
-    session.run([speed(session, name, 120) for name in GPU_COMPARISONS])
+    session.run([speed(session, name, 180) for name in GPU_COMPARISONS])
     if args.data is None:
         print("Fashion-MNIST-LT: not trained, because DATA= is not given", flush=True)
     else:
