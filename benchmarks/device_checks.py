@@ -5,9 +5,10 @@
     python benchmarks/device_checks.py --trial        # the same commands on a CPU, which shows nothing about GPUs
 
 Half precision, SAM under a GradScaler, flash attention, torch.compile, steps that wait for nothing, resuming to the
-same bytes, DDP, FSDP2 and DeepSpeed through Accelerate's configuration files, and the memory of a ViT-B/16 step
-compared with the estimate of `deitlt plan`; and one command from a folder of images to a student. Runs use the digits
-recipe, shortened; they pass if they end with code 0 and a decreased loss. `gpu_first.py` runs most of them first of all things on a new machine.
+same bytes, DDP, FSDP2 and DeepSpeed through Accelerate's configuration files, one command from a folder of images to a
+student, and the memory of a ViT-B/16 step compared with the estimate of `deitlt plan`. Runs use the digits recipe,
+shortened; they pass if they end with code 0 and a decreased loss. `gpu_first.py` runs most of them first of all things
+on a new machine.
 """
 
 import argparse
