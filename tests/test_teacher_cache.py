@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from deitlt_hf import FlatTeacherForImageClassification
 from deitlt_hf.data import class_counts
 from deitlt_hf.data.streaming import StreamedSplit
+from deitlt_hf.records import read_record
 from deitlt_hf.training.teacher_cache import TeacherCache, cache_of
 from helpers import StopAt, assert_same, make_student, student_trainer, weights
 
@@ -55,6 +56,28 @@ def test_the_weights_are_those_of_a_run_without_cache(tmp_path, digits, teacher,
     assert len(files(tmp_path / "cache")) == 3
     stored = load_file(files(tmp_path / "cache")[0])["values"]
     assert stored.dtype == ("uint8" if distillation == "hard" else "float32")
+
+
+@pytest.fixture
+def tf32():
+    """TF32 as transformers sets it for `--tf32` and `--torch_compile`."""
+    if not hasattr(torch.backends, "fp32_precision"):  # torch before 2.9
+        torch.backends.cuda.matmul.allow_tf32 = True
+        yield
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return
+    torch.backends.fp32_precision = "tf32"
+    yield
+    torch.backends.fp32_precision = "none"
+
+
+def test_tf32_is_recorded_and_makes_another_cache(tmp_path, digits, teacher, request):
+    values = {"teacher_cache": str(tmp_path / "cache"), "max_steps": 1}
+    trained(tmp_path / "float32", digits, teacher, **values).save_model()
+    request.getfixturevalue("tf32")
+    trained(tmp_path / "tf32", digits, teacher, **values).save_model()
+    assert [read_record(tmp_path / name)["ran"]["tf32"] for name in ("float32", "tf32")] == [False, True]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_an_interrupted_run_and_its_rest_store_every_epoch(tmp_path, digits, teacher, no_teacher):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -222,8 +223,11 @@ class Tabulator:
             columns[f"label_{rank + 1}"] = self.labels.take(pa.array(labels[rank]))
             columns[f"score_{rank + 1}"] = pa.array(scores[rank])
         for name in (f"{name}_features" for name in self.features):
+            # Not lists of a fixed size: pyarrow 24 cannot write, and 25 not read those with an empty row, which an
+            # image that cannot be read has.
             values = outputs[name]
-            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), values.shape[1])
+            ends = np.arange(0, values.numel() + 1, values.shape[1], dtype=np.int32)
+            columns[name] = pa.ListArray.from_arrays(ends, pa.array(values.flatten().numpy()))
         return columns
 
     def _sets(self, scores: torch.Tensor) -> pa.Array:

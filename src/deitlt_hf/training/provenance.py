@@ -51,6 +51,21 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def float32_precisions() -> dict[str, str]:
+    """What torch may calculate with in place of float32: `tf32`, `bf16`, `ieee`, or `none` if nothing was chosen.
+
+    torch 2.9 has new settings, which transformers changes for `--tf32` and `--torch_compile`. After that, to read the
+    old ones, such as `allow_tf32`, raises an error.
+    """
+    backends: Any = torch.backends
+    if hasattr(backends, "fp32_precision"):
+        parts = {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv, "cpu": backends.mkldnn.matmul}
+        return {name: part.fp32_precision for name, part in parts.items()}
+    allowed = {"matmul": backends.cuda.matmul.allow_tf32, "convolution": backends.cudnn.allow_tf32}
+    on_cpu = {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+    return {name: "tf32" if value else "ieee" for name, value in allowed.items()} | {"cpu": on_cpu}
+
+
 def what_ran(trainer: "LongTailTrainer") -> dict[str, Any]:
     """The objects that a trainer trains with (dtypes, optimiser, scheduler), which can differ from the arguments."""
     assert trainer.optimizer is not None  # created before the run is recorded
@@ -64,7 +79,7 @@ def what_ran(trainer: "LongTailTrainer") -> dict[str, Any]:
         "teacher_dtype": None if teacher is None else dtype_of(teacher),
         "evaluation_dtype": evaluated or dtype_of(trainer.model),
         "mixed_precision": trainer.accelerator.mixed_precision,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32": float32_precisions()["matmul"] == "tf32",
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "compiled": bool(args.torch_compile),
         "optimizer": optimizer,

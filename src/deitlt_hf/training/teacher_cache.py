@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..data.images import decoder_versions
 from ..data.loading import images_hash, subset_hash
 from ..io import atomic_write, one_line, read_json, write_json
-from .provenance import class_name, hardware
+from .provenance import class_name, float32_precisions, hardware
 from .results import installed_versions
 
 if TYPE_CHECKING:
@@ -243,8 +243,7 @@ def identity_of(trainer: "TaughtTrainer", teachers: list[str]) -> dict[str, Any]
         "views": {name: getattr(args, name) for name in _OF_VIEWS} | {"image_cache": bool(args.image_cache)},
         "mixing_ends": args.drw_start_epoch if ends_mixing else None,
         "is_hard": args.distillation == HARD,
-        "precision": [args.fold_teacher, trainer.accelerator.mixed_precision, torch.get_float32_matmul_precision()],
-        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "precision": [args.fold_teacher, trainer.accelerator.mixed_precision, float32_precisions()],
         "hardware": [hardware(args), platform.machine()],
         "versions": installed_versions() | {"numpy": np.__version__} | decoder_versions(),
     }
