@@ -45,7 +45,7 @@ def run(*command, threads: int | None = None) -> resource.struct_rusage:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=None if _LIBRARY is None else _end_with_parent,
+        preexec_fn=end_with_parent,
     )
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -55,9 +55,10 @@ def run(*command, threads: int | None = None) -> resource.struct_rusage:
     return usage
 
 
-def _end_with_parent() -> None:
-    """Ends this process with its parent; otherwise it would continue in the folder that the next driver uses."""
-    _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent() -> None:
+    """Ends this process with its parent (Linux); it would continue in the folder that the next driver uses."""
+    if _LIBRARY is not None:
+        _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def write_record(path: Path, content: dict) -> None:
