@@ -7,8 +7,8 @@
 Half precision, SAM under a GradScaler, flash attention, torch.compile, steps that wait for nothing, resuming to the
 same bytes, DDP, FSDP2 and DeepSpeed through Accelerate's configuration files, one command from a folder of images to a
 student, and the memory of a ViT-B/16 step compared with the estimate of `deitlt plan`. Runs use the digits recipe,
-shortened; they pass if they end with code 0 and a decreased loss. `gpu_first.py` runs most of them first of all things
-on a new machine.
+shortened; they pass if they end with code 0, a decreased loss, and weights in float32. `gpu_first.py` runs most of
+them first of all things on a new machine.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pandas
 import torch
+from safetensors.torch import load_file
 from series import RESULTS, ROOT, run, slug, write_record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torture import digest
@@ -77,12 +78,14 @@ def taught(place: Path) -> list:
 
 
 def learned(folder: Path) -> dict:
-    """Whether the loss of a run decreased, its first and last logged losses, its accuracy and its time."""
+    """Whether the loss of a run decreased and its weights are float32, its losses, its accuracy and its time."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     record = read_record(folder)
+    dtypes = {str(weight.dtype) for weight in load_file(folder / "model.safetensors").values()}
     return {
-        "passed": losses[-1] < losses[0],
+        "passed": losses[-1] < losses[0] and dtypes == {"torch.float32"},
+        "dtypes": sorted(dtypes),
         "losses": [losses[0], losses[-1]],
         "accuracies": record["last"]["accuracies"],
         "seconds": record["train_seconds"],

@@ -4,6 +4,8 @@ import json
 import logging
 import multiprocessing
 import shutil
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from deitlt_hf.model_folder import weights_digest
 from deitlt_hf.records import read_record
 from deitlt_hf.training import resuming
 from deitlt_hf.training.run_log import read_log
+from deitlt_hf.training.whole_checkpoints import with_master_weights
 from helpers import (
     StopAt,
     assert_same,
@@ -546,6 +549,68 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(folder_
     with pytest.raises(ValueError, match=r"the state of the optimiser .*checkpoint-2 is not of this"):
         make_small(tmp_path / "run", folder_data).train(resume_from_checkpoint=str(checkpoint))
     assert content_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "sentence"),
+    [
+        (["global_step2/x_optim_states.pt"], {}, "with DeepSpeed; resume it with DeepSpeed, or start with --init_from"),
+        (["pytorch_model_fsdp_0/x", "optimizer_0/x"], {}, "with FSDP; resume it with FSDP"),
+        (["pytorch_model_fsdp.bin", "optimizer.bin"], {}, None),
+        (["optimizer.pt"], {"is_deepspeed_enabled": True}, "without DeepSpeed; resume it without DeepSpeed"),
+        (["optimizer.pt"], {"is_fsdp_enabled": True}, "without FSDP; resume it without FSDP"),
+        (["global_step2/x_optim_states.pt"], {"is_deepspeed_enabled": True}, None),
+        (
+            ["global_step2/0_optim_states.pt", "global_step2/1_optim_states.pt"],
+            {"is_deepspeed_enabled": True},
+            "among 2 processes, and cannot divide them among 1; start 2 processes",
+        ),
+    ],
+)
+def test_divided_states_resume_only_as_they_were_divided(folder_data, cut_run, tmp_path, then, now, sentence):
+    """transformers would continue without a state whose files it does not find."""
+    shutil.copytree(cut_run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    for name in ("manifest.json", "optimizer.pt"):
+        (checkpoint / name).unlink()
+    for name in then:
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).touch()
+    trainer = make_small(tmp_path / "run", folder_data)
+    for name, value in now.items():
+        setattr(trainer, name, value)
+    if sentence is None:
+        resuming.check_division(str(checkpoint), trainer)
+        return
+    with pytest.raises(ValueError, match=sentence):
+        resuming.check_division(str(checkpoint), trainer)
+
+
+def test_a_run_without_deepspeed_does_not_resume_one_with_it(folder_data, cut_run, tmp_path):
+    shutil.copytree(cut_run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "global_step2").mkdir()
+    (checkpoint / "optimizer.pt").rename(checkpoint / "global_step2" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    before = content_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="checkpoint-2 is of a run with DeepSpeed; resume it with DeepSpeed, or start"):
+        make_small(tmp_path / "run", folder_data).train(resume_from_checkpoint=str(checkpoint))
+    assert content_of(tmp_path / "run") == before
+
+
+def test_weights_that_deepspeed_rounded_are_saved_as_its_optimiser_has_them(monkeypatch):
+    """The stand-in knows the exact value of one weight, as for a frozen other one."""
+    exact = torch.full((2, 3), 1.001)
+    stand_in = types.ModuleType("deepspeed.utils")
+    stand_in.safe_get_full_fp32_param = lambda parameter: exact if parameter.dim() == 2 else None
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", stand_in)
+    model = torch.nn.Linear(3, 2).bfloat16()
+    rounded = [parameter.data for parameter in model.parameters()]
+    with with_master_weights(model):
+        assert torch.equal(model.state_dict()["weight"], exact)
+        assert torch.equal(model.state_dict()["bias"], rounded[1].float())
+    assert [parameter.data.data_ptr() for parameter in model.parameters()] == [value.data_ptr() for value in rounded]
 
 
 def test_an_interrupted_run_without_weights_is_replaced(folder_data, tmp_path, capsys):

@@ -182,6 +182,19 @@ def _has(what: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
+def divided_by(checkpoint: str | Path) -> str | None:
+    """What divided weights or optimiser states in the run of a checkpoint: `DeepSpeed`, `FSDP`, or None."""
+    for name, pattern in (("DeepSpeed", "global_step*"), ("FSDP", "pytorch_model_fsdp*")):
+        if any(Path(checkpoint).glob(pattern)):
+            return name
+    return None
+
+
+def deepspeed_processes(checkpoint: str | Path) -> int:
+    """Number of processes that have written the optimiser states in a checkpoint of DeepSpeed."""
+    return len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
+
+
 def _unreadable(checkpoint: Path) -> str | None:
     """Describes the first file of a checkpoint that cannot be read; None if all can be read."""
     try:

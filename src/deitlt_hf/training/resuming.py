@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME_BIN
 
 from ..data.images import decoder_versions
 from ..data.streaming import StreamedImages
 from ..io import nan_to_null, one_line, read_json
 from ..records import RESULTS_FILE, RunRecord, is_of_run, read_record
-from .checkpoints import newest_checkpoint, read_state, whole_checkpoint
+from .checkpoints import deepspeed_processes, divided_by, newest_checkpoint, read_state, whole_checkpoint
 from .inputs import first_difference
 from .whole_checkpoints import model_name
 
@@ -57,7 +58,7 @@ def find_beginning(trainer: "LongTailTrainer", wanted: str | bool | None, resumi
     `wanted` is as in [`LongTailTrainer.train`]; `resuming` says whether it is the run in the trainer's folder.
 
     Raises:
-        ValueError: If no complete checkpoint exists, or it belongs to another run.
+        ValueError: If no complete checkpoint exists, it belongs to another run, or its states are divided otherwise.
     """
     if not wanted:
         return Beginning()
@@ -90,7 +91,31 @@ def find_beginning(trainer: "LongTailTrainer", wanted: str | bool | None, resumi
         checkpoint = newest_checkpoint(output_dir)
         assert checkpoint is not None  # `newest_checkpoint` finds one or raises, as a model exists
         steps = read_state(checkpoint).global_step
+    check_division(checkpoint, trainer)
     return Beginning(checkpoint, steps, False, record)
+
+
+def check_division(checkpoint: str, trainer: "LongTailTrainer") -> None:
+    """Raises `ValueError` if a run would resume without the optimiser states that DeepSpeed or FSDP has divided.
+
+    transformers continues silently without states whose files it does not find. FSDP 2 writes whole states, which a run
+    without it can load.
+    """
+    then = divided_by(checkpoint)
+    now = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else None
+    has_whole_states = (Path(checkpoint) / OPTIMIZER_NAME_BIN).is_file()
+    if then != now and not (then == "FSDP" and now is None and has_whole_states):
+        how = f"with {then}" if then else f"without {now}"
+        raise ValueError(
+            f"the checkpoint {checkpoint} is of a run {how}; resume it {how}, or start with --init_from and another "
+            "--output_dir."
+        )
+    processes = deepspeed_processes(checkpoint)
+    if then == "DeepSpeed" and processes != trainer.args.world_size:
+        raise ValueError(
+            f"DeepSpeed has divided the optimiser states in {checkpoint} among {processes} processes, and cannot "
+            f"divide them among {trainer.args.world_size}; start {processes} processes."
+        )
 
 
 def check_same_run(

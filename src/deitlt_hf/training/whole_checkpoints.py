@@ -54,6 +54,27 @@ def saved_as_own_class(model: nn.Module) -> Iterator[None]:
         model.__class__ = sharded
 
 
+@contextlib.contextmanager
+def with_master_weights(model: nn.Module) -> Iterator[None]:
+    """Gives a model of DeepSpeed the float32 weights of its optimiser while it is saved. All processes must call it.
+
+    In bfloat16 or float16, DeepSpeed (ZeRO 1 and 2) rounds the weights of the model itself, and would save those.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    rounded = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype != torch.float32}
+    try:
+        for parameter, values in rounded.items():
+            # ZeRO 3 divides the weights themselves, and gathers them in its own way when they are saved.
+            if not hasattr(parameter, "ds_id"):
+                exact = safe_get_full_fp32_param(parameter)  # None: no optimiser has this weight
+                parameter.data = values.float() if exact is None else exact
+        yield
+    finally:
+        for parameter, values in rounded.items():
+            parameter.data = values
+
+
 class WholeCheckpointTrainer(Trainer):
     """A [`~transformers.Trainer`] with atomic checkpoints: written to a staging folder and moved when complete.
 
@@ -77,6 +98,11 @@ class WholeCheckpointTrainer(Trainer):
         """Step of the weights that the model has after training."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         return self.state.global_step if best is None else step_in_name(best)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, with weights in float32 also under DeepSpeed."""
+        with with_master_weights(self.model) if self.is_deepspeed_enabled else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint to the staging folder, and moves it into place when it is complete on disk."""
@@ -154,18 +180,13 @@ class WholeCheckpointTrainer(Trainer):
         transformers 5.23 does not translate the names here, and continues without the weights.
 
         Raises:
-            ValueError: If weights are missing, unexpected, or of another size, or a run with FSDP resumes one without.
+            ValueError: If weights are missing, unexpected, or of another size.
         """
         model = self.model if model is None else model
         # A PeftModel is left to the parent; an adapter of `add_adapter` is saved by it but not loaded.
         if isinstance(model, PreTrainedModel) and has_adapter(model):
             load_adapter(model, resume_from_checkpoint)
             return
-        if self.is_fsdp_enabled and not any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
-            raise ValueError(
-                f"the checkpoint {resume_from_checkpoint} is of a run without FSDP; resume it without FSDP, or start "
-                "with --init_from and another --output_dir."
-            )
         if self.is_sharded or not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
