@@ -196,12 +196,24 @@ def test_stochastic_depth_scales_each_sample_and_its_gradient(student, monkeypat
     torch.testing.assert_close(added, torch.where(kept.view(-1, 1, 1), 2 * states, 0.0))
     added.sum().backward()
     torch.testing.assert_close(weight.grad, 2 * states[kept].sum())
-    monkeypatch.setattr(torch, "rand", lambda size: torch.ones(size))
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.ones(size))
     weight.grad = None
     nothing = drop_path(states, lambda values, _: values * weight)
     assert torch.equal(nothing, states)
     nothing.sum().backward()
     assert weight.grad == 0
+
+
+@pytest.mark.parametrize(("compiling", "expected"), [(False, "cpu"), (True, "meta")])
+def test_a_compiled_model_draws_on_its_device(student, monkeypatch, compiling, expected):
+    """CUDA graphs cannot contain an operation on the CPU. The device "meta" stands in for a GPU."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    rand, devices = torch.rand, []
+    monkeypatch.setattr(torch, "rand", lambda *size, device: devices.append(str(device)) or rand(*size, device=device))
+    drop_path = student.deit.layers[2].drop_path.train()
+    drop_path.drop_prob = 0.5
+    added = drop_path(torch.randn(6, 2, 3, device="meta"), lambda values, _: values)
+    assert (added.shape, devices) == ((6, 2, 3), [expected])
 
 
 def test_stochastic_depth_is_used_in_training_only():

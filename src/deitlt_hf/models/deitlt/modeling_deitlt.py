@@ -92,8 +92,10 @@ class DeiTLTDropPath(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return residual + branch(hidden_states, None)
         keep_prob = 1.0 - self.drop_prob
-        # Drawn on the CPU: the number of kept samples is then known without synchronising with the device.
-        is_kept = torch.rand(hidden_states.shape[0]) < keep_prob
+        # Drawn on the CPU: the number of kept samples is then known without synchronising with the device. A compiled
+        # model does not need the number, and CUDA graphs cannot contain an operation on the CPU.
+        device = hidden_states.device if torch.compiler.is_compiling() else "cpu"
+        is_kept = torch.rand(hidden_states.shape[0], device=device) < keep_prob
         # A compiled model needs static shapes, and a step that drops all samples must still give gradients.
         if torch.compiler.is_compiling() or not is_kept.any():
             scale = (is_kept / keep_prob).to(hidden_states, non_blocking=True)
