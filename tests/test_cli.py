@@ -8,6 +8,7 @@ import warnings
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from deitlt_hf.cli import COMMANDS, main
 from deitlt_hf.cli.errors import command_line_errors
 from deitlt_hf.cli.required import REQUIRED, check_options
 from deitlt_hf.original.layouts import student_to_original
+from deitlt_hf.out_of_memory import advice_if_out_of_memory
 from deitlt_hf.recipes import DataArguments, StudentArguments, TeacherArguments, parse_arguments
 from deitlt_hf.training import DeiTLTTrainingArguments, FlatTeacherTrainingArguments
 from helpers import TINY, make_student
@@ -291,6 +293,60 @@ def test_ctrl_c_shows_no_traceback(capsys):
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted.\n"
+
+
+CUDA_IS_FULL = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.10 GiB is "
+    "free. Including non-PyTorch memory, this process has 78.04 GiB memory in use."
+)
+
+
+def advised():
+    with (
+        advice_if_out_of_memory(lambda: "use the outer one"),
+        advice_if_out_of_memory(lambda: "use the inner one"),
+    ):
+        raise torch.OutOfMemoryError(CUDA_IS_FULL)
+
+
+def too_many_processes():
+    raise RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range, do you have enough GPUs?")
+
+
+@pytest.mark.parametrize(
+    ("fails", "sentence"),
+    [
+        (
+            advised,
+            "the memory of the GPU is full (Tried to allocate 2.50 GiB, GPU 0 has a total capacity of 79.15 GiB of "
+            "which 1.10 GiB is free); use the inner one.",
+        ),
+        (
+            lambda: torch.empty(10**15),
+            "the memory of this machine is full (tried to allocate 4000000000000000 bytes); use smaller batches, or a "
+            "machine with more memory.",
+        ),
+        (
+            lambda: np.empty(10**15),
+            "the memory of this machine is full; use smaller batches, or a machine with more memory.",
+        ),
+        (
+            too_many_processes,
+            "4 processes were started on a machine with 0 GPU(s), and each needs one; start fewer (--num_processes).",
+        ),
+    ],
+)
+def test_what_a_device_cannot_do_is_one_sentence(monkeypatch, capsys, fails, sentence):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(SystemExit) as ended, command_line_errors():
+        fails()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_other_errors_of_torch_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="size"), command_line_errors():
+        torch.zeros(2) + torch.zeros(3)
 
 
 def test_errors_are_one_sentence():

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
-from deitlt_hf import FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf import DeiTLTForImageClassification, FlatTeacherConfig, FlatTeacherForImageClassification
+from deitlt_hf.cli import main as command
 from deitlt_hf.cli.predict import main
 from deitlt_hf.data import image_processor
 from deitlt_hf.serving.classifiers import load_model
@@ -260,6 +261,21 @@ def test_a_table_without_a_readable_image_has_the_same_columns(model, tmp_path):
     assert [row["image"] for row in rows] == [f"{tmp_path}/missing.png", f"{tmp_path}/odd\\xff.png"]
     assert rows[0]["error"] == f"there is no file '{tmp_path}/missing.png'."
     assert {"label", "score_5", "training_images"} < rows[0].keys()
+
+
+@pytest.mark.parametrize("options", [[], ["--output", "out"]])
+def test_a_full_memory_says_which_batch_to_make_smaller(model, images, tmp_path, monkeypatch, capsys, options):
+    def is_full(*args, **kwargs):
+        if len(kwargs.get("pixel_values", args[-1])) > 2:  # the first forward pass, of one image, fits
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    forward = DeiTLTForImageClassification.forward
+    monkeypatch.setattr(DeiTLTForImageClassification, "forward", is_full)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        command(["predict", "--model", model, images, "--batch_size", "6", *options])
+    assert "error: the memory of the GPU is full; use a --batch_size below 6.\n" in capsys.readouterr().err
 
 
 def test_two_processes_share_the_tables(model, images, tmp_path):

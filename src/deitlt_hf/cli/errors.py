@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..out_of_memory import is_out_of_memory, out_of_memory_sentence
+
 
 @contextlib.contextmanager
 def command_line_errors() -> Iterator[None]:
@@ -26,14 +28,12 @@ def command_line_errors() -> Iterator[None]:
     try:
         yield
         _leave_group()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("DEITLT_TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        sentence = _sentence(error)
+        if sentence is None or os.environ.get("DEITLT_TRACEBACK"):
             raise
         if int(os.environ.get("RANK", "0")) > 0:
             time.sleep(5)  # if all processes fail, rank 0 reports the error and the launcher ends the others
-        sentence = str(error)
-        if "Original Traceback" in sentence:  # from a data loader worker: the last line is the error
-            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
@@ -42,6 +42,23 @@ def command_line_errors() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     finally:
         warnings.formatwarning = formatwarning
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a user is told of an error; None if the user cannot correct it."""
+    said = str(error)
+    if is_out_of_memory(error):
+        return out_of_memory_sentence(error)
+    if isinstance(error, RuntimeError) and "invalid device ordinal" in said:
+        return (
+            f"{os.environ.get('LOCAL_WORLD_SIZE', 'several')} processes were started on a machine with "
+            f"{sys.modules['torch'].cuda.device_count()} GPU(s), and each needs one; start fewer (--num_processes)."
+        )
+    if isinstance(error, RuntimeError | MemoryError):
+        return None
+    if "Original Traceback" in said:  # from a data loader worker: the last line is the error
+        return said.strip().splitlines()[-1].partition(": ")[2]
+    return said
 
 
 def _format_warning(

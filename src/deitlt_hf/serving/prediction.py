@@ -19,6 +19,7 @@ from ..io import one_line
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
 from ..models.trunks import student_with_weights_of
+from ..out_of_memory import advice_if_out_of_memory
 from .classifiers import read_model_config
 from .handler import EndpointHandler, read_image
 
@@ -85,6 +86,11 @@ def batches_of(paths: Iterable[str], batch_size: int) -> Iterator[list[str]]:
         yield batch
 
 
+def smaller_batches(batch_size: int) -> str:
+    """Advice for a user whose memory does not suffice for a batch."""
+    return f"use a --batch_size below {batch_size}"
+
+
 def predict_images(
     classifier: EndpointHandler,
     paths: Iterable[str],
@@ -110,7 +116,8 @@ def predict_images(
     for batch in read_batches(classifier, batches_of(paths, batch_size), num_workers, read):
         places = [place for of_stack, _ in batch.stacks for place in of_stack]
         images = [image for _, stack in batch.stacks for image in stack.split(1)]
-        results = dict(zip(places, classifier.classify(images, top_k), strict=True))
+        with advice_if_out_of_memory(lambda: smaller_batches(batch_size)):
+            results = dict(zip(places, classifier.classify(images, top_k), strict=True))
         for place, path in enumerate(batch.paths):
             yield path, results[place] if place in results else ValueError(batch.errors[place])
 

@@ -19,8 +19,9 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from ..io import atomic_write, check_can_be_folder, read_json, write_json
+from ..out_of_memory import advice_if_out_of_memory
 from .handler import EXPERTS, EndpointHandler
-from .prediction import ImageReader, ReadBatch, batches_of, read_batches, read_file
+from .prediction import ImageReader, ReadBatch, batches_of, read_batches, read_file, smaller_batches
 
 # Programs that read all parquet files of a folder, such as pandas, skip files whose names begin with an underscore.
 MANIFEST = "_predictions.json"
@@ -140,7 +141,8 @@ def predict_shards(
     for index in indices:
         tables = []
         for batch in itertools.islice(batches_read, math.ceil(len(shards.paths_of(index)) / batch_size)):
-            tables.append(tabulate(batch))
+            with advice_if_out_of_memory(lambda: smaller_batches(batch_size)):
+                tables.append(tabulate(batch))
             yield len(batch.paths), len(batch.errors)
         shards.write(index, pa.concat_tables(tables))
 

@@ -16,6 +16,7 @@ from ..evaluation import group_accuracies
 from ..losses import DISTILLATION_TARGETS
 from ..models.flat_teacher.configuration_flat_teacher import FlatTeacherConfig
 from ..models.flat_teacher.modeling_flat_teacher import FlatTeacherForImageClassification
+from ..out_of_memory import advice_if_out_of_memory
 from .inputs import label_names, outputs_of
 from .processes import of_first_process
 from .provenance import results_of, teacher_record
@@ -264,7 +265,8 @@ class TaughtTrainer(LongTailTrainer):
         found = outputs_of(
             lambda images: self.teacher_logits(images, name).argmax(dim=1), self.get_eval_dataloader(first), self
         )
-        parts = [(predicted.cpu(), true.cpu()) for predicted, true in found]
+        with advice_if_out_of_memory(self.smaller_evaluations):
+            parts = [(predicted.cpu(), true.cpu()) for predicted, true in found]
         predictions, labels = (torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True))
         accuracies = group_accuracies(predictions, labels, self.groups)
         tested = class_counts(labels).nonzero()[0]

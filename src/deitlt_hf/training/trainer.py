@@ -39,6 +39,7 @@ from ..hub.cards import write_card
 from ..hub.pushing import prepare_repository
 from ..losses.class_weights import named_weights
 from ..model_folder import EMA_FOLDER
+from ..out_of_memory import advice_if_out_of_memory
 from ..records import RESULTS_FILE
 from .arguments import LongTailTrainingArguments
 from .checkpoints import HOW_TO_RESUME
@@ -410,9 +411,10 @@ class LongTailTrainer(SharpnessAwareTrainer):
         if self.ema is not None:
             self.ema.checkpoint = checkpoint
         try:
-            output = super().train(
-                resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
-            )
+            with advice_if_out_of_memory(self._smaller_steps):
+                output = super().train(
+                    resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+                )
             # No log, save or evaluation need follow the last step, and only these check it.
             self.nonfinite_guard.check()
             evaluates = self.eval_dataset is not None and not self.stop_signal.stopped
@@ -433,6 +435,26 @@ class LongTailTrainer(SharpnessAwareTrainer):
         if self.is_world_process_zero():
             self.results.finish(time.perf_counter() - started, self.state.global_step, self.saved_step)
         return output
+
+    def _smaller_steps(self) -> str:
+        """Advice for a user whose memory does not suffice for a step."""
+        args = self.args
+        size, total = args.per_device_train_batch_size, args.global_batch_size
+        kept = "" if total is None else f" (the global batch of {total} images stays the same)"
+        ways = [f"--per_device_train_batch_size {size // 2} in place of {size}{kept}"] if size > 1 else []
+        ways += ["--bf16 true"] if self.accelerator.mixed_precision == "no" else []
+        # Its name since transformers 5.23, and before.
+        name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, name))
+        if self.model.supports_gradient_checkpointing and not getattr(args, name):
+            ways.append(f"--{name} true")
+        return (
+            f"use {', or '.join(ways) or 'a smaller model'}, and resume with --resume_from_checkpoint auto (after "
+            "deitlt train: change the value in recipe.yaml, and repeat the command without --overwrite)"
+        )
+
+    def smaller_evaluations(self) -> str:
+        """Advice for a user whose memory does not suffice for an evaluation."""
+        return f"use a --per_device_eval_batch_size below {self.args.per_device_eval_batch_size}"
 
     def _test(self) -> None:
         """Evaluates the weights that will be saved on the test images, and records the accuracies."""
@@ -559,7 +581,7 @@ class LongTailTrainer(SharpnessAwareTrainer):
         """Returns the columns of [`expert_columns`]; if logits are needed, a pair of the columns and the logits."""
         inputs = self._prepare_inputs(inputs)  # not `to`: DeepSpeed also needs its dtype
         models = [model] if self.averaged_model is None else [model, self.averaged_model]
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), advice_if_out_of_memory(self.smaller_evaluations):
             outputs = [each(pixel_values=inputs["pixel_values"]) for each in models]
         counted = expert_columns(outputs, self.experts.values(), inputs["labels"])
         if not self._keeps_logits:
