@@ -166,9 +166,24 @@ CANDIDATE_TEACHERS[TRAINED_ON_OURS] = Arm(
 )
 
 
-def candidate(title: str, *changed, rate: float = 3e-3, teacher: str | None = "ce-0.1", base: tuple = UNMIXED) -> Arm:
-    """A student of 30 epochs with Muon."""
-    return Arm(title, (*batch(64, rate), *length(30), "--optim", "muon", *base, *changed), teacher)
+# Few updates: those of `deitlt train` if time is short.
+SHORT_TEACHER = (*CANDIDATE_TEACHERS["ce-0.1"].arguments, *length(20))
+CANDIDATE_TEACHERS["ce-0.1-20"] = Arm("ce, rho 0.1, 20 epochs", SHORT_TEACHER, script=TEACH)
+CANDIDATE_TEACHERS["ce-0.1-20-64"] = Arm(
+    "ce, rho 0.1, 20 epochs, batch 64", (*SHORT_TEACHER, *batch(64, 0.1)), script=TEACH
+)
+
+
+def candidate(
+    title: str,
+    *changed,
+    rate: float = 3e-3,
+    teacher: str | None = "ce-0.1",
+    base: tuple = UNMIXED,
+    size: int = 64,
+) -> Arm:
+    """A student of 30 epochs with Muon, in batches of `size`."""
+    return Arm(title, (*batch(size, rate), *length(30), "--optim", "muon", *base, *changed), teacher)
 
 
 def growing(epoch: int) -> tuple:
@@ -188,6 +203,8 @@ BEYOND_CANDIDATES = {
     "ours-hard": candidate("the same, hard labels", *NO_DRW, *BALANCED),
     "ours-unbalanced": candidate("the same, cross entropy for CLS", *SOFT, *NO_DRW),
     "ours-6e-3": candidate("the same, 6e-3", *OURS, rate=6e-3),
+    "ours-128": candidate("the same, batch 128", *OURS, size=128),
+    "ours-32": candidate("the same, batch 32", *OURS, size=32),
     "ours-mixed": candidate("the same, mixed", *OURS, base=()),
     "ours-mae": replace(candidate("the same, trunk pre-trained (MAE)", *OURS), pretrained=True),
     "ours-sam": candidate("the same, SAM in the last fifth", *OURS, "--sam_rho", 0, 0.05, "--sam_rho_epochs", 0, 24),
