@@ -30,7 +30,7 @@ from deitlt_hf.quickstart.fitted_recipe import (
 from deitlt_hf.quickstart.folder_training import check_continues, comparison, recipe_title
 from deitlt_hf.recipes import load_recipe
 from deitlt_hf.training import runs
-from deitlt_hf.training.trial import StepTimes
+from deitlt_hf.training.trial import START_SECONDS, StepTimes
 from helpers import encoded, picture
 
 CLASSES = 16
@@ -393,7 +393,7 @@ def test_given_epochs_change_what_depends_on_them():
 
 
 def test_less_time_gives_fewer_epochs_and_then_smaller_images(photos, monkeypatch):
-    def measured(teacher, student, data):
+    def measured(teacher, student, data, compares_bfloat16):
         step = (student.model.image_size / 32) ** 2
         return StepTimes(step, step, 0, 0, 0, 0)
 
@@ -422,3 +422,18 @@ def test_the_advice_follows_the_interval(student, teacher, advice, tmp_path):
     text = comparison(predicted(student), predicted(teacher), labels, {"head": [0], "tail": [1]}, tmp_path)
     assert advice in text
     assert f"overall {100 * (student - teacher):+.1f} [" in text
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "given", "chosen", "seconds"),
+    [(1.0, {}, True, 1.0), (1.9, {}, None, 2.0), (1.0, {"bf16": "false"}, False, 2.0)],
+)
+def test_a_gpu_trains_in_bfloat16_if_a_step_is_faster(photos, monkeypatch, bfloat16, given, chosen, seconds):
+    def measured(teacher, student, data, compares_bfloat16):
+        return StepTimes(0, 2.0, 0, 0, 0, 0, bfloat16 if compares_bfloat16 else None)
+
+    monkeypatch.setattr(fitting, "measure_steps", measured)
+    monkeypatch.setattr(fitting, "this_machine", lambda use_cpu: Machine(False, 2, has_bfloat16=True))
+    fitted = fitting.fit(photos, None, {"per_device_train_batch_size": 4, **given})
+    assert fitted.value("student", "bf16") is chosen
+    assert fitted.seconds[1] == pytest.approx(fitted.student_epochs * (99 // 4) * seconds + START_SECONDS)

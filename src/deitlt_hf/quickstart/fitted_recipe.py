@@ -68,10 +68,11 @@ class FolderFacts:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run can use: whether training runs on a GPU, and the number of CPU cores."""
+    """What a run can use: whether training runs on a GPU, the number of CPU cores, and whether the GPU has bfloat16."""
 
     has_gpu: bool
     cores: int
+    has_bfloat16: bool = False
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from .fitted_recipe import (
 RECIPE_FILE = "recipe.yaml"
 BASE = "image_folder"  # recipe that gives the fields of the data before the folder's own recipe exists
 SAMPLE = 1000  # images that are decoded before the run
+WORTH_BFLOAT16 = 0.9  # share of the time in float32 below which a step in bfloat16 is worth its rounding
 # With validation images, the weights of the best evaluation are kept. Values of the user come later and override these.
 CHOSEN_ON_VALIDATION = (
     Choice("both", "load_best_model_at_end", True, "the validation images choose the best evaluation"),
@@ -95,7 +96,8 @@ def fit(
     if any(choice.name == "validation_fraction" for choice in choices):
         choices = [*CHOSEN_ON_VALIDATION, *choices]
     use_cpu = next((choice.value for choice in choices if choice.name == "use_cpu"), False)
-    machine = Machine(torch.cuda.is_available() and not use_cpu, usable_cores())
+    machine = this_machine(bool(use_cpu))
+    compares_bfloat16 = machine.has_bfloat16 and not any(choice.name in ("bf16", "fp16") for choice in choices)
     images = Choice("data", "data_dir", str(source.resolve()), "the images")
     fitted = None
     for size in sizes_for(folder, machine, _whole(choices, "both", "image_size")):
@@ -104,7 +106,7 @@ def fit(
             chosen = fit_recipe(folder, machine, size, share, cache, epochs)
             return with_given(dataclasses.replace(chosen, choices=[images, *chosen.choices]), choices)
 
-        fitted = _fit_to_time(recipe, folder, data, minutes, cost)
+        fitted = _fit_to_time(recipe, folder, data, minutes, cost, compares_bfloat16)
         if minutes is None or fitted.share >= SHORTEST:
             break
     assert fitted is not None  # there is at least one size
@@ -114,24 +116,31 @@ def fit(
     return dataclasses.replace(fitted, data=_data_line(folder, data))
 
 
+def this_machine(use_cpu: bool) -> Machine:
+    """What a run can use of this machine."""
+    has_gpu = torch.cuda.is_available() and not use_cpu
+    return Machine(has_gpu, usable_cores(), has_gpu and torch.cuda.is_bf16_supported())
+
+
 def _fit_to_time(
     recipe: Callable[[float], FittedRecipe],
     folder: FolderFacts,
     data: Mapping,
     minutes: float | None,
     cost: Callable[[float, float], float],
+    compares_bfloat16: bool,
 ) -> FittedRecipe:
-    """Chooses the share of the standard number of epochs by a trial; `cost` is as in [`fit`].
+    """Chooses the share of the standard number of epochs, and the precision, by a trial; `cost` is as in [`fit`].
 
     Returns the recipe, which `recipe` makes for a share, with the expected seconds of teacher and student.
     """
     fitted = recipe(1.0)
-    expected = _trial(fitted, folder, data)
+    expected, precision = _trial(fitted, folder, data, compares_bfloat16)
     if minutes is not None:
         # The time is linear in the epochs, apart from reading and evaluation.
         fixed = cost(*expected(dataclasses.replace(fitted, teacher_epochs=0, student_epochs=0)))
         fitted = recipe(min(max(60 * minutes - fixed, 0) / (cost(*expected(fitted)) - fixed), LONGEST))
-    return dataclasses.replace(fitted, seconds=expected(fitted))
+    return dataclasses.replace(fitted, choices=[*fitted.choices, *precision], seconds=expected(fitted))
 
 
 def _whole(choices: Sequence[Choice], section: str, name: str) -> int | None:
@@ -142,21 +151,31 @@ def _whole(choices: Sequence[Choice], section: str, name: str) -> int | None:
     return value
 
 
-def _trial(fitted: FittedRecipe, folder: FolderFacts, data: Mapping) -> Callable[[FittedRecipe], tuple[float, float]]:
-    """Measures the steps of a recipe. Returns a function from the recipe to the seconds of teacher and student."""
+def _trial(
+    fitted: FittedRecipe, folder: FolderFacts, data: Mapping, compares_bfloat16: bool
+) -> tuple[Callable[[FittedRecipe], tuple[float, float]], list[Choice]]:
+    """Measures the steps of a recipe.
+
+    Returns a function from the recipe to the seconds of teacher and student, and the choice of bfloat16 for the student
+    if it was compared and is faster.
+    """
     with tempfile.TemporaryDirectory() as place:
         cached = {"image_cache": str(Path(place) / "images")} if fitted.value("student", "image_cache") else {}
         options, recipe = {"output_dir": place, **cached}, Recipe("of the folder", fitted.sections())
         student = recipe.student(**options)
         teacher = recipe.teacher(**options, use_cpu=student.args.use_cpu)
         named_weights(student.args.class_weights, data["train"].features["label"].names)  # refuses unknown names
-        times: StepTimes = measure_steps(teacher, student, data)
+        times: StepTimes = measure_steps(teacher, student, data, compares_bfloat16)
+    precision, faster = [], times.student_step_bfloat16
+    if faster is not None and faster < WORTH_BFLOAT16 * times.student_step:
+        reason = f"a step of the student takes {100 * faster / times.student_step:.0f} % of its time in float32"
+        precision, times = [Choice("student", "bf16", True, reason)], dataclasses.replace(times, student_step=faster)
 
     def expected(recipe: FittedRecipe) -> tuple[float, float]:
         num_images, epochs = len(folder.labels), (recipe.teacher_epochs, recipe.student_epochs)
         return times.seconds(teacher, student, num_images, sum(folder.test_counts), epochs, more_evaluations=1)
 
-    return expected
+    return expected, precision
 
 
 def given_choice(name: str, value: Any) -> Choice:
