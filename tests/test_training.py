@@ -386,18 +386,18 @@ def test_muon_refuses_settings_that_flatten_matrices(tmp_path, digits, monkeypat
         student_trainer(tmp_path, digits, distillation="none", optim="muon")
 
 
-def test_a_full_memory_says_which_batch_to_make_smaller(tmp_path, digits, monkeypatch):
+@pytest.mark.parametrize(("size", "smaller"), [(32, 16), (30, 10)])
+def test_a_full_memory_says_which_batch_to_make_smaller(tmp_path, digits, monkeypatch, size, smaller):
     def is_full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    values = {"distillation": "none", "global_batch_size": 32, "per_device_eval_batch_size": 77}
+    values = {"distillation": "none", "global_batch_size": size, "per_device_eval_batch_size": 77}
     trainer = student_trainer(tmp_path, digits, **values)
     monkeypatch.setattr(torch.Tensor, "backward", is_full)
     with pytest.raises(torch.OutOfMemoryError) as error:
         trainer.train()
-    size = trainer.args.per_device_train_batch_size
     (advice,) = error.value.__notes__
-    assert f"use --per_device_train_batch_size {size // 2} in place of {size} (the global batch of 32 images" in advice
+    assert f"use --per_device_train_batch_size {smaller} in place of {size} (the global batch of {size} " in advice
     assert "checkpointing true, and resume with --resume_from_checkpoint auto" in advice
     monkeypatch.setattr(trainer.model, "forward", is_full)
     with pytest.raises(torch.OutOfMemoryError) as error:

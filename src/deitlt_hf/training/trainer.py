@@ -441,7 +441,9 @@ class LongTailTrainer(SharpnessAwareTrainer):
         args = self.args
         size, total = args.per_device_train_batch_size, args.global_batch_size
         kept = "" if total is None else f" (the global batch of {total} images stays the same)"
-        ways = [f"--per_device_train_batch_size {size // 2} in place of {size}{kept}"] if size > 1 else []
+        # Even, because mixing pairs images, and a divisor, which keeps the global batch.
+        smaller = [number for number in range(2, size // 2 + 1, 2) if size % number == 0][-1:]
+        ways = [f"--per_device_train_batch_size {number} in place of {size}{kept}" for number in smaller]
         ways += ["--bf16 true"] if self.accelerator.mixed_precision == "no" else []
         # Its name since transformers 5.23, and before.
         name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, name))
