@@ -309,6 +309,10 @@ def advised():
         raise torch.OutOfMemoryError(CUDA_IS_FULL)
 
 
+def apple_is_full():
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 256 bytes on shared pool.")
+
+
 def too_many_processes():
     raise RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range, do you have enough GPUs?")
 
@@ -325,6 +329,11 @@ def too_many_processes():
             lambda: torch.empty(10**15),
             "the memory of this machine is full (tried to allocate 4000000000000000 bytes); use smaller batches, or a "
             "machine with more memory.",
+        ),
+        (
+            apple_is_full,
+            "the memory of the GPU is full (Tried to allocate 256 bytes); use smaller batches, or a machine with more "
+            "memory.",
         ),
         (
             lambda: np.empty(10**15),

@@ -2,21 +2,19 @@
 
 import contextlib
 import re
-import sys
 from collections.abc import Callable, Iterator
 
+# In the messages of torch's allocators: of GPUs, whatever their maker, and of the CPU.
+_FULL = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
 # Facts in the messages of torch's allocators, the second only in that of CUDA.
 _WANTED = re.compile(r"tried to allocate \d+(?:\.\d+)? \w+", re.IGNORECASE)
 _DEVICE = re.compile(r"GPU \d+ has a total capacity of .*? is free")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a GPU or of the machine is full."""
-    torch = sys.modules.get("torch")  # a heavy import, which small commands do without
-    if isinstance(error, MemoryError) or torch is None:
-        return isinstance(error, MemoryError)
-    is_of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return is_of_cpu or isinstance(error, torch.OutOfMemoryError)
+    """Whether an error says that the memory of a device or of the machine is full."""
+    is_of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+    return is_of_torch or isinstance(error, MemoryError)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def command_line_errors() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What a user is told of an error; None if the user cannot correct it."""
+    """The sentence about an error for a user; None if the user cannot correct it."""
     said = str(error)
     if is_out_of_memory(error):
         return out_of_memory_sentence(error)
