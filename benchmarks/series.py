@@ -56,7 +56,7 @@ def run(*command, threads: int | None = None) -> resource.struct_rusage:
 
 
 def end_with_parent() -> None:
-    """Ends this process with its parent (Linux); it would continue in the folder that the next driver uses."""
+    """Ends this process with its parent (Linux); otherwise it would write into the folder of the next driver."""
     if _LIBRARY is not None:
         _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
