@@ -344,6 +344,9 @@ CLAIMS = [
                 ["overall", "tail"],
             ),
             *of_groups("timm's: Muon, not mixed minus AdamW, mixed", "timm-muon", "timm", ["overall", "tail"]),
+            *of_groups(
+                "ours minus DeiT-LT, Muon", "ours", "deit-lt-muon", ["overall", "tail", "head"], is_claimed=False
+            ),
         ],
         draw_bars(
             {
